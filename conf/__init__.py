@@ -1,0 +1,1 @@
+"""Hydra configuration, shipped as `lowrank_pretrain.conf`."""

@@ -1,0 +1,1 @@
+"""Pre-training large models with low-rank updates, as PyTorch Lightning plugins."""

@@ -1,0 +1,1 @@
+"""LightningDataModules: images and text."""

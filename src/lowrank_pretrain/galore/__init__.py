@@ -1,0 +1,1 @@
+"""GaLore: full weights, projected gradients."""

@@ -1,0 +1,1 @@
+"""LightningModules around timm and transformers models."""

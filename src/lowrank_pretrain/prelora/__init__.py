@@ -1,0 +1,1 @@
+"""PreLoRA: train in full, notice partial convergence, finish low-rank."""
