@@ -1,0 +1,176 @@
+"""Causal language modelling with any causal-LM configuration of transformers.
+
+Shapes: B batch, T tokens, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torchmetrics import Metric
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from ..errors import ConfigError
+from .optim import Optim
+from .wording import check_count, closest, one_line, plain
+
+
+class TokenLoss(Metric):
+    """Mean token loss over everything seen since the last reset, over all processes.
+
+    Not torchmetrics' MeanMetric: it drops a NaN, and with ``nan_strategy="disable"`` it drops the weights.
+    """
+
+    full_state_update = False
+    loss: Tensor
+    tokens: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("loss", torch.tensor(0.0), dist_reduce_fx="sum")
+        self.add_state("tokens", torch.tensor(0.0), dist_reduce_fx="sum")
+
+    def update(self, loss: Tensor, tokens: int) -> None:
+        """Adds a batch: the mean `loss` (scalar) of its `tokens` predicted tokens."""
+        self.loss += loss.float() * tokens
+        self.tokens += tokens
+
+    def compute(self) -> Tensor:
+        """The mean, a scalar."""
+        return self.loss / self.tokens
+
+
+class Perplexity(TokenLoss):
+    """exp of the mean token loss."""
+
+    def compute(self) -> Tensor:
+        """The perplexity, a scalar."""
+        return super().compute().exp()
+
+
+class CausalLM(LightningModule):
+    """A transformers causal language model, trained from scratch on packed token blocks.
+
+    The network is ``self.model``. ``self.optim`` (:class:`Optim`) may be replaced any time before ``fit``.
+
+    Args:
+        name: a transformers model type: ``"gpt2"``, ``"llama"``, …
+        vocab_size: V.
+        seq_len: T, the length of a block; the model is made for this many positions unless `config` says more.
+        config: any keys of the model's transformers configuration (``n_layer``, ``hidden_size``, …).
+
+    Raises:
+        ConfigError: an unknown model type or configuration key, or values that do not fit together.
+    """
+
+    def __init__(self, name: str, vocab_size: int, seq_len: int, config: dict[str, Any] | None = None) -> None:
+        super().__init__()
+        config = plain(config) or {}
+        self.save_hyperparameters()
+        self.optim = Optim()
+        check_count("vocab_size", vocab_size, least=2)
+        check_count("seq_len", seq_len, least=2)
+        self.model = create(name, vocab_size, seq_len, config)
+        self.metrics = nn.ModuleDict(
+            {
+                f"{stage}_{key}": kind()
+                for stage in ("val", "test")
+                for key, kind in (("loss", TokenLoss), ("ppl", Perplexity))
+            }
+        )
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Logits (B, T, V) of token ids (B, T)."""
+        return self.model(input_ids=input_ids, use_cache=False).logits
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """The optimizer and schedule of ``self.optim``."""
+        return self.optim.configure(self)
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Checks token ids while they are still in host memory.
+
+        It costs no device sync there, and on a GPU a wrong id is an unreadable assert.
+        """
+        ids = batch["input_ids"]
+        if ids.device.type == "cpu" and ids.numel():
+            low, high, vocab = int(ids.min()), int(ids.max()), self.hparams.vocab_size
+            if low < 0 or high >= vocab:
+                wrong = low if low < 0 else high
+                raise ConfigError("vocab_size", vocab, f"the data holds token id {wrong}; ids are 0..{vocab - 1}")
+        return batch
+
+    def _loss(self, batch: dict[str, Tensor]) -> Tensor:
+        ids = batch["input_ids"]  # (B, T); the model shifts the labels itself
+        return self.model(input_ids=ids, labels=ids, use_cache=False).loss
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Mean cross entropy of the next token."""
+        loss = self._loss(batch)
+        size = len(batch["input_ids"])
+        self.log("train/loss", loss, on_step=True, on_epoch=False, prog_bar=True, batch_size=size)
+        return loss
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Logs ``val/loss`` and ``val/ppl`` over the whole set, each token counted once."""
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """As validation, under ``test/``."""
+        self._evaluate(batch, "test")
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Logits (B, T, V)."""
+        return self(batch["input_ids"])
+
+    def _evaluate(self, batch: dict[str, Tensor], stage: str) -> None:
+        rows, length = batch["input_ids"].shape
+        loss = self._loss(batch)
+        for key in ("loss", "ppl"):
+            metric = self.metrics[f"{stage}_{key}"]
+            metric.update(loss, rows * (length - 1))
+            self.log(f"{stage}/{key}", metric, on_epoch=True, prog_bar=True, batch_size=rows)
+
+
+def create(name: str, vocab_size: int, seq_len: int, config: dict[str, Any]) -> nn.Module:
+    """A freshly initialised causal LM; nothing is downloaded.
+
+    Raises:
+        ConfigError: transformers does not know the name or a key, or refuses the values.
+    """
+    if name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        known = closest(str(name), MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+        raise ConfigError("name", name, f"transformers has no such causal LM; {known}")
+    default = AutoConfig.for_model(name)
+    aliases = default.attribute_map  # e.g. gpt2: hidden_size -> n_embd
+    known = set(default.to_dict()) | set(aliases) | {"attn_implementation"}
+    for key in config:
+        # transformers accepts any key and forgets it
+        if key not in known:
+            raise ConfigError("config", key, f"{name} has no such setting; {closest(key, known)}")
+        if key in ("vocab_size", "model_type"):
+            raise ConfigError("config", key, "is not for config; it has a key of its own")
+    values = {aliases.get(key, key): value for key, value in config.items()}
+    positions = aliases.get("max_position_embeddings", "max_position_embeddings")
+    if hasattr(default, positions):
+        if values.setdefault(positions, seq_len) < seq_len:
+            raise ConfigError("seq_len", seq_len, f"must be at most the model's {positions}={values[positions]}")
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        # the defaults belong to the published tokenizer, e.g. 50256 for gpt2
+        token = getattr(default, key, None)
+        if isinstance(token, int) and token >= vocab_size:
+            values.setdefault(key, None)
+    attention = values.pop("attn_implementation", "sdpa")
+    try:
+        built = AutoConfig.for_model(name, vocab_size=vocab_size, **values)
+        built.use_cache = False  # nothing is generated here; an export sets it back
+        return AutoModelForCausalLM.from_config(built, attn_implementation=attention)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # transformers validates with exceptions of its own and of huggingface_hub
+        if "attention implementation" in str(error):
+            cure = "use config.attn_implementation=eager"
+            raise ConfigError("config", {"attn_implementation": attention}, f"{name} has none; {cure}") from error
+        raise ConfigError("config", config, f"{name} cannot be built with these: {one_line(error)}") from error

@@ -1,0 +1,217 @@
+"""Image classification with any network of timm.
+
+Shapes: B batch, C channels, H×W pixels, K classes.
+"""
+
+import inspect
+import logging
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+from timm.layers import PatchEmbed
+from timm.models import load_state_dict
+from torch import Tensor, nn
+from torchmetrics.classification import MulticlassAccuracy
+
+from ..errors import ConfigError
+from .optim import Optim
+from .wording import check_count, closest, one_line, plain
+
+log = logging.getLogger(__name__)
+
+# what timm's constructors raise for arguments that do not fit together
+BAD_ARGUMENTS = (TypeError, ValueError, AssertionError, RuntimeError, KeyError, IndexError, ZeroDivisionError)
+
+
+class VisionClassifier(LightningModule):
+    """A timm network, trained with cross entropy.
+
+    The network is ``self.model``. ``self.optim`` (:class:`Optim`) may be replaced any time before ``fit``.
+
+    Args:
+        name: any name that ``timm.create_model`` knows, e.g. ``"vit_small_patch16_224"``.
+        num_classes: K, at least 2.
+        img_size: pixels per side; given only to networks that ask for it (a ResNet takes any size).
+        in_chans: C.
+        pretrained_file: a local timm checkpoint (``.safetensors``, ``.pth``, ``.bin``) to start from. Its head may have
+            another number of classes: then the head is fresh. timm adapts patch projection and positions.
+        model_kwargs: further arguments of ``timm.create_model`` (``embed_dim``, ``depth``, ``drop_path_rate``, …).
+
+    Raises:
+        ConfigError: an unknown name or argument, an image size that the patches do not divide, a checkpoint that
+            is missing, unreadable or does not fit.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        num_classes: int,
+        img_size: int = 224,
+        in_chans: int = 3,
+        pretrained_file: str | None = None,
+        model_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        model_kwargs = plain(model_kwargs) or {}
+        # the file is where weights came from, not what the network is: a checkpoint must load where it is gone
+        self.save_hyperparameters(ignore=["pretrained_file"])
+        self.optim = Optim()
+        check_count("num_classes", num_classes, least=2)
+        check_count("img_size", img_size)
+        check_count("in_chans", in_chans)
+        for key in {"img_size", "in_chans", "num_classes", "pretrained"} & set(model_kwargs):
+            raise ConfigError("model_kwargs", key, "is not for model_kwargs; it has a key of its own")
+        kwargs = {"img_size": img_size, "in_chans": in_chans, **model_kwargs}
+        if pretrained_file is None:
+            self.model = create(name, num_classes=num_classes, **kwargs)
+        else:
+            self.model = create_from_file(name, num_classes, str(pretrained_file), kwargs)
+        check_patches(self.model, name, img_size)
+
+        tops = (1, 5) if num_classes >= 5 else (1,)
+        self.accuracy = nn.ModuleDict(
+            {
+                f"{stage}_acc{k}": MulticlassAccuracy(num_classes, top_k=k, average="micro", validate_args=False)
+                for stage in ("val", "test")
+                for k in tops
+            }
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (B, K) of images (B, C, H, W)."""
+        return self.model(x)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """The optimizer and schedule of ``self.optim``."""
+        return self.optim.configure(self)
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Checks labels while they are still in host memory: on a GPU a wrong one is an unreadable assert."""
+        y = batch[1]
+        if y.device.type == "cpu" and not y.is_floating_point() and y.numel():
+            low, high, classes = int(y.min()), int(y.max()), self.hparams.num_classes
+            if low < 0 or high >= classes:
+                wrong = low if low < 0 else high
+                raise ConfigError("num_classes", classes, f"the data holds label {wrong}; labels are 0..{classes - 1}")
+        return batch
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Cross entropy against classes (B,) int64, or against probabilities (B, K) where mixup made them."""
+        x, y = batch
+        loss = F.cross_entropy(self.model(x), y)
+        self.log("train/loss", loss, on_step=True, on_epoch=False, prog_bar=True, batch_size=len(x))
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Logs ``val/loss``, ``val/acc1`` and, with 5 classes or more, ``val/acc5``."""
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """As validation, under ``test/``."""
+        self._evaluate(batch, "test")
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Logits (B, K); `batch` may be images alone, or images with labels."""
+        return self.model(batch if isinstance(batch, Tensor) else batch[0])
+
+    def _evaluate(self, batch: tuple[Tensor, Tensor], stage: str) -> None:
+        x, y = batch
+        logits = self.model(x)
+        loss = F.cross_entropy(logits.float(), y)
+        self.log(f"{stage}/loss", loss, on_epoch=True, prog_bar=True, sync_dist=True, batch_size=len(x))
+        for key, metric in self.accuracy.items():
+            if key.startswith(stage):
+                metric.update(logits, y)
+                self.log(key.replace("_", "/"), metric, on_epoch=True, prog_bar=key.endswith("1"), batch_size=len(x))
+
+
+def create(name: str, **kwargs: Any) -> nn.Module:
+    """``timm.create_model`` for names of its registry, with errors that a user can act on.
+
+    Raises:
+        ConfigError: timm does not know the name or refuses the arguments.
+    """
+    if not isinstance(name, str) or not timm.is_model(name):  # also keeps names like hf-hub:… off the network
+        raise ConfigError("name", name, f"timm has no such model; {closest(str(name), timm.list_models())}")
+    try:
+        return timm.create_model(name, **kwargs)
+    except torch.OutOfMemoryError:
+        raise
+    except BAD_ARGUMENTS as error:
+        text = one_line(error)
+        if "unexpected keyword argument 'img_size'" in text:
+            return create(name, **{key: value for key, value in kwargs.items() if key != "img_size"})
+        if "Invalid pretrained tag" in text:
+            tags = timm.list_pretrained(name.split(".")[0] + ".*")
+            raise ConfigError("name", name, f"timm has no such tag; {closest(name, tags)}") from error
+        if "unexpected keyword argument" in text:
+            key = text.split("'")[-2]
+            raise ConfigError("model_kwargs", key, f"{name} has no such argument; {_arguments(name, text)}") from error
+        raise ConfigError("model_kwargs", kwargs, f"{name} cannot be built with these: {text}") from error
+
+
+def _arguments(name: str, text: str) -> str:
+    """Close matches among the arguments of the class that `text` ("Class.__init__() got …'key'") names."""
+    owner = text.split(".__init__")[0].split(".")[-1]
+    module = inspect.getmodule(timm.model_entrypoint(name.split(".")[0]))
+    if not hasattr(module, owner):
+        return f"see {module.__name__}"
+    return closest(text.split("'")[-2], set(inspect.signature(getattr(module, owner)).parameters) - {"kwargs", "args"})
+
+
+def create_from_file(name: str, num_classes: int, path: str, kwargs: dict[str, Any]) -> nn.Module:
+    """A network with the weights of a local timm checkpoint, its head fresh where the classes differ.
+
+    timm loads into a network with the *file's* classes, strictly (it adapts positions and the patch projection to
+    the image size and channels asked for); only then is the head replaced. Loading straight into the wanted
+    classes would turn strictness off, and a checkpoint of another network would load nothing without a word.
+
+    Raises:
+        ConfigError: the arguments are wrong, or the file is missing, unreadable or of another network.
+    """
+    create(name, num_classes=num_classes, **kwargs)  # whatever fails below is the file's fault
+    if not Path(path).is_file():
+        raise ConfigError("pretrained_file", path, "no such file; give a local timm checkpoint (.safetensors, .pth)")
+    try:
+        shapes = {key: tuple(value.shape) for key, value in load_state_dict(path).items()}
+    except Exception as error:  # a truncated or foreign file fails in as many ways as there are formats
+        raise ConfigError("pretrained_file", path, f"cannot be read: {one_line(error)}") from error
+    if shapes and all(key.startswith("model.") for key in shapes):
+        cure = f"python -m lowrank_pretrain.export ckpt={path} format=timm out=DIR"
+        raise ConfigError("pretrained_file", path, f"is a training checkpoint; export it first: {cure}")
+
+    cfg = timm.get_pretrained_cfg(name)
+    head, conv = _first(cfg.classifier) + ".weight", _first(cfg.first_conv) + ".weight"
+    classes = shapes[head][0] if head in shapes else 0
+    overlay: dict[str, Any] = {"file": path, "num_classes": classes, "label_offset": 0}
+    if len(shapes.get(conv, ())) == 4:
+        overlay["input_size"] = (shapes[conv][1], *cfg.input_size[1:])
+    try:
+        model = create(name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=classes, **kwargs)
+    except ConfigError as error:
+        raise ConfigError("pretrained_file", path, f"does not fit {name}: {one_line(error.__cause__)}") from error
+    model.pretrained_cfg.pop("file", None)
+    if classes != num_classes:
+        model.reset_classifier(num_classes)
+        log.info("%s: its head has %d classes, not %d; the head starts fresh", path, classes, num_classes)
+    return model
+
+
+def _first(names: str | tuple[str, ...] | None) -> str:
+    """The first of timm's layer names, which are a string, a tuple or nothing."""
+    return names if isinstance(names, str) else (names or ("",))[0]
+
+
+def check_patches(model: nn.Module, name: str, img_size: int) -> None:
+    """Raises :class:`ConfigError` where patches would not cover the image (timm finds out at the first batch)."""
+    embed = next((module for module in model.modules() if isinstance(module, PatchEmbed)), None)
+    if embed is None or embed.dynamic_img_pad:
+        return
+    patch = embed.patch_size[0]
+    if img_size % patch:
+        near = max(patch, img_size // patch * patch)
+        raise ConfigError("img_size", img_size, f"must be a multiple of {name}'s patch size {patch}, such as {near}")
