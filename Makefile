@@ -1,0 +1,48 @@
+# Everything runs in .venv, which is made once from the package index and never borrows what the machine happens to have.
+#   make demo   the main job          make test   the tests          make help   all targets
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.set-up
+
+# A stranger's PYTHONPATH or activated environment must not leak into ours.
+unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow lint bench clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# torch and torchvision are resolved together from one index: a CPU-only torch beside the index's torchvision
+# fails at import (operator torchvision::nms does not exist).
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "error: PYTHON=$(PYTHON): must be Python 3.10 or newer (make PYTHON=python3.12 ...)" >&2; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
+	  { rm -rf $(VENV); echo "error: $(PYTHON) -m venv failed; on Debian: apt-get install python3-venv" >&2; exit 2; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch torchvision
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+demo: $(STAMP) ## Pre-train a pocket Vision Transformer with PreLoRA: minutes on two cores
+	$(BIN)/python -m lowrank_pretrain ckpt_path=last
+
+test: $(STAMP) ## Run the tests
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(STAMP) ## Run the tests that take longer than a few seconds each
+	$(BIN)/python -m pytest -m slow
+
+lint: $(STAMP) ## Check style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: $(STAMP) ## Measure speed and memory against peers (an idle machine, please)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
+	@for file in benchmarks/[a-z]*.py; do echo "$$file"; $(BIN)/python $$file || exit 1; done
+
+clean: ## Remove .venv and caches (runs/ stays)
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache src/*.egg-info
