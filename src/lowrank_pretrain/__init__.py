@@ -1,1 +1,9 @@
 """Pre-training large models with low-rank updates, as PyTorch Lightning plugins."""
+
+from lowrank_pretrain.errors import ConfigError
+from lowrank_pretrain.lora_callback import LoRA
+from lowrank_pretrain.phases import PhaseCallback
+from lowrank_pretrain.plan import Plan
+from lowrank_pretrain.prelora.callback import PreLoRA
+
+__all__ = ["ConfigError", "LoRA", "PhaseCallback", "Plan", "PreLoRA"]

@@ -18,7 +18,7 @@ PRESETS = ("all", "attention", "mlp", "head")
 WHOLE = "W"  # the part name of a layer that is not fused
 _FUSED = {"qkv": False, "Wqkv": False, "c_attn": True}  # leaf name -> must O be exactly 3 D? (multi-query c_attn is not)
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
-_MLP = re.compile(r"(^|_)(mlp|ffn|feed_forward|feedforward|intermediate|experts?)|^(fc[12]|linear[12]|c_fc|[wW][123])$|"
+_MLP = re.compile(r"(^|_)(mlp|ffn|feed_forward|feedforward|intermediate|experts?)|^(fc[12]|linear[12]|c_fc|output|[wW][123])$|"
                   r"^(gate|up|down|gate_up)_proj$")
 
 
@@ -52,6 +52,11 @@ class Target:
     def matrix(self) -> Tensor:
         """The weight as an (O, D) view that shares memory with the parameter."""
         return weight_rows(self.layer)[self.start : self.start + self.rows]
+
+    def rows_of_grad(self) -> Tensor:
+        """The weight's gradient as an (O, D) view."""
+        grad = self.layer.weight.grad
+        return (grad.t() if is_conv1d(self.layer) else grad)[self.start : self.start + self.rows]
 
 
 def is_conv1d(layer: nn.Module) -> bool:

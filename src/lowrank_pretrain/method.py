@@ -1,0 +1,100 @@
+"""``method`` config -> what the Trainer and the model need of it.
+
+One flat group feeds up to three constructors. ``uses`` names them; every other key is an argument of one of them, under
+the same name in YAML, on the command line and in Python. An unknown key is an error.
+"""
+
+import difflib
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from lowrank_pretrain.errors import ConfigError
+
+
+@dataclass
+class Method:
+    """What a method brings to a run.
+
+    Attributes:
+        callbacks: for ``Trainer(callbacks=…)``.
+        strategy: for ``Trainer(strategy=…)``, or ``None``.
+        optimizer: ``(module, optim) -> Optimizer`` in place of AdamW, or ``None``.
+    """
+
+    callbacks: list[Any] = field(default_factory=list)
+    strategy: Any = None
+    optimizer: Callable[[Any, Any], Any] | None = None
+
+
+def build(config: Mapping[str, Any]) -> Method:
+    """Build a method from its flat configuration.
+
+    Args:
+        config: ``{"uses": ["prelora"], "targets": "all", …}``; ``name`` is ignored. OmegaConf containers become plain.
+
+    Raises:
+        ConfigError: an unknown key or constructor, or a wrong value, with the key as ``method.<key>``.
+    """
+    config = _plain(config)
+    uses = config.pop("uses", None)
+    config.pop("name", None)
+    if not isinstance(uses, list) or any(use not in _PARTS for use in uses):
+        raise ConfigError("method.uses", uses, f"must be a list out of {', '.join(_PARTS)}")
+    parts = {use: _PARTS[use]() for use in uses}
+    known = {use: _arguments(part.constructor) for use, part in parts.items()}
+    for key in config:
+        if not any(key in names for names in known.values()):
+            allowed = sorted(set().union(*known.values()))
+            near = difflib.get_close_matches(str(key), allowed, 1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            names = ", ".join(allowed) or "none"
+            raise ConfigError(f"method.{key}", config[key], f"is no key of this method; {hint}allowed: {names}")
+    method = Method()
+    for use, part in parts.items():
+        arguments = {key: value for key, value in config.items() if key in known[use]}
+        try:
+            part.add(method, arguments)
+        except ConfigError as error:
+            raise ConfigError(f"method.{error.key}", error.value, error.allowed) from None
+    return method
+
+
+@dataclass
+class _Part:
+    """A constructor, and where what it makes belongs."""
+
+    constructor: Callable[..., Any]
+    add: Callable[[Method, dict[str, Any]], None]
+
+
+def _callback(constructor: Callable[..., Any]) -> _Part:
+    return _Part(constructor, lambda method, arguments: method.callbacks.append(constructor(**arguments)))
+
+
+def _prelora() -> _Part:
+    from lowrank_pretrain.prelora.callback import PreLoRA
+
+    return _callback(PreLoRA)
+
+
+def _lora() -> _Part:
+    from lowrank_pretrain.lora_callback import LoRA
+
+    return _callback(LoRA)
+
+
+_PARTS: dict[str, Callable[[], _Part]] = {"prelora": _prelora, "lora": _lora}
+
+
+def _arguments(constructor: Callable[..., Any]) -> list[str]:
+    return [name for name in inspect.signature(constructor).parameters if name != "self"]
+
+
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    from omegaconf import OmegaConf
+
+    if OmegaConf.is_config(config):
+        config = OmegaConf.to_container(config, resolve=True)
+    return dict(config)

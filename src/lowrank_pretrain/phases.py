@@ -1,0 +1,305 @@
+"""A callback whose run goes through phases: ``full`` -> (switch) -> ``joint`` -> (freeze) -> ``lowrank``.
+
+It owns what every such callback needs, so that a schedule of one's own is twenty lines: handing the plan to whoever takes
+it, plain checkpoints, resume as a replay, a second ``fit``. PreLoRA decides when to switch; ``LoRA`` switches at the start.
+
+**Resume is a replay, and every checkpoint is a plain model.** Lightning restores callbacks after weights, so a callback
+that injects on restore is too late; and adapter keys in ``state_dict`` give strict errors or silently wrong models. So the
+file holds merged weights under the bare names, and a side entry with the exact W, A and B. Bare weights load into the bare
+model, ``configure_optimizers`` sees the bare model, then ``on_fit_start`` repeats switch and freeze through the same
+``transition.apply`` and puts the exact values back, before Lightning restores the optimizers.
+"""
+
+from functools import partial
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from lowrank_pretrain import lora, transition
+from lowrank_pretrain.errors import ConfigError
+from lowrank_pretrain.plan import Plan
+from lowrank_pretrain.rewarm import Rewarm
+from lowrank_pretrain.targets import all_targets
+
+PHASES = ("full", "joint", "lowrank")
+SIDE = "lowrank_pretrain"  # the side entry's key in a checkpoint
+FORMAT = 1
+_REFUSED = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
+
+
+class AdapterAdopter:
+    """Takes a plan as LoRA adapters; what PreLoRA falls back on when neither strategy nor optimizer offers ``adopt``."""
+
+    def __init__(self, alpha: float | None = None, train_A: bool = True, freeze_rest: bool = False) -> None:
+        self.alpha, self.train_A, self.freeze_rest = alpha, train_A, freeze_rest
+
+    def adopt(self, plan: Plan, module: pl.LightningModule) -> list[lora.Inherit]:
+        """The switch: give every target of the plan an adapter."""
+        self.plan, self.module = plan, module
+        return lora.inject(module, plan, self.alpha, self.train_A)
+
+    def release(self) -> list[lora.Inherit]:
+        """The freeze: targets' W and b train no more."""
+        return lora.freeze(self.module, self.plan, self.freeze_rest)
+
+
+class PhaseCallback(Callback):
+    """Base of callbacks that change the model in the middle of a fit. Subclasses call ``switch`` and ``freeze``.
+
+    Args:
+        alpha: adapters' scale = alpha / rank; ``None``: scale 1.
+        train_A: ``False`` trains B alone (LoRA-FA).
+        freeze_rest: at the freeze, everything but what low-rank training updates stops too.
+        optimizer_state: ``keep`` or ``reset`` the moments at both transitions.
+        rewarm: optimizer steps after the freeze over which the learning rate ramps up to the schedule's value.
+        then: ``lora``: the plan goes to the strategy or optimizer if one offers ``adopt``, else to adapters;
+            ``galore``: the optimizer must offer it.
+
+    Attributes:
+        phase: ``full``, ``joint`` or ``lowrank``.
+        plan: {target: rank} once switched, else ``None``.
+        switch_step: optimizer step after which the switch came, or ``None``.
+        freeze_step: likewise for the freeze.
+    """
+
+    def __init__(
+        self,
+        alpha: float | None = None,
+        train_A: bool = True,
+        freeze_rest: bool = False,
+        optimizer_state: str = "keep",
+        rewarm: int = 0,
+        then: str = "lora",
+    ) -> None:
+        if alpha is not None and not (isinstance(alpha, (int, float)) and alpha > 0):
+            raise ConfigError("alpha", alpha, "must be a number above 0, or null for alpha = rank")
+        for key, value in (("train_A", train_A), ("freeze_rest", freeze_rest)):
+            if not isinstance(value, bool):
+                raise ConfigError(key, value, "must be true or false")
+        if optimizer_state not in ("keep", "reset"):
+            raise ConfigError("optimizer_state", optimizer_state, "must be keep or reset")
+        if not isinstance(rewarm, int) or isinstance(rewarm, bool) or rewarm < 0:
+            raise ConfigError("rewarm", rewarm, "must be 0 or more optimizer steps")
+        if then not in ("lora", "galore"):
+            raise ConfigError("then", then, "must be lora or galore")
+        self.alpha, self.train_A, self.freeze_rest = alpha, train_A, freeze_rest
+        self.optimizer_state, self.rewarm, self.then = optimizer_state, rewarm, then
+        self._exact: dict[str, torch.Tensor] | None = None
+        self._groups: list | None = None
+        self._restoring = True
+        self._reset()
+
+    def _reset(self) -> None:
+        """Back to the start of a run."""
+        self.phase = "full"
+        self.plan: Plan | None = None
+        self.switch_step: int | None = None
+        self.freeze_step: int | None = None
+        self._unchecked = False
+        self._adopter: Any = None
+
+    # -- transitions ------------------------------------------------------------------------------------------------
+
+    def switch(self, trainer: pl.Trainer, pl_module: pl.LightningModule, plan: Plan) -> None:
+        """Full -> joint: hand the plan to the first of strategy, optimizer and adapters that takes it.
+
+        Raises:
+            ConfigError: ``then="galore"`` without an optimizer that offers ``adopt``.
+        """
+        self._switch(trainer, pl_module, plan, replay=False)
+        self.switch_step = trainer.global_step
+        rank_zero_info(f"{type(self).__name__}: switch after step {self.switch_step}; targets by rank: {plan.summary()}")
+
+    def freeze(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Joint -> lowrank: the targets' full weights stop training."""
+        self._freeze(trainer, pl_module, replay=False)
+        self.freeze_step = trainer.global_step
+        trained = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
+        total = sum(p.numel() for p in pl_module.parameters())
+        rank_zero_info(f"{type(self).__name__}: freeze after step {self.freeze_step}; {trained:,} of {total:,} still train")
+
+    def _switch(self, trainer: pl.Trainer, pl_module: pl.LightningModule, plan: Plan, replay: bool) -> None:
+        flags = pl_module.__dict__.setdefault("_lowrank_requires_grad", {})
+        flags.update({name: p.requires_grad for name, p in pl_module.named_parameters()})
+        self._adopter = self._find_adopter(trainer)
+        transition.apply(trainer, pl_module, lambda: self._adopter.adopt(plan, pl_module), self.optimizer_state, replay)
+        self.phase, self.plan = "joint", plan
+        self._unchecked = not replay
+        self._note(pl_module)
+
+    def _freeze(self, trainer: pl.Trainer, pl_module: pl.LightningModule, replay: bool) -> None:
+        transition.apply(trainer, pl_module, lambda: self._release(pl_module), self.optimizer_state, replay)
+        self.phase = "lowrank"
+        self._note(pl_module)
+
+    def _release(self, pl_module: pl.LightningModule) -> Any:
+        inherited = self._adopter.release()
+        if self.freeze_rest and not isinstance(self._adopter, AdapterAdopter):
+            targets = all_targets(pl_module)
+            kept = {id(targets[name].layer.weight) for name in self.plan}
+            known = pl_module.__dict__["_lowrank_requires_grad"]
+            for name, p in pl_module.named_parameters():
+                if name in known and id(p) not in kept:
+                    p.requires_grad_(False)
+        return inherited
+
+    def _find_adopter(self, trainer: pl.Trainer) -> Any:
+        if callable(getattr(trainer.strategy, "adopt", None)) and self.then != "galore":
+            return trainer.strategy
+        for optimizer in trainer.optimizers:
+            if callable(getattr(optimizer, "adopt", None)):
+                return optimizer
+        if self.then == "galore":
+            raise ConfigError("then", self.then, "needs GaLoreAdamW from configure_optimizers (a group without rank is AdamW)")
+        return AdapterAdopter(self.alpha, self.train_A, self.freeze_rest)
+
+    def _note(self, pl_module: pl.LightningModule) -> None:
+        """What a checkpoint of this module must say; kept on the module because it outlives callback and trainer."""
+        pl_module.__dict__["_lowrank"] = {"phase": self.phase, "plan": dict(self.plan or {}), "alpha": self.alpha}
+
+    # -- Lightning's hooks ------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse what cannot work; before a fit, give a module that still has adapters its bare form back."""
+        if stage != "fit":
+            return
+        self._refuse(trainer, pl_module)
+        self._groups = None
+        if "_lowrank" in pl_module.__dict__:
+            continues = self.phase != "full" and pl_module.__dict__["_lowrank"]["plan"] == dict(self.plan or {})
+            self._exact = lora.clone_state(lora.exact_state(pl_module)) if continues else None
+            restore_plain(pl_module)
+            if not continues:
+                self._reset()
+        else:
+            self._exact = None
+            self._reset()
+        if not isinstance(pl_module.__dict__.get("on_save_checkpoint"), partial):
+            # called last by Lightning, and for save_weights_only too
+            pl_module.on_save_checkpoint = partial(_write_plain, pl_module, pl_module.__dict__.get("on_save_checkpoint"))
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Replay the transitions of a resumed run; the optimizers are still empty and are restored after this."""
+        if self.phase != "full":
+            phase, plan = self.phase, self.plan
+            self._switch(trainer, pl_module, plan, replay=True)
+            if phase == "lowrank":
+                self._freeze(trainer, pl_module, replay=True)
+            if self._exact is not None:
+                with torch.no_grad():
+                    lora.load_exact(pl_module, self._exact)
+            self._exact = None
+        if self._groups is not None and self._groups != transition.group_names(trainer.optimizers, pl_module):
+            raise ConfigError("ckpt_path", str(trainer.ckpt_path), "its optimizer groups hold other parameters, or another order")
+        if self.rewarm:
+            self._rewarm = Rewarm(trainer, self, self.rewarm)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Optimizer states are restored by now: look whether they fit."""
+        transition.check_restored(trainer.optimizers, pl_module)
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
+        """After the first backward behind a switch: an adapter without a gradient belongs to a layer nobody calls."""
+        if self._unchecked:
+            self._unchecked = False
+            dead = [name for name, p in lora.adapter_parameters(pl_module) if p.requires_grad and p.grad is None]
+            if dead:
+                names = sorted({name.partition(".lora_")[0] for name in dead})
+                raise ConfigError("targets", ", ".join(names), "no forward pass calls it: leave it out of the targets")
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Leave nothing of ours on a module that needs nothing of ours."""
+        if stage == "fit":
+            if getattr(self, "_rewarm", None) is not None:
+                self._rewarm.remove()
+                self._rewarm = None
+            if "_lowrank" not in pl_module.__dict__:
+                _unwrap_save(pl_module)
+
+    # -- state ------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain types only, so that ``weights_only=True`` loads it."""
+        return {
+            "phase": self.phase,
+            "plan": None if self.plan is None else dict(self.plan),
+            "switch_step": self.switch_step,
+            "freeze_step": self.freeze_step,
+            "unchecked": self._unchecked,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the phase of a checkpoint, unless Lightning only tests with its weights."""
+        if not self._restoring:
+            return
+        self.phase = state_dict["phase"]
+        self.plan = None if state_dict["plan"] is None else Plan(state_dict["plan"])
+        self.switch_step, self.freeze_step = state_dict["switch_step"], state_dict["freeze_step"]
+        self._unchecked = state_dict["unchecked"]
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Note the optimizers' parameters by name: their states are stored by position."""
+        checkpoint.setdefault(SIDE, {})["groups"] = transition.group_names(trainer.optimizers, pl_module)
+
+    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keep the side entry for the replay. Testing with a file from another phase must not touch this run's state."""
+        self._restoring = trainer.state.fn == TrainerFn.FITTING
+        if not self._restoring:
+            return
+        side = checkpoint.get(SIDE, {})
+        if side.get("format", FORMAT) > FORMAT:
+            raise ConfigError("ckpt_path", str(trainer.ckpt_path), f"has format {side['format']}, we read {FORMAT}")
+        self._exact = side.get("exact")
+        self._groups = side.get("groups")
+
+    def _refuse(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        name = type(self).__name__
+        strategy = type(trainer.strategy).__name__
+        if strategy in _REFUSED:
+            raise ConfigError("strategy", strategy, f"{name} changes the model in mid-run, which it cannot follow: use ddp")
+        for callback in trainer.callbacks:
+            if isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
+                kind = type(callback).__name__
+                raise ConfigError("callbacks", kind, f"pairs weights by position, which {name}'s switch breaks: remove it")
+            if isinstance(callback, PhaseCallback) and callback is not self:
+                raise ConfigError("callbacks", type(callback).__name__, f"cannot run beside {name}: both change the model")
+        if not pl_module.automatic_optimization:
+            raise ConfigError("automatic_optimization", False, f"{name} needs Lightning's automatic optimization")
+
+
+def restore_plain(pl_module: pl.LightningModule) -> None:
+    """Merge and eject the adapters, restore the original ``requires_grad``: the module as the user made it, trained on."""
+    lora.eject(pl_module)
+    flags = pl_module.__dict__.pop("_lowrank_requires_grad", {})
+    for name, p in pl_module.named_parameters():
+        if name in flags:
+            p.requires_grad_(flags[name])
+    pl_module.__dict__.pop("_lowrank", None)
+    _unwrap_save(pl_module)
+
+
+def _unwrap_save(pl_module: pl.LightningModule) -> None:
+    wrapper = pl_module.__dict__.get("on_save_checkpoint")
+    if isinstance(wrapper, partial) and wrapper.func is _write_plain:
+        del pl_module.__dict__["on_save_checkpoint"]
+        if wrapper.args[1] is not None:
+            pl_module.on_save_checkpoint = wrapper.args[1]
+
+
+def _write_plain(pl_module: pl.LightningModule, inner: Any, checkpoint: dict[str, Any]) -> None:
+    """``on_save_checkpoint`` of a module under a phase callback: the user's own, then merged weights and the side entry.
+
+    A function of the module rather than a closure, so that the module stays picklable and deep-copies.
+    """
+    (inner or partial(type(pl_module).on_save_checkpoint, pl_module))(checkpoint)
+    note = pl_module.__dict__.get("_lowrank")
+    if note is not None:
+        exact = lora.exact_state(pl_module)
+        if exact:
+            checkpoint["state_dict"] = lora.plain_state(pl_module, checkpoint["state_dict"])
+        if "callbacks" in checkpoint:  # a file of weights only cannot be resumed from and needs no more
+            checkpoint.setdefault(SIDE, {}).update(format=FORMAT, **note, exact=exact)

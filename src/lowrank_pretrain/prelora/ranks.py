@@ -1,0 +1,41 @@
+"""PreLoRA's rank assignment (arXiv 2509.21619, Algorithm 2), pure.
+
+Within a family, x = min-max normalised relative change between the last two windows; rank = ranks[⌈x · |ranks|⌉ − 1]
+(x = 0: the smallest). What still moves gets a high rank, what has converged a low one.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+from lowrank_pretrain.plan import Plan
+from lowrank_pretrain.prelora.convergence import relative_change
+
+
+def assign_ranks(
+    before: Mapping[str, float], after: Mapping[str, float], families: Mapping[str, str], ranks: Sequence[int]
+) -> Plan:
+    """Give every target a rank by how far it has converged.
+
+    Args:
+        before: target -> signal (norm of weight, or of gradient) at the end of the last window but one.
+        after: the same at the end of the last window.
+        families: target -> family; min and max are taken inside a family.
+        ranks: increasing; the first may be 0.
+
+    Returns:
+        The plan. A family whose targets all changed equally (or has one member) gets the smallest rank: the authors' code
+        divides 0 by 0 there. A change that is infinite or NaN counts as the largest.
+    """
+    change = {name: relative_change(before[name], after[name]) for name in families}
+    plan = {}
+    for family in dict.fromkeys(families.values()):
+        members = [name for name in families if families[name] == family]
+        finite = [change[name] for name in members if math.isfinite(change[name])]
+        low, high = (min(finite), max(finite)) if finite else (0.0, 0.0)
+        for name in members:
+            if not math.isfinite(change[name]):
+                x = 1.0
+            else:
+                x = (change[name] - low) / (high - low) if high > low else 0.0
+            plan[name] = ranks[math.ceil(x * len(ranks)) - 1 if x > 0 else 0]
+    return Plan(plan)

@@ -1,0 +1,153 @@
+"""Changing a model in the middle of a fit, in one place (DESIGN 4.0).
+
+``apply`` takes the distributed wrapper off, runs the change, refits the optimizers' groups and wraps again, all at an
+optimizer-step boundary. **New parameters join the group that owns their base weight**: that is exact for every kind of
+scheduler, for resume and for layer-wise learning rates, where ``add_param_group`` raises or silently drifts. Frozen
+parameters leave their group (which may become empty, but is never removed); their state and ``.grad`` are released.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lowrank_pretrain.errors import ConfigError
+from lowrank_pretrain.lora import Inherit
+
+Change = Callable[[], Iterable[Inherit] | None]
+
+
+def apply(
+    trainer: pl.Trainer, module: pl.LightningModule, change: Change, optimizer_state: str = "keep", replay: bool = False
+) -> None:
+    """Run ``change`` on the module and make trainer, optimizers and wrapper follow.
+
+    Args:
+        trainer: the running trainer.
+        module: its LightningModule.
+        change: alters the module (adds parameters, sets ``requires_grad``); may return what inherits from what.
+        optimizer_state: ``keep``: parameters that stay keep their moments; ``reset``: all moments are dropped, as the
+            PreLoRA authors' code does.
+        replay: the change is repeated before the first step of a resumed fit, so no step boundary is needed.
+
+    Raises:
+        RuntimeError: called between two micro-batches of one optimizer step.
+        ConfigError: a new parameter has no base weight in any optimizer.
+    """
+    if not replay and _mid_step(trainer):
+        raise RuntimeError("a model may change only between two optimizer steps, not between micro-batches of one")
+    strategy = trainer.strategy
+    wrapped = strategy.model is not strategy.lightning_module
+    if wrapped:
+        strategy.model = strategy.lightning_module  # no reference to the old wrapper is kept: its reducer goes with it
+    for p in module.parameters():
+        p.grad = None  # gradients may be views of the old reducer's buckets
+    before = {id(p): p.requires_grad for p in module.parameters()}
+    inherited = list(change() or ())
+    for optimizer in trainer.optimizers:
+        _inherit_state(optimizer, inherited)
+    _join(trainer.optimizers, module, before, inherited)
+    _leave(trainer.optimizers, module, before)
+    if optimizer_state == "reset":
+        for optimizer in trainer.optimizers:
+            optimizer.state.clear()
+    if wrapped:
+        strategy.configure_ddp()
+
+
+def group_names(optimizers: Iterable[Optimizer], module: nn.Module) -> list[list[list[str]]]:
+    """Parameter names by optimizer and group, in order. Optimizer state is restored by position, so a resume compares."""
+    names = {id(p): name for name, p in module.named_parameters()}
+    return [[[names.get(id(p), "?") for p in group["params"]] for group in opt.param_groups] for opt in optimizers]
+
+
+def check_restored(optimizers: Iterable[Optimizer], module: nn.Module) -> None:
+    """Refuse moments that landed on a parameter of another shape (loading by position does not notice).
+
+    Raises:
+        ConfigError: naming the parameter.
+    """
+    names = {id(p): name for name, p in module.named_parameters()}
+    for optimizer in optimizers:
+        if not type(optimizer).__module__.startswith("torch.optim"):
+            continue  # projected moments have shapes of their own: such an optimizer checks them itself
+        for p, state in optimizer.state.items():
+            for key, value in state.items():
+                if isinstance(value, Tensor) and value.ndim > 0 and key.startswith("exp_avg") and value.shape != p.shape:
+                    raise ConfigError(
+                        "ckpt_path", names.get(id(p), "?"), f"its {key} has shape {tuple(value.shape)}, not {tuple(p.shape)}: "
+                        "the checkpoint's optimizer belongs to another model or another grouping of parameters"
+                    )  # fmt: skip
+
+
+def _mid_step(trainer: pl.Trainer) -> bool:
+    # Lightning has no public way to ask; this is the one place where a private of its loops is read
+    return trainer.fit_loop.epoch_loop._should_accumulate()
+
+
+def _inherit_state(optimizer: Optimizer, inherited: Iterable[Inherit]) -> None:
+    for new, old, dim, start, rows in inherited:
+        state = optimizer.state.get(old)
+        if state:
+            optimizer.state[new] = {
+                key: value.narrow(dim, start, rows).clone()
+                if isinstance(value, Tensor) and value.shape == old.shape
+                else (value.clone() if isinstance(value, Tensor) else value)
+                for key, value in state.items()
+            }
+
+
+def _join(
+    optimizers: list[Optimizer], module: nn.Module, before: dict[int, bool], inherited: Iterable[Inherit]
+) -> None:
+    groups = {id(p): group for opt in optimizers for group in opt.param_groups for p in group["params"]}
+    forebears = {id(new): id(old) for new, old, *_ in inherited}
+    named = dict(module.named_parameters())
+    for name, p in named.items():
+        if id(p) in before or not p.requires_grad or id(p) in groups:
+            continue
+        owner = forebears.get(id(p)) or _base_weight(name, named, groups)
+        if owner not in groups:
+            raise ConfigError(
+                "targets", name.partition(".lora_")[0], "is in no optimizer: configure_optimizers must hand over its weight"
+            )
+        group = groups[owner]
+        group["params"].append(p)
+        if "param_names" in group:
+            group["param_names"].append(name)
+
+
+def _base_weight(name: str, named: dict[str, nn.Parameter], groups: dict[int, Any]) -> int | None:
+    """The nearest parameter above a new one that an optimizer owns: ``fc1.lora_B.W`` -> ``fc1.weight``."""
+    words = name.split(".")
+    for end in range(len(words) - 1, 0, -1):
+        prefix = ".".join(words[:end])
+        siblings = [f"{prefix}.weight", *(n for n in named if n.rpartition(".")[0] == prefix)]
+        for sibling in siblings:
+            if sibling in named and id(named[sibling]) in groups:
+                return id(named[sibling])
+    return None
+
+
+def _leave(optimizers: list[Optimizer], module: nn.Module, before: dict[int, bool]) -> None:
+    """Parameters that were frozen or removed by the change leave their group, with their state."""
+    after = {id(p): p.requires_grad for p in module.parameters()}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            stays = [
+                not (id(p) in before and before[id(p)] and not after.get(id(p), False)) for p in group["params"]
+            ]
+            if all(stays):
+                continue
+            for p, stay in zip(group["params"], stays, strict=True):
+                if not stay:
+                    optimizer.state.pop(p, None)
+                    p.grad = None
+            for key in ("params", "param_names"):
+                if key in group:
+                    group[key][:] = [item for item, stay in zip(group[key], stays, strict=True) if stay]
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # so that what a phase needs is what the device reports

@@ -1,0 +1,115 @@
+"""A LightningModule that the package knows nothing of, its data, and a Trainer that says nothing: shared by the tests."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+from torch.utils.data import TensorDataset
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+
+class Block(nn.Module):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.fc1 = nn.Linear(dim, 2 * dim)
+        self.fc2 = nn.Linear(2 * dim, dim)
+        self.drop = nn.Dropout(0.1)
+
+    def forward(self, x):
+        q, k, v = self.qkv(self.norm(x)).chunk(3, dim=-1)
+        x = x + torch.softmax(q * k, -1) * v
+        return x + self.drop(self.fc2(torch.relu(self.fc1(x))))
+
+
+class Toy(pl.LightningModule):
+    """x (B, 12) -> class of 3. `lr_groups` > 1 gives layer-wise learning rates; `scheduler` names one of torch's."""
+
+    def __init__(self, dim: int = 16, depth: int = 2, lr_groups: int = 1, scheduler: str | None = None, lr: float = 1e-2):
+        super().__init__()
+        self.save_hyperparameters()
+        self.embed = nn.Linear(12, dim)
+        self.blocks = nn.ModuleList(Block(dim) for _ in range(depth))
+        self.head = nn.Linear(dim, 3)
+        self.losses: list[float] = []
+
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def forward(self, x):
+        x = self.embed(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        # Lightning saves no random state: seeding by position makes dropout the same in a resumed run
+        torch.manual_seed(1000 * self.current_epoch + batch_idx)
+        loss = nn.functional.cross_entropy(self(x), y)
+        self.losses.append(loss.item())
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        x, y = batch
+        self.log("val/loss", nn.functional.cross_entropy(self(x), y))
+
+    def test_step(self, batch, batch_idx):
+        x, y = batch
+        self.log("test/loss", nn.functional.cross_entropy(self(x), y))
+
+    def configure_optimizers(self):
+        params = [p for p in self.parameters() if p.requires_grad]
+        n, lr = self.hparams.lr_groups, self.hparams.lr
+        groups = [{"params": params[i::n], "lr": lr / (i + 1)} for i in range(n)]
+        optimizer = torch.optim.AdamW(groups, lr=lr)
+        s = torch.optim.lr_scheduler
+        schedulers = {
+            None: lambda: None,
+            "lambda": lambda: s.LambdaLR(optimizer, lambda t: 0.95**t),
+            "cosine": lambda: s.CosineAnnealingLR(optimizer, 30),
+            "onecycle": lambda: s.OneCycleLR(optimizer, lr, total_steps=60),
+            "sequential": lambda: s.SequentialLR(
+                optimizer, [s.LinearLR(optimizer, 0.1, total_iters=5), s.CosineAnnealingLR(optimizer, 30)], [5]
+            ),
+            "step": lambda: s.StepLR(optimizer, 3, 0.7),
+        }
+        scheduler = schedulers[self.hparams.scheduler]()
+        if scheduler is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def loader(n: int = 48, batch_size: int = 8) -> StatefulDataLoader:
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(n, 12, generator=g)
+    y = (x[:, 0] > 0).long() + (x[:, 1] > 0).long()
+    return StatefulDataLoader(TensorDataset(x, y), batch_size=batch_size)
+
+
+def trainer(tmp: Path, *callbacks: Any, every: int | None = None, **kwargs: Any) -> pl.Trainer:
+    """A quiet CPU trainer; with `every`, a checkpoint file step=N.ckpt every so many steps."""
+    callbacks = list(callbacks)
+    if every:
+        callbacks.append(
+            ModelCheckpoint(tmp, filename="{step}", save_top_k=-1, every_n_train_steps=every, save_on_train_epoch_end=False)
+        )
+    defaults = {"max_epochs": 6, "accelerator": "cpu", "limit_val_batches": 0}
+    return pl.Trainer(
+        default_root_dir=tmp,
+        callbacks=callbacks,
+        logger=kwargs.pop("logger", False),
+        enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in callbacks),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **{**defaults, **kwargs},
+    )
+
+
+def toy(**kwargs: Any) -> Toy:
+    torch.manual_seed(7)
+    return Toy(**kwargs)
