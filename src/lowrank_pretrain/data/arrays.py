@@ -1,0 +1,97 @@
+"""Images that fit in memory: a batch is one tensor index, so a small model on one core does not wait for its data.
+
+Shapes: N images, B batch, C channels, H×W pixels, K classes.
+"""
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from lowrank_pretrain.data.loaders import Fetched
+from lowrank_pretrain.data.mixing import Mixing
+from lowrank_pretrain.errors import ConfigError
+from lowrank_pretrain.seeds import generator
+
+GRAY = (0.299, 0.587, 0.114)  # ITU-R 601, as PIL's convert("L")
+
+
+class ArrayImages:
+    """A set of images held as one uint8 tensor.
+
+    Args:
+        images: uint8, (N, H, W) or (N, H, W, 3).
+        labels: integers, (N,) or (N, 1), in [0, num_classes).
+        num_classes: K.
+        img_size: side of the square images to hand out, pixels; bilinear when it differs from the stored one.
+        in_chans: 1 or 3; gray images are repeated, coloured ones turned to gray.
+        mean: of the pixel values in [0, 1], per stored channel.
+        std: likewise.
+        flip: mirror half of the images, chosen anew every epoch.
+        mixing: mixup and the like, for training only.
+        seed: the run's seed; None: the one given to ``seed_everything``.
+
+    Raises:
+        ConfigError: shapes or labels that do not fit the arguments.
+    """
+
+    def __init__(
+        self,
+        images: np.ndarray,
+        labels: np.ndarray,
+        num_classes: int,
+        img_size: int,
+        in_chans: int,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        flip: bool = False,
+        mixing: Mixing | None = None,
+        seed: int | None = None,
+    ) -> None:
+        if images.dtype != np.uint8 or images.ndim not in (3, 4) or len(images) != labels.size or not len(images):
+            shapes = f"{images.dtype}{images.shape} and {labels.shape}"
+            raise ConfigError("root", shapes, "images and labels must be uint8 (N, H, W[, 3]) and (N,), N at least 1")
+        if in_chans not in (1, 3):
+            raise ConfigError("in_chans", in_chans, "must be 1 or 3")
+        if not isinstance(img_size, int) or img_size < 1:
+            raise ConfigError("img_size", img_size, "must be a positive number of pixels")
+        labels = labels.reshape(-1).astype(np.int64)
+        if labels.min() < 0 or labels.max() >= num_classes:
+            raise ConfigError("num_classes", num_classes, f"must be above every label, found {labels.max()}")
+        if images.ndim == 3:
+            images = images[..., None]
+        channels = images.shape[-1]
+        if in_chans == 1 and channels == 3:
+            images = (images @ np.array(GRAY, np.float32)).round().astype(np.uint8)[..., None]
+            mean, std = (float(np.dot(GRAY, mean)),), (float(np.dot(GRAY, std)),)
+        self.images = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))  # (N, C, H, W)
+        self.labels = torch.from_numpy(labels)  # (N,)
+        self.img_size, self.in_chans, self.flip, self.mixing, self.seed = img_size, in_chans, flip, mixing, seed
+        # (x/255 − mean)/std as one multiply-add
+        self.scale = torch.tensor([1 / (255 * s) for s in std]).view(-1, 1, 1)
+        self.shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)]).view(-1, 1, 1)
+        self._flips: tuple[int, torch.Tensor] | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def fetch(self, epoch: int, indices: list[int]) -> Fetched:
+        """Images (B, in_chans, img_size, img_size) float32 and labels: (B,) int64, or (B, K) float when mixing."""
+        index = torch.tensor(indices)
+        x = torch.addcmul(self.shift, self.images[index], self.scale)  # (B, C, H, W)
+        y = self.labels[index]
+        if x.shape[-1] != self.img_size or x.shape[-2] != self.img_size:
+            x = functional.interpolate(x, (self.img_size, self.img_size), mode="bilinear", antialias=True)
+        if self.flip:
+            x = torch.where(self._flipped(epoch)[index].view(-1, 1, 1, 1), x.flip(-1), x)
+        if self.in_chans != x.shape[1]:
+            x = x.repeat(1, self.in_chans, 1, 1)
+        if self.mixing:
+            x, y = self.mixing(x, y, epoch, indices[0])
+        return Fetched((x, y), [])
+
+    def _flipped(self, epoch: int) -> torch.Tensor:
+        # drawn for the whole set at once, so that it depends on neither batch size nor workers; (N,) bool
+        if self._flips is None or self._flips[0] != epoch:
+            draws = torch.rand(len(self), generator=generator("flip", epoch, seed=self.seed))
+            self._flips = epoch, draws < 0.5
+        return self._flips[1]

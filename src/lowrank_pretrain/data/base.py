@@ -1,0 +1,89 @@
+"""What all our LightningDataModules share: loaders over sets, and their place in the data inside every checkpoint."""
+
+from typing import Any
+
+import lightning as L
+
+from lowrank_pretrain.data.loaders import BatchSet, EpochBatches, EpochLoader, StreamLoader
+from lowrank_pretrain.errors import ConfigError
+
+
+class PretrainData(L.LightningDataModule):
+    """Base of the data modules: a subclass's ``setup`` sets ``train_set``, ``val_set`` and ``test_set``.
+
+    The place in the data is saved by this module, not only by Lightning's fit loop: the loop restores its loader only
+    if nothing has asked for it before, and ``trainer.estimated_stepping_batches`` (every schedule needs it) does ask.
+
+    Args:
+        batch_size: samples per batch and process.
+        num_workers: processes that load; 0 loads in the training process.
+        seed: of order and augmentation; None: the one given to ``seed_everything``.
+
+    Raises:
+        ConfigError: ``batch_size`` below 1 or ``num_workers`` below 0.
+    """
+
+    train_set: BatchSet | None = None
+    val_set: BatchSet | None = None
+    test_set: BatchSet | None = None
+
+    def __init__(self, batch_size: int, num_workers: int = 0, seed: int | None = None) -> None:
+        super().__init__()
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ConfigError("batch_size", batch_size, "must be a whole number, 1 or more")
+        if not isinstance(num_workers, int) or num_workers < 0:
+            raise ConfigError("num_workers", num_workers, "must be a whole number, 0 or more")
+        self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
+        self._train_loader: EpochLoader | StreamLoader | None = None
+        self._resume: dict[str, Any] | None = None
+
+    @property
+    def ranks(self) -> tuple[int, int]:
+        """This process and the number of processes."""
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+    def train_dataloader(self) -> EpochLoader | StreamLoader:
+        """The training loader; goes on where the checkpoint, or an earlier loader of the same fit, was."""
+        loader = self._make_train_loader()
+        state = self._resume or (self._train_loader.state_dict() if self._train_loader else None)
+        if state:
+            loader.load_state_dict(state)
+        self._train_loader, self._resume = loader, None
+        return loader
+
+    def val_dataloader(self) -> EpochLoader:
+        """The validation loader, in its natural order."""
+        return self._make_loader(self.val_set, shuffle=False)
+
+    def test_dataloader(self) -> EpochLoader:
+        """The test loader, in its natural order."""
+        return self._make_loader(self.test_set, shuffle=False)
+
+    def teardown(self, stage: str | None = None) -> None:
+        """Forget the loader of the fit that ended."""
+        self._train_loader = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place in the training data, {} before there is one."""
+        return {"train": self._train_loader.state_dict()} if self._train_loader else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from ``state``: at once if a loader is waiting to start, else when it is made."""
+        if self._train_loader:
+            self._train_loader.load_state_dict(state["train"])
+        else:
+            self._resume = state["train"]
+
+    def _make_train_loader(self) -> EpochLoader | StreamLoader:
+        overfit = self.trainer is not None and self.trainer.overfit_batches > 0
+        return self._make_loader(self.train_set, shuffle=not overfit)
+
+    def _make_loader(self, dataset: BatchSet | None, shuffle: bool) -> EpochLoader:
+        if dataset is None:
+            raise RuntimeError(f"call {type(self).__name__}.setup() before asking for its loaders")
+        rank, world = self.ranks
+        if shuffle and self.batch_size * world > len(dataset):
+            allowed = f"times {world} process{'es' * (world > 1)} must be at most {len(dataset)}, the size of the training set"
+            raise ConfigError("batch_size", self.batch_size, allowed)
+        batches = EpochBatches(len(dataset), self.batch_size, shuffle, rank, world, self.seed)
+        return EpochLoader(dataset, batches, self.num_workers)

