@@ -1,1 +1,6 @@
 """GaLore: full weights, projected gradients."""
+
+from lowrank_pretrain.galore.groups import galore_param_groups
+from lowrank_pretrain.galore.optimizer import GaLoreAdamW
+
+__all__ = ["GaLoreAdamW", "galore_param_groups"]

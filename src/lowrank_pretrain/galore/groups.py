@@ -1,0 +1,157 @@
+"""Parameter groups: which matrices are projected, and with which settings. Every wrong value is refused here."""
+
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import Tensor, nn
+
+from lowrank_pretrain.errors import ConfigError
+from lowrank_pretrain.galore.moments import MOMENTS, bitsandbytes
+from lowrank_pretrain.galore.subspace import PROJ_TYPES, REFRESHES
+from lowrank_pretrain.targets import PRESETS, find_targets, parts, plain_name
+
+RESIDUALS = (None, "fira")
+VARIANTS = ("galore", "apollo")
+_CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def galore_param_groups(
+    model: nn.Module,
+    rank: int,
+    targets: str | Sequence[str] = "all",
+    weight_decay: float | None = None,
+    rest_lr: float | None = None,
+    **settings: Any,
+) -> list[dict[str, Any]]:
+    """Groups for ``GaLoreAdamW``: the targets, projected; every other trainable parameter, plain AdamW.
+
+    Args:
+        model: the model, or LightningModule, whose names the patterns count from.
+        rank: rank of the projection; above min(m, n) of a matrix it is clamped with one warning, or refused if ``targets``
+            is a list of globs.
+        targets: presets or globs. Globs may name convolutions too (``patch_embed.proj``): their weight is taken as a matrix
+            of shape (out, in·kernel). A fused qkv matrix is projected whole.
+        weight_decay: for matrices; norms, biases and embeddings get 0. By default the optimizer's own, for all of them.
+        rest_lr: learning rate of everything that is not projected; by default the optimizer's.
+        settings: any of the optimizer's GaLore keys, e.g. ``scale``, ``update_proj_gap``, ``refresh``, ``lr``.
+
+    Returns:
+        Up to three groups of (name, parameter) pairs: projected, other weights, and norms, biases and embeddings.
+
+    Raises:
+        ConfigError: a pattern matches nothing or only a part of a fused matrix; a rank that is too large for a named one.
+    """
+    check_rank_value(rank)
+    layers = target_layers(model, targets)
+    named = {plain_name(name): p for name, p in model.named_parameters() if p.requires_grad}
+    chosen = {}
+    for name in layers:
+        if f"{name}.weight" not in named:
+            raise ConfigError("targets", name, "is frozen: only trainable weights can be projected")
+        chosen[f"{name}.weight"] = named[f"{name}.weight"]
+    explicit = any(t not in PRESETS for t in ([targets] if isinstance(targets, str) else targets))
+    for name, p in chosen.items():
+        if explicit and rank > largest_rank(p):
+            raise ConfigError("rank", rank, f"{name} is {tuple(p.shape)}: at most {largest_rank(p)} is allowed")
+    unlike = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
+    rest = {name: p for name, p in named.items() if name not in chosen}
+    decayed = {name: p for name, p in rest.items() if p.ndim >= 2 and id(p) not in unlike and "pos_embed" not in name}
+    plain = {name: p for name, p in rest.items() if name not in decayed}
+    decay, no_decay = ({}, {}) if weight_decay is None else ({"weight_decay": weight_decay}, {"weight_decay": 0.0})
+    lr = {} if rest_lr is None else {"lr": rest_lr}
+    groups: list[dict[str, Any]] = [
+        {"params": list(chosen.items()), "rank": rank, **decay, **settings},
+        {"params": list(decayed.items()), **decay, **lr},
+        {"params": list(plain.items()), **no_decay, **lr},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def target_layers(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
+    """Names of the layers whose whole weight the patterns choose, in the model's order."""
+    patterns = [targets] if isinstance(targets, str) else list(targets)
+    convs = {plain_name(name) for name, layer in model.named_modules() if isinstance(layer, _CONV)}
+    chosen, rest = set(), []
+    for pattern in patterns:
+        hits = {name for name in convs if pattern not in PRESETS and _suffix_match(pattern, name)}
+        chosen |= hits
+        rest += [] if hits else [pattern]
+    found = find_targets(model, rest) if rest or not chosen else {}
+    by_layer: dict[str, list[str]] = {}
+    for target in found.values():
+        by_layer.setdefault(target.layer_name, []).append(target.part)
+    for name, have in by_layer.items():
+        whole = [part for part, _, _ in parts(name, model.get_submodule(name))]
+        if sorted(have) != sorted(whole):
+            raise ConfigError(
+                "targets", f"{name}.{have[0]}", f"GaLore projects a fused matrix whole: name it as {name}, not by its parts"
+            )
+    chosen |= set(by_layer)
+    return [plain_name(name) for name, _ in model.named_modules() if plain_name(name) in chosen]
+
+
+def check_group(group: dict[str, Any], names: Mapping[int, str]) -> None:
+    """Refuse what the optimizer cannot do with this group; clamp ranks with one warning.
+
+    Raises:
+        ConfigError: naming the key, the value and what is allowed.
+    """
+    for key, allowed in (
+        ("proj_type", PROJ_TYPES),
+        ("refresh", REFRESHES),
+        ("moments", MOMENTS),
+        ("residual", RESIDUALS),
+        ("variant", VARIANTS),
+    ):
+        if group[key] not in allowed:
+            raise ConfigError(key, group[key], f"must be one of {', '.join(str(a) for a in allowed)}")
+    gap = group["update_proj_gap"]
+    if not isinstance(gap, int) or isinstance(gap, bool) or gap < 1:
+        raise ConfigError("update_proj_gap", gap, "must be an integer of 1 or more steps")
+    if group["moments"] == "8bit":
+        bitsandbytes()
+    for p in group["params"]:
+        if p.is_complex():
+            raise ConfigError("params", names[id(p)], "is complex: GaLoreAdamW takes real parameters")
+    if group.get("rank") is None:
+        return
+    check_rank_value(group["rank"])
+    if group["proj_type"] == "full" and (group["residual"] or group["variant"] == "apollo"):
+        raise ConfigError("proj_type", "full", "Fira and APOLLO scale columns of a one-sided projection: use std")
+    if group["variant"] == "apollo" and (group["residual"] or group["refresh"] == "track"):
+        raise ConfigError("variant", "apollo", "has no basis to track and no residual: leave refresh and residual alone")
+    clamped = []
+    for p in group["params"]:
+        if p.ndim < 2:
+            raise ConfigError(
+                "params", names[id(p)], f"has shape {tuple(p.shape)}, but a GaLore group takes matrices. FSDP1 and DeepSpeed "
+                "flatten theirs: use FSDP2 (ModelParallelStrategy). Norms and biases belong in a group without `rank`"
+            )  # fmt: skip
+        if group["rank"] > largest_rank(p):
+            clamped.append(f"{names[id(p)]} {tuple(p.shape)}")
+    if clamped:
+        warnings.warn(f"rank={group['rank']} is clamped to min(m, n) for: {', '.join(clamped)}", stacklevel=4)
+
+
+def check_rank_value(rank: Any) -> None:
+    """Refuse a rank that is no positive integer."""
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        raise ConfigError("rank", rank, "must be an integer of 1 or more")
+
+
+def largest_rank(p: Tensor) -> int:
+    """min(m, n) of a weight taken as a matrix (first dimension by all others)."""
+    return min(p.shape[0], p.numel() // max(p.shape[0], 1))
+
+
+def run_seed() -> int:
+    """The seed given to ``lightning.seed_everything``; 0 if none was."""
+    return int(os.environ.get("PL_GLOBAL_SEED", 0))
+
+
+def _suffix_match(pattern: str, name: str) -> bool:
+    words = name.split(".")
+    return any(fnmatchcase(".".join(words[i:]), pattern) for i in range(len(words)))

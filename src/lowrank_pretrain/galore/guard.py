@@ -1,0 +1,69 @@
+"""A gradient that is not finite: nothing of the step is applied, and an error names the parameter.
+
+On the CPU the check is read at once. On a device one flag per step masks the update there, and it is read a step or more
+later, when its copy has arrived: training never waits for it.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class _Pending:
+    flags: Tensor  # on the host, one per gradient: is it finite?
+    names: list[str]
+    event: "torch.cuda.Event"
+
+
+@dataclass
+class Guard:
+    """Checks the gradients of each step."""
+
+    pending: list[_Pending] = field(default_factory=list)
+
+    def check(self, grads: list[Tensor], names: list[str], wait: bool) -> Tensor | None:
+        """Check all gradients of a step before anything is changed.
+
+        Args:
+            grads: gradients (or their projections) on one device.
+            names: their parameters' names.
+            wait: read the answer now; needed where the update cannot be masked on the device.
+
+        Returns:
+            None where the answer is known to be good; else a device scalar: 1.0 if a gradient is not finite.
+
+        Raises:
+            FloatingPointError: a gradient is not finite (of this step, or of an earlier one whose answer has arrived).
+        """
+        self.raise_arrived()
+        # a sum is one pass at memory speed and carries every NaN and infinity
+        finite = torch.stack([g.sum(dtype=torch.promote_types(g.dtype, torch.float32)) for g in grads]).isfinite()
+        if wait or not finite.is_cuda:
+            _raise(finite, names, "nothing of this step was applied")
+            return None
+        flags = torch.empty(finite.shape, dtype=torch.bool, pin_memory=True).copy_(finite, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        self.pending.append(_Pending(flags, names, event))
+        return 1.0 - finite.all().float()
+
+    def raise_arrived(self, limit: int = 8) -> None:
+        """Raise for answers that have arrived; wait only if more than ``limit`` are outstanding."""
+        while self.pending and (self.pending[0].event.query() or len(self.pending) > limit):
+            first = self.pending.pop(0)
+            first.event.synchronize()
+            _raise(first.flags, first.names, "its step was skipped: no weight, moment or basis took it in")
+
+
+def _raise(finite: Tensor, names: list[str], consequence: str) -> None:
+    finite = finite.cpu()
+    if bool(finite.all()):
+        return
+    bad = [name for name, ok in zip(names, finite.tolist(), strict=True) if not ok]
+    more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+    raise FloatingPointError(
+        f"the gradient of {bad[0]}{more} is not finite; {consequence}. "
+        "Lower the learning rate, lengthen the warm-up, clip gradients, or check the batch"
+    )

@@ -1,0 +1,117 @@
+"""Adam on whatever it is given: the direction N = m̂/(√v̂ + ε) by torch's fused kernel, and how moments are kept.
+
+``moments``: ``float32`` (float64 for float64 gradients), ``grad`` (the gradient's dtype, as the published code), ``8bit``
+(block-wise codes and scales as plain tensors, by bitsandbytes), ``auto`` (``grad`` in the published mode, else float32).
+The published ε is added to √v before its bias correction; torch adds it after. Dividing ε by √(1−β₂ᵗ) makes them agree.
+"""
+
+import importlib
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from lowrank_pretrain.errors import ConfigError
+from lowrank_pretrain.galore.subspace import at_least_32
+
+MOMENTS = ("auto", "float32", "grad", "8bit")
+_BLOCK = 256  # elements per scale
+_SMALLEST = 4096  # smaller tensors stay in float32, as in bitsandbytes' own optimizers: their codes would save nothing
+
+
+def kind(group: dict[str, Any]) -> str:
+    """The group's ``moments``, ``auto`` resolved."""
+    if group["moments"] != "auto":
+        return group["moments"]
+    published = group["refresh"] == "svd" and not group["rotate_moments"]
+    return "grad" if published else "float32"
+
+
+def moment_dtype(group: dict[str, Any], grad_dtype: torch.dtype) -> torch.dtype:
+    """dtype that Adam's arithmetic has for this group (8-bit moments are float32 while they are worked on)."""
+    return grad_dtype if kind(group) == "grad" else at_least_32(grad_dtype)
+
+
+def read(state: dict[str, Any], shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """First and second moment of a parameter, zeros if it has none yet. Unless kept in 8 bit they are the live state."""
+    if "exp_avg" not in state:
+        return torch.zeros(*shape, dtype=dtype, device=device), torch.zeros(*shape, dtype=dtype, device=device)
+    if "exp_avg_scale" not in state:
+        return state["exp_avg"], state["exp_avg_sq"]
+    m = _decode(state["exp_avg"], state["exp_avg_scale"], signed=True)
+    return m.to(dtype), _decode(state["exp_avg_sq"], state["exp_avg_sq_scale"], signed=False).square_().to(dtype)
+
+
+def write(state: dict[str, Any], m: Tensor, v: Tensor, eight_bit: bool) -> None:
+    """Keep the moments; in 8 bit the root of v, whose range the code spans twice as well as v's."""
+    if eight_bit and m.numel() >= _SMALLEST:
+        state["exp_avg"], state["exp_avg_scale"] = _encode(m, signed=True)
+        state["exp_avg_sq"], state["exp_avg_sq_scale"] = _encode(v.sqrt(), signed=False)
+    else:
+        state["exp_avg"], state["exp_avg_sq"] = m, v
+
+
+def directions(
+    grads: list[Tensor],
+    ms: list[Tensor],
+    vs: list[Tensor],
+    step: int,
+    group: dict[str, Any],
+    skip: Tensor | None = None,
+    into: list[Tensor] | None = None,
+    lr: float = 1.0,
+) -> list[Tensor]:
+    """Update the moments in place and return −lr·N for each gradient.
+
+    Args:
+        grads: gradients, of one dtype and device.
+        ms: first moments, same shapes and dtype.
+        vs: second moments.
+        step: this step's number, from 1.
+        group: its ``betas``, ``eps`` and ``correct_bias``.
+        skip: device scalar, 1.0 where a gradient of this step is not finite: then moments stay and 0 is returned.
+        into: tensors to which −lr·N is added instead (parameters of that dtype).
+        lr: factor.
+    """
+    beta1, beta2 = group["betas"]
+    correct = group["correct_bias"]
+    out = [torch.zeros_like(g, memory_format=torch.contiguous_format) for g in grads] if into is None else into
+    # without bias correction the step is a number so large that 1−βᵗ is 1
+    steps = torch.full((len(grads),), float(step - 1) if correct else 1e9, device=grads[0].device)
+    eps = group["eps"] / math.sqrt(1 - beta2**step) if correct else group["eps"]
+    # fmt: off
+    adamw(
+        out, grads, ms, vs, [], list(steps.unbind()), fused=True, found_inf=skip,
+        amsgrad=False, beta1=beta1, beta2=beta2, lr=lr, weight_decay=0.0, eps=eps, maximize=False,
+    )
+    # fmt: on
+    return out
+
+
+def bitsandbytes() -> Any:
+    """``bitsandbytes.functional``; raises ``ConfigError`` with the cure where it is not installed."""
+    try:
+        return importlib.import_module("bitsandbytes.functional")
+    except ImportError:
+        raise ConfigError("moments", "8bit", "needs bitsandbytes: pip install 'lowrank_pretrain[8bit]'") from None
+
+
+def _encode(x: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
+    codes, scales = bitsandbytes().quantize_blockwise(x.float().contiguous(), code=_code(signed, x.device), blocksize=_BLOCK)
+    return codes, scales.absmax
+
+
+def _decode(codes: Tensor, scales: Tensor, signed: bool) -> Tensor:
+    return bitsandbytes().dequantize_blockwise(codes, absmax=scales, code=_code(signed, codes.device), blocksize=_BLOCK)
+
+
+_codes: dict[tuple[bool, torch.device], Tensor] = {}
+
+
+def _code(signed: bool, device: torch.device) -> Tensor:
+    if (signed, device) not in _codes:
+        _codes[signed, device] = bitsandbytes().create_dynamic_map(signed=signed).to(device)
+    return _codes[signed, device]

@@ -1,0 +1,372 @@
+"""GaLoreAdamW: AdamW whose matrices step inside a low-rank subspace of their gradient (Zhao et al., arXiv 2403.03507).
+
+A drop-in for ``galore_torch.GaLoreAdamW``: same signature, same group keys. ``refresh="svd", rotate_moments=False,
+stagger=False`` is that code step for step; the defaults are quicker and better.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lowrank_pretrain.errors import ConfigError
+from lowrank_pretrain.galore import checkpoint, moments
+from lowrank_pretrain.galore.groups import check_group, check_rank_value, largest_rank, run_seed
+from lowrank_pretrain.galore.guard import Guard
+from lowrank_pretrain.galore.layerwise import Layerwise
+from lowrank_pretrain.galore.projection import Projected
+from lowrank_pretrain.targets import all_targets, plain_name
+
+# Bytes of R that are worked on at once: on a CPU about one matrix, which stays in the cache; on a device enough to fill it.
+_CHUNK = {"cpu": 1 << 18}
+_CHUNK_DEVICE = 64 << 20
+
+
+class GaLoreAdamW(Optimizer):
+    """AdamW with projected gradients for every group that has a ``rank``; plain AdamW for the others.
+
+    Works through Lightning's plain ``configure_optimizers``. Group keys, all but ``rank`` with the defaults given here:
+
+    Args:
+        params: parameters or groups, e.g. from :func:`galore_param_groups`.
+        lr: learning rate; a projected matrix moves by ``lr * scale``. For matrices √(m/r) × AdamW's own is a good product.
+        betas: decay of the moments.
+        eps: added to √v before its bias correction, as published.
+        weight_decay: decoupled, after the update, not multiplied by ``scale``.
+        correct_bias: bias correction of the moments.
+        no_deprecation_warning: accepted and ignored.
+        update_proj_gap: steps between two refreshes of a matrix (``refresh="track"`` refreshes at every step).
+        scale: α of the paper.
+        proj_type: ``std`` projects the shorter side, ``reverse_std`` the longer, ``left``, ``right``, or ``full`` both.
+        refresh: ``subspace``: one warm-started power iteration; ``svd``: the published full SVD; ``track``: at every step one
+            power iteration on the momentum's mixture with the gradient.
+        rotate_moments: carry the moments over into the new basis.
+        stagger: spread the refreshes of the matrices over the gap.
+        layerwise: update each parameter as soon as its gradient is there and free it. Not with clipping, 16-mixed or DDP.
+        moments: ``auto``, ``float32``, ``grad`` (the gradient's dtype) or ``8bit`` (needs bitsandbytes).
+        residual: ``fira`` adds the scaled part of the gradient outside the subspace, with a limit on its growth.
+        variant: ``apollo`` scales the whole gradient by what Adam does to a random projection of it (rank 1: APOLLO-Mini).
+        seed: of the random parts; by default the run's.
+
+    Raises:
+        ConfigError: a wrong value.
+        FloatingPointError: from ``step``, naming a parameter whose gradient is not finite.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        correct_bias: bool = True,
+        no_deprecation_warning: bool = False,
+        *,
+        update_proj_gap: int = 200,
+        scale: float = 0.25,
+        proj_type: str = "std",
+        refresh: str = "subspace",
+        rotate_moments: bool = True,
+        stagger: bool = True,
+        layerwise: bool = False,
+        moments: str = "auto",
+        residual: str | None = None,
+        variant: str = "galore",
+        seed: int | None = None,
+    ) -> None:
+        if not lr >= 0:
+            raise ConfigError("lr", lr, "must be 0 or more")
+        if len(betas) != 2 or not all(0 <= b < 1 for b in betas):
+            raise ConfigError("betas", betas, "must be two numbers in [0, 1)")
+        if not eps >= 0:
+            raise ConfigError("eps", eps, "must be 0 or more")
+        if not weight_decay >= 0:
+            raise ConfigError("weight_decay", weight_decay, "must be 0 or more")
+        defaults = {
+            "lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay, "correct_bias": correct_bias,
+            "update_proj_gap": update_proj_gap, "scale": scale, "proj_type": proj_type, "refresh": refresh,
+            "rotate_moments": rotate_moments, "stagger": stagger, "layerwise": layerwise, "moments": moments,
+            "residual": residual, "variant": variant, "seed": run_seed() if seed is None else seed,
+        }  # fmt: skip
+        self._setup({})
+        super().__init__(params, defaults)
+
+    def _setup(self, ranks: dict[Tensor, int]) -> None:
+        self._ranks = ranks  # of adopted parameters, whose group has no rank
+        self._guard = Guard()
+        self._layerwise = Layerwise(self)
+        self._index: tuple[Any, dict[Tensor, tuple[dict[str, Any], str, int, int]]] | None = None
+        self._seen: dict[str, list[Any]] = {"overlap": [], "seconds": []}
+        self.share_basis: Callable[[list[Tensor]], None] | None = None  # set by galore_ddp_hook
+
+    # ---- groups -------------------------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as torch's; its values are checked."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        number = len(self.param_groups) - 1
+        check_group(group, {id(p): self._name(group, number, i) for i, p in enumerate(group["params"])})
+        if group["layerwise"]:
+            self._layerwise.install(group["params"])
+
+    @staticmethod
+    def _name(group: dict[str, Any], number: int, i: int) -> str:
+        names = group.get("param_names", ())
+        return names[i] if len(names) == len(group["params"]) else f"parameter {i} of group {number}"
+
+    def _lookup(self) -> dict[Tensor, tuple[dict[str, Any], str, int, int]]:
+        """parameter -> (group, name, rank or 0, position among the projected ones); groups may change between steps."""
+        key = tuple((id(g), len(g["params"])) for g in self.param_groups), len(self._ranks)
+        if self._index is None or self._index[0] != key:
+            found, projected = {}, 0
+            for number, group in enumerate(self.param_groups):
+                for i, p in enumerate(group["params"]):
+                    rank = self._ranks.get(p) or group.get("rank") or 0
+                    found[p] = (group, self._name(group, number, i), rank, projected)
+                    projected += rank > 0
+            self._index = key, found
+        return self._index[1]
+
+    def projected(self, p: Tensor) -> Projected | None:
+        """The working view of a projected parameter; None for one that AdamW updates."""
+        lookup = self._lookup()
+        group, name, rank, position = lookup[p]
+        if not rank:
+            return None
+        if p.ndim < 2:
+            raise ConfigError("params", name, "was flattened after the optimizer was made (FSDP1, DeepSpeed): use FSDP2")
+        gap, count = group["update_proj_gap"], sum(1 for entry in lookup.values() if entry[2])
+        offset = position * gap // count if group["stagger"] else 0
+        return Projected(p, group, self.state[p], min(rank, largest_rank(p)), name, offset)
+
+    # ---- step ---------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step. Lightning passes a closure that runs forward and backward; without one the gradients must be there."""
+        loss = None
+        if closure is not None:
+            self._layerwise.refuse_clipping(closure)
+            with torch.enable_grad(), self._layerwise.inside():
+                loss = closure()
+        self._guard.raise_arrived()
+        lookup = self._lookup()
+        self.update([p for p in lookup if p.grad is not None or p in self._layerwise.low])
+        self._layerwise.clear(free=[p for p, entry in lookup.items() if entry[0]["layerwise"]])
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget gradients, and what layer-wise updates have accumulated of them."""
+        super().zero_grad(set_to_none)
+        self._layerwise.clear()
+
+    @torch.no_grad()
+    def update(self, params: list[Tensor]) -> None:
+        """Step with the gradients of these parameters (all of a normal step's, or one layer's)."""
+        lookup = self._lookup()
+        by_device: dict[torch.device, list[Tensor]] = {}
+        for p in params:
+            _check_gradient(p, lookup[p][1])
+            by_device.setdefault(p.device, []).append(p)
+        for some in by_device.values():
+            self._update_on_device(some)
+
+    def _update_on_device(self, params: list[Tensor]) -> None:
+        lookup = self._lookup()
+        slots, plain = [], []
+        for p in params:
+            slot = self.projected(p)
+            if slot is None:
+                plain.append(p)
+            else:
+                slot.grad, slot.low = p.grad, self._layerwise.low.pop(p, None)
+                slots.append(slot)
+        # what writes the gradient itself into the weight, or starts from nothing, cannot be masked on the device
+        wait = any(slot.cold or slot.group["residual"] or slot.group["variant"] == "apollo" for slot in slots)
+        parts = [(t, s.name) for s in slots for t in (s.grad, s.low) if t is not None]
+        parts += [(p.grad, lookup[p][1]) for p in plain]
+        skip = self._guard.check([t for t, _ in parts], [name for _, name in parts], wait)
+        chunk_bytes = _CHUNK.get(params[0].device.type, _CHUNK_DEVICE)
+        for some in _chunks(slots, chunk_bytes):
+            self._update_projected(some, skip)
+        for group in self.param_groups:
+            mine = [p for p in plain if lookup[p][0] is group]
+            for same_step in _split(mine, lambda p: (int(self.state[p].get("step", 0)), p.dtype)):
+                self._update_plain(same_step, group, skip)
+
+    def _update_projected(self, slots: list[Projected], skip: Tensor | None) -> None:
+        group, step = slots[0].group, slots[0].step + 1
+        lows, ms, vs = [], [], []
+        for slot in slots:
+            sample = slot.grad if slot.grad is not None else slot.p
+            m, v = slot.read_moments(sample)
+            if slot.due:
+                m, v = self._refresh(slot, m, v, skip)
+            low = slot.low
+            if slot.grad is not None:
+                low = slot.project(slot.grad) if low is None else low.add_(slot.project(slot.grad))
+            lows.append(low)
+            ms.append(m)
+            vs.append(v)
+        minus_n = moments.directions(lows, ms, vs, step, group, skip)
+        for slot, low, n, m, v in zip(slots, lows, minus_n, ms, vs, strict=True):
+            slot.apply(low, n)
+            moments.write(slot.state, m, v, moments.kind(group) == "8bit")
+            slot.state["step"] = torch.tensor(float(step))
+        _decay([slot.p for slot in slots], group, skip)
+
+    def _refresh(self, slot: Projected, m: Tensor, v: Tensor, skip: Tensor | None) -> tuple[Tensor, Tensor]:
+        began = time.perf_counter()
+        m, v, overlap = slot.refresh(m, v, skip, self.share_basis)
+        if self._seen.get("step") != [slot.step]:
+            self._seen = {"overlap": [], "seconds": [], "step": [slot.step]}
+        self._seen["seconds"].append(time.perf_counter() - began)
+        if overlap is not None:
+            self._seen["overlap"].append(overlap)
+        return m, v
+
+    def _update_plain(self, params: list[Tensor], group: dict[str, Any], skip: Tensor | None) -> None:
+        states, grads = [self.state[p] for p in params], [p.grad for p in params]
+        step, dtype = int(states[0].get("step", 0)) + 1, moments.moment_dtype(group, grads[0].dtype)
+        pairs = [moments.read(state, p.shape, dtype, p.device) for state, p in zip(states, params, strict=True)]
+        ms, vs = [m for m, _ in pairs], [v for _, v in pairs]
+        weights, lr = [p.detach() for p in params], float(group["lr"])
+        if dtype == params[0].dtype:
+            moments.directions(grads, ms, vs, step, group, skip, into=weights, lr=lr)
+        else:
+            for weight, grad, m, v in zip(weights, grads, ms, vs, strict=True):  # one float32 copy at a time
+                weight.add_(*moments.directions([grad.to(dtype)], [m], [v], step, group, skip, lr=lr))
+        for state, m, v in zip(states, ms, vs, strict=True):
+            moments.write(state, m, v, moments.kind(group) == "8bit")
+            state["step"] = torch.tensor(float(step))
+        _decay(weights, group, skip)
+
+    # ---- the suite's protocol (DESIGN 4.0) --------------------------------------------------------------------------
+
+    def adopt(self, plan: Mapping[str, int], module: nn.Module) -> None:
+        """Project the plan's targets from now on. Their group, its schedule and their moments stay.
+
+        The basis comes from the first gradient after this; then m ← Pᵀm, v ← (P∘P)ᵀv with ``step`` kept and scale 1, so that
+        the step size is continuous. A fused matrix takes the largest rank of its parts; rank 0 leaves a matrix as it is.
+
+        Raises:
+            ConfigError: a target that is unknown, in no group, or projected already.
+        """
+        targets, ranks = all_targets(module), {}
+        for name, rank in plan.items():
+            if name not in targets:
+                raise ConfigError("plan", name, "is no target of this model")
+            if rank:
+                check_rank_value(rank)
+                layer = targets[name].layer_name
+                ranks[layer] = max(rank, ranks.get(layer, 0))
+        named = {plain_name(name): p for name, p in module.named_parameters()}
+        lookup = self._lookup()
+        for layer, rank in ranks.items():
+            p = named[f"{layer}.weight"]
+            if p not in lookup or lookup[p][2]:
+                raise ConfigError("plan", layer, "must be in a group of this optimizer, and not projected already")
+            if rank > largest_rank(p):
+                raise ConfigError("plan", {layer: rank}, f"the matrix is {tuple(p.shape)}: at most {largest_rank(p)}")
+            lookup[p][0]["scale"] = 1.0
+            self._ranks[p] = rank
+        self._index = None
+
+    def release(self) -> None:
+        """The plan's freeze: projected weights go on training in full, so only moments still of full size are dropped."""
+        for p in self._ranks:
+            state = self.state.get(p, {})
+            if state and "proj" not in state:
+                for key in [key for key in state if key.startswith("exp_avg")]:
+                    del state[key]
+
+    def metrics(self) -> dict[str, float]:
+        """``galore/refresh_ms`` and ``galore/overlap`` of the last step that refreshed; waits for the device."""
+        if not self._seen["seconds"]:
+            return {}
+        found = {"galore/refresh_ms": 1e3 * sum(self._seen["seconds"])}
+        if self._seen["overlap"]:
+            found["galore/overlap"] = float(torch.stack([o.float() for o in self._seen["overlap"]]).mean())
+        return found
+
+    # ---- state --------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's; groups with adopted parameters carry their ranks."""
+        saved = super().state_dict()
+        for group, kept in zip(self.param_groups, saved["param_groups"], strict=True):
+            ranks = [self._ranks.get(p, 0) for p in group["params"]]
+            if any(ranks):
+                kept["ranks"] = ranks
+        return saved
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, but tensors keep the dtype they were stored in, and ranks and shapes are compared first.
+
+        Raises:
+            ConfigError: the state belongs to another model, grouping, rank or projection.
+        """
+        checkpoint.load(self, state_dict, super().load_state_dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_ranks": self._ranks}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # a deep copy or an unpickled optimizer has none of our private attributes; load_state_dict comes here as well
+        super().__setstate__({key: value for key, value in state.items() if key != "_ranks"})
+        share = getattr(self, "share_basis", None)
+        self._setup(state.get("_ranks", getattr(self, "_ranks", {})))
+        self.share_basis = share
+        for group in self.param_groups:
+            if group.get("layerwise"):
+                self._layerwise.install(group["params"])
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        # GradScaler and Lightning ask this before they unscale gradients that layer-wise updates have already used
+        if any(group["layerwise"] for group in self.param_groups):
+            raise ConfigError(
+                "layerwise", True, "cannot undo a loss scale (16-mixed): use precision=bf16-mixed or layerwise=False"
+            )
+        return False
+
+
+def _check_gradient(p: Tensor, name: str) -> None:
+    grad = p.grad
+    if grad is not None and (grad.layout != torch.strided or grad.is_complex()):
+        what = "complex" if grad.is_complex() else "sparse"
+        raise ConfigError("params", name, f"has a {what} gradient: GaLoreAdamW takes dense real ones (Embedding(sparse=False))")
+
+
+def _decay(weights: list[Tensor], group: dict[str, Any], skip: Tensor | None) -> None:
+    rate, weights = float(group["lr"]) * group["weight_decay"], [w.detach() for w in weights]
+    if rate and skip is None:
+        torch._foreach_add_(weights, weights, alpha=-rate)  # 1 - rate, rounded, would drift from the published sum
+    elif rate:
+        torch._foreach_mul_(weights, 1 - rate * (1 - skip))
+
+
+def _split(items: list[Any], key: Callable[[Any], Any]) -> Iterator[list[Any]]:
+    found: dict[Any, list[Any]] = {}
+    for item in items:
+        found.setdefault(key(item), []).append(item)
+    yield from found.values()
+
+
+def _chunks(slots: list[Projected], limit: int) -> Iterator[list[Projected]]:
+    """Neighbours that one call of the fused kernel can take: same group, step and dtype, about ``limit`` bytes of R."""
+    for same in _split(slots, lambda s: (id(s.group), s.step, s.p.dtype)):
+        some, size = [], 0
+        for slot in same:
+            some.append(slot)
+            size += 4 * slot.rank * max(slot.p.shape[0], slot.p.numel() // slot.p.shape[0])
+            if size >= limit:
+                yield some
+                some, size = [], 0
+        if some:
+            yield some

@@ -1,0 +1,66 @@
+"""What the update adds outside the subspace: Fira's scaled residual, and APOLLO, which scales the whole gradient.
+
+Both take a scale per column from Adam's direction N in the subspace, s_j = ‖N_j‖/‖R_j‖, and limit how fast the norm of what
+they add may grow (Fira, arXiv 2410.01623, eq. 8; APOLLO, arXiv 2412.05270, section 4). Written from the papers' formulae.
+
+Shapes: W d×k the weight with its projected side first, M d×k its gradient alike, P d×r, R r×k, N r×k, s k.
+W ← W − ηα(P N + (M − P R)·diag(s)) = W − ηα P(N − R·diag(s)) − ηα M·diag(s): no d×k temporary.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+GROWTH = 1.01  # γ: a step's residual may be at most this much longer than the last one's
+_TINY = 1e-8
+
+
+def fira(weight: Tensor, matrix: Tensor, p: Tensor, low: Tensor, minus_n: Tensor, eta: float, state: dict[str, Any]) -> None:
+    """One update with the scaled residual, in place.
+
+    Args:
+        weight: W.
+        matrix: M.
+        p: P in W's dtype.
+        low: R.
+        minus_n: −N, overwritten.
+        eta: ηα.
+        state: keeps ``residual_norm``, the last residual's norm (0 before the first).
+    """
+    scale = _columns(minus_n) / (_columns(low) + _TINY)
+    outside = (_columns(matrix).square() - _columns(low).square()).clamp_min_(0)  # ‖(I−PPᵀ)M_j‖², since PᵀP = I
+    scale = scale * _limit((scale.square() * outside).sum().sqrt(), state)
+    minus_n.addcmul_(low, scale)
+    weight.addmm_(p, minus_n.to(weight.dtype), alpha=eta)
+    weight.addcmul_(matrix, scale.to(weight.dtype), value=-eta)
+
+
+def apollo(weight: Tensor, matrix: Tensor, low: Tensor, minus_n: Tensor, eta: float, state: dict[str, Any]) -> None:
+    """One update W ← W − ηα M·diag(s), in place; at rank 1 (APOLLO-Mini) one scale for the whole matrix."""
+    if low.shape[0] == 1:
+        ratio = torch.linalg.vector_norm(minus_n.float()) / (torch.linalg.vector_norm(low.float()) + _TINY)
+        scale = ratio.expand(low.shape[1])
+    else:
+        scale = _columns(minus_n) / (_columns(low) + _TINY)
+    scale = scale * _limit((scale * _columns(matrix)).square().sum().sqrt(), state)
+    weight.addcmul_(matrix, scale.to(weight.dtype), value=-eta)
+
+
+def gaussian(d: int, rank: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+    """APOLLO's random projection d×r, entries N(0, 1/r); drawn again from its seed at each step, never stored."""
+    p = torch.randn(d, rank, generator=generator, device=generator.device)
+    return p.mul_(rank**-0.5).to(dtype)
+
+
+def _columns(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=0, dtype=torch.float32 if x.dtype != torch.float64 else None)
+
+
+def _limit(norm: Tensor, state: dict[str, Any]) -> Tensor:
+    last = state.get("residual_norm")
+    factor = torch.ones_like(norm) if last is None else 1 / ((norm / (last + _TINY)).clamp_min(GROWTH) / GROWTH)
+    # a residual of exactly zero says nothing about the next one's size
+    factor = torch.where(torch.as_tensor(last if last is not None else 0.0, device=norm.device) > 0, factor, 1.0)
+    state["residual_norm"] = norm * factor
+    return factor

@@ -1,0 +1,149 @@
+"""GaLore's subspaces, as pure functions of tensors: find a basis, follow it, carry Adam's moments over to the next one.
+
+Shapes: G m×n a gradient; M d×k the same gradient with its projected side first (M = G, or its transpose); P d×r a basis,
+PᵀP = I; R = PᵀM r×k the projected gradient; m, v r×k Adam's moments of R; C = P_newᵀ P_old r×r. Two-sided: Q n×r is the
+basis of the other side and R = PᵀGQ is r×r.
+"""
+
+import torch
+from torch import Tensor
+
+PROJ_TYPES = ("std", "reverse_std", "right", "left", "full")
+REFRESHES = ("svd", "subspace", "track")
+OVERSAMPLE = 8  # extra columns of the cold start
+COLD_ITERATIONS = 2  # power iterations of the cold start: with 8 extra columns .999 of a full SVD's energy
+# Relative weight of the old basis in the new one: below every direction that carries signal, above float32's rounding. It
+# is the shift of (MMᵀ + δI)P: same eigenvectors, but a full column rank whatever the gradient's (256 tokens have a
+# gradient of rank 256), and where the gradient says nothing the basis stays what it was.
+RIDGE = 1e-6
+
+
+def project_left(rows: int, cols: int, proj_type: str) -> bool:
+    """Whether an m×n matrix is projected from the left (P is m×r); a square one counts as tall, as in the published code."""
+    tall = rows >= cols
+    return {"std": not tall, "reverse_std": tall, "left": True, "right": False, "full": True}[proj_type]
+
+
+def product32(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b`` in float32 for half-precision ``a``, without a full-size float32 copy of it; else in a's dtype."""
+    if a.dtype not in (torch.bfloat16, torch.float16):
+        return a @ b.to(a.dtype)
+    if a.is_cuda and "dtype" in torch.ops.aten.mm.overloads():  # torch 2.8 and later
+        return torch.mm(a, b.to(a.dtype), out_dtype=torch.float32)
+    out = torch.zeros(a.shape[0], b.shape[1], dtype=torch.float32, device=a.device)
+    for some in torch.arange(a.shape[1], device="cpu").split(1024):
+        cut = slice(int(some[0]), int(some[-1]) + 1)
+        out.addmm_(a[:, cut].float(), b[cut].float())
+    return out
+
+
+def orthonormal(y: Tensor, fallback: Tensor | None = None) -> Tensor:
+    """Orthonormal columns with the span of ``y`` (d×r), column j with a positive share of y's column j.
+
+    On CUDA, where a ``fallback`` basis is given, by CholeskyQR, twice, in float64: far quicker than Householder's QR there,
+    and as exact for the condition numbers that ``RIDGE`` leaves (in float32 it fails on one real gradient in ten, without
+    an error). Should it fail all the same, the fallback is returned; nothing waits for the device.
+    """
+    if y.is_cuda and fallback is not None:
+        q, good = y.double(), torch.ones((), dtype=torch.bool, device=y.device)
+        for _ in range(2):
+            factor, info = torch.linalg.cholesky_ex(q.mT @ q)
+            q = torch.linalg.solve_triangular(factor.mT, q, upper=True, left=False)
+            good &= info == 0
+        return torch.where(good, q.to(y.dtype), fallback.to(y.dtype))
+    q, r = torch.linalg.qr(y)
+    return q * torch.where(r.diagonal() < 0, -1.0, 1.0).to(q.dtype)
+
+
+def svd_basis(grad: Tensor, rank: int, proj_type: str) -> list[Tensor]:
+    """The published basis: leading singular vectors of G (m×n); [P], or [P, Q] for ``full``. Left and right have the signs
+    that LAPACK gives for G itself, so that moments carried over without rotation mean the same as in the published code.
+    """
+    u, _, vh = torch.linalg.svd(grad.to(at_least_32(grad.dtype)), full_matrices=False)
+    left, right = u[:, :rank].clone(), vh[:rank].t().clone()  # a view would keep the whole factor alive
+    if proj_type == "full":
+        return [left, right]
+    return [left if project_left(*grad.shape, proj_type) else right]
+
+
+def range_finder(matrix: Tensor, rank: int, generator: torch.Generator) -> Tensor:
+    """Cold start: basis d×r of the leading left singular space of M (d×k) by a randomized range finder (Halko et al. 2011)."""
+    d, k = matrix.shape
+    width = min(rank + OVERSAMPLE, d, k)
+    sketch = torch.randn(k, width, generator=generator, device=generator.device).to(matrix.device)
+    q = torch.linalg.qr(product32(matrix, sketch))[0]
+    for _ in range(COLD_ITERATIONS):
+        q = torch.linalg.qr(product32(matrix.t(), q))[0]
+        q = torch.linalg.qr(product32(matrix, q))[0]
+    if width == rank:
+        return q
+    b = product32(matrix.t(), q)  # k×width; the Rayleigh-Ritz step picks the best r directions of the width found
+    return q @ torch.linalg.eigh(b.t() @ b)[1].flip(1)[:, :rank]
+
+
+def power_step(matrix: Tensor, p: Tensor) -> Tensor:
+    """Warm refresh: one power iteration orth(M MᵀP) from the last basis (d×r)."""
+    z = unit(product32(matrix.t(), p))  # k×r; normalised because the square of a small gradient would underflow
+    return orthonormal(unit(product32(matrix, z)).add_(p, alpha=RIDGE), fallback=p)
+
+
+def track_step(matrix: Tensor, p: Tensor, low: Tensor, m: Tensor, beta1: float) -> Tensor:
+    """One power iteration on the momentum mixture Ĝ = β₁ P m + (1−β₁) M, which is never formed.
+
+    ĜᵀP = β₁ mᵀ + (1−β₁) Rᵀ is at hand, and Ĝ Z = β₁ P (m Z) + (1−β₁) M Z costs one full product.
+
+    Args:
+        matrix: M, d×k.
+        p: the basis of the last step, d×r.
+        low: R = PᵀM in that basis, r×k.
+        m: first moment in that basis, r×k.
+        beta1: its decay.
+    """
+    z = unit(torch.lerp(low, m, beta1).t())  # k×r
+    y = product32(matrix, z).mul_(1 - beta1).addmm_(p, m @ z, alpha=beta1)
+    return orthonormal(unit(y).add_(p, alpha=RIDGE), fallback=p)
+
+
+def two_sided_step(grad: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    """One alternating power iteration for both sides of G (m×n): Q ← orth(GᵀP), P ← orth(GQ)."""
+    q = orthonormal(unit(product32(grad.t(), p)).add_(q, alpha=RIDGE))
+    return orthonormal(unit(product32(grad, q)).add_(p, alpha=RIDGE)), q
+
+
+def two_sided_track(grad: Tensor, p: Tensor, q: Tensor, m: Tensor, beta1: float) -> tuple[Tensor, Tensor]:
+    """The same on the mixture Ĝ = β₁ P m Qᵀ + (1−β₁) G, m r×r."""
+    z = product32(grad.t(), p).mul_(1 - beta1).addmm_(q, m.t(), alpha=beta1)
+    new_q = orthonormal(unit(z).add_(q, alpha=RIDGE))
+    y = product32(grad, new_q).mul_(1 - beta1).addmm_(p, m @ (q.t() @ new_q), alpha=beta1)
+    return orthonormal(unit(y).add_(p, alpha=RIDGE)), new_q
+
+
+def change_of_basis(new: Tensor, old: Tensor) -> Tensor:
+    """C = P_newᵀ P_old, r×r."""
+    return new.t() @ old
+
+
+def rotate(m: Tensor, v: Tensor, c: Tensor, c_right: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Adam's moments in the new basis: m ← C m, v ← (C∘C) v; two-sided C m C_rightᵀ and (C∘C) v (C_right∘C_right)ᵀ."""
+    m, v = c @ m, (c * c) @ v
+    return (m, v) if c_right is None else (m @ c_right.t(), v @ (c_right * c_right).t())
+
+
+def overlap(c: Tensor) -> Tensor:
+    """How much of the old subspace the new one keeps, ‖C‖²/r in [0, 1]; r/d for two random ones."""
+    return c.square().sum() / c.shape[0]
+
+
+def captured(matrix: Tensor, p: Tensor) -> Tensor:
+    """Share of M's energy inside the subspace, ‖PᵀM‖²/‖M‖²."""
+    return product32(matrix.t(), p).square().sum() / matrix.float().square().sum()
+
+
+def unit(x: Tensor) -> Tensor:
+    """``x`` scaled to Frobenius norm 1, in place; zero stays zero."""
+    return x.mul_(1 / torch.linalg.vector_norm(x).clamp_min(torch.finfo(x.dtype).tiny))
+
+
+def at_least_32(dtype: torch.dtype) -> torch.dtype:
+    """float32 for the half precisions, else the dtype itself."""
+    return torch.promote_types(dtype, torch.float32)
