@@ -116,6 +116,12 @@ def test_wrong_vision_arguments_are_one_line():
     wrong(lambda: vit(in_chans=0), "in_chans=0")
 
 
+def test_predict_takes_images_alone():
+    module, x = vit().eval(), torch.randn(1, 1, 8, 8)
+    (logits,) = trainer().predict(module, DataLoader(x, batch_size=1))
+    torch.testing.assert_close(logits, module(x))
+
+
 def test_label_outside_the_classes_is_one_line():
     wrong(lambda: trainer().fit(vit(num_classes=3), images(8, num_classes=9)), "num_classes=3", "label", "0..2")
 
@@ -270,9 +276,7 @@ def test_decay_touches_matrices_only():
     module = vit()
     decay, rest = Optim(weight_decay=0.3).groups(module)
     assert decay["weight_decay"] == 0.3 and rest["weight_decay"] == 0
-    assert {"model.blocks.0.attn.qkv.weight", "model.patch_embed.proj.weight", "model.head.weight"} <= names(
-        module, decay
-    )
+    assert {"model.blocks.0.attn.qkv.weight", "model.patch_embed.proj.weight", "model.head.weight"} <= names(module, decay)
     assert {"model.pos_embed", "model.cls_token", "model.norm.weight", "model.head.bias"} <= names(module, rest)
     assert len(decay["params"]) + len(rest["params"]) == len(list(module.parameters()))
 

@@ -3,18 +3,22 @@
 Shapes: B batch, T tokens, V vocabulary.
 """
 
+import logging
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torchmetrics import Metric
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from ..errors import ConfigError
-from .optim import Optim
-from .wording import check_count, closest, one_line, plain
+from lowrank_pretrain.errors import ConfigError
+from lowrank_pretrain.models.optim import Optim
+from lowrank_pretrain.models.wording import check_count, closest, one_line, plain
+
+log = logging.getLogger(__name__)
 
 
 class TokenLoss(Metric):
@@ -74,11 +78,7 @@ class CausalLM(LightningModule):
         check_count("seq_len", seq_len, least=2)
         self.model = create(name, vocab_size, seq_len, config)
         self.metrics = nn.ModuleDict(
-            {
-                f"{stage}_{key}": kind()
-                for stage in ("val", "test")
-                for key, kind in (("loss", TokenLoss), ("ppl", Perplexity))
-            }
+            {f"{stage}_{key}": kind() for stage in ("val", "test") for key, kind in (("loss", TokenLoss), ("ppl", Perplexity))}
         )
 
     def forward(self, input_ids: Tensor) -> Tensor:
@@ -101,6 +101,31 @@ class CausalLM(LightningModule):
                 wrong = low if low < 0 else high
                 raise ConfigError("vocab_size", vocab, f"the data holds token id {wrong}; ids are 0..{vocab - 1}")
         return batch
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Reads a head that was tied here and untied there, because it was a target of low-rank training.
+
+        Loaded as it is, the head would overwrite the embedding without a word. A resumed fit starts from the tied
+        model (its callback unties the head again and has its exact weights); anything else wants it untied now.
+        """
+        head, embedding = self.model.get_output_embeddings(), self.model.get_input_embeddings()
+        if head is None or head.weight is not embedding.weight:
+            return
+        names = {id(module): name for name, module in self.named_modules()}
+        head_name, state = names[id(head)], checkpoint["state_dict"]
+        looked_up, projected = (state.get(names[id(m)] + ".weight") for m in (embedding, head))
+        if looked_up is None or projected is None or torch.equal(looked_up, projected):
+            return
+        try:
+            fitting = self.trainer.state.fn == TrainerFn.FITTING
+        except RuntimeError:  # load_from_checkpoint: no trainer
+            fitting = False
+        if fitting and head_name in checkpoint.get("lowrank_pretrain", {}).get("plan", {}):
+            state[head_name + ".weight"] = looked_up
+        else:
+            head.weight = nn.Parameter(head.weight.detach().clone())
+            self.model.config.tie_word_embeddings = False
+            log.info("%s has weights of its own: it was untied from the embedding to be a target", head_name)
 
     def _loss(self, batch: dict[str, Tensor]) -> Tensor:
         ids = batch["input_ids"]  # (B, T); the model shifts the labels itself

@@ -13,8 +13,8 @@ from lightning.pytorch import LightningModule
 from torch import nn
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 
-from ..errors import ConfigError
-from .wording import plain
+from lowrank_pretrain.errors import ConfigError
+from lowrank_pretrain.models.wording import plain
 
 SCHEDULES = ("cosine", "constant")
 

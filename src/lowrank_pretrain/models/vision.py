@@ -17,14 +17,16 @@ from timm.models import load_state_dict
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
-from ..errors import ConfigError
-from .optim import Optim
-from .wording import check_count, closest, one_line, plain
+from lowrank_pretrain.errors import ConfigError
+from lowrank_pretrain.models.optim import Optim
+from lowrank_pretrain.models.wording import check_count, closest, one_line, plain
 
 log = logging.getLogger(__name__)
 
 # what timm's constructors raise for arguments that do not fit together
 BAD_ARGUMENTS = (TypeError, ValueError, AssertionError, RuntimeError, KeyError, IndexError, ZeroDivisionError)
+
+_NOT_ARCHITECTURE = ("num_classes", "pretrained", "pretrained_cfg_overlay")
 
 
 class VisionClassifier(LightningModule):
@@ -91,6 +93,8 @@ class VisionClassifier(LightningModule):
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Checks labels while they are still in host memory: on a GPU a wrong one is an unreadable assert."""
+        if isinstance(batch, Tensor):
+            return batch  # images alone, to predict
         y = batch[1]
         if y.device.type == "cpu" and not y.is_floating_point() and y.numel():
             low, high, classes = int(y.min()), int(y.max()), self.hparams.num_classes
@@ -138,7 +142,10 @@ def create(name: str, **kwargs: Any) -> nn.Module:
     if not isinstance(name, str) or not timm.is_model(name):  # also keeps names like hf-hub:… off the network
         raise ConfigError("name", name, f"timm has no such model; {closest(str(name), timm.list_models())}")
     try:
-        return timm.create_model(name, **kwargs)
+        model = timm.create_model(name, **kwargs)
+        # an export's config.json names them, so that stock timm can build the same network
+        model.created_with = {key: kwargs[key] for key in kwargs if key not in _NOT_ARCHITECTURE}
+        return model
     except torch.OutOfMemoryError:
         raise
     except BAD_ARGUMENTS as error:

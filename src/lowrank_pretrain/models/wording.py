@@ -6,7 +6,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from ..errors import ConfigError
+from lowrank_pretrain.errors import ConfigError
 
 
 def plain(value: Any) -> Any:
