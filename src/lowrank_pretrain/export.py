@@ -143,7 +143,15 @@ def _write(source: Source, out: Path) -> Path:
         save_for_hf(network, str(out), model_args=args, safe_serialization=True)
     else:
         network.config.use_cache = network.generation_config.use_cache = True
-        network.save_pretrained(out, max_shard_size="1000GB")
+        from transformers.utils import logging as hf_logging
+
+        bars = hf_logging.is_progress_bar_enabled()
+        hf_logging.disable_progress_bar()  # one file needs no bar of its own
+        try:
+            network.save_pretrained(out, max_shard_size="1000GB")
+        finally:
+            if bars:
+                hf_logging.enable_progress_bar()
     return out
 
 
