@@ -1,0 +1,80 @@
+"""metrics.csv in the run directory: Lightning's CSV logger, but a resumed run goes on in the same file."""
+
+import csv
+import os
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from typing_extensions import override
+
+SHOWN = ("train/", "val/", "test/")
+
+
+class _Appending(ExperimentWriter):
+    """Lightning's writer deletes the file it finds; this one goes on in it."""
+
+    @override
+    def _check_log_dir_exists(self) -> None:
+        if os.path.isfile(self.metrics_file_path):
+            with open(self.metrics_file_path, newline="") as file:
+                self.metrics_keys = csv.DictReader(file).fieldnames or []
+
+
+class RunCSVLogger(CSVLogger):
+    """Writes ``metrics.csv`` directly into `directory` and appends to the one that lies there.
+
+    Args:
+        directory: the run directory.
+    """
+
+    def __init__(self, directory: str | os.PathLike) -> None:
+        super().__init__(save_dir=directory, name="", version="")
+
+    @property
+    @override
+    def log_dir(self) -> str:
+        return self.save_dir
+
+    @property
+    @override
+    @rank_zero_experiment
+    def experiment(self) -> ExperimentWriter:
+        if self._experiment is None:
+            os.makedirs(self.log_dir, exist_ok=True)
+            self._experiment = _Appending(log_dir=self.log_dir)
+        return self._experiment
+
+    @override
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: ``.hydra/config.yaml`` holds them all."""
+
+
+def forget_after(path: Path, step: int) -> None:
+    """Drop from the CSV at `path` the rows from `step` on: a run that resumes behind `step` steps writes them again."""
+    if not path.is_file():
+        return
+    lines = path.read_text().splitlines(keepends=True)
+    if lines and not lines[-1].endswith("\n"):
+        del lines[-1]  # half a row: the process was killed while it wrote
+    reader = csv.DictReader(lines)
+    kept = [row for row in reader if int(row["step"]) < step]
+    beside = path.with_name(f".{path.name}.part")
+    with beside.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=reader.fieldnames or [])
+        writer.writeheader()
+        writer.writerows(kept)
+    os.replace(beside, path)
+
+
+def final_metrics(path: Path) -> dict[str, float]:
+    """The last value of each ``train/``, ``val/`` and ``test/`` column of the CSV at `path`; {} where there is none."""
+    if not path.is_file():
+        return {}
+    final = {}
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            final |= {key: float(value) for key, value in row.items() if key.startswith(SHOWN) and value}
+    return final

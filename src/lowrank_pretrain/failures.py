@@ -1,0 +1,88 @@
+"""Which failures are the user's to mend, as one line and an exit code; all others keep their traceback."""
+
+import errno
+import traceback
+from pathlib import Path
+
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from omegaconf import DictConfig
+
+from .build import in_group
+from .checkpoints import NotWritten
+from .errors import ConfigError
+from .finite import Diverged
+from .interrupts import Interrupted
+
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # full, over quota, read-only
+
+# Where an error that names a bare key comes from: the first of these modules in its traceback, from the inside out.
+ROOMS = {
+    "lowrank_pretrain.data": "data",
+    "lowrank_pretrain.models.optim": "optim",
+    "lowrank_pretrain.models": "model",
+    "lowrank_pretrain": "method",
+}
+
+
+def describe(error: BaseException, cfg: DictConfig, run_dir: Path) -> tuple[str, int] | None:
+    """One line and an exit code for `error`; None where it is no failure that a line can explain.
+
+    Args:
+        error: what ended the run.
+        cfg: the run's configuration; a bare key that an error names gets its group from it.
+        run_dir: the run directory, to name the last good checkpoint.
+    """
+    if isinstance(error, ConfigError):
+        return f"error: {with_group(error, cfg)}", 2
+    if isinstance(error, MisconfigurationException) or _is_lightnings(error):
+        return f"error: trainer: {one_line(error)}", 2
+    if isinstance(error, Interrupted):
+        return _farewell(error), error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        return _farewell(Interrupted("SIGINT")), 130
+    if isinstance(error, Diverged):
+        return f"error: {error}; {last_good(run_dir)}; a lower optim.lr or trainer.gradient_clip_val=1 may help", 1
+    if isinstance(error, torch.OutOfMemoryError):
+        return "error: the device is out of memory; lower data.batch_size and raise trainer.accumulate_grad_batches", 1
+    if isinstance(error, NotWritten) or getattr(error, "errno", None) in DISK:
+        return f"error: {one_line(error)}; {last_good(run_dir)}", 1
+    return None
+
+
+def one_line(error: BaseException) -> str:
+    """The error's message without line breaks."""
+    return " ".join(str(error).split())
+
+
+def last_good(run_dir: Path) -> str:
+    """Words on the checkpoint that a run in `run_dir` can go on from."""
+    found = [path for path in (run_dir / "checkpoints" / name for name in ("last.ckpt", "best.ckpt")) if path.is_file()]
+    return f"the last good checkpoint is {found[0]}" if found else "no checkpoint was written yet"
+
+
+def with_group(error: ConfigError, cfg: DictConfig) -> ConfigError:
+    """`error` with its group before a bare key, e.g. ``root`` -> ``data.root``."""
+    if "." in error.key or error.key in cfg:
+        return error
+    owners = [group for group in dict.fromkeys(ROOMS.values()) if error.key in (cfg.get(group) or {})]
+    modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    for module in reversed(modules):
+        for room, group in ROOMS.items():
+            if module.startswith(room) and group in owners:
+                return in_group(group, error)
+    return in_group(owners[0], error) if owners else error
+
+
+def _is_lightnings(error: BaseException) -> bool:
+    """A ValueError or TypeError that Lightning's own code raises is about the Trainer's arguments."""
+    if not isinstance(error, (ValueError, TypeError)) or error.__traceback__ is None:
+        return False
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return frame.f_globals.get("__name__", "").startswith(("lightning.pytorch.trainer", "lightning.pytorch.loops"))
+
+
+def _farewell(error: Interrupted) -> str:
+    if error.checkpoint is None:
+        return f"{error.name}: stopped; nothing written since the last checkpoint"
+    return f"{error.name}: stopped with {error.checkpoint}; the same command with ckpt_path=last goes on from there"

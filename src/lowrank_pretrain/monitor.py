@@ -1,0 +1,225 @@
+"""What a run costs, phase by phase: throughput, memory, parameters. Costs microseconds a step and never syncs a device.
+
+The words are the package's: a run is in phase ``full``, ``joint`` or ``lowrank``; any callback with an attribute
+``phase`` says which.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from typing_extensions import override
+
+from .memory import GIB, PeakMemory, optimizer_bytes
+from .step_clock import StepClock, Thinned
+
+PHASES = ("full", "joint", "lowrank")
+RECENT = 50  # steps whose median is the throughput shown while training
+
+
+def low_rank_callback(trainer: Trainer) -> Callback | None:
+    """The callback that knows the run's phase; None where all weights train from first to last."""
+    return next((callback for callback in trainer.callbacks if getattr(callback, "phase", None) in PHASES), None)
+
+
+def phase_of(trainer: Trainer) -> str:
+    """``"full"``, ``"joint"`` or ``"lowrank"``."""
+    return getattr(low_rank_callback(trainer), "phase", "full")
+
+
+def count_parameters(module: torch.nn.Module) -> dict[str, int]:
+    """Numbers of parameters: ``trainable``, ``adapters`` (part of ``total``, trainable or not) and ``total``."""
+    counts = {"trainable": 0, "adapters": 0, "total": 0}
+    for name, parameter in module.named_parameters():
+        counts["total"] += parameter.numel()
+        counts["trainable"] += parameter.numel() * parameter.requires_grad
+        counts["adapters"] += parameter.numel() * any(part in ("lora_A", "lora_B") for part in name.split("."))
+    return counts
+
+
+def batch_size_of(batch: Any) -> tuple[int, int]:
+    """(samples, tokens) in a batch; tokens is 0 but for text, ``{"input_ids": (B, T)}``."""
+    if isinstance(batch, Mapping) and isinstance(batch.get("input_ids"), torch.Tensor):
+        samples, length = batch["input_ids"].shape[:2]
+        return samples, samples * length
+    if isinstance(batch, torch.Tensor):
+        return (len(batch) if batch.ndim else 1), 0
+    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else ()
+    return next((found for found in map(batch_size_of, parts) if found[0]), (0, 0))
+
+
+@dataclass
+class PhaseRecord:
+    """What one phase has cost so far, over all processes.
+
+    Args:
+        phase: its name.
+        steps: optimizer steps.
+        seconds: their time, without validation, checkpoints and the switch itself.
+        tokens_per_sample: tokens in a sample; 0 but for text.
+        peak_gib: peak memory of process 0.
+        optimizer_gib: the optimizer states of process 0.
+        trainable: trainable parameters.
+        adapters: parameters of adapters.
+        total: all parameters.
+        seconds_per_sample: of each step, on one process; thinned out evenly once there are many.
+    """
+
+    phase: str
+    steps: int = 0
+    seconds: float = 0.0
+    tokens_per_sample: float = 0.0
+    peak_gib: float = 0.0
+    optimizer_gib: float = 0.0
+    trainable: int = 0
+    adapters: int = 0
+    total: int = 0
+    world_size: int = 1
+    seconds_per_sample: Thinned = field(default_factory=Thinned)
+
+    def samples_per_sec(self, last: int | None = None) -> float | None:
+        """From the median step time: of all steps, or of the `last` ones; None before the first is known."""
+        seconds = self.seconds_per_sample.median(last)
+        return self.world_size / seconds if seconds else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain types only."""
+        return {**asdict(self), "seconds_per_sample": dict(vars(self.seconds_per_sample))}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> "PhaseRecord":
+        """The inverse of `state_dict`."""
+        return cls(**{**state, "seconds_per_sample": Thinned(**state["seconds_per_sample"])})
+
+
+class Monitor(Callback):
+    """Logs what training costs and keeps one record per phase, across interruptions too.
+
+    Logged at every `log_every_n_steps`: ``throughput/samples_per_sec`` and, for text, ``throughput/tokens_per_sec``
+    (median of the last steps of this phase, all processes), ``memory/peak_gib`` (of this phase), ``memory/optimizer_gib``
+    (live storages), ``params/trainable``, ``params/adapters``, ``params/total`` and ``lowrank/phase`` (0, 1, 2).
+    """
+
+    def __init__(self) -> None:
+        self.records: list[PhaseRecord] = []
+        self._clock: StepClock | None = None
+        self._memory: PeakMemory | None = None
+        self._live = False  # whether the last record belongs to this process and not only to a restored one
+        self._samples = self._tokens = 0
+        self._seen_step = 0
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return "Monitor"
+
+    @property
+    def record(self) -> PhaseRecord | None:
+        """The record of the running phase."""
+        return self.records[-1] if self.records else None
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._clock = StepClock(pl_module.device)
+        self._memory = PeakMemory(pl_module.device)
+        self._live, self._seen_step = False, trainer.global_step
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        phase = phase_of(trainer)
+        if not self._live or self.record.phase != phase:
+            self._begin(phase, trainer, pl_module)
+        samples, tokens = batch_size_of(batch)
+        self._samples, self._tokens = self._samples + samples, self._tokens + tokens
+        self._clock.start()
+
+    def _begin(self, phase: str, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A phase begins, or goes on after a resume: its memory is a new process's, its steps are added up."""
+        self._collect()
+        if self.record is None or self.record.phase != phase:
+            self.records.append(PhaseRecord(phase))
+        self._live = True
+        self.record.world_size = trainer.world_size
+        vars(self.record).update(count_parameters(pl_module))
+        self._memory.restart()
+        self._clock.interrupt()
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._clock.end_batch()
+        if trainer.global_step == self._seen_step:  # gradients still accumulate
+            return
+        self._seen_step = trainer.global_step
+        self._clock.end_step(self.record.phase, self._samples, self._tokens)
+        self._samples = self._tokens = 0
+        self._memory.sample()
+        if trainer.log_every_n_steps and trainer.global_step % trainer.log_every_n_steps == 0:
+            self._collect(trainer)
+            self.log_dict({key: float(value) for key, value in self._metrics().items()}, on_step=True, on_epoch=False)
+
+    def _collect(self, trainer: Trainer | None = None, wait: bool = False) -> None:
+        """Bring the records up to date: times that are known by now, memory of the running phase."""
+        by_name = {record.phase: record for record in self.records}
+        for step in self._clock.drain(wait):
+            record = by_name[step.phase]
+            record.steps += 1
+            record.seconds += step.seconds
+            if step.samples:
+                record.seconds_per_sample.append(step.seconds / step.samples)
+                record.tokens_per_sample = step.tokens / step.samples
+        if self._live:
+            self.record.peak_gib = max(self.record.peak_gib, self._memory.peak() / GIB)
+            if trainer is not None:
+                self.record.optimizer_gib = optimizer_bytes(trainer.optimizers) / GIB
+
+    def _metrics(self) -> dict[str, float]:
+        record = self.record
+        rate = record.samples_per_sec(last=RECENT)
+        rates = {} if rate is None else {"throughput/samples_per_sec": rate}
+        if rate is not None and record.tokens_per_sample:
+            rates["throughput/tokens_per_sec"] = rate * record.tokens_per_sample
+        return rates | {
+            "memory/peak_gib": record.peak_gib,
+            "memory/optimizer_gib": record.optimizer_gib,
+            "params/trainable": record.trainable,
+            "params/adapters": record.adapters,
+            "params/total": record.total,
+            "lowrank/phase": PHASES.index(record.phase),
+        }
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._pause(trainer)
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._pause(trainer)
+
+    @override
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._pause(trainer)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._clock is not None:
+            self._collect(trainer, wait=True)
+            self._live = False
+
+    def _pause(self, trainer: Trainer) -> None:
+        if self._live:  # what follows is no part of a step
+            self._collect(trainer)
+            self._clock.interrupt()
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        if self._live:
+            self._collect(wait=True)  # a checkpoint waits for the device anyway
+        return {"records": [record.state_dict() for record in self.records]}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.records = [PhaseRecord.from_state(state) for state in state_dict["records"]]

@@ -1,0 +1,71 @@
+"""The state of every global random generator travels in the checkpoint, so a resumed run draws what it would have drawn."""
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from typing_extensions import override
+
+KEY = "random_state"
+
+
+def capture() -> dict[str, Any]:
+    """The states of Python's, numpy's and torch's generators (the current CUDA device's too), as plain types."""
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    state = {
+        "python": list(random.getstate()[1]),
+        "python_gauss": random.getstate()[2],
+        "numpy": [name, keys.tolist(), int(position), int(has_gauss), float(cached)],
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def restore(state: dict[str, Any]) -> None:
+    """The inverse of `capture`; a CUDA state without a CUDA device is left out."""
+    random.setstate((3, tuple(state["python"]), state["python_gauss"]))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(state["torch"].cpu())
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"].cpu())
+
+
+class RandomState(Callback):
+    """Saves the generators of every process and sets them again when training has started, after all else has drawn.
+
+    Put it last among the callbacks (Lightning moves checkpoint callbacks behind it, and they draw nothing).
+    """
+
+    def __init__(self) -> None:
+        self._restored: list[dict[str, Any]] | None = None
+
+    @override
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        states = [capture()]
+        if trainer.world_size > 1:
+            states = [None] * trainer.world_size
+            torch.distributed.all_gather_object(states, capture())
+        checkpoint[KEY] = states
+
+    @override
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._restored = checkpoint.get(KEY)
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        states, self._restored = self._restored, None
+        if states is None:
+            return
+        if len(states) != trainer.world_size:
+            rank_zero_warn(
+                f"the checkpoint is of {len(states)} process(es), this run has {trainer.world_size}:"
+                " random numbers go on from the seed, not from the checkpoint"
+            )
+            return
+        restore(states[trainer.global_rank])

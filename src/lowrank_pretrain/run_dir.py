@@ -1,0 +1,74 @@
+"""The run directory: its name in a sweep, whether it already holds a run, and which checkpoint a run starts from."""
+
+import hashlib
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from hydra.experimental.callback import Callback
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from omegaconf import DictConfig, OmegaConf
+
+from .checkpoints import inspect, newest_whole, remove_unfinished
+from .errors import ConfigError
+
+TRACES = ("metrics.csv", "summary.json", "checkpoints/*.ckpt")  # any of these and the directory holds a run
+LONGEST_NAME = 120
+
+
+def job_dir(overrides: str) -> str:
+    """A directory name for a sweep's job from its comma-separated overrides: no slashes, not too long, still unique."""
+    name = "".join(c if c.isalnum() or c in "=,.-_+~" else "_" for c in overrides) or "job"
+    if name == overrides and len(name) <= LONGEST_NAME:
+        return name
+    return f"{name[:LONGEST_NAME]}-{hashlib.sha256(overrides.encode()).hexdigest()[:8]}"
+
+
+OmegaConf.register_new_resolver("job_dir", job_dir, replace=True)
+
+
+def refuse_old_run(directory: Path, ckpt_path: str | None) -> None:
+    """A run that starts afresh must not write into a directory that holds one.
+
+    Raises:
+        ConfigError: it would; keyed ``hydra.run.dir``, with the cures.
+    """
+    if ckpt_path is None and any(any(directory.glob(trace)) for trace in TRACES):
+        cures = "holds a run; go on with ckpt_path=last, or start another with seed=N or hydra.run.dir=DIR"
+        raise ConfigError("hydra.run.dir", os.path.relpath(directory), cures)
+
+
+class RefuseOldRun(Callback):
+    """Refuses before Hydra has written anything; for a sweep's jobs, `start_from` does."""
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Hydra's hook."""
+        if rank_zero_only.rank != 0:  # a data-parallel run's other processes find process 0's files
+            return
+        try:
+            refuse_old_run(Path(config.hydra.run.dir), config.get("ckpt_path"))
+        except ConfigError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+
+
+def start_from(directory: Path, ckpt_path: str | None) -> Path | None:
+    """The checkpoint that a run in `directory` starts from; None: from the beginning.
+
+    Args:
+        directory: the run directory.
+        ckpt_path: null, ``last`` (the directory's newest whole checkpoint, or none), or a file.
+
+    Raises:
+        ConfigError: the directory holds a run and `ckpt_path` is null, or the named file cannot be resumed from.
+    """
+    if rank_zero_only.rank == 0:
+        refuse_old_run(directory, ckpt_path)
+        remove_unfinished(directory / "checkpoints")
+    if ckpt_path is None:
+        return None
+    if ckpt_path == "last":
+        return newest_whole(directory / "checkpoints")
+    inspect(Path(ckpt_path))
+    return Path(ckpt_path)

@@ -1,0 +1,100 @@
+"""What a finished run leaves behind and prints: summary.json, and one small table with the phases side by side."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Trainer
+from rich.console import Console
+from rich.table import Table
+
+from .monitor import Monitor, PhaseRecord, low_rank_callback
+
+
+def summarize(trainer: Trainer, monitor: Monitor, final: dict[str, float]) -> dict[str, Any]:
+    """The contents of summary.json.
+
+    Args:
+        trainer: after fit and test.
+        monitor: its phase records.
+        final: the last metrics by name.
+    """
+    method = low_rank_callback(trainer)
+    plan = getattr(method, "plan", None)
+    return {
+        "phases": [
+            {
+                "phase": record.phase,
+                "steps": record.steps,
+                "seconds": record.seconds,
+                "samples_per_sec": record.samples_per_sec(),
+                "peak_gib": record.peak_gib,
+                "trainable": record.trainable,
+                "total": record.total,
+            }
+            for record in monitor.records
+        ],
+        "switch_step": getattr(method, "switch_step", None),
+        "freeze_step": getattr(method, "freeze_step", None),
+        "plan": None if plan is None else dict(plan),
+        "final": final,
+    }
+
+
+def write(summary: dict[str, Any], path: Path) -> None:
+    """`summary` as JSON at `path`, whole or not at all."""
+    beside = path.with_name(f".{path.name}.part")
+    beside.write_text(json.dumps(summary, indent=2) + "\n")
+    os.replace(beside, path)
+
+
+def show(records: list[PhaseRecord], final: dict[str, float], where: dict[str, Path], console: Console | None = None) -> None:
+    """Print the closing table.
+
+    Args:
+        records: the phases; ratios are to the one called ``full``, where there is one.
+        final: the last metrics by name.
+        where: what lies where, by words.
+        console: where to print; stdout by default.
+    """
+    console = console or Console(highlight=False)
+    if records:
+        console.print(phase_table(records))
+    if final:
+        console.print(" · ".join(f"{key} {value:.4g}" for key, value in final.items()))
+    for name, path in where.items():
+        console.print(f"{name}: {os.path.relpath(path)}", soft_wrap=True)
+
+
+def phase_table(records: list[PhaseRecord]) -> Table:
+    """Phases as columns; throughput and memory with their ratio to the full phase."""
+    full = next((record for record in records if record.phase == "full"), None)
+    table = Table()
+    table.add_column("")
+    for record in records:
+        table.add_column(record.phase, justify="right")
+
+    def row(name: str, *cells: str) -> None:
+        table.add_row(name, *cells)
+
+    row("optimizer steps", *(f"{r.steps:,}" for r in records))
+    row("seconds", *(f"{r.seconds:.1f}" for r in records))
+    row("samples/s", *(_against(r, full, lambda r: r.samples_per_sec(), "{:.4g}") for r in records))
+    row("peak memory, GiB", *(_against(r, full, lambda r: r.peak_gib, "{:.2f}") for r in records))
+    row("optimizer, MiB", *(_against(r, full, lambda r: r.optimizer_gib * 1024, "{:.4g}") for r in records))
+    row("adapters", *(_share(r.adapters, r.total) for r in records))
+    row("trainable", *(_share(r.trainable, r.total) for r in records))
+    return table
+
+
+def _against(record: PhaseRecord, full: PhaseRecord | None, value: Any, form: str) -> str:
+    mine = value(record)
+    if mine is None:
+        return "-"
+    base = value(full) if full is not None and full is not record else None
+    return form.format(mine) + (f" ({mine / base:.2f}x)" if base else "")
+
+
+def _share(part: int, total: int) -> str:
+    return f"{part:,} ({part / max(total, 1):.1%})"

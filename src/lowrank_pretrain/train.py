@@ -1,0 +1,147 @@
+"""One run from the command line: compose -> instantiate -> fit -> test -> export -> summary.
+
+    python -m lowrank_pretrain experiment=NAME KEY=VALUE ...
+
+The run directory then holds metrics.csv, summary.json, checkpoints/{last,best}.ckpt, export/ and .hydra/.
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import hydra
+import lightning.pytorch as pl
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import CompactHydraException
+from hydra.types import RunMode
+from lightning.pytorch.callbacks import ModelCheckpoint
+from omegaconf import DictConfig
+
+from . import failures, method, summary
+from .build import build, plain
+from .checkpoints import LastCheckpoint, check_fits
+from .csv_log import RunCSVLogger, final_metrics, forget_after
+from .errors import ConfigError
+from .finite import FiniteGuard
+from .interrupts import Interrupts
+from .loggers import finish, more_loggers
+from .monitor import Monitor
+from .progress import progress, quiet_lightning
+from .random_state import RandomState
+from .run_dir import start_from
+from .trainer import build_trainer, refuse_popen_sweep
+
+KEYS = ("data", "model", "optim", "method", "trainer", "logger", "seed", "ckpt_path", "save_every")
+
+
+def train(cfg: DictConfig, run_dir: Path, multirun: bool = False) -> dict[str, Any]:
+    """Train, test and export what `cfg` describes.
+
+    Args:
+        cfg: the composed configuration, without Hydra's own node.
+        run_dir: where everything is written.
+        multirun: whether this is one job of a sweep.
+
+    Returns:
+        The contents of summary.json.
+
+    Raises:
+        ConfigError: a wrong key or value.
+        Interrupted: SIGINT or SIGTERM; a checkpoint was written if training had begun.
+        Diverged: the loss or a weight became NaN or infinite.
+    """
+    config = plain(cfg)
+    for key in config.keys() - set(KEYS):
+        raise ConfigError(key, config[key], f"unknown key; must be one of {', '.join(KEYS)}")
+    ckpt = start_from(run_dir, config["ckpt_path"])
+
+    quiet_lightning()
+    pl.seed_everything(config["seed"], workers=True, verbose=False)
+    data, module = build("data", config["data"]), build("model", config["model"])
+    chosen = method.build(config["method"])
+    module.optim = build("optim", config["optim"], build=chosen.optimizer)
+
+    loggers = [RunCSVLogger(run_dir), *more_loggers(config["logger"], run_dir)]
+    try:
+        with Interrupts() as interrupts:
+            checkpoints = run_dir / "checkpoints"
+            monitor = Monitor()
+            callbacks = [
+                FiniteGuard(),
+                *chosen.callbacks,
+                monitor,
+                progress(monitor, config["trainer"].get("enable_progress_bar")),
+                interrupts,
+                RandomState(),  # behind everything that might draw
+                ModelCheckpoint(checkpoints, "best", monitor="val/loss", enable_version_counter=False),
+                LastCheckpoint(checkpoints, config["save_every"], interrupts),
+            ]
+            trainer = build_trainer(config["trainer"], run_dir, callbacks, loggers, chosen.strategy)
+            refuse_popen_sweep(trainer, multirun)
+            if ckpt is not None:
+                step = check_fits(ckpt, module)
+                announce(trainer, f"going on from {os.path.relpath(ckpt)} behind step {step}")
+                if trainer.is_global_zero:
+                    forget_after(run_dir / "metrics.csv", step)
+            announce(trainer, f"run directory: {os.path.relpath(run_dir)}")
+
+            trainer.fit(module, datamodule=data, ckpt_path=ckpt)
+            trainer.test(module, datamodule=data, verbose=False)
+            return finish_run(trainer, monitor, module, run_dir)
+    finally:
+        finish(loggers)
+
+
+def finish_run(trainer: pl.Trainer, monitor: Monitor, module: pl.LightningModule, run_dir: Path) -> dict[str, Any]:
+    """Export the merged weights, write summary.json and print the closing table; returns the summary."""
+    final = final_metrics(run_dir / "metrics.csv")
+    found = summary.summarize(trainer, monitor, final)
+    if trainer.is_global_zero:
+        from .export import export_module  # brings timm or transformers
+
+        export_module(module, run_dir / "export")
+        summary.write(found, run_dir / "summary.json")
+        where = {"checkpoints": run_dir / "checkpoints", "merged weights": run_dir / "export", "all metrics": run_dir}
+        summary.show(monitor.records, final, where)
+    return found
+
+
+def announce(trainer: pl.Trainer, line: str) -> None:
+    """Print `line`, from one process only."""
+    if trainer.is_global_zero:
+        print(line, flush=True)
+
+
+class JobFailed(CompactHydraException):
+    """A job of a sweep failed for a reason that has been printed; Hydra shows no traceback and runs the other jobs."""
+
+
+_exit_codes: list[int] = []  # of a sweep's failed jobs
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="train")
+def _job(cfg: DictConfig) -> float | None:
+    """Hydra's task: one run, its failures as one line. Returns the validation loss, for sweepers that minimise."""
+    hydra_cfg = HydraConfig.get()
+    run_dir, multirun = Path(hydra_cfg.runtime.output_dir), hydra_cfg.mode == RunMode.MULTIRUN
+    try:
+        return train(cfg, run_dir, multirun)["final"].get("val/loss")
+    except BaseException as error:
+        described = failures.describe(error, cfg, run_dir)
+        if described is None:
+            raise
+        line, code = described
+        print(line, file=sys.stderr, flush=True)
+        if not multirun or code > 2:  # an interrupt ends a sweep too
+            sys.exit(code)
+        _exit_codes.append(code)
+        raise JobFailed(line) from None
+
+
+def main() -> None:
+    """The console command. Exit codes: 0, 1 failed, 2 wrong configuration, 130 SIGINT, 143 SIGTERM."""
+    try:
+        _job()
+    except SystemExit as end:
+        sys.exit(max(_exit_codes) if end.code == 1 and _exit_codes else end.code)
