@@ -1,7 +1,9 @@
 """Images that fit in memory: a batch is one tensor index, so a small model on one core does not wait for its data.
 
-Shapes: N images, B batch, C channels, H×W pixels, K classes.
+Shapes: N images, B batch, C stored channels (1 or 3), H×W pixels, K classes.
 """
+
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -12,19 +14,19 @@ from lowrank_pretrain.data.mixing import Mixing
 from lowrank_pretrain.errors import ConfigError
 from lowrank_pretrain.seeds import generator
 
-GRAY = (0.299, 0.587, 0.114)  # ITU-R 601, as PIL's convert("L")
+GRAY = (0.299, 0.587, 0.114)  # weights of red, green and blue in gray, ITU-R 601
 
 
 class ArrayImages:
-    """A set of images held as one uint8 tensor.
+    """A set of images held as one uint8 array.
 
     Args:
-        images: uint8, (N, H, W) or (N, H, W, 3).
+        images: uint8, (N, H, W) or (N, H, W, 3); kept as it is, not copied.
         labels: integers, (N,) or (N, 1), in [0, num_classes).
         num_classes: K.
         img_size: side of the square images to hand out, pixels; bilinear when it differs from the stored one.
         in_chans: 1 or 3; gray images are repeated, coloured ones turned to gray.
-        mean: of the pixel values in [0, 1], per stored channel.
+        mean: of the pixel values in [0, 1], one per stored channel.
         std: likewise.
         flip: mirror half of the images, chosen anew every epoch.
         mixing: mixup and the like, for training only.
@@ -41,29 +43,22 @@ class ArrayImages:
         num_classes: int,
         img_size: int,
         in_chans: int,
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
+        mean: Sequence[float],
+        std: Sequence[float],
         flip: bool = False,
         mixing: Mixing | None = None,
         seed: int | None = None,
     ) -> None:
-        if images.dtype != np.uint8 or images.ndim not in (3, 4) or len(images) != labels.size or not len(images):
-            shapes = f"{images.dtype}{images.shape} and {labels.shape}"
-            raise ConfigError("root", shapes, "images and labels must be uint8 (N, H, W[, 3]) and (N,), N at least 1")
-        if in_chans not in (1, 3):
-            raise ConfigError("in_chans", in_chans, "must be 1 or 3")
-        if not isinstance(img_size, int) or img_size < 1:
-            raise ConfigError("img_size", img_size, "must be a positive number of pixels")
+        check_shape(img_size, in_chans, num_classes)
+        images = images[..., None] if images.ndim == 3 else images
+        fits = images.dtype == np.uint8 and images.ndim == 4 and images.shape[-1] == len(mean)
+        if not fits or len(images) != labels.size or not len(images):
+            allowed = f"must be N images uint8 (N, H, W, {len(mean)}) and N labels, at least 1"
+            raise ConfigError("root", f"{images.dtype}{images.shape} and {labels.shape}", allowed)
         labels = labels.reshape(-1).astype(np.int64)
         if labels.min() < 0 or labels.max() >= num_classes:
-            raise ConfigError("num_classes", num_classes, f"must be above every label, found {labels.max()}")
-        if images.ndim == 3:
-            images = images[..., None]
-        channels = images.shape[-1]
-        if in_chans == 1 and channels == 3:
-            images = (images @ np.array(GRAY, np.float32)).round().astype(np.uint8)[..., None]
-            mean, std = (float(np.dot(GRAY, mean)),), (float(np.dot(GRAY, std)),)
-        self.images = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))  # (N, C, H, W)
+            raise ConfigError("num_classes", num_classes, f"must be above every label, found {labels.min()} to {labels.max()}")
+        self.images = torch.from_numpy(images)  # (N, H, W, C)
         self.labels = torch.from_numpy(labels)  # (N,)
         self.img_size, self.in_chans, self.flip, self.mixing, self.seed = img_size, in_chans, flip, mixing, seed
         # (x/255 − mean)/std as one multiply-add
@@ -77,14 +72,14 @@ class ArrayImages:
     def fetch(self, epoch: int, indices: list[int]) -> Fetched:
         """Images (B, in_chans, img_size, img_size) float32 and labels: (B,) int64, or (B, K) float when mixing."""
         index = torch.tensor(indices)
-        x = torch.addcmul(self.shift, self.images[index], self.scale)  # (B, C, H, W)
+        pixels = self.images[index].permute(0, 3, 1, 2).contiguous()  # (B, C, H, W)
+        x = torch.addcmul(self.shift, pixels, self.scale)
         y = self.labels[index]
-        if x.shape[-1] != self.img_size or x.shape[-2] != self.img_size:
+        if x.shape[-2:] != (self.img_size, self.img_size):
             x = functional.interpolate(x, (self.img_size, self.img_size), mode="bilinear", antialias=True)
         if self.flip:
             x = torch.where(self._flipped(epoch)[index].view(-1, 1, 1, 1), x.flip(-1), x)
-        if self.in_chans != x.shape[1]:
-            x = x.repeat(1, self.in_chans, 1, 1)
+        x = with_channels(x, self.in_chans)
         if self.mixing:
             x, y = self.mixing(x, y, epoch, indices[0])
         return Fetched((x, y), [])
@@ -95,3 +90,22 @@ class ArrayImages:
             draws = torch.rand(len(self), generator=generator("flip", epoch, seed=self.seed))
             self._flips = epoch, draws < 0.5
         return self._flips[1]
+
+
+def check_shape(img_size: int, in_chans: int, num_classes: int) -> None:
+    """Raise a ConfigError unless the images asked for are square, of 1 or 3 channels, and of some classes."""
+    if not isinstance(num_classes, int) or num_classes < 1:
+        raise ConfigError("num_classes", num_classes, "must be the number of classes in the set")
+    if not isinstance(img_size, int) or img_size < 1:
+        raise ConfigError("img_size", img_size, "must be a positive number of pixels")
+    if in_chans not in (1, 3):
+        raise ConfigError("in_chans", in_chans, "must be 1 or 3")
+
+
+def with_channels(x: torch.Tensor, in_chans: int) -> torch.Tensor:
+    """(B, C, H, W) -> (B, in_chans, H, W): gray repeated, or colours weighted as the eye does."""
+    if x.shape[1] == in_chans:
+        return x
+    if in_chans == 3:
+        return x.repeat(1, 3, 1, 1)
+    return (x * torch.tensor(GRAY).view(-1, 1, 1)).sum(1, keepdim=True)

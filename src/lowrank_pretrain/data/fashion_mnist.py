@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from lowrank_pretrain.data import SAMPLES
-from lowrank_pretrain.data.arrays import ArrayImages
+from lowrank_pretrain.data.arrays import ArrayImages, check_shape
 from lowrank_pretrain.data.base import PretrainData
 from lowrank_pretrain.data.idx import read_idx
 from lowrank_pretrain.data.mixing import Mixing
@@ -59,6 +59,7 @@ class FashionMNIST(PretrainData):
         seed: int | None = None,
     ) -> None:
         super().__init__(batch_size, num_workers, seed)
+        check_shape(img_size, in_chans, num_classes)
         self.root, self.flip = root, flip
         self.img_size, self.in_chans, self.num_classes = img_size, in_chans, num_classes
         self.mixing = Mixing(num_classes, mixup, cutmix, mix_prob, switch_prob, smoothing, seed)

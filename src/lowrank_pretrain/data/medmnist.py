@@ -1,0 +1,118 @@
+"""MedMNIST: medical images as one ``.npz`` per set, e.g. PathMNIST, 107,180 colon tissue patches of 9 classes.
+
+https://medmnist.com. The package ``medmnist`` is used for the download only.
+"""
+
+import zipfile
+from pathlib import Path
+
+import numpy as np
+
+from lowrank_pretrain.data.arrays import ArrayImages, check_shape
+from lowrank_pretrain.data.base import PretrainData
+from lowrank_pretrain.data.mixing import Mixing
+from lowrank_pretrain.errors import ConfigError
+
+SIZES = (28, 64, 128, 224)
+SPLITS = ("train", "val", "test")
+
+
+class MedMNIST(PretrainData):
+    """One MedMNIST set in memory (PathMNIST at 224 pixels: 16 GB; ``size=64`` is 1.3 GB).
+
+    Args:
+        root: folder with the ``.npz``.
+        flag: which set; the file is ``{flag}_{size}.npz``, or ``{flag}.npz`` for 28 pixels.
+        size: stored side, pixels: 28, 64, 128 or 224.
+        download: fetch a missing file with the package ``medmnist`` (extra ``[medmnist]``).
+        batch_size: images per batch and process.
+        num_workers: loading processes.
+        num_classes: of the labels; 9 for PathMNIST.
+        img_size: side of the images handed out, pixels.
+        in_chans: 1 or 3.
+        flip: mirror half of the training images at random.
+        mixup: alpha; 0 is off. This and the next four: :class:`~lowrank_pretrain.data.mixing.Mixing`.
+        cutmix: alpha; 0 is off.
+        mix_prob: share of mixed batches.
+        switch_prob: share of CutMix among them where both are on.
+        smoothing: label smoothing.
+        seed: None: the run's.
+
+    Raises:
+        ConfigError: a wrong value, or (from ``setup``) a file that is missing or not of this format.
+    """
+
+    def __init__(
+        self,
+        root: str | None = None,
+        flag: str = "pathmnist",
+        size: int = 224,
+        download: bool = False,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        num_classes: int = 9,
+        img_size: int = 224,
+        in_chans: int = 3,
+        flip: bool = True,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        mix_prob: float = 1.0,
+        switch_prob: float = 0.5,
+        smoothing: float = 0.0,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__(batch_size, num_workers, seed)
+        check_shape(img_size, in_chans, num_classes)
+        if size not in SIZES:
+            raise ConfigError("size", size, f"must be one of {', '.join(map(str, SIZES))}")
+        self.root, self.flag, self.size, self.download, self.flip = root, flag, size, download, flip
+        self.img_size, self.in_chans, self.num_classes = img_size, in_chans, num_classes
+        self.mixing = Mixing(num_classes, mixup, cutmix, mix_prob, switch_prob, smoothing, seed)
+        self.mixing.check(batch_size)
+
+    @property
+    def path(self) -> Path | None:
+        """Where the file is or belongs."""
+        name = f"{self.flag}.npz" if self.size == 28 else f"{self.flag}_{self.size}.npz"
+        return None if self.root is None else Path(self.root) / name
+
+    def prepare_data(self) -> None:
+        """Download the file, on one process, if it is missing and that was asked for."""
+        if not self.download or self.path is None or self.path.is_file():
+            return
+        try:
+            import medmnist
+        except ImportError as error:
+            raise ConfigError("download", True, "needs the package medmnist: pip install lowrank_pretrain[medmnist]") from error
+        if self.flag not in medmnist.INFO:
+            raise ConfigError("flag", self.flag, f"must be one of {', '.join(medmnist.INFO)}")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        dataset = getattr(medmnist, medmnist.INFO[self.flag]["python_class"])
+        dataset(split="train", root=str(self.root), size=self.size, download=True)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read the file, once."""
+        if self.train_set is not None:
+            return
+        common = {"num_classes": self.num_classes, "img_size": self.img_size, "in_chans": self.in_chans, "seed": self.seed}
+        sets = []
+        for split, (images, labels) in read_npz(self.path, self.root).items():
+            training = {"flip": self.flip, "mixing": self.mixing} if split == "train" else {}
+            half = (0.5,) * (images.shape[3] if images.ndim == 4 else 1)  # MedMNIST's own normalisation: to [-1, 1]
+            sets.append(ArrayImages(images, labels, **common, **training, mean=half, std=half))
+        self.train_set, self.val_set, self.test_set = sets
+
+
+def read_npz(path: Path | None, root: str | None) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Images and labels by split from a MedMNIST file: uint8 (N, H, W[, 3]) and integers (N, 1)."""
+    if path is None or not path.is_file():
+        name = path.name if path else "the set's .npz"
+        allowed = f"must hold {name}: data.download=true fetches it, or take it from https://zenodo.org/records/10519652"
+        raise ConfigError("root", root, allowed)
+    try:
+        with np.load(path) as file:
+            return {split: (file[f"{split}_images"], file[f"{split}_labels"]) for split in SPLITS}
+    except KeyError as error:
+        raise ConfigError("root", str(path), f"must hold {{train,val,test}}_{{images,labels}}: {error.args[0]}") from error
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise ConfigError("root", str(path), f"must be a .npz file, cannot be read: {error}") from error

@@ -1,0 +1,181 @@
+"""PIL images as batches, from a map-style set or a stream; each image is augmented from a seed of its own.
+
+Shapes: B batch, C channels, S side in pixels, K classes.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from PIL import Image
+from torch.utils.data import IterableDataset, get_worker_info
+
+from lowrank_pretrain.data.arrays import with_channels
+from lowrank_pretrain.data.loaders import Fetched
+from lowrank_pretrain.data.mixing import Mixing
+from lowrank_pretrain.data.rng import borrowed, reseed
+from lowrank_pretrain.errors import ConfigError
+
+# what PIL raises for a file that is no image, is cut off, or would fill the memory
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+MAX_REPLACEMENTS = 1000  # images in a row that may be unreadable
+
+
+class Picture:
+    """One image to one tensor: random when training, drawn from a seed of its own.
+
+    Args:
+        transform: timm's, PIL image -> (3, S, S) float.
+        num_classes: K; labels must be below it.
+        in_chans: 1 or 3.
+        training: seed before each image.
+        seed: the run's.
+    """
+
+    def __init__(self, transform: Callable, num_classes: int, in_chans: int, training: bool, seed: int | None) -> None:
+        self.transform, self.num_classes, self.in_chans = transform, num_classes, in_chans
+        self.training, self.seed = training, seed
+
+    def __call__(self, image: Image.Image, label: Any, *words: object) -> tuple[torch.Tensor, int]:
+        """(in_chans, S, S) and the label; only inside :func:`~lowrank_pretrain.data.rng.borrowed`."""
+        if not hasattr(label, "__index__") or not 0 <= int(label) < self.num_classes:
+            raise ConfigError(
+                "num_classes", self.num_classes, f"must be above every label (whole numbers from 0), found {label!r}"
+            )
+        if self.training:
+            reseed("augment", *words, seed=self.seed)
+        return self.transform(image.convert("RGB")), int(label)
+
+    def batch(self, pictures: list[tuple[torch.Tensor, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, in_chans, S, S) float32 and (B,) int64."""
+        x = torch.stack([x for x, _ in pictures])
+        return with_channels(x, self.in_chans), torch.tensor([y for _, y in pictures])
+
+
+class MapImages:
+    """A map-style set of PIL images; an unreadable one is named and the next readable one takes its place.
+
+    Args:
+        base: ``base[i]`` is (PIL image, class).
+        picture: what becomes of an image.
+        mixing: mixup and the like, for training only.
+    """
+
+    def __init__(self, base: Any, picture: Picture, mixing: Mixing | None = None) -> None:
+        self.base, self.picture, self.mixing = base, picture, mixing
+        self._unreadable: dict[int, str] = {}
+
+    def __len__(self) -> int:
+        return len(self.base)
+
+    def fetch(self, epoch: int, indices: list[int]) -> Fetched:
+        """Images (B, in_chans, S, S) float32 and labels: (B,) int64, or (B, K) float when mixing."""
+        bad: list[str] = []
+        with borrowed():
+            pictures = [self.picture(*self._load(i, bad), epoch, i) for i in indices]
+        x, y = self.picture.batch(pictures)
+        if self.mixing:
+            x, y = self.mixing(x, y, epoch, indices[0])
+        return Fetched((x, y), bad)
+
+    def _load(self, index: int, bad: list[str]) -> tuple[Image.Image, int]:
+        tries = min(len(self), MAX_REPLACEMENTS)
+        for i in (k % len(self) for k in range(index, index + tries)):
+            if i not in self._unreadable:
+                try:
+                    return self._open(i)
+                except UNREADABLE as error:
+                    self._unreadable[i] = f"{self._name(i)} ({str(error) or type(error).__name__})"
+            bad.append(self._unreadable[i])
+        raise ConfigError("root", self._name(index), f"must hold images that can be read; {tries} in a row cannot: {bad[-1]}")
+
+    def _open(self, i: int) -> tuple[Image.Image, int]:
+        reader = getattr(self.base, "reader", None)
+        if reader is None:  # torchvision
+            image, label = self.base[i][:2]
+            return image.convert("RGB"), label
+        file, label = reader[i][:2]  # timm's own __getitem__ would replace it without a count
+        with file:
+            return Image.open(file).convert("RGB"), label
+
+    def _name(self, i: int) -> str:
+        if hasattr(self.base, "filename"):
+            return str(self.base.filename(i, absolute=True))
+        samples = getattr(self.base, "samples", None)
+        return str(samples[i][0]) if samples else f"{type(self.base).__name__}[{i}]"
+
+
+class StreamImages(IterableDataset):
+    """A stream of PIL images as batches; endless for training, one pass for validation.
+
+    Resuming reads the current pass again up to its place, without transforming: streams of files cannot jump.
+
+    Args:
+        open_pass: number of the pass -> iterable of (PIL image, class), split among workers and ranks by timm.
+        size: images in a pass, of all readers together.
+        picture: what becomes of an image.
+        batch_size: B.
+        rank: this process, part of the seed of its images.
+        mixing: mixup and the like.
+        endless: begin another pass at the end, and drop a batch that is not full.
+    """
+
+    def __init__(
+        self,
+        open_pass: Callable[[int], Any],
+        size: int,
+        picture: Picture,
+        batch_size: int,
+        rank: int = 0,
+        mixing: Mixing | None = None,
+        endless: bool = True,
+    ) -> None:
+        self.open_pass, self.size, self.picture = open_pass, size, picture
+        self.batch_size, self.rank = batch_size, rank
+        self.mixing, self.endless = mixing, endless
+        self._place = {"pass": 0, "images": 0}
+
+    def state_dict(self) -> dict[str, int]:
+        """The pass and the images used of it."""
+        return dict(self._place)
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Begin the next iteration at ``state``."""
+        self._place = dict(state)
+
+    def __iter__(self) -> Iterator[Fetched]:
+        worker = get_worker_info()
+        reader = (self.rank, worker.id if worker else 0)
+        number, skip = self._place["pass"], self._place["images"]
+        while True:
+            pictures: list[tuple[torch.Tensor, int]] = []
+            seen = 0
+            for seen, (image, label) in enumerate(self.open_pass(number), 1):
+                if seen <= skip:
+                    continue
+                with borrowed():
+                    try:
+                        pictures.append(self.picture(image, label, number, *reader, seen))
+                    except ConfigError as error:
+                        yield Fetched(None, [], error)
+                        return
+                if len(pictures) == self.batch_size:
+                    self._place = {"pass": number, "images": seen}
+                    yield self._batch(pictures, number, *reader, seen)
+                    pictures = []
+            if not self.endless:
+                if pictures:
+                    yield self._batch(pictures)
+                return
+            if seen < self.batch_size:
+                yield Fetched(
+                    None, [], ConfigError("batch_size", self.batch_size, f"must be at most {seen}, one reader's images")
+                )
+                return
+            number, skip = number + 1, 0
+
+    def _batch(self, pictures: list[tuple[torch.Tensor, int]], *words: int) -> Fetched:
+        x, y = self.picture.batch(pictures)
+        if self.mixing:
+            x, y = self.mixing(x, y, *words)
+        return Fetched((x, y), [])

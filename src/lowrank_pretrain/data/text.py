@@ -1,0 +1,113 @@
+"""Text from the hub or from local files, tokenised and packed while training runs.
+
+For text that is read more than once, ``python -m lowrank_pretrain.data.prepare`` and ``data=tokens`` cost less.
+"""
+
+import numpy as np
+
+from lowrank_pretrain.data.base import PretrainData
+from lowrank_pretrain.data.documents import open_documents, read_error
+from lowrank_pretrain.data.loaders import StreamLoader
+from lowrank_pretrain.data.packing import Packer, TextStream
+from lowrank_pretrain.data.tokenizer import load_tokenizer
+from lowrank_pretrain.data.tokens import TokenSet
+from lowrank_pretrain.errors import ConfigError
+
+
+class TextData(PretrainData):
+    """Streams ``{"input_ids": (batch_size, seq_len)}``; an epoch is ``batches_per_epoch`` batches and the stream runs on.
+
+    Args:
+        root: folder of local files; not used with ``dataset``.
+        train_files: glob(s) under ``root``: ``.jsonl``, ``.json``, ``.parquet`` or ``.txt``, packed (``.gz``, ``.zst``) or not.
+        val_files: likewise.
+        dataset: a set on the hub instead, e.g. ``allenai/c4``.
+        config: its configuration, e.g. ``en``.
+        train_split: its training split.
+        val_split: its validation split.
+        text_key: column with the text.
+        tokenizer: see :func:`~lowrank_pretrain.data.tokenizer.load_tokenizer`.
+        batch_size: sequences per batch and process.
+        num_workers: reading processes.
+        seq_len: tokens per sequence.
+        vocab_size: of the model, at least the tokenizer's.
+        batches_per_epoch: batches of one process that count as an epoch.
+        val_sequences: validation reads at most so many, once, and keeps them; all processes share them.
+        shuffle_block: sequences shuffled together by one reader; a resumed run tokenises one such block again.
+        seed: None: the run's.
+
+    Raises:
+        ConfigError: a wrong value, or (from ``setup``) text that is missing or cannot be read.
+    """
+
+    def __init__(
+        self,
+        root: str | None = None,
+        train_files: str | list[str] = "train*",
+        val_files: str | list[str] = "val*",
+        dataset: str | None = None,
+        config: str | None = None,
+        train_split: str = "train",
+        val_split: str = "validation",
+        text_key: str = "text",
+        tokenizer: str = "gpt2",
+        batch_size: int = 16,
+        num_workers: int = 2,
+        seq_len: int = 1024,
+        vocab_size: int = 50257,
+        batches_per_epoch: int = 1000,
+        val_sequences: int = 1024,
+        shuffle_block: int = 1024,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__(batch_size, num_workers, seed)
+        if not isinstance(seq_len, int) or seq_len < 2:
+            raise ConfigError("seq_len", seq_len, "must be a whole number, 2 or more")
+        for key, value in (
+            ("batches_per_epoch", batches_per_epoch),
+            ("val_sequences", val_sequences),
+            ("shuffle_block", shuffle_block),
+        ):
+            if not isinstance(value, int) or value < 1:
+                raise ConfigError(key, value, "must be a whole number, 1 or more")
+        self.train_source = (root, train_files, "train_files", dataset, config, train_split, "train_split")
+        self.val_source = (root, val_files, "val_files", dataset, config, val_split, "val_split")
+        self.text_key, self.tokenizer_name = text_key, tokenizer
+        self.seq_len, self.vocab_size = seq_len, vocab_size
+        self.batches_per_epoch, self.val_sequences, self.shuffle_block = batches_per_epoch, val_sequences, shuffle_block
+
+    def setup(self, stage: str | None = None) -> None:
+        """Open the text, and read the validation part, once."""
+        if self.train_set is not None:
+            return
+        tokenizer, end = load_tokenizer(self.tokenizer_name)
+        if tokenizer.get_vocab_size() > self.vocab_size:
+            allowed = f"must be at least {tokenizer.get_vocab_size()}, the vocabulary of {self.tokenizer_name}"
+            raise ConfigError("vocab_size", self.vocab_size, allowed)
+        reading = {"text_key": self.text_key, "tokenizer": tokenizer, "end": end, "seq_len": self.seq_len}
+        documents, files = open_documents(*self.val_source)
+        try:
+            rows = Packer(documents, **reading).rows(self.val_sequences, endless=False)
+        except Exception as error:  # one class for each library below `datasets`
+            raise read_error(error, "val_files", files) from error
+        if not len(rows):
+            raise ConfigError("seq_len", self.seq_len, "must be at most the tokens of the validation text, which is shorter")
+        self.val_set = self.test_set = TokenSet(np.ravel(rows), self.seq_len, self.vocab_size, "validation text")
+        documents, files = open_documents(*self.train_source)
+        rank, world = self.ranks
+        self.train_set = TextStream(
+            documents,
+            files,
+            "train_files",
+            **reading,
+            batch_size=self.batch_size,
+            block=self.shuffle_block,
+            rank=rank,
+            world_size=world,
+            seed=self.seed,
+        )
+
+    def _make_train_loader(self) -> StreamLoader:
+        if self.train_set is None:
+            raise RuntimeError("call TextData.setup() before asking for its loaders")
+        return StreamLoader(self.train_set, self.batches_per_epoch, self.num_workers, *self.ranks)
