@@ -7,8 +7,8 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
-from torch.utils.data import TensorDataset
-from torchdata.stateful_dataloader import StatefulDataLoader
+
+from lowrank_pretrain.data.loaders import EpochBatches, EpochLoader, Fetched
 
 
 class Block(nn.Module):
@@ -84,11 +84,25 @@ class Toy(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
-def loader(n: int = 48, batch_size: int = 8) -> StatefulDataLoader:
-    g = torch.Generator().manual_seed(0)
-    x = torch.randn(n, 12, generator=g)
-    y = (x[:, 0] > 0).long() + (x[:, 1] > 0).long()
-    return StatefulDataLoader(TensorDataset(x, y), batch_size=batch_size)
+class Pairs:
+    """x (n, 12) and the class that its first two coordinates decide."""
+
+    def __init__(self, n: int) -> None:
+        g = torch.Generator().manual_seed(0)
+        self.x = torch.randn(n, 12, generator=g)
+        self.y = (self.x[:, 0] > 0).long() + (self.x[:, 1] > 0).long()
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def fetch(self, epoch: int, indices: list[int]) -> Fetched:
+        return Fetched((self.x[indices], self.y[indices]), [])
+
+
+def loader(n: int = 48, batch_size: int = 8) -> EpochLoader:
+    """Resumes in the middle of an epoch, and at its end."""
+    data = Pairs(n)
+    return EpochLoader(data, EpochBatches(len(data), batch_size, shuffle=True, seed=0))
 
 
 def trainer(tmp: Path, *callbacks: Any, every: int | None = None, **kwargs: Any) -> pl.Trainer:

@@ -86,8 +86,9 @@ class LoRALinear:
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         # A plain state dict (no adapter keys) is the merged model: then B = 0, and nothing is missing.
+        plain = f"{prefix}lora_A" not in state_dict
         for name, own in self.state_dict().items():
-            if name.startswith("lora_") and f"{prefix}lora_A" not in state_dict:
+            if name.startswith("lora_") and plain:
                 state_dict[prefix + name] = torch.zeros_like(own) if name.startswith("lora_B") else own
             elif name.startswith("rest_"):
                 group, _, part = name.partition(".")
@@ -245,22 +246,22 @@ def exact_state(module: nn.Module) -> dict[str, Tensor]:
     return exact
 
 
+@torch.no_grad()
 def load_exact(module: nn.Module, exact: Mapping[str, Tensor]) -> None:
-    """Put what ``exact_state`` gave back into a module injected by the same plan.
+    """Put what ``exact_state`` gave back into a module changed by the same plan.
 
     Raises:
-        ConfigError: the layers or shapes differ.
+        ConfigError: the names or shapes differ.
     """
-    own = dict(exact_state(module))
-    if own.keys() != exact.keys():
-        odd = sorted(own.keys() ^ exact.keys())[0]
-        raise ConfigError("ckpt_path", odd, "adapters of the checkpoint and of this model differ: was it another model?")
-    for name, tensor in own.items():
-        if tensor.shape != exact[name].shape:
-            raise ConfigError(
-                "ckpt_path", name, f"has shape {tuple(exact[name].shape)} there and {tuple(tensor.shape)} in this model"
-            )
-        tensor.copy_(exact[name])
+    state = module.state_dict()
+    missing = sorted(exact_state(module).keys() - exact.keys()) or sorted(exact.keys() - state.keys())
+    if missing:
+        raise ConfigError("ckpt_path", missing[0], "adapters of the checkpoint and of this model differ: was it another model?")
+    for name, tensor in exact.items():
+        if state[name].shape != tensor.shape:
+            shapes = f"{tuple(tensor.shape)} there and {tuple(state[name].shape)} in this model"
+            raise ConfigError("ckpt_path", name, f"has shape {shapes}")
+        state[name].copy_(tensor)
 
 
 def clone_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -83,9 +83,9 @@ def merged(weight: Tensor, lora_A: Tensor, lora_B: list[Tensor], parts: tuple[Pa
 
 
 def forms_merged_weight(n: int, weight: Tensor) -> bool:
-    """Whether Wₑ is formed: W holds float32 or more, and writing D·O numbers twice beats touching N·(D+O) twice."""
+    """Whether Wₑ is formed: W holds float32 or more, and N is large enough (measured: break-even at 2 to 4 DO/(D+O))."""
     d, o = weight.shape
-    return weight.dtype in (torch.float32, torch.float64) and n * (d + o) >= 2 * d * o
+    return weight.dtype in (torch.float32, torch.float64) and n * (d + o) >= 3 * d * o
 
 
 class _LoRALinear(torch.autograd.Function):
@@ -159,8 +159,9 @@ class _LoRALinear(torch.autograd.Function):
             if any(needs[7 : 7 + len(parts)]):
                 z = x @ lora_A.to(dtype).t() if z is None else z
                 for i, p in enumerate(parts):
-                    block = dy[:, p.start : p.start + p.rows].t() @ z[:, p.a : p.a + p.rank]
-                    dB[i] = block.to(ctx.factor_dtypes[i]).mul_(p.scale)
+                    # (zᵀ dy)ᵀ: up to twice as fast as dyᵀ z, which walks down dy's columns
+                    block = z[:, p.a : p.a + p.rank].t() @ dy[:, p.start : p.start + p.rows]
+                    dB[i] = block.t().to(ctx.factor_dtypes[i], memory_format=torch.contiguous_format).mul_(p.scale)
 
         if needs[0]:
             w = merged(weight, lora_A, lora_B, parts, transposed) if ctx.use_merged else weight

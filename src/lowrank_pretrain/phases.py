@@ -123,8 +123,8 @@ class PhaseCallback(Callback):
         rank_zero_info(f"{type(self).__name__}: freeze after step {self.freeze_step}; {trained:,} of {total:,} still train")
 
     def _switch(self, trainer: pl.Trainer, pl_module: pl.LightningModule, plan: Plan, replay: bool) -> None:
-        flags = pl_module.__dict__.setdefault("_lowrank_requires_grad", {})
-        flags.update({name: p.requires_grad for name, p in pl_module.named_parameters()})
+        pl_module.__dict__["_lowrank_requires_grad"] = {name: p.requires_grad for name, p in pl_module.named_parameters()}
+        pl_module.__dict__["_lowrank_keys"] = list(pl_module.state_dict())
         self._adopter = self._find_adopter(trainer)
         transition.apply(trainer, pl_module, lambda: self._adopter.adopt(plan, pl_module), self.optimizer_state, replay)
         self.phase, self.plan = "joint", plan
@@ -190,11 +190,11 @@ class PhaseCallback(Callback):
             if phase == "lowrank":
                 self._freeze(trainer, pl_module, replay=True)
             if self._exact is not None:
-                with torch.no_grad():
-                    lora.load_exact(pl_module, self._exact)
+                lora.load_exact(pl_module, self._exact)
             self._exact = None
         if self._groups is not None and self._groups != transition.group_names(trainer.optimizers, pl_module):
-            raise ConfigError("ckpt_path", str(trainer.ckpt_path), "its optimizer groups hold other parameters, or another order")
+            held = "its optimizer groups hold other parameters, or another order"
+            raise ConfigError("ckpt_path", str(trainer.ckpt_path), held)
         if self.rewarm:
             self._rewarm = Rewarm(trainer, self, self.rewarm)
 
@@ -275,6 +275,7 @@ def restore_plain(pl_module: pl.LightningModule) -> None:
     """Merge and eject the adapters, restore the original ``requires_grad``: the module as the user made it, trained on."""
     lora.eject(pl_module)
     flags = pl_module.__dict__.pop("_lowrank_requires_grad", {})
+    pl_module.__dict__.pop("_lowrank_keys", None)
     for name, p in pl_module.named_parameters():
         if name in flags:
             p.requires_grad_(flags[name])
@@ -299,7 +300,9 @@ def _write_plain(pl_module: pl.LightningModule, inner: Any, checkpoint: dict[str
     note = pl_module.__dict__.get("_lowrank")
     if note is not None:
         exact = lora.exact_state(pl_module)
-        if exact:
-            checkpoint["state_dict"] = lora.plain_state(pl_module, checkpoint["state_dict"])
+        state = lora.plain_state(pl_module, checkpoint["state_dict"])
+        for key in state.keys() - set(pl_module.__dict__["_lowrank_keys"]):  # what another adopter added
+            exact[key] = state.pop(key)
+        checkpoint["state_dict"] = state
         if "callbacks" in checkpoint:  # a file of weights only cannot be resumed from and needs no more
             checkpoint.setdefault(SIDE, {}).update(format=FORMAT, **note, exact=exact)

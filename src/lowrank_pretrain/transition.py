@@ -114,7 +114,7 @@ def _join(
             raise ConfigError(
                 "targets", name.partition(".lora_")[0], "is in no optimizer: configure_optimizers must hand over its weight"
             )
-        group = groups[owner]
+        group = groups[id(p)] = groups[owner]  # what joins may itself be the owner of what comes next
         group["params"].append(p)
         if "param_names" in group:
             group["param_names"].append(name)

@@ -1,0 +1,246 @@
+import random
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
+
+from lowrank_pretrain import LoRA, PreLoRA, lora
+from lowrank_pretrain.errors import ConfigError
+from lowrank_pretrain.prelora.convergence import Window, check_convergence, relative_change
+from lowrank_pretrain.prelora.ranks import assign_ranks
+from lowrank_pretrain.targets import families
+from tests.reference import prelora as reference
+from tests.toy import loader, toy, trainer
+
+FAMILIES = {f"blocks.{i}.{leaf}": f"blocks.*.{leaf}" for i in range(4) for leaf in ("qkv.q", "fc1", "fc2")}
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_convergence_in_lockstep_with_the_authors_formula(seed):
+    rng = random.Random(seed)
+    k, loss_tol, weight_tol = rng.choice([2, 3, 4]), rng.choice([0.01, 0.05, 0.2]), rng.choice([0.0025, 0.01, 0.05])
+    loss, norms, windows, outcomes = 3.0, {name: rng.uniform(1, 5) for name in FAMILIES}, [], set()
+    for step in range(30):
+        windows.append(Window(loss, dict(norms)))
+        ours = check_convergence(windows[-k:], FAMILIES, k, loss_tol, weight_tol)
+        theirs = reference.should_switch(
+            [w.loss for w in windows], [w.norms for w in windows], FAMILIES, k, loss_tol * 100, weight_tol * 100
+        )
+        assert ours.converged == theirs
+        outcomes.add(theirs)
+        speed = 0.5 / (1 + step) ** 2
+        loss *= 1 + rng.uniform(-2, 1) * speed
+        norms = {name: n * (1 + rng.uniform(-1, 1) * speed) for name, n in norms.items()}
+    assert outcomes == {True, False}
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_ranks_in_lockstep_with_the_authors_formula(seed):
+    rng = random.Random(seed)
+    before = {name: rng.choice([0.0, rng.uniform(0.1, 5)]) if seed % 4 == 0 else rng.uniform(0.1, 5) for name in FAMILIES}
+    after = {name: n * rng.choice([1.0, rng.uniform(0.9, 1.1)]) for name, n in before.items()}
+    r_min, r_max = rng.choice([(4, 32), (1, 64), (8, 16)])
+    ladder = [r for r in (2**i for i in range(8)) if r_min <= r <= r_max]
+    assert assign_ranks(before, after, FAMILIES, ladder) == reference.ranks(before, after, FAMILIES, r_min, r_max)
+
+
+def test_rank_assignment_by_hand():
+    before = dict.fromkeys("abcde", 1.0)
+    after = {"a": 1.0, "b": 1.125, "c": 1.25, "d": 1.375, "e": 1.5}
+    family = dict.fromkeys("abcde", "f")
+    # x = 0, .25, .5, .75, 1 -> index 0, 0, 1, 2, 3 of four ranks
+    assert assign_ranks(before, after, family, [4, 8, 16, 32]) == {"a": 4, "b": 4, "c": 8, "d": 16, "e": 32}
+    assert assign_ranks(before, after, family, [0, 8]) == {"a": 0, "b": 0, "c": 0, "d": 8, "e": 8}
+
+
+def test_equal_changes_and_lone_members_get_the_smallest_rank():
+    assert assign_ranks({"a": 1.0, "b": 2.0}, {"a": 1.1, "b": 2.2}, {"a": "f", "b": "g"}, [4, 8]) == {"a": 4, "b": 4}
+
+
+def test_a_weight_that_left_zero_gets_the_largest_rank_and_bars_convergence():
+    assert relative_change(0.0, 0.0) == 0.0 and relative_change(0.0, 1.0) == float("inf")
+    ranks = assign_ranks({"a": 0.0, "b": 1.0, "c": 1.0}, {"a": 1.0, "b": 1.1, "c": 1.2}, dict.fromkeys("abc", "f"), [4, 8])
+    assert ranks == {"a": 8, "b": 4, "c": 8}
+    windows = [Window(1.0, {"a": 0.0}), Window(1.0, {"a": 1.0})]
+    assert not check_convergence(windows, {"a": "f"}, 2, 0.5, 0.5).converged
+
+
+def test_nan_never_converges():
+    windows = [Window(float("nan"), {"a": 1.0})] * 3
+    assert not check_convergence(windows, {"a": "f"}, 3, 0.5, 0.5).converged
+    windows = [Window(1.0, {"a": float("nan")})] * 3
+    assert not check_convergence(windows, {"a": "f"}, 3, 0.5, 0.5).converged
+
+
+BAD = [
+    ("ranks", [3]), ("ranks", [8, 4]), ("ranks", [4, 4]), ("ranks", []), ("ranks", [-2]), ("ranks", 8), ("ranks", ["4"]),
+    ("ranks", [4.0]), ("ranks", "48"), ("ranks", None), ("weight_tol", 0), ("weight_tol", 1), ("weight_tol", -0.1),
+    ("loss_tol", 1.5), ("loss_tol", "x"), ("loss_tol", None), ("warmup", -1), ("warmup", 1.5), ("window", 0), ("windows", 1),
+    ("earliest", -1), ("latest", 0), ("window_unit", "batch"), ("rank_signal", "norm"), ("alpha", -1), ("alpha", "a"),
+    ("freeze_rest", "yes"), ("train_A", 1), ("rewarm", -1), ("optimizer_state", "drop"), ("then", "lte"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("key", "value"), BAD)
+def test_wrong_values_name_key_value_and_what_is_allowed(key, value):
+    with pytest.raises(ConfigError, match=f"^{key}=") as error:
+        PreLoRA(**{key: value})
+    assert "\n" not in str(error.value) and len(str(error.value)) > len(f"{key}={value!r}: ") + 8
+
+
+def steps(**kwargs) -> PreLoRA:
+    return PreLoRA(**{"ranks": (2, 4, 8), "window": 2, "window_unit": "step", "windows": 2, "latest": 4, "warmup": 3,
+                      "loss_tol": 1e-6, **kwargs})  # fmt: skip
+
+
+def test_three_phases_by_steps(tmp_path):
+    module, callback = toy(), steps()
+    trainer(tmp_path, callback, max_epochs=4).fit(module, loader())
+    assert (callback.phase, callback.switch_step, callback.freeze_step) == ("lowrank", 8, 14)
+    assert len(module.losses) == 24
+    trained = {name for name, p in module.named_parameters() if p.requires_grad}
+    assert {n for n in trained if "lora_" not in n} == {
+        "head.weight", "head.bias", *(f"blocks.{i}.norm.{w}" for i in (0, 1) for w in ("weight", "bias"))
+    }  # fmt: skip
+    assert set(callback.plan.values()) <= {2, 4, 8} and len(callback.plan) == 11
+
+
+def test_windows_by_epochs_and_a_switch_by_convergence(tmp_path):
+    module, callback = toy(lr=1e-5), PreLoRA(ranks=(1, 2), windows=3, warmup=1)  # it hardly moves: converged at once
+    trainer(tmp_path, callback, max_epochs=6).fit(module, loader())
+    assert (callback.switch_step, callback.freeze_step) == (18, 24)
+    assert callback.verdict.converged and callback.verdict.loss_change <= 0.05
+
+
+def test_earliest_delays_and_warmup_0_freezes_at_once(tmp_path):
+    module, callback = toy(lr=1e-5), PreLoRA(ranks=(1, 2), windows=2, earliest=4, warmup=0)
+    trainer(tmp_path, callback, max_epochs=6).fit(module, loader())
+    assert (callback.switch_step, callback.freeze_step, callback.phase) == (24, 24, "lowrank")
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 4])
+def test_the_window_loss_is_the_mean_of_what_training_step_returned(tmp_path, accumulate):
+    module, callback = toy(), PreLoRA(ranks=(1,), windows=3, loss_tol=1e-9)
+    with pytest.warns(UserWarning, match="ended in phase full.*Train longer"):
+        trainer(tmp_path, callback, max_epochs=3, accumulate_grad_batches=accumulate).fit(module, loader())
+    for epoch in range(3):
+        mean = sum(module.losses[6 * epoch : 6 * epoch + 6]) / 6
+        assert callback.history[epoch].loss == pytest.approx(mean, rel=1e-6)
+
+
+def test_accumulation_counts_optimizer_steps_and_switches_between_them(tmp_path):
+    module, callback = toy(), steps(window=1, latest=2, warmup=2)
+    trainer(tmp_path, callback, max_epochs=2, accumulate_grad_batches=4).fit(module, loader())  # 6 batches: 2 steps an epoch
+    assert (callback.switch_step, callback.freeze_step) == (2, 4)
+
+
+def test_rank_0_targets_freeze_without_an_adapter(tmp_path):
+    module, callback = toy(), steps(ranks=(0, 4))
+    trainer(tmp_path, callback, max_epochs=4).fit(module, loader())
+    zero = [name for name, rank in callback.plan.items() if rank == 0]
+    assert zero and any(rank == 4 for rank in callback.plan.values())
+    for name in zero:
+        layer = module.get_submodule(name.removesuffix(".q").removesuffix(".k").removesuffix(".v"))
+        assert not layer.weight.requires_grad and not layer.bias.requires_grad
+    names = {name for name, _ in lora.adapter_parameters(module)}
+    assert not any(name + ".lora_A" in names for name in zero)
+
+
+def test_freeze_rest_leaves_only_adapters(tmp_path):
+    module, callback = toy(), steps(freeze_rest=True)
+    fit = trainer(tmp_path, callback, max_epochs=4)
+    fit.fit(module, loader())
+    assert all("lora_" in name for name, p in module.named_parameters() if p.requires_grad)
+    held = [p for group in fit.optimizers[0].param_groups for p in group["params"]]
+    assert {id(p) for p in held} == {id(p) for _, p in lora.adapter_parameters(module)}
+
+
+def test_frozen_parameters_have_no_gradient_and_no_optimizer_state(tmp_path):
+    module, callback = toy(), steps()
+    fit = trainer(tmp_path, callback, max_epochs=4)
+    fit.fit(module, loader())
+    frozen = [p for p in module.parameters() if not p.requires_grad]
+    assert frozen and all(p.grad is None for p in frozen)
+    assert not {id(p) for p in frozen} & {id(p) for p in fit.optimizers[0].state}
+    assert {id(p) for p in fit.optimizers[0].state} == {id(p) for p in module.parameters() if p.requires_grad}
+
+
+def test_train_A_false_moves_b_alone(tmp_path):
+    module, callback = toy(), steps(train_A=False)
+    drawn = {}
+
+    class Note(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if callback.phase == "joint" and not drawn:
+                drawn.update({n: layer.lora_A.clone() for n, layer in lora.lora_layers(pl_module)})
+
+    trainer(tmp_path, callback, Note(), max_epochs=4).fit(module, loader())
+    for name, layer in lora.lora_layers(module):
+        assert torch.equal(layer.lora_A, drawn[name]) and not layer.lora_A.requires_grad
+        assert all(factor.any() for factor in layer.lora_B.values())
+
+
+def test_grad_norm_ranks_come_from_the_gradients_of_the_last_two_windows(tmp_path):
+    module, callback = toy(), steps(rank_signal="grad_norm")
+    seen = []
+
+    class Spy(pl.Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            q = pl_module.blocks[0].qkv.weight.grad
+            seen.append((q[:16].norm().item(), pl_module.blocks[1].fc2.weight.grad.norm().item()))
+
+    spy = Spy()
+    trainer(tmp_path, spy, callback, max_epochs=2).fit(module, loader())
+    for norms, step in zip(callback.grad_norms, (5, 7), strict=True):  # windows end after steps 6 and 8
+        assert norms["blocks.0.qkv.q"] == pytest.approx(seen[step][0], rel=1e-5)
+        assert norms["blocks.1.fc2"] == pytest.approx(seen[step][1], rel=1e-5)
+    assert callback.plan == assign_ranks(*callback.grad_norms, families(module, callback.plan), callback.ranks)
+
+
+def test_one_window_only_gives_the_smallest_rank_and_says_so(tmp_path):
+    callback = steps(latest=1)
+    with pytest.warns(UserWarning, match="fewer than two windows"):
+        trainer(tmp_path, callback, max_epochs=2).fit(toy(), loader())
+    assert set(callback.plan.values()) == {2}
+
+
+def test_bf16_mixed_goes_through_all_phases(tmp_path):
+    module, callback = toy(), steps()
+    trainer(tmp_path, callback, max_epochs=4, precision="bf16-mixed").fit(module, loader())
+    assert callback.phase == "lowrank" and all(p.dtype == torch.float32 for p in module.parameters())
+    assert all(layer.lora_B[part.name].any() for _, layer in lora.lora_layers(module) for part in layer._parts)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "trainer_kwargs", "message"),
+    [
+        ({"ranks": (32,)}, {}, r"ranks=32: embed is 16 x 12: at most 12"),
+        ({"targets": ["blocks.*.fc1", "nothing.*"]}, {}, r"targets='nothing\.\*': matches no target"),
+        ({"window_unit": "epoch", "window": 1, "windows": 3, "latest": None}, {"max_epochs": 2}, r"max_epochs=2: .*= 3"),
+        ({"window": 10, "windows": 3, "latest": None}, {"max_epochs": 4}, r"max_steps=24: .*= 30"),
+        ({"window": 10, "windows": 3, "latest": None}, {"max_steps": 20}, r"max_steps=20: .*= 30"),
+    ],
+)
+def test_mistakes_show_before_the_first_step(tmp_path, kwargs, trainer_kwargs, message):
+    module = toy()
+    with pytest.raises(ConfigError, match=message):
+        trainer(tmp_path, steps(**kwargs), **trainer_kwargs).fit(module, loader())
+    assert not module.losses
+
+
+def test_weight_averaging_two_phase_callbacks_and_manual_optimization_are_refused(tmp_path):
+    for other in (StochasticWeightAveraging(swa_lrs=1e-3), EMAWeightAveraging(), LoRA(rank=2)):
+        with pytest.raises(ConfigError, match=rf"callbacks='{type(other).__name__}'"):
+            trainer(tmp_path, steps(), other).fit(toy(), loader())
+    module = toy()
+    module.automatic_optimization = False
+    with pytest.raises(ConfigError, match="automatic_optimization=False"):
+        trainer(tmp_path, steps(), max_epochs=2).fit(module, loader())
+
+
+def test_a_target_that_no_forward_calls_is_named(tmp_path):
+    module = toy()
+    module.spare = torch.nn.Linear(16, 16)
+    with pytest.raises(ConfigError, match="targets='spare': no forward pass calls it"):
+        trainer(tmp_path, steps(), max_epochs=4).fit(module, loader())
