@@ -26,6 +26,7 @@ from .errors import ConfigError
 from .finite import FiniteGuard
 from .interrupts import Interrupts
 from .loggers import finish, more_loggers
+from .loop_state import LoopState
 from .monitor import Monitor
 from .progress import progress, quiet_lightning
 from .random_state import RandomState
@@ -68,6 +69,7 @@ def train(cfg: DictConfig, run_dir: Path, multirun: bool = False) -> dict[str, A
             checkpoints = run_dir / "checkpoints"
             monitor = Monitor()
             callbacks = [
+                LoopState(),  # before everything that asks how long the run is
                 FiniteGuard(),
                 *chosen.callbacks,
                 monitor,
