@@ -1,6 +1,7 @@
 """GaLore: full weights, projected gradients."""
 
+from lowrank_pretrain.galore.distributed import galore_ddp_hook
 from lowrank_pretrain.galore.groups import galore_param_groups
 from lowrank_pretrain.galore.optimizer import GaLoreAdamW
 
-__all__ = ["GaLoreAdamW", "galore_param_groups"]
+__all__ = ["GaLoreAdamW", "galore_ddp_hook", "galore_param_groups"]

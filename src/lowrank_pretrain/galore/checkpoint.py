@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from lowrank_pretrain.errors import ConfigError
+from lowrank_pretrain.galore.groups import largest_rank
+from lowrank_pretrain.galore.subspace import project_left
 
 if TYPE_CHECKING:
     from lowrank_pretrain.galore.optimizer import GaLoreAdamW
@@ -57,9 +59,6 @@ def load(optimizer: "GaLoreAdamW", saved: dict[str, Any], load_plain: Callable[[
 
 
 def _check_shapes(state: dict[str, Any], p: Tensor, rank: int | None, proj_type: str, name: str) -> None:
-    from lowrank_pretrain.galore.groups import largest_rank
-    from lowrank_pretrain.galore.subspace import project_left
-
     if "exp_avg" not in state:
         return
     shape = tuple(p.shape)
@@ -69,7 +68,7 @@ def _check_shapes(state: dict[str, Any], p: Tensor, rank: int | None, proj_type:
         d, k = (rows, cols) if left else (cols, rows)
         if tuple(state["proj"].shape) != (d, rank):
             raise ConfigError(
-                "ckpt_path", name, f"its basis is {tuple(state['proj'].shape)} in the checkpoint, but the model needs {(d, rank)}"
+                "ckpt_path", name, f"its basis is {tuple(state['proj'].shape)} in the checkpoint, but must be {(d, rank)} here"
             )
         shape = (rank, rank if proj_type == "full" else k)
     elif rank:

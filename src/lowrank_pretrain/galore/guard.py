@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from lowrank_pretrain.galore import sharded
+
 
 @dataclass
 class _Pending:
@@ -23,12 +25,13 @@ class Guard:
 
     pending: list[_Pending] = field(default_factory=list)
 
-    def check(self, grads: list[Tensor], names: list[str], wait: bool) -> Tensor | None:
+    def check(self, grads: list[Tensor], names: list[str], params: list[Tensor], wait: bool) -> Tensor | None:
         """Check all gradients of a step before anything is changed.
 
         Args:
             grads: gradients (or their projections) on one device.
             names: their parameters' names.
+            params: the parameters of this step; if they are cut over ranks, the ranks agree.
             wait: read the answer now; needed where the update cannot be masked on the device.
 
         Returns:
@@ -39,7 +42,8 @@ class Guard:
         """
         self.raise_arrived()
         # a sum is one pass at memory speed and carries every NaN and infinity
-        finite = torch.stack([g.sum(dtype=torch.promote_types(g.dtype, torch.float32)) for g in grads]).isfinite()
+        sums = torch.stack([g.sum(dtype=torch.promote_types(g.dtype, torch.float32)) for g in grads])
+        finite = sharded.agree(sums.isfinite(), params)
         if wait or not finite.is_cuda:
             _raise(finite, names, "nothing of this step was applied")
             return None

@@ -15,11 +15,12 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from lowrank_pretrain.errors import ConfigError
+from lowrank_pretrain.galore.sharded import local
 from lowrank_pretrain.galore.subspace import at_least_32
 
 MOMENTS = ("auto", "float32", "grad", "8bit")
-_BLOCK = 256  # elements per scale
-_SMALLEST = 4096  # smaller tensors stay in float32, as in bitsandbytes' own optimizers: their codes would save nothing
+BLOCK = 256  # elements per scale
+SMALLEST = 4096  # smaller tensors stay in float32, as in bitsandbytes' own optimizers: their codes would save nothing
 
 
 def kind(group: dict[str, Any]) -> str:
@@ -31,7 +32,7 @@ def kind(group: dict[str, Any]) -> str:
 
 
 def moment_dtype(group: dict[str, Any], grad_dtype: torch.dtype) -> torch.dtype:
-    """dtype that Adam's arithmetic has for this group (8-bit moments are float32 while they are worked on)."""
+    """Number format that Adam's arithmetic has for this group (8-bit moments are float32 while they are worked on)."""
     return grad_dtype if kind(group) == "grad" else at_least_32(grad_dtype)
 
 
@@ -40,14 +41,14 @@ def read(state: dict[str, Any], shape: Sequence[int], dtype: torch.dtype, device
     if "exp_avg" not in state:
         return torch.zeros(*shape, dtype=dtype, device=device), torch.zeros(*shape, dtype=dtype, device=device)
     if "exp_avg_scale" not in state:
-        return state["exp_avg"], state["exp_avg_sq"]
+        return local(state["exp_avg"]), local(state["exp_avg_sq"])
     m = _decode(state["exp_avg"], state["exp_avg_scale"], signed=True)
     return m.to(dtype), _decode(state["exp_avg_sq"], state["exp_avg_sq_scale"], signed=False).square_().to(dtype)
 
 
 def write(state: dict[str, Any], m: Tensor, v: Tensor, eight_bit: bool) -> None:
     """Keep the moments; in 8 bit the root of v, whose range the code spans twice as well as v's."""
-    if eight_bit and m.numel() >= _SMALLEST:
+    if eight_bit and m.numel() >= SMALLEST:
         state["exp_avg"], state["exp_avg_scale"] = _encode(m, signed=True)
         state["exp_avg_sq"], state["exp_avg_sq_scale"] = _encode(v.sqrt(), signed=False)
     else:
@@ -75,10 +76,13 @@ def directions(
         skip: device scalar, 1.0 where a gradient of this step is not finite: then moments stay and 0 is returned.
         into: tensors to which −lr·N is added instead (parameters of that dtype).
         lr: factor.
+
+    Returns:
+        ``into``, or tensors that the next call may overwrite.
     """
     beta1, beta2 = group["betas"]
     correct = group["correct_bias"]
-    out = [torch.zeros_like(g, memory_format=torch.contiguous_format) for g in grads] if into is None else into
+    out = _zeros(grads) if into is None else into
     # without bias correction the step is a number so large that 1−βᵗ is 1
     steps = torch.full((len(grads),), float(step - 1) if correct else 1e9, device=grads[0].device)
     eps = group["eps"] / math.sqrt(1 - beta2**step) if correct else group["eps"]
@@ -91,6 +95,20 @@ def directions(
     return out
 
 
+_scratch: dict[torch.dtype, Tensor] = {}
+
+
+def _zeros(like: list[Tensor]) -> list[Tensor]:
+    """Zeros of these shapes. On the CPU in memory kept from call to call: fresh pages cost more than Adam's arithmetic."""
+    if like[0].device.type != "cpu":
+        return [torch.zeros_like(t, memory_format=torch.contiguous_format) for t in like]
+    sizes = [t.numel() for t in like]
+    kept = _scratch.get(like[0].dtype)
+    if kept is None or kept.numel() < sum(sizes):
+        kept = _scratch[like[0].dtype] = torch.empty(sum(sizes), dtype=like[0].dtype)
+    return [flat.view(t.shape) for flat, t in zip(kept[: sum(sizes)].zero_().split(sizes), like, strict=True)]
+
+
 def bitsandbytes() -> Any:
     """``bitsandbytes.functional``; raises ``ConfigError`` with the cure where it is not installed."""
     try:
@@ -100,12 +118,12 @@ def bitsandbytes() -> Any:
 
 
 def _encode(x: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
-    codes, scales = bitsandbytes().quantize_blockwise(x.float().contiguous(), code=_code(signed, x.device), blocksize=_BLOCK)
+    codes, scales = bitsandbytes().quantize_blockwise(x.float().contiguous(), code=_code(signed, x.device), blocksize=BLOCK)
     return codes, scales.absmax
 
 
 def _decode(codes: Tensor, scales: Tensor, signed: bool) -> Tensor:
-    return bitsandbytes().dequantize_blockwise(codes, absmax=scales, code=_code(signed, codes.device), blocksize=_BLOCK)
+    return bitsandbytes().dequantize_blockwise(codes, absmax=scales, code=_code(signed, codes.device), blocksize=BLOCK)
 
 
 _codes: dict[tuple[bool, torch.device], Tensor] = {}

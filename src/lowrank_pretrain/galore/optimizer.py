@@ -13,15 +13,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lowrank_pretrain.errors import ConfigError
-from lowrank_pretrain.galore import checkpoint, moments
+from lowrank_pretrain.galore import checkpoint, moments, sharded
 from lowrank_pretrain.galore.groups import check_group, check_rank_value, largest_rank, run_seed
 from lowrank_pretrain.galore.guard import Guard
 from lowrank_pretrain.galore.layerwise import Layerwise
 from lowrank_pretrain.galore.projection import Projected
 from lowrank_pretrain.targets import all_targets, plain_name
 
-# Bytes of R that are worked on at once: on a CPU about one matrix, which stays in the cache; on a device enough to fill it.
-_CHUNK = {"cpu": 1 << 18}
+# Bytes of R that are worked on at once: on a CPU what stays in the cache, on a device enough to fill it.
+_CHUNK = {"cpu": 4 << 20}
 _CHUNK_DEVICE = 64 << 20
 
 
@@ -99,7 +99,7 @@ class GaLoreAdamW(Optimizer):
         self._ranks = ranks  # of adopted parameters, whose group has no rank
         self._guard = Guard()
         self._layerwise = Layerwise(self)
-        self._index: tuple[Any, dict[Tensor, tuple[dict[str, Any], str, int, int]]] | None = None
+        self._index: tuple[Any, dict[Tensor, tuple[dict[str, Any], str, Projected | None]]] | None = None
         self._seen: dict[str, list[Any]] = {"overlap": [], "seconds": []}
         self.share_basis: Callable[[list[Tensor]], None] | None = None  # set by galore_ddp_hook
 
@@ -119,30 +119,35 @@ class GaLoreAdamW(Optimizer):
         names = group.get("param_names", ())
         return names[i] if len(names) == len(group["params"]) else f"parameter {i} of group {number}"
 
-    def _lookup(self) -> dict[Tensor, tuple[dict[str, Any], str, int, int]]:
-        """parameter -> (group, name, rank or 0, position among the projected ones); groups may change between steps."""
+    def _lookup(self) -> dict[Tensor, tuple[dict[str, Any], str, Projected | None]]:
+        """Parameter -> (group, name, its projection if it has one); made anew when the groups have changed."""
         key = tuple((id(g), len(g["params"])) for g in self.param_groups), len(self._ranks)
         if self._index is None or self._index[0] != key:
-            found, projected = {}, 0
-            for number, group in enumerate(self.param_groups):
-                for i, p in enumerate(group["params"]):
-                    rank = self._ranks.get(p) or group.get("rank") or 0
-                    found[p] = (group, self._name(group, number, i), rank, projected)
-                    projected += rank > 0
+            named = [
+                (p, group, self._name(group, number, i), self._ranks.get(p) or group.get("rank") or 0)
+                for number, group in enumerate(self.param_groups)
+                for i, p in enumerate(group["params"])
+            ]
+            count, position, found = sum(1 for entry in named if entry[3]), 0, {}
+            for p, group, name, rank in named:
+                slot = None
+                if rank:
+                    if p.ndim < 2:
+                        raise ConfigError("params", name, "is flat now (FSDP1, DeepSpeed): use FSDP2 (ModelParallelStrategy)")
+                    offset = position * group["update_proj_gap"] // count if group["stagger"] else 0
+                    slot = Projected(p, group, {}, min(rank, largest_rank(p)), name, offset)
+                    position += 1
+                found[p] = (group, name, slot)
             self._index = key, found
         return self._index[1]
 
     def projected(self, p: Tensor) -> Projected | None:
-        """The working view of a projected parameter; None for one that AdamW updates."""
-        lookup = self._lookup()
-        group, name, rank, position = lookup[p]
-        if not rank:
-            return None
-        if p.ndim < 2:
-            raise ConfigError("params", name, "was flattened after the optimizer was made (FSDP1, DeepSpeed): use FSDP2")
-        gap, count = group["update_proj_gap"], sum(1 for entry in lookup.values() if entry[2])
-        offset = position * gap // count if group["stagger"] else 0
-        return Projected(p, group, self.state[p], min(rank, largest_rank(p)), name, offset)
+        """The projection of a parameter as it stands at this step; None for one that AdamW updates."""
+        slot = self._lookup()[p][2]
+        if slot is not None:
+            slot.state = self.state[p]  # states may have been dropped or replaced since
+            slot.step = int(slot.state.get("step", 0))
+        return slot
 
     # ---- step ---------------------------------------------------------------------------------------------------------
 
@@ -190,7 +195,7 @@ class GaLoreAdamW(Optimizer):
         wait = any(slot.cold or slot.group["residual"] or slot.group["variant"] == "apollo" for slot in slots)
         parts = [(t, s.name) for s in slots for t in (s.grad, s.low) if t is not None]
         parts += [(p.grad, lookup[p][1]) for p in plain]
-        skip = self._guard.check([t for t, _ in parts], [name for _, name in parts], wait)
+        skip = self._guard.check([sharded.local(t) for t, _ in parts], [name for _, name in parts], params, wait)
         chunk_bytes = _CHUNK.get(params[0].device.type, _CHUNK_DEVICE)
         for some in _chunks(slots, chunk_bytes):
             self._update_projected(some, skip)
@@ -216,8 +221,8 @@ class GaLoreAdamW(Optimizer):
         minus_n = moments.directions(lows, ms, vs, step, group, skip)
         for slot, low, n, m, v in zip(slots, lows, minus_n, ms, vs, strict=True):
             slot.apply(low, n)
-            moments.write(slot.state, m, v, moments.kind(group) == "8bit")
-            slot.state["step"] = torch.tensor(float(step))
+            slot.write_moments(m, v)
+            slot.grad = slot.low = None
         _decay([slot.p for slot in slots], group, skip)
 
     def _refresh(self, slot: Projected, m: Tensor, v: Tensor, skip: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -231,17 +236,18 @@ class GaLoreAdamW(Optimizer):
         return m, v
 
     def _update_plain(self, params: list[Tensor], group: dict[str, Any], skip: Tensor | None) -> None:
-        states, grads = [self.state[p] for p in params], [p.grad for p in params]
+        states, grads = [self.state[p] for p in params], [sharded.local(p.grad) for p in params]
         step, dtype = int(states[0].get("step", 0)) + 1, moments.moment_dtype(group, grads[0].dtype)
-        pairs = [moments.read(state, p.shape, dtype, p.device) for state, p in zip(states, params, strict=True)]
+        weights, lr = [sharded.local(p.detach()) for p in params], float(group["lr"])
+        pairs = [moments.read(state, w.shape, dtype, w.device) for state, w in zip(states, weights, strict=True)]
         ms, vs = [m for m, _ in pairs], [v for _, v in pairs]
-        weights, lr = [p.detach() for p in params], float(group["lr"])
         if dtype == params[0].dtype:
             moments.directions(grads, ms, vs, step, group, skip, into=weights, lr=lr)
         else:
             for weight, grad, m, v in zip(weights, grads, ms, vs, strict=True):  # one float32 copy at a time
                 weight.add_(*moments.directions([grad.to(dtype)], [m], [v], step, group, skip, lr=lr))
-        for state, m, v in zip(states, ms, vs, strict=True):
+        for p, state, m, v in zip(params, states, ms, vs, strict=True):
+            m, v = sharded.wrap(m, p, p.shape, 0), sharded.wrap(v, p, p.shape, 0)
             moments.write(state, m, v, moments.kind(group) == "8bit")
             state["step"] = torch.tensor(float(step))
         _decay(weights, group, skip)
@@ -269,7 +275,7 @@ class GaLoreAdamW(Optimizer):
         lookup = self._lookup()
         for layer, rank in ranks.items():
             p = named[f"{layer}.weight"]
-            if p not in lookup or lookup[p][2]:
+            if p not in lookup or lookup[p][2] is not None:
                 raise ConfigError("plan", layer, "must be in a group of this optimizer, and not projected already")
             if rank > largest_rank(p):
                 raise ConfigError("plan", {layer: rank}, f"the matrix is {tuple(p.shape)}: at most {largest_rank(p)}")
@@ -344,7 +350,7 @@ def _check_gradient(p: Tensor, name: str) -> None:
 
 
 def _decay(weights: list[Tensor], group: dict[str, Any], skip: Tensor | None) -> None:
-    rate, weights = float(group["lr"]) * group["weight_decay"], [w.detach() for w in weights]
+    rate, weights = float(group["lr"]) * group["weight_decay"], [sharded.local(w.detach()) for w in weights]
     if rate and skip is None:
         torch._foreach_add_(weights, weights, alpha=-rate)  # 1 - rate, rounded, would drift from the published sum
     elif rate:
@@ -364,7 +370,7 @@ def _chunks(slots: list[Projected], limit: int) -> Iterator[list[Projected]]:
         some, size = [], 0
         for slot in same:
             some.append(slot)
-            size += 4 * slot.rank * max(slot.p.shape[0], slot.p.numel() // slot.p.shape[0])
+            size += 4 * slot.numel_low
             if size >= limit:
                 yield some
                 some, size = [], 0

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowrank_pretrain.galore import moments, residual, subspace
+from lowrank_pretrain.galore import moments, residual, sharded, subspace
 from lowrank_pretrain.seeds import generator
 
 
 @dataclass
 class Projected:
-    """A weight of a group with a rank, for the length of one step.
+    """A weight of a group with a rank.
 
     Attributes:
         p: the parameter.
@@ -28,8 +28,9 @@ class Projected:
         rank: of its projection, at most min(m, n).
         name: for messages and seeds.
         offset: steps by which its refresh is moved against the others', 0 without ``stagger``.
-        grad: the gradient, in the parameter's shape, or None where only ``low`` was kept.
+        grad: this step's gradient, in the parameter's shape, or None where only ``low`` was kept.
         low: R accumulated over earlier micro-batches (layer-wise updates only).
+        step: steps taken before this one.
     """
 
     p: Tensor
@@ -40,11 +41,20 @@ class Projected:
     offset: int
     grad: Tensor | None = None
     low: Tensor | None = None
+    step: int = 0
+
+    def __post_init__(self) -> None:
+        self.rows, self.cols = self.p.shape[0], self.p.numel() // self.p.shape[0]
+        self.left = subspace.project_left(self.rows, self.cols, self.group["proj_type"])
+        # no matrix view of some layouts (channels_last): then the update works on a copy of the weight
+        self.viewable = self.p.ndim == 2 or self.p.is_contiguous()
+        self.shards = sharded.shard_group(self.p)
+        sharded.check(self.p, self.group, self.name)
 
     @property
-    def step(self) -> int:
-        """Steps taken so far."""
-        return int(self.state.get("step", 0))
+    def numel_low(self) -> int:
+        """Elements of R."""
+        return self.rank * (self.rank if self.two_sided else self.cols if self.left else self.rows)
 
     @property
     def two_sided(self) -> bool:
@@ -70,38 +80,59 @@ class Projected:
         return self.due or self.group["residual"] is not None or self.group["variant"] == "apollo"
 
     def matrix(self, t: Tensor) -> Tensor:
-        """W or G as a d×k matrix, a view wherever the layout allows one."""
-        rows = t.detach().reshape(t.shape[0], -1)
-        return rows if subspace.project_left(*rows.shape, self.group["proj_type"]) else rows.t()
+        """W or G as a d×k matrix (this rank's piece of it), a view wherever the layout allows one."""
+        t = sharded.local(t.detach())
+        if t.ndim != 2:
+            t = t.reshape(t.shape[0], self.cols)
+        return t if self.left else t.t()
 
     def project(self, grad: Tensor) -> Tensor:
         """R of a gradient in the present basis, in the moments' dtype."""
         matrix, dtype = self.matrix(grad), moments.moment_dtype(self.group, grad.dtype)
         p = self.basis(grad)
         if self.two_sided:
-            return (p.t() @ (matrix @ self.state["proj_right"].to(grad.dtype))).to(dtype)
+            matrix = matrix @ self.state["proj_right"].to(grad.dtype)
         low = p.t() @ matrix if dtype == grad.dtype else subspace.product32(p.t(), matrix)
-        return low.to(dtype)
+        return sharded.all_sum(low.to(dtype), self.shards if self.left else None)
+
+    def project_back(self, low: Tensor, into: Tensor) -> None:
+        """Write P R into a gradient."""
+        low = low.view(self.rank, -1)
+        if self.two_sided:
+            low = low @ self.state["proj_right"].to(low.dtype).t()
+        into.copy_((self.basis(into) @ low if self.left else low.t() @ self.basis(into).t()).view(into.shape))
 
     def basis(self, grad: Tensor) -> Tensor:
-        """P in the gradient's dtype."""
+        """P in the gradient's dtype; of a matrix cut along its projected side, the rows of this rank."""
         if self.group["variant"] == "apollo":
             since = self.step // self.group["update_proj_gap"]
             rng = self._generator("apollo", since)
             return residual.gaussian(self.matrix(grad).shape[0], self.rank, rng, grad.dtype).to(grad.device)
-        return self.state["proj"].to(grad.dtype)
+        p = self.state["proj"].to(grad.dtype)
+        if self.shards is None or not self.left:
+            return p
+        start = sharded.first_row(self.p)
+        return p[start : start + sharded.local(self.p).shape[0]]
 
     def read_moments(self, grad: Tensor) -> tuple[Tensor, Tensor]:
-        """First and second moment, r×k (or, just adopted, still of the whole matrix: d×k)."""
-        d, k = self.matrix(self.p).shape
-        shape = (self.rank, self.rank if self.two_sided else k)
-        return moments.read(self.state, shape, moments.moment_dtype(self.group, grad.dtype), self.p.device)
+        """First and second moment, r×k (or, just adopted, still of the whole matrix), this rank's piece."""
+        shape = (self.rank, self.rank if self.two_sided else self.matrix(self.p).shape[1])
+        dtype = moments.moment_dtype(self.group, grad.dtype)
+        return moments.read(self.state, shape, dtype, sharded.local(self.p).device)
+
+    def write_moments(self, m: Tensor, v: Tensor) -> None:
+        """Keep them, and count the step."""
+        if self.shards is not None:
+            shape, cut = (self.rank, self.numel_low // self.rank), None if self.left else 1
+            m, v = sharded.wrap(m, self.p, shape, cut), sharded.wrap(v, self.p, shape, cut)
+        moments.write(self.state, m, v, moments.kind(self.group) == "8bit")
+        self.state["step"] = torch.tensor(float(self.step + 1))
 
     def refresh(
         self, m: Tensor, v: Tensor, skip: Tensor | None, share: Callable[[list[Tensor]], None] | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Renew the basis from ``grad``; returns the moments in it, and the overlap with the old one (None if there was none)."""
-        matrix = self.matrix(self.grad)
+        """Renew the basis from ``grad``; returns the moments in it, and its overlap with the old one (None if new)."""
+        matrix = self.matrix(sharded.whole(self.grad))
         old = [self.state[key].to(subspace.at_least_32(matrix.dtype)) for key in self._keys() if key in self.state]
         new = self._new_basis(matrix, old, m)
         if share is not None:
@@ -140,29 +171,29 @@ class Projected:
             if self.two_sided:
                 back = back @ self.state["proj_right"].to(weight.dtype).t()
             weight.addmm_(self.basis(self.p), back, alpha=eta)
-        if not weight.is_set_to(self.matrix(self.p)):  # a layout of which there is no matrix view: it was a copy
-            self.p.detach().copy_((weight if self._left() else weight.t()).reshape(self.p.shape))
-
-    def _left(self) -> bool:
-        return subspace.project_left(self.p.shape[0], self.p[0].numel(), self.group["proj_type"])
+        if not self.viewable:
+            here = sharded.local(self.p.detach())
+            here.copy_((weight if self.left else weight.t()).reshape(here.shape))
 
     def _keys(self) -> list[str]:
         return ["proj", "proj_right"] if self.two_sided else ["proj"]
 
     def _generator(self, *words: object) -> torch.Generator:
         seed = generator("galore", self.name, *words, seed=self.group["seed"]).initial_seed()
-        return torch.Generator(self.p.device).manual_seed(seed)
+        return torch.Generator(sharded.local(self.p).device).manual_seed(seed)
 
     def _new_basis(self, matrix: Tensor, old: list[Tensor], m: Tensor) -> list[Tensor]:
         how, beta1 = self.group["refresh"], self.group["betas"][0]
         if how == "svd":
-            grad = matrix if self._left() else matrix.t()
+            grad = matrix if self.left else matrix.t()
             return subspace.svd_basis(grad, self.rank, self.group["proj_type"])
         if not old:
             p = subspace.range_finder(matrix, self.rank, self._generator("cold"))
             return [p, torch.linalg.qr(subspace.product32(matrix.t(), p))[0]] if self.two_sided else [p]
-        m = m.to(old[0].dtype)
         if how == "track":
+            if self.shards is not None:  # the mixture needs all of m
+                m = sharded.whole(self.state["exp_avg"])
+            m = m.to(old[0].dtype)
             if self.two_sided:
                 return list(subspace.two_sided_track(matrix, *old, m, beta1))
             low = subspace.product32(old[0].t().to(matrix.dtype), matrix)
@@ -171,8 +202,8 @@ class Projected:
 
     def _enter(self, m: Tensor, v: Tensor, new: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Moments of the whole matrix (an adopted parameter's) enter the first basis: m ← Pᵀm, v ← (P∘P)ᵀv."""
-        d, k = self.matrix(self.p).shape
-        if "exp_avg" not in self.state or tuple(m.shape) == (self.rank, k) != (d, k):
+        if "exp_avg" not in self.state:
             return m, v
-        m, v = self.matrix(m), self.matrix(v)
-        return tuple(t.contiguous() for t in subspace.rotate(m.to(new[0].dtype), v.to(new[0].dtype), *[b.t() for b in new]))
+        wide = [self.matrix(t).to(new[0].dtype) for t in (m, v)]
+        low_m, low_v = subspace.rotate(*wide, *[basis.t() for basis in new])
+        return low_m.to(m.dtype).contiguous(), low_v.to(v.dtype).contiguous()

@@ -56,8 +56,10 @@ def orthonormal(y: Tensor, fallback: Tensor | None = None) -> Tensor:
 
 
 def svd_basis(grad: Tensor, rank: int, proj_type: str) -> list[Tensor]:
-    """The published basis: leading singular vectors of G (m×n); [P], or [P, Q] for ``full``. Left and right have the signs
-    that LAPACK gives for G itself, so that moments carried over without rotation mean the same as in the published code.
+    """The published basis: leading singular vectors of G (m×n); [P], or [P, Q] for ``full``.
+
+    Both sides have the signs that LAPACK gives for G itself, so that moments carried over without rotation mean the same
+    as in the published code.
     """
     u, _, vh = torch.linalg.svd(grad.to(at_least_32(grad.dtype)), full_matrices=False)
     left, right = u[:, :rank].clone(), vh[:rank].t().clone()  # a view would keep the whole factor alive

@@ -1,0 +1,54 @@
+"""What an optimizer's state takes, counted from live storage, and what the paper's formula says it should."""
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lowrank_pretrain.galore import moments
+from lowrank_pretrain.galore.optimizer import GaLoreAdamW
+from lowrank_pretrain.galore.sharded import local
+from lowrank_pretrain.galore.subspace import at_least_32
+
+
+def state_bytes(optimizer: Optimizer) -> int:
+    """Bytes of all storages that the state keeps alive, each once: a view of a larger storage counts in full."""
+    storages: dict[int, int] = {}
+    for state in optimizer.state.values():
+        for value in _tensors(state):
+            storage = local(value).untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def formula_bytes(optimizer: GaLoreAdamW) -> int:
+    """The paper's mr + 2nr for each projected m×n matrix (m the projected side) and 2mn for each other one, in bytes.
+
+    8-bit moments count with one float32 scale per 256 elements; APOLLO's basis and the step counters count nothing.
+    """
+    total = 0
+    for p, (group, _, slot) in optimizer._lookup().items():
+        kept = moments.kind(group)
+        wide = at_least_32(p.dtype).itemsize
+        narrow = wide if kept == "float32" else p.dtype.itemsize
+        elements = p.numel()
+        if slot is not None:
+            elements = slot.numel_low
+            d, k = (slot.rows, slot.cols) if slot.left else (slot.cols, slot.rows)
+            if group["variant"] == "galore":
+                total += slot.rank * (d + (k if slot.two_sided else 0)) * narrow
+            total += wide if group["residual"] or group["variant"] == "apollo" else 0
+        if kept == "8bit" and elements >= moments.SMALLEST:
+            total += 2 * (elements + -(-elements // moments.BLOCK) * 4)
+        else:
+            total += 2 * elements * (wide if kept == "8bit" else narrow)
+    return total
+
+
+def _tensors(value: object) -> list[Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, dict):
+        return [t for item in value.values() for t in _tensors(item)]
+    if isinstance(value, (list, tuple)):
+        return [t for item in value for t in _tensors(item)]
+    return _tensors(vars(value)) if hasattr(value, "__dict__") else []  # the published code keeps its basis in an object
