@@ -28,7 +28,7 @@ class Quadratic:
         self.noise = torch.Generator().manual_seed(seed + 1)
 
     def grads(self):
-        for p, a, goal in zip(self.params, self.mix, self.goal):
+        for p, a, goal in zip(self.params, self.mix, self.goal, strict=True):
             noise = torch.randn(p.shape, generator=self.noise, dtype=p.dtype)
             p.grad = (a.T @ (a @ (p.detach() - goal)).flatten(1)).view(p.shape) * (1 + 0.1 * noise)
 
@@ -47,7 +47,7 @@ def test_published_mode_equals_galore_torch():
         plain = nn.Parameter(torch.linspace(-1, 1, 7))
         groups = [
             {"params": [p], "rank": r, "update_proj_gap": 100, "scale": 0.5, "proj_type": kind, **extra}
-            for p, (kind, r) in zip(problem.params, kinds)
+            for p, (kind, r) in zip(problem.params, kinds, strict=True)
         ]
         optimizer = cls([*groups, {"params": [plain]}], lr=1e-2, weight_decay=0.05, no_deprecation_warning=True)
         for _ in range(300):
@@ -55,7 +55,7 @@ def test_published_mode_equals_galore_torch():
             plain.grad = plain.detach() ** 3 + 0.5
             optimizer.step()
         results.append([p.detach() for p in (*problem.params, plain)])
-    for published, ours in zip(*results):
+    for published, ours in zip(*results, strict=True):
         assert relative(ours, published) < 1e-5
 
 
@@ -64,7 +64,7 @@ def test_reverse_std_on_a_square_projection():
     problem = Quadratic([(6, 20)])
     group = {"params": problem.params, "rank": 6, "update_proj_gap": 5, "scale": 1.0, "proj_type": "reverse_std"}
     optimizer = GaLoreAdamW([{**group, **PUBLISHED}], lr=1e-2)
-    before = [(p.detach() - g).norm() for p, g in zip(problem.params, problem.goal)]
+    before = [(p.detach() - g).norm() for p, g in zip(problem.params, problem.goal, strict=True)]
     for _ in range(50):
         problem.grads()
         optimizer.step()
@@ -97,22 +97,25 @@ def test_fast_paths_equal_their_twins(settings):
     stagger = settings.pop("stagger", False)
     theirs = {"update_proj_gap": "gap", "rotate_moments": "rotate"}
     ours = {new: settings[old] for new, old in theirs.items()} | {k: v for k, v in settings.items() if k not in theirs.values()}
-    groups = [{"params": [p], "rank": r, "proj_type": k, "stagger": stagger, **ours} for p, r, k in zip(fast.params, ranks, kinds)]
+    groups = [
+        {"params": [p], "rank": r, "proj_type": kind, "stagger": stagger, **ours}
+        for p, r, kind in zip(fast.params, ranks, kinds, strict=True)
+    ]
     optimizer = GaLoreAdamW(groups, lr=1e-2, weight_decay=0.1, seed=3)
     with torch.no_grad():
         weights = [p.detach() for p in slow.params]
     twins = [
         Twin(w, r, f"parameter 0 of group {i}", 1e-2, proj_type=kind, weight_decay=0.1, seed=3,
              offset=i * 7 // len(ranks) if stagger else 0, **settings)
-        for i, (w, r, kind) in enumerate(zip(weights, ranks, kinds))
+        for i, (w, r, kind) in enumerate(zip(weights, ranks, kinds, strict=True))
     ]  # fmt: skip
     for _ in range(25):
         fast.grads()
         optimizer.step()
         slow.grads()
-        for twin, p in zip(twins, slow.params):
+        for twin, p in zip(twins, slow.params, strict=True):
             twin.step(p.grad)
-    for p, w in zip(fast.params, weights):
+    for p, w in zip(fast.params, weights, strict=True):
         assert relative(p.detach(), w) < 1e-8
 
 
@@ -240,7 +243,7 @@ def test_bfloat16_parameters(moments):
     for _ in range(40):
         exact.grads()
         reference.step()
-        for p, q in zip(problem.params, exact.params):
+        for p, q in zip(problem.params, exact.params, strict=True):
             p.grad = q.grad.bfloat16()
         optimizer.step()
     state = optimizer.state[problem.params[0]]
@@ -249,7 +252,7 @@ def test_bfloat16_parameters(moments):
     restored = GaLoreAdamW([{"params": problem.params, "moments": moments, **settings}], lr=1e-2)
     restored.load_state_dict(optimizer.state_dict())
     assert restored.state[problem.params[0]]["exp_avg"].dtype == dtype  # torch alone would cast it to bfloat16
-    for p, q, s in zip(problem.params, exact.params, start):
+    for p, q, s in zip(problem.params, exact.params, start, strict=True):
         assert relative(p.detach().float() - s, q.detach() - s) < 0.1
 
 
@@ -277,7 +280,7 @@ def test_resume_is_bit_exact_through_a_weights_only_file(settings):
     saved = torch.load(buffer, weights_only=True)
     resumed, again = make()
     again.load_state_dict(saved["optimizer"])
-    for p, w in zip(resumed.params, saved["weights"]):
+    for p, w in zip(resumed.params, saved["weights"], strict=True):
         p.data.copy_(w)
     resumed.noise.set_state(noise)
     deep = Quadratic(shapes)
@@ -287,7 +290,7 @@ def test_resume_is_bit_exact_through_a_weights_only_file(settings):
         for each, opt in ((resumed, again), (deep, copied)):
             each.grads()
             opt.step()
-    for p, q, r in zip(problem.params, resumed.params, deep.params):
+    for p, q, r in zip(problem.params, resumed.params, deep.params, strict=True):
         assert torch.equal(p, q) and torch.equal(p, r)
 
 
@@ -324,7 +327,8 @@ def test_adopt_keeps_the_step_size_and_refuses_a_second_time():
 
 
 def test_a_gradient_that_is_not_finite_names_its_parameter_and_harms_nothing():
-    for bad, settings in ((float("nan"), {}), (float("inf"), PUBLISHED), (float("nan"), {"refresh": "track", "residual": "fira"})):
+    fira = {"refresh": "track", "residual": "fira"}
+    for bad, settings in ((float("nan"), {}), (float("inf"), PUBLISHED), (float("nan"), fira)):
         model, x = Net(), torch.randn(4, 3, 8, 8)
         optimizer = GaLoreAdamW(galore_param_groups(model, 4, update_proj_gap=1, **settings), lr=1e-2, weight_decay=0.1)
         for _ in range(2):
@@ -335,7 +339,7 @@ def test_a_gradient_that_is_not_finite_names_its_parameter_and_harms_nothing():
         model.fc2.weight.grad[1, 2] = bad
         with pytest.raises(FloatingPointError, match="fc2.weight"):
             optimizer.step()
-        for a, b in zip(_tensors((optimizer.state_dict(), model.state_dict())), _tensors(kept)):
+        for a, b in zip(_tensors((optimizer.state_dict(), model.state_dict())), _tensors(kept), strict=True):
             assert torch.equal(a, b)
 
 
@@ -449,7 +453,8 @@ def test_metrics():
     for _ in range(3):
         problem.grads()
         optimizer.step()
-    assert set(optimizer.metrics()) == {"galore/refresh_ms", "galore/overlap"} and 0 < optimizer.metrics()["galore/overlap"] <= 1.001
+    assert set(optimizer.metrics()) == {"galore/refresh_ms", "galore/overlap"}
+    assert 0 < optimizer.metrics()["galore/overlap"] <= 1.001
 
 
 def test_private_generators_leave_the_global_one_alone():

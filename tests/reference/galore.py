@@ -25,7 +25,8 @@ class Twin:
     """
 
     def __init__(self, weight, rank, name, lr, *, scale=0.25, gap=200, proj_type="std", refresh="subspace", rotate=True,
-                 residual=None, variant="galore", betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0, offset=0, seed=0):  # fmt: skip
+                 residual=None, variant="galore", betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0, offset=0,
+                 seed=0):  # fmt: skip
         self.w, self.r, self.name, self.lr, self.scale, self.gap = weight, rank, name, lr, scale, gap
         self.refresh, self.rotate, self.residual, self.variant = refresh, rotate, residual, variant
         self.betas, self.eps, self.weight_decay, self.offset, self.seed = betas, eps, weight_decay, offset, seed

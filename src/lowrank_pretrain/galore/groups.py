@@ -36,7 +36,8 @@ def galore_param_groups(
             of shape (out, in·kernel). A fused qkv matrix is projected whole.
         weight_decay: for matrices; norms, biases and embeddings get 0. By default the optimizer's own, for all of them.
         rest_lr: learning rate of everything that is not projected; by default the optimizer's.
-        settings: any of the optimizer's GaLore keys, e.g. ``scale``, ``update_proj_gap``, ``refresh``, ``lr``.
+        settings: any of the optimizer's GaLore keys, e.g. ``scale``, ``update_proj_gap``, ``refresh``; an ``lr`` here is
+            that of the projected matrices, the others (``layerwise``, ``moments``) hold for every group.
 
     Returns:
         Up to three groups of (name, parameter) pairs: projected, other weights, and norms, biases and embeddings.
@@ -62,10 +63,11 @@ def galore_param_groups(
     plain = {name: p for name, p in rest.items() if name not in decayed}
     decay, no_decay = ({}, {}) if weight_decay is None else ({"weight_decay": weight_decay}, {"weight_decay": 0.0})
     lr = {} if rest_lr is None else {"lr": rest_lr}
+    shared = {key: value for key, value in settings.items() if key != "lr"}
     groups: list[dict[str, Any]] = [
         {"params": list(chosen.items()), "rank": rank, **decay, **settings},
-        {"params": list(decayed.items()), **decay, **lr},
-        {"params": list(plain.items()), **no_decay, **lr},
+        {"params": list(decayed.items()), **shared, **decay, **lr},
+        {"params": list(plain.items()), **shared, **no_decay, **lr},
     ]
     return [group for group in groups if group["params"]]
 

@@ -1,0 +1,192 @@
+"""GaLoreAdamW in Lightning, through nothing but configure_optimizers; accumulation and layer-wise updates."""
+
+import gc
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import LearningRateMonitor
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lowrank_pretrain.errors import ConfigError
+from lowrank_pretrain.galore import GaLoreAdamW, galore_param_groups
+
+SETTINGS = {"rank": 4, "update_proj_gap": 3, "scale": 0.5}
+
+
+class Regression(pl.LightningModule):
+    def __init__(self, optimizers=1, **settings):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 8))
+        with torch.no_grad():
+            for p in self.parameters():
+                p.copy_(torch.randn(p.shape, generator=generator) / 3)
+        self.settings, self.count, self.losses, self.held = {**SETTINGS, **settings}, optimizers, [], []
+        self.automatic_optimization = optimizers == 1
+
+    def training_step(self, batch):
+        loss = (self.model(batch[0]).float() - batch[1]).square().mean()
+        self.losses.append(loss.item())
+        self.held.append(sum(p.grad is not None for p in self.parameters()))
+        if not self.automatic_optimization:
+            for optimizer in self.optimizers():
+                optimizer.zero_grad()
+            self.manual_backward(loss)
+            for optimizer in self.optimizers():
+                optimizer.step()
+        return loss
+
+    def configure_optimizers(self):
+        if self.count == 2:
+            halves = self.model[:2], self.model[2:]
+            return [GaLoreAdamW(galore_param_groups(half, **self.settings), lr=1e-2) for half in halves]
+        optimizer = GaLoreAdamW(galore_param_groups(self, **self.settings), lr=1e-2, weight_decay=0.01)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 40)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def loader(batch_size=4, rows=48):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(rows, 8, generator=generator)
+    return DataLoader(TensorDataset(x, x.flip(1).sin()), batch_size)
+
+
+def fit(module, batch_size=4, path=None, callbacks=(), **trainer):
+    # fmt: off
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=1, logger=trainer.pop("logger", False), enable_progress_bar=False,
+        enable_model_summary=False, enable_checkpointing=False, callbacks=list(callbacks), **{"max_epochs": 2, **trainer},
+    )
+    # fmt: on
+    trainer.fit(module, loader(batch_size), ckpt_path=path, weights_only=True if path else None)
+    return trainer
+
+
+def distance(a, b):
+    pairs = list(zip(a.parameters(), b.parameters(), strict=True))
+    return (sum((p - q).square().sum() for p, q in pairs) / sum(q.square().sum() for _, q in pairs)).sqrt().item()
+
+
+MODES = [{}, {"stagger": False}, {"refresh": "track"}, {"residual": "fira"}, {"variant": "apollo", "scale": 1.0},
+         {"refresh": "svd", "rotate_moments": False}]  # fmt: skip
+
+
+@pytest.mark.parametrize("layerwise", [False, True])
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_four_micro_batches_equal_one_batch(mode, layerwise):
+    small, large = Regression(layerwise=layerwise, **mode), Regression(**mode)
+    fit(small, 4, accumulate_grad_batches=4)
+    fit(large, 16)
+    assert distance(small, large) < 2e-5
+    assert distance(large, Regression()) > 0.02
+
+
+@pytest.mark.parametrize("mode", [*MODES, {"moments": "8bit"}], ids=str)
+def test_layerwise_equals_normal_step_for_step(mode):
+    if "moments" in mode:
+        pytest.importorskip("bitsandbytes")
+    one, other = Regression(layerwise=True, **mode), Regression(**mode)
+    fit(one)
+    fit(other)
+    torch.testing.assert_close(one.losses, other.losses, rtol=1e-5, atol=0)
+    assert distance(one, other) < 1e-5
+
+
+def test_layerwise_frees_gradients():
+    module = Regression(layerwise=True, update_proj_gap=100)
+    fit(module, accumulate_grad_batches=4)
+    biases = 3  # plain parameters accumulate as usual; matrices leave only their r×k sum
+    assert module.held[:4] == [0, 6, 6, 6]  # the first window starts from no basis: it needs whole gradients
+    assert module.held[4:8] == [0, biases, biases, biases]
+
+
+def test_layerwise_applies_what_was_left_outside_the_step():
+    modules = [Regression(layerwise=True), Regression()]
+    for module in modules:
+        optimizer = module.configure_optimizers()["optimizer"]
+        for x, y in loader():
+            (module.model(x) - y).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        module.kept = optimizer
+    assert distance(*modules) < 1e-5
+    x, y = next(iter(loader()))
+    (modules[0].model(x) - y).square().mean().backward()
+    modules[0].kept.zero_grad()  # drops the accumulated R too
+    before = [p.detach().clone() for p in modules[0].parameters()]
+    modules[0].kept.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, modules[0].parameters(), strict=True))
+
+
+def test_a_second_optimizer_takes_the_hooks_over():
+    module = Regression(layerwise=True)
+    first, second = (module.configure_optimizers()["optimizer"] for _ in range(2))
+    x, y = next(iter(loader()))
+    second.step(lambda: (module.model(x) - y).square().mean().backward())
+    assert not first.state and len(second.state) == 6
+    del first
+    gc.collect()
+
+
+@pytest.mark.parametrize(
+    "trainer", [{"gradient_clip_val": 0.1}, {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}]
+)
+def test_clipping_acts_and_layerwise_refuses_it(trainer):
+    clipped, free = Regression(), Regression()
+    fit(clipped, **trainer)
+    fit(free)
+    assert distance(clipped, free) > 1e-4
+    with pytest.raises(ConfigError, match="gradient_clip_val.*layerwise=false"):
+        fit(Regression(layerwise=True), **trainer)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+@pytest.mark.parametrize("layerwise", [False, True])
+def test_precisions(precision, layerwise):
+    module, exact = Regression(layerwise=layerwise), Regression()
+    fit(module, precision=precision)
+    fit(exact)
+    assert distance(module.float(), exact) < 0.05
+    assert module.losses[-1] < 0.9 * module.losses[0]
+
+
+def test_layerwise_refuses_a_loss_scale():
+    module = Regression(layerwise=True)
+    optimizer, scaler = module.configure_optimizers()["optimizer"], torch.amp.GradScaler("cpu")
+    x, y = next(iter(loader()))
+    scaler.scale((module.model(x) - y).square().mean()).backward()
+    with pytest.raises(ConfigError, match="bf16-mixed"):
+        scaler.step(optimizer)
+
+
+@pytest.mark.parametrize("mode", [{}, {"refresh": "track"}, {"residual": "fira"}, {"layerwise": True}], ids=str)
+def test_resume_through_the_trainer_is_bit_exact(mode, tmp_path):
+    whole = Regression(**mode)
+    trainer = fit(whole, max_epochs=3)
+    half = Regression(**mode)
+    trainer = fit(half, max_epochs=1)
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    rest = Regression(**mode)
+    fit(rest, path=tmp_path / "half.ckpt", max_epochs=3)
+    assert whole.losses[12:] == rest.losses
+    assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), rest.parameters(), strict=True))
+
+
+def test_learning_rate_monitor_and_schedule(tmp_path):
+    module, monitor = Regression(), LearningRateMonitor("step")
+    trainer = fit(module, callbacks=[monitor], logger=pl.loggers.CSVLogger(tmp_path), max_epochs=1, log_every_n_steps=1)
+    assert list(monitor.lrs) == ["lr-GaLoreAdamW/pg1", "lr-GaLoreAdamW/pg2"]
+    scheduled = torch.optim.SGD([torch.zeros(1)], lr=1e-2)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(scheduled, 40)
+    for _ in range(trainer.global_step):
+        scheduled.step()
+        schedule.step()
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(schedule.get_last_lr()[0])
+
+
+def test_several_optimizers():
+    module = Regression(optimizers=2, targets="all")
+    fit(module)
+    assert module.losses[-1] < 0.9 * module.losses[0]
