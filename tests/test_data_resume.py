@@ -2,6 +2,7 @@
 
 import pickle
 
+import lightning as L
 import pytest
 import torch
 
@@ -86,7 +87,9 @@ def test_random_augmentation_of_an_image_folder(tmp_path, pictures, num_workers)
     check(lambda: folder(pictures, num_workers), tmp_path, "batch", 8)
 
 
-@pytest.mark.parametrize(("num_workers", "hook", "step"), [(0, "batch", 8), (0, "epoch", 6), (0, "validation", 12), (2, "batch", 8)])
+@pytest.mark.parametrize(
+    ("num_workers", "hook", "step"), [(0, "batch", 8), (0, "epoch", 6), (0, "validation", 12), (2, "batch", 8)]
+)
 def test_stream_of_text(tmp_path, documents, num_workers, hook, step):
     check(lambda: stream(documents, num_workers), tmp_path, hook, step)
 
@@ -101,11 +104,33 @@ def test_stream_resumes_at_every_batch(documents, num_workers):
     for batch in loader:
         whole.append(fingerprint(batch))
         states.append(pickle.dumps(loader.state_dict()))
+    data.teardown()
     for done in (1, 4, 5, 9, 30, 58, 59, 60, 61) if num_workers == 0 else (5, 60):
         again = stream(documents, num_workers, seq_len=64, batches_per_epoch=count)
         again.setup()
         again.load_state_dict({"train": pickle.loads(states[done - 1])})
         assert [fingerprint(batch) for batch in again.train_dataloader()] == whole[done:], done
+        again.teardown()
+
+
+def test_the_same_data_module_in_a_second_fit(documents):
+    """Afresh means from the beginning, also after a fit that ended in the middle of an epoch."""
+    for data in (sample(), stream(documents)):
+        options = {"limit_train_batches": PER_EPOCH, "limit_val_batches": 1, "max_epochs": -1}
+        whole, _ = fit(data, max_steps=10, **options)
+        assert fit(data, max_steps=8, **options)[0] == whole[:8]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_checkpoint_written_after_the_fit_knows_the_place_in_the_stream(tmp_path, documents, num_workers):
+    class SaveAfter(L.Callback):
+        def teardown(self, trainer, module, stage):
+            trainer.save_checkpoint(tmp_path / "after.ckpt")
+
+    options = {"limit_val_batches": 1, "max_epochs": -1}
+    whole, _ = fit(stream(documents, num_workers), max_steps=10, **options)
+    fit(stream(documents, num_workers), max_steps=8, callbacks=[SaveAfter()], **options)
+    assert fit(stream(documents, num_workers), max_steps=10, ckpt=tmp_path / "after.ckpt", **options)[0] == whole[8:]
 
 
 def test_workers_and_ranks_read_different_text(documents):
@@ -113,7 +138,7 @@ def test_workers_and_ranks_read_different_text(documents):
     for rank in range(2):
         data = stream(documents, batches_per_epoch=4)
         data.setup()
-        data.train_set.rank, data.train_set.world_size = rank, 2
+        data.train_set.rank, data.train_set.world_size = rank, 2  # as two processes would set up
         seen += [row.tobytes() for batch in data.train_dataloader() for row in batch["input_ids"].numpy()]
     assert len(set(seen)) == len(seen)
 
@@ -145,6 +170,7 @@ def test_loaders_leave_the_global_generators_alone(pictures, documents):
         before = torch.get_rng_state()
         next(iter(data.train_dataloader()))
         assert len(list(data.val_dataloader())) > 0
+        data.teardown()
         assert torch.equal(torch.get_rng_state(), before), data
 
 

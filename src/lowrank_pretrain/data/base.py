@@ -35,6 +35,7 @@ class PretrainData(L.LightningDataModule):
             raise ConfigError("num_workers", num_workers, "must be a whole number, 0 or more")
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self._train_loader: EpochLoader | StreamLoader | None = None
+        self._loaders: list[EpochLoader | StreamLoader] = []  # open ones; none left: the training loader's fit is over
         self._resume: dict[str, Any] | None = None
 
     @property
@@ -45,23 +46,29 @@ class PretrainData(L.LightningDataModule):
     def train_dataloader(self) -> EpochLoader | StreamLoader:
         """The training loader; goes on where the checkpoint, or an earlier loader of the same fit, was."""
         loader = self._make_train_loader()
-        state = self._resume or (self._train_loader.state_dict() if self._train_loader else None)
+        state = self._resume or (self._train_loader.state_dict() if self._train_loader in self._loaders else None)
         if state:
             loader.load_state_dict(state)
         self._train_loader, self._resume = loader, None
-        return loader
+        return self._remember(loader)
 
-    def val_dataloader(self) -> EpochLoader:
+    def val_dataloader(self) -> EpochLoader | StreamLoader:
         """The validation loader, in its natural order."""
-        return self._make_loader(self.val_set, shuffle=False)
+        return self._remember(self._make_loader(self.val_set, shuffle=False))
 
-    def test_dataloader(self) -> EpochLoader:
+    def test_dataloader(self) -> EpochLoader | StreamLoader:
         """The test loader, in its natural order."""
-        return self._make_loader(self.test_set, shuffle=False)
+        return self._remember(self._make_loader(self.test_set, shuffle=False))
 
     def teardown(self, stage: str | None = None) -> None:
-        """Forget the loader of the fit that ended."""
-        self._train_loader = None
+        """End the loaders' worker processes. The training loader is kept for a checkpoint after the fit."""
+        for loader in self._loaders:
+            loader.close()
+        self._loaders = []
+
+    def on_exception(self, exception: BaseException) -> None:
+        """The same after an error or an interrupt, when Lightning does not call ``teardown``."""
+        self.teardown()
 
     def state_dict(self) -> dict[str, Any]:
         """The place in the training data, {} before there is one."""
@@ -69,10 +76,14 @@ class PretrainData(L.LightningDataModule):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from ``state``: at once if a loader is waiting to start, else when it is made."""
-        if self._train_loader:
+        if self._train_loader in self._loaders:
             self._train_loader.load_state_dict(state["train"])
         else:
             self._resume = state["train"]
+
+    def _remember(self, loader: EpochLoader | StreamLoader) -> EpochLoader | StreamLoader:
+        self._loaders.append(loader)
+        return loader
 
     def _make_train_loader(self) -> EpochLoader | StreamLoader:
         overfit = self.trainer is not None and self.trainer.overfit_batches > 0

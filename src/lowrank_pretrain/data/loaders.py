@@ -8,6 +8,7 @@ Both are plain iterables around a torch loader, not subclasses of it: Lightning 
 only for ``len``, ``state_dict`` and ``batch_sampler.sampler.set_epoch``.
 """
 
+import copy
 import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
@@ -143,6 +144,10 @@ class EpochLoader:
                 raise ConfigError("root", batches.size, f"must hold the {state['size']} samples of the checkpoint's run")
         self._resume = (state["epoch"], state["batches"])
 
+    def close(self) -> None:
+        """End the worker processes."""
+        _end_workers(self._loader)
+
 
 class StreamLoader:
     """Batches of an endless stream, an epoch being so many of them; the stream runs on from epoch to epoch.
@@ -164,8 +169,10 @@ class StreamLoader:
         self.num_workers, self.rank, self.world_size = num_workers, rank, world_size
         self.batches_per_epoch = batches_per_epoch
         self.epoch = 0
-        self._loader = _torch_loader(StatefulDataLoader, dataset, num_workers)
-        self._iterator: Iterator[Fetched] | None = None
+        # a copy: without workers it is this object that moves on, and another loader begins at the beginning
+        self._loader = _torch_loader(StatefulDataLoader, copy.copy(dataset), num_workers)
+        self._running: Iterator[Fetched] | None = None  # from the first batch to `close`
+        self._last: dict[str, Any] | None = None  # the readers' state at `close`
         self._position = (0, 0)
         self._resume: tuple[int, int] | None = None
         self._bad = BadInputs()
@@ -186,17 +193,17 @@ class StreamLoader:
         start = self._resume[1] if self._resume and self._resume[0] == self.epoch else 0
         self._resume = None
         self._position = (self.epoch, start)
-        if self._iterator is None:
-            self._iterator = iter(self._loader)
+        if self._running is None:
+            self._running, self._last = iter(self._loader), None
         for done in range(start + 1, self.batches_per_epoch + 1):
-            fetched = next(self._iterator)
+            fetched = next(self._running)
             self._position = (self._position[0], done)
             yield self._bad.unwrap(fetched)
 
     def state_dict(self) -> dict[str, Any]:
         """Position in the epoch and every rank's readers. All ranks must call it together."""
         epoch, done = self._resume or self._position
-        readers: list[Any] = [self._loader.state_dict()]
+        readers: list[Any] = [self._last or self._loader.state_dict()]
         if self.world_size > 1:
             mine, readers = readers[0], [None] * self.world_size
             torch.distributed.all_gather_object(readers, mine)
@@ -214,9 +221,15 @@ class StreamLoader:
         if len(state["readers"]) != self.world_size:
             allowed = f"must be {len(state['readers'])}, as in the checkpoint: each process keeps its own place in the stream"
             raise ConfigError("trainer.devices", self.world_size, allowed)
-        self._iterator = None
+        self._running = self._last = None
         self._loader.load_state_dict(state["readers"][self.rank])
         self._resume = (state["epoch"], state["batches"])
+
+    def close(self) -> None:
+        """End the worker processes; ``state_dict`` goes on telling where they were."""
+        if self._running is not None:
+            self._running, self._last = None, self._loader.state_dict()
+        _end_workers(self._loader)
 
 
 class BadInputs:
@@ -265,6 +278,13 @@ def _torch_loader(cls: type[DataLoader], dataset: Any, num_workers: int, **kwarg
         generator=torch.Generator().manual_seed(0),
         **kwargs,
     )
+
+
+def _end_workers(loader: DataLoader) -> None:
+    # Not left to the garbage collector: when it comes while another loader forks, each worker takes 5 seconds to end
+    iterator, loader._iterator = loader._iterator, None
+    if hasattr(iterator, "_shutdown_workers"):
+        iterator._shutdown_workers()
 
 
 def _identity(item: Any) -> Any:
