@@ -142,7 +142,8 @@ class Projected:
         if skip is not None and old:
             new = [torch.where(skip > 0, before, after) for before, after in zip(old, new, strict=True)]
         for key, basis in zip(self._keys(), new, strict=True):
-            self.state[key] = basis.to(stored)
+            # one memory layout whatever made it: a distributed checkpoint does not keep layouts, and products would round anew
+            self.state[key] = basis.to(stored).contiguous()
         if not old:
             return (*self._enter(m, v, new), None)
         turns = [subspace.change_of_basis(after, before) for before, after in zip(old, new, strict=True)]

@@ -1,0 +1,305 @@
+"""What two processes do in test_galore_distributed: each function is one scenario, run on both ranks."""
+
+import copy
+import datetime
+import io
+import sys
+import tempfile
+import traceback
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint import state_dict as dcp_state
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+from lowrank_pretrain.errors import ConfigError
+from lowrank_pretrain.galore import GaLoreAdamW, galore_ddp_hook, galore_param_groups
+
+RANK, GAP, STEPS, WIDTH = 4, 4, 10, 16
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(WIDTH, 2 * WIDTH), nn.Tanh(), nn.Linear(2 * WIDTH, WIDTH))
+
+
+def batch(step, rank):
+    g = torch.Generator().manual_seed(100 * step + rank)
+    x = torch.randn(6, WIDTH, generator=g)
+    return x, x.flip(1).sin()
+
+
+def optimizer_of(model, **settings):
+    settings = {"rank": RANK, "update_proj_gap": GAP, "scale": 0.5, **settings}
+    return GaLoreAdamW(galore_param_groups(model, **settings), lr=1e-2, weight_decay=0.1)
+
+
+def train(model, optimizer, steps, ranks, closure=False):
+    """One process sees the batches of all ``ranks``; each of two sees its own."""
+    for step in steps:
+
+        def backward(step=step):
+            optimizer.zero_grad()
+            loss = sum((model(x) - y).square().mean() for x, y in (batch(step, rank) for rank in ranks)) / len(ranks)
+            loss.backward()
+
+        if closure:
+            optimizer.step(backward)
+        else:
+            backward()
+            optimizer.step()
+
+
+def whole(p):
+    return p.full_tensor() if hasattr(p, "full_tensor") else p.detach()
+
+
+def assert_close(a, b):
+    for (name, p), q in zip(a.named_parameters(), b.parameters(), strict=True):
+        torch.testing.assert_close(whole(p), whole(q), rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+# ---- the hook ---------------------------------------------------------------------------------------------------------
+
+
+def hook(rank, sends="low", **settings):
+    model = net()
+    plain, hooked = DistributedDataParallel(copy.deepcopy(model)), DistributedDataParallel(copy.deepcopy(model))
+    optimizer = optimizer_of(hooked.module, **settings)
+    state = galore_ddp_hook(hooked, optimizer)
+    train(plain, optimizer_of(plain.module, **settings), range(STEPS), [rank])
+    sent = []
+    for step in range(STEPS):
+        before = state.sent_bytes
+        train(hooked, optimizer, [step], [rank])
+        sent.append(state.sent_bytes - before)
+    assert_close(plain, hooked)
+    for p in hooked.parameters():
+        other = p.detach().clone()
+        dist.broadcast(other, 0)
+        assert torch.equal(other, p), "the ranks drifted apart"
+    assert state.calls == STEPS  # one bucket
+    biases, matrix, low = 4 * 3 * WIDTH, 4 * 2 * WIDTH * WIDTH, 4 * RANK * 2 * WIDTH
+    assert state.full_bytes == STEPS * (biases + 2 * matrix) and low / matrix == RANK / WIDTH
+    # staggered: matrix 0 refreshes at 0, 4, 8 and matrix 1 at 0, 2, 6
+    due = [sum(step == 0 or (step + offset) % GAP == 0 for offset in (0, 2)) for step in range(STEPS)]
+    if sends == "low":
+        assert sent == [biases + n * matrix + (2 - n) * low for n in due], (sent, due)
+    if sends == "everything":
+        assert state.sent_bytes == state.full_bytes
+
+
+def hook_tracking(rank):
+    hook(rank, "everything", refresh="track")
+
+
+def hook_fira(rank):
+    hook(rank, "everything", residual="fira")
+
+
+def hook_two_sided(rank):
+    hook(rank, "", proj_type="full")
+
+
+def hook_refuses(rank):
+    model = net()
+    for target, settings in ((model, {}), (DistributedDataParallel(net()), {"layerwise": True})):
+        try:
+            galore_ddp_hook(target, optimizer_of(getattr(target, "module", target), **settings))
+        except ConfigError:
+            continue
+        raise AssertionError("not refused")
+
+
+class Lit(pl.LightningModule):
+    def __init__(self, use_hook, **settings):
+        super().__init__()
+        self.model, self.use_hook, self.settings, self.hooked = net(), use_hook, settings, None
+
+    def training_step(self, step, _):
+        x, y = batch(int(step), self.global_rank)
+        return (self.model(x) - y).square().mean()
+
+    def configure_optimizers(self):
+        return optimizer_of(self, **self.settings)
+
+    def on_train_start(self):
+        if self.use_hook:
+            self.hooked = galore_ddp_hook(self.trainer.strategy.model, self.optimizers(use_pl_optimizer=False))
+
+
+def fit(module, strategy="ddp", **trainer):
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=2, strategy=strategy, logger=False, enable_progress_bar=False, enable_checkpointing=False,
+        enable_model_summary=False, max_steps=STEPS // 2, use_distributed_sampler=False, **trainer,
+    )  # fmt: skip
+    trainer.fit(module, DataLoader(range(STEPS), batch_size=None))
+    return module
+
+
+def hook_in_lightning(rank):
+    plain, hooked = fit(Lit(False), accumulate_grad_batches=2), fit(Lit(True), accumulate_grad_batches=2)
+    assert hooked.hooked.calls == STEPS // 2
+    assert_close(plain, hooked)
+
+
+def layerwise_refuses_ddp(rank):
+    try:
+        fit(Lit(False, layerwise=True))
+    except ConfigError as error:
+        assert "FSDP2" in str(error)
+        return
+    raise AssertionError("not refused")
+
+
+# ---- FSDP2 ------------------------------------------------------------------------------------------------------------
+
+
+def sharded(model):
+    mesh = init_device_mesh("cpu", (2,))
+    for layer in model:
+        if list(layer.parameters()):
+            fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def fsdp2(rank, closure=False, **settings):
+    one, two = net(), sharded(net())
+    train(one, optimizer_of(one, **{**settings, "layerwise": False}), range(STEPS), [0, 1])
+    optimizer = optimizer_of(two, **settings)
+    train(two, optimizer, range(STEPS), [rank], closure)
+    assert_close(one, two)
+    return two, optimizer
+
+
+def fsdp2_left_and_right(rank):
+    _, optimizer = fsdp2(rank, proj_type="left")
+    _, optimizer = fsdp2(rank, proj_type="right")
+    for p in optimizer.param_groups[0]["params"]:  # from the right the moments are cut over the ranks
+        assert optimizer.state[p]["exp_avg"].to_local().shape == (RANK, p.shape[0] // 2)
+
+
+def fsdp2_tracking(rank):
+    fsdp2(rank, refresh="track")
+
+
+def fsdp2_two_sided(rank):
+    fsdp2(rank, proj_type="full")
+
+
+def fsdp2_published(rank):
+    fsdp2(rank, refresh="svd", rotate_moments=False, stagger=False)
+
+
+def fsdp2_layerwise(rank):
+    two, _ = fsdp2(rank, closure=True, layerwise=True)
+    assert all(p.grad is None for p in two.parameters())
+
+
+def fsdp2_not_finite(rank):
+    model = sharded(net())
+    optimizer = optimizer_of(model)
+    train(model, optimizer, range(2), [rank])
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    if rank == 1:
+        model[0].weight.grad.to_local()[0] = float("nan")
+    try:
+        optimizer.step()
+    except FloatingPointError as error:
+        assert "0.weight" in str(error)  # on both ranks, or one of them would wait for ever
+        return
+    raise AssertionError("not noticed")
+
+
+def fsdp2_refuses(rank):
+    for settings in ({"residual": "fira"}, {"variant": "apollo"}, {"moments": "8bit"}):
+        model = sharded(net())
+        try:
+            train(model, optimizer_of(model, **settings), range(1), [rank])
+        except ConfigError:
+            continue
+        raise AssertionError("not refused")
+
+
+class Fsdp2(Lit):
+    def configure_model(self):
+        sharded(self.model)
+
+
+def fsdp2_in_lightning(rank):
+    from lightning.pytorch.strategies import ModelParallelStrategy
+
+    module = Fsdp2(False)
+    fit(module, ModelParallelStrategy())
+    one = net()
+    train(one, optimizer_of(one), range(STEPS // 2), [0, 1])
+    assert_close(module.model, one)
+
+
+# ---- torch.distributed.checkpoint -------------------------------------------------------------------------------------
+
+
+def _checkpoint(rank, prepare, **settings):
+    model = prepare(net())
+    optimizer = optimizer_of(model, **settings)
+    train(model, optimizer, range(6), [rank])
+    directory = [tempfile.mkdtemp()]
+    dist.broadcast_object_list(directory, 0)
+    saved = {"model": dcp_state.get_model_state_dict(model), "optim": dcp_state.get_optimizer_state_dict(model, optimizer)}
+    dcp.save(saved, checkpoint_id=directory[0])
+    train(model, optimizer, range(6, STEPS), [rank])
+    again = prepare(net())
+    other = optimizer_of(again, **settings)
+    empty = {"model": dcp_state.get_model_state_dict(again), "optim": dcp_state.get_optimizer_state_dict(again, other)}
+    dcp.load(empty, checkpoint_id=directory[0])
+    dcp_state.set_model_state_dict(again, empty["model"])
+    dcp_state.set_optimizer_state_dict(again, other, empty["optim"])
+    train(again, other, range(6, STEPS), [rank])
+    for p, q in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(whole(p), whole(q))
+
+
+def checkpoint_of_ddp(rank):
+    _checkpoint(rank, DistributedDataParallel)
+
+
+def checkpoint_of_fsdp2(rank):
+    _checkpoint(rank, sharded)
+
+
+SCENARIOS = [
+    hook, hook_tracking, hook_fira, hook_two_sided, hook_refuses, fsdp2, fsdp2_left_and_right, fsdp2_tracking, fsdp2_two_sided,
+    fsdp2_published, fsdp2_layerwise, fsdp2_not_finite, fsdp2_refuses, checkpoint_of_ddp, checkpoint_of_fsdp2,
+    hook_in_lightning, layerwise_refuses_ddp, fsdp2_in_lightning,
+]  # fmt: skip
+
+
+def main(rank, path):
+    """Run every scenario; write the traceback of each that failed."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{path}/rendezvous", rank=rank, world_size=2, timeout=datetime.timedelta(seconds=20)
+    )
+    results = {}
+    for scenario in SCENARIOS:
+        try:
+            scenario(rank)
+        except Exception:  # noqa: BLE001 - reported to the test of this scenario
+            text = io.StringIO()
+            traceback.print_exc(file=text)
+            results[scenario.__name__] = text.getvalue()
+        else:
+            results[scenario.__name__] = ""
+        dist.barrier()
+    torch.save(results, f"{path}/{rank}.pt")
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2])
