@@ -19,6 +19,7 @@ VARIANTS = {
     "rewarm": {"rewarm": 4},
     "fixed A": {"train_A": False, "alpha": 3.0},
     "grad_norm": {"rank_signal": "grad_norm"},
+    "own rate": {"adapter_lr": 2.0, "adapter_weight_decay": 0.0, "rewarm": 5},
 }
 
 

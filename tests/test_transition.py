@@ -68,6 +68,21 @@ def test_rewarm_ramps_the_rate_after_the_freeze_and_leaves_the_schedule_alone(tm
         assert b == pytest.approx([rate * factor for rate in a], rel=1e-12), t
 
 
+@pytest.mark.parametrize("scheduler", [None, "lambda", "cosine", "onecycle", "sequential", "step"])
+def test_adapters_with_a_rate_of_their_own_follow_their_weights_group(tmp_path, scheduler):
+    plain, _, _ = lr_trace(tmp_path, None, lr_groups=3, scheduler=scheduler)
+    callback = steps(adapter_lr=3.0, adapter_weight_decay=0.0, rewarm=4)
+    traced, module, fit = lr_trace(tmp_path, callback, lr_groups=3, scheduler=scheduler)
+    for t, (a, b) in enumerate(zip(plain, traced, strict=True)):
+        factor = min(1.0, (t - 14 + 1) / 4) if t >= 14 else 1.0
+        expected = [rate * factor for rate in a]
+        assert b == pytest.approx(expected + [3.0 * rate for rate in expected] if t >= 8 else expected, rel=1e-12), t
+    groups = fit.optimizers[0].param_groups
+    assert [group["weight_decay"] for group in groups] == [0.01] * 3 + [0.0] * 3
+    adapters = {id(p) for _, p in lora.adapter_parameters(module)}
+    assert {id(p) for group in groups[3:] for p in group["params"]} == adapters
+
+
 def test_partial_targets_of_a_fused_layer_keep_the_other_rows_training_with_their_moments(tmp_path):
     module, callback = toy(), steps(targets=["q", "v"])
     snapshots = {}

@@ -24,6 +24,8 @@ class LoRA(PhaseCallback):
         alpha: scale = alpha / rank; ``None``: scale 1.
         freeze_rest: freeze everything but the adapters (embeddings, norms, head too).
         train_A: ``False`` trains B alone (LoRA-FA).
+        adapter_lr: the adapters' learning rate over that of their base weight.
+        adapter_weight_decay: the adapters' weight decay; ``None``: that of their base weight.
 
     Raises:
         ConfigError: a wrong value; at the start of fit, a rank above min(D, O) of a target or a pattern without a match.
@@ -36,10 +38,14 @@ class LoRA(PhaseCallback):
         alpha: float | None = None,
         freeze_rest: bool = False,
         train_A: bool = True,
+        adapter_lr: float = 1.0,
+        adapter_weight_decay: float | None = None,
     ) -> None:
         if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
             raise ConfigError("rank", rank, "must be an integer of 1 or more")
-        super().__init__(alpha=alpha, train_A=train_A, freeze_rest=freeze_rest)
+        super().__init__(
+            alpha, train_A, freeze_rest, adapter_lr=adapter_lr, adapter_weight_decay=adapter_weight_decay
+        )
         self.rank = rank
         self.targets = targets if isinstance(targets, str) else [*targets]
 

@@ -10,6 +10,7 @@ model, ``configure_optimizers`` sees the bare model, then ``on_fit_start`` repea
 ``transition.apply`` and puts the exact values back, before Lightning restores the optimizers.
 """
 
+import math
 from functools import partial
 from typing import Any
 
@@ -19,7 +20,7 @@ from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, Wei
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from lowrank_pretrain import lora, transition
+from lowrank_pretrain import adapter_groups, lora, transition
 from lowrank_pretrain.errors import ConfigError
 from lowrank_pretrain.plan import Plan
 from lowrank_pretrain.rewarm import Rewarm
@@ -56,6 +57,8 @@ class PhaseCallback(Callback):
         freeze_rest: at the freeze, everything but what low-rank training updates stops too.
         optimizer_state: ``keep`` or ``reset`` the moments at both transitions.
         rewarm: optimizer steps after the freeze over which the learning rate ramps up to the schedule's value.
+        adapter_lr: the adapters' learning rate over that of their base weight.
+        adapter_weight_decay: the adapters' weight decay; ``None``: that of their base weight.
         then: ``lora``: the plan goes to the strategy or optimizer if one offers ``adopt``, else to adapters;
             ``galore``: the optimizer must offer it.
 
@@ -74,8 +77,10 @@ class PhaseCallback(Callback):
         optimizer_state: str = "keep",
         rewarm: int = 0,
         then: str = "lora",
+        adapter_lr: float = 1.0,
+        adapter_weight_decay: float | None = None,
     ) -> None:
-        if alpha is not None and not (isinstance(alpha, (int, float)) and alpha > 0):
+        if alpha is not None and (not _is_number(alpha) or alpha <= 0):
             raise ConfigError("alpha", alpha, "must be a number above 0, or null for alpha = rank")
         for key, value in (("train_A", train_A), ("freeze_rest", freeze_rest)):
             if not isinstance(value, bool):
@@ -86,11 +91,17 @@ class PhaseCallback(Callback):
             raise ConfigError("rewarm", rewarm, "must be 0 or more optimizer steps")
         if then not in ("lora", "galore"):
             raise ConfigError("then", then, "must be lora or galore")
+        if not _is_number(adapter_lr) or adapter_lr <= 0:
+            raise ConfigError("adapter_lr", adapter_lr, "must be a number above 0, times the base weight's learning rate")
+        if adapter_weight_decay is not None and (not _is_number(adapter_weight_decay) or adapter_weight_decay < 0):
+            raise ConfigError("adapter_weight_decay", adapter_weight_decay, "must be a number of 0 or more, or null")
+        self.adapter_lr, self.adapter_weight_decay = adapter_lr, adapter_weight_decay
         self.alpha, self.train_A, self.freeze_rest = alpha, train_A, freeze_rest
         self.optimizer_state, self.rewarm, self.then = optimizer_state, rewarm, then
         self._exact: dict[str, torch.Tensor] | None = None
         self._groups: list | None = None
         self._restoring = True
+        self._rewarm: Rewarm | None = None
         self._reset()
 
     def _reset(self) -> None:
@@ -127,6 +138,8 @@ class PhaseCallback(Callback):
         pl_module.__dict__["_lowrank_keys"] = list(pl_module.state_dict())
         self._adopter = self._find_adopter(trainer)
         transition.apply(trainer, pl_module, lambda: self._adopter.adopt(plan, pl_module), self.optimizer_state, replay)
+        if self.adapter_lr != 1.0 or self.adapter_weight_decay is not None:
+            adapter_groups.separate(trainer, pl_module, self.adapter_lr, self.adapter_weight_decay)
         self.phase, self.plan = "joint", plan
         self._unchecked = not replay
         self._note(pl_module)
@@ -135,6 +148,8 @@ class PhaseCallback(Callback):
         transition.apply(trainer, pl_module, lambda: self._release(pl_module), self.optimizer_state, replay)
         self.phase = "lowrank"
         self._note(pl_module)
+        if self.rewarm:  # from here on, so that its hook always comes behind that of the adapters' own groups
+            self._rewarm = Rewarm(trainer, self, self.rewarm)
 
     def _release(self, pl_module: pl.LightningModule) -> Any:
         inherited = self._adopter.release()
@@ -195,8 +210,6 @@ class PhaseCallback(Callback):
         if self._groups is not None and self._groups != transition.group_names(trainer.optimizers, pl_module):
             held = "its optimizer groups hold other parameters, or another order"
             raise ConfigError("ckpt_path", str(trainer.ckpt_path), held)
-        if self.rewarm:
-            self._rewarm = Rewarm(trainer, self, self.rewarm)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Optimizer states are restored by now: look whether they fit."""
@@ -214,7 +227,7 @@ class PhaseCallback(Callback):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leave nothing of ours on a module that needs nothing of ours."""
         if stage == "fit":
-            if getattr(self, "_rewarm", None) is not None:
+            if self._rewarm is not None:
                 self._rewarm.remove()
                 self._rewarm = None
             if "_lowrank" not in pl_module.__dict__:
@@ -269,6 +282,10 @@ class PhaseCallback(Callback):
                 raise ConfigError("callbacks", type(callback).__name__, f"cannot run beside {name}: both change the model")
         if not pl_module.automatic_optimization:
             raise ConfigError("automatic_optimization", False, f"{name} needs Lightning's automatic optimization")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def restore_plain(pl_module: pl.LightningModule) -> None:

@@ -43,6 +43,8 @@ class PreLoRA(PhaseCallback):
         train_A: ``False`` trains B alone (LoRA-FA), which saves activation memory.
         rewarm: optimizer steps over which the learning rate ramps up after the freeze (the authors: 100).
         optimizer_state: ``keep``, or ``reset`` all moments at both transitions as the authors' code does.
+        adapter_lr: the adapters' learning rate over that of their base weight.
+        adapter_weight_decay: the adapters' weight decay; ``None``: that of their base weight.
         then: ``lora``, or ``galore``: the optimizer (GaLoreAdamW) takes the targets over, without adapters.
 
     Raises:
@@ -69,8 +71,10 @@ class PreLoRA(PhaseCallback):
         rewarm: int = 0,
         optimizer_state: str = "keep",
         then: str = "lora",
+        adapter_lr: float = 1.0,
+        adapter_weight_decay: float | None = None,
     ) -> None:
-        super().__init__(alpha, train_A, freeze_rest, optimizer_state, rewarm, then)
+        super().__init__(alpha, train_A, freeze_rest, optimizer_state, rewarm, then, adapter_lr, adapter_weight_decay)
         self.targets = targets if isinstance(targets, str) else [*targets]
         self.ranks = _check_ranks(ranks)
         for key, value, least in (
