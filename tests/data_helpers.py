@@ -74,10 +74,9 @@ def fit(datamodule, ckpt=None, callbacks=(), seed=7, **kwargs):
     """One run; returns the batches seen and the trained number."""
     L.seed_everything(seed, verbose=False)
     module = Recorder()
-    kwargs = {"max_epochs": 3, "num_sanity_val_steps": 0} | kwargs
+    kwargs = {"max_epochs": 3, "num_sanity_val_steps": 0, "devices": 1} | kwargs
     trainer = L.Trainer(
         accelerator="cpu",
-        devices=1,
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,

@@ -1,7 +1,6 @@
 """Every data set on small files in its real format, and what is said about bad ones."""
 
 import gzip
-import io
 import shutil
 import warnings
 
@@ -269,29 +268,29 @@ def test_torchvision_set_without_splits(tmp_path):
     assert {y.item() for _, ys in data.train_dataloader() for y in ys} == {0, 1}
 
 
+def hub_set(folder, **counts):
+    """Parquet files as the hub has them; each number is one file's images."""
+    datasets = pytest.importorskip("datasets")
+    rng = np.random.default_rng(0)
+    folder.mkdir()
+    for split, shards in counts.items():
+        for shard, count in enumerate(shards):
+            rows = {"image": [picture(rng) for _ in range(count)], "label": [i % 2 for i in range(count)]}
+            features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=["cat", "dog"]))
+            datasets.Dataset.from_dict(rows, features).to_parquet(folder / f"{split}-{shard}.parquet")
+    return folder
+
+
 def test_hub_image_set_from_local_parquet(tmp_path):
-    rng = np.random.default_rng(0)
-    rows = []
-    for i in range(12):
-        buffer = io.BytesIO()
-        picture(rng).save(buffer, "PNG")
-        rows.append({"image": {"bytes": buffer.getvalue(), "path": f"{i}.png"}, "label": i % 2})
-    for split in ("train", "validation"):
-        (tmp_path / "set").mkdir(exist_ok=True)
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "set" / f"{split}-0.parquet")
-    data = folder(tmp_path / "cache", name=f"hfds/{tmp_path}/set")
-    assert [x.shape for x, _ in batches(data)] == [(4, 3, 16, 16)] * 3
-    refuses("val_split='test': .*test", folder(tmp_path / "cache", name=f"hfds/{tmp_path}/set", val_split="test").setup)
+    name = f"hfds/{hub_set(tmp_path / 'set', train=[12], validation=[4])}"
+    assert [x.shape for x, _ in batches(folder(tmp_path / "cache", name=name))] == [(4, 3, 16, 16)] * 3
+    refuses("val_split='test': .*test", folder(tmp_path / "cache", name=name, val_split="test").setup)
 
 
-def test_stream_of_hub_images(tmp_path):
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 24), ("validation", 6)):
-        for i in range(count):
-            path = tmp_path / "set" / split / f"c{i % 2}"
-            path.mkdir(parents=True, exist_ok=True)
-            picture(rng).save(path / f"{i}.png")
-    options = {"name": f"hfids/{tmp_path}/set", "train_samples": 24, "val_samples": 6}
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_stream_of_hub_images(tmp_path, num_workers):
+    hub_set(tmp_path / "set", train=[12, 12], validation=[3, 3])
+    options = {"name": f"hfids/{tmp_path}/set", "train_samples": 24, "val_samples": 6, "num_workers": num_workers}
     data = folder(tmp_path / "cache", **options)
     data.setup()
     loader = data.train_dataloader()
@@ -301,11 +300,21 @@ def test_stream_of_hub_images(tmp_path):
         seen.append(x)
         state = loader.state_dict() if number == 2 else state
     assert len(seen) == 6 and seen[0].shape == (4, 3, 16, 16)
-    assert sum(len(y) for _, y in data.val_dataloader()) == 6
+    loader = data.val_dataloader()
+    for _ in range(2):  # a second validation sees everything again
+        assert sum(len(y) for _, y in loader) == 6
+    data.teardown()
     again = folder(tmp_path / "cache", **options)
     again.setup()
     again.load_state_dict({"train": state})
     assert all(torch.equal(x, y) for (x, _), y in zip(again.train_dataloader(), seen[3:], strict=True))
+    again.teardown()
+
+
+def test_stream_of_hub_images_with_more_workers_than_files(tmp_path):
+    hub_set(tmp_path / "set", train=[12], validation=[4])
+    data = folder(tmp_path / "cache", name=f"hfids/{tmp_path}/set", train_samples=12, val_samples=4, num_workers=2)
+    refuses("name='hfids.*cannot be read: .*1 shard.s. for this process but the loader has 2 workers", batches, data)
 
 
 def test_medmnist(tmp_path):

@@ -4,8 +4,10 @@ from typing import Any
 
 import lightning as L
 
-from lowrank_pretrain.data.loaders import BatchSet, EpochBatches, EpochLoader, StreamLoader
+from lowrank_pretrain.data.loaders import BatchSet, EpochBatches, EpochLoader, PassLoader, StreamLoader
 from lowrank_pretrain.errors import ConfigError
+
+Loader = EpochLoader | StreamLoader | PassLoader
 
 
 class PretrainData(L.LightningDataModule):
@@ -35,7 +37,7 @@ class PretrainData(L.LightningDataModule):
             raise ConfigError("num_workers", num_workers, "must be a whole number, 0 or more")
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self._train_loader: EpochLoader | StreamLoader | None = None
-        self._loaders: list[EpochLoader | StreamLoader] = []  # open ones; none left: the training loader's fit is over
+        self._loaders: list[Loader] = []  # open ones; none left: the training loader's fit is over
         self._resume: dict[str, Any] | None = None
 
     @property
@@ -52,11 +54,11 @@ class PretrainData(L.LightningDataModule):
         self._train_loader, self._resume = loader, None
         return self._remember(loader)
 
-    def val_dataloader(self) -> EpochLoader | StreamLoader:
+    def val_dataloader(self) -> Loader:
         """The validation loader, in its natural order."""
         return self._remember(self._make_loader(self.val_set, shuffle=False))
 
-    def test_dataloader(self) -> EpochLoader | StreamLoader:
+    def test_dataloader(self) -> Loader:
         """The test loader, in its natural order."""
         return self._remember(self._make_loader(self.test_set, shuffle=False))
 
@@ -81,7 +83,7 @@ class PretrainData(L.LightningDataModule):
         else:
             self._resume = state["train"]
 
-    def _remember(self, loader: EpochLoader | StreamLoader) -> EpochLoader | StreamLoader:
+    def _remember(self, loader: Loader) -> Loader:
         self._loaders.append(loader)
         return loader
 

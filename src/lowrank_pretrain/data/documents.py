@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lowrank_pretrain.data.sources import first_line
 from lowrank_pretrain.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ def open_documents(
     try:
         return load_dataset(dataset, config, split=split, streaming=True), []
     except Exception as error:
-        message = _line(error)
+        message = first_line(error)
         if "split" in message.lower():
             raise ConfigError(split_key, split, message) from error
         raise ConfigError("dataset", dataset, f"cannot be opened: {message}") from error
@@ -138,9 +139,4 @@ def read_error(error: Exception, key: str, paths: list[Path]) -> ConfigError:
         except ConfigError as found:
             return found
     names = ", ".join(str(path) for path in paths[:3]) + ("…" if len(paths) > 3 else "")
-    return ConfigError(key, names or None, f"cannot be read: {_line(error)}")
-
-
-def _line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+    return ConfigError(key, names or None, f"cannot be read: {first_line(error)}")

@@ -8,12 +8,9 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import torch
-from torch.utils.data import DataLoader
-
 from lowrank_pretrain.data.arrays import check_shape
 from lowrank_pretrain.data.base import PretrainData
-from lowrank_pretrain.data.loaders import EpochLoader, Fetched, StreamLoader
+from lowrank_pretrain.data.loaders import EpochLoader, PassLoader, StreamLoader
 from lowrank_pretrain.data.mixing import Mixing
 from lowrank_pretrain.data.pictures import MapImages, Picture, StreamImages
 from lowrank_pretrain.data.sources import STREAMS, open_images
@@ -146,7 +143,7 @@ class ImageData(PretrainData):
             size = len(open_pass(0))
         except (TypeError, RuntimeError) as error:
             raise ConfigError(size_key, size, "must be given: the set does not say its size") from error
-        return StreamImages(open_pass, size, picture, self.batch_size, self.ranks[0], mixing, endless=training)
+        return StreamImages(self.name, open_pass, size, picture, self.batch_size, self.ranks[0], mixing, endless=training)
 
     def _transform(self, training: bool) -> Callable:
         from timm.data import create_transform
@@ -168,8 +165,7 @@ class ImageData(PretrainData):
 
     def _make_loader(self, dataset: Any, shuffle: bool) -> Any:
         if isinstance(dataset, StreamImages):
-            unwrap, own = _first, torch.Generator().manual_seed(0)
-            return DataLoader(dataset, batch_size=None, num_workers=self.num_workers, collate_fn=unwrap, generator=own)
+            return PassLoader(dataset, self.num_workers)
         return super()._make_loader(dataset, shuffle)
 
 
@@ -179,9 +175,3 @@ def _open_pass(source: tuple[str, str | None, str, str], options: dict[str, Any]
     if hasattr(stream, "set_epoch"):
         stream.set_epoch(number)
     return stream
-
-
-def _first(fetched: Fetched) -> Any:
-    if fetched.error is not None:
-        raise fetched.error
-    return fetched.batch

@@ -4,7 +4,7 @@ What a batch holds is a pure function of (run seed, epoch, indices): order, augm
 seeded by those, never from torch's global one. So the whole state of a map-style loader is two numbers, (epoch, batches),
 and it may resume with another number of workers. A stream keeps its readers' positions instead (:class:`StreamLoader`).
 
-Both are plain iterables around a torch loader, not subclasses of it: Lightning then leaves their samplers alone and asks
+All are plain iterables around a torch loader, not subclasses of it: Lightning then leaves their samplers alone and asks
 only for ``len``, ``state_dict`` and ``batch_sampler.sampler.set_epoch``.
 """
 
@@ -229,6 +229,27 @@ class StreamLoader:
         """End the worker processes; ``state_dict`` goes on telling where they were."""
         if self._running is not None:
             self._running, self._last = None, self._loader.state_dict()
+        _end_workers(self._loader)
+
+
+class PassLoader:
+    """Batches of one pass over a stream, for validation; its length is not known.
+
+    Args:
+        dataset: an iterable of :class:`Fetched` that ends.
+        num_workers: processes that read; 0 reads in this one.
+    """
+
+    def __init__(self, dataset: IterableDataset, num_workers: int = 0) -> None:
+        self._loader = _torch_loader(DataLoader, dataset, num_workers)
+        self._bad = BadInputs()
+
+    def __iter__(self) -> Iterator[Any]:
+        for fetched in self._loader:
+            yield self._bad.unwrap(fetched)
+
+    def close(self) -> None:
+        """End the worker processes."""
         _end_workers(self._loader)
 
 

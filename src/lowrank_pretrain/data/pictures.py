@@ -14,6 +14,7 @@ from lowrank_pretrain.data.arrays import with_channels
 from lowrank_pretrain.data.loaders import Fetched
 from lowrank_pretrain.data.mixing import Mixing
 from lowrank_pretrain.data.rng import borrowed, reseed
+from lowrank_pretrain.data.sources import first_line
 from lowrank_pretrain.errors import ConfigError
 
 # what PIL raises for a file that is no image, is cut off, or would fill the memory
@@ -111,6 +112,7 @@ class StreamImages(IterableDataset):
     Resuming reads the current pass again up to its place, without transforming: streams of files cannot jump.
 
     Args:
+        name: of the set, for errors.
         open_pass: number of the pass -> iterable of (PIL image, class), split among workers and ranks by timm.
         size: images in a pass, of all readers together.
         picture: what becomes of an image.
@@ -122,6 +124,7 @@ class StreamImages(IterableDataset):
 
     def __init__(
         self,
+        name: str,
         open_pass: Callable[[int], Any],
         size: int,
         picture: Picture,
@@ -130,7 +133,7 @@ class StreamImages(IterableDataset):
         mixing: Mixing | None = None,
         endless: bool = True,
     ) -> None:
-        self.open_pass, self.size, self.picture = open_pass, size, picture
+        self.name, self.open_pass, self.size, self.picture = name, open_pass, size, picture
         self.batch_size, self.rank = batch_size, rank
         self.mixing, self.endless = mixing, endless
         self._place = {"pass": 0, "images": 0}
@@ -144,9 +147,17 @@ class StreamImages(IterableDataset):
         self._place = dict(state)
 
     def __iter__(self) -> Iterator[Fetched]:
+        try:
+            yield from self._batches()
+        except ConfigError as error:
+            yield Fetched(None, [], error)
+        except Exception as error:  # carried to the training process; the readers' libraries have one class each
+            yield Fetched(None, [], ConfigError("name", self.name, f"cannot be read: {first_line(error)}"))
+
+    def _batches(self) -> Iterator[Fetched]:
         worker = get_worker_info()
         reader = (self.rank, worker.id if worker else 0)
-        number, skip = self._place["pass"], self._place["images"]
+        number, skip = (self._place["pass"], self._place["images"]) if self.endless else (0, 0)
         while True:
             pictures: list[tuple[torch.Tensor, int]] = []
             seen = 0
@@ -154,11 +165,7 @@ class StreamImages(IterableDataset):
                 if seen <= skip:
                     continue
                 with borrowed():
-                    try:
-                        pictures.append(self.picture(image, label, number, *reader, seen))
-                    except ConfigError as error:
-                        yield Fetched(None, [], error)
-                        return
+                    pictures.append(self.picture(image, label, number, *reader, seen))
                 if len(pictures) == self.batch_size:
                     self._place = {"pass": number, "images": seen}
                     yield self._batch(pictures, number, *reader, seen)
@@ -168,10 +175,7 @@ class StreamImages(IterableDataset):
                     yield self._batch(pictures)
                 return
             if seen < self.batch_size:
-                yield Fetched(
-                    None, [], ConfigError("batch_size", self.batch_size, f"must be at most {seen}, one reader's images")
-                )
-                return
+                raise ConfigError("batch_size", self.batch_size, f"must be at most {seen}, the images of one reader")
             number, skip = number + 1, 0
 
     def _batch(self, pictures: list[tuple[torch.Tensor, int]], *words: int) -> Fetched:

@@ -48,10 +48,10 @@ def open_images(name: str, root: str | None, split: str, split_key: str, downloa
     except ImportError as error:
         raise ConfigError("name", name, f"needs a package that is not installed: {error}") from error
     except ValueError as error:  # datasets: 'Unknown split "x". Should be one of [...]'
-        raise ConfigError(split_key, split, _line(error)) from error
+        raise ConfigError(split_key, split, first_line(error)) from error
     except Exception as error:  # each library has its own for no network, no such set, no such file
         key, value = ("root", root) if prefix == "wds" else ("name", name)
-        raise ConfigError(key, value, f"cannot be opened: {_line(error)}") from error
+        raise ConfigError(key, value, f"cannot be opened: {first_line(error)}") from error
 
 
 def _folder(root: str | None, split: str, split_key: str, **kwargs: Any) -> Any:
@@ -67,7 +67,7 @@ def _folder(root: str | None, split: str, split_key: str, **kwargs: Any) -> Any:
     try:
         return create_dataset("", root=root, split=split, **kwargs)
     except RuntimeError as error:
-        raise ConfigError("root", root, _line(error)) from error
+        raise ConfigError("root", root, first_line(error)) from error
 
 
 def _torchvision(name: str, root: str | None, split: str, split_key: str, download: bool) -> Any:
@@ -85,7 +85,7 @@ def _torchvision(name: str, root: str | None, split: str, split_key: str, downlo
             return create_dataset(f"torch/{name}", root=root, split=split, download=download)
         return _other_torchvision(cls, root, split, split_key, download)
     except (RuntimeError, OSError) as error:  # "Dataset not found or corrupted. You can use download=True to download it"
-        raise ConfigError("root", root, _line(error)) from error
+        raise ConfigError("root", root, first_line(error)) from error
 
 
 def _other_torchvision(cls: type, root: str | None, split: str, split_key: str, download: bool) -> Any:
@@ -101,7 +101,7 @@ def _other_torchvision(cls: type, root: str | None, split: str, split_key: str, 
                 return cls(split=alias, **kwargs)
             except ValueError as error:
                 refusal = refusal or error
-        raise ConfigError(split_key, split, _line(refusal)) from refusal
+        raise ConfigError(split_key, split, first_line(refusal)) from refusal
     if "train" in parameters:
         return cls(train=split in TRAIN, **kwargs)
     whole = cls(**kwargs)  # Caltech256, SUN397: no splits of their own
@@ -109,7 +109,7 @@ def _other_torchvision(cls: type, root: str | None, split: str, split_key: str, 
     return Subset(whole, [i for i in range(len(whole)) if i not in held] if split in TRAIN else list(held))
 
 
-def _line(error: BaseException | None) -> str:
+def first_line(error: BaseException | None) -> str:
     """The first line of an error's message."""
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__

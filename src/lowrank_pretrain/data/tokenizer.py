@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowrank_pretrain.data import SAMPLES
+from lowrank_pretrain.data.sources import first_line
 from lowrank_pretrain.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -57,9 +58,8 @@ def load_tokenizer(name: str, key: str = "tokenizer") -> tuple["Tokenizer", int]
     except ConfigError:
         raise
     except Exception as error:  # the library raises bare Exception for a broken file and for a missing network
-        reason = str(error).splitlines()[0]
         allowed = "must be kjv, a tokenizer.json, a folder with one or with GPT-2's BPE files, or a name on the hub"
-        raise ConfigError(key, str(name), f"{allowed} ({reason})") from error
+        raise ConfigError(key, str(name), f"{allowed} ({first_line(error)})") from error
     for end in END_NAMES:
         if (index := tokenizer.token_to_id(end)) is not None:
             return tokenizer, index
