@@ -155,6 +155,8 @@ def test_resume_with_another_batch_size_says_so(tmp_path):
     fit(sample(), callbacks=[SaveAt(path, "batch", 2)], max_epochs=1, limit_train_batches=3)
     with pytest.raises(ConfigError, match="batch_size=16: .* must be 32, as in the checkpoint"):
         fit(sample(batch_size=16), ckpt=path, max_epochs=1, limit_train_batches=3)
+    fit(sample(), callbacks=[SaveAt(path, "epoch", 3)], max_epochs=1, limit_train_batches=3)
+    assert len(fit(sample(batch_size=16), ckpt=path, max_epochs=2, limit_train_batches=3)[0]) == 3  # a new epoch: no harm
 
 
 def test_stream_resumed_with_other_workers_says_so(tmp_path, documents):

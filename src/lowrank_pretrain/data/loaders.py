@@ -104,18 +104,20 @@ class EpochLoader:
         self.batch_size = batches.batch_size
         self._loader = _torch_loader(DataLoader, _ByKey(dataset), num_workers, sampler=batches)
         self._position = (0, 0)  # epoch, batches handed out in it
-        self._resume: tuple[int, int] | None = None
+        self._resume: dict[str, int] | None = None
         self._bad = BadInputs()
 
     def __len__(self) -> int:
         return len(self.batch_sampler)
 
     def __iter__(self) -> Iterator[Any]:
-        # A generator, so nothing happens before the first `next`: Lightning makes the iterator first and sets the epoch after
-        batches = self.batch_sampler
-        # A position belongs to its epoch: saved at the end of one, it says nothing about the next
-        start = self._resume[1] if self._resume and self._resume[0] == batches.epoch else 0
+        # A generator: nothing happens before the first `next`, and Lightning sets the epoch after it made the iterator
+        batches, resume = self.batch_sampler, self._resume
         self._resume = None
+        # A position belongs to its epoch: saved at the end of one, it says nothing about the next
+        start = resume["batches"] if resume and resume["epoch"] == batches.epoch else 0
+        if start:
+            self._check_same_order(resume)
         batches.start = start
         self._position = (batches.epoch, start)
         for done, fetched in enumerate(self._loader, start + 1):
@@ -124,25 +126,27 @@ class EpochLoader:
 
     def state_dict(self) -> dict[str, int]:
         """Epoch, batches handed out in it, and what the order depends on."""
-        epoch, done = self._resume or self._position
+        epoch, done = self._position
         batches = self.batch_sampler
-        return {"epoch": epoch, "batches": done, "size": batches.size, "samples": batches.batch_size * batches.world_size}
+        here = {"epoch": epoch, "batches": done, "size": batches.size, "samples": batches.batch_size * batches.world_size}
+        return self._resume or here
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on from ``state`` at the next iteration, if that is still in the same epoch.
 
-        Raises:
-            ConfigError: the position is inside an epoch of another set or of other global batches.
+        That iteration raises a ConfigError if the position is inside an epoch of another set or of other global batches.
         """
+        self._resume = dict(state)
+
+    def _check_same_order(self, state: dict[str, int]) -> None:
         batches = self.batch_sampler
-        if state["batches"]:
-            here = batches.batch_size * batches.world_size
-            if state["samples"] != here:
-                allowed = f"times {batches.world_size} processes must be {state['samples']}, as in the checkpoint"
-                raise ConfigError("batch_size", batches.batch_size, allowed)
-            if state["size"] != batches.size:
-                raise ConfigError("root", batches.size, f"must hold the {state['size']} samples of the checkpoint's run")
-        self._resume = (state["epoch"], state["batches"])
+        if state["samples"] != batches.batch_size * batches.world_size:
+            allowed = (
+                f"times {batches.world_size} processes must be {state['samples']}, as in the checkpoint, until its epoch ends"
+            )
+            raise ConfigError("batch_size", batches.batch_size, allowed)
+        if state["size"] != batches.size:
+            raise ConfigError("root", batches.size, f"must hold the {state['size']} samples of the checkpoint's run")
 
     def close(self) -> None:
         """End the worker processes."""
