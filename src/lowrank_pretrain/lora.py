@@ -1,129 +1,17 @@
-"""LoRA layers: inject, merge, freeze, adapter state (pure torch; LoRA: arXiv 2106.09685).
-
-        x (.., D) ──────────── W (O, D) ──(+)── y (.., O)        y = W x + b + scale · B (A x)
-              └── A (R, D) ── B (O, R) ──┘                       A kaiming-uniform(√5), B = 0, scale = alpha / R
-
-Injection swaps the *class* of a layer and registers adapters on it: the module, W and b stay the same objects under the
-same names, so optimizer state, hooks, aliases and checkpoint keys survive. Adapters are ``lora_A`` (ΣR, D) and, per row
-block of a fused layer, ``lora_B.<part>`` (O_part, R_part); a layer that is not fused has the one part ``W``.
-"""
+"""LoRA over a whole model: inject, freeze, merge, eject, and the adapters' state (pure torch)."""
 
 import copy
-import math
-import sys
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from lowrank_pretrain.errors import ConfigError
-from lowrank_pretrain.lora_function import Part, RestPart, lora_linear, merged
+from lowrank_pretrain.lora_function import RestPart
+from lowrank_pretrain.lora_layer import Inherit, LoRALinear, give_adapters, keep_rows, take_adapters
 from lowrank_pretrain.plan import Plan
-from lowrank_pretrain.seeds import generator
-from lowrank_pretrain.targets import (
-    Target,
-    all_targets,
-    is_conv1d,
-    output_heads,
-    parts,
-    plain_name,
-    tied_layers,
-    weight_rows,
-)
-
-
-class Inherit(NamedTuple):
-    """A new parameter that takes over rows ``start … start+rows`` (along ``dim``) of an old one, optimizer state and all."""
-
-    new: nn.Parameter
-    old: nn.Parameter
-    dim: int
-    start: int
-    rows: int
-
-
-class LoRALinear:
-    """What a layer's class gains by injection (mixed in before ``nn.Linear``, ``Conv1D`` or a user's subclass of them)."""
-
-    _plain_class: type[nn.Module]
-    _parts: tuple[Part, ...]
-    _rest: tuple[RestPart, ...]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(.., D) -> (.., O)."""
-        factors = [self.lora_B[part.name] for part in self._parts]
-        if self._plain_class.forward not in _known_forwards():
-            # a user's subclass with a forward of its own: add to whatever it computes
-            return self._plain_class.forward(self, x) + self._low_rank_output(x, factors)
-        rest_weight = tuple(self.rest_weight[part.name] for part in self._rest)
-        rest_bias = tuple(self.rest_bias[part.name] for part in self._rest) if self.bias is not None else ()
-        return lora_linear(
-            x, self.weight, self.bias, self.lora_A, factors, self._parts, is_conv1d(self), self._rest, rest_weight, rest_bias
-        )
-
-    def _low_rank_output(self, x: Tensor, factors: list[Tensor]) -> Tensor:
-        """Scale · B (A x) by plain autograd, (.., O); zeros for row blocks without an adapter."""
-        delta = x.new_zeros(*x.shape[:-1], weight_rows(self).shape[0])
-        for part, factor in zip(self._parts, factors, strict=True):
-            z = functional.linear(x, self.lora_A[part.a : part.a + part.rank])
-            after = delta.shape[-1] - part.start - part.rows
-            delta = delta + functional.pad(functional.linear(z, factor) * part.scale, (part.start, after))
-        return delta
-
-    def merged_weight(self) -> Tensor:
-        """W + scale · B A in the layer's own layout, a new tensor.
-
-        Raises:
-            ValueError: a factor holds a number that is not finite.
-        """
-        factors = [self.lora_B[part.name] for part in self._parts]
-        if not all(torch.isfinite(f).all() for f in (self.lora_A, *factors)):
-            raise ValueError("adapters hold numbers that are not finite: refusing to merge them into the weights")
-        return merged(self.weight, self.lora_A, factors, self._parts, is_conv1d(self))
-
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
-        # A plain state dict (no adapter keys) is the merged model: then B = 0, and nothing is missing.
-        plain = f"{prefix}lora_A" not in state_dict
-        for name, own in self.state_dict().items():
-            if name.startswith("lora_") and plain:
-                state_dict[prefix + name] = torch.zeros_like(own) if name.startswith("lora_B") else own
-            elif name.startswith("rest_"):
-                group, _, part = name.partition(".")
-                span = next(p for p in self._rest if p.name == part)
-                source = state_dict.get(prefix + group.removeprefix("rest_"))
-                if source is not None:
-                    dim = 1 if is_conv1d(self) and source.ndim == 2 else 0
-                    state_dict.setdefault(prefix + name, source.narrow(dim, span.start, span.rows))
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
-        super()._apply(*args, **kwargs)
-        self._tie_rest()
-        return self
-
-    def _tie_rest(self) -> None:
-        """Make the rest blocks views of W and b again (moving or copying a module makes tensors of their own)."""
-        dim = 1 if is_conv1d(self) else 0
-        for part in self._rest:
-            self.rest_weight[part.name].data = self.weight.data.narrow(dim, part.start, part.rows)
-            if self.bias is not None:
-                self.rest_bias[part.name].data = self.bias.data.narrow(0, part.start, part.rows)
-
-    def __setstate__(self, state: dict) -> None:
-        super().__setstate__(state)
-        self._tie_rest()
-
-    def __reduce_ex__(self, protocol: int) -> tuple:
-        # the class is made at run time and has no importable name: rebuild it from the plain one
-        return _blank, (self._plain_class,), self.__dict__
-
-    def extra_repr(self) -> str:
-        """The plain layer's line, and each part's rank."""
-        ranks = ", ".join(f"{part.name}={part.rank}" for part in self._parts)
-        return f"{super().extra_repr()}, lora_rank({ranks})"
+from lowrank_pretrain.targets import Target, all_targets, output_heads, parts, plain_name, tied_layers
 
 
 def inject(
@@ -153,7 +41,7 @@ def inject(
         layer = group[0].layer
         ranked = [t for t in group if plan[t.name] > 0]
         if ranked or len(group) < len(parts(layer_name, layer)):
-            _give_adapters(layer, [(t, plan[t.name]) for t in ranked], alpha, train_A, seed)
+            give_adapters(layer, [(t, plan[t.name]) for t in ranked], alpha, train_A, seed)
     _switch_fast_path(module, off=True)
     return untied
 
@@ -175,7 +63,7 @@ def freeze(module: nn.Module, plan: Mapping[str, int], freeze_rest: bool = False
         others = [p for p in parts(layer_name, layer) if p[0] not in chosen]
         trained = layer.weight.requires_grad
         if others and trained and not freeze_rest:
-            inherited += _keep_rows(layer, [RestPart(*other) for other in others])
+            inherited += keep_rows(layer, [RestPart(*other) for other in others])
         layer.weight.requires_grad_(False)
         if layer.bias is not None:
             layer.bias.requires_grad_(False)
@@ -200,11 +88,7 @@ def eject(module: nn.Module) -> None:
     """Merge, then give every layer its plain class back. Frozen parameters stay frozen."""
     merge(module)
     for _, layer in list(lora_layers(module)):
-        for name in ("lora_A", "lora_B", "rest_weight", "rest_bias"):
-            if hasattr(layer, name):
-                delattr(layer, name)
-        layer.__class__ = layer._plain_class
-        del layer._parts, layer._rest
+        take_adapters(layer)
     _switch_fast_path(module, off=False)
 
 
@@ -269,23 +153,20 @@ def clone_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in state.items()}
 
 
-def _known_forwards() -> tuple:
-    hf = sys.modules.get("transformers.pytorch_utils")
-    return (nn.Linear.forward, hf.Conv1D.forward) if hf else (nn.Linear.forward,)
+class Adapters:
+    """Takes a plan as LoRA adapters: what a phase callback falls back on if neither strategy nor optimizer offers ``adopt``."""
 
+    def __init__(self, alpha: float | None = None, train_A: bool = True, freeze_rest: bool = False) -> None:
+        self.alpha, self.train_A, self.freeze_rest = alpha, train_A, freeze_rest
 
-_classes: dict[type, type] = {}
+    def adopt(self, plan: Plan, module: nn.Module) -> list[Inherit]:
+        """The switch: give every target of the plan an adapter."""
+        self.plan, self.module = plan, module
+        return inject(module, plan, self.alpha, self.train_A)
 
-
-def _lora_class(plain: type) -> type:
-    if plain not in _classes:
-        _classes[plain] = type(f"LoRA{plain.__name__}", (LoRALinear, plain), {"_plain_class": plain})
-    return _classes[plain]
-
-
-def _blank(plain: type) -> nn.Module:
-    cls = _lora_class(plain)
-    return cls.__new__(cls)
+    def release(self) -> list[Inherit]:
+        """The freeze: targets' W and b train no more."""
+        return freeze(self.module, self.plan, self.freeze_rest)
 
 
 def _by_layer(targets: Mapping[str, Target], plan: Mapping[str, int]) -> dict[str, list[Target]]:
@@ -294,45 +175,6 @@ def _by_layer(targets: Mapping[str, Target], plan: Mapping[str, int]) -> dict[st
         if name in plan:
             groups.setdefault(target.layer_name, []).append(target)
     return groups
-
-
-def _give_adapters(
-    layer: nn.Module, ranked: list[tuple[Target, int]], alpha: float | None, train_A: bool, seed: int | None
-) -> None:
-    weight = layer.weight
-    # under AMP W is float32 and so are the adapters; under bf16-true they follow W
-    like = {"dtype": weight.dtype, "device": weight.device}
-    total = sum(rank for _, rank in ranked)
-    cols = weight.shape[0] if is_conv1d(layer) else weight.shape[1]
-    A = torch.empty(total, cols)
-    spans, factors, at = [], {}, 0
-    for target, rank in ranked:
-        bound = math.sqrt(3.0) * math.sqrt(2.0 / (1 + 5)) / math.sqrt(cols)  # kaiming-uniform, a = √5
-        A[at : at + rank].uniform_(-bound, bound, generator=generator("lora_A", target.name, seed=seed))
-        scale = 1.0 if alpha is None else alpha / rank
-        spans.append(Part(target.part, target.start, target.rows, at, rank, scale))
-        factors[target.part] = nn.Parameter(torch.zeros(target.rows, rank, **like))
-        at += rank
-    layer.__class__ = _lora_class(type(layer))
-    layer._parts, layer._rest = tuple(spans), ()
-    layer.lora_A = nn.Parameter(A.to(**like), requires_grad=train_A)
-    layer.lora_B = nn.ParameterDict(factors)
-
-
-def _keep_rows(layer: nn.Module, rest: list[RestPart]) -> list[Inherit]:
-    layer._rest = tuple(rest)
-    layer.rest_weight, layer.rest_bias = nn.ParameterDict(), nn.ParameterDict()
-    dim = 1 if is_conv1d(layer) else 0
-    inherited = []
-    for part in rest:
-        rows = nn.Parameter(layer.weight.data.narrow(dim, part.start, part.rows))
-        layer.rest_weight[part.name] = rows
-        inherited.append(Inherit(rows, layer.weight, dim, part.start, part.rows))
-        if layer.bias is not None:
-            rows = nn.Parameter(layer.bias.data.narrow(0, part.start, part.rows), requires_grad=layer.bias.requires_grad)
-            layer.rest_bias[part.name] = rows
-            inherited.append(Inherit(rows, layer.bias, 0, part.start, part.rows))
-    return inherited
 
 
 def _untie(module: nn.Module, layer_names: set[str]) -> list[Inherit]:

@@ -3,15 +3,13 @@
 It owns what every such callback needs, so that a schedule of one's own is twenty lines: handing the plan to whoever takes
 it, plain checkpoints, resume as a replay, a second ``fit``. PreLoRA decides when to switch; ``LoRA`` switches at the start.
 
-**Resume is a replay, and every checkpoint is a plain model.** Lightning restores callbacks after weights, so a callback
-that injects on restore is too late; and adapter keys in ``state_dict`` give strict errors or silently wrong models. So the
-file holds merged weights under the bare names, and a side entry with the exact W, A and B. Bare weights load into the bare
-model, ``configure_optimizers`` sees the bare model, then ``on_fit_start`` repeats switch and freeze through the same
-``transition.apply`` and puts the exact values back, before Lightning restores the optimizers.
+**Resume is a replay.** Lightning restores callbacks after weights, so a callback that injects on restore is too late. Here
+the plain weights of the file (``plain_checkpoint``) load into the plain model, ``configure_optimizers`` sees the plain model,
+then ``on_fit_start`` repeats switch and freeze through the same ``transition.apply`` and puts the exact values back, before
+Lightning restores the optimizers.
 """
 
 import math
-from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -20,32 +18,15 @@ from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, Wei
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from lowrank_pretrain import adapter_groups, lora, transition
+from lowrank_pretrain import adapter_groups, lora, plain_checkpoint, transition
 from lowrank_pretrain.errors import ConfigError
+from lowrank_pretrain.plain_checkpoint import FORMAT, SIDE
 from lowrank_pretrain.plan import Plan
 from lowrank_pretrain.rewarm import Rewarm
 from lowrank_pretrain.targets import all_targets
 
 PHASES = ("full", "joint", "lowrank")
-SIDE = "lowrank_pretrain"  # the side entry's key in a checkpoint
-FORMAT = 1
 _REFUSED = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
-
-
-class AdapterAdopter:
-    """Takes a plan as LoRA adapters; what PreLoRA falls back on when neither strategy nor optimizer offers ``adopt``."""
-
-    def __init__(self, alpha: float | None = None, train_A: bool = True, freeze_rest: bool = False) -> None:
-        self.alpha, self.train_A, self.freeze_rest = alpha, train_A, freeze_rest
-
-    def adopt(self, plan: Plan, module: pl.LightningModule) -> list[lora.Inherit]:
-        """The switch: give every target of the plan an adapter."""
-        self.plan, self.module = plan, module
-        return lora.inject(module, plan, self.alpha, self.train_A)
-
-    def release(self) -> list[lora.Inherit]:
-        """The freeze: targets' W and b train no more."""
-        return lora.freeze(self.module, self.plan, self.freeze_rest)
 
 
 class PhaseCallback(Callback):
@@ -153,7 +134,7 @@ class PhaseCallback(Callback):
 
     def _release(self, pl_module: pl.LightningModule) -> Any:
         inherited = self._adopter.release()
-        if self.freeze_rest and not isinstance(self._adopter, AdapterAdopter):
+        if self.freeze_rest and not isinstance(self._adopter, lora.Adapters):
             targets = all_targets(pl_module)
             kept = {id(targets[name].layer.weight) for name in self.plan}
             known = pl_module.__dict__["_lowrank_requires_grad"]
@@ -170,7 +151,7 @@ class PhaseCallback(Callback):
                 return optimizer
         if self.then == "galore":
             raise ConfigError("then", self.then, "needs GaLoreAdamW from configure_optimizers (a group without rank is AdamW)")
-        return AdapterAdopter(self.alpha, self.train_A, self.freeze_rest)
+        return lora.Adapters(self.alpha, self.train_A, self.freeze_rest)
 
     def _note(self, pl_module: pl.LightningModule) -> None:
         """What a checkpoint of this module must say; kept on the module because it outlives callback and trainer."""
@@ -187,15 +168,13 @@ class PhaseCallback(Callback):
         if "_lowrank" in pl_module.__dict__:
             continues = self.phase != "full" and pl_module.__dict__["_lowrank"]["plan"] == dict(self.plan or {})
             self._exact = lora.clone_state(lora.exact_state(pl_module)) if continues else None
-            restore_plain(pl_module)
+            plain_checkpoint.restore_plain(pl_module)
             if not continues:
                 self._reset()
         else:
             self._exact = None
             self._reset()
-        if not isinstance(pl_module.__dict__.get("on_save_checkpoint"), partial):
-            # called last by Lightning, and for save_weights_only too
-            pl_module.on_save_checkpoint = partial(_write_plain, pl_module, pl_module.__dict__.get("on_save_checkpoint"))
+        plain_checkpoint.wrap(pl_module)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Replay the transitions of a resumed run; the optimizers are still empty and are restored after this."""
@@ -231,7 +210,7 @@ class PhaseCallback(Callback):
                 self._rewarm.remove()
                 self._rewarm = None
             if "_lowrank" not in pl_module.__dict__:
-                _unwrap_save(pl_module)
+                plain_checkpoint.unwrap(pl_module)
 
     # -- state ------------------------------------------------------------------------------------------------------
 
@@ -286,40 +265,3 @@ class PhaseCallback(Callback):
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def restore_plain(pl_module: pl.LightningModule) -> None:
-    """Merge and eject the adapters, restore the original ``requires_grad``: the module as the user made it, trained on."""
-    lora.eject(pl_module)
-    flags = pl_module.__dict__.pop("_lowrank_requires_grad", {})
-    pl_module.__dict__.pop("_lowrank_keys", None)
-    for name, p in pl_module.named_parameters():
-        if name in flags:
-            p.requires_grad_(flags[name])
-    pl_module.__dict__.pop("_lowrank", None)
-    _unwrap_save(pl_module)
-
-
-def _unwrap_save(pl_module: pl.LightningModule) -> None:
-    wrapper = pl_module.__dict__.get("on_save_checkpoint")
-    if isinstance(wrapper, partial) and wrapper.func is _write_plain:
-        del pl_module.__dict__["on_save_checkpoint"]
-        if wrapper.args[1] is not None:
-            pl_module.on_save_checkpoint = wrapper.args[1]
-
-
-def _write_plain(pl_module: pl.LightningModule, inner: Any, checkpoint: dict[str, Any]) -> None:
-    """``on_save_checkpoint`` of a module under a phase callback: the user's own, then merged weights and the side entry.
-
-    A function of the module rather than a closure, so that the module stays picklable and deep-copies.
-    """
-    (inner or partial(type(pl_module).on_save_checkpoint, pl_module))(checkpoint)
-    note = pl_module.__dict__.get("_lowrank")
-    if note is not None:
-        exact = lora.exact_state(pl_module)
-        state = lora.plain_state(pl_module, checkpoint["state_dict"])
-        for key in state.keys() - set(pl_module.__dict__["_lowrank_keys"]):  # what another adopter added
-            exact[key] = state.pop(key)
-        checkpoint["state_dict"] = state
-        if "callbacks" in checkpoint:  # a file of weights only cannot be resumed from and needs no more
-            checkpoint.setdefault(SIDE, {}).update(format=FORMAT, **note, exact=exact)
