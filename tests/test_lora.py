@@ -80,6 +80,21 @@ def test_lockstep_with_the_reference(kind, n, alpha, phase):
     torch.testing.assert_close(layer.lora_B["v"], twin.B[1], rtol=1e-9, atol=1e-11)
 
 
+def test_a_fused_layer_with_one_block_frozen_at_rank_0_trains_the_others():
+    torch.manual_seed(0)
+    net, plain = nn.ModuleDict({"qkv": nn.Linear(8, 24)}), nn.ModuleDict({"qkv": nn.Linear(8, 24)})
+    plain.load_state_dict(net.state_dict())
+    lora.inject(net, {"qkv.q": 0})
+    lora.freeze(net, {"qkv.q": 0})
+    trained = {name: p for name, p in net.named_parameters() if p.requires_grad}
+    assert set(trained) == {f"qkv.rest_{kind}.{part}" for kind in ("weight", "bias") for part in "kv"}
+    x = torch.randn(5, 8)
+    net["qkv"](x).square().sum().backward()
+    plain["qkv"](x).square().sum().backward()
+    torch.testing.assert_close(trained["qkv.rest_weight.v"].grad, plain["qkv"].weight.grad[16:])
+    torch.testing.assert_close(trained["qkv.rest_bias.k"].grad, plain["qkv"].bias.grad[8:16])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("n", [1, 7, 300])
 def test_injecting_changes_no_bit(dtype, n):

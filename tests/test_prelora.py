@@ -75,7 +75,8 @@ def test_nan_never_converges():
 
 BAD = [
     ("ranks", [3]), ("ranks", [8, 4]), ("ranks", [4, 4]), ("ranks", []), ("ranks", [-2]), ("ranks", 8), ("ranks", ["4"]),
-    ("ranks", [4.0]), ("ranks", "48"), ("ranks", None), ("weight_tol", 0), ("weight_tol", 1), ("weight_tol", -0.1),
+    ("ranks", [4.0]), ("ranks", "48"), ("ranks", None), ("ranks", [0]),
+    ("weight_tol", 0), ("weight_tol", 1), ("weight_tol", -0.1),
     ("loss_tol", 1.5), ("loss_tol", "x"), ("loss_tol", None), ("warmup", -1), ("warmup", 1.5), ("window", 0), ("windows", 1),
     ("earliest", -1), ("latest", 0), ("window_unit", "batch"), ("rank_signal", "norm"), ("alpha", -1), ("alpha", "a"),
     ("freeze_rest", "yes"), ("train_A", 1), ("rewarm", -1), ("optimizer_state", "drop"), ("then", "lte"),
@@ -204,6 +205,13 @@ def test_one_window_only_gives_the_smallest_rank_and_says_so(tmp_path):
     with pytest.warns(UserWarning, match="fewer than two windows"):
         trainer(tmp_path, callback, max_epochs=2).fit(toy(), loader())
     assert set(callback.plan.values()) == {2}
+
+
+def test_a_plan_of_nothing_but_zeros_is_not_taken(tmp_path):
+    callback = steps(ranks=(0, 2, 4), latest=1, freeze_rest=True)
+    with pytest.warns(UserWarning, match="every target would get rank 0: they get 2"):
+        trainer(tmp_path, callback, max_epochs=2).fit(toy(), loader())
+    assert set(callback.plan.values()) == {2} and callback.phase == "lowrank"
 
 
 def test_bf16_mixed_goes_through_all_phases(tmp_path):

@@ -2,8 +2,9 @@
 
 from lowrank_pretrain.errors import ConfigError
 from lowrank_pretrain.lora_callback import LoRA
+from lowrank_pretrain.lora_layer import LoRALinear
 from lowrank_pretrain.phases import PhaseCallback
 from lowrank_pretrain.plan import Plan
 from lowrank_pretrain.prelora.callback import PreLoRA
 
-__all__ = ["ConfigError", "LoRA", "PhaseCallback", "Plan", "PreLoRA"]
+__all__ = ["ConfigError", "LoRA", "LoRALinear", "PhaseCallback", "Plan", "PreLoRA"]

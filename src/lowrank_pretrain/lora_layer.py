@@ -132,7 +132,7 @@ def give_adapters(
         at += rank
     layer.__class__ = _lora_class(type(layer))
     layer._parts, layer._rest = tuple(spans), ()
-    layer.lora_A = nn.Parameter(A.to(**like), requires_grad=train_A)
+    layer.lora_A = nn.Parameter(A.to(**like), requires_grad=train_A and total > 0)
     layer.lora_B = nn.ParameterDict(factors)
 
 

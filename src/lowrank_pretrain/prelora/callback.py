@@ -202,8 +202,13 @@ class PreLoRA(PhaseCallback):
         signal = [w.norms for w in self.history] if self.rank_signal == "weight_norm" else self.grad_norms
         if len(signal) < 2 or any(name not in norms for norms in signal[-2:] for name in family_of):
             rank_zero_warn(f"PreLoRA: fewer than two windows of {self.rank_signal}: every target gets rank {self.ranks[0]}")
-            return Plan(dict.fromkeys(family_of, self.ranks[0]))
-        return assign_ranks(signal[-2], signal[-1], family_of, self.ranks)
+            plan = Plan(dict.fromkeys(family_of, self.ranks[0]))
+        else:
+            plan = assign_ranks(signal[-2], signal[-1], family_of, self.ranks)
+        if not any(plan.values()):  # every family changed evenly, and the smallest rank is 0: nothing would train
+            rank_zero_warn(f"PreLoRA: every target would get rank 0: they get {self.ranks[1]}")
+            plan = Plan(dict.fromkeys(plan, self.ranks[1]))
+        return plan
 
     def _add_loss(self, trainer: pl.Trainer, outputs: Any) -> None:
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
@@ -273,4 +278,6 @@ def _check_ranks(ranks: Sequence[int]) -> list[int]:
             raise ConfigError("ranks", rank, "every rank must be a power of two (the first may be 0)")
     if ranks != sorted(set(ranks)):
         raise ConfigError("ranks", ranks, "must increase")
+    if not any(ranks):
+        raise ConfigError("ranks", ranks, "needs a rank above 0")
     return ranks
