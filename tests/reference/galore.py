@@ -56,7 +56,10 @@ class Twin:
         b1, b2 = self.betas
         self.m = b1 * self.m + (1 - b1) * low
         self.v = b2 * self.v + (1 - b2) * low**2
-        n = math.sqrt(1 - b2**self.t) / (1 - b1**self.t) * self.m / (self.v.sqrt() + self.eps)
+        n = self.m / (self.v.sqrt() + self.eps)
+        return math.sqrt(1 - b2**self.t) / (1 - b1**self.t) * self.outcome(g, low, n)
+
+    def outcome(self, g, low, n):
         if self.variant == "apollo":
             if self.r == 1:
                 s = n.norm() / (low.norm() + TINY)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lowrank_pretrain.errors import ConfigError
 from lowrank_pretrain.galore.moments import MOMENTS, bitsandbytes
 from lowrank_pretrain.galore.subspace import PROJ_TYPES, REFRESHES
+from lowrank_pretrain.models.optim import undecayed_names
 from lowrank_pretrain.targets import PRESETS, find_targets, parts, plain_name
 
 RESIDUALS = (None, "fira")
@@ -23,7 +24,6 @@ def galore_param_groups(
     rank: int,
     targets: str | Sequence[str] = "all",
     weight_decay: float | None = None,
-    rest_lr: float | None = None,
     **settings: Any,
 ) -> list[dict[str, Any]]:
     """Groups for ``GaLoreAdamW``: the targets, projected; every other trainable parameter, plain AdamW.
@@ -35,7 +35,6 @@ def galore_param_groups(
         targets: presets or globs. Globs may name convolutions too (``patch_embed.proj``): their weight is taken as a matrix
             of shape (out, in·kernel). A fused qkv matrix is projected whole.
         weight_decay: for matrices; norms, biases and embeddings get 0. By default the optimizer's own, for all of them.
-        rest_lr: learning rate of everything that is not projected; by default the optimizer's.
         settings: any of the optimizer's GaLore keys, e.g. ``scale``, ``update_proj_gap``, ``refresh``; an ``lr`` here is
             that of the projected matrices, the others (``layerwise``, ``moments``) hold for every group.
 
@@ -57,17 +56,16 @@ def galore_param_groups(
     for name, p in chosen.items():
         if explicit and rank > largest_rank(p):
             raise ConfigError("rank", rank, f"{name} is {tuple(p.shape)}: at most {largest_rank(p)} is allowed")
-    unlike = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
+    undecayed = {plain_name(name) for name in undecayed_names(model)}
     rest = {name: p for name, p in named.items() if name not in chosen}
-    decayed = {name: p for name, p in rest.items() if p.ndim >= 2 and id(p) not in unlike and "pos_embed" not in name}
+    decayed = {name: p for name, p in rest.items() if p.ndim >= 2 and name not in undecayed}
     plain = {name: p for name, p in rest.items() if name not in decayed}
     decay, no_decay = ({}, {}) if weight_decay is None else ({"weight_decay": weight_decay}, {"weight_decay": 0.0})
-    lr = {} if rest_lr is None else {"lr": rest_lr}
     shared = {key: value for key, value in settings.items() if key != "lr"}
     groups: list[dict[str, Any]] = [
         {"params": list(chosen.items()), "rank": rank, **decay, **settings},
-        {"params": list(decayed.items()), **shared, **decay, **lr},
-        {"params": list(plain.items()), **shared, **no_decay, **lr},
+        {"params": list(decayed.items()), **shared, **decay},
+        {"params": list(plain.items()), **shared, **no_decay},
     ]
     return [group for group in groups if group["params"]]
 

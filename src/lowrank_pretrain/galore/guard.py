@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lowrank_pretrain.galore import sharded
+from lowrank_pretrain.galore.subspace import at_least_32
 
 
 @dataclass
@@ -41,9 +42,7 @@ class Guard:
             FloatingPointError: a gradient is not finite (of this step, or of an earlier one whose answer has arrived).
         """
         self.raise_arrived()
-        # a sum is one pass at memory speed and carries every NaN and infinity
-        sums = torch.stack([g.sum(dtype=torch.promote_types(g.dtype, torch.float32)) for g in grads])
-        finite = sharded.agree(sums.isfinite(), params)
+        finite = sharded.agree(_sums(grads).isfinite(), params)
         if wait or not finite.is_cuda:
             _raise(finite, names, "nothing of this step was applied")
             return None
@@ -59,6 +58,14 @@ class Guard:
             first = self.pending.pop(0)
             first.event.synchronize()
             _raise(first.flags, first.names, "its step was skipped: no weight, moment or basis took it in")
+
+
+def _sums(grads: list[Tensor]) -> Tensor:
+    """One number for each gradient, one pass at memory speed; it carries every NaN and infinity."""
+    wide = [at_least_32(g.dtype) for g in grads]
+    if grads[0].is_cuda and len(set(wide)) == 1:
+        return torch.stack(torch._foreach_norm(grads, 1, dtype=wide[0]))  # one kernel for all of them
+    return torch.stack([g.sum(dtype=dtype) for g, dtype in zip(grads, wide, strict=True)])
 
 
 def _raise(finite: Tensor, names: list[str], consequence: str) -> None:

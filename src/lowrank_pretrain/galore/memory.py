@@ -1,23 +1,8 @@
-"""What an optimizer's state takes, counted from live storage, and what the paper's formula says it should."""
-
-import torch
-from torch import Tensor
-from torch.optim import Optimizer
+"""What the paper's formula says that GaLore's state should take, to print beside what is really held."""
 
 from lowrank_pretrain.galore import moments
 from lowrank_pretrain.galore.optimizer import GaLoreAdamW
-from lowrank_pretrain.galore.sharded import local
 from lowrank_pretrain.galore.subspace import at_least_32
-
-
-def state_bytes(optimizer: Optimizer) -> int:
-    """Bytes of all storages that the state keeps alive, each once: a view of a larger storage counts in full."""
-    storages: dict[int, int] = {}
-    for state in optimizer.state.values():
-        for value in _tensors(state):
-            storage = local(value).untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
 
 
 def formula_bytes(optimizer: GaLoreAdamW) -> int:
@@ -42,13 +27,3 @@ def formula_bytes(optimizer: GaLoreAdamW) -> int:
         else:
             total += 2 * elements * (wide if kept == "8bit" else narrow)
     return total
-
-
-def _tensors(value: object) -> list[Tensor]:
-    if isinstance(value, torch.Tensor):
-        return [value]
-    if isinstance(value, dict):
-        return [t for item in value.values() for t in _tensors(item)]
-    if isinstance(value, (list, tuple)):
-        return [t for item in value for t in _tensors(item)]
-    return _tensors(vars(value)) if hasattr(value, "__dict__") else []  # the published code keeps its basis in an object

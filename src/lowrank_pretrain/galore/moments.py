@@ -55,6 +55,14 @@ def write(state: dict[str, Any], m: Tensor, v: Tensor, eight_bit: bool) -> None:
         state["exp_avg"], state["exp_avg_sq"] = m, v
 
 
+def count(state: dict[str, Any]) -> None:
+    """One more step; the counter is a tensor on the CPU, as in torch's optimizers."""
+    if "step" in state:
+        state["step"].add_(1)
+    else:
+        state["step"] = torch.tensor(1.0)
+
+
 def directions(
     grads: list[Tensor],
     ms: list[Tensor],
@@ -93,6 +101,12 @@ def directions(
     )
     # fmt: on
     return out
+
+
+def correction(step: int, group: dict[str, Any]) -> float:
+    """Bias correction √(1−β₂ᵗ)/(1−β₁ᵗ) that N contains at step t; 1 without."""
+    beta1, beta2 = group["betas"]
+    return math.sqrt(1 - beta2**step) / (1 - beta1**step) if group["correct_bias"] else 1.0
 
 
 _scratch: dict[torch.dtype, Tensor] = {}

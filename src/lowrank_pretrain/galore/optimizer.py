@@ -100,7 +100,7 @@ class GaLoreAdamW(Optimizer):
         self._guard = Guard()
         self._layerwise = Layerwise(self)
         self._index: tuple[Any, dict[Tensor, tuple[dict[str, Any], str, Projected | None]]] | None = None
-        self._seen: dict[str, list[Any]] = {"overlap": [], "seconds": []}
+        self._seen: dict[str, list[Any]] = {"overlap": [], "spans": []}
         self.share_basis: Callable[[list[Tensor]], None] | None = None  # set by galore_ddp_hook
 
     # ---- groups -------------------------------------------------------------------------------------------------------
@@ -143,10 +143,12 @@ class GaLoreAdamW(Optimizer):
 
     def projected(self, p: Tensor) -> Projected | None:
         """The projection of a parameter as it stands at this step; None for one that AdamW updates."""
-        slot = self._lookup()[p][2]
+        return self._present(p, self._lookup()[p][2])
+
+    def _present(self, p: Tensor, slot: Projected | None) -> Projected | None:
         if slot is not None:
-            slot.state = self.state[p]  # states may have been dropped or replaced since
-            slot.step = int(slot.state.get("step", 0))
+            slot.state = state = self.state[p]  # states may have been dropped or replaced since
+            slot.step = int(state["step"].item()) if "step" in state else 0
         return slot
 
     # ---- step ---------------------------------------------------------------------------------------------------------
@@ -185,7 +187,7 @@ class GaLoreAdamW(Optimizer):
         lookup = self._lookup()
         slots, plain = [], []
         for p in params:
-            slot = self.projected(p)
+            slot = self._present(p, lookup[p][2])
             if slot is None:
                 plain.append(p)
             else:
@@ -226,11 +228,11 @@ class GaLoreAdamW(Optimizer):
         _decay([slot.p for slot in slots], group, skip)
 
     def _refresh(self, slot: Projected, m: Tensor, v: Tensor, skip: Tensor | None) -> tuple[Tensor, Tensor]:
-        began = time.perf_counter()
+        began = _now(slot.p)
         m, v, overlap = slot.refresh(m, v, skip, self.share_basis)
         if self._seen.get("step") != [slot.step]:
-            self._seen = {"overlap": [], "seconds": [], "step": [slot.step]}
-        self._seen["seconds"].append(time.perf_counter() - began)
+            self._seen = {"overlap": [], "spans": [], "step": [slot.step]}
+        self._seen["spans"].append((began, _now(slot.p)))
         if overlap is not None:
             self._seen["overlap"].append(overlap)
         return m, v
@@ -238,7 +240,7 @@ class GaLoreAdamW(Optimizer):
     def _update_plain(self, params: list[Tensor], group: dict[str, Any], skip: Tensor | None) -> None:
         states, grads = [self.state[p] for p in params], [sharded.local(p.grad) for p in params]
         step, dtype = int(states[0].get("step", 0)) + 1, moments.moment_dtype(group, grads[0].dtype)
-        weights, lr = [sharded.local(p.detach()) for p in params], float(group["lr"])
+        weights, lr = [sharded.local(p) for p in params], float(group["lr"])
         pairs = [moments.read(state, w.shape, dtype, w.device) for state, w in zip(states, weights, strict=True)]
         ms, vs = [m for m, _ in pairs], [v for _, v in pairs]
         if dtype == params[0].dtype:
@@ -249,7 +251,7 @@ class GaLoreAdamW(Optimizer):
         for p, state, m, v in zip(params, states, ms, vs, strict=True):
             m, v = sharded.wrap(m, p, p.shape, 0), sharded.wrap(v, p, p.shape, 0)
             moments.write(state, m, v, moments.kind(group) == "8bit")
-            state["step"] = torch.tensor(float(step))
+            moments.count(state)
         _decay(weights, group, skip)
 
     # ---- the suite's protocol (DESIGN 4.0) --------------------------------------------------------------------------
@@ -293,9 +295,9 @@ class GaLoreAdamW(Optimizer):
 
     def metrics(self) -> dict[str, float]:
         """``galore/refresh_ms`` and ``galore/overlap`` of the last step that refreshed; waits for the device."""
-        if not self._seen["seconds"]:
+        if not self._seen["spans"]:
             return {}
-        found = {"galore/refresh_ms": 1e3 * sum(self._seen["seconds"])}
+        found = {"galore/refresh_ms": sum(_milliseconds(*span) for span in self._seen["spans"])}
         if self._seen["overlap"]:
             found["galore/overlap"] = float(torch.stack([o.float() for o in self._seen["overlap"]]).mean())
         return found
@@ -342,6 +344,21 @@ class GaLoreAdamW(Optimizer):
         return False
 
 
+def _now(p: Tensor) -> Any:
+    if not p.is_cuda:
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)  # the device's time, read only when somebody asks
+    event.record()
+    return event
+
+
+def _milliseconds(began: Any, ended: Any) -> float:
+    if isinstance(began, float):
+        return 1e3 * (ended - began)
+    ended.synchronize()
+    return began.elapsed_time(ended)
+
+
 def _check_gradient(p: Tensor, name: str) -> None:
     grad = p.grad
     if grad is not None and (grad.layout != torch.strided or grad.is_complex()):
@@ -350,10 +367,13 @@ def _check_gradient(p: Tensor, name: str) -> None:
 
 
 def _decay(weights: list[Tensor], group: dict[str, Any], skip: Tensor | None) -> None:
-    rate, weights = float(group["lr"]) * group["weight_decay"], [sharded.local(w.detach()) for w in weights]
-    if rate and skip is None:
+    rate = float(group["lr"]) * group["weight_decay"]
+    if not rate:
+        return
+    weights = [sharded.local(w) for w in weights]
+    if skip is None:
         torch._foreach_add_(weights, weights, alpha=-rate)  # 1 - rate, rounded, would drift from the published sum
-    elif rate:
+    else:
         torch._foreach_mul_(weights, 1 - rate * (1 - skip))
 
 

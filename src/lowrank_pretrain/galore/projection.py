@@ -49,6 +49,7 @@ class Projected:
         # no matrix view of some layouts (channels_last): then the update works on a copy of the weight
         self.viewable = self.p.ndim == 2 or self.p.is_contiguous()
         self.shards = sharded.shard_group(self.p)
+        self.distributed = sharded.is_distributed(self.p)
         sharded.check(self.p, self.group, self.name)
 
     @property
@@ -81,7 +82,8 @@ class Projected:
 
     def matrix(self, t: Tensor) -> Tensor:
         """W or G as a d×k matrix (this rank's piece of it), a view wherever the layout allows one."""
-        t = sharded.local(t.detach())
+        if self.distributed:
+            t = sharded.local(t)
         if t.ndim != 2:
             t = t.reshape(t.shape[0], self.cols)
         return t if self.left else t.t()
@@ -92,8 +94,8 @@ class Projected:
         p = self.basis(grad)
         if self.two_sided:
             matrix = matrix @ self.state["proj_right"].to(grad.dtype)
-        low = p.t() @ matrix if dtype == grad.dtype else subspace.product32(p.t(), matrix)
-        return sharded.all_sum(low.to(dtype), self.shards if self.left else None)
+        low = torch.mm(p.t(), matrix) if dtype == grad.dtype else subspace.product32(p.t(), matrix).to(dtype)
+        return low if self.shards is None or not self.left else sharded.all_sum(low, self.shards)
 
     def project_back(self, low: Tensor, into: Tensor) -> None:
         """Write P R into a gradient."""
@@ -108,7 +110,9 @@ class Projected:
             since = self.step // self.group["update_proj_gap"]
             rng = self._generator("apollo", since)
             return residual.gaussian(self.matrix(grad).shape[0], self.rank, rng, grad.dtype).to(grad.device)
-        p = self.state["proj"].to(grad.dtype)
+        p = self.state["proj"]
+        if p.dtype != grad.dtype:
+            p = p.to(grad.dtype)
         if self.shards is None or not self.left:
             return p
         start = sharded.first_row(self.p)
@@ -126,7 +130,7 @@ class Projected:
             shape, cut = (self.rank, self.numel_low // self.rank), None if self.left else 1
             m, v = sharded.wrap(m, self.p, shape, cut), sharded.wrap(v, self.p, shape, cut)
         moments.write(self.state, m, v, moments.kind(self.group) == "8bit")
-        self.state["step"] = torch.tensor(float(self.step + 1))
+        moments.count(self.state)
 
     def refresh(
         self, m: Tensor, v: Tensor, skip: Tensor | None, share: Callable[[list[Tensor]], None] | None
@@ -163,17 +167,18 @@ class Projected:
         group = self.group
         weight = self.matrix(self.p)
         eta = float(group["lr"]) * group["scale"]
+        c = moments.correction(self.step + 1, group)
         if group["variant"] == "apollo":
-            residual.apollo(weight, self.matrix(self.grad), low, minus_n, eta, self.state)
+            residual.apollo(weight, self.matrix(self.grad), low, minus_n, eta, c, self.state)
         elif group["residual"] == "fira":
-            residual.fira(weight, self.matrix(self.grad), self.basis(self.p), low, minus_n, eta, self.state)
+            residual.fira(weight, self.matrix(self.grad), self.basis(self.p), low, minus_n, eta, c, self.state)
         else:
-            back = minus_n.to(weight.dtype)
+            back = minus_n if minus_n.dtype == weight.dtype else minus_n.to(weight.dtype)
             if self.two_sided:
                 back = back @ self.state["proj_right"].to(weight.dtype).t()
             weight.addmm_(self.basis(self.p), back, alpha=eta)
         if not self.viewable:
-            here = sharded.local(self.p.detach())
+            here = sharded.local(self.p)
             here.copy_((weight if self.left else weight.t()).reshape(here.shape))
 
     def _keys(self) -> list[str]:

@@ -5,6 +5,9 @@ they add may grow (Fira, arXiv 2410.01623, eq. 8; APOLLO, arXiv 2412.05270, sect
 
 Shapes: W d×k the weight with its projected side first, M d×k its gradient alike, P d×r, R r×k, N r×k, s k.
 W ← W − ηα(P N + (M − P R)·diag(s)) = W − ηα P(N − R·diag(s)) − ηα M·diag(s): no d×k temporary.
+
+The limiter compares norms before Adam's bias correction c = √(1−β₂ᵗ)/(1−β₁ᵗ), as Fira's code does: corrected ones begin small,
+and a residual that may grow by 1 % a step would be held back for hundreds of steps.
 """
 
 from typing import Any
@@ -16,7 +19,9 @@ GROWTH = 1.01  # γ: a step's residual may be at most this much longer than the 
 _TINY = 1e-8
 
 
-def fira(weight: Tensor, matrix: Tensor, p: Tensor, low: Tensor, minus_n: Tensor, eta: float, state: dict[str, Any]) -> None:
+def fira(
+    weight: Tensor, matrix: Tensor, p: Tensor, low: Tensor, minus_n: Tensor, eta: float, c: float, state: dict[str, Any]
+) -> None:
     """One update with the scaled residual, in place.
 
     Args:
@@ -26,24 +31,25 @@ def fira(weight: Tensor, matrix: Tensor, p: Tensor, low: Tensor, minus_n: Tensor
         low: R.
         minus_n: −N, overwritten.
         eta: ηα.
+        c: bias correction that N contains.
         state: keeps ``residual_norm``, the last residual's norm (0 before the first).
     """
     scale = _columns(minus_n) / (_columns(low) + _TINY)
     outside = (_columns(matrix).square() - _columns(low).square()).clamp_min_(0)  # ‖(I−PPᵀ)M_j‖², since PᵀP = I
-    scale = scale * _limit((scale.square() * outside).sum().sqrt(), state)
+    scale = scale * _limit((scale.square() * outside).sum().sqrt() / c, state)
     minus_n.addcmul_(low, scale)
     weight.addmm_(p, minus_n.to(weight.dtype), alpha=eta)
     weight.addcmul_(matrix, scale.to(weight.dtype), value=-eta)
 
 
-def apollo(weight: Tensor, matrix: Tensor, low: Tensor, minus_n: Tensor, eta: float, state: dict[str, Any]) -> None:
+def apollo(weight: Tensor, matrix: Tensor, low: Tensor, minus_n: Tensor, eta: float, c: float, state: dict[str, Any]) -> None:
     """One update W ← W − ηα M·diag(s), in place; at rank 1 (APOLLO-Mini) one scale for the whole matrix."""
     if low.shape[0] == 1:
         ratio = torch.linalg.vector_norm(minus_n.float()) / (torch.linalg.vector_norm(low.float()) + _TINY)
         scale = ratio.expand(low.shape[1])
     else:
         scale = _columns(minus_n) / (_columns(low) + _TINY)
-    scale = scale * _limit((scale * _columns(matrix)).square().sum().sqrt(), state)
+    scale = scale * _limit((scale * _columns(matrix)).square().sum().sqrt() / c, state)
     weight.addcmul_(matrix, scale.to(weight.dtype), value=-eta)
 
 

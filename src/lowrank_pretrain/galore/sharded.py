@@ -21,6 +21,11 @@ def local(t: Tensor) -> Tensor:
     return t.to_local() if isinstance(t, DTensor) else t
 
 
+def is_distributed(t: Tensor) -> bool:
+    """Whether it is a piece of a tensor on several ranks."""
+    return isinstance(t, DTensor)
+
+
 def whole(t: Tensor) -> Tensor:
     """The gathered tensor; a plain tensor itself."""
     return t.full_tensor() if isinstance(t, DTensor) else t
