@@ -9,21 +9,26 @@ from omegaconf import DictConfig
 
 torch.set_num_threads(1)
 
-# A run of three epochs of four steps on the embedded images, through all three phases in about a second.
-TINY = [
+# Three epochs of four steps.
+SHORT = [
     "data.batch_size=8",
-    "data.img_size=28",
-    "model.model_kwargs.patch_size=14",
-    "model.model_kwargs.embed_dim=32",
-    "model.model_kwargs.depth=2",
-    "model.model_kwargs.num_heads=2",
-    "+model.model_kwargs.proj_drop_rate=0.1",
     "trainer.max_epochs=3",
     "trainer.limit_train_batches=4",
     "trainer.limit_val_batches=2",
     "trainer.limit_test_batches=1",
     "trainer.log_every_n_steps=1",
     "trainer.accelerator=cpu",
+]
+# A Vision Transformer of 24,000 parameters, with dropout, on the embedded images.
+VIT = [
+    "model.model_kwargs.patch_size=14",
+    "model.model_kwargs.embed_dim=32",
+    "model.model_kwargs.depth=2",
+    "model.model_kwargs.num_heads=2",
+    "+model.model_kwargs.proj_drop_rate=0.1",
+]
+# All three phases: 3 steps full, 3 joint, the rest low-rank.
+PHASES = [
     "method=prelora",
     "method.ranks=[2,4]",
     "method.windows=2",
@@ -32,6 +37,7 @@ TINY = [
     "method.latest=1",
     "method.warmup=1",
 ]
+TINY = [*SHORT, *VIT, *PHASES]
 
 
 @pytest.fixture(scope="session")
@@ -47,13 +53,16 @@ def composed():
 
 @pytest.fixture
 def run(composed, tmp_path, monkeypatch):
-    """``run("name", "key=value", …)``: a tiny run in tmp_path/name, in this process; returns (directory, summary)."""
+    """``run("name", "key=value", …)``: a tiny run in tmp_path/name, in this process; returns (directory, summary).
+
+    ``base`` replaces the tiny run's own overrides.
+    """
     from lowrank_pretrain.train import train
 
     monkeypatch.chdir(tmp_path)
 
-    def go(name: str, *overrides: str) -> tuple[Path, dict]:
+    def go(name: str, *overrides: str, base: list[str] = TINY) -> tuple[Path, dict]:
         directory = tmp_path / name
-        return directory, train(composed(*TINY, *overrides), directory)
+        return directory, train(composed(*base, *overrides), directory)
 
     return go

@@ -27,7 +27,8 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
     except MissingMandatoryValue as error:
         raise ConfigError(error.full_key, "???", "must be given") from error
     except OmegaConfBaseException as error:
-        raise ConfigError(error.full_key, "${...}", str(error).splitlines()[0]) from error
+        # e.g. an image model beside text, which has no num_classes
+        raise ConfigError(error.full_key, "${...}", f"does not fit the rest: {str(error).splitlines()[0]}") from error
 
 
 def check_arguments(group: str, target: Callable, given: dict[str, Any]) -> None:
@@ -115,6 +116,15 @@ def build_nested(group: str, values: dict[str, Any]) -> dict[str, Any]:
             except InstantiationException as error:
                 raise ConfigError(f"{group}.{key}", value, str(error.__cause__ or error).splitlines()[0]) from error
     return values
+
+
+def blamed(text: str, values: dict[str, Any]) -> str | None:
+    """The key of `values` that the message `text` is about: named as ``key=``, quoted, or by its value; None if unclear."""
+    for form in ("{key}=", "`{key}`", "{key}"):
+        found = next((key for key in values if form.format(key=key) in text), None)
+        if found:
+            return found
+    return next((key for key, value in values.items() if isinstance(value, str) and value in text), None)
 
 
 def in_group(group: str, error: ConfigError) -> ConfigError:

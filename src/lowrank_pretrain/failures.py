@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 
-from .build import in_group
+from .build import blamed, in_group
 from .checkpoints import NotWritten
 from .errors import ConfigError
 from .finite import Diverged
@@ -36,7 +36,7 @@ def describe(error: BaseException, cfg: DictConfig, run_dir: Path) -> tuple[str,
     if isinstance(error, ConfigError):
         return f"error: {with_group(error, cfg)}", 2
     if isinstance(error, MisconfigurationException) or _is_lightnings(error):
-        return f"error: trainer: {one_line(error)}", 2
+        return _trainers(one_line(error), cfg), 2
     if isinstance(error, Interrupted):
         return _farewell(error), error.exit_code
     if isinstance(error, KeyboardInterrupt):
@@ -48,6 +48,13 @@ def describe(error: BaseException, cfg: DictConfig, run_dir: Path) -> tuple[str,
     if isinstance(error, NotWritten) or getattr(error, "errno", None) in DISK:
         return f"error: {one_line(error)}; {last_good(run_dir)}", 1
     return None
+
+
+def _trainers(text: str, cfg: DictConfig) -> str:
+    """Lightning's complaint about the Trainer's arguments, with the key where it can be made out."""
+    values = cfg.get("trainer") or {}
+    key = blamed(text, values)
+    return f"error: {ConfigError(f'trainer.{key}', values[key], text)}" if key else f"error: trainer: {text}"
 
 
 def one_line(error: BaseException) -> str:

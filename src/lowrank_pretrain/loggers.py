@@ -52,4 +52,4 @@ def finish(loggers: list[Logger]) -> None:
     if any(type(logger).__name__ == "WandbLogger" for logger in loggers):
         import wandb
 
-        wandb.finish(quiet=True)
+        wandb.finish()

@@ -174,7 +174,9 @@ class Monitor(Callback):
         if self._live:
             self.record.peak_gib = max(self.record.peak_gib, self._memory.peak() / GIB)
             if trainer is not None:
-                self.record.optimizer_gib = optimizer_bytes(trainer.optimizers) / GIB
+                # the largest: a phase's last look comes after the freeze has released what it held
+                held = optimizer_bytes(trainer.optimizers) / GIB
+                self.record.optimizer_gib = max(self.record.optimizer_gib, held)
 
     def _metrics(self) -> dict[str, float]:
         record = self.record

@@ -53,9 +53,7 @@ def build_trainer(
     except ConfigError:
         raise
     except (MisconfigurationException, ValueError, TypeError) as error:
-        text = " ".join(str(error).split())
-        key = next((k for k, v in values.items() if k in text or (isinstance(v, str) and v in text)), None)
-        raise (ConfigError(f"trainer.{key}", values[key], text) if key else MisconfigurationException(text)) from error
+        raise MisconfigurationException(str(error)) from error  # Lightning itself is not of one mind which to raise
 
 
 def refuse_popen_sweep(trainer: pl.Trainer, multirun: bool) -> None:

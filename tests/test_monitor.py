@@ -1,0 +1,237 @@
+"""What the monitor counts: steps and nothing else, phases apart, live bytes; and that it costs next to nothing."""
+
+import csv
+import statistics
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+
+from lowrank_pretrain import memory, step_clock
+from lowrank_pretrain.csv_log import RunCSVLogger
+from lowrank_pretrain.memory import PeakMemory, optimizer_bytes
+from lowrank_pretrain.monitor import Monitor, PhaseRecord, batch_size_of, count_parameters, low_rank_callback, phase_of
+from lowrank_pretrain.step_clock import Step, StepClock, Thinned
+from lowrank_pretrain.summary import phase_table, show
+from tests.toy import loader, toy, trainer
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def now(monkeypatch):
+    """The clock's time, to be set by hand."""
+    clock = SimpleNamespace(value=0.0)
+    monkeypatch.setattr(step_clock.time, "perf_counter", lambda: clock.value)
+    return clock
+
+
+def test_a_step_lasts_from_the_end_of_the_last_one_so_waiting_for_data_counts(now):
+    clock = StepClock(CPU)
+    clock.start()
+    now.value = 1.0
+    clock.end_batch()
+    clock.end_step("full", 8, 0)
+    now.value = 4.0  # three seconds of waiting for data
+    clock.start()
+    now.value = 5.0
+    clock.end_batch()
+    clock.end_step("full", 8, 0)
+    assert clock.drain() == [Step("full", 8, 0, 1.0), Step("full", 8, 0, 4.0)]
+    assert clock.drain() == []
+
+
+def test_an_interruption_belongs_to_no_step(now):
+    clock = StepClock(CPU)
+    clock.start()
+    now.value = 1.0
+    clock.end_batch()
+    clock.end_step("full", 8, 0)
+    clock.interrupt()
+    now.value = 100.0  # a validation
+    clock.start()
+    now.value = 101.0
+    clock.end_batch()
+    clock.end_step("joint", 8, 0)
+    assert [step.seconds for step in clock.drain()] == [1.0, 1.0]
+
+
+def test_an_accumulated_step_adds_its_batches_up_around_an_interruption(now):
+    clock = StepClock(CPU)
+    clock.start()
+    now.value = 1.0
+    clock.end_batch()
+    clock.interrupt()
+    now.value = 50.0
+    clock.start()
+    now.value = 52.0
+    clock.end_batch()
+    clock.end_step("full", 16, 0)
+    assert clock.drain() == [Step("full", 16, 0, 3.0)]
+
+
+def test_a_thinned_list_is_bounded_and_keeps_its_median(monkeypatch):
+    monkeypatch.setattr(step_clock, "KEPT", 64)
+    values = Thinned()
+    for value in range(10_000):
+        values.append(float(value))
+    assert len(values.values) < 64
+    assert values.median() == pytest.approx(5000, rel=0.05)
+    assert Thinned().median() is None
+    assert Thinned([1.0, 2.0, 9.0, 9.0, 9.0]).median(last=3) == 9.0
+
+
+def test_optimizer_bytes_are_those_of_live_storages_counted_once():
+    weight = torch.nn.Parameter(torch.zeros(10, 10))
+    optimizer = torch.optim.AdamW([weight])
+    assert optimizer_bytes([optimizer]) == 0
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    assert optimizer_bytes([optimizer]) == 2 * 400 + 4  # two moments, and the step as a float32
+    state = optimizer.state[weight]
+    state["exp_avg_sq"] = state["exp_avg"].view(-1)  # a second view of one storage
+    assert optimizer_bytes([optimizer]) == 400 + 4
+    del optimizer.state[weight]
+    assert optimizer_bytes([optimizer]) == 0
+
+
+@pytest.mark.parametrize("kernel_keeps_the_mark", [True, False])
+def test_peak_memory_is_that_of_the_present_stretch(monkeypatch, kernel_keeps_the_mark):
+    if not kernel_keeps_the_mark:
+        monkeypatch.setattr(memory, "_reset_high_water_mark", lambda: False)
+    peak = PeakMemory(CPU)
+    if kernel_keeps_the_mark and not memory._reset_high_water_mark():
+        pytest.skip("this kernel does not let a process reset its high-water mark")
+    peak.restart()
+    before = peak.peak()
+    big = torch.ones(64, 2**20)  # 256 MiB
+    peak.sample()
+    del big
+    assert peak.peak() - before > 200 * 2**20
+    peak.restart()
+    assert peak.peak() - before < 100 * 2**20
+
+
+@pytest.mark.parametrize(
+    ("batch", "found"),
+    [
+        ((torch.zeros(6, 3, 8, 8), torch.zeros(6)), (6, 0)),
+        ({"input_ids": torch.zeros(4, 16)}, (4, 64)),
+        ({"x": [torch.zeros(5, 2)]}, (5, 0)),
+        (torch.zeros(7), (7, 0)),
+        ("words", (0, 0)),
+    ],
+)
+def test_batch_sizes(batch, found):
+    assert batch_size_of(batch) == found
+
+
+def test_adapters_are_told_by_their_names_and_counted_frozen_or_not():
+    module = torch.nn.Module()
+    module.weight = torch.nn.Parameter(torch.zeros(4, 4), requires_grad=False)
+    module.lora_A = torch.nn.Parameter(torch.zeros(2, 4), requires_grad=False)
+    module.lora_B = torch.nn.ParameterDict({"W": torch.nn.Parameter(torch.zeros(4, 2))})
+    module.lora_Bias = torch.nn.Parameter(torch.zeros(3))
+    assert count_parameters(module) == {"trainable": 8 + 3, "adapters": 8 + 8, "total": 16 + 8 + 8 + 3}
+
+
+class Phases(Callback):
+    """A method that nobody knows: it says its phase and freezes the head."""
+
+    def __init__(self, switch: int) -> None:
+        self.phase, self.at = "full", switch
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        if trainer.global_step == self.at and self.phase == "full":
+            self.phase = "lowrank"
+            pl_module.head.requires_grad_(False)
+
+
+def fit(tmp_path, monitor, method, logger=None, **kwargs):
+    kwargs = {"max_epochs": 2, "limit_val_batches": 1, "log_every_n_steps": 1, **kwargs}
+    run = trainer(tmp_path, method, monitor, logger=logger or False, **kwargs)
+    run.fit(toy(), loader(), loader())
+    return run
+
+
+def test_phases_are_never_blended_and_validation_is_no_part_of_them(tmp_path, monkeypatch):
+    real, slept = time.perf_counter, [0.0]
+    monkeypatch.setattr(step_clock.time, "perf_counter", lambda: real() + slept[0])
+    method, monitor = Phases(switch=4), Monitor()
+    method.on_validation_epoch_start = lambda *_: slept.append(slept.pop() + 1000)  # a validation of 1,000 seconds
+    run = fit(tmp_path, monitor, method, num_sanity_val_steps=0)
+    assert slept == [2000]
+    full, lowrank = monitor.records
+    assert (full.phase, full.steps, lowrank.phase, lowrank.steps) == ("full", 4, "lowrank", 8)
+    assert full.seconds + lowrank.seconds < 500, "validation was counted as training"
+    assert full.trainable == full.total == lowrank.total == lowrank.trainable + sum(
+        p.numel() for p in run.lightning_module.head.parameters()
+    )
+    assert full.samples_per_sec() == pytest.approx(1 / statistics.median(full.seconds_per_sample.values))
+    assert full.peak_gib > 0.1 and full.optimizer_gib > 0
+
+
+def test_accumulated_batches_are_one_step(tmp_path):
+    monitor = Monitor()
+    fit(tmp_path, monitor, Phases(switch=99), accumulate_grad_batches=3)
+    assert monitor.record.steps == 4
+    assert len(monitor.record.seconds_per_sample.values) == 4
+
+
+def test_what_is_logged(tmp_path):
+    fit(tmp_path, Monitor(), Phases(switch=4), logger=RunCSVLogger(tmp_path), log_every_n_steps=2)
+    rows = [row for row in csv.DictReader((tmp_path / "metrics.csv").open()) if row["lowrank/phase"]]
+    assert [(int(row["step"]), float(row["lowrank/phase"])) for row in rows] == [
+        (1, 0), (3, 0), (5, 2), (7, 2), (9, 2), (11, 2),
+    ]  # fmt: skip
+    for key in ("throughput/samples_per_sec", "memory/peak_gib", "memory/optimizer_gib", "params/trainable"):
+        assert all(float(row[key]) > 0 for row in rows), key
+    assert all(float(row["params/adapters"]) == 0 for row in rows)
+    assert "throughput/tokens_per_sec" not in rows[0]
+
+
+def test_records_survive_a_resume():
+    monitor = Monitor()
+    monitor.records = [PhaseRecord("full", steps=3, seconds=1.5, seconds_per_sample=Thinned([0.1, 0.2, 0.3], 2, 1))]
+    again = Monitor()
+    again.load_state_dict(monitor.state_dict())
+    assert again.state_dict() == monitor.state_dict()
+    assert again.record.samples_per_sec() == pytest.approx(5.0)
+    again.record.seconds_per_sample.append(9.0)
+    assert len(monitor.record.seconds_per_sample.values) == 3, "two monitors share one list"
+
+
+def test_a_step_costs_microseconds(tmp_path):
+    monitor, module = Monitor(), toy()
+    run = SimpleNamespace(global_step=0, world_size=1, callbacks=[Phases(99)], log_every_n_steps=0, optimizers=[])
+    batch = (torch.zeros(8, 12), torch.zeros(8))
+    monitor.on_train_start(run, module)
+    costs = []
+    for _ in range(300):
+        begin = time.perf_counter()
+        monitor.on_train_batch_start(run, module, batch, 0)
+        run.global_step += 1
+        monitor.on_train_batch_end(run, module, None, batch, 0)
+        costs.append(time.perf_counter() - begin)
+    assert sorted(costs)[150] < 2e-4, "1 % of a step of 20 ms"
+
+
+def test_who_knows_the_phase():
+    assert low_rank_callback(SimpleNamespace(callbacks=[Callback(), Monitor()])) is None
+    assert phase_of(SimpleNamespace(callbacks=[])) == "full"
+    method = Phases(1)
+    method.phase = "joint"
+    assert phase_of(SimpleNamespace(callbacks=[Monitor(), method])) == "joint"
+
+
+def test_the_closing_table_sets_phases_against_the_full_one(capsys):
+    full = PhaseRecord("full", 10, 2.0, 0, 4.0, 0.5, 100, 0, 100, 1, Thinned([0.01]))
+    low = PhaseRecord("lowrank", 10, 1.0, 0, 3.0, 0.1, 20, 15, 115, 1, Thinned([0.005]))
+    show([full, low], {"val/loss": 0.5}, {"merged weights": Path("export")})
+    text = capsys.readouterr().out
+    for words in ("200 (2.00x)", "3.00 (0.75x)", "15 (13.0%)", "20 (17.4%)", "val/loss 0.5", "merged weights: export"):
+        assert words in text, words
+    assert "x)" not in "".join(phase_table([low]).columns[1]._cells), "a ratio without a full phase"
