@@ -6,7 +6,7 @@ the same name in YAML, on the command line and in Python. An unknown key is an e
 
 import difflib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,11 +85,46 @@ def _lora() -> _Part:
     return _callback(LoRA)
 
 
-_PARTS: dict[str, Callable[[], _Part]] = {"prelora": _prelora, "lora": _lora}
+def _galore() -> _Part:
+    def add(method: Method, arguments: dict[str, Any]) -> None:
+        method.optimizer = galore_optimizer(**arguments)
+
+    return _Part(galore_optimizer, add)
+
+
+def galore_optimizer(rank: int = 128, targets: str | Sequence[str] = "all", **settings: Any) -> Callable[[Any, Any], Any]:
+    """What makes ``GaLoreAdamW`` of a module and an ``Optim``; ``settings`` are its own keyword arguments.
+
+    Raises:
+        ConfigError: a wrong value, now rather than when the fit begins.
+    """
+    import torch
+    from torch import nn
+
+    from lowrank_pretrain.galore import GaLoreAdamW, galore_param_groups
+    from lowrank_pretrain.galore.groups import check_rank_value
+
+    check_rank_value(rank)
+    GaLoreAdamW([{"params": [nn.Parameter(torch.zeros(2, 2))], "rank": 1}], **settings)
+
+    def make(module: Any, optim: Any) -> Any:
+        groups = galore_param_groups(module, rank, targets, weight_decay=optim.weight_decay)
+        return GaLoreAdamW(groups, lr=optim.lr, betas=tuple(optim.betas), eps=optim.eps, **settings)
+
+    return make
+
+
+_PARTS: dict[str, Callable[[], _Part]] = {"prelora": _prelora, "lora": _lora, "galore": _galore}
 
 
 def _arguments(constructor: Callable[..., Any]) -> list[str]:
-    return [name for name in inspect.signature(constructor).parameters if name != "self"]
+    names = inspect.signature(constructor).parameters
+    if "settings" in names:  # the optimizer's own keys; what `optim` sets stays there
+        from lowrank_pretrain.galore import GaLoreAdamW
+
+        own = inspect.signature(GaLoreAdamW).parameters.values()
+        return [*(name for name in names if name != "settings"), *(p.name for p in own if p.kind is p.KEYWORD_ONLY)]
+    return [name for name in names if name != "self"]
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
