@@ -14,6 +14,7 @@ is every storage the optimizer keeps alive; ``temporary`` the most that one step
 import argparse
 import csv
 import gc
+import itertools
 import os
 import platform
 import statistics
@@ -57,7 +58,7 @@ def ours(**settings):
 
 
 def adamw(matrices, rest, rank, gap):
-    """torch's AdamW, fused."""
+    """AdamW of torch, fused."""
     return torch.optim.AdamW([*matrices, *rest], lr=1e-6, weight_decay=0.0, fused=True)
 
 
@@ -78,7 +79,7 @@ def pytorch_optimizer(matrices, rest, rank, gap):
 
 
 def torchao(matrices, rest, rank, gap):
-    """torchao's AdamW with 8-bit states."""
+    """AdamW of torchao with 8-bit states."""
     from torchao.optim import AdamW8bit
 
     return AdamW8bit([*matrices, *rest], lr=1e-6)
@@ -160,12 +161,8 @@ def temporary_bytes(step, device):
         return torch.cuda.max_memory_allocated() - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         step()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    peak = now = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak
+    events = sorted((e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns())
+    return max(itertools.accumulate((e.nbytes() for e in events), initial=0))
 
 
 def renewal(make, matrices, rank, device, dtype, each_shape):
@@ -258,10 +255,8 @@ def show(name, rows, args, write):
         ms = ["" if c is None else f"{1e3 * c:.1f}" for c in cells]
         ratio = ["" if not (x and cells[3]) else f"{cells[3] / x:.2f}" for x in (peer, base)]
         mib = ["" if row.get(k) is None else f"{row[k] / 2**20:.1f}" for k in ("state", "temporary")]
-        print(
-            f"  {side:22s}{ms[0]:>10s}{ms[1]:>9s}{ms[2]:>10s}{ms[3]:>11s}{ratio[0]:>11s}{ratio[1]:>8s}{mib[0]:>11s}{mib[1]:>11s}",
-            flush=True,
-        )
+        widths = (10, 9, 10, 11, 11, 8, 11, 11)
+        print(f"  {side:22s}" + "".join(f"{c:>{w}s}" for c, w in zip((*ms, *ratio, *mib), widths, strict=True)), flush=True)
         write([name, args.device, args.threads, side, *ms, *ratio, *mib])
 
 

@@ -143,20 +143,17 @@ class Projected:
             share(new)
         keep = moments.kind(self.group)
         stored = subspace.at_least_32(matrix.dtype) if keep == "float32" else matrix.dtype
-        if skip is not None and old:
-            new = [torch.where(skip > 0, before, after) for before, after in zip(old, new, strict=True)]
-        for key, basis in zip(self._keys(), new, strict=True):
-            # one memory layout whatever made it: a distributed checkpoint does not keep layouts, and products would round anew
-            self.state[key] = basis.to(stored).contiguous()
         if not old:
+            for key, basis in zip(self._keys(), new, strict=True):
+                # one memory layout whatever made it: a distributed checkpoint keeps none, and products would round anew
+                self.state[key] = basis.to(stored).contiguous()
             return (*self._enter(m, v, new), None)
         turns = [subspace.change_of_basis(after, before) for before, after in zip(old, new, strict=True)]
         if self.group["rotate_moments"]:
-            turned = subspace.rotate(m.to(turns[0].dtype), v.to(turns[0].dtype), *turns)
-            m, v = (
-                after.to(before.dtype) if skip is None else torch.where(skip > 0, before, after.to(before.dtype))
-                for before, after in zip((m, v), turned, strict=True)
-            )
+            for kept, turned in zip((m, v), subspace.rotate(m.to(old[0].dtype), v.to(old[0].dtype), *turns), strict=True):
+                _replace(kept, turned, skip)
+        for key, basis in zip(self._keys(), new, strict=True):
+            _replace(self.state[key], basis, skip)
         return m, v, subspace.overlap(turns[0])
 
     def apply(self, low: Tensor, minus_n: Tensor) -> None:
@@ -213,3 +210,8 @@ class Projected:
         wide = [self.matrix(t).to(new[0].dtype) for t in (m, v)]
         low_m, low_v = subspace.rotate(*wide, *[basis.t() for basis in new])
         return low_m.to(m.dtype).contiguous(), low_v.to(v.dtype).contiguous()
+
+
+def _replace(kept: Tensor, new: Tensor, skip: Tensor | None) -> None:
+    """Write ``new`` in place, unless the step is skipped."""
+    kept.copy_(new if skip is None else torch.where(skip > 0, kept.to(new.dtype), new))
