@@ -58,7 +58,9 @@ def peft(freeze_rest: bool) -> Callable[[nn.Module], nn.Module]:
         from peft import LoraConfig, get_peft_model
 
         names = ["qkv", "attn.proj", "fc1", "fc2"]
-        config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=names, rank_pattern={"qkv": 2 * RANK}, alpha_pattern={"qkv": 2 * RANK})
+        config = LoraConfig(
+            r=RANK, lora_alpha=RANK, target_modules=names, rank_pattern={"qkv": 2 * RANK}, alpha_pattern={"qkv": 2 * RANK}
+        )
         wrapped = get_peft_model(model, config)
         if not freeze_rest:
             for name, p in wrapped.named_parameters():
@@ -151,7 +153,9 @@ def main() -> None:
             for times, value in zip((wall, cpu), runners[name].step(), strict=True):
                 times[name].append(value)
     device = torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()}, {args.threads} threads"
-    print(f"{args.model}, batch {args.batch}, {args.precision}, {device}, torch {torch.__version__}, {args.rounds} rounds, {date.today()}")
+    print(
+        f"{args.model}, batch {args.batch}, {args.precision}, {device}, torch {torch.__version__}, {args.rounds} rounds, {date.today()}"
+    )
     print(f"{'variant':38}{'trained':>12}{'wall s':>9}{'speed-up':>9}{'CPU s':>9}{'speed-up':>9}{'peak GiB':>9}")
     rows = []
     for name in names:
@@ -159,11 +163,18 @@ def main() -> None:
         cpu_ratio = statistics.median(f / v for f, v in zip(cpu["full"], cpu[name], strict=True))
         w, c, m = statistics.median(wall[name]), statistics.median(cpu[name]), memory.get(name, float("nan"))
         print(f"{name:38}{trained[name]:12,}{w:9.4f}{ratio:9.2f}{c:9.4f}{cpu_ratio:9.2f}{m:9.2f}")
-        rows.append({"variant": name, "trained": trained[name], "wall_s": w, "speedup": ratio, "cpu_s": c, "cpu_speedup": cpu_ratio})
+        rows.append(
+            {"variant": name, "trained": trained[name], "wall_s": w, "speedup": ratio, "cpu_s": c, "cpu_speedup": cpu_ratio}
+        )
         rows[-1] |= {"peak_gib": memory[name]} if memory else {}
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        about = {"device": device, "torch": torch.__version__, "date": str(date.today()), **{k: v for k, v in vars(args).items() if k != "out"}}
+        about = {
+            "device": device,
+            "torch": torch.__version__,
+            "date": str(date.today()),
+            **{k: v for k, v in vars(args).items() if k != "out"},
+        }
         args.out.write_text("\n".join(json.dumps(row) for row in [about, *rows]) + "\n")
 
 

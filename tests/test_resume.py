@@ -262,6 +262,21 @@ def test_a_checkpoint_of_a_newer_format_is_refused(tmp_path):
         trainer(tmp_path, steps(), max_epochs=5).fit(toy(), loader(), ckpt_path=tmp_path / "new.ckpt")
 
 
+def test_another_alpha_on_resume_is_refused(tmp_path):
+    """The scale is no parameter: resuming with another one would silently be another model."""
+    trainer(tmp_path, steps(), every=20, max_epochs=4).fit(toy(), loader())
+    with pytest.raises(ValueError, match="alpha=2.0: the checkpoint's adapters were trained with None"):
+        trainer(tmp_path, steps(alpha=2.0), max_epochs=5).fit(toy(), loader(), ckpt_path=tmp_path / "step=20.ckpt")
+
+
+def test_a_full_run_may_be_branched_off_with_prelora(tmp_path):
+    """As the paper's Exp1-3, which all leave one base run at epoch 50."""
+    trainer(tmp_path, every=6, max_epochs=2).fit(toy(), loader())
+    module, callback = toy(), steps()
+    trainer(tmp_path, callback, max_epochs=5).fit(module, loader(), ckpt_path=tmp_path / "step=6.ckpt")
+    assert (callback.switch_step, callback.freeze_step) == (14, 20)
+
+
 def test_weights_that_should_move_do_move_after_a_resume(tmp_path):
     """Lightning #21901: a finetuning callback that froze again on resume trained nothing, silently."""
     trainer(tmp_path, steps(), every=1, max_epochs=4).fit(toy(), loader())

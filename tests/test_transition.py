@@ -1,8 +1,12 @@
 """Changing a model in the middle of a fit: groups, schedulers, and the protocol that other methods join by."""
 
+import csv
+
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
 from lowrank_pretrain import LoRA, PhaseCallback, Plan, PreLoRA, lora, transition
@@ -14,8 +18,6 @@ from tests.toy import Toy, loader, toy, trainer
 def steps(**kwargs) -> PreLoRA:
     return PreLoRA(**{"ranks": (2, 4, 8), "window": 2, "window_unit": "step", "windows": 2, "latest": 4, "warmup": 3,
                       "loss_tol": 1e-6, **kwargs})  # fmt: skip
-
-
 
 
 def lr_trace(tmp_path, callback, **kwargs):
@@ -81,6 +83,22 @@ def test_adapters_with_a_rate_of_their_own_follow_their_weights_group(tmp_path, 
     assert [group["weight_decay"] for group in groups] == [0.01] * 3 + [0.0] * 3
     adapters = {id(p) for _, p in lora.adapter_parameters(module)}
     assert {id(p) for group in groups[3:] for p in group["params"]} == adapters
+
+
+@pytest.mark.parametrize("adapter_lr", [1.0, 2.0])
+def test_learning_rate_monitor_and_loggers_go_through_the_switch(tmp_path, adapter_lr):
+    logger = CSVLogger(tmp_path, name="", version="")
+    callbacks = steps(adapter_lr=adapter_lr), LearningRateMonitor("step")
+    trainer(tmp_path, *callbacks, max_epochs=4, logger=logger, log_every_n_steps=1).fit(
+        toy(lr_groups=2, scheduler="cosine"), loader()
+    )
+    with open(tmp_path / "metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    columns = rows[0].keys()
+    assert sum("lr-AdamW" in column for column in columns) == 2
+    assert "lowrank/weight_change/blocks.*.qkv.q" in columns and "lowrank/rank/blocks.0.fc1" in columns
+    ranks = [row for row in rows if row["lowrank/rank/blocks.0.fc1"]]
+    assert [row["step"] for row in ranks] == ["7"]  # the eighth step
 
 
 def test_partial_targets_of_a_fused_layer_keep_the_other_rows_training_with_their_moments(tmp_path):

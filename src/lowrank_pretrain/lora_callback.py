@@ -43,9 +43,7 @@ class LoRA(PhaseCallback):
     ) -> None:
         if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
             raise ConfigError("rank", rank, "must be an integer of 1 or more")
-        super().__init__(
-            alpha, train_A, freeze_rest, adapter_lr=adapter_lr, adapter_weight_decay=adapter_weight_decay
-        )
+        super().__init__(alpha, train_A, freeze_rest, adapter_lr=adapter_lr, adapter_weight_decay=adapter_weight_decay)
         self.rank = rank
         self.targets = targets if isinstance(targets, str) else [*targets]
 

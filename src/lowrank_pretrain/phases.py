@@ -245,6 +245,8 @@ class PhaseCallback(Callback):
         side = checkpoint.get(SIDE, {})
         if side.get("format", FORMAT) > FORMAT:
             raise ConfigError("ckpt_path", str(trainer.ckpt_path), f"has format {side['format']}, we read {FORMAT}")
+        if side.get("alpha", self.alpha) != self.alpha:
+            raise ConfigError("alpha", self.alpha, f"the checkpoint's adapters were trained with {side['alpha']}")
         self._exact = side.get("exact")
         self._groups = side.get("groups")
 

@@ -18,8 +18,10 @@ PRESETS = ("all", "attention", "mlp", "head")
 WHOLE = "W"  # the part name of a layer that is not fused
 _FUSED = {"qkv": False, "Wqkv": False, "c_attn": True}  # leaf name -> must O be exactly 3 D? (multi-query c_attn is not)
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
-_MLP = re.compile(r"(^|_)(mlp|ffn|feed_forward|feedforward|intermediate|experts?)|^(fc[12]|linear[12]|c_fc|output|[wW][123])$|"
-                  r"^(gate|up|down|gate_up)_proj$")
+_MLP = re.compile(
+    r"(^|_)(mlp|ffn|feed_forward|feedforward|intermediate|experts?)|^(fc[12]|linear[12]|c_fc|output|[wW][123])$|"
+    r"^(gate|up|down|gate_up)_proj$"
+)
 
 
 @dataclass(frozen=True)
@@ -160,9 +162,7 @@ def tied_layers(module: nn.Module) -> dict[str, list[str]]:
         weight = child._parameters.get("weight")
         if weight is not None:
             owners.setdefault(id(weight), []).append(plain_name(name))
-    return {
-        name: [other for other in names if other != name] for names in owners.values() if len(names) > 1 for name in names
-    }
+    return {name: [other for other in names if other != name] for names in owners.values() if len(names) > 1 for name in names}
 
 
 def families(module: nn.Module, names: Iterable[str]) -> dict[str, str]:

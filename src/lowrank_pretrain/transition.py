@@ -100,9 +100,7 @@ def _inherit_state(optimizer: Optimizer, inherited: Iterable[Inherit]) -> None:
             }
 
 
-def _join(
-    optimizers: list[Optimizer], module: nn.Module, before: dict[int, bool], inherited: Iterable[Inherit]
-) -> None:
+def _join(optimizers: list[Optimizer], module: nn.Module, before: dict[int, bool], inherited: Iterable[Inherit]) -> None:
     groups = {id(p): group for opt in optimizers for group in opt.param_groups for p in group["params"]}
     forebears = {id(new): id(old) for new, old, *_ in inherited}
     named = dict(module.named_parameters())
@@ -137,9 +135,7 @@ def _leave(optimizers: list[Optimizer], module: nn.Module, before: dict[int, boo
     after = {id(p): p.requires_grad for p in module.parameters()}
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            stays = [
-                not (id(p) in before and before[id(p)] and not after.get(id(p), False)) for p in group["params"]
-            ]
+            stays = [not (id(p) in before and before[id(p)] and not after.get(id(p), False)) for p in group["params"]]
             if all(stays):
                 continue
             for p, stay in zip(group["params"], stays, strict=True):

@@ -70,4 +70,3 @@ def check_convergence(
         # written so that a NaN fails
         converged = converged and loss_change <= loss_tol and all(change < weight_tol for change in changes.values())
     return Verdict(converged, loss_change, changes)
-
