@@ -3,9 +3,10 @@
     python benchmarks/lora.py                                     # ViT-S/16 224, batch 16, 2 CPU threads
     python benchmarks/lora.py --device cuda --model vit_large_patch16_224 --batch 64 --precision bf16
 
-Every variant makes the same step (forward, backward, AdamW) on the same batch. Rounds are interleaved: each round times every
-variant once, in an order that rotates, so that a machine that drifts drifts for all. Reported are medians, and as the speed-up the
-median of full/variant within a round. CPU time is printed beside wall time: on a machine with neighbours it is the steadier one.
+Every variant makes the same step (forward, backward, AdamW) on the same batch. Rounds are interleaved: each round times
+every variant once, in an order that rotates, so that a machine that drifts drifts for all. Reported are medians, and as the
+speed-up the median of full/variant within a round. CPU time is printed beside wall time: on a machine with neighbours it is
+the steadier one.
 Adapters: rank 16 on every linear layer but the head, q 16, k 8, v 8 (peft: 32 on the fused qkv, as it has no row blocks).
 """
 
@@ -30,6 +31,7 @@ RANK = 16
 
 
 def plan_for(model: nn.Module, lower_half_zero: bool = False) -> dict[str, int]:
+    """Ranks 16, 8 for k and v; 0 in the lower half of the blocks on request."""
     half = len(model.blocks) // 2
     plan = {}
     for name in find_targets(model, "all"):
@@ -39,10 +41,13 @@ def plan_for(model: nn.Module, lower_half_zero: bool = False) -> dict[str, int]:
 
 
 def full(model: nn.Module) -> nn.Module:
+    """Everything trains, no adapters."""
     return model
 
 
 def ours(freeze_rest: bool = False, lower_half_zero: bool = False, joint: bool = False) -> Callable[[nn.Module], nn.Module]:
+    """This package's adapters."""
+
     def change(model: nn.Module) -> nn.Module:
         plan = plan_for(model, lower_half_zero)
         lora.inject(model, plan)
@@ -54,6 +59,8 @@ def ours(freeze_rest: bool = False, lower_half_zero: bool = False, joint: bool =
 
 
 def peft(freeze_rest: bool) -> Callable[[nn.Module], nn.Module]:
+    """The same ranks by peft."""
+
     def change(model: nn.Module) -> nn.Module:
         from peft import LoraConfig, get_peft_model
 
@@ -97,6 +104,7 @@ class Runner:
         self.y = torch.randint(0, 1000, (args.batch,), device=args.device)
 
     def step(self) -> tuple[float, float]:
+        """One training step: (wall seconds, CPU seconds)."""
         cuda = self.args.device == "cuda"
         if cuda:
             torch.cuda.synchronize()
@@ -119,6 +127,7 @@ def peak_gib(runner: Runner) -> float:
 
 
 def main() -> None:
+    """Run the rounds and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="vit_small_patch16_224")
     parser.add_argument("--batch", type=int, default=16)
@@ -153,9 +162,8 @@ def main() -> None:
             for times, value in zip((wall, cpu), runners[name].step(), strict=True):
                 times[name].append(value)
     device = torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()}, {args.threads} threads"
-    print(
-        f"{args.model}, batch {args.batch}, {args.precision}, {device}, torch {torch.__version__}, {args.rounds} rounds, {date.today()}"
-    )
+    setting = f"{args.model}, batch {args.batch}, {args.precision}, {args.rounds} rounds"
+    print(f"{setting}; {device}, torch {torch.__version__}, {date.today()}")
     print(f"{'variant':38}{'trained':>12}{'wall s':>9}{'speed-up':>9}{'CPU s':>9}{'speed-up':>9}{'peak GiB':>9}")
     rows = []
     for name in names:
