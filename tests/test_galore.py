@@ -140,6 +140,18 @@ def test_basis_survives_low_rank_tiny_and_zero_gradients(dtype):
     assert subspace.captured(low_rank, subspace.power_step(low_rank, p)) > 0.999
 
 
+def test_cholesky_qr_equals_householders():
+    p = torch.linalg.qr(torch.randn(60, 24))[0]
+    for rank in (60, 5):  # at rank 5 only the ridge gives y full column rank
+        g = torch.randn(60, rank) @ torch.diag(torch.arange(1.0, rank + 1) ** -3) @ torch.randn(rank, 90)
+        y = subspace.unit(g @ (g.T @ p)).add_(p, alpha=subspace.RIDGE)
+        q = subspace.cholesky_qr(y, p)
+        assert (q.T @ q - torch.eye(24)).abs().max() < 1e-5
+        assert (q @ q.T - subspace.orthonormal(y) @ subspace.orthonormal(y).T).norm() < 0.05
+    assert torch.equal(subspace.cholesky_qr(torch.zeros(60, 24), p), p)
+    assert torch.equal(subspace.cholesky_qr(torch.full((60, 24), float("nan")), p), p)
+
+
 def test_product32_of_halves():
     a, b = torch.randn(30, 2100, dtype=torch.bfloat16), torch.randn(2100, 7)
     exact = a.double() @ b.double()
@@ -342,6 +354,47 @@ def test_a_gradient_that_is_not_finite_names_its_parameter_and_harms_nothing():
             optimizer.step()
         for a, b in zip(_tensors((optimizer.state_dict(), model.state_dict())), _tensors(kept), strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("settings", [{}, {"refresh": "track"}, {"proj_type": "full"}, {"moments": "grad"}, PUBLISHED], ids=str)
+def test_a_step_masked_on_the_device_changes_nothing(settings, monkeypatch):
+    # on CUDA the flag stays on the device; here it is handed in
+    model, x = Net(), torch.randn(4, 3, 8, 8)
+    optimizer = GaLoreAdamW(galore_param_groups(model, 4, update_proj_gap=1, **settings), lr=1e-2, weight_decay=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(x).backward()
+        optimizer.step()
+    kept = copy.deepcopy((optimizer.state_dict()["state"], model.state_dict()))
+    optimizer.zero_grad()
+    model(x).backward()
+    model.fc2.weight.grad[0, 0] = float("nan")
+    if settings.get("refresh") == "svd":
+        model.fc2.weight.grad[0, 0] = 1e6  # LAPACK's own complaint comes first on the CPU
+    monkeypatch.setattr(optimizer._guard, "check", lambda *_: torch.tensor(1.0))
+    optimizer.step()
+    for state, before in zip(optimizer.state_dict()["state"].values(), kept[0].values(), strict=True):
+        for key in state.keys() - {"step"}:
+            assert torch.equal(state[key], before[key]), key
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, kept[1][key]), key
+
+
+@pytest.mark.parametrize("settings", [{}, {"refresh": "track"}], ids=str)
+def test_a_mask_that_lets_pass_changes_nothing_either(settings, monkeypatch):
+    results = []
+    for mask in (None, torch.tensor(0.0)):
+        torch.manual_seed(0)
+        model, x = Net(), torch.randn(4, 3, 8, 8)
+        optimizer = GaLoreAdamW(galore_param_groups(model, 4, update_proj_gap=2, **settings), lr=1e-2, weight_decay=0.1)
+        if mask is not None:
+            monkeypatch.setattr(optimizer._guard, "check", lambda *_, mask=mask: mask)
+        for _ in range(5):
+            optimizer.zero_grad()
+            model(x).backward()
+            optimizer.step()
+        results.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-7)
 
 
 def _tensors(tree):

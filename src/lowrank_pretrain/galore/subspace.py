@@ -40,19 +40,26 @@ def product32(a: Tensor, b: Tensor) -> Tensor:
 def orthonormal(y: Tensor, fallback: Tensor | None = None) -> Tensor:
     """Orthonormal columns with the span of ``y`` (d×r), column j with a positive share of y's column j.
 
-    On CUDA, where a ``fallback`` basis is given, by CholeskyQR, twice, in float64: far quicker than Householder's QR there,
-    and as exact for the condition numbers that ``RIDGE`` leaves (in float32 it fails on one real gradient in ten, without
-    an error). Should it fail all the same, the fallback is returned; nothing waits for the device.
+    Householder's QR; on CUDA, where a ``fallback`` basis is given, :func:`cholesky_qr`, which is far quicker there.
     """
     if y.is_cuda and fallback is not None:
-        q, good = y.double(), torch.ones((), dtype=torch.bool, device=y.device)
-        for _ in range(2):
-            factor, info = torch.linalg.cholesky_ex(q.mT @ q)
-            q = torch.linalg.solve_triangular(factor.mT, q, upper=True, left=False)
-            good &= info == 0
-        return torch.where(good, q.to(y.dtype), fallback.to(y.dtype))
+        return cholesky_qr(y, fallback)
     q, r = torch.linalg.qr(y)
     return q * torch.where(r.diagonal() < 0, -1.0, 1.0).to(q.dtype)
+
+
+def cholesky_qr(y: Tensor, fallback: Tensor) -> Tensor:
+    """The same by CholeskyQR, twice, in float64, without waiting for the device.
+
+    As exact as Householder's for the condition numbers that ``RIDGE`` leaves; in float32 it fails on one real gradient in
+    ten, without an error. Should it fail here all the same, ``fallback`` is returned.
+    """
+    q, good = y.double(), torch.ones((), dtype=torch.bool, device=y.device)
+    for _ in range(2):
+        factor, info = torch.linalg.cholesky_ex(q.mT @ q)
+        q = torch.linalg.solve_triangular(factor.mT, q, upper=True, left=False)
+        good &= info == 0
+    return torch.where(good, q.to(y.dtype), fallback.to(y.dtype))
 
 
 def svd_basis(grad: Tensor, rank: int, proj_type: str) -> list[Tensor]:
