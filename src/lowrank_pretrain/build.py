@@ -119,11 +119,10 @@ def build_nested(group: str, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def blamed(text: str, values: dict[str, Any]) -> str | None:
-    """The key of `values` that the message `text` is about: named as ``key=``, quoted, or by its value; None if unclear."""
-    for form in ("{key}=", "`{key}`", "{key}"):
-        found = next((key for key in values if form.format(key=key) in text), None)
-        if found:
-            return found
+    """The key of `values` that the message `text` is about: the one it names first, else one whose value it quotes."""
+    named = [(text.index(key), -len(key), key) for key in values if key in text]
+    if named:
+        return min(named)[-1]
     return next((key for key, value in values.items() if isinstance(value, str) and value in text), None)
 
 

@@ -65,4 +65,4 @@ def refuse_popen_sweep(trainer: pl.Trainer, multirun: bool) -> None:
     # Lightning has no public name for "this strategy runs sys.argv again"
     if multirun and isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher) and trainer.world_size > 1:
         allowed = "would start the whole sweep in every process; use trainer=ddp_spawn, or trainer.devices=1 per job"
-        raise ConfigError("trainer.strategy", trainer.strategy.strategy_name, allowed)
+        raise ConfigError("trainer.strategy", type(trainer.strategy).__name__, allowed)
