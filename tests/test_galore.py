@@ -147,7 +147,8 @@ def test_cholesky_qr_equals_householders():
         y = subspace.unit(g @ (g.T @ p)).add_(p, alpha=subspace.RIDGE)
         q = subspace.cholesky_qr(y, p)
         assert (q.T @ q - torch.eye(24)).abs().max() < 1e-5
-        assert (q @ q.T - subspace.orthonormal(y) @ subspace.orthonormal(y).T).norm() < 0.05
+        assert (y - q @ (q.T @ y)).norm() < 1e-6
+        assert ((subspace.orthonormal(y) * q).sum(0)[:3] > 0.99).all()  # the same signs
     assert torch.equal(subspace.cholesky_qr(torch.zeros(60, 24), p), p)
     assert torch.equal(subspace.cholesky_qr(torch.full((60, 24), float("nan")), p), p)
 
@@ -394,7 +395,7 @@ def test_a_mask_that_lets_pass_changes_nothing_either(settings, monkeypatch):
             model(x).backward()
             optimizer.step()
         results.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
-    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-7)
+    assert relative(*results) < 1e-5
 
 
 def _tensors(tree):
