@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lowrank_pretrain.errors import ConfigError
 from lowrank_pretrain.galore.groups import largest_rank
+from lowrank_pretrain.galore.index import parameter_name
 from lowrank_pretrain.galore.subspace import project_left
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ def load(optimizer: "GaLoreAdamW", saved: dict[str, Any], load_plain: Callable[[
         ConfigError: naming the key or parameter that differs.
     """
     groups = saved["param_groups"]
+    if any("variant" not in old for old in groups):
+        raise ConfigError("ckpt_path", "optimizer state", "was written by another optimizer (galore_torch?): start afresh")
     if len(groups) != len(optimizer.param_groups):
         raise ConfigError("ckpt_path", f"{len(groups)} groups", f"the optimizer has {len(optimizer.param_groups)}")
     pairs: list[tuple[Any, Tensor, str]] = []
@@ -42,8 +45,8 @@ def load(optimizer: "GaLoreAdamW", saved: dict[str, Any], load_plain: Callable[[
                 )
         ranks = old.get("ranks", [0] * len(old["params"]))
         for i, (key, p) in enumerate(zip(old["params"], new["params"], strict=True)):
-            name = optimizer._name(new, number, i)
-            _check_shapes(saved["state"].get(key, {}), p, ranks[i] or old.get("rank"), old["proj_type"], name)
+            name = parameter_name(new, number, i)
+            _check_shapes(saved["state"].get(key, {}), p, old, ranks[i], name)
             if ranks[i]:
                 optimizer._ranks[p] = ranks[i]
             pairs.append((key, p, name))
@@ -58,20 +61,19 @@ def load(optimizer: "GaLoreAdamW", saved: dict[str, Any], load_plain: Callable[[
                 optimizer.state[p][what] = value.detach().to(device, copy=True)
 
 
-def _check_shapes(state: dict[str, Any], p: Tensor, rank: int | None, proj_type: str, name: str) -> None:
+def _check_shapes(state: dict[str, Any], p: Tensor, group: dict[str, Any], adopted: int, name: str) -> None:
     if "exp_avg" not in state:
         return
-    shape = tuple(p.shape)
-    if rank and "proj" in state:
-        rank, rows, cols = min(rank, largest_rank(p)), p.shape[0], p.numel() // p.shape[0]
-        left = project_left(rows, cols, proj_type)
-        d, k = (rows, cols) if left else (cols, rows)
-        if tuple(state["proj"].shape) != (d, rank):
-            raise ConfigError(
-                "ckpt_path", name, f"its basis is {tuple(state['proj'].shape)} in the checkpoint, but must be {(d, rank)} here"
-            )
-        shape = (rank, rank if proj_type == "full" else k)
-    elif rank:
-        return  # APOLLO's moments, or an adopted parameter's that has not stepped yet
-    if tuple(state["exp_avg"].shape) != shape:
-        raise ConfigError("ckpt_path", name, f"its moments are {tuple(state['exp_avg'].shape)} there, but {shape} here")
+    rank, rows, cols = adopted or group.get("rank"), p.shape[0], p.numel() // max(p.shape[0], 1)
+    shapes = {"exp_avg": tuple(p.shape)}
+    if rank and ("proj" in state or not adopted):  # an adopted parameter has whole moments until its next step
+        rank = min(rank, largest_rank(p))
+        d, k = (rows, cols) if project_left(rows, cols, group["proj_type"]) else (cols, rows)
+        shapes = {"exp_avg": (rank, rank if group["proj_type"] == "full" else k)}
+        if group["variant"] == "galore":
+            shapes["proj"] = (d, rank)
+    for key, shape in shapes.items():
+        if key not in state:
+            raise ConfigError("ckpt_path", name, f"has no {key} there: written by another optimizer (galore_torch?)")
+        if tuple(state[key].shape) != shape:
+            raise ConfigError("ckpt_path", name, f"its {key} is {tuple(state[key].shape)} there, but must be {shape} here")

@@ -72,7 +72,7 @@ def galore_ddp_hook(ddp: DistributedDataParallel, optimizer: GaLoreAdamW) -> Hoo
 
 @torch.no_grad()
 def _hook(state: HookState, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    known = state.optimizer._lookup()
+    known = state.optimizer.lookup()
     pieces: list[tuple[Tensor, Projected | None]] = []  # gradient, and its projection if only R is sent
     payload = []
     for p, grad in zip(bucket.parameters(), bucket.gradients(), strict=True):

@@ -77,7 +77,7 @@ class Layerwise:
             return
         # Lightning hands over a functools.partial with the LightningModule among its arguments
         for argument in getattr(closure, "args", ()):
-            clip = getattr(getattr(argument, "_trainer", None), "gradient_clip_val", None)
+            clip = argument.trainer.gradient_clip_val if hasattr(type(argument), "trainer") else None
             if clip:
                 raise ConfigError(
                     "gradient_clip_val", clip, "cannot clip gradients that layerwise has already used: set it to null, or "
@@ -87,7 +87,7 @@ class Layerwise:
     @torch.no_grad()
     def _arrived(self, p: Tensor) -> None:
         optimizer = self._optimizer()
-        if optimizer is None or p not in optimizer._lookup():
+        if optimizer is None or p not in optimizer.lookup():
             return
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 and not hasattr(p, "device_mesh"):
             raise ConfigError(

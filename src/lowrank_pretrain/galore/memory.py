@@ -11,7 +11,7 @@ def formula_bytes(optimizer: GaLoreAdamW) -> int:
     8-bit moments count with one float32 scale per 256 elements; APOLLO's basis and the step counters count nothing.
     """
     total = 0
-    for p, (group, _, slot) in optimizer._lookup().items():
+    for p, (group, _, slot) in optimizer.lookup().items():
         kept = moments.kind(group)
         wide = at_least_32(p.dtype).itemsize
         narrow = wide if kept == "float32" else p.dtype.itemsize

@@ -4,8 +4,7 @@ A drop-in for ``galore_torch.GaLoreAdamW``: same signature, same group keys. ``r
 stagger=False`` is that code step for step; the defaults are quicker and better.
 """
 
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -13,16 +12,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lowrank_pretrain.errors import ConfigError
+from lowrank_pretrain.galore import adopt as transition
 from lowrank_pretrain.galore import checkpoint, moments, sharded
-from lowrank_pretrain.galore.groups import check_group, check_rank_value, largest_rank, run_seed
+from lowrank_pretrain.galore.chunks import chunks, split
+from lowrank_pretrain.galore.clock import RefreshClock
+from lowrank_pretrain.galore.groups import check_group, run_seed
 from lowrank_pretrain.galore.guard import Guard
+from lowrank_pretrain.galore.index import Entry, make_index, parameter_name
 from lowrank_pretrain.galore.layerwise import Layerwise
 from lowrank_pretrain.galore.projection import Projected
-from lowrank_pretrain.targets import all_targets, plain_name
-
-# Bytes of R that are worked on at once: on a CPU what stays in the cache, on a device enough to fill it.
-_CHUNK = {"cpu": 4 << 20}
-_CHUNK_DEVICE = 64 << 20
 
 
 class GaLoreAdamW(Optimizer):
@@ -99,8 +97,8 @@ class GaLoreAdamW(Optimizer):
         self._ranks = ranks  # of adopted parameters, whose group has no rank
         self._guard = Guard()
         self._layerwise = Layerwise(self)
-        self._index: tuple[Any, dict[Tensor, tuple[dict[str, Any], str, Projected | None]]] | None = None
-        self._seen: dict[str, list[Any]] = {"overlap": [], "spans": []}
+        self._index: tuple[Any, dict[Tensor, Entry]] | None = None
+        self._clock = RefreshClock()
         self.share_basis: Callable[[list[Tensor]], None] | None = None  # set by galore_ddp_hook
 
     # ---- groups -------------------------------------------------------------------------------------------------------
@@ -110,40 +108,20 @@ class GaLoreAdamW(Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         number = len(self.param_groups) - 1
-        check_group(group, {id(p): self._name(group, number, i) for i, p in enumerate(group["params"])})
+        check_group(group, {id(p): parameter_name(group, number, i) for i, p in enumerate(group["params"])})
         if group["layerwise"]:
             self._layerwise.install(group["params"])
 
-    @staticmethod
-    def _name(group: dict[str, Any], number: int, i: int) -> str:
-        names = group.get("param_names", ())
-        return names[i] if len(names) == len(group["params"]) else f"parameter {i} of group {number}"
-
-    def _lookup(self) -> dict[Tensor, tuple[dict[str, Any], str, Projected | None]]:
-        """Parameter -> (group, name, its projection if it has one); made anew when the groups have changed."""
+    def lookup(self) -> dict[Tensor, Entry]:
+        """What is known of each parameter; made anew when the groups have changed."""
         key = tuple((id(g), len(g["params"])) for g in self.param_groups), len(self._ranks)
         if self._index is None or self._index[0] != key:
-            named = [
-                (p, group, self._name(group, number, i), self._ranks.get(p) or group.get("rank") or 0)
-                for number, group in enumerate(self.param_groups)
-                for i, p in enumerate(group["params"])
-            ]
-            count, position, found = sum(1 for entry in named if entry[3]), 0, {}
-            for p, group, name, rank in named:
-                slot = None
-                if rank:
-                    if p.ndim < 2:
-                        raise ConfigError("params", name, "is flat now (FSDP1, DeepSpeed): use FSDP2 (ModelParallelStrategy)")
-                    offset = position * group["update_proj_gap"] // count if group["stagger"] else 0
-                    slot = Projected(p, group, {}, min(rank, largest_rank(p)), name, offset)
-                    position += 1
-                found[p] = (group, name, slot)
-            self._index = key, found
+            self._index = key, make_index(self.param_groups, self._ranks)
         return self._index[1]
 
     def projected(self, p: Tensor) -> Projected | None:
         """The projection of a parameter as it stands at this step; None for one that AdamW updates."""
-        return self._present(p, self._lookup()[p][2])
+        return self._present(p, self.lookup()[p].slot)
 
     def _present(self, p: Tensor, slot: Projected | None) -> Projected | None:
         if slot is not None:
@@ -162,9 +140,9 @@ class GaLoreAdamW(Optimizer):
             with torch.enable_grad(), self._layerwise.inside():
                 loss = closure()
         self._guard.raise_arrived()
-        lookup = self._lookup()
+        lookup = self.lookup()
         self.update([p for p in lookup if p.grad is not None or p in self._layerwise.low])
-        self._layerwise.clear(free=[p for p, entry in lookup.items() if entry[0]["layerwise"]])
+        self._layerwise.clear(free=[p for p, entry in lookup.items() if entry.group["layerwise"]])
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -175,19 +153,19 @@ class GaLoreAdamW(Optimizer):
     @torch.no_grad()
     def update(self, params: list[Tensor]) -> None:
         """Step with the gradients of these parameters (all of a normal step's, or one layer's)."""
-        lookup = self._lookup()
+        lookup = self.lookup()
         by_device: dict[torch.device, list[Tensor]] = {}
         for p in params:
-            _check_gradient(p, lookup[p][1])
+            _check_gradient(p, lookup[p].name)
             by_device.setdefault(p.device, []).append(p)
         for some in by_device.values():
             self._update_on_device(some)
 
     def _update_on_device(self, params: list[Tensor]) -> None:
-        lookup = self._lookup()
+        lookup = self.lookup()
         slots, plain = [], []
         for p in params:
-            slot = self._present(p, lookup[p][2])
+            slot = self._present(p, lookup[p].slot)
             if slot is None:
                 plain.append(p)
             else:
@@ -196,14 +174,13 @@ class GaLoreAdamW(Optimizer):
         # what writes the gradient itself into the weight, or starts from nothing, cannot be masked on the device
         wait = any(slot.cold or slot.group["residual"] or slot.group["variant"] == "apollo" for slot in slots)
         parts = [(t, s.name) for s in slots for t in (s.grad, s.low) if t is not None]
-        parts += [(p.grad, lookup[p][1]) for p in plain]
+        parts += [(p.grad, lookup[p].name) for p in plain]
         skip = self._guard.check([sharded.local(t) for t, _ in parts], [name for _, name in parts], params, wait)
-        chunk_bytes = _CHUNK.get(params[0].device.type, _CHUNK_DEVICE)
-        for some in _chunks(slots, chunk_bytes):
+        for some in chunks(slots, params[0].device):
             self._update_projected(some, skip)
         for group in self.param_groups:
-            mine = [p for p in plain if lookup[p][0] is group]
-            for same_step in _split(mine, lambda p: (int(self.state[p].get("step", 0)), p.dtype)):
+            mine = [p for p in plain if lookup[p].group is group]
+            for same_step in split(mine, lambda p: (int(self.state[p].get("step", 0)), p.dtype)):
                 self._update_plain(same_step, group, skip)
 
     def _update_projected(self, slots: list[Projected], skip: Tensor | None) -> None:
@@ -213,7 +190,9 @@ class GaLoreAdamW(Optimizer):
             sample = slot.grad if slot.grad is not None else slot.p
             m, v = slot.read_moments(sample)
             if slot.due:
-                m, v = self._refresh(slot, m, v, skip)
+                began = self._clock.start(slot.p)
+                m, v, overlap = slot.refresh(m, v, skip, self.share_basis)
+                self._clock.stop(slot.p, began, step, overlap)
             low = slot.low
             if slot.grad is not None:
                 low = slot.project(slot.grad) if low is None else low.add_(slot.project(slot.grad))
@@ -226,16 +205,6 @@ class GaLoreAdamW(Optimizer):
             slot.write_moments(m, v)
             slot.grad = slot.low = None
         _decay([slot.p for slot in slots], group, skip)
-
-    def _refresh(self, slot: Projected, m: Tensor, v: Tensor, skip: Tensor | None) -> tuple[Tensor, Tensor]:
-        began = _now(slot.p)
-        m, v, overlap = slot.refresh(m, v, skip, self.share_basis)
-        if self._seen.get("step") != [slot.step]:
-            self._seen = {"overlap": [], "spans": [], "step": [slot.step]}
-        self._seen["spans"].append((began, _now(slot.p)))
-        if overlap is not None:
-            self._seen["overlap"].append(overlap)
-        return m, v
 
     def _update_plain(self, params: list[Tensor], group: dict[str, Any], skip: Tensor | None) -> None:
         states, grads = [self.state[p] for p in params], [sharded.local(p.grad) for p in params]
@@ -265,42 +234,15 @@ class GaLoreAdamW(Optimizer):
         Raises:
             ConfigError: a target that is unknown, in no group, or projected already.
         """
-        targets, ranks = all_targets(module), {}
-        for name, rank in plan.items():
-            if name not in targets:
-                raise ConfigError("plan", name, "is no target of this model")
-            if rank:
-                check_rank_value(rank)
-                layer = targets[name].layer_name
-                ranks[layer] = max(rank, ranks.get(layer, 0))
-        named = {plain_name(name): p for name, p in module.named_parameters()}
-        lookup = self._lookup()
-        for layer, rank in ranks.items():
-            p = named[f"{layer}.weight"]
-            if p not in lookup or lookup[p][2] is not None:
-                raise ConfigError("plan", layer, "must be in a group of this optimizer, and not projected already")
-            if rank > largest_rank(p):
-                raise ConfigError("plan", {layer: rank}, f"the matrix is {tuple(p.shape)}: at most {largest_rank(p)}")
-            lookup[p][0]["scale"] = 1.0
-            self._ranks[p] = rank
-        self._index = None
+        transition.adopt(self, plan, module)
 
     def release(self) -> None:
         """The plan's freeze: projected weights go on training in full, so only moments still of full size are dropped."""
-        for p in self._ranks:
-            state = self.state.get(p, {})
-            if state and "proj" not in state:
-                for key in [key for key in state if key.startswith("exp_avg")]:
-                    del state[key]
+        transition.release(self)
 
     def metrics(self) -> dict[str, float]:
         """``galore/refresh_ms`` and ``galore/overlap`` of the last step that refreshed; waits for the device."""
-        if not self._seen["spans"]:
-            return {}
-        found = {"galore/refresh_ms": sum(_milliseconds(*span) for span in self._seen["spans"])}
-        if self._seen["overlap"]:
-            found["galore/overlap"] = float(torch.stack([o.float() for o in self._seen["overlap"]]).mean())
-        return found
+        return self._clock.metrics()
 
     # ---- state --------------------------------------------------------------------------------------------------------
 
@@ -344,21 +286,6 @@ class GaLoreAdamW(Optimizer):
         return False
 
 
-def _now(p: Tensor) -> Any:
-    if not p.is_cuda:
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)  # the device's time, read only when somebody asks
-    event.record()
-    return event
-
-
-def _milliseconds(began: Any, ended: Any) -> float:
-    if isinstance(began, float):
-        return 1e3 * (ended - began)
-    ended.synchronize()
-    return began.elapsed_time(ended)
-
-
 def _check_gradient(p: Tensor, name: str) -> None:
     grad = p.grad
     if grad is not None and (grad.layout != torch.strided or grad.is_complex()):
@@ -375,24 +302,3 @@ def _decay(weights: list[Tensor], group: dict[str, Any], skip: Tensor | None) ->
         torch._foreach_add_(weights, weights, alpha=-rate)  # 1 - rate, rounded, would drift from the published sum
     else:
         torch._foreach_mul_(weights, 1 - rate * (1 - skip))
-
-
-def _split(items: list[Any], key: Callable[[Any], Any]) -> Iterator[list[Any]]:
-    found: dict[Any, list[Any]] = {}
-    for item in items:
-        found.setdefault(key(item), []).append(item)
-    yield from found.values()
-
-
-def _chunks(slots: list[Projected], limit: int) -> Iterator[list[Projected]]:
-    """Neighbours that one call of the fused kernel can take: same group, step and dtype, about ``limit`` bytes of R."""
-    for same in _split(slots, lambda s: (id(s.group), s.step, s.p.dtype)):
-        some, size = [], 0
-        for slot in same:
-            some.append(slot)
-            size += 4 * slot.numel_low
-            if size >= limit:
-                yield some
-                some, size = [], 0
-        if some:
-            yield some
