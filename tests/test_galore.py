@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lowrank_pretrain.errors import ConfigError
-from lowrank_pretrain.galore import GaLoreAdamW, galore_param_groups, subspace
+from lowrank_pretrain.galore import GaLoreAdamW, chunks, galore_param_groups, subspace
 from lowrank_pretrain.galore.memory import formula_bytes
 from lowrank_pretrain.memory import optimizer_bytes
 from tests.reference.galore import Twin
@@ -502,6 +502,23 @@ def test_checkpoint_of_another_rank_shape_or_model():
         trained(4).load_state_dict(foreign.state_dict())
     with pytest.raises(ConfigError, match="groups"):
         GaLoreAdamW([{"params": [torch.zeros(2)]}, {"params": [torch.zeros(2)]}]).load_state_dict(saved)
+
+
+def test_large_bfloat16_tables_are_stepped_in_slices(monkeypatch):
+    monkeypatch.setattr("lowrank_pretrain.galore.chunks._BYTES_DEVICE", 4 * 30)
+    torch.manual_seed(0)
+    values, grad = torch.randn(17, 10).bfloat16(), torch.randn(17, 10).bfloat16()
+    results = []
+    for pieces in (values.clone(), values.float()):
+        p = nn.Parameter(pieces)
+        optimizer = GaLoreAdamW([p], lr=0.1)
+        for _ in range(3):
+            p.grad = grad.to(p.dtype)
+            optimizer.step()
+        assert optimizer.state[p]["exp_avg"].dtype == torch.float32
+        results.append(p.detach().float())
+    assert relative(*results) < 0.01
+    assert len(list(chunks.slices(values))) == 6
 
 
 def test_metrics():

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lowrank_pretrain.galore.projection import Projected
 
@@ -32,3 +33,11 @@ def chunks(slots: list[Projected], device: torch.device) -> Iterator[list[Projec
                 some, size = [], 0
         if some:
             yield some
+
+
+def slices(t: Tensor) -> list[Tensor]:
+    """Views of a tensor along its first dimension, none much larger than a chunk."""
+    if t.ndim == 0 or not t.numel():
+        return [t]
+    rows = max(1, _BYTES_DEVICE // 4 * t.shape[0] // t.numel())
+    return list(t.split(rows))

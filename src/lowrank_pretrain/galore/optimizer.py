@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from lowrank_pretrain.errors import ConfigError
 from lowrank_pretrain.galore import adopt as transition
 from lowrank_pretrain.galore import checkpoint, moments, sharded
-from lowrank_pretrain.galore.chunks import chunks, split
+from lowrank_pretrain.galore.chunks import chunks, slices, split
 from lowrank_pretrain.galore.clock import RefreshClock
 from lowrank_pretrain.galore.groups import check_group, run_seed
 from lowrank_pretrain.galore.guard import Guard
@@ -215,8 +215,9 @@ class GaLoreAdamW(Optimizer):
         if dtype == params[0].dtype:
             moments.directions(grads, ms, vs, step, group, skip, into=weights, lr=lr)
         else:
-            for weight, grad, m, v in zip(weights, grads, ms, vs, strict=True):  # one float32 copy at a time
-                weight.add_(*moments.directions([grad.to(dtype)], [m], [v], step, group, skip, lr=lr))
+            for piece in zip(weights, grads, ms, vs, strict=True):
+                for weight, grad, m, v in zip(*(slices(t) for t in piece), strict=True):  # no full float32 copy
+                    weight.add_(*moments.directions([grad.to(dtype)], [m], [v], step, group, skip, lr=lr))
         for p, state, m, v in zip(params, states, ms, vs, strict=True):
             m, v = sharded.wrap(m, p, p.shape, 0), sharded.wrap(v, p, p.shape, 0)
             moments.write(state, m, v, moments.kind(group) == "8bit")
