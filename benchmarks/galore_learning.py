@@ -138,14 +138,16 @@ def evaluate(model, part, split):
     return (total / count).item()
 
 
-def run(part, side, seed, lr, rest_lr, steps, device, rank=None):
-    """Train once; returns dev and test loss (infinite if it diverged), seconds and the optimizer's bytes."""
+def run(part, side, seed, lr, rest_lr, steps, device, deadline=math.inf):
+    """Train once; returns dev and test loss (infinite if it diverged) and seconds, or None if it is too late to begin."""
+    if time.monotonic() > deadline:
+        return None
     torch.set_num_threads(1)
     width = PARTS[part][0]
     train, dev, test = data(part, device)
     torch.manual_seed(seed)
     model = make_model(part, width, device)
-    optimizer = make_optimizer(model, side, lr, rest_lr, rank or width // 4)
+    optimizer = make_optimizer(model, side, lr, rest_lr, width // 4)
     warm = max(1, steps // 10)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda t: (t + 1) / warm if t < warm else 0.55 + 0.45 * math.cos(math.pi * (t - warm) / (steps - warm))
@@ -193,9 +195,11 @@ class Study:
         for job in jobs:
             if job not in self.known and time.monotonic() < self.deadline:
                 steps = max(10, int(PARTS[job[0]][1] * self.args.steps / 450)) if self.args.steps else PARTS[job[0]][1]
-                futures[job] = steps, self.pool.submit(run, *job, steps, self.args.device)
+                futures[job] = steps, self.pool.submit(run, *job, steps, self.args.device, self.deadline)
         for job, (steps, future) in futures.items():
             result = future.result()
+            if result is None:
+                continue
             with self.lock:
                 self.known[job] = result
                 part, side, seed, lr, rest_lr = job
@@ -259,7 +263,7 @@ def main():
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, help="instead of text's 450; the other parts in proportion")
     parser.add_argument("--workers", type=int, default=12 if cuda else 1, help="processes that share the device")
-    parser.add_argument("--minutes", type=float, default=9.0, help="start no run after this long")
+    parser.add_argument("--minutes", type=float, default=8.0, help="start no run after this long")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/galore_learning.csv"))
     parser.add_argument("--start", nargs="*", default=[], metavar="SIDE=LR,REST", help="where large's search starts")
     args = parser.parse_args()

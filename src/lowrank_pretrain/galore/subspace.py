@@ -40,26 +40,27 @@ def product32(a: Tensor, b: Tensor) -> Tensor:
 def orthonormal(y: Tensor, fallback: Tensor | None = None) -> Tensor:
     """Orthonormal columns with the span of ``y`` (d×r), column j with a positive share of y's column j.
 
-    Householder's QR; on CUDA, where a ``fallback`` basis is given, :func:`cholesky_qr`, which is far quicker there.
+    Householder's QR; on CUDA, where a ``fallback`` basis is given for a failure, :func:`cholesky_qr`: far quicker there.
     """
     if y.is_cuda and fallback is not None:
-        return cholesky_qr(y, fallback)
+        q, good = cholesky_qr(y)
+        return torch.where(good, q, fallback.to(y.dtype))
     q, r = torch.linalg.qr(y)
     return q * torch.where(r.diagonal() < 0, -1.0, 1.0).to(q.dtype)
 
 
-def cholesky_qr(y: Tensor, fallback: Tensor) -> Tensor:
-    """The same by CholeskyQR, twice, in float64, without waiting for the device.
+def cholesky_qr(y: Tensor) -> tuple[Tensor, Tensor]:
+    """The same by CholeskyQR, twice, in float64, without waiting for the device; and a flag that says whether it worked.
 
     As exact as Householder's for the condition numbers that ``RIDGE`` leaves; in float32 it fails on one real gradient in
-    ten, without an error. Should it fail here all the same, ``fallback`` is returned.
+    ten, without an error.
     """
     q, good = y.double(), torch.ones((), dtype=torch.bool, device=y.device)
     for _ in range(2):
         factor, info = torch.linalg.cholesky_ex(q.mT @ q)
         q = torch.linalg.solve_triangular(factor.mT, q, upper=True, left=False)
         good &= info == 0
-    return torch.where(good, q.to(y.dtype), fallback.to(y.dtype))
+    return q.to(y.dtype), good
 
 
 def svd_basis(grad: Tensor, rank: int, proj_type: str) -> list[Tensor]:
@@ -80,14 +81,22 @@ def range_finder(matrix: Tensor, rank: int, generator: torch.Generator) -> Tenso
     d, k = matrix.shape
     width = min(rank + OVERSAMPLE, d, k)
     sketch = torch.randn(k, width, generator=generator, device=generator.device).to(matrix.device)
-    q = torch.linalg.qr(product32(matrix, sketch))[0]
+    q = _any_basis(product32(matrix, sketch))
     for _ in range(COLD_ITERATIONS):
-        q = torch.linalg.qr(product32(matrix.t(), q))[0]
-        q = torch.linalg.qr(product32(matrix, q))[0]
+        q = _any_basis(product32(matrix, _any_basis(product32(matrix.t(), q))))
     if width == rank:
         return q
     b = product32(matrix.t(), q)  # k×width; the Rayleigh-Ritz step picks the best r directions of the width found
     return q @ torch.linalg.eigh(b.t() @ b)[1].flip(1)[:, :rank]
+
+
+def _any_basis(y: Tensor) -> Tensor:
+    """Orthonormal columns whose span contains y's, of any column rank; may wait for the device."""
+    if y.is_cuda:
+        q, good = cholesky_qr(unit(y.clone()))
+        if good:
+            return q
+    return torch.linalg.qr(y)[0]
 
 
 def power_step(matrix: Tensor, p: Tensor) -> Tensor:
