@@ -23,9 +23,10 @@ WARNINGS = (
 )
 
 
-def progress(monitor: Monitor, bar: bool | None = True) -> Callback:
-    """The bar where stdout is a terminal and `bar` is not false, else plain lines."""
-    return PhaseBar(monitor) if sys.stdout.isatty() and bar is not False else EpochLines(monitor)
+def progress(monitor: Monitor, bar: bool | None = True) -> list[Callback]:
+    """A line per epoch, and below it a bar where stdout is a terminal and `bar` is not false."""
+    lines = [EpochLines(monitor)]
+    return [*lines, PhaseBar(monitor)] if sys.stdout.isatty() and bar is not False else lines
 
 
 def quiet_lightning() -> None:
@@ -43,19 +44,26 @@ class _NoRemarks(logging.Filter):
 
 
 class PhaseBar(RichProgressBar):
-    """Lightning's rich bar with loss, samples per second, phase and the last validation beside it."""
+    """Lightning's rich bar with phase, loss and samples per second, narrow enough for a terminal of 80 columns."""
 
     def __init__(self, monitor: Monitor) -> None:
-        super().__init__(leave=True)
+        super().__init__()
         self._monitor = monitor
 
     @override
+    def configure_columns(self, trainer: Trainer) -> list:
+        description, bar, batches, times, _batches_per_second = super().configure_columns(trainer)
+        bar.bar_width = 12
+        return [description, bar, batches, times]
+
+    @override
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        return _shown(trainer, self._monitor)
+        record, shown = self._monitor.record, _shown(trainer, self._monitor, ("train/loss",))
+        return {record.phase: " · ".join(shown[1:])} if record and len(shown) > 1 else {}
 
 
 class EpochLines(Callback):
-    """One line of plain text per epoch."""
+    """One line of plain text per epoch, which Lightning counts from 0, here as in its bar and in metrics.csv."""
 
     def __init__(self, monitor: Monitor) -> None:
         self._monitor = monitor
@@ -63,17 +71,15 @@ class EpochLines(Callback):
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
-            last = "" if trainer.max_epochs in (None, -1) else f"/{trainer.max_epochs}"
-            shown = " · ".join(f"{key} {value}" for key, value in _shown(trainer, self._monitor).items())
-            print(f"epoch {trainer.current_epoch + 1}{last} · step {trainer.global_step} · {shown}", flush=True)
+            last = "" if trainer.max_epochs in (None, -1) else f"/{trainer.max_epochs - 1}"
+            shown = _shown(trainer, self._monitor, ("train/loss", "val/loss", "val/acc1", "val/ppl"))
+            print(f"epoch {trainer.current_epoch}{last} · step {trainer.global_step} · {' · '.join(shown)}", flush=True)
 
 
-def _shown(trainer: Trainer, monitor: Monitor) -> dict[str, str]:
-    """Phase, loss, throughput and validation as words, in that order; what is not known yet is left out."""
+def _shown(trainer: Trainer, monitor: Monitor, keys: tuple[str, ...]) -> list[str]:
+    """Phase, the metrics `keys` and throughput as words; what is not known yet is left out."""
     record, found = monitor.record, trainer.callback_metrics
-    shown = {"phase": record.phase} if record else {}
-    for key, name in (("train/loss", "loss"), ("val/loss", "val/loss"), ("val/acc1", "val/acc1"), ("val/ppl", "val/ppl")):
-        if key in found:
-            shown[name] = f"{float(found[key]):.4g}"
+    shown = [record.phase] if record else []
+    shown += [f"{key.removeprefix('train/')} {float(found[key]):.4g}" for key in keys if key in found]
     rate = record.samples_per_sec(last=RECENT) if record else None
-    return shown | ({"samples/s": f"{rate:.4g}"} if rate else {})
+    return shown + ([f"{rate:,.0f}/s"] if rate else [])

@@ -73,7 +73,7 @@ def train(cfg: DictConfig, run_dir: Path, multirun: bool = False) -> dict[str, A
                 FiniteGuard(),
                 *chosen.callbacks,
                 monitor,
-                progress(monitor, config["trainer"].get("enable_progress_bar")),
+                *progress(monitor, config["trainer"].get("enable_progress_bar")),
                 interrupts,
                 RandomState(),  # behind everything that might draw
                 ModelCheckpoint(checkpoints, "best", monitor="val/loss", enable_version_counter=False),
