@@ -174,6 +174,19 @@ def test_phases_are_never_blended_and_validation_is_no_part_of_them(tmp_path, mo
     assert full.peak_gib > 0.1 and full.optimizer_gib > 0
 
 
+def test_a_short_phase_keeps_what_its_optimizer_held_before_the_freeze(tmp_path):
+    class Empties(Phases):
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            super().on_train_batch_end(trainer, pl_module, *args)
+            if trainer.global_step == self.at:
+                trainer.optimizers[0].state.clear()
+
+    monitor = Monitor()
+    fit(tmp_path, monitor, Empties(switch=2), log_every_n_steps=50)
+    held = sum(2 * 4 * p.numel() for p in toy().parameters()) / 2**30
+    assert monitor.records[0].optimizer_gib >= held
+
+
 def test_accumulated_batches_are_one_step(tmp_path):
     monitor = Monitor()
     fit(tmp_path, monitor, Phases(switch=99), accumulate_grad_batches=3)

@@ -107,6 +107,7 @@ class Monitor(Callback):
         self._clock: StepClock | None = None
         self._memory: PeakMemory | None = None
         self._live = False  # whether the last record belongs to this process and not only to a restored one
+        self._look = False  # whether this phase's optimizer is still to be looked at
         self._samples = self._tokens = 0
         self._seen_step = 0
 
@@ -140,7 +141,7 @@ class Monitor(Callback):
         self._collect()
         if self.record is None or self.record.phase != phase:
             self.records.append(PhaseRecord(phase))
-        self._live = True
+        self._live = self._look = True
         self.record.world_size = trainer.world_size
         vars(self.record).update(count_parameters(pl_module))
         self._memory.restart()
@@ -157,6 +158,9 @@ class Monitor(Callback):
         self._clock.end_step(self.record.phase, self._samples, self._tokens)
         self._samples = self._tokens = 0
         self._memory.sample()
+        if self._look and phase_of(trainer) == self.record.phase:  # early in the phase: a short one may see no other look
+            self._look = False
+            self._collect(trainer)
         if trainer.log_every_n_steps and trainer.global_step % trainer.log_every_n_steps == 0:
             self._collect(trainer)
             self.log_dict({key: float(value) for key, value in self._metrics().items()}, on_step=True, on_epoch=False)
