@@ -1,10 +1,21 @@
 """Pre-training large models with low-rank updates, as PyTorch Lightning plugins."""
 
 from lowrank_pretrain.errors import ConfigError
+from lowrank_pretrain.galore import GaLoreAdamW, galore_ddp_hook, galore_param_groups
 from lowrank_pretrain.lora_callback import LoRA
 from lowrank_pretrain.lora_layer import LoRALinear
 from lowrank_pretrain.phases import PhaseCallback
 from lowrank_pretrain.plan import Plan
 from lowrank_pretrain.prelora.callback import PreLoRA
 
-__all__ = ["ConfigError", "LoRA", "LoRALinear", "PhaseCallback", "Plan", "PreLoRA"]
+__all__ = [
+    "ConfigError",
+    "GaLoreAdamW",
+    "LoRA",
+    "LoRALinear",
+    "PhaseCallback",
+    "Plan",
+    "PreLoRA",
+    "galore_ddp_hook",
+    "galore_param_groups",
+]
