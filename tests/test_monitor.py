@@ -73,6 +73,37 @@ def test_an_accumulated_step_adds_its_batches_up_around_an_interruption(now):
     assert clock.drain() == [Step("full", 16, 0, 3.0)]
 
 
+def test_on_cuda_a_mark_is_an_event_and_a_step_is_read_once_the_device_has_passed_it(monkeypatch):
+    class Event:
+        made = []
+
+        def __init__(self, enable_timing):
+            assert enable_timing
+            self.passed, self.time = False, 10.0 * len(Event.made)
+            Event.made.append(self)
+
+        def record(self):
+            pass
+
+        def query(self):
+            return self.passed
+
+        def elapsed_time(self, end):
+            return end.time - self.time  # ms
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    clock = StepClock(torch.device("cuda"))
+    clock.start()
+    for _ in range(2):
+        clock.end_batch()
+        clock.end_step("full", 8, 0)
+    assert clock.drain() == []
+    Event.made[1].passed = True
+    assert clock.drain() == [Step("full", 8, 0, 0.01)]
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: setattr(Event.made[2], "passed", True))
+    assert clock.drain(wait=True) == [Step("full", 8, 0, 0.01)]
+
+
 def test_a_thinned_list_is_bounded_and_keeps_its_median(monkeypatch):
     monkeypatch.setattr(step_clock, "KEPT", 64)
     values = Thinned()

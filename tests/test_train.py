@@ -342,6 +342,8 @@ def test_rows_behind_the_checkpoint_and_half_a_row_are_forgotten(tmp_path):
     csv_log.forget_after(path, 5)
     assert path.read_text().split() == ["loss,step", "1.0,3", "0.9,4"]
     csv_log.forget_after(tmp_path / "none.csv", 5)
+    csv_log.forget_after(path, 0)
+    assert not path.exists(), "a run that starts afresh, after one that was killed before its first checkpoint"
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from typing_extensions import override
 
@@ -165,6 +165,14 @@ def check_fits(path: Path, module: LightningModule) -> int:
             here, there = ours.get(name, "absent"), theirs.get(name, "absent")
             raise ConfigError("ckpt_path", str(path), f"is of another model: {name} is {there} there and {here} here")
     return checkpoint["global_step"]
+
+
+def take_states(callbacks: list[Callback], path: Path) -> None:
+    """Give the callbacks the states that they had when the checkpoint at `path` was written."""
+    states = inspect(path)["callbacks"] if path.is_file() else {}
+    for callback in callbacks:
+        if callback.state_key in states:
+            callback.load_state_dict(states[callback.state_key])
 
 
 def remove_unfinished(directory: Path) -> None:

@@ -54,6 +54,8 @@ class RunCSVLogger(CSVLogger):
 
 def forget_after(path: Path, step: int) -> None:
     """Drop from the CSV at `path` the rows from `step` on: a run that resumes behind `step` steps writes them again."""
+    if step == 0:
+        path.unlink(missing_ok=True)
     if not path.is_file():
         return
     lines = path.read_text().splitlines(keepends=True)

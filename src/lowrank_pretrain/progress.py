@@ -82,4 +82,4 @@ def _shown(trainer: Trainer, monitor: Monitor, keys: tuple[str, ...]) -> list[st
     shown = [record.phase] if record else []
     shown += [f"{key.removeprefix('train/')} {float(found[key]):.4g}" for key in keys if key in found]
     rate = record.samples_per_sec(last=RECENT) if record else None
-    return shown + ([f"{rate:,.0f}/s"] if rate else [])
+    return shown + ([f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.2g}/s"] if rate else [])

@@ -97,4 +97,5 @@ def _against(record: PhaseRecord, full: PhaseRecord | None, value: Any, form: st
 
 
 def _share(part: int, total: int) -> str:
-    return f"{part:,} ({part / max(total, 1):.1%})"
+    number, unit = (part / 1e6, " M") if part >= 1e5 else (part, "")
+    return f"{number:,.4g}{unit} ({part / max(total, 1):.1%})"

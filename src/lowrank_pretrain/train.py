@@ -20,7 +20,7 @@ from omegaconf import DictConfig
 
 from . import failures, method, summary
 from .build import build, plain
-from .checkpoints import LastCheckpoint, check_fits
+from .checkpoints import LastCheckpoint, check_fits, take_states
 from .csv_log import RunCSVLogger, final_metrics, forget_after
 from .errors import ConfigError
 from .finite import FiniteGuard
@@ -71,8 +71,8 @@ def train(cfg: DictConfig, run_dir: Path, multirun: bool = False) -> dict[str, A
             callbacks = [
                 LoopState(),  # before everything that asks how long the run is
                 FiniteGuard(),
+                monitor,  # sees a step before the method changes the model behind it
                 *chosen.callbacks,
-                monitor,
                 *progress(monitor, config["trainer"].get("enable_progress_bar")),
                 interrupts,
                 RandomState(),  # behind everything that might draw
@@ -81,11 +81,11 @@ def train(cfg: DictConfig, run_dir: Path, multirun: bool = False) -> dict[str, A
             ]
             trainer = build_trainer(config["trainer"], run_dir, callbacks, loggers, chosen.strategy)
             refuse_popen_sweep(trainer, multirun)
+            step = 0 if ckpt is None else check_fits(ckpt, module)
+            if trainer.is_global_zero:
+                forget_after(run_dir / "metrics.csv", step)
             if ckpt is not None:
-                step = check_fits(ckpt, module)
                 announce(trainer, f"going on from {os.path.relpath(ckpt)} behind step {step}")
-                if trainer.is_global_zero:
-                    forget_after(run_dir / "metrics.csv", step)
             announce(trainer, f"run directory: {os.path.relpath(run_dir)}")
 
             trainer.fit(module, datamodule=data, ckpt_path=ckpt)
@@ -97,6 +97,8 @@ def train(cfg: DictConfig, run_dir: Path, multirun: bool = False) -> dict[str, A
 
 def finish_run(trainer: pl.Trainer, monitor: Monitor, module: pl.LightningModule, run_dir: Path) -> dict[str, Any]:
     """Export the merged weights, write summary.json and print the closing table; returns the summary."""
+    if not monitor.records:  # a spawning strategy trained in other processes, whose callbacks are gone
+        take_states(trainer.callbacks, run_dir / "checkpoints" / "last.ckpt")
     final = final_metrics(run_dir / "metrics.csv")
     found = summary.summarize(trainer, monitor, final)
     if trainer.is_global_zero:
