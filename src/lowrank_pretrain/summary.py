@@ -97,5 +97,5 @@ def _against(record: PhaseRecord, full: PhaseRecord | None, value: Any, form: st
 
 
 def _share(part: int, total: int) -> str:
-    number, unit = (part / 1e6, " M") if part >= 1e5 else (part, "")
-    return f"{number:,.4g}{unit} ({part / max(total, 1):.1%})"
+    number = f"{part / 1e6:,.4g} M" if part >= 1e6 else f"{part:,}"
+    return f"{number} ({part / max(total, 1):.1%})"
