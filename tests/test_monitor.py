@@ -198,8 +198,11 @@ def test_phases_are_never_blended_and_validation_is_no_part_of_them(tmp_path, mo
     full, lowrank = monitor.records
     assert (full.phase, full.steps, lowrank.phase, lowrank.steps) == ("full", 4, "lowrank", 8)
     assert full.seconds + lowrank.seconds < 500, "validation was counted as training"
-    assert full.trainable == full.total == lowrank.total == lowrank.trainable + sum(
-        p.numel() for p in run.lightning_module.head.parameters()
+    assert (
+        full.trainable
+        == full.total
+        == lowrank.total
+        == lowrank.trainable + sum(p.numel() for p in run.lightning_module.head.parameters())
     )
     assert full.samples_per_sec() == pytest.approx(1 / statistics.median(full.seconds_per_sample.values))
     assert full.peak_gib > 0.1 and full.optimizer_gib > 0
