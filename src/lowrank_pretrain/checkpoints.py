@@ -1,6 +1,7 @@
 """Checkpoint files: written whole or not at all, found again, and checked before anything is built on them."""
 
 import os
+import shutil
 import warnings
 import zipfile
 from pathlib import Path
@@ -41,7 +42,8 @@ class WholeCheckpointIO(TorchCheckpointIO):
                 os.fsync(file.fileno())
             os.replace(beside, path)
         except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
-            raise NotWritten(f"{path} could not be written: {error}") from error
+            free = shutil.disk_usage(path.parent).free // 2**20  # torch's own message does not say that the disk is full
+            raise NotWritten(f"{path} could not be written, {free} MiB were free on its disk: {error}") from error
         finally:
             beside.unlink(missing_ok=True)
 
@@ -179,5 +181,3 @@ def remove_unfinished(directory: Path) -> None:
     """Delete what a killed process left half written."""
     for path in directory.glob(".*.part"):
         path.unlink(missing_ok=True)
-
-
