@@ -120,6 +120,7 @@ WRONG = {
     "data=kjv_sample": "model.num_classes=.*data.num_classes",
     "data=medmnist": "data.root=None: must",
     "save_every=-1": "save_every=-1: must be",
+    "seed=-1": "seed=-1: must be an integer from 0",
     "ckpt_path=nowhere.ckpt": "ckpt_path='nowhere.ckpt': no such file",
 }
 
@@ -135,7 +136,7 @@ def test_a_mistake_is_one_line_with_key_value_and_what_is_allowed(cli, mistake):
 
 def test_hydras_own_messages_stay(cli):
     code, _, err = cli("experiment=nope")
-    assert code == 1 and "Could not find 'experiment/nope'" in err and "prelora_pocket" in err
+    assert code == 2 and "Could not find 'experiment/nope'" in err and "prelora_pocket" in err
     code, _, err = cli("trainer.nosuch=1")
     assert code == 1 and "Could not override 'trainer.nosuch'" in err
 

@@ -72,7 +72,7 @@ def with_group(error: ConfigError, cfg: DictConfig) -> ConfigError:
     """`error` with its group before a bare key, e.g. ``root`` -> ``data.root``."""
     if "." in error.key or error.key in cfg:
         return error
-    owners = [group for group in dict.fromkeys(ROOMS.values()) if error.key in (cfg.get(group) or {})]
+    owners = [group for group in (*dict.fromkeys(ROOMS.values()), "trainer") if error.key in (cfg.get(group) or {})]
     modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
     for module in reversed(modules):
         for room, group in ROOMS.items():

@@ -55,10 +55,13 @@ def train(cfg: DictConfig, run_dir: Path, multirun: bool = False) -> dict[str, A
     config = plain(cfg)
     for key in config.keys() - set(KEYS):
         raise ConfigError(key, config[key], f"unknown key; must be one of {', '.join(KEYS)}")
+    seed = config["seed"]
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
+        raise ConfigError("seed", seed, "must be an integer from 0 to 4294967295")
     ckpt = start_from(run_dir, config["ckpt_path"])
 
     quiet_lightning()
-    pl.seed_everything(config["seed"], workers=True, verbose=False)
+    pl.seed_everything(seed, workers=True, verbose=False)
     data, module = build("data", config["data"]), build("model", config["model"])
     chosen = method.build(config["method"])
     module.optim = build("optim", config["optim"], build=chosen.optimizer)
@@ -122,11 +125,14 @@ class JobFailed(CompactHydraException):
 
 
 _exit_codes: list[int] = []  # of a sweep's failed jobs
+_composed = False  # whether a configuration was ever complete enough for a job to start
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
 def _job(cfg: DictConfig) -> float | None:
     """Hydra's task: one run, its failures as one line. Returns the validation loss, for sweepers that minimise."""
+    global _composed
+    _composed = True
     hydra_cfg = HydraConfig.get()
     run_dir, multirun = Path(hydra_cfg.runtime.output_dir), hydra_cfg.mode == RunMode.MULTIRUN
     try:
@@ -148,4 +154,7 @@ def main() -> None:
     try:
         _job()
     except SystemExit as end:
-        sys.exit(max(_exit_codes) if end.code == 1 and _exit_codes else end.code)
+        if end.code != 1:
+            raise
+        # Hydra ends everything with 1: what it could not compose (an unknown experiment, say) is a wrong configuration
+        sys.exit(max(_exit_codes, default=1) if _composed else 2)
