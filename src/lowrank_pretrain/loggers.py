@@ -8,7 +8,7 @@ from typing import Any
 from urllib.parse import urlparse
 
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_only
 
 from .build import build
 
@@ -30,7 +30,7 @@ def more_loggers(values: dict[str, Any], run_dir: Path) -> list[Logger]:
     if values.get("offline") is None:
         values = {**values, "offline": not has_wandb_key()}
         if values["offline"]:
-            rank_zero_info(f"wandb: no API key found, writing an offline run to {run_dir / 'wandb'}")
+            rank_zero_only(print)(f"wandb: no API key found, writing an offline run to {run_dir / 'wandb'}")
     # the same directory is the same run, so that a resumed one goes on in it
     run_id = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:12]
     return [build("logger", {**values, "name": values.get("name") or run_dir.name}, save_dir=str(run_dir), id=run_id)]

@@ -151,6 +151,9 @@ def _job(cfg: DictConfig) -> float | None:
 
 def main() -> None:
     """The console command. Exit codes: 0, 1 failed, 2 wrong configuration, 130 SIGINT, 143 SIGTERM."""
+    global _composed
+    _composed = False
+    _exit_codes.clear()
     try:
         _job()
     except SystemExit as end:
