@@ -178,10 +178,10 @@ def main() -> None:
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         about = {
+            **{k: v for k, v in vars(args).items() if k != "out"},
             "device": device,
             "torch": torch.__version__,
             "date": str(date.today()),
-            **{k: v for k, v in vars(args).items() if k != "out"},
         }
         args.out.write_text("\n".join(json.dumps(row) for row in [about, *rows]) + "\n")
 
