@@ -6,6 +6,11 @@ import os
 import torch
 
 
+def run_seed() -> int:
+    """The seed given to ``lightning.seed_everything``; 0 if none was."""
+    return int(os.environ.get("PL_GLOBAL_SEED", 0))
+
+
 def generator(*words: object, seed: int | None = None) -> torch.Generator:
     """A CPU generator seeded by a stable hash of the run's seed and ``words``.
 
@@ -17,7 +22,7 @@ def generator(*words: object, seed: int | None = None) -> torch.Generator:
         A generator that yields the same numbers in every process and on every machine.
     """
     if seed is None:
-        seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
+        seed = run_seed()
     text = "\x1f".join(str(word) for word in (seed, *words))
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)

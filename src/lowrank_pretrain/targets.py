@@ -201,17 +201,18 @@ def _hit(pattern: str, target: Target, heads: set[int], tied: dict[str, list[str
         if pattern == "attention":
             return attention
         return pattern == "all" or (not attention and any(_MLP.search(word) for word in words))
-    return any(_glob(pattern, name) for name in {target.name, target.layer_name})
+    return any(matches(pattern, name) for name in {target.name, target.layer_name})
 
 
-def _glob(pattern: str, name: str) -> bool:
+def matches(pattern: str, name: str) -> bool:
+    """Whether a glob matches the name, or a suffix of it that begins at a dot."""
     words = name.split(".")
     return any(fnmatchcase(".".join(words[i:]), pattern) for i in range(len(words)))
 
 
 def _nothing_matches(module: nn.Module, pattern: str, everything: dict[str, Target]) -> str:
     for name, layer in module.named_modules():
-        if _bypassed(layer) and _glob(pattern, plain_name(name)):
+        if _bypassed(layer) and matches(pattern, plain_name(name)):
             return f"{plain_name(name)} belongs to nn.MultiheadAttention, which never calls it: it cannot be a target"
     names = families(module, everything)
     counts: dict[str, int] = {}

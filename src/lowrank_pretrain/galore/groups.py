@@ -1,9 +1,7 @@
 """Parameter groups: which matrices are projected, and with which settings. Every wrong value is refused here."""
 
-import os
 import warnings
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,7 +10,7 @@ from lowrank_pretrain.errors import ConfigError
 from lowrank_pretrain.galore.moments import MOMENTS, bitsandbytes
 from lowrank_pretrain.galore.subspace import PROJ_TYPES, REFRESHES
 from lowrank_pretrain.models.optim import undecayed_names
-from lowrank_pretrain.targets import PRESETS, find_targets, parts, plain_name
+from lowrank_pretrain.targets import PRESETS, find_targets, matches, parts, plain_name
 
 RESIDUALS = (None, "fira")
 VARIANTS = ("galore", "apollo")
@@ -76,7 +74,7 @@ def target_layers(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
     convs = {plain_name(name) for name, layer in model.named_modules() if isinstance(layer, _CONV)}
     chosen, rest = set(), []
     for pattern in patterns:
-        hits = {name for name in convs if pattern not in PRESETS and _suffix_match(pattern, name)}
+        hits = {name for name in convs if pattern not in PRESETS and matches(pattern, name)}
         chosen |= hits
         rest += [] if hits else [pattern]
     found = find_targets(model, rest) if rest or not chosen else {}
@@ -145,13 +143,3 @@ def check_rank_value(rank: Any) -> None:
 def largest_rank(p: Tensor) -> int:
     """min(m, n) of a weight taken as a matrix (first dimension by all others)."""
     return min(p.shape[0], p.numel() // max(p.shape[0], 1))
-
-
-def run_seed() -> int:
-    """The seed given to ``lightning.seed_everything``; 0 if none was."""
-    return int(os.environ.get("PL_GLOBAL_SEED", 0))
-
-
-def _suffix_match(pattern: str, name: str) -> bool:
-    words = name.split(".")
-    return any(fnmatchcase(".".join(words[i:]), pattern) for i in range(len(words)))

@@ -16,11 +16,12 @@ from lowrank_pretrain.galore import adopt as transition
 from lowrank_pretrain.galore import checkpoint, moments, sharded
 from lowrank_pretrain.galore.chunks import chunks, slices, split
 from lowrank_pretrain.galore.clock import RefreshClock
-from lowrank_pretrain.galore.groups import check_group, run_seed
+from lowrank_pretrain.galore.groups import check_group
 from lowrank_pretrain.galore.guard import Guard
 from lowrank_pretrain.galore.index import Entry, make_index, parameter_name
 from lowrank_pretrain.galore.layerwise import Layerwise
 from lowrank_pretrain.galore.projection import Projected
+from lowrank_pretrain.seeds import run_seed
 
 
 class GaLoreAdamW(Optimizer):
