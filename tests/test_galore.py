@@ -3,14 +3,14 @@
 import copy
 import io
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 from lowrank_pretrain.errors import ConfigError
-from lowrank_pretrain.galore import GaLoreAdamW, chunks, galore_param_groups, subspace
-from lowrank_pretrain.galore.memory import formula_bytes
+from lowrank_pretrain.galore import GaLoreAdamW, chunks, clock, galore_param_groups, subspace
 from lowrank_pretrain.memory import optimizer_bytes
 from tests.reference.galore import Twin
 
@@ -231,10 +231,10 @@ def test_state_is_small_plain_and_stored_once():
     assert set(state) == {"proj", "exp_avg", "exp_avg_sq", "step"}
     assert all(isinstance(t, torch.Tensor) for t in state.values())
     steps = sum(s["step"].element_size() for s in optimizer.state.values())
-    assert optimizer_bytes([optimizer]) - steps == formula_bytes(optimizer) == 2 * 4 * (48 * 8 + 2 * 96 * 8)
+    assert optimizer_bytes([optimizer]) - steps == optimizer.formula_bytes() == 2 * 4 * (48 * 8 + 2 * 96 * 8)
     published = GaLoreAdamW([{"params": problem.params, "rank": 8, **PUBLISHED}])
     published.step()  # the published code keeps a view of the whole factor alive
-    assert optimizer_bytes([published]) - steps == formula_bytes(published)
+    assert optimizer_bytes([published]) - steps == published.formula_bytes()
 
 
 def test_a_view_counts_with_all_it_keeps_alive():
@@ -531,6 +531,39 @@ def test_metrics():
         optimizer.step()
     assert set(optimizer.metrics()) == {"galore/refresh_ms", "galore/overlap"}
     assert 0 < optimizer.metrics()["galore/overlap"] <= 1.001
+
+
+def test_the_refresh_clock_never_waits_for_a_device(monkeypatch):
+    class Event:
+        passed = 0.0  # how far the device has come
+
+        def __init__(self, enable_timing=False):
+            self.at = None
+
+        def record(self):
+            Event.queued += 1.0
+            self.at = Event.queued
+
+        def query(self):
+            return self.at <= Event.passed
+
+        def elapsed_time(self, end):
+            assert self.query() and end.query(), "read before the device has passed it"
+            return end.at - self.at
+
+    Event.queued = 0.0
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    on_device, refreshes = SimpleNamespace(is_cuda=True), clock.RefreshClock()
+    for step, shares in ((1, (0.5, 1.0)), (2, (0.125,))):
+        for share in shares:
+            refreshes.stop(on_device, refreshes.start(on_device), step, torch.tensor(share))
+        assert refreshes.metrics() == {}  # step 1 is sent for, and step 2 has to wait for its answer
+    Event.passed = 4.0
+    assert refreshes.metrics() == {"galore/refresh_ms": 2.0, "galore/overlap": 0.75}
+    Event.passed = 5.0
+    assert refreshes.metrics() == {"galore/refresh_ms": 2.0, "galore/overlap": 0.75}
+    Event.passed = 6.0
+    assert refreshes.metrics() == {"galore/refresh_ms": 1.0, "galore/overlap": 0.125}
 
 
 def test_private_generators_leave_the_global_one_alone():

@@ -12,10 +12,18 @@ from lightning.pytorch import Callback
 
 from lowrank_pretrain import memory, step_clock
 from lowrank_pretrain.csv_log import RunCSVLogger
-from lowrank_pretrain.memory import PeakMemory, optimizer_bytes
-from lowrank_pretrain.monitor import Monitor, PhaseRecord, batch_size_of, count_parameters, low_rank_callback, phase_of
+from lowrank_pretrain.memory import PeakMemory, formula_bytes, optimizer_bytes
+from lowrank_pretrain.monitor import (
+    Monitor,
+    PhaseRecord,
+    batch_size_of,
+    count_parameters,
+    low_rank_callback,
+    optimizer_metrics,
+    phase_of,
+)
 from lowrank_pretrain.step_clock import Step, StepClock, Thinned
-from lowrank_pretrain.summary import phase_table, show
+from lowrank_pretrain.summary import phase_table, show, summarize
 from tests.toy import loader, toy, trainer
 
 CPU = torch.device("cpu")
@@ -238,6 +246,51 @@ def test_what_is_logged(tmp_path):
         assert all(float(row[key]) > 0 for row in rows), key
     assert all(float(row["params/adapters"]) == 0 for row in rows)
     assert "throughput/tokens_per_sec" not in rows[0]
+
+
+class Talkative(torch.optim.SGD):
+    """An optimizer that nobody knows, with something to say."""
+
+    asked = 0
+
+    def metrics(self):
+        Talkative.asked += 1
+        return {"some/overlap": 0.25 * Talkative.asked}
+
+    def formula_bytes(self):
+        return 3 * 2**20
+
+
+def test_an_optimizer_speaks_for_itself_at_logged_steps_only(tmp_path, monkeypatch):
+    monkeypatch.setattr(Talkative, "asked", 0)
+    module, monitor = toy(), Monitor()
+    module.configure_optimizers = lambda: Talkative(module.parameters(), lr=0.1)
+    run = trainer(tmp_path, monitor, logger=RunCSVLogger(tmp_path), max_epochs=2, log_every_n_steps=4)
+    run.fit(module, loader())
+    rows = [row for row in csv.DictReader((tmp_path / "metrics.csv").open()) if row["some/overlap"]]
+    assert [float(row["some/overlap"]) for row in rows] == [0.25, 0.5, 0.75] and run.global_step == 12
+    assert monitor.record.formula_gib == 3 / 1024
+    (phase,) = summarize(run, monitor, {})["phases"]
+    assert phase["optimizer_formula_gib"] == 3 / 1024 and phase["optimizer_gib"] == monitor.record.optimizer_gib
+
+
+def test_two_optimizers_of_one_kind_keep_apart_and_a_silent_one_says_nothing():
+    weight = torch.nn.Parameter(torch.zeros(2))
+    silent, talkative = torch.optim.SGD([weight], lr=0.1), [Talkative([weight], lr=0.1) for _ in range(3)]
+    assert list(optimizer_metrics([*talkative, silent])) == ["some/overlap", "some/overlap-1", "some/overlap-2"]
+    assert formula_bytes([*talkative, silent]) == 9 * 2**20
+    assert optimizer_metrics([silent]) == {} and formula_bytes([silent]) is None
+
+
+def test_the_formula_stands_beside_what_is_held(capsys):
+    record = PhaseRecord("full", 10, 2.0, optimizer_gib=0.5, total=1, formula_gib=0.25)
+    show([record, PhaseRecord("lowrank", 10, 1.0, total=1)], {}, {})
+    lines = [line for line in capsys.readouterr().out.splitlines() if "MiB" in line]
+    assert [line.replace("│", " ").split() for line in lines] == [
+        ["optimizer,", "MiB", "512", "0", "(0.00x)"], ["by", "formula,", "MiB", "256", "-"],
+    ]  # fmt: skip
+    show([PhaseRecord("full", 10, 2.0, total=1)], {}, {})
+    assert "formula" not in capsys.readouterr().out
 
 
 def test_records_survive_a_resume():

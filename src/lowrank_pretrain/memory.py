@@ -10,15 +10,25 @@ GIB = 2**30
 
 
 def optimizer_bytes(optimizers: Iterable[torch.optim.Optimizer]) -> int:
-    """Bytes of the live tensors in the optimizers' states; a storage that several tensors view counts once."""
+    """Bytes of the live tensors in the optimizers' states; a storage that several tensors view counts once.
+
+    Of a tensor that is cut over ranks (FSDP2's) this rank's piece counts.
+    """
     storages = {}
     for optimizer in optimizers:
         for state in optimizer.state.values():
             for value in state.values():
                 if isinstance(value, torch.Tensor):
-                    storage = value.untyped_storage()
+                    here = value.to_local() if hasattr(value, "to_local") else value
+                    storage = here.untyped_storage()
                     storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
+
+
+def formula_bytes(optimizers: Iterable[torch.optim.Optimizer]) -> int | None:
+    """Bytes that the method's paper says the states take; None where no optimizer offers ``formula_bytes()``."""
+    said = [optimizer.formula_bytes() for optimizer in optimizers if hasattr(optimizer, "formula_bytes")]
+    return sum(said) if said else None
 
 
 class PeakMemory:

@@ -4,7 +4,7 @@ The words are the package's: a run is in phase ``full``, ``joint`` or ``lowrank`
 ``phase`` says which.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
-from .memory import GIB, PeakMemory, optimizer_bytes
+from .memory import GIB, PeakMemory, formula_bytes, optimizer_bytes
 from .step_clock import StepClock, Thinned
 
 PHASES = ("full", "joint", "lowrank")
@@ -39,6 +39,16 @@ def count_parameters(module: torch.nn.Module) -> dict[str, int]:
     return counts
 
 
+def optimizer_metrics(optimizers: Iterable[torch.optim.Optimizer]) -> dict[str, float]:
+    """What the optimizers that offer ``metrics()`` say of themselves; the second with a name gets ``<name>-1``, and so on."""
+    found: dict[str, float] = {}
+    for optimizer in optimizers:
+        for key, value in optimizer.metrics().items() if hasattr(optimizer, "metrics") else ():
+            taken = sum(name == key or name.startswith(f"{key}-") for name in found)
+            found[f"{key}-{taken}" if taken else key] = value
+    return found
+
+
 def batch_size_of(batch: Any) -> tuple[int, int]:
     """(samples, tokens) in a batch; tokens is 0 but for text, ``{"input_ids": (B, T)}``."""
     if isinstance(batch, Mapping) and isinstance(batch.get("input_ids"), torch.Tensor):
@@ -61,6 +71,7 @@ class PhaseRecord:
         tokens_per_sample: tokens in a sample; 0 but for text.
         peak_gib: peak memory of process 0.
         optimizer_gib: the optimizer states of process 0.
+        formula_gib: the same by the method's formula, where its optimizer knows one.
         trainable: trainable parameters.
         adapters: parameters of adapters.
         total: all parameters.
@@ -78,6 +89,7 @@ class PhaseRecord:
     total: int = 0
     world_size: int = 1
     seconds_per_sample: Thinned = field(default_factory=Thinned)
+    formula_gib: float | None = None
 
     def samples_per_sec(self, last: int | None = None) -> float | None:
         """From the median step time: of all steps, or of the `last` ones; None before the first is known."""
@@ -99,7 +111,8 @@ class Monitor(Callback):
 
     Logged at every `log_every_n_steps`: ``throughput/samples_per_sec`` and, for text, ``throughput/tokens_per_sec``
     (median of the last steps of this phase, all processes), ``memory/peak_gib`` (of this phase), ``memory/optimizer_gib``
-    (live storages), ``params/trainable``, ``params/adapters``, ``params/total`` and ``lowrank/phase`` (0, 1, 2).
+    (live storages), ``params/trainable``, ``params/adapters``, ``params/total`` and ``lowrank/phase`` (0, 1, 2); and what an
+    optimizer with a method ``metrics()`` says of itself, such as ``galore/overlap``.
     """
 
     def __init__(self) -> None:
@@ -163,7 +176,8 @@ class Monitor(Callback):
             self._collect(trainer)
         if trainer.log_every_n_steps and trainer.global_step % trainer.log_every_n_steps == 0:
             self._collect(trainer)
-            self.log_dict({key: float(value) for key, value in self._metrics().items()}, on_step=True, on_epoch=False)
+            metrics = self._metrics() | optimizer_metrics(trainer.optimizers)
+            self.log_dict({key: float(value) for key, value in metrics.items()}, on_step=True, on_epoch=False)
 
     def _collect(self, trainer: Trainer | None = None, wait: bool = False) -> None:
         """Bring the records up to date: times that are known by now, memory of the running phase."""
@@ -178,9 +192,10 @@ class Monitor(Callback):
         if self._live:
             self.record.peak_gib = max(self.record.peak_gib, self._memory.peak() / GIB)
             if trainer is not None:
-                # the largest: a phase's last look comes after the freeze has released what it held
                 held = optimizer_bytes(trainer.optimizers) / GIB
-                self.record.optimizer_gib = max(self.record.optimizer_gib, held)
+                if held >= self.record.optimizer_gib:  # a phase's last look comes after the freeze has released what it held
+                    said = formula_bytes(trainer.optimizers)
+                    self.record.optimizer_gib, self.record.formula_gib = held, said if said is None else said / GIB
 
     def _metrics(self) -> dict[str, float]:
         record = self.record

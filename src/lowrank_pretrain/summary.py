@@ -32,6 +32,7 @@ def summarize(trainer: Trainer, monitor: Monitor, final: dict[str, float]) -> di
                 "peak_gib": record.peak_gib,
                 "trainable": record.trainable,
                 "total": record.total,
+                **_optimizer(record),
             }
             for record in monitor.records
         ],
@@ -40,6 +41,13 @@ def summarize(trainer: Trainer, monitor: Monitor, final: dict[str, float]) -> di
         "plan": None if plan is None else dict(plan),
         "final": final,
     }
+
+
+def _optimizer(record: PhaseRecord) -> dict[str, float]:
+    """Measured optimizer memory beside the formula of a method that has one."""
+    if record.formula_gib is None:
+        return {}
+    return {"optimizer_gib": record.optimizer_gib, "optimizer_formula_gib": record.formula_gib}
 
 
 def write(summary: dict[str, Any], path: Path) -> None:
@@ -83,6 +91,8 @@ def phase_table(records: list[PhaseRecord]) -> Table:
     row("samples/s", *(_against(r, full, lambda r: r.samples_per_sec(), "{:.4g}") for r in records))
     row("peak memory, GiB", *(_against(r, full, lambda r: r.peak_gib, "{:.2f}") for r in records))
     row("optimizer, MiB", *(_against(r, full, lambda r: r.optimizer_gib * 1024, "{:.4g}") for r in records))
+    if any(r.formula_gib is not None for r in records):
+        row("by formula, MiB", *("-" if r.formula_gib is None else f"{r.formula_gib * 1024:.4g}" for r in records))
     row("adapters", *(_share(r.adapters, r.total) for r in records))
     row("trainable", *(_share(r.trainable, r.total) for r in records))
     return table

@@ -1,19 +1,52 @@
 """What a step's refreshes took and how far they moved the bases: ``galore/refresh_ms`` and ``galore/overlap``."""
 
 import time
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
+@dataclass
+class _Record:
+    """The refreshes of one step."""
+
+    step: int
+    spans: list[tuple[Any, Any]] = field(default_factory=list)
+    overlaps: list[Tensor] = field(default_factory=list)
+    copied: Tensor | None = None  # the mean overlap, on the host once `arrived` has passed
+    arrived: Any = None
+
+    def ask(self) -> None:
+        """Send the mean overlap to the host, behind the work that the device has to do first."""
+        if self.overlaps and self.copied is None:
+            mean = torch.stack([overlap.to(self.overlaps[0].device) for overlap in self.overlaps]).mean()
+            self.copied = mean.to("cpu", non_blocking=True) if mean.is_cuda else mean
+            if mean.is_cuda:
+                self.arrived = torch.cuda.Event()
+                self.arrived.record()
+
+    def ready(self) -> bool:
+        """Whether everything asked for can be read without waiting."""
+        end = self.spans[-1][1]
+        return (isinstance(end, float) or end.query()) and (self.arrived is None or self.arrived.query())
+
+    def metrics(self) -> dict[str, float]:
+        """Milliseconds in all, and the mean overlap unless all bases were new."""
+        found = {"galore/refresh_ms": sum(_milliseconds(*span) for span in self.spans)}
+        if self.copied is not None:
+            found["galore/overlap"] = float(self.copied)
+        return found
+
+
 class RefreshClock:
-    """Keeps the record of the last step that refreshed; on a device nothing waits until somebody asks."""
+    """Keeps the record of the last step that refreshed. It never waits for a device."""
 
     def __init__(self) -> None:
-        self._step: int | None = None
-        self._spans: list[tuple[Any, Any]] = []
-        self._overlaps: list[Tensor] = []
+        self._current: _Record | None = None  # of the newest step that refreshed
+        self._asked: _Record | None = None  # sent for, not yet here
+        self._known: dict[str, float] = {}
 
     def start(self, p: Tensor) -> Any:
         """The time before a refresh of ``p``'s basis."""
@@ -25,24 +58,22 @@ class RefreshClock:
 
     def stop(self, p: Tensor, began: Any, step: int, overlap: Tensor | None) -> None:
         """Note a refresh that belongs to ``step``; the first basis has no overlap."""
-        if self._step != step:
-            self._step, self._spans, self._overlaps = step, [], []
-        self._spans.append((began, self.start(p)))
+        if self._current is None or self._current.step != step:
+            self._current = _Record(step)
+        self._current.spans.append((began, self.start(p)))
         if overlap is not None:
-            self._overlaps.append(overlap)
+            self._current.overlaps.append(overlap)
 
     def metrics(self) -> dict[str, float]:
-        """Milliseconds in all, and the mean overlap; empty before the first refresh."""
-        if not self._spans:
-            return {}
-        found = {"galore/refresh_ms": sum(_milliseconds(*span) for span in self._spans)}
-        if self._overlaps:
-            found["galore/overlap"] = sum(float(o) for o in self._overlaps) / len(self._overlaps)
-        return found
+        """Of the newest step that was asked for and has arrived; empty before the first. On the CPU that is the last one."""
+        for _ in range(2):  # what arrives makes room for the newest to be sent for
+            if self._asked is not None and self._asked.ready():
+                self._known, self._asked = self._asked.metrics(), None
+            if self._asked is None and self._current is not None:
+                self._asked, self._current = self._current, None
+                self._asked.ask()
+        return dict(self._known)
 
 
 def _milliseconds(began: Any, ended: Any) -> float:
-    if isinstance(began, float):
-        return 1e3 * (ended - began)
-    ended.synchronize()
-    return began.elapsed_time(ended)
+    return 1e3 * (ended - began) if isinstance(began, float) else began.elapsed_time(ended)

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from lowrank_pretrain.errors import ConfigError
 from lowrank_pretrain.galore import adopt as transition
-from lowrank_pretrain.galore import checkpoint, moments, sharded
+from lowrank_pretrain.galore import checkpoint, memory, moments, sharded
 from lowrank_pretrain.galore.chunks import chunks, slices, split
 from lowrank_pretrain.galore.clock import RefreshClock
 from lowrank_pretrain.galore.groups import check_group
@@ -243,8 +243,15 @@ class GaLoreAdamW(Optimizer):
         transition.release(self)
 
     def metrics(self) -> dict[str, float]:
-        """``galore/refresh_ms`` and ``galore/overlap`` of the last step that refreshed; waits for the device."""
+        """``galore/refresh_ms`` and ``galore/overlap`` of the last step that refreshed and that the device has passed.
+
+        It never waits for the device: asked at every tenth step, say, it answers there of an earlier tenth.
+        """
         return self._clock.metrics()
+
+    def formula_bytes(self) -> int:
+        """Bytes of state by the paper's formula, mr + 2nr for each projected matrix, to set beside what is really held."""
+        return memory.formula_bytes(self)
 
     # ---- state --------------------------------------------------------------------------------------------------------
 
