@@ -1,0 +1,1 @@
+"""LTE: heads that train on shares of the data and merge now and then."""
