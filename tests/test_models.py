@@ -315,6 +315,21 @@ def test_rate_rises_linearly_then_follows_the_cosine(warmup):
     assert rates(Optim(lr=0.1, warmup=warmup), max_epochs=2) == pytest.approx([0.1 * rate for rate in expected])
 
 
+def test_the_cosine_ends_at_a_share_of_each_groups_own_peak():
+    weights = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
+    optimizer = torch.optim.SGD([{"params": weights[:1], "lr": 0.4}, {"params": weights[1:], "lr": 0.1}])
+    scheduler = Optim(lr=0.4, warmup=0.1, final_lr=0.1).scheduler(optimizer, 20)
+    used = []
+    for _ in range(25):  # beyond its end it stays there: a cosine would rise again
+        used.append([group["lr"] for group in optimizer.param_groups])
+        optimizer.step()
+        scheduler.step()
+    shares = [(s + 1) / 3 for s in range(2)]
+    shares += [0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * s / 18)) for s in range(18)] + [0.1] * 5
+    assert [row[0] / 0.4 for row in used] == pytest.approx(shares)
+    assert [row[1] / 0.1 for row in used] == pytest.approx(shares)
+
+
 def test_steps_count_optimizer_steps_under_accumulation():
     used = rates(Optim(lr=1.0, warmup=2), max_epochs=2, accumulate_grad_batches=5)
     assert used == pytest.approx([1 / 3, 2 / 3, 1, 0.5])
@@ -348,6 +363,7 @@ def test_wrong_optimizer_values_are_one_line():
         "betas": [0.9],
         "warmup": 1.0,
         "schedule": "linear",
+        "final_lr": 1.0,
     }.items():
         wrong(lambda key=key, value=value: Optim(**{key: value}), f"{key}={value!r}")
     wrong(lambda: Optim(lr="1e-3"), "lr='1e-3'")

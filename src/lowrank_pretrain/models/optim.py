@@ -1,6 +1,6 @@
 """The optimizer and its schedule: AdamW in two groups, linear warm-up, then cosine or constant.
 
-Everything is torch's own (AdamW, LinearLR, CosineAnnealingLR, SequentialLR); this file only chooses.
+Everything is torch's own (AdamW, LinearLR, LambdaLR, SequentialLR); this file only chooses.
 """
 
 import math
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from torch import nn
-from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
+from torch.optim.lr_scheduler import ConstantLR, LambdaLR, LinearLR, LRScheduler, SequentialLR
 
 from lowrank_pretrain.errors import ConfigError
 from lowrank_pretrain.models.wording import plain
@@ -45,6 +45,19 @@ def undecayed_names(module: nn.Module) -> set[str]:
 
 
 @dataclass
+class Cosine:
+    """Half a cosine from 1 down to ``final`` over `steps` steps; ``final`` after that."""
+
+    steps: int
+    final: float
+
+    def __call__(self, step: int) -> float:
+        """The share of the peak learning rate at `step`, counted from 0."""
+        share = min(step / self.steps, 1.0)
+        return self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * share))
+
+
+@dataclass
 class Optim:
     """How a module is optimized; a module's ``configure_optimizers`` returns ``self.optim.configure(self)``.
 
@@ -55,7 +68,8 @@ class Optim:
         eps: AdamW's epsilon, > 0.
         warmup: an integer counts optimizer steps, a float in [0, 1) is a share of all steps. The rate rises
             linearly from lr/(warmup+1), so no step is spent at rate 0.
-        schedule: ``"cosine"`` (to 0 at the last step) or ``"constant"``.
+        schedule: ``"cosine"`` (to ``final_lr`` at the last step) or ``"constant"``.
+        final_lr: where the cosine ends, as a share of each group's peak in [0, 1); ``"constant"`` does not use it.
         build: makes the optimizer instead of AdamW, from (module, this setting); the schedule stays.
 
     Raises:
@@ -68,6 +82,7 @@ class Optim:
     eps: float = 1e-8
     warmup: int | float = 0
     schedule: str = "cosine"
+    final_lr: float = 0.0
     build: Callable[[LightningModule, "Optim"], torch.optim.Optimizer] | None = None
 
     def __post_init__(self) -> None:
@@ -84,6 +99,7 @@ class Optim:
         _number("warmup", self.warmup, 0, high, "must be a whole number of steps, or a share of all steps in [0, 1)")
         if self.schedule not in SCHEDULES:
             raise ConfigError("schedule", self.schedule, f"must be one of {', '.join(SCHEDULES)}")
+        _number("final_lr", self.final_lr, 0, 1, "must be a share of the peak learning rate in [0, 1)")
 
     def groups(self, module: nn.Module) -> list[dict[str, Any]]:
         """Two param groups of the trainable parameters: ``decay`` (matrices) and ``no_decay`` (the rest)."""
@@ -129,7 +145,8 @@ class Optim:
         if warmup >= steps:
             raise ConfigError("warmup", self.warmup, f"must be fewer than the run's {steps} optimizer steps")
         if self.schedule == "cosine":
-            after = CosineAnnealingLR(optimizer, T_max=int(steps) - warmup)
+            # not CosineAnnealingLR: its floor is one number for all groups, whatever their own rates are
+            after = LambdaLR(optimizer, Cosine(int(steps) - warmup, self.final_lr))
         else:
             after = ConstantLR(optimizer, factor=1.0, total_iters=0)
         if warmup == 0:
