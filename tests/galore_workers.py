@@ -20,6 +20,10 @@ from torch.utils.data import DataLoader
 
 from lowrank_pretrain.errors import ConfigError
 from lowrank_pretrain.galore import GaLoreAdamW, galore_ddp_hook, galore_param_groups
+from lowrank_pretrain.memory import optimizer_bytes
+from lowrank_pretrain.method import galore_optimizer
+from lowrank_pretrain.models.optim import Optim
+from lowrank_pretrain.monitor import Monitor
 
 RANK, GAP, STEPS, WIDTH = 4, 4, 10, 16
 
@@ -243,6 +247,115 @@ def fsdp2_in_lightning(rank):
     assert_close(module.model, one)
 
 
+def our_module(kind):
+    """A module of ours whose optimizer is GaLoreAdamW, and what makes its batches: (step, rank) -> batch of 4."""
+    from lowrank_pretrain.models.language import CausalLM
+    from lowrank_pretrain.models.vision import VisionClassifier
+
+    torch.manual_seed(0)
+    if kind == "vision":
+        tiny = {"embed_dim": 16, "depth": 2, "num_heads": 2, "patch_size": 4}
+        module = VisionClassifier(
+            "vit_tiny_patch16_224", 5, img_size=8, in_chans=1, model_kwargs=tiny
+        ).double()  # else rounding is all one sees
+    elif kind == "llama":
+        tiny = {"hidden_size": 16, "intermediate_size": 27, "num_hidden_layers": 2, "num_attention_heads": 2}
+        module = CausalLM("llama", 31, 8, {**tiny, "num_key_value_heads": 2})
+    else:  # its head is the embedding; its matrices are transposed
+        no_dropout = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0)
+        module = CausalLM("gpt2", 31, 8, {"n_layer": 2, "n_head": 2, "n_embd": 16, **no_dropout})
+
+    def make(step, rank):
+        g = torch.Generator().manual_seed(100 * step + rank)
+        if kind == "vision":
+            return torch.randn(4, 1, 8, 8, generator=g).double(), torch.randint(5, (4,), generator=g)
+        return {"input_ids": torch.randint(31, (4, 8), generator=g)}
+
+    build = galore_optimizer(rank=RANK, update_proj_gap=2, scale=0.5)
+    module.optim = Optim(lr=1e-2, weight_decay=0.1, schedule="constant", build=build)
+    return module, make
+
+
+class Own(torch.utils.data.Dataset):
+    """The batches of one rank."""
+
+    def __init__(self, make, rank):
+        self.make, self.rank = make, rank
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, step):
+        return self.make(step, self.rank)
+
+
+def fit_fsdp2(rank, kind, epochs, path=None, callbacks=(), pieces=True, **trainer):
+    from lightning.pytorch.strategies import ModelParallelStrategy
+
+    module, make = our_module(kind)
+    strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=pieces)
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=2, strategy=strategy, logger=False, enable_progress_bar=False, enable_checkpointing=False,
+        enable_model_summary=False, max_epochs=epochs, use_distributed_sampler=False,
+        callbacks=list(callbacks), **trainer,
+    )  # fmt: skip
+    trainer.fit(module, DataLoader(Own(make, rank), batch_size=None), ckpt_path=path)
+    return module, trainer
+
+
+def our_modules_under_fsdp2(rank):
+    from torch.distributed.tensor import DTensor
+
+    for kind in ("vision", "llama", "gpt2"):
+        monitor = Monitor()
+        module, trainer = fit_fsdp2(rank, kind, 2, callbacks=[monitor])
+        assert all(isinstance(p, DTensor) for p in module.parameters())
+        one, make = our_module(kind)
+        optimizer = one.optim.build(one, one.optim)
+        one.log = lambda *_, **__: None
+        for step in (0, 1, 2, 0, 1, 2):
+            optimizer.zero_grad()
+            sum(one.training_step(make(step, r), 0) / 2 for r in (0, 1)).backward()
+            optimizer.step()
+        start = our_module(kind)[0]
+        for (name, p), q, before in zip(module.named_parameters(), one.parameters(), start.parameters(), strict=True):
+            moved = (q - before).norm()
+            assert (whole(p) - q).norm() < 1e-4 * moved, name
+        module.configure_model()  # a second time it does nothing
+        assert torch.equal(whole(p), whole(list(module.parameters())[-1]))
+        # this rank's share: all bases, but half the moments of what is cut
+        share = monitor.record.optimizer_gib / (optimizer_bytes([optimizer]) / 2**30)
+        assert 0.45 < share < 0.85, share
+        assert abs(monitor.record.formula_gib / monitor.record.optimizer_gib - 1) < 0.05
+
+
+def our_modules_under_fsdp2_resume_and_clip(rank):
+    for kind in ("llama", "gpt2"):
+        directory = [tempfile.mkdtemp()]
+        dist.broadcast_object_list(directory, 0)
+        straight, _ = fit_fsdp2(rank, kind, 2, gradient_clip_val=0.1)
+        free, _ = fit_fsdp2(rank, kind, 2)
+        assert not torch.equal(*(whole(next(m.parameters())) for m in (straight, free))), "clipping did nothing"
+        for pieces in (True, False):
+            path = f"{directory[0]}/{pieces}.ckpt"
+            _, half = fit_fsdp2(rank, kind, 1, gradient_clip_val=0.1, pieces=pieces)
+            half.save_checkpoint(path)
+            resumed, _ = fit_fsdp2(rank, kind, 2, path, gradient_clip_val=0.1, pieces=pieces)
+            for (name, p), q in zip(straight.named_parameters(), resumed.parameters(), strict=True):
+                assert torch.equal(whole(p), whole(q)), (kind, pieces, name)
+
+
+def our_modules_refuse_tensor_parallelism(rank):
+    from lightning.pytorch.strategies import ModelParallelStrategy
+
+    try:
+        fit(our_module("llama")[0], ModelParallelStrategy())
+    except ConfigError as error:
+        assert "data_parallel_size=2, tensor_parallel_size=1" in str(error)
+        return
+    raise AssertionError("not refused")
+
+
 # ---- torch.distributed.checkpoint -------------------------------------------------------------------------------------
 
 
@@ -277,7 +390,8 @@ def checkpoint_of_fsdp2(rank):
 SCENARIOS = [
     hook, hook_tracking, hook_fira, hook_two_sided, hook_refuses, fsdp2, fsdp2_left_and_right, fsdp2_tracking, fsdp2_two_sided,
     fsdp2_published, fsdp2_layerwise, fsdp2_not_finite, fsdp2_refuses, checkpoint_of_ddp, checkpoint_of_fsdp2,
-    hook_in_lightning, layerwise_refuses_ddp, fsdp2_in_lightning,
+    hook_in_lightning, layerwise_refuses_ddp, fsdp2_in_lightning, our_modules_under_fsdp2,
+    our_modules_under_fsdp2_resume_and_clip, our_modules_refuse_tensor_parallelism,
 ]  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
 from lowrank_pretrain.errors import ConfigError
+from lowrank_pretrain.models import parallel
 from lowrank_pretrain.models.language import CausalLM
 from lowrank_pretrain.models.optim import Optim
 from lowrank_pretrain.models.vision import VisionClassifier
@@ -262,6 +263,21 @@ def test_checkpoint_loads_without_arguments_and_with_weights_only(tmp_path, kind
     x = x[0] if kind == "vision" else x["input_ids"]
     torch.testing.assert_close(again.eval()(x), module.eval()(x), rtol=0, atol=0)
     trainer().test(module, data, ckpt_path=tmp_path / "last.ckpt", verbose=False)
+
+
+def test_fsdp2_shards_layer_by_layer_and_only_where_there_is_a_mesh():
+    found = {
+        "vit": (vit().model, "blocks"),
+        "gpt2": (gpt().model, "transformer.h"),
+        "llama": (CausalLM("llama", 50, 8, {**TINY_LLAMA, "num_hidden_layers": 2}).model, "model.layers"),
+        "mixer": (VisionClassifier("mixer_s32_224", 4, img_size=64, in_chans=1).model, "blocks"),
+    }
+    for name, (model, where) in found.items():
+        assert list(parallel.blocks(model)) == list(model.get_submodule(where).children()), name
+    module = gpt()
+    before = {name: type(layer) for name, layer in module.named_modules()}
+    trainer(max_steps=1).fit(module, blocks(4))  # calls configure_model; two processes: test_galore_distributed
+    assert {name: type(layer) for name, layer in module.named_modules()} == before
 
 
 # --- optimizer and schedule -------------------------------------------------------------------------------------

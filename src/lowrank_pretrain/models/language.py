@@ -16,6 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from lowrank_pretrain.errors import ConfigError
 from lowrank_pretrain.models.optim import Optim
+from lowrank_pretrain.models.parallel import shard
 from lowrank_pretrain.models.wording import check_count, closest, one_line, plain
 
 log = logging.getLogger(__name__)
@@ -85,6 +86,10 @@ class CausalLM(LightningModule):
         """Logits (B, T, V) of token ids (B, T)."""
         return self.model(input_ids=input_ids, use_cache=False).logits
 
+    def configure_model(self) -> None:
+        """Cuts the network over the ranks where the strategy is ModelParallelStrategy (FSDP2); else it does nothing."""
+        shard(self.model, self.device_mesh)
+
     def configure_optimizers(self) -> dict[str, Any]:
         """The optimizer and schedule of ``self.optim``."""
         return self.optim.configure(self)
@@ -109,7 +114,8 @@ class CausalLM(LightningModule):
         model (its callback unties the head again and has its exact weights); anything else wants it untied now.
         """
         head, embedding = self.model.get_output_embeddings(), self.model.get_input_embeddings()
-        if head is None or head.weight is not embedding.weight:
+        # a distributed checkpoint (FSDP2's) has no state_dict here: the strategy reads its pieces into the model as it is
+        if head is None or head.weight is not embedding.weight or "state_dict" not in checkpoint:
             return
         names = {id(module): name for name, module in self.named_modules()}
         head_name, state = names[id(head)], checkpoint["state_dict"]

@@ -19,6 +19,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lowrank_pretrain.errors import ConfigError
 from lowrank_pretrain.models.optim import Optim
+from lowrank_pretrain.models.parallel import shard
 from lowrank_pretrain.models.wording import check_count, closest, one_line, plain
 
 log = logging.getLogger(__name__)
@@ -86,6 +87,10 @@ class VisionClassifier(LightningModule):
     def forward(self, x: Tensor) -> Tensor:
         """Logits (B, K) of images (B, C, H, W)."""
         return self.model(x)
+
+    def configure_model(self) -> None:
+        """Cuts the network over the ranks where the strategy is ModelParallelStrategy (FSDP2); else it does nothing."""
+        shard(self.model, self.device_mesh)
 
     def configure_optimizers(self) -> dict[str, Any]:
         """The optimizer and schedule of ``self.optim``."""
