@@ -36,13 +36,13 @@ def inject(
     plan = Plan(plan).check(targets)
     if any(True for _ in lora_layers(module)):
         raise RuntimeError("adapters are there already: call lora.eject first")
-    untied = _untie(module, {targets[name].layer_name for name in plan if plan[name] > 0})
+    untied = untie(module, {targets[name].layer_name for name in plan if plan[name] > 0})
     for layer_name, group in _by_layer(targets, plan).items():
         layer = group[0].layer
         ranked = [t for t in group if plan[t.name] > 0]
         if ranked or len(group) < len(parts(layer_name, layer)):
             give_adapters(layer, [(t, plan[t.name]) for t in ranked], alpha, train_A, seed)
-    _switch_fast_path(module, off=True)
+    switch_fast_path(module, off=True)
     return untied
 
 
@@ -89,7 +89,7 @@ def eject(module: nn.Module) -> None:
     merge(module)
     for _, layer in list(lora_layers(module)):
         take_adapters(layer)
-    _switch_fast_path(module, off=False)
+    switch_fast_path(module, off=False)
 
 
 def lora_layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -177,7 +177,7 @@ def _by_layer(targets: Mapping[str, Target], plan: Mapping[str, int]) -> dict[st
     return groups
 
 
-def _untie(module: nn.Module, layer_names: set[str]) -> list[Inherit]:
+def untie(module: nn.Module, layer_names: set[str]) -> list[Inherit]:
     """Give tied output heads among the layers a weight of their own."""
     heads, tied = output_heads(module), tied_layers(module)
     untied = []
@@ -202,7 +202,7 @@ def _untie(module: nn.Module, layer_names: set[str]) -> list[Inherit]:
     return untied
 
 
-def _switch_fast_path(module: nn.Module, off: bool) -> None:
+def switch_fast_path(module: nn.Module, off: bool) -> None:
     """``nn.TransformerEncoderLayer`` in eval reads the weights of linear1/2 itself and would skip their adapters."""
     for child in module.modules():
         if isinstance(child, nn.TransformerEncoderLayer):

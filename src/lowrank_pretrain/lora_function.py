@@ -105,11 +105,11 @@ class _LoRALinear(torch.autograd.Function):
             use_merged = forms_merged_weight(n, weight)
             w = (merged(weight, lora_A, lora_B, parts, transposed) if use_merged else weight).to(dtype)
             b = None if bias is None else bias.to(dtype)
-            y = _affine(xc, w, b, transposed)
+            y = affine(xc, w, b, transposed)
             z = None
             if not use_merged:
                 z = xc.reshape(n, -1) @ lora_A.to(dtype).t()  # (N, ΣR)
-                _add_low_rank(y.view(n, -1), z, lora_B, parts, dtype)
+                add_low_rank(y.view(n, -1), z, lora_B, parts, dtype)
 
         needs = ctx.needs_input_grad
         full_rows = any(needs[7 + len(parts) :])
@@ -138,7 +138,7 @@ class _LoRALinear(torch.autograd.Function):
         wants_factors = needs[3] or any(needs[7 : 7 + len(parts)])
         dz = None
         if (wants_factors and not needs[1]) or (needs[0] and not ctx.use_merged):
-            dz = _times_B(dy, lora_B, parts, lora_A.shape[0], dtype)  # (N, ΣR)
+            dz = times_B(dy, lora_B, parts, lora_A.shape[0], dtype)  # (N, ΣR)
 
         if needs[1]:  # joint phase: one full gradient serves W, A and B
             G = dy.t() @ x  # (O, D)
@@ -184,7 +184,7 @@ class _LoRALinear(torch.autograd.Function):
         return dx, dW, db, dA, None, None, None, *dB, *d_rest
 
 
-def _affine(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
+def affine(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
     """X W + b by the very call that the plain layer makes, so that an adapter of zeros changes no bit."""
     if not transposed:
         return F.linear(x, weight, bias)
@@ -193,13 +193,13 @@ def _affine(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) ->
     return y.view(*x.shape[:-1], weight.shape[1])
 
 
-def _add_low_rank(y: Tensor, z: Tensor, lora_B: list[Tensor], parts: tuple[Part, ...], dtype: torch.dtype) -> None:
+def add_low_rank(y: Tensor, z: Tensor, lora_B: list[Tensor], parts: tuple[Part, ...], dtype: torch.dtype) -> None:
     """Y[:, rows of p] += scale · z_p B_pᵀ for every part, in place. y: (N, O), z: (N, ΣR)."""
     for p, B in zip(parts, lora_B, strict=True):
         y[:, p.start : p.start + p.rows].addmm_(z[:, p.a : p.a + p.rank], B.to(dtype).t(), alpha=p.scale)
 
 
-def _times_B(dy: Tensor, lora_B: list[Tensor], parts: tuple[Part, ...], total: int, dtype: torch.dtype) -> Tensor:
+def times_B(dy: Tensor, lora_B: list[Tensor], parts: tuple[Part, ...], total: int, dtype: torch.dtype) -> Tensor:
     """Dz = scale · dy B, (N, ΣR), the parts' columns side by side."""
     if len(parts) == 1:
         return (dy[:, parts[0].start : parts[0].start + parts[0].rows] @ lora_B[0].to(dtype)).mul_(parts[0].scale)

@@ -31,17 +31,57 @@ class Inherit(NamedTuple):
     rows: int
 
 
-class LoRALinear:
-    """What a layer's class gains by injection (mixed in before ``nn.Linear``, ``Conv1D`` or a user's subclass of them)."""
+class Reclassed:
+    """A layer whose class was swapped for one that is made at run time, and which may hold rows of W as parameters.
+
+    What ``LoRALinear`` and LTE's ``MultiheadLoRALinear`` share: copying, pickling and moving to a device.
+    """
 
     _plain_class: type[nn.Module]
-    _parts: tuple[Part, ...]
+    _mixin: type
     _rest: tuple[RestPart, ...]
+
+    def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
+        super()._apply(*args, **kwargs)
+        self._tie_rest()
+        return self
+
+    def _tie_rest(self) -> None:
+        """Make the rest blocks views of W and b again (moving or copying a module makes tensors of their own)."""
+        dim = 1 if is_conv1d(self) else 0
+        for part in self._rest:
+            self.rest_weight[part.name].data = self.weight.data.narrow(dim, part.start, part.rows)
+            if part.name in self.rest_bias:
+                self.rest_bias[part.name].data = self.bias.data.narrow(0, part.start, part.rows)
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._tie_rest()
+
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        # the class has no importable name: rebuild it from the plain one
+        return _blank, (self._mixin, self._plain_class), self.__dict__
+
+
+def swap_class(layer: nn.Module, mixin: type[Reclassed]) -> None:
+    """Give the layer a class of its own: ``mixin`` before the class that it has."""
+    layer.__class__ = _class_of(mixin, type(layer))
+
+
+def has_own_forward(layer: nn.Module) -> bool:
+    """Whether the layer (or what it was before its class was swapped) computes something else than its parent class."""
+    return getattr(layer, "_plain_class", type(layer)).forward not in _known_forwards()
+
+
+class LoRALinear(Reclassed):
+    """What a layer's class gains by injection (mixed in before ``nn.Linear``, ``Conv1D`` or a user's subclass of them)."""
+
+    _parts: tuple[Part, ...]
 
     def forward(self, x: Tensor) -> Tensor:
         """(.., D) -> (.., O)."""
         factors = [self.lora_B[part.name] for part in self._parts]
-        if self._plain_class.forward not in _known_forwards():
+        if has_own_forward(self):
             # a user's subclass with a forward of its own: add to whatever it computes
             return self._plain_class.forward(self, x) + self._low_rank_output(x, factors)
         rest_weight = tuple(self.rest_weight[part.name] for part in self._rest)
@@ -85,27 +125,6 @@ class LoRALinear:
                     state_dict.setdefault(prefix + name, source.narrow(dim, span.start, span.rows))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
-        super()._apply(*args, **kwargs)
-        self._tie_rest()
-        return self
-
-    def _tie_rest(self) -> None:
-        """Make the rest blocks views of W and b again (moving or copying a module makes tensors of their own)."""
-        dim = 1 if is_conv1d(self) else 0
-        for part in self._rest:
-            self.rest_weight[part.name].data = self.weight.data.narrow(dim, part.start, part.rows)
-            if self.bias is not None:
-                self.rest_bias[part.name].data = self.bias.data.narrow(0, part.start, part.rows)
-
-    def __setstate__(self, state: dict) -> None:
-        super().__setstate__(state)
-        self._tie_rest()
-
-    def __reduce_ex__(self, protocol: int) -> tuple:
-        # the class is made at run time and has no importable name: rebuild it from the plain one
-        return _blank, (self._plain_class,), self.__dict__
-
     def extra_repr(self) -> str:
         """The plain layer's line, and each part's rank."""
         ranks = ", ".join(f"{part.name}={part.rank}" for part in self._parts)
@@ -130,14 +149,14 @@ def give_adapters(
         spans.append(Part(target.part, target.start, target.rows, at, rank, scale))
         factors[target.part] = nn.Parameter(torch.zeros(target.rows, rank, **like))
         at += rank
-    layer.__class__ = _lora_class(type(layer))
+    swap_class(layer, LoRALinear)
     layer._parts, layer._rest = tuple(spans), ()
     layer.lora_A = nn.Parameter(A.to(**like), requires_grad=train_A and total > 0)
     layer.lora_B = nn.ParameterDict(factors)
 
 
-def keep_rows(layer: nn.Module, rest: list[RestPart]) -> list[Inherit]:
-    """Make row blocks of W and b parameters of their own that are views, to train on when the layer freezes."""
+def keep_rows(layer: nn.Module, rest: list[RestPart], bias: bool = True) -> list[Inherit]:
+    """Make row blocks of W (and of b, where all of it freezes) parameters of their own that are views, to train on."""
     layer._rest = tuple(rest)
     layer.rest_weight, layer.rest_bias = nn.ParameterDict(), nn.ParameterDict()
     dim = 1 if is_conv1d(layer) else 0
@@ -146,7 +165,7 @@ def keep_rows(layer: nn.Module, rest: list[RestPart]) -> list[Inherit]:
         rows = nn.Parameter(layer.weight.data.narrow(dim, part.start, part.rows))
         layer.rest_weight[part.name] = rows
         inherited.append(Inherit(rows, layer.weight, dim, part.start, part.rows))
-        if layer.bias is not None:
+        if bias and layer.bias is not None:
             rows = nn.Parameter(layer.bias.data.narrow(0, part.start, part.rows), requires_grad=layer.bias.requires_grad)
             layer.rest_bias[part.name] = rows
             inherited.append(Inherit(rows, layer.bias, 0, part.start, part.rows))
@@ -167,15 +186,16 @@ def _known_forwards() -> tuple:
     return (nn.Linear.forward, hf.Conv1D.forward) if hf else (nn.Linear.forward,)
 
 
-_classes: dict[type, type] = {}
+_classes: dict[tuple[type, type], type] = {}
 
 
-def _lora_class(plain: type) -> type:
-    if plain not in _classes:
-        _classes[plain] = type(f"LoRA{plain.__name__}", (LoRALinear, plain), {"_plain_class": plain})
-    return _classes[plain]
+def _class_of(mixin: type, plain: type) -> type:
+    if (mixin, plain) not in _classes:
+        name = mixin.__name__.removesuffix("Linear") + plain.__name__
+        _classes[mixin, plain] = type(name, (mixin, plain), {"_plain_class": plain, "_mixin": mixin})
+    return _classes[mixin, plain]
 
 
-def _blank(plain: type) -> nn.Module:
-    cls = _lora_class(plain)
+def _blank(mixin: type, plain: type) -> nn.Module:
+    cls = _class_of(mixin, plain)
     return cls.__new__(cls)

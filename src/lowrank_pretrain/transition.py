@@ -91,13 +91,15 @@ def _mid_step(trainer: pl.Trainer) -> bool:
 def _inherit_state(optimizer: Optimizer, inherited: Iterable[Inherit]) -> None:
     for new, old, dim, start, rows in inherited:
         state = optimizer.state.get(old)
-        if state:
-            optimizer.state[new] = {
-                key: value.narrow(dim, start, rows).clone()
-                if isinstance(value, Tensor) and value.shape == old.shape
-                else (value.clone() if isinstance(value, Tensor) else value)
-                for key, value in state.items()
-            }
+        if not state:
+            continue
+        mine = optimizer.state[new] = {}
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.shape == old.shape:
+                # one parameter more than one of the old one's shape: heads that all start from the same adapter
+                mine[key] = value.expand(new.shape).clone() if new.ndim > old.ndim else value.narrow(dim, start, rows).clone()
+            else:
+                mine[key] = value.clone() if isinstance(value, Tensor) else value
 
 
 def _join(optimizers: list[Optimizer], module: nn.Module, before: dict[int, bool], inherited: Iterable[Inherit]) -> None:

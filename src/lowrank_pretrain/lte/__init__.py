@@ -1,1 +1,14 @@
-"""LTE: heads that train on shares of the data and merge now and then."""
+"""LTE (LoRA-the-Explorer, arXiv 2402.16828): workers train low-rank heads apart and merge them now and then."""
+
+from lightning.pytorch.strategies import StrategyRegistry
+
+from lowrank_pretrain.lte.analysis import EffectiveRank, HeadOrthogonality
+from lowrank_pretrain.lte.jagged import JaggedRestarts
+from lowrank_pretrain.lte.strategy import LTEStrategy
+
+__all__ = ["EffectiveRank", "HeadOrthogonality", "JaggedRestarts", "LTEStrategy"]
+
+if "lte" not in StrategyRegistry:  # a second registration raises
+    StrategyRegistry.register(
+        "lte", LTEStrategy, description="LoRA-the-Explorer: heads train apart and merge now and then"
+    )

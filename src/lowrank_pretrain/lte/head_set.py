@@ -1,0 +1,344 @@
+"""All heads of a model on this worker, and the clock by which they merge (LTE, arXiv 2402.16828, algorithm 1).
+
+    window:  every head trains on its own data for T optimizer steps
+    merge:   W ← W₀ + (s/N) Σ BₙAₙ; then heads live on (``reset=False``: each trains on beside what W holds of it)
+             or start anew (``reset=True``: B = 0, A drawn again, their optimizer state gone)
+
+Without reset the updates telescope: W − W₀ has rank N·R at most, however many merges. With reset every merge adds rank.
+``sequential`` adds one head's update a window, so W₀ moves on with every merge there too.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lowrank_pretrain.lora_function import RestPart
+from lowrank_pretrain.lora_layer import Inherit
+from lowrank_pretrain.lte import prune, record
+from lowrank_pretrain.lte.heads import MODES, Shared, draw_A, give_heads, prev_names, take_heads
+from lowrank_pretrain.lte.merge import Exchange, Factors, Piece, Workers, at_least_32
+from lowrank_pretrain.lte.record import Record
+from lowrank_pretrain.targets import Target, is_conv1d, parts
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How heads train and merge; ``LTEStrategy`` explains each."""
+
+    heads: int = 4
+    merge_every: int = 10
+    alpha: float | None = None
+    mode: str = MODES[0]
+    reset: bool = False
+    route: str | None = None
+    overlap: int = 0
+    prune: float | None = None
+    seed: int | None = None
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether a merge adds to the W of the merge before, instead of being formed from the first W₀."""
+        return self.reset or self.mode == "sequential"
+
+
+class HeadSet:
+    """Heads of a module, from ``convert`` to ``take_off``.
+
+    Args:
+        settings: how they train.
+        workers: who merges with whom.
+
+    Attributes:
+        clock: optimizer steps taken.
+        merges: merges applied.
+        pieces: the targets, in the module's order.
+        last_cost: bytes that this worker sent for the last merge, and seconds that it waited.
+        turn: in ``sequential``, whose turn it is among this worker's heads.
+        pending: a merge under way and the step after which it is applied (``overlap``).
+    """
+
+    def __init__(self, settings: Settings, workers: Workers) -> None:
+        self.settings = settings
+        self.workers = workers if settings.mode != "joint" else Workers()  # every worker has the same heads: nothing to merge
+        live = 1 if settings.mode == "sequential" else settings.heads
+        self.total = live * self.workers.size
+        self.shared = Shared(settings.mode, self.total)
+        self.clock = self.merges = self.turn = 0
+        self.pieces: list[Piece] = []
+        self.layers: dict[str, nn.Module] = {}
+        self.optimizers: list[Optimizer] = []
+        self.pending: tuple[Exchange, int] | None = None
+        self.parked: dict[int, Record] = {}  # `sequential`: this worker's heads whose turn it is not
+        self._kept: dict[str, Tensor] = {}
+        self._was_trained: dict[str, bool] = {}
+        self.last_cost = self._cost = (0.0, 0.0)  # of a merge: bytes sent from here, seconds waited
+        self.worn = True  # whether the layers still have their heads
+
+    # -- putting on and taking off ----------------------------------------------------------------------------------
+
+    def head_ids(self) -> list[int]:
+        """Ids of the heads that live here now."""
+        heads = self.settings.heads
+        if self.settings.mode == "joint":
+            return list(range(heads))
+        first = self.workers.rank * heads
+        return [first + self.turn] if self.settings.mode == "sequential" else list(range(first, first + heads))
+
+    def convert(self, targets: Mapping[str, Target], ranks: Mapping[str, int]) -> list[Inherit]:
+        """Give every target its heads; W freezes. Outputs do not change (B = 0).
+
+        Args:
+            targets: by name, all row blocks of a layer that are targets.
+            ranks: rank by target name; 0: frozen without a head.
+
+        Returns:
+            What new parameters take over, for the optimizer.
+        """
+        by_layer: dict[str, list[Target]] = {}
+        for target in targets.values():
+            by_layer.setdefault(target.layer_name, []).append(target)
+        inherited = []
+        for name, group in by_layer.items():
+            layer, chosen = group[0].layer, {t.part for t in group}
+            self._was_trained[name] = layer.weight.requires_grad
+            rest = [RestPart(*block) for block in parts(name, layer) if block[0] not in chosen]
+            ranked = [(t, ranks[t.name]) for t in group if ranks[t.name]]
+            self.layers[name] = layer
+            inherited += give_heads(
+                name, layer, ranked, self.head_ids(), self.shared, rest, self.settings.alpha, self.settings.seed
+            )
+            wide = at_least_32(layer.weight.dtype)
+            for (target, _), part in zip(ranked, layer._parts, strict=True):
+                piece = Piece(target.name, layer, part)
+                if self.settings.mode != "joint" and not (self.settings.accumulates and layer.weight.dtype == wide):
+                    piece.base = piece.rows().to(wide, copy=True)
+                piece.choose_route(self.settings.route, self.workers.size)
+                self.pieces.append(piece)
+        return inherited
+
+    @torch.no_grad()
+    def start_from(self, adapters: Mapping[str, tuple[Tensor, Mapping[str, Tensor]]]) -> list[Inherit]:
+        """Every head becomes a copy of one adapter, which W holds from now on; the layers' function stays what it was.
+
+        Args:
+            adapters: per layer A (ΣR, D) and B per part (O_part, R_part), of the ranks given to ``convert``.
+
+        Returns:
+            What the heads' optimizer state starts from.
+        """
+        inherited = []
+        for name, (A, B) in adapters.items():
+            layer = self.layers[name]
+            layer.lora_A.copy_(A.expand_as(layer.lora_A))
+            inherited.append(Inherit(layer.lora_A, A, 0, 0, len(A)))
+            for part, factor in layer.lora_B.items():
+                factor.copy_(B[part].expand_as(factor))
+                inherited.append(Inherit(factor, B[part], 0, 0, len(B[part])))
+        self._apply(self.exchange())
+        return [] if self.settings.reset else inherited
+
+    def take_off(self) -> None:
+        """Give the layers their plain classes back, with W as it is (merged, if the view is on); heads stay here."""
+        for piece in self.pieces:
+            if piece.base is None:
+                piece.base = self.training_rows(piece).clone()
+        for name, layer in self.layers.items():
+            held = self.layers[name] = take_heads(layer)
+            layer.weight.requires_grad_(self._was_trained[name])
+            for piece in self.pieces:
+                if piece.layer is layer:
+                    piece.layer = held
+        self.worn = False
+        self._kept.clear()
+        self.shared.viewing = False
+
+    def training_rows(self, piece: Piece) -> Tensor:
+        """W as of the last merge, (O, D), also while the merged weights are looked at."""
+        if not self.shared.viewing:
+            return piece.rows()
+        name = next(name for name, layer in self.layers.items() if layer is piece.layer)
+        W = self._kept[name].t() if is_conv1d(piece.layer) else self._kept[name]
+        return W[piece.part.start : piece.part.start + piece.part.rows]
+
+    # -- the clock --------------------------------------------------------------------------------------------------
+
+    def after_step(self) -> bool:
+        """One optimizer step was taken or attempted: merge if it is time. Returns whether W changed."""
+        self.clock += 1
+        changed, before = False, (self.workers.sent, self.workers.seconds)
+        if self.pending is not None and self.clock >= self.pending[1]:
+            exchange, self.pending = self.pending[0], None
+            self._apply(exchange)
+            changed = True
+        if self.settings.mode != "joint" and self.clock % self.settings.merge_every == 0:
+            exchange = self.exchange(overlap=self.settings.overlap > 0)
+            if self.settings.overlap:
+                self.pending = exchange, self.clock + self.settings.overlap
+            else:
+                self._apply(exchange)
+                changed = True
+        self._cost = (self._cost[0] + self.workers.sent - before[0], self._cost[1] + self.workers.seconds - before[1])
+        if changed:
+            self.last_cost, self._cost = self._cost, (0.0, 0.0)
+        return changed
+
+    def snapshot(self) -> list[Factors]:
+        """What each piece brings to a merge: its factors, in ``sequential`` beside those that W holds of the same head."""
+        result = []
+        for piece in self.pieces:
+            A, B = piece.factors()
+            if self.settings.mode == "sequential" and piece.layer.has_prev:
+                old_A, old_B = prev_of(piece)
+                A, B = torch.cat([A, old_A], 1), torch.cat([B, -old_B], 2)
+            result.append((A, B))
+        return result
+
+    def exchange(self, overlap: bool = False) -> Exchange:
+        """Send what is to be merged now; with ``overlap`` a copy of it, without waiting."""
+        snapshot = self.snapshot()
+        if overlap:
+            snapshot = [(A.clone(), B.clone()) for A, B in snapshot]
+        return Exchange(self.pieces, snapshot, self.workers, self.total, overlap)
+
+    @torch.no_grad()
+    def _apply(self, exchange: Exchange) -> None:
+        """The merge itself: W, then the heads."""
+        self.write(exchange)
+        self.merges += 1
+        if self.settings.reset:
+            self.renew()
+        else:
+            for layer in self.layers.values():
+                layer.set_prev(*self._own(exchange, layer))
+        if self.settings.mode == "sequential":
+            self._next_turn()
+
+    @torch.no_grad()
+    def write(self, exchange: Exchange) -> None:
+        """W from a merge, and W₀ where merges accumulate."""
+        for index, piece in enumerate(self.pieces):
+            new = exchange.updated(index)
+            piece.rows().copy_(new)
+            if self.settings.accumulates and piece.base is not None:
+                piece.base = new
+
+    def _own(self, exchange: Exchange, layer: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
+        """What this worker's heads of a layer gave to a merge: A (H, ΣR, D) and B per part."""
+        if self.settings.mode == "sequential":
+            return layer.lora_A, dict(layer.lora_B.items())
+        mine = {p.part.name: f for p, f in zip(self.pieces, exchange.snapshot, strict=True) if p.layer is layer}
+        A = torch.cat([mine[part.name][0] for part in layer._parts], 1)
+        return A, {part.name: mine[part.name][1] for part in layer._parts}
+
+    @torch.no_grad()
+    def renew(self) -> None:
+        """After a resetting merge: B = 0, A drawn again, nothing of the heads in W, their optimizer state gone (or pruned)."""
+        for piece in self.pieces:
+            A, B = piece.factors()
+            for k, head in enumerate(self.head_ids()):
+                A[k].copy_(draw_A(piece.name, head, self.merges, piece.part.rank, A.shape[2], self.settings.seed))
+            B.zero_()
+        for layer in self.layers.values():
+            layer.set_prev(None, None)
+        factors = list(self.factors().values())
+        for optimizer in self.optimizers:
+            owned = [p for p in factors if p in optimizer.state]
+            if self.settings.prune is None:
+                for p in owned:
+                    del optimizer.state[p]
+            else:
+                prune.prune_moments(optimizer, owned, self.settings.prune)
+
+    def _next_turn(self) -> None:
+        """``sequential``: park the head whose window is over, and put the next one on."""
+        if self.settings.heads == 1:
+            return
+        self.parked[self.turn] = record.choose(self.record(), 0, 1)
+        self.turn = (self.turn + 1) % self.settings.heads
+        for optimizer in self.optimizers:
+            for p in self.factors().values():
+                optimizer.state.pop(p, None)
+        parked = self.parked.pop(self.turn, None)
+        if parked is None:
+            self._first_turn()
+        else:
+            record.put_layers(parked, self.layers)
+            record.put_moments(parked, self.layers, self.optimizers)
+
+    @torch.no_grad()
+    def _first_turn(self) -> None:
+        (head,) = self.head_ids()
+        for piece in self.pieces:
+            A, B = piece.factors()
+            A[0].copy_(draw_A(piece.name, head, 0, piece.part.rank, A.shape[2], self.settings.seed))
+            B.zero_()
+        for layer in self.layers.values():
+            layer.set_prev(None, None)
+
+    def record(self) -> Record:
+        """The live heads, factors and moments."""
+        return record.of_layers(self.layers) | record.of_moments(self.layers, self.optimizers)
+
+    def factors(self) -> dict[str, nn.Parameter]:
+        """The live heads' parameters by name, as the module would name them."""
+        return record.factors(self.layers)
+
+    # -- looking ----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def merged(self) -> dict[str, Tensor]:
+        """W with every head's present update in it, per layer a new tensor in the parameter's layout. Changes nothing.
+
+        All workers must call it together.
+        """
+        if self.shared.viewing:
+            return {name: layer.weight.data for name, layer in self.layers.items()}
+        before = self.workers.sent, self.workers.seconds
+        exchange = self.exchange()
+        exchange.wait()
+        self.workers.sent, self.workers.seconds = before  # looking is no merge
+        result = {name: layer.weight.detach().clone() for name, layer in self.layers.items()}
+        names = {id(layer): name for name, layer in self.layers.items()}
+        for index, piece in enumerate(self.pieces):
+            W = result[names[id(piece.layer)]]
+            rows = W.t() if is_conv1d(piece.layer) else W
+            rows[piece.part.start : piece.part.start + piece.part.rows].copy_(exchange.updated(index))
+        return result
+
+    def look(self) -> None:
+        """Put the merged weights in W's place, to be looked at; training storage stays as it is."""
+        if self.shared.viewing:
+            return
+        # Lightning validates under inference_mode on NCCL: a tensor made there could not be trained on afterwards
+        with torch.inference_mode(False), torch.no_grad():
+            merged = self.merged()
+            for name, layer in self.layers.items():
+                self._kept[name] = layer.weight.data
+                layer.weight.data = merged[name]
+        self.shared.viewing = True
+
+    def look_away(self) -> None:
+        """Undo ``look``."""
+        if not self.shared.viewing:
+            return
+        for name, layer in self.layers.items():
+            layer.weight.data = self._kept[name]
+        self._kept.clear()
+        self.shared.viewing = False
+
+
+def prev_of(piece: Piece) -> Factors:
+    """What W holds of a piece's heads: A (H, R, D) and B (H, O, R)."""
+    index = piece.layer._parts.index(piece.part)
+    return piece.layer.prev_A[:, piece.part.a : piece.part.a + piece.part.rank], piece.layer.prev_B[index]
+
+
+def ignored_names(layers: Mapping[str, nn.Module]) -> Iterable[str]:
+    """What DDP must neither broadcast nor average: heads and what W holds of them."""
+    for name, layer in layers.items():
+        yield f"{name}.lora_A"
+        yield from (f"{name}.lora_B.{part.name}" for part in layer._parts)
+        yield from (f"{name}.{own}" for own in prev_names(layer))

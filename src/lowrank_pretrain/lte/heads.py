@@ -1,0 +1,216 @@
+"""A layer with H heads: what a linear layer becomes under LTE (arXiv 2402.16828, section 3).
+
+Like ``lora_layer``, giving heads swaps the *class* of a layer: module, W and b stay the same objects under the same names.
+Heads are ``lora_A`` (H, ΣR, D) and, per row block of a fused layer, ``lora_B.<part>`` (H, O_part, R_part). N heads in all,
+H of them on this worker; s = alpha / R.
+
+Modes. ``parallel``: head k trains on the k-th chunk of the batch. ``joint`` (the authors' MHLoRA): all heads see the whole
+batch, y = W x + (s/N) Σ B_n A_n x. ``sequential``: one head at a time, on the whole batch; H is 1 and who it is changes.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lowrank_pretrain.errors import ConfigError
+from lowrank_pretrain.lora_function import Part, RestPart, lora_linear
+from lowrank_pretrain.lora_layer import Inherit, Reclassed, has_own_forward, keep_rows, swap_class
+from lowrank_pretrain.lte.heads_function import Layout, heads_linear
+from lowrank_pretrain.seeds import generator
+from lowrank_pretrain.targets import Target, is_conv1d
+
+MODES = ("parallel", "joint", "sequential")
+
+
+@dataclass
+class Shared:
+    """What all layers with heads of one model have in common.
+
+    Attributes:
+        mode: one of ``MODES``.
+        total: N, the heads over which a merge averages (in ``sequential``: the workers).
+        batch: samples in the batch that is being trained on; ``None`` outside a training step.
+        viewing: W holds the merged weights for looking at: heads stay out of the way.
+    """
+
+    mode: str
+    total: int
+    batch: int | None = None
+    viewing: bool = False
+
+
+class MultiheadLoRALinear(Reclassed):
+    """What a layer's class gains by ``give_heads`` (mixed in before ``nn.Linear``, ``Conv1D`` or a subclass of them)."""
+
+    _parts: tuple[Part, ...]
+    _shared: Shared
+    _name: str
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, .., D) -> (B, .., O). Outside a training step: W as of the last merge, or the merged view if it is on."""
+        shared = self._shared
+        if shared.viewing or shared.batch is None:
+            return self._plain_class.forward(self, x)
+        rest_weight = tuple(self.rest_weight[part.name] for part in self._rest)
+        factors = [self.lora_B[part.name] for part in self._parts]
+        if shared.mode == "joint":
+            A, B, parts = self._side_by_side(factors)
+            return lora_linear(x, self.weight, self.bias, A, B, parts, is_conv1d(self), self._rest, rest_weight)
+        prev_A, prev_B = (self.prev_A, self.prev_B) if self.has_prev else (None, [])
+        layout = Layout(self._parts, self._rest, is_conv1d(self))
+        spans = self._spans(x)
+        return heads_linear(x, self.weight, self.bias, self.lora_A, factors, prev_A, prev_B, spans, layout, rest_weight)
+
+    def _spans(self, x: Tensor) -> tuple[tuple[int, int], ...]:
+        """Per head its first row and the one after its last; the first heads get one sample more if it does not divide."""
+        heads, batch, rows = self.lora_A.shape[0], self._shared.batch, x.numel() // x.shape[-1]
+        if heads == 1:
+            return ((0, rows),)
+        if x.ndim < 2 or x.shape[0] % batch:
+            raise ConfigError(
+                "targets", self._name, f"its input {tuple(x.shape)} does not have the batch of {batch} first: "
+                "leave it out of the targets, or use heads=1"
+            )  # fmt: skip
+        per_sample, share, more = rows // batch, batch // heads, batch % heads
+        ends = [per_sample * (k * share + min(k, more)) for k in range(heads + 1)]
+        return tuple(zip(ends[:-1], ends[1:], strict=True))
+
+    def _side_by_side(self, factors: list[Tensor]) -> tuple[Tensor, list[Tensor], tuple[Part, ...]]:
+        """All heads as one adapter of H times the rank, scale / N."""
+        heads = self.lora_A.shape[0]
+        A = torch.cat([self.lora_A[:, p.a : p.a + p.rank].flatten(0, 1) for p in self._parts])
+        B = [f.permute(1, 0, 2).flatten(1) for f in factors]
+        wide = [p._replace(a=heads * p.a, rank=heads * p.rank, scale=p.scale / self._shared.total) for p in self._parts]
+        return A, B, tuple(wide)
+
+    @property
+    def has_prev(self) -> bool:
+        """Whether W holds anything of these heads."""
+        return getattr(self, "prev_A", None) is not None
+
+    def set_prev(self, A: Tensor | None, B: dict[str, Tensor] | None) -> None:
+        """What of these heads W holds from now on: a copy is made; ``None``: nothing."""
+        self.prev_A = None if A is None else A.detach().clone()
+        for index, part in enumerate(self._parts):
+            self.register_buffer(f"prev_B{index}", None if B is None else B[part.name].detach().clone(), persistent=False)
+
+    @property
+    def prev_B(self) -> list[Tensor | None]:
+        """Per part (H, O_part, R_part)."""
+        return [getattr(self, f"prev_B{index}") for index in range(len(self._parts))]
+
+    def extra_repr(self) -> str:
+        """The plain layer's line, heads and ranks."""
+        ranks = ", ".join(f"{part.name}={part.rank}" for part in self._parts)
+        return f"{super().extra_repr()}, heads={self.lora_A.shape[0]}, lora_rank({ranks})"
+
+
+def draw_A(target: str, head: int, redraw: int, rank: int, cols: int, seed: int | None = None) -> Tensor:
+    """A of one head, (R, D): orthogonal times √(D/R), so that every singular value is √(D/R) (the authors' initialisation).
+
+    Args:
+        target: its name.
+        head: id of the head, 0 … N−1, the same whatever worker it lives on.
+        redraw: how often it was drawn before.
+        rank: R.
+        cols: D.
+        seed: the run's seed.
+    """
+    A = torch.empty(rank, cols)
+    nn.init.orthogonal_(A, gain=math.sqrt(cols / rank), generator=generator("lora_A", target, head, redraw, seed=seed))
+    return A
+
+
+def give_heads(
+    layer_name: str,
+    layer: nn.Module,
+    ranked: list[tuple[Target, int]],
+    head_ids: list[int],
+    shared: Shared,
+    rest: list[RestPart],
+    alpha: float | None = None,
+    seed: int | None = None,
+) -> list[Inherit]:
+    """Swap the layer's class, register heads with B = 0 for its ranked targets, and freeze W.
+
+    Args:
+        layer_name: of the layer, for messages.
+        layer: an ``nn.Linear``, a ``Conv1D`` or a subclass of them.
+        ranked: its targets, in the order of rows, with their ranks.
+        head_ids: the H heads that live here.
+        shared: common to the model's layers.
+        rest: its row blocks that are no targets; they go on training in full.
+        alpha: scale = alpha / rank; ``None``: scale 1.
+        seed: of A.
+
+    Returns:
+        What the rest blocks' parameters take over.
+    """
+    if has_own_forward(layer):
+        name = type(layer).__name__
+        raise ConfigError("targets", layer_name, f"{name} has a forward of its own, which heads cannot follow")
+    weight = layer.weight
+    like = {"dtype": weight.dtype, "device": weight.device}
+    parts, at, heads = [], 0, len(head_ids)
+    for target, rank in ranked:
+        parts.append(Part(target.part, target.start, target.rows, at, rank, 1.0 if alpha is None else alpha / rank))
+        at += rank
+    swap_class(layer, MultiheadLoRALinear)
+    layer._parts, layer._rest, layer._shared, layer._name = tuple(parts), (), shared, layer_name
+    none = torch.empty(0, weight.shape[0] if is_conv1d(layer) else weight.shape[1])
+    A = [torch.cat([none, *(draw_A(t.name, head, 0, rank, t.cols, seed) for t, rank in ranked)]) for head in head_ids]
+    layer.lora_A = nn.Parameter(torch.stack(A).to(**like), requires_grad=at > 0)
+    layer.lora_B = nn.ParameterDict({t.part: nn.Parameter(torch.zeros(heads, t.rows, rank, **like)) for t, rank in ranked})
+    layer.register_buffer("prev_A", None, persistent=False)
+    layer.set_prev(None, None)
+    inherited = keep_rows(layer, rest, bias=False) if rest and weight.requires_grad else []
+    weight.requires_grad_(False)
+    return inherited
+
+
+@dataclass
+class Held:
+    """The heads of a layer that has its plain class back: what a checkpoint of a finished fit still needs."""
+
+    lora_A: Tensor
+    lora_B: dict[str, Tensor]
+    prev_A: Tensor | None
+    prev_B: list[Tensor | None]
+    _parts: tuple[Part, ...]
+
+    @property
+    def has_prev(self) -> bool:
+        """Whether W held anything of these heads."""
+        return self.prev_A is not None
+
+
+def take_heads(layer: nn.Module) -> Held:
+    """Give the layer its plain class back; what the heads hold beyond W is in what is returned."""
+    held = Held(layer.lora_A, dict(layer.lora_B.items()), layer.prev_A, layer.prev_B, layer._parts)
+    for name in ("lora_A", "lora_B", "rest_weight", "rest_bias", *prev_names(layer)):
+        if hasattr(layer, name):
+            delattr(layer, name)
+    layer.__class__ = layer._plain_class
+    del layer._parts, layer._rest, layer._shared, layer._name
+    return held
+
+
+def prev_names(layer: nn.Module) -> list[str]:
+    """Names of a layer's buffers that hold what W has of its heads."""
+    return ["prev_A", *(f"prev_B{index}" for index in range(len(layer._parts)))]
+
+
+def head_layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(name, layer) of every layer with heads, in the module's order."""
+    return ((name, layer) for name, layer in module.named_modules() if isinstance(layer, MultiheadLoRALinear))
+
+
+def head_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """(name, parameter) of every head's factor."""
+    for name, layer in head_layers(module):
+        for own, p in layer.named_parameters():
+            if own.startswith("lora_"):
+                yield f"{name}.{own}", p

@@ -1,0 +1,153 @@
+"""A linear layer with H heads, each on its own rows of the batch, as one differentiable function (LTE: arXiv 2402.16828).
+
+    y_k = W x_k + b + scale · (B_k A_k − B'_k A'_k) x_k        k = 1 … H, x_k the k-th chunk of the rows
+
+W holds every worker's heads as of the last merge, B' A' is what this head had put into it then: without that term its own
+update would count twice. W is frozen here; x is what backward keeps.
+
+n rows of x in all, n_k of head k, D in, O out, R rank per part, ΣR the parts' ranks added up, H heads.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lowrank_pretrain.lora_function import Part, RestPart, add_low_rank, affine, forms_merged_weight, merged, times_B
+
+
+class Layout(NamedTuple):
+    """What of a layer with heads is no tensor."""
+
+    parts: tuple[Part, ...]
+    rest: tuple[RestPart, ...]
+    transposed: bool  # W is D×O (transformers' Conv1D)
+
+
+def heads_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: list[Tensor],
+    prev_A: Tensor | None,
+    prev_B: list[Tensor],
+    spans: tuple[tuple[int, int], ...],
+    layout: Layout,
+    rest_weight: tuple[Tensor, ...] = (),
+) -> Tensor:
+    """Linear layer whose batch is shared out among H heads.
+
+    Args:
+        x: (B, …, D).
+        weight: (O, D), or (D, O) if transposed; must not need a gradient.
+        bias: (O,) or None.
+        lora_A: (H, ΣR, D).
+        lora_B: per part (H, O_p, R_p).
+        prev_A: like ``lora_A``, as of the last merge; ``None`` if nothing of these heads is in W.
+        prev_B: like ``lora_B``; empty if ``prev_A`` is ``None``.
+        spans: per head its first row and the one after its last, among x's n rows.
+        layout: the parts, and how W lies.
+        rest_weight: see ``lora_function.lora_linear``.
+
+    Returns:
+        (B, …, O). Each head's gradient is that of the mean over its own samples: it is multiplied by n / n_k, as
+        if it were alone on a worker with them.
+    """
+    return _HeadsLinear.apply(x, weight, bias, lora_A, prev_A, spans, layout, *lora_B, *prev_B, *rest_weight)
+
+
+def _beside_prev(
+    lora_A: Tensor, lora_B: list[Tensor], prev_A: Tensor | None, prev_B: list[Tensor], parts: tuple[Part, ...]
+) -> tuple[Tensor, list[Tensor], tuple[Part, ...]]:
+    """Fold the subtracted factors in as further ranks: B A − B' A' = [B, −B'] [A; A'], part by part."""
+    if prev_A is None:
+        return lora_A, lora_B, parts
+    rows = [x[:, p.a : p.a + p.rank] for p in parts for x in (lora_A, prev_A)]
+    wide = tuple(p._replace(a=2 * p.a, rank=2 * p.rank) for p in parts)
+    return torch.cat(rows, 1), [torch.cat([b, -old], 2) for b, old in zip(lora_B, prev_B, strict=True)], wide
+
+
+class _HeadsLinear(torch.autograd.Function):
+    """See the module's text. A head's products are those of ``lora_function``, on its own rows."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, prev_A: Tensor | None,
+                spans: tuple[tuple[int, int], ...], layout: Layout, *factors: Tensor) -> Tensor:  # fmt: skip
+        parts, p = layout.parts, len(layout.parts)
+        lora_B, prev_B = list(factors[:p]), list(factors[p : 2 * p]) if prev_A is not None else []
+        device = x.device.type
+        autocast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
+        dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
+        with torch.autocast(device, enabled=False):
+            xc = x.to(dtype)
+            flat = xc.reshape(-1, x.shape[-1])  # (n, D)
+            forms = forms_merged_weight(flat.shape[0] // len(spans), weight)
+            A, B, wide = _beside_prev(lora_A, lora_B, prev_A, prev_B, parts)
+            b = None if bias is None else bias.to(dtype)
+            if forms:
+                out = weight.shape[1 if layout.transposed else 0]
+                y = xc.new_empty(*x.shape[:-1], out)
+                for k, (i, j) in enumerate(spans):
+                    w = merged(weight, A[k], [f[k] for f in B], wide, layout.transposed).to(dtype)
+                    y.view(-1, out)[i:j] = affine(flat[i:j], w, b, layout.transposed)
+            else:
+                y = affine(xc, weight.to(dtype), b, layout.transposed)
+                for k, (i, j) in enumerate(spans):
+                    add_low_rank(y.view(-1, y.shape[-1])[i:j], flat[i:j] @ A[k].to(dtype).t(), [f[k] for f in B], wide, dtype)
+        ctx.save_for_backward(xc, weight, lora_A, prev_A, *lora_B, *prev_B)
+        ctx.layout, ctx.spans, ctx.forms, ctx.dtype = layout, spans, forms, dtype
+        ctx.x_dtype, ctx.x_shape = x.dtype, x.shape
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.rest_dtypes = [f.dtype for f in factors[p + len(prev_B) :]]
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple:
+        x, weight, lora_A, prev_A, *factors = ctx.saved_tensors
+        (parts, rest, transposed), dtype, needs = ctx.layout, ctx.dtype, ctx.needs_input_grad
+        p = len(parts)
+        lora_B, prev_B = factors[:p], factors[p:]
+        dy, x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])  # (n, O), (n, D)
+        n, total = dy.shape[0], lora_A.shape[1]
+        A, B, wide = _beside_prev(lora_A, lora_B, prev_A, prev_B, parts)
+        dA = torch.zeros_like(lora_A) if needs[3] else None
+        wants_B = any(needs[7 : 7 + p])
+        dB = [torch.zeros_like(f) if wants_B else None for f in lora_B]
+        dx = None
+        if needs[0]:
+            dx = torch.empty_like(x) if ctx.forms else dy @ _as_rows(weight.to(dtype), transposed)
+        for k, (i, j) in enumerate(ctx.spans):
+            if i == j:
+                continue
+            dy_k, x_k, share = dy[i:j], x[i:j], n / (j - i)
+            B_k = [f[k] for f in lora_B]
+            if dx is not None and ctx.forms:
+                w = merged(weight, A[k], [f[k] for f in B], wide, transposed).to(dtype)
+                torch.mm(dy_k, _as_rows(w, transposed), out=dx[i:j])
+            if dx is not None and not ctx.forms:
+                dx[i:j].addmm_(times_B(dy_k, [f[k] for f in B], wide, A.shape[1], dtype), A[k].to(dtype))
+            if dA is not None:
+                dz = times_B(dy_k, B_k, parts, total, dtype)  # (n_k, ΣR), only what trains
+                dA[k] = (x_k.t() @ dz).t().to(lora_A.dtype).mul_(share)
+            if wants_B:
+                z = x_k @ lora_A[k].to(dtype).t()  # (n_k, ΣR)
+                for part, d in zip(parts, dB, strict=True):
+                    block = dy_k[:, part.start : part.start + part.rows].t() @ z[:, part.a : part.a + part.rank]
+                    d[k] = block.to(d.dtype).mul_(part.scale * share)
+        db = dy.sum(0).to(ctx.bias_dtype) if needs[2] else None
+        d_rest: list[Tensor | None] = [None] * len(ctx.rest_dtypes)
+        first = len(needs) - len(d_rest)
+        for index, span in enumerate(rest):
+            if needs[first + index]:
+                d = dy[:, span.start : span.start + span.rows].t() @ x
+                d_rest[index] = (d.t() if transposed else d).to(ctx.rest_dtypes[index])
+        dx = None if dx is None else dx.to(ctx.x_dtype).view(ctx.x_shape)
+        return dx, None, db, dA, None, None, None, *dB, *[None] * len(prev_B), *d_rest
+
+
+def _as_rows(weight: Tensor, transposed: bool) -> Tensor:
+    """W as (O, D)."""
+    return weight.t() if transposed else weight

@@ -1,0 +1,215 @@
+"""The merge: W ← W₀ + (s/N) Σ BₙAₙ over all workers' heads (LTE, arXiv 2402.16828, section 3.3), over a process group.
+
+Two routes carry the same sum. ``factors``: every worker gets every head's A and B (all-gather) and forms the sum itself.
+``dense``: every worker forms the sum over its own heads and the sums are added (all-reduce). Per worker and target, with N
+heads on w workers, f = N/w · R(D+O) numbers of its own and b bytes a number, rings send (w−1)·f·b and 2(w−1)/w·DO·b bytes:
+the fewer are taken. All targets of a route travel in one flat buffer.
+
+Whatever route, every worker computes the same numbers in the same order, so W is equal on all of them bit for bit, and it is
+computed from W₀ in float32 at least, so that storing W in half precision rounds once instead of at every merge.
+
+O out, D in, R rank, H heads here, N in all.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lowrank_pretrain.lora_function import Part
+from lowrank_pretrain.targets import weight_rows
+
+ROUTES = ("factors", "dense")
+
+
+@dataclass
+class Piece:
+    """One target with heads.
+
+    Attributes:
+        name: the target's name.
+        layer: the layer with heads.
+        part: its row block.
+        base: W₀, (O, D) in float32 at least; ``None``: W itself is what the next merge adds to.
+        route: ``factors`` or ``dense``.
+    """
+
+    name: str
+    layer: nn.Module
+    part: Part
+    base: Tensor | None = field(default=None, repr=False)
+    route: str = "factors"
+
+    def rows(self) -> Tensor:
+        """W's rows, an (O, D) view."""
+        return weight_rows(self.layer).detach()[self.part.start : self.part.start + self.part.rows]
+
+    def factors(self) -> "Factors":
+        """The heads' live A (H, R, D), a view, and B (H, O, R)."""
+        rows = slice(self.part.a, self.part.a + self.part.rank)
+        return self.layer.lora_A.detach()[:, rows], self.layer.lora_B[self.part.name].detach()
+
+    def choose_route(self, route: str | None, workers: int) -> None:
+        """The route of fewer bytes, unless ``route`` says which."""
+        A, B = self.factors()
+        own = A.numel() * A.itemsize + B.numel() * B.itemsize
+        dense = self.part.rows * A.shape[2] * at_least_32(A.dtype).itemsize
+        self.route = route or ("factors" if (workers - 1) * own <= 2 * (workers - 1) / workers * dense else "dense")
+
+
+Factors = tuple[Tensor, Tensor]
+
+
+def at_least_32(dtype: torch.dtype) -> torch.dtype:
+    """float32 for half precisions, else the dtype itself."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+class Workers:
+    """The workers that merge: their process group, and what was sent over it.
+
+    Args:
+        group: their group; ``None``: this process is alone.
+        timeout: seconds after which the group gives up on a worker (for the message).
+
+    Attributes:
+        size: how many.
+        sent: bytes that this worker has sent, by the rings' formulae above.
+        seconds: time spent waiting for the others.
+    """
+
+    def __init__(self, group: Any = None, timeout: float | None = None) -> None:
+        self.group, self.timeout = group, timeout
+        self.size = 1 if group is None else dist.get_world_size(group)
+        self.rank = 0 if group is None else dist.get_rank(group)
+        self.sent, self.seconds = 0.0, 0.0
+
+    def gather(self, flat: Tensor, async_op: bool = False) -> tuple[Tensor, Any]:
+        """All workers' ``flat`` one below the other, (w, n); equal n everywhere."""
+        if self.size == 1:
+            return flat[None], None
+        out = flat.new_empty(self.size * flat.numel())  # gloo takes a flat output only
+        self.sent += (self.size - 1) * flat.numel() * flat.itemsize
+        work = self._call(lambda: dist.all_gather_into_tensor(out, flat, group=self.group, async_op=async_op))
+        return out.view(self.size, -1), work
+
+    def add(self, flat: Tensor, async_op: bool = False) -> Any:
+        """Sum of all workers' ``flat``, in place."""
+        if self.size == 1:
+            return None
+        self.sent += 2 * (self.size - 1) / self.size * flat.numel() * flat.itemsize
+        return self._call(lambda: dist.all_reduce(flat, group=self.group, async_op=async_op))
+
+    def wait(self, work: Any) -> None:
+        """Until an asynchronous call is done."""
+        if work is not None:
+            self._call(work.wait)
+
+    def _call(self, call: Any) -> Any:
+        began = time.perf_counter()
+        try:
+            return call()
+        except RuntimeError as error:
+            within = "" if self.timeout is None else f" within {self.timeout:g} s"
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise RuntimeError(
+                f"LTE: another worker died or did not answer{within} ({reason}); resume from the last checkpoint"
+            ) from error
+        finally:
+            self.seconds += time.perf_counter() - began
+
+    def all_heads(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Each (H, …) tensor as (N, …) over all workers, heads in the order of their ids; not counted as merge traffic."""
+        before = self.sent
+        result: dict[int, Tensor] = {}
+        for dtype in dict.fromkeys(t.dtype for t in tensors):
+            chosen = [i for i, t in enumerate(tensors) if t.dtype == dtype]
+            gathered, _ = self.gather(torch.cat([tensors[i].reshape(-1) for i in chosen]))
+            at = 0
+            for i in chosen:
+                n = tensors[i].numel()
+                result[i] = gathered[:, at : at + n].reshape(-1, *tensors[i].shape[1:]).clone()
+                at += n
+        self.sent = before
+        return [result[i] for i in range(len(tensors))]
+
+    def average(self, tensors: Sequence[Tensor]) -> None:
+        """The mean of each tensor over the workers, in place; float32 inside, one flat buffer."""
+        if self.size == 1 or not tensors:
+            return
+        flat = torch.cat([t.reshape(-1).to(at_least_32(t.dtype)) for t in tensors])
+        self.add(flat)
+        flat /= self.size
+        at = 0
+        for t in tensors:
+            t.copy_(flat[at : at + t.numel()].view_as(t))
+            at += t.numel()
+
+
+class Exchange:
+    """One merge's traffic, perhaps still under way. ``updated`` gives what W becomes.
+
+    Args:
+        pieces: all targets, in one order on all workers.
+        snapshot: per piece the factors to merge; all of a piece's layout.
+        workers: who takes part.
+        divisor: N of the mean.
+        overlap: return before the others have answered.
+    """
+
+    def __init__(
+        self, pieces: Sequence[Piece], snapshot: Sequence[Factors], workers: Workers, divisor: int, overlap: bool = False
+    ) -> None:
+        self.pieces, self.snapshot, self.workers, self.divisor = pieces, snapshot, workers, divisor
+        self._at: list[int] = []
+        factors, dense = [], []
+        sizes = {"factors": 0, "dense": 0}
+        for piece, (A, B) in zip(pieces, snapshot, strict=True):
+            route = piece.route if workers.size > 1 else "factors"
+            self._at.append(sizes[route])
+            if route == "factors":
+                factors += [A.reshape(-1), B.reshape(-1)]
+                sizes[route] += A.numel() + B.numel()
+            else:
+                dense.append(self._sum(piece, A, B).reshape(-1))
+                sizes[route] += dense[-1].numel()
+        self._gathered = self._summed = None
+        self._works = []
+        if factors:
+            self._gathered, work = workers.gather(torch.cat(factors), async_op=overlap)
+            self._works.append(work)
+        if dense:
+            self._summed = torch.cat(dense)
+            self._works.append(workers.add(self._summed, async_op=overlap))
+
+    def wait(self) -> None:
+        """Until all have answered."""
+        while self._works:
+            work = self._works.pop()
+            if not isinstance(work, Tensor):
+                self.workers.wait(work)
+
+    def updated(self, index: int) -> Tensor:
+        """W₀ + (s/N) Σ BₙAₙ of one piece, (O, D) in the base's dtype, a new tensor."""
+        self.wait()
+        piece, (A, B) = self.pieces[index], self.snapshot[index]
+        base = piece.rows().to(at_least_32(A.dtype)) if piece.base is None else piece.base
+        at = self._at[index]
+        if piece.route == "dense" and self.workers.size > 1:
+            delta = self._summed[at : at + piece.part.rows * A.shape[2]]
+            return base + delta.view(piece.part.rows, -1)
+        n = A.numel()
+        A = self._gathered[:, at : at + n].reshape(-1, *A.shape[1:])  # (N, R, D)
+        B = self._gathered[:, at + n : at + n + B.numel()].reshape(-1, *B.shape[1:])  # (N, O, R)
+        return self._sum(piece, A, B, base)
+
+    def _sum(self, piece: Piece, A: Tensor, B: Tensor, base: Tensor | None = None) -> Tensor:
+        """(s / N) Σ BₙAₙ, one product of depth N·R, added to ``base``."""
+        dtype = at_least_32(A.dtype)
+        A, B = A.to(dtype).flatten(0, 1), B.to(dtype).permute(1, 0, 2).flatten(1)  # (N·R, D), (O, N·R)
+        scale = piece.part.scale / self.divisor
+        return (B @ A).mul_(scale) if base is None else torch.addmm(base, B, A, alpha=scale)

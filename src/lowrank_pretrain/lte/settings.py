@@ -1,0 +1,53 @@
+"""``LTEStrategy``'s arguments: what is allowed, said in one line."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from lowrank_pretrain.errors import ConfigError
+from lowrank_pretrain.lte.heads import MODES
+from lowrank_pretrain.lte.merge import ROUTES
+from lowrank_pretrain.lte.rest import SYNC
+
+
+def check(given: Mapping[str, Any]) -> None:
+    """Look at every argument, and at how they go together.
+
+    Raises:
+        ConfigError: naming the first that is wrong.
+    """
+    for key in ("rank", "heads", "merge_every"):
+        _whole(key, given[key], 1)
+    _whole("overlap", given["overlap"], 0)
+    for key, allowed in (("mode", MODES), ("sync_rest", SYNC), ("route", (None, *ROUTES))):
+        if given[key] not in allowed:
+            raise ConfigError(key, given[key], f"must be one of {', '.join(str(a) if a else 'null' for a in allowed)}")
+    if not isinstance(given["reset"], bool):
+        raise ConfigError("reset", given["reset"], "must be true or false")
+    alpha, timeout, prune = given["alpha"], given["merge_timeout"], given["prune"]
+    if alpha is not None and not (_number(alpha) and alpha > 0):
+        raise ConfigError("alpha", alpha, "must be a number above 0, or null for alpha = rank")
+    if not (_number(timeout) and timeout > 0):
+        raise ConfigError("merge_timeout", timeout, "must be a number of seconds above 0")
+    if prune is not None and not (_number(prune) and 0 <= prune <= 1):
+        raise ConfigError("prune", prune, "must be a share from 0 to 1, or null to delete the optimizer state")
+    if prune is not None and not given["reset"]:
+        raise ConfigError("prune", prune, "belongs to reset=true: without it heads keep their optimizer state")
+    if given["overlap"] >= given["merge_every"]:
+        raise ConfigError("overlap", given["overlap"], f"must be below merge_every={given['merge_every']}: one merge at a time")
+    if given["overlap"] and (given["reset"] or given["mode"] != "parallel"):
+        raise ConfigError(
+            "overlap", given["overlap"], "needs reset=false and mode=parallel: else steps would be lost"
+        )
+    if given["mode"] == "joint" and (given["reset"] or given["sync_rest"] == "merge"):
+        key = "reset" if given["reset"] else "sync_rest"
+        raise ConfigError(key, given[key], "has no meaning in mode=joint, which never merges")
+
+
+def _whole(key: str, value: Any, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ConfigError(key, value, f"must be a whole number of {least} or more")
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

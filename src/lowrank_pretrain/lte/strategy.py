@@ -1,0 +1,443 @@
+"""LTE as a Lightning strategy: workers train low-rank heads on their own data and merge now and then (arXiv 2402.16828).
+
+One process per device, started by Lightning's own launchers; a DDP strategy by inheritance, so that samplers share the data
+out. The model is converted in ``setup``, after ``configure_optimizers`` has seen the bare model and before DDP wraps what is
+synchronised at every step. This file knows hooks and no maths: ``head_set`` has the heads and their clock, ``merge`` the
+traffic, ``state`` the checkpoint.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from datetime import timedelta
+from typing import Any
+
+import lightning.pytorch as pl
+import torch.distributed as dist
+from lightning.pytorch.overrides.distributed import _sync_module_states
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.data import extract_batch_size
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lowrank_pretrain import lora, random_state, transition
+from lowrank_pretrain.errors import ConfigError
+from lowrank_pretrain.lora_layer import Inherit
+from lowrank_pretrain.lte import record, rest, state
+from lowrank_pretrain.lte.clipping import clip_norms, share_overflow
+from lowrank_pretrain.lte.head_set import HeadSet, Settings, ignored_names
+from lowrank_pretrain.lte.merge import Workers
+from lowrank_pretrain.lte.optimizer_state import BareGroups
+from lowrank_pretrain.lte.settings import check
+from lowrank_pretrain.lte.sharding import check_batches_differ, check_sampler, equal_lengths, known_to_share
+from lowrank_pretrain.plan import Plan, check_rank
+from lowrank_pretrain.targets import find_targets
+
+
+class LTEStrategy(DDPStrategy):
+    """Workers train heads apart and merge them every so many optimizer steps.
+
+    Args:
+        rank: R of every head.
+        heads: H per device; N = devices × heads.
+        merge_every: T, optimizer steps between merges.
+        alpha: scale = alpha / rank; ``None``: alpha = rank, scale 1. The authors use 64 to 128 times that.
+        targets: presets or globs (``targets.find_targets``).
+        mode: ``parallel``: each head on its own share of the batch; ``joint``: all heads on the whole batch, synchronous, no
+            merge (the authors' MHLoRA); ``sequential``: one head per window, on the whole batch.
+        reset: heads start anew after a merge. Without it rank(W − W₀) ≤ N·R for ever.
+        sync_rest: what belongs to no target is averaged at every ``step``, like DDP, or at every ``merge``.
+        route: ``factors`` or ``dense``; ``None``: per target the fewer bytes.
+        overlap: apply a merge this many steps after it was begun, ``< merge_every``; needs ``reset=False``.
+        prune: with ``reset``, share of the heads' moments to zero instead of deleting their optimizer state (ReLoRA).
+        merge_timeout: seconds after which a worker that does not answer ends the job.
+        ddp_kwargs: further arguments of ``DDPStrategy``.
+
+    Raises:
+        ConfigError: a wrong value.
+    """
+
+    strategy_name = "lte"
+
+    def __init__(
+        self,
+        rank: int = 16,
+        heads: int = 4,
+        merge_every: int = 10,
+        alpha: float | None = None,
+        targets: str | Sequence[str] = "all",
+        mode: str = "parallel",
+        reset: bool = False,
+        sync_rest: str = "step",
+        route: str | None = None,
+        overlap: int = 0,
+        prune: float | None = None,
+        merge_timeout: float = 600.0,
+        **ddp_kwargs: Any,
+    ) -> None:
+        check(locals())
+        super().__init__(**ddp_kwargs)
+        self.rank, self.targets = rank, targets if isinstance(targets, str) else [str(t) for t in targets]
+        self.sync_rest, self.merge_timeout = sync_rest, merge_timeout
+        self.settings = Settings(heads, merge_every, alpha, mode, reset, route, overlap, prune)
+        self._forget()
+
+    def _forget(self) -> None:
+        """As before a fit."""
+        self.heads: HeadSet | None = None
+        self.rest: rest.Rest | None = None
+        self._bare: list[BareGroups] = []
+        self._adapters: lora.Adapters | None = None
+        self._stash: Mapping[str, Any] | None = None
+        self._workers: Workers | None = None
+        self._moments: dict = {}
+        self._holding = False
+        self._first_batch = False
+        self._looks_at_batches = False
+        self._logged = 0
+
+    # -- putting on -------------------------------------------------------------------------------------------------
+
+    @property
+    def merge_every(self) -> int:
+        """T."""
+        return self.settings.merge_every
+
+    def setup(self, trainer: pl.Trainer) -> None:
+        """DDP's set-up, then the conversion, then the wrapper."""
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        if fitting:
+            stash, self._stash = self._stash, None
+            self._forget()
+            self._stash = stash
+            self._workers = self._make_workers()
+        self._holding = True
+        super().setup(trainer)
+        self._holding = False
+        if not fitting:
+            return
+        self._broadcast_weights()
+        if not any(hasattr(c, "phase") and hasattr(c, "switch") for c in trainer.callbacks):
+            transition.apply(trainer, self.lightning_module, self._convert_targets, replay=True)
+        elif (self.rank, self.targets) != (16, "all"):
+            raise ConfigError(
+                "rank, targets", (self.rank, self.targets), "the phase callback's plan decides them: leave them out"
+            )
+        self.configure_ddp()
+        scaler = getattr(self.precision_plugin, "scaler", None)
+        if scaler is not None and self._workers.size > 1 and self.sync_rest == "step":
+            share_overflow(scaler, self._workers.group)
+        self.precision_plugin.clip_grad_by_norm = self._clip_grad_by_norm
+
+    def _make_workers(self) -> Workers:
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            return Workers()
+        if not hasattr(self, "_group"):
+            # of its own: a short timeout here must not bound the rendezvous, nor may merges queue before DDP's buckets
+            self._group = dist.new_group(timeout=timedelta(seconds=self.merge_timeout))
+        return Workers(self._group, self.merge_timeout)
+
+    def _broadcast_weights(self) -> None:
+        """Rank 0's weights for all, before W₀ is taken from them."""
+        if self._workers.size == 1:
+            return
+        sums = self._checksums()
+        if len(set(sums)) > 1:
+            rank_zero_warn("workers start with different weights: rank 0's are taken (seed_everything gives all the same)")
+        _sync_module_states(self.lightning_module)
+        if len(set(self._checksums())) > 1:
+            raise RuntimeError("LTE: workers still hold different weights after rank 0's were broadcast")
+
+    def _checksums(self) -> list[float]:
+        mine = sum(p.detach().double().abs().sum().item() for p in self.lightning_module.parameters())
+        sums: list[Any] = [None] * self._workers.size
+        dist.all_gather_object(sums, mine, group=self._workers.group)
+        return sums
+
+    def _convert_targets(self) -> list[Inherit]:
+        targets = find_targets(self.lightning_module, self.targets)
+        for name, target in targets.items():
+            check_rank(name, self.rank, target)
+        inherited = lora.untie(self.lightning_module, {t.layer_name for t in targets.values()})
+        if inherited:
+            targets = find_targets(self.lightning_module, self.targets)
+        return inherited + self._convert(targets, dict.fromkeys(targets, self.rank))
+
+    def _convert(self, targets: Mapping, ranks: Mapping[str, int]) -> list[Inherit]:
+        self._bare = [BareGroups.of(o, (p for _, p in lora.adapter_parameters(self.lightning_module))) for o in self.optimizers]
+        self.heads = HeadSet(self.settings, self._workers)
+        inherited = self.heads.convert(targets, ranks)
+        for bare in self._bare:
+            bare.inherited = inherited
+        lora.switch_fast_path(self.lightning_module, off=True)
+        return inherited
+
+    def _after_conversion(self) -> None:
+        """The optimizers hold the heads now: warn, take a checkpoint's heads, tell the rest from the heads."""
+        heads, module = self.heads, self.lightning_module
+        heads.optimizers = list(self.optimizers)
+        owned = {id(p) for p in heads.factors().values()}
+        self.rest = rest.Rest(module, owned, set(ignored_names(heads.layers)), self._workers, self.sync_rest)
+        narrow = min(min(p.part.rows, p.factors()[0].shape[2]) for p in heads.pieces)
+        ranks = [p.part.rank for p in heads.pieces]
+        count = self.settings.heads * heads.workers.size
+        if not self.settings.reset and self.settings.mode != "joint" and count * max(ranks) < narrow:
+            rank_zero_warn(
+                f"LTE: {count} heads of rank {max(ranks)} reach updates of rank {count * max(ranks)} only, the matrices have "
+                f"{narrow} or more: use more heads, a higher rank, or reset=True"
+            )
+        if self.sync_rest == "step" and self._workers.size > 1:
+            heavy = self.rest.bytes() * self.settings.merge_every
+            if heavy > 4 * sum(sum(f.numel() * f.itemsize for f in p.factors()) for p in heads.pieces):
+                rank_zero_warn(
+                    f"LTE: sync_rest='step' sends {self.rest.bytes() / 2**20:.1f} MiB of other parameters at every step, more "
+                    "than the heads' merges: sync_rest='merge' saves most of it"
+                )
+        stash, self._stash = self._stash, None
+        if stash is not None:
+            self._take_stash(stash)
+
+    def _take_stash(self, stash: Mapping[str, Any]) -> None:
+        state.check(stash, self.heads)
+        mine, told = state.restore(stash, self.heads)
+        self._moments = state.moments_only(mine)
+        if told:
+            rank_zero_info(told)
+        self.rest.restore(stash.get("rest"))
+
+    # -- DESIGN 4.0: a phase callback hands over a plan --------------------------------------------------------------
+
+    def adopt(self, plan: Plan, module: pl.LightningModule) -> list[Inherit]:
+        """The switch: one synchronous adapter per target, averaged like everything else."""
+        self._plan, self._adapters = plan, lora.Adapters(self.settings.alpha)
+        return self._adapters.adopt(plan, module)
+
+    def release(self) -> list[Inherit]:
+        """The freeze: every head starts from the joint phase's adapter, which W holds from now on."""
+        module = self.lightning_module
+        ranks = dict(self._plan)
+        old = {name: (layer.lora_A, dict(layer.lora_B.items())) for name, layer in lora.lora_layers(module)}
+        for layer in [layer for _, layer in lora.lora_layers(module)]:
+            lora.take_adapters(layer)
+        every = find_targets(module, sorted(ranks))
+        inherited = self._convert(every, ranks)
+        inherited += self.heads.start_from(old)
+        return inherited
+
+    # -- a step -----------------------------------------------------------------------------------------------------
+
+    def process_dataloader(self, dataloader: Any) -> Any:
+        """Training loaders must share the data out and end together."""
+        trainer = self.lightning_module.trainer
+        if not trainer.training or self._workers is None:
+            return dataloader
+        check_sampler(dataloader, self._workers.size)
+        self._looks_at_batches |= not known_to_share(dataloader, self._workers.size)
+        return equal_lengths(dataloader, self._workers.size)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Tell the heads how large the batch is that they share."""
+        if self.heads is not None:
+            self.heads.shared.batch = self._batch_size(args[0] if args else kwargs)
+        if not self._first_batch:
+            self._first_batch = True
+            if self._looks_at_batches:
+                check_batches_differ(args[0] if args else kwargs, self._workers.size)
+        return super().training_step(*args, **kwargs)
+
+    def _batch_size(self, batch: Any) -> int:
+        heads = self.settings.heads
+        if heads == 1 or self.settings.mode != "parallel":
+            return 1
+        size = extract_batch_size(batch)
+        if size < heads and not self._first_batch:
+            raise ConfigError("heads", heads, f"a batch holds {size} samples on this worker: at least one per head is needed")
+        return size
+
+    def post_backward(self, closure_loss: Tensor) -> None:
+        """Forward passes outside a training step see W as it is."""
+        super().post_backward(closure_loss)
+        if self.heads is not None and self.lightning_module.automatic_optimization:
+            self.heads.shared.batch = None
+
+    def optimizer_step(self, optimizer: Optimizer, closure: Any, model: Any = None, **kwargs: Any) -> Any:
+        """The step, then the clock: it counts attempts, so that a step skipped on one worker (fp16) leaves none waiting."""
+        output = super().optimizer_step(optimizer, closure, model, **kwargs)
+        heads = self.heads
+        if heads is not None and heads.optimizers and optimizer is heads.optimizers[0]:
+            changed = heads.after_step()
+            if self.settings.mode != "joint" and heads.clock % self.settings.merge_every == 0:
+                self.rest.merge()
+            if changed:
+                self._log()
+        return output
+
+    def _clip_grad_by_norm(self, optimizer: Optimizer, clip_val: float) -> None:
+        own = [] if self.heads is None or self.settings.mode == "joint" else list(self.heads.factors().values())
+        owned = {id(p) for p in own}
+        mine = [p for group in optimizer.param_groups for p in group["params"]]
+        clip_norms((p for p in mine if id(p) not in owned), [p for p in own if any(p is q for q in mine)], clip_val)
+
+    def _log(self) -> None:
+        trainer = self.lightning_module.trainer
+        if trainer.global_step - self._logged < trainer.log_every_n_steps and self.heads.merges > 1:
+            return
+        self._logged = trainer.global_step
+        for logger in trainer.loggers:
+            logger.log_metrics(self.metrics(), step=trainer.global_step)
+
+    def metrics(self) -> dict[str, float]:
+        """MiB that this worker sent for the last merge, for the rest in the same window, and milliseconds waited for it."""
+        if self.heads is None:
+            return {}
+        sent, seconds = self.heads.last_cost
+        return {
+            "lte/merge_mib": sent / 2**20,
+            "lte/rest_mib": self.rest.sent_per_window(self.settings.merge_every) / 2**20,
+            "lte/merge_ms": 1000 * seconds,
+        }
+
+    # -- DDP --------------------------------------------------------------------------------------------------------
+
+    def configure_ddp(self) -> None:
+        """Wrap what is synchronised at every step; heads are left out of broadcasts and averages."""
+        if self._holding:
+            return
+        if self.heads is not None and not self.heads.optimizers:
+            self._after_conversion()
+        module = self.lightning_module
+        ignored = set() if self.heads is None or self.settings.mode == "joint" else set(ignored_names(self.heads.layers))
+        module._ddp_params_and_buffers_to_ignore = sorted(ignored)
+        synced = [name for name, p in module.named_parameters() if p.requires_grad and name not in ignored]
+        apart = self.heads is not None and self.settings.mode != "joint" and self.sync_rest == "merge"
+        if not synced or apart:
+            return  # DDP refuses a model without anything to reduce
+        if self._workers.group is not None:
+            self._ddp_kwargs["process_group"] = self._workers.group  # so that a stuck worker ends the job in time here too
+        super().configure_ddp()
+
+    # -- looking ----------------------------------------------------------------------------------------------------
+
+    def _look(self) -> None:
+        if self.heads is not None and self.heads.worn:
+            self.rest.look()  # first: the merged weights take rows of the rest along
+            self.heads.look()
+
+    def _look_away(self) -> None:
+        if self.heads is not None and self.heads.worn:
+            self.heads.look_away()
+            self.rest.look_away()
+
+    def on_train_start(self) -> None:
+        """Random states of a resumed run, behind everything that draws; and the view off (``lr_find`` leaves it on)."""
+        self._look_away()
+        states, self._random = getattr(self, "_random", None), None
+        if states is not None and self._workers is not None and len(states) == self._workers.size:
+            random_state.restore(states[self._workers.rank])
+
+    def on_validation_start(self) -> None:
+        """Score the merged model."""
+        self._look()
+
+    def on_validation_end(self) -> None:
+        """Go on with the heads as they were."""
+        self._look_away()
+
+    def on_test_start(self) -> None:
+        """Score the merged model."""
+        self._look()
+
+    def on_test_end(self) -> None:
+        """Go on with the heads as they were."""
+        self._look_away()
+
+    def on_predict_start(self) -> None:
+        """Score the merged model."""
+        self._look()
+
+    def on_predict_end(self) -> None:
+        """Go on with the heads as they were."""
+        self._look_away()
+
+    def on_train_end(self) -> None:
+        """From here on the module is the merged model."""
+        self._look()
+
+    def teardown(self) -> None:
+        """Take the heads off; after an exception W stays that of the last merge (the others may be gone)."""
+        if self.heads is not None and self.heads.worn:
+            with suppress(AttributeError):
+                del self.precision_plugin.clip_grad_by_norm
+            if not self.heads.shared.viewing and self.heads.workers.size == 1:
+                self._look()
+            self.heads.take_off()
+            self.rest.settle()
+            lora.switch_fast_path(self.lightning_module, off=False)
+            self.lightning_module._ddp_params_and_buffers_to_ignore = []
+        super().teardown()
+
+    # -- checkpoints ------------------------------------------------------------------------------------------------
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """The merged model under the plain names. All workers must call it together."""
+        if self.heads is None or not self.heads.worn:
+            return super().lightning_module_state_dict()
+        looking = self.heads.shared.viewing
+        self._look()
+        dropped = set(ignored_names(self.heads.layers))
+        plain = {
+            k: v for k, v in super().lightning_module_state_dict().items() if k not in dropped and ".rest_weight." not in k
+        }
+        if not looking:
+            if self.rest.apart:
+                plain = lora.clone_state(plain)
+            self._look_away()
+        return plain
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """What the bare model's optimizer would hold; the heads' moments are in ``lte_state``."""
+        for bare in self._bare:
+            if bare.optimizer is getattr(optimizer, "_optimizer", optimizer) and self.heads is not None:
+                return self.rest.averaged_moments(bare.state_dict())
+        return super().optimizer_state(optimizer)
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Add ``lte_state``; a file of weights only needs none."""
+        if self.heads is not None and "optimizer_states" in checkpoint:
+            entry = state.collect(self.heads)
+            entry["rest"] = self.rest.collect(self._bare)
+            states: list[Any] = [random_state.capture()]
+            if self._workers.size > 1:
+                states = [None] * self._workers.size
+                dist.all_gather_object(states, random_state.capture(), group=self._workers.group)
+            entry["random"] = states
+            checkpoint[state.KEY] = entry
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Load the merged model; keep the heads for when there are some, or put them on at once (``lr_find``)."""
+        live = self.heads is not None and self.heads.worn
+        stash = checkpoint.get(state.KEY)
+        if not live:
+            super().load_model_state_dict(checkpoint, strict)
+            if self.lightning_module.trainer.state.fn == TrainerFn.FITTING:
+                self._stash = stash
+                self._random = None if stash is None else stash["random"]
+            return
+        self._look_away()
+        own = {k: v for k, v in self.lightning_module.state_dict().items() if k in set(ignored_names(self.heads.layers))}
+        super().load_model_state_dict({**checkpoint, "state_dict": own | checkpoint["state_dict"]}, strict=False)
+        if stash is not None:
+            self._take_stash(stash)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """The bare model's states for the rest, the heads' own for the heads."""
+        if self.heads is None:
+            super().load_optimizer_state_dict(checkpoint)
+            return
+        own = {id(p): record.state_of(self._moments, name) for name, p in self.heads.factors().items()}
+        for bare, saved in zip(self._bare, checkpoint["optimizer_states"], strict=True):
+            bare.load(saved, own)
+        self._moments = {}
+        self.rest.restore_moments((checkpoint.get(state.KEY) or {}).get("rest"), self._bare)
