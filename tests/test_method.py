@@ -35,7 +35,7 @@ def test_every_method_file_builds(name):
     if name == "galore_8bit":
         pytest.importorskip("bitsandbytes")
     method = build(OmegaConf.create(config))
-    assert bool(method.callbacks or method.optimizer) is (name != "full")
+    assert bool(method.callbacks or method.strategy or method.optimizer) is (name != "full")
 
 
 def test_the_tolerances_are_the_papers():

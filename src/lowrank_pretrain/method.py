@@ -43,34 +43,36 @@ def build(config: Mapping[str, Any]) -> Method:
     if not isinstance(uses, list) or any(use not in _PARTS for use in uses):
         raise ConfigError("method.uses", uses, f"must be a list out of {', '.join(_PARTS)}")
     parts = {use: _PARTS[use]() for use in uses}
-    known = {use: _arguments(part.constructor) for use, part in parts.items()}
     for key in config:
-        if not any(key in names for names in known.values()):
-            allowed = sorted(set().union(*known.values()))
+        if not any(key in part.keys for part in parts.values()):
+            allowed = sorted(set().union(*(part.keys for part in parts.values())))
             near = difflib.get_close_matches(str(key), allowed, 1)
             hint = f"did you mean {near[0]}? " if near else ""
             names = ", ".join(allowed) or "none"
             raise ConfigError(f"method.{key}", config[key], f"is no key of this method; {hint}allowed: {names}")
     method = Method()
-    for use, part in parts.items():
-        arguments = {key: value for key, value in config.items() if key in known[use]}
+    for part in parts.values():
+        arguments = {part.keys[key]: value for key, value in config.items() if key in part.keys}
         try:
             part.add(method, arguments)
         except ConfigError as error:
-            raise ConfigError(f"method.{error.key}", error.value, error.allowed) from None
+            key = next((key for key, argument in part.keys.items() if argument == error.key), error.key)
+            raise ConfigError(f"method.{key}", error.value, error.allowed) from None
     return method
 
 
 @dataclass
 class _Part:
-    """A constructor, and where what it makes belongs."""
+    """What a configuration's keys are called by the constructor that takes them, and where what it makes belongs."""
 
-    constructor: Callable[..., Any]
+    keys: dict[str, str]
     add: Callable[[Method, dict[str, Any]], None]
 
 
-def _callback(constructor: Callable[..., Any]) -> _Part:
-    return _Part(constructor, lambda method, arguments: method.callbacks.append(constructor(**arguments)))
+def _callback(constructor: Callable[..., Any], keys: dict[str, str] | None = None) -> _Part:
+    """A part that is one callback; its keys are the constructor's arguments, unless the group needs longer names."""
+    keys = keys or {name: name for name in _arguments(constructor)}
+    return _Part(keys, lambda method, arguments: method.callbacks.append(constructor(**arguments)))
 
 
 def _prelora() -> _Part:
@@ -89,7 +91,7 @@ def _galore() -> _Part:
     def add(method: Method, arguments: dict[str, Any]) -> None:
         method.optimizer = galore_optimizer(**arguments)
 
-    return _Part(galore_optimizer, add)
+    return _Part({name: name for name in _arguments(galore_optimizer)}, add)
 
 
 def galore_optimizer(rank: int = 128, targets: str | Sequence[str] = "all", **settings: Any) -> Callable[[Any, Any], Any]:
@@ -114,7 +116,53 @@ def galore_optimizer(rank: int = 128, targets: str | Sequence[str] = "all", **se
     return make
 
 
-_PARTS: dict[str, Callable[[], _Part]] = {"prelora": _prelora, "lora": _lora, "galore": _galore}
+def _lte() -> _Part:
+    from lightning.pytorch.strategies import DDPStrategy
+
+    from lowrank_pretrain.lte import LTEStrategy
+
+    # of what Lightning's own strategy takes, only how processes start is the method's to say: a sweep needs it
+    lightnings = set(inspect.signature(DDPStrategy).parameters)
+    own = [name for name in _arguments(LTEStrategy) if name not in lightnings]
+
+    def add(method: Method, arguments: dict[str, Any]) -> None:
+        start = arguments.get("start_method", "popen")
+        if start not in START_METHODS:
+            raise ConfigError("start_method", start, f"must be one of {', '.join(START_METHODS)}")
+        method.strategy = LTEStrategy(**arguments)
+
+    return _Part({name: name for name in (*own, "start_method")}, add)
+
+
+def _jagged() -> _Part:
+    from lowrank_pretrain.lte.jagged import JaggedRestarts
+
+    keys = {"merge_every": "every", "restart_warmup": "warmup", "restart_start": "start"}  # a restart is at each merge
+    return _callback(JaggedRestarts, keys)
+
+
+def _effective_rank() -> _Part:
+    from lowrank_pretrain.lte.analysis import EffectiveRank
+
+    return _callback(EffectiveRank, {"targets": "targets", "gradient_every": "every", "rank_tol": "tol"})
+
+
+def _orthogonality() -> _Part:
+    from lowrank_pretrain.lte.analysis import HeadOrthogonality
+
+    return _callback(HeadOrthogonality, {"orthogonality_every": "every"})
+
+
+START_METHODS = ("popen", "spawn", "fork", "forkserver")
+_PARTS: dict[str, Callable[[], _Part]] = {
+    "prelora": _prelora,
+    "lora": _lora,
+    "galore": _galore,
+    "lte": _lte,
+    "jagged": _jagged,
+    "effective_rank": _effective_rank,
+    "orthogonality": _orthogonality,
+}
 
 
 def _arguments(constructor: Callable[..., Any]) -> list[str]:
@@ -124,7 +172,7 @@ def _arguments(constructor: Callable[..., Any]) -> list[str]:
 
         own = inspect.signature(GaLoreAdamW).parameters.values()
         return [*(name for name in names if name != "settings"), *(p.name for p in own if p.kind is p.KEYWORD_ONLY)]
-    return [name for name in names if name != "self"]
+    return [name for name, parameter in names.items() if name != "self" and parameter.kind is not parameter.VAR_KEYWORD]
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:

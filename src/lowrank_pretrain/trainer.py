@@ -64,5 +64,6 @@ def refuse_popen_sweep(trainer: pl.Trainer, multirun: bool) -> None:
     """
     # Lightning has no public name for "this strategy runs sys.argv again"
     if multirun and isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher) and trainer.world_size > 1:
-        allowed = "would start the whole sweep in every process; use trainer=ddp_spawn, or trainer.devices=1 per job"
+        cures = "trainer=ddp_spawn (with LTE method.start_method=spawn), or trainer.devices=1 per job"
+        allowed = f"would start the whole sweep in every process; use {cures}"
         raise ConfigError("trainer.strategy", type(trainer.strategy).__name__, allowed)
