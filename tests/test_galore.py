@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.fabric.utilities.optimizer import _optimizer_to_device
 from torch import nn
 
 from lowrank_pretrain.errors import ConfigError
@@ -309,6 +310,57 @@ def test_resume_is_bit_exact_through_a_weights_only_file(settings):
         assert torch.equal(p, q) and torch.equal(p, r)
 
 
+def test_state_moves_with_what_lightning_moves_it_with():
+    problem = Quadratic([(12, 20), (20, 12)])
+    plain = nn.Parameter(torch.ones(3))
+    for settings in ({}, {"proj_type": "full"}, {"residual": "fira"}, {"variant": "apollo"}):
+        optimizer = GaLoreAdamW([{"params": problem.params, "rank": 4, **settings}, {"params": [plain]}])
+        problem.grads()
+        plain.grad = torch.ones(3)
+        optimizer.step()
+        moved = {key for state in optimizer.state.values() for key in state} - {"step"}
+        _optimizer_to_device(optimizer, torch.device("meta"))
+        for state in optimizer.state.values():
+            assert state["step"].device.type == "cpu"
+            assert {key for key, value in state.items() if value.is_meta} == moved & state.keys()
+    # a state on the CPU follows parameters that are elsewhere
+    saved = optimizer.state_dict()
+    elsewhere = [nn.Parameter(p.to("meta")) for p in (*problem.params, plain)]
+    again = GaLoreAdamW([{"params": elsewhere[:2], "rank": 4, **settings}, {"params": elsewhere[2:]}])
+    again.load_state_dict(saved)
+    assert all(t.is_meta == (key != "step") for s in again.state.values() for key, t in s.items())
+
+
+def test_a_convolution_may_change_its_layout_between_steps():
+    results = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(0)
+        model, x = Net(), torch.randn(4, 3, 8, 8)
+        optimizer = GaLoreAdamW(galore_param_groups(model, 4, ["patch_embed"], update_proj_gap=3), lr=1e-2)
+        for step in range(4):
+            if step == 2:
+                model.to(memory_format=layout)
+            optimizer.zero_grad()
+            model(x).backward()
+            optimizer.step()
+        results.append(model.patch_embed.weight.detach())
+    assert results[1].is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+
+
+def test_parameters_that_were_flattened_after_construction():
+    # DeepSpeed puts flat partitions in the place of a group's parameters
+    problem = Quadratic([(12, 20)])
+    optimizer = GaLoreAdamW([{"params": problem.params, "rank": 4}])
+    problem.grads()
+    optimizer.step()
+    flat = nn.Parameter(problem.params[0].detach().flatten())
+    flat.grad = torch.ones_like(flat)
+    optimizer.param_groups[0]["params"] = [flat]
+    with pytest.raises(ConfigError, match="FSDP2"):
+        optimizer.step()
+
+
 def test_adopt_keeps_the_step_size_and_refuses_a_second_time():
     torch.manual_seed(0)
     model, x = Net(), torch.randn(4, 3, 8, 8)
@@ -373,7 +425,7 @@ def test_a_step_masked_on_the_device_changes_nothing(settings, monkeypatch):
     model.fc2.weight.grad[0, 0] = float("nan")
     if settings.get("refresh") == "svd":
         model.fc2.weight.grad[0, 0] = 1e6  # LAPACK's own complaint comes first on the CPU
-    monkeypatch.setattr(optimizer._guard, "check", lambda *_: torch.tensor(1.0))
+    monkeypatch.setattr(optimizer._guard, "check", lambda *_, **__: torch.tensor(1.0))
     optimizer.step()
     for state, before in zip(optimizer.state_dict()["state"].values(), kept[0].values(), strict=True):
         for key in state.keys() - {"step"}:
@@ -390,7 +442,7 @@ def test_a_mask_that_lets_pass_changes_nothing_either(settings, monkeypatch):
         model, x = Net(), torch.randn(4, 3, 8, 8)
         optimizer = GaLoreAdamW(galore_param_groups(model, 4, update_proj_gap=2, **settings), lr=1e-2, weight_decay=0.1)
         if mask is not None:
-            monkeypatch.setattr(optimizer._guard, "check", lambda *_, mask=mask: mask)
+            monkeypatch.setattr(optimizer._guard, "check", lambda *_, mask=mask, **__: mask)
         for _ in range(5):
             optimizer.zero_grad()
             model(x).backward()

@@ -1,11 +1,13 @@
 """GaLoreAdamW in Lightning, through nothing but configure_optimizers; accumulation and layer-wise updates."""
 
+import copy
 import gc
 
 import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -150,6 +152,64 @@ def test_precisions(precision, layerwise):
     fit(exact)
     assert distance(module.float(), exact) < 0.05
     assert module.losses[-1] < 0.9 * module.losses[0]
+
+
+def test_layerwise_names_a_gradient_that_is_not_finite():
+    module = Regression(layerwise=True)
+    optimizer = module.configure_optimizers()["optimizer"]
+    x, y = next(iter(loader()))
+
+    def closure():
+        (module.model(x) - y).square().mean().backward()
+
+    optimizer.step(closure)
+    before = {name: p.detach().clone() for name, p in module.named_parameters()}
+    state = copy.deepcopy(optimizer.state[module.model[2].weight])
+    handle = module.model[2].weight.register_hook(lambda grad: grad * float("nan"))
+    with pytest.raises(FloatingPointError, match="model.2.weight is not finite; its layer did not take this step"):
+        optimizer.step(closure)
+    assert torch.equal(module.model[2].weight, before["model.2.weight"])
+    for key, value in optimizer.state[module.model[2].weight].items():
+        assert torch.equal(value, state[key]), key
+    handle.remove()
+    optimizer.zero_grad()
+    optimizer.step(closure)  # and it goes on
+    assert optimizer.state[module.model[2].weight]["step"] == 2
+
+
+def test_a_layerwise_copy_steps_its_own_parameters():
+    module = Regression(layerwise=True)
+    module.kept = module.configure_optimizers()["optimizer"]
+    x, y = next(iter(loader()))
+    module.kept.step(lambda: (module.model(x) - y).square().mean().backward())
+    twin = copy.deepcopy(module)
+    for each in (module, twin):
+        for _ in range(3):
+            each.kept.step(lambda each=each: (each.model(x) - y).square().mean().backward())
+        assert all(p.grad is None for p in each.parameters())
+    assert distance(module, twin) == 0
+    assert {id(p) for p in twin.kept.state} == {id(p) for p in twin.parameters()}
+
+
+@pytest.mark.parametrize("bad_step", [None, 3])
+def test_16_mixed_respects_the_scalers_skipped_step(bad_step):
+    """Lightning makes 16-mixed of a CPU into bf16-mixed; its plugin, given by hand, scales there too."""
+
+    class Spoil(pl.Callback):
+        def on_after_backward(self, trainer, module):
+            if trainer.fit_loop.total_batch_idx == bad_step:
+                module.model[2].weight.grad[0, 0] = float("inf")
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    module, exact = Regression(), Regression()
+    trainer = fit(module, plugins=[MixedPrecision("16-mixed", "cpu", scaler)], callbacks=[Spoil()])
+    fit(exact)
+    steps = {int(state["step"]) for state in trainer.optimizers[0].state.values()}
+    assert steps == {24 if bad_step is None else 23} and scaler.get_scale() == (256 if bad_step is None else 128)
+    assert all(state["exp_avg"].isfinite().all() for state in trainer.optimizers[0].state.values())
+    assert distance(module, exact) < 0.05
+    with pytest.raises(ConfigError, match="bf16-mixed"):
+        fit(Regression(layerwise=True), plugins=[MixedPrecision("16-mixed", "cpu")])
 
 
 def test_layerwise_refuses_a_loss_scale():

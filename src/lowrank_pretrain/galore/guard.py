@@ -26,7 +26,9 @@ class Guard:
 
     pending: list[_Pending] = field(default_factory=list)
 
-    def check(self, grads: list[Tensor], names: list[str], params: list[Tensor], wait: bool) -> Tensor | None:
+    def check(
+        self, grads: list[Tensor], names: list[str], params: list[Tensor], wait: bool, alone: bool = False
+    ) -> Tensor | None:
         """Check all gradients of a step before anything is changed.
 
         Args:
@@ -34,6 +36,7 @@ class Guard:
             names: their parameters' names.
             params: the parameters of this step; if they are cut over ranks, the ranks agree.
             wait: read the answer now; needed where the update cannot be masked on the device.
+            alone: layer-wise: other parameters have taken the step already.
 
         Returns:
             None where the answer is known to be good; else a device scalar: 1.0 if a gradient is not finite.
@@ -44,7 +47,8 @@ class Guard:
         self.raise_arrived()
         finite = sharded.agree(_sums(grads).isfinite(), params)
         if wait or not finite.is_cuda:
-            _raise(finite, names, "nothing of this step was applied")
+            applied = "its layer did not take this step; those behind it have" if alone else "nothing of this step was applied"
+            _raise(finite, names, applied)
             return None
         flags = torch.empty(finite.shape, dtype=torch.bool, pin_memory=True).copy_(finite, non_blocking=True)
         event = torch.cuda.Event()

@@ -29,11 +29,12 @@ class Layerwise:
 
     Attributes:
         low: parameter -> R summed over micro-batches outside ``step``.
+        stepping: whether a backward inside ``step`` runs, so that gradients are applied as they arrive.
     """
 
     def __init__(self, optimizer: "GaLoreAdamW") -> None:
         self._optimizer = weakref.ref(optimizer)
-        self._inside = False
+        self.stepping = False
         self.low: dict[Tensor, Tensor] = {}
 
     def install(self, params: Iterable[Tensor]) -> None:
@@ -54,11 +55,11 @@ class Layerwise:
     @contextmanager
     def inside(self) -> Iterator[None]:
         """Gradients that arrive within are applied at once."""
-        self._inside = True
+        self.stepping = True
         try:
             yield
         finally:
-            self._inside = False
+            self.stepping = False
 
     def clear(self, free: Iterable[Tensor] = ()) -> None:
         """Forget what was accumulated, and free the gradients of ``free``."""
@@ -94,7 +95,7 @@ class Layerwise:
                 "layerwise", True, "steps before DDP has averaged the gradients: use FSDP2 (ModelParallelStrategy), or "
                 "layerwise=False with galore_ddp_hook"
             )  # fmt: skip
-        if self._inside:
+        if self.stepping:
             optimizer.update([p])
             p.grad = None
             return

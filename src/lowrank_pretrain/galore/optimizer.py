@@ -98,7 +98,7 @@ class GaLoreAdamW(Optimizer):
         self._ranks = ranks  # of adopted parameters, whose group has no rank
         self._guard = Guard()
         self._layerwise = Layerwise(self)
-        self._index: tuple[Any, dict[Tensor, Entry]] | None = None
+        self._index: tuple[Any, dict[Tensor, Entry], list[Any]] | None = None
         self._clock = RefreshClock()
         self.share_basis: Callable[[list[Tensor]], None] | None = None  # set by galore_ddp_hook
 
@@ -115,9 +115,11 @@ class GaLoreAdamW(Optimizer):
 
     def lookup(self) -> dict[Tensor, Entry]:
         """What is known of each parameter; made anew when the groups have changed."""
-        key = tuple((id(g), len(g["params"])) for g in self.param_groups), len(self._ranks)
+        lists = [group["params"] for group in self.param_groups]
+        # lists are compared by identity, and kept so that none takes another's: DeepSpeed puts flat ones in their place
+        key = [(id(some), len(some)) for some in lists], len(self._ranks)
         if self._index is None or self._index[0] != key:
-            self._index = key, make_index(self.param_groups, self._ranks)
+            self._index = key, make_index(self.param_groups, self._ranks), lists
         return self._index[1]
 
     def projected(self, p: Tensor) -> Projected | None:
@@ -176,7 +178,8 @@ class GaLoreAdamW(Optimizer):
         wait = any(slot.cold or slot.group["residual"] or slot.group["variant"] == "apollo" for slot in slots)
         parts = [(t, s.name) for s in slots for t in (s.grad, s.low) if t is not None]
         parts += [(p.grad, lookup[p].name) for p in plain]
-        skip = self._guard.check([sharded.local(t) for t, _ in parts], [name for _, name in parts], params, wait)
+        grads, names = [sharded.local(t) for t, _ in parts], [name for _, name in parts]
+        skip = self._guard.check(grads, names, params, wait, alone=self._layerwise.stepping)
         for some in chunks(slots, params[0].device):
             self._update_projected(some, skip)
         for group in self.param_groups:

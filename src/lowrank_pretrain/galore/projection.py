@@ -46,8 +46,6 @@ class Projected:
     def __post_init__(self) -> None:
         self.rows, self.cols = self.p.shape[0], self.p.numel() // self.p.shape[0]
         self.left = subspace.project_left(self.rows, self.cols, self.group["proj_type"])
-        # no matrix view of some layouts (channels_last): then the update works on a copy of the weight
-        self.viewable = self.p.ndim == 2 or self.p.is_contiguous()
         self.shards = sharded.shard_group(self.p)
         self.distributed = sharded.is_distributed(self.p)
         sharded.check(self.p, self.group, self.name)
@@ -56,6 +54,11 @@ class Projected:
     def numel_low(self) -> int:
         """Elements of R."""
         return self.rank * (self.rank if self.two_sided else self.cols if self.left else self.rows)
+
+    @property
+    def viewable(self) -> bool:
+        """Whether the weight has a matrix view; without one (channels_last) the update works on a copy of the weight."""
+        return self.p.ndim == 2 or self.p.is_contiguous()
 
     @property
     def two_sided(self) -> bool:
