@@ -9,7 +9,6 @@ import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-import lowrank_pretrain.models.mixer  # noqa: F401  registers a name with timm
 from lowrank_pretrain.build import build, plain
 from lowrank_pretrain.data.sources import open_images
 from lowrank_pretrain.errors import ConfigError

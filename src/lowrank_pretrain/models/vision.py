@@ -17,6 +17,7 @@ from timm.models import load_state_dict
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
+import lowrank_pretrain.models.mixer  # noqa: F401  registers a network with timm
 from lowrank_pretrain.errors import ConfigError
 from lowrank_pretrain.models.optim import Optim
 from lowrank_pretrain.models.parallel import shard
