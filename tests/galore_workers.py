@@ -232,6 +232,29 @@ def fsdp2_refuses(rank):
         raise AssertionError("not refused")
 
 
+def fsdp1_is_refused(rank):
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    for original in (True, False):
+        for targets in ("all", ["0"]):
+            model = FullyShardedDataParallel(net(), use_orig_params=original, device_id=torch.device("cpu"))
+            try:
+                optimizer_of(model, targets=targets)
+            except ConfigError as error:
+                assert "0.weight" in str(error) and "use FSDP2" in str(error), error
+                continue
+            raise AssertionError(f"not refused: {original} {targets}")
+    model = net()
+    optimizer = optimizer_of(model)
+    model = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+    try:
+        train(model, optimizer, range(1), [rank])
+    except ConfigError as error:
+        assert "use FSDP2" in str(error)
+        return
+    raise AssertionError("not refused when wrapped later")
+
+
 class Fsdp2(Lit):
     def configure_model(self):
         sharded(self.model)
@@ -391,7 +414,7 @@ SCENARIOS = [
     hook, hook_tracking, hook_fira, hook_two_sided, hook_refuses, fsdp2, fsdp2_left_and_right, fsdp2_tracking, fsdp2_two_sided,
     fsdp2_published, fsdp2_layerwise, fsdp2_not_finite, fsdp2_refuses, checkpoint_of_ddp, checkpoint_of_fsdp2,
     hook_in_lightning, layerwise_refuses_ddp, fsdp2_in_lightning, our_modules_under_fsdp2,
-    our_modules_under_fsdp2_resume_and_clip, our_modules_refuse_tensor_parallelism,
+    fsdp1_is_refused, our_modules_under_fsdp2_resume_and_clip, our_modules_refuse_tensor_parallelism,
 ]  # fmt: skip
 
 

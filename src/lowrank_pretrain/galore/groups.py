@@ -15,6 +15,7 @@ from lowrank_pretrain.targets import PRESETS, find_targets, matches, parts, plai
 RESIDUALS = (None, "fira")
 VARIANTS = ("galore", "apollo")
 _CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+FLAT = "a GaLore group takes matrices. FSDP1 and DeepSpeed flatten theirs: use FSDP2 (ModelParallelStrategy)"
 
 
 def galore_param_groups(
@@ -40,9 +41,11 @@ def galore_param_groups(
         Up to three groups of (name, parameter) pairs: projected, other weights, and norms, biases and embeddings.
 
     Raises:
-        ConfigError: a pattern matches nothing or only a part of a fused matrix; a rank that is too large for a named one.
+        ConfigError: a pattern matches nothing or only a part of a fused matrix; a rank that is too large for a named one;
+            FSDP1 or DeepSpeed have flattened the weights.
     """
     check_rank_value(rank)
+    _refuse_flat(model)
     layers = target_layers(model, targets)
     named = {plain_name(name): p for name, p in model.named_parameters() if p.requires_grad}
     chosen = {}
@@ -91,6 +94,16 @@ def target_layers(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
     return [plain_name(name) for name, _ in model.named_modules() if plain_name(name) in chosen]
 
 
+def _refuse_flat(model: nn.Module) -> None:
+    for name, layer in model.named_modules():
+        weight = getattr(layer, "weight", None)
+        if isinstance(layer, (nn.Linear, *_CONV)) and weight is not None:
+            if "weight" not in layer._parameters and "parametrizations" not in layer._modules:  # FSDP1's view of a flat one
+                raise ConfigError("params", plain_name(f"{name}.weight"), f"is a view of a flat parameter, but {FLAT}")
+            if weight.ndim < 2:
+                raise ConfigError("params", plain_name(f"{name}.weight"), f"has shape {tuple(weight.shape)}, but {FLAT}")
+
+
 def check_group(group: dict[str, Any], names: Mapping[int, str]) -> None:
     """Refuse what the optimizer cannot do with this group; clamp ranks with one warning.
 
@@ -125,8 +138,8 @@ def check_group(group: dict[str, Any], names: Mapping[int, str]) -> None:
     for p in group["params"]:
         if p.ndim < 2:
             raise ConfigError(
-                "params", names[id(p)], f"has shape {tuple(p.shape)}, but a GaLore group takes matrices. FSDP1 and DeepSpeed "
-                "flatten theirs: use FSDP2 (ModelParallelStrategy). Norms and biases belong in a group without `rank`"
+                "params", names[id(p)],
+                f"has shape {tuple(p.shape)}, but {FLAT}. Norms and biases belong in a group without `rank`",
             )  # fmt: skip
         if group["rank"] > largest_rank(p):
             clamped.append(f"{names[id(p)]} {tuple(p.shape)}")
