@@ -7,6 +7,8 @@ import torch
 from hydra import compose, initialize_config_module
 from omegaconf import DictConfig
 
+from tests.ranks import Ranks
+
 torch.set_num_threads(1)
 
 # Three epochs of four steps.
@@ -66,3 +68,11 @@ def run(composed, tmp_path, monkeypatch):
         return directory, train(composed(*base, *overrides), directory)
 
     return go
+
+
+@pytest.fixture(scope="session")
+def ranks():
+    """``ranks(2, function, …)``: a module's function run by two processes as ranks 0 and 1; a list of what they return."""
+    pool = Ranks()
+    yield pool
+    pool.close()

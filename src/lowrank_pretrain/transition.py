@@ -109,7 +109,7 @@ def _join(optimizers: list[Optimizer], module: nn.Module, before: dict[int, bool
     for name, p in named.items():
         if id(p) in before or not p.requires_grad or id(p) in groups:
             continue
-        owner = forebears.get(id(p)) or _base_weight(name, named, groups)
+        owner = forebears.get(id(p)) or _base_weight(name, named, groups, forebears)
         if owner not in groups:
             raise ConfigError(
                 "targets", name.partition(".lora_")[0], "is in no optimizer: configure_optimizers must hand over its weight"
@@ -120,15 +120,18 @@ def _join(optimizers: list[Optimizer], module: nn.Module, before: dict[int, bool
             group["param_names"].append(name)
 
 
-def _base_weight(name: str, named: dict[str, nn.Parameter], groups: dict[int, Any]) -> int | None:
+def _base_weight(name: str, named: dict[str, nn.Parameter], groups: dict[int, Any], forebears: dict[int, int]) -> int | None:
     """The nearest parameter above a new one that an optimizer owns: ``fc1.lora_B.W`` -> ``fc1.weight``."""
     words = name.split(".")
     for end in range(len(words) - 1, 0, -1):
         prefix = ".".join(words[:end])
         siblings = [f"{prefix}.weight", *(n for n in named if n.rpartition(".")[0] == prefix)]
         for sibling in siblings:
-            if sibling in named and id(named[sibling]) in groups:
-                return id(named[sibling])
+            if sibling in named:
+                own = id(named[sibling])
+                found = next((owner for owner in (own, forebears.get(own)) if owner in groups), None)
+                if found is not None:
+                    return found
     return None
 
 

@@ -70,7 +70,9 @@ class Twin:
             return self.p @ n @ self.q.T
         if self.residual == "fira":
             s = n.norm(dim=0) / (low.norm(dim=0) + TINY)
-            return self.p @ n + self.limited((g - self.p @ (self.p.T @ g)) * s)
+            outside = g - self.p @ (self.p.T @ g)
+            real = outside.norm(dim=0) ** 2 > 100 * torch.finfo(g.dtype).eps * g.norm(dim=0) ** 2  # more than rounding
+            return self.p @ n + self.limited(outside * s * real)
         return self.p @ n
 
     def renew(self, g):
@@ -96,7 +98,7 @@ class Twin:
                 self.m, self.v = self.m @ c.T, self.v @ (c**2).T
 
     def limited(self, s):
-        if self.last_norm is not None:
+        if self.last_norm:
             s = s / (max(s.norm() / (self.last_norm + TINY), GROWTH) / GROWTH)
         self.last_norm = s.norm()
         return s

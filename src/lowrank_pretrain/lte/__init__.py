@@ -9,6 +9,4 @@ from lowrank_pretrain.lte.strategy import LTEStrategy
 __all__ = ["EffectiveRank", "HeadOrthogonality", "JaggedRestarts", "LTEStrategy"]
 
 if "lte" not in StrategyRegistry:  # a second registration raises
-    StrategyRegistry.register(
-        "lte", LTEStrategy, description="LoRA-the-Explorer: heads train apart and merge now and then"
-    )
+    StrategyRegistry.register("lte", LTEStrategy, description="LoRA-the-Explorer: heads train apart and merge now and then")

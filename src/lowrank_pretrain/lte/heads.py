@@ -150,8 +150,7 @@ def give_heads(
         What the rest blocks' parameters take over.
     """
     if has_own_forward(layer):
-        name = type(layer).__name__
-        raise ConfigError("targets", layer_name, f"{name} has a forward of its own, which heads cannot follow")
+        raise ConfigError("targets", layer_name, "its class has a forward of its own, which heads cannot follow")
     weight = layer.weight
     like = {"dtype": weight.dtype, "device": weight.device}
     parts, at, heads = [], 0, len(head_ids)

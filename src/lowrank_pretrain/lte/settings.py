@@ -36,9 +36,7 @@ def check(given: Mapping[str, Any]) -> None:
     if given["overlap"] >= given["merge_every"]:
         raise ConfigError("overlap", given["overlap"], f"must be below merge_every={given['merge_every']}: one merge at a time")
     if given["overlap"] and (given["reset"] or given["mode"] != "parallel"):
-        raise ConfigError(
-            "overlap", given["overlap"], "needs reset=false and mode=parallel: else steps would be lost"
-        )
+        raise ConfigError("overlap", given["overlap"], "needs reset=false and mode=parallel: else steps would be lost")
     if given["mode"] == "joint" and (given["reset"] or given["sync_rest"] == "merge"):
         key = "reset" if given["reset"] else "sync_rest"
         raise ConfigError(key, given[key], "has no meaning in mode=joint, which never merges")

@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 
 from lowrank_pretrain import lora, random_state, transition
 from lowrank_pretrain.errors import ConfigError
-from lowrank_pretrain.lora_layer import Inherit
+from lowrank_pretrain.lora_layer import Inherit, has_own_forward
 from lowrank_pretrain.lte import record, rest, state
 from lowrank_pretrain.lte.clipping import clip_norms, share_overflow
 from lowrank_pretrain.lte.head_set import HeadSet, Settings, ignored_names
@@ -32,7 +32,7 @@ from lowrank_pretrain.lte.optimizer_state import BareGroups
 from lowrank_pretrain.lte.settings import check
 from lowrank_pretrain.lte.sharding import check_batches_differ, check_sampler, equal_lengths, known_to_share
 from lowrank_pretrain.plan import Plan, check_rank
-from lowrank_pretrain.targets import find_targets
+from lowrank_pretrain.targets import all_targets, find_targets
 
 
 class LTEStrategy(DDPStrategy):
@@ -88,6 +88,7 @@ class LTEStrategy(DDPStrategy):
         self.heads: HeadSet | None = None
         self.rest: rest.Rest | None = None
         self._bare: list[BareGroups] = []
+        self._untied: list[Inherit] = []
         self._adapters: lora.Adapters | None = None
         self._stash: Mapping[str, Any] | None = None
         self._workers: Workers | None = None
@@ -159,10 +160,11 @@ class LTEStrategy(DDPStrategy):
         targets = find_targets(self.lightning_module, self.targets)
         for name, target in targets.items():
             check_rank(name, self.rank, target)
-        inherited = lora.untie(self.lightning_module, {t.layer_name for t in targets.values()})
-        if inherited:
-            targets = find_targets(self.lightning_module, self.targets)
-        return inherited + self._convert(targets, dict.fromkeys(targets, self.rank))
+        for name in {t.layer_name for t in targets.values() if has_own_forward(t.layer)}:
+            raise ConfigError("targets", name, "its class has a forward of its own, which heads cannot follow: leave it out")
+        self._untied = lora.untie(self.lightning_module, {t.layer_name for t in targets.values()})
+        targets = {name: target for name, target in all_targets(self.lightning_module).items() if name in targets}
+        return self._untied + self._convert(targets, dict.fromkeys(targets, self.rank))
 
     def _convert(self, targets: Mapping, ranks: Mapping[str, int]) -> list[Inherit]:
         self._bare = [BareGroups.of(o, (p for _, p in lora.adapter_parameters(self.lightning_module))) for o in self.optimizers]
@@ -200,6 +202,8 @@ class LTEStrategy(DDPStrategy):
 
     def _take_stash(self, stash: Mapping[str, Any]) -> None:
         state.check(stash, self.heads)
+        if self._untied and "state_dict" in stash:
+            self.lightning_module.load_state_dict(stash["state_dict"], strict=False)
         mine, told = state.restore(stash, self.heads)
         self._moments = state.moments_only(mine)
         if told:
@@ -220,7 +224,7 @@ class LTEStrategy(DDPStrategy):
         old = {name: (layer.lora_A, dict(layer.lora_B.items())) for name, layer in lora.lora_layers(module)}
         for layer in [layer for _, layer in lora.lora_layers(module)]:
             lora.take_adapters(layer)
-        every = find_targets(module, sorted(ranks))
+        every = {name: target for name, target in all_targets(module).items() if name in ranks}
         inherited = self._convert(every, ranks)
         inherited += self.heads.start_from(old)
         return inherited
@@ -366,9 +370,9 @@ class LTEStrategy(DDPStrategy):
 
     def teardown(self) -> None:
         """Take the heads off; after an exception W stays that of the last merge (the others may be gone)."""
-        if self.heads is not None and self.heads.worn:
-            with suppress(AttributeError):
-                del self.precision_plugin.clip_grad_by_norm
+        with suppress(AttributeError):
+            del self.precision_plugin.clip_grad_by_norm
+        if self.rest is not None and self.heads.worn:
             if not self.heads.shared.viewing and self.heads.workers.size == 1:
                 self._look()
             self.heads.take_off()
@@ -422,7 +426,8 @@ class LTEStrategy(DDPStrategy):
         if not live:
             super().load_model_state_dict(checkpoint, strict)
             if self.lightning_module.trainer.state.fn == TrainerFn.FITTING:
-                self._stash = stash
+                # a tied head that comes untied gets its own weight back later: here both names are one tensor
+                self._stash = None if stash is None else {**stash, "state_dict": checkpoint["state_dict"]}
                 self._random = None if stash is None else stash["random"]
             return
         self._look_away()

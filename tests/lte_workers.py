@@ -1,0 +1,268 @@
+"""What the ranks of test_lte_distributed and test_lte_resume do: small fits of a toy model under LTE, by real Trainers."""
+
+import os
+import tempfile
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from lowrank_pretrain.lte import LTEStrategy
+
+WIDTH = 8
+
+
+class Net(pl.LightningModule):
+    """Two targets, a norm, biases and an output layer that is none. Batches are a function of their number."""
+
+    def __init__(self, optimizer="adamw", dtype=torch.float64, dropout=0.0, lr=1e-2):
+        super().__init__()
+        torch.manual_seed(3)
+        self.net = nn.Sequential(
+            nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.LayerNorm(WIDTH), nn.Dropout(dropout),
+            nn.Linear(WIDTH, 2 * WIDTH, bias=False), nn.Tanh(),
+        )  # fmt: skip
+        self.out = nn.Linear(2 * WIDTH, 3)
+        self.kind, self.lr, self.seen, self.losses, self.scores = optimizer, lr, [], [], []
+        self.to(dtype)
+
+    def get_classifier(self):
+        return self.out
+
+    def training_step(self, batch, batch_idx):
+        index, x, y = batch
+        self.seen += index.tolist()
+        loss = nn.functional.cross_entropy(self.out(self.net(x)), y)
+        self.losses.append(loss.item())
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        index, x, y = batch
+        self.scores.append(nn.functional.cross_entropy(self.out(self.net(x)), y).item())
+        self.log("val/loss", self.scores[-1], sync_dist=True)
+
+    test_step = validation_step
+
+    def configure_optimizers(self):
+        if self.kind == "sgd":
+            return torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.9)
+        return torch.optim.AdamW(self.parameters(), lr=self.lr, weight_decay=0.1)
+
+
+class Samples(Dataset):
+    """Sample i as (i, x, y)."""
+
+    def __init__(self, n=64, dtype=torch.float64, order=None):
+        g = torch.Generator().manual_seed(0)
+        self.x = torch.randn(n, WIDTH, generator=g).to(dtype)
+        self.y = (self.x[:, 0] > 0).long() + (self.x[:, 1] > 0).long()
+        self.order = order or list(range(n))
+
+    def __len__(self):
+        return len(self.order)
+
+    def __getitem__(self, i):
+        i = self.order[i]
+        return i, self.x[i], self.y[i]
+
+
+def in_layout(world, batch, n=64):
+    """An order of samples such that rank r's b-th batch, of batch/world samples, is the r-th part of global batch b."""
+    order = [0] * n
+    per = batch // world
+    for b in range(n // batch):
+        for r in range(world):
+            for i in range(per):
+                # DistributedSampler without shuffling gives rank r the positions r, r + world, …
+                order[(b * per + i) * world + r] = b * batch + r * per + i
+    return order
+
+
+def fit(
+    world=1, steps=12, batch=8, net=None, ckpt=None, save_at=(), folder=None, data=None, val=0, strategy=None, module=None,
+    trainer=None, **lte,
+):  # fmt: skip
+    """A fit of `steps` optimizer steps; returns (module, trainer, strategy)."""
+    module = module or Net(**(net or {}))
+    dtype = next(module.parameters()).dtype
+    strategy = strategy or LTEStrategy(**{"rank": 2, "heads": 2, "merge_every": 4, **lte})
+    data = data or Samples(dtype=dtype, order=in_layout(world, batch))
+    rank = int(os.environ["RANK"]) if world > 1 else 0
+    sampler = DistributedSampler(data, world, rank, shuffle=False)  # Lightning would shuffle
+    loader = DataLoader(data, batch_size=batch // world, sampler=sampler)
+    folder = Path(folder or tempfile.mkdtemp())
+    options = {"max_epochs": -1, "max_steps": steps, "limit_val_batches": val, "num_sanity_val_steps": 0, **(trainer or {})}
+    save = [Save(folder, save_at)] if save_at else []
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False, "enable_model_summary": False}
+    options["callbacks"] = [*options.get("callbacks", []), *save]
+    run = pl.Trainer(
+        accelerator="cpu", devices=world, strategy=strategy, default_root_dir=folder, **{**quiet, **options}
+    )  # fmt: skip
+    # a loader without a generator of its own draws from the global one whenever it is iterated
+    scored = DataLoader(Samples(16, dtype), batch_size=8, generator=torch.Generator()) if val else None
+    run.fit(module, loader, scored, ckpt_path=ckpt)
+    return module, run, strategy
+
+
+class Save(pl.Callback):
+    """Writes step=N.ckpt behind the steps named."""
+
+    def __init__(self, folder, steps):
+        self.folder, self.steps, self.last = folder, steps, 0
+
+    def on_train_batch_end(self, trainer, module, *_):
+        if trainer.global_step != self.last:
+            self.last = trainer.global_step
+            if self.last in self.steps:
+                trainer.save_checkpoint(self.folder / f"step={self.last}.ckpt")
+
+
+def weights(module):
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def layout(world, **kwargs):
+    """Final weights, losses and what the strategy sent."""
+    module, run, strategy = fit(world, **kwargs)
+    return {
+        "weights": weights(module), "losses": module.losses, "seen": module.seen, "scores": module.scores,
+        "metrics": strategy.metrics(), "A": {n: p.detach().clone() for n, p in strategy.heads.factors().items()},
+        "step": run.global_step, "logged": {k: float(v) for k, v in run.callback_metrics.items()},
+    }  # fmt: skip
+
+
+# ---- what only several ranks can show ------------------------------------------------------------------------------------
+
+
+class Watch(pl.Callback):
+    """After every batch: a digest of W, of the rest and of the heads."""
+
+    def __init__(self):
+        self.W, self.rest, self.heads = [], [], []
+
+    def on_train_batch_end(self, trainer, module, *_):
+        owned = {id(p) for p in trainer.strategy.heads.factors().values()}
+        targets = {id(layer.weight) for layer in trainer.strategy.heads.layers.values()}
+        named = list(module.parameters())
+        self.W.append([p.detach().clone() for p in named if id(p) in targets])
+        self.rest.append([p.detach().clone() for p in named if id(p) not in targets and id(p) not in owned])
+        self.heads.append([p.detach().clone() for p in trainer.strategy.heads.factors().values()])
+
+
+def watched(world, trainer=None, **kwargs):
+    watch = Watch()
+    trainer = trainer or {}
+    module, run, _ = fit(world, trainer={**trainer, "callbacks": [*trainer.get("callbacks", []), watch]}, **kwargs)
+    return {"W": watch.W, "rest": watch.rest, "heads": watch.heads, "weights": weights(module), "step": run.global_step}
+
+
+def saved(world, folder, save_at, **kwargs):
+    """A run that writes checkpoints; final weights and losses."""
+    module, _, _ = fit(world, folder=folder, save_at=save_at, **kwargs)
+    return {"weights": weights(module), "losses": module.losses}
+
+
+class Overflow(pl.Callback):
+    """One rank's gradients overflow at one step."""
+
+    def __init__(self, rank, step):
+        self.rank, self.step = rank, step
+
+    def on_after_backward(self, trainer, module):
+        if trainer.global_rank == self.rank and trainer.global_step == self.step:
+            next(iter(trainer.strategy.heads.factors().values())).grad.view(-1)[0] = float("inf")
+
+
+def overflowing(world, **kwargs):
+    from lightning.pytorch.plugins import MixedPrecision
+
+    plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=8.0))
+    net = {"dtype": torch.float32}
+    return watched(world, net=net, trainer={"callbacks": [Overflow(1, 2)], "plugins": [plugin]}, **kwargs)
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """Samples in order; shared out by rank, or not; rank r's part may be shorter."""
+
+    def __init__(self, rank, world, shared=True, missing=0, sized=False):
+        data = Samples(48)
+        mine = range(rank, 48, world) if shared else range(48)
+        self.items = [data[i] for i in mine][: len(mine) - missing * rank]
+        self.sized = sized
+
+    def __iter__(self):
+        return iter(self.items)
+
+
+class SizedStream(Stream):
+    def __len__(self):
+        return len(self.items)
+
+
+def streaming(world, shared=True, missing=0, sized=False):
+    rank = int(os.environ["RANK"])
+    module = Net()
+    data = (SizedStream if sized else Stream)(rank, world, shared, missing)
+    run = pl.Trainer(
+        accelerator="cpu", devices=world, strategy=LTEStrategy(rank=2, heads=1, merge_every=2), max_epochs=2, logger=False,
+        enable_progress_bar=False, enable_checkpointing=False, enable_model_summary=False, limit_val_batches=0,
+    )  # fmt: skip
+    run.fit(module, DataLoader(data, batch_size=4))
+    return {"steps": run.global_step, "seen": module.seen, "weights": weights(module)}
+
+
+def different_starts(world):
+    module = Net()
+    with torch.no_grad():
+        for p in module.parameters():
+            p += int(os.environ["RANK"])
+    module, _, _ = fit(world, steps=1, module=module)
+    return weights(module)
+
+
+def counted(world, **kwargs):
+    """Bytes by collective, counted at torch.distributed's door, of the steps after the first window."""
+    import torch.distributed as dist
+
+    seen = {"gather": 0, "reduce": 0}
+    gather, reduce = dist.all_gather_into_tensor, dist.all_reduce
+
+    def counting_gather(out, tensor, *args, **kw):
+        seen["gather"] += (world - 1) * tensor.numel() * tensor.itemsize
+        return gather(out, tensor, *args, **kw)
+
+    def counting_reduce(tensor, *args, **kw):
+        seen["reduce"] += 2 * (world - 1) / world * tensor.numel() * tensor.itemsize
+        return reduce(tensor, *args, **kw)
+
+    dist.all_gather_into_tensor, dist.all_reduce = counting_gather, counting_reduce
+    try:
+        _, _, strategy = fit(world, **kwargs)
+    finally:
+        dist.all_gather_into_tensor, dist.all_reduce = gather, reduce
+    return {"seen": seen, "metrics": strategy.metrics(), "sent": strategy.heads.workers.sent, "merges": strategy.heads.merges,
+            "routes": [p.route for p in strategy.heads.pieces]}  # fmt: skip
+
+
+class Dies(pl.Callback):
+    """One rank stops answering (or its process ends) in the middle of a window."""
+
+    def __init__(self, rank, step, how):
+        self.rank, self.step, self.how = rank, step, how
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_rank == self.rank and trainer.global_step == self.step:
+            if self.how == "killed":
+                os._exit(9)
+            import time
+
+            time.sleep(60)
+
+
+def dying(world, how, folder, timeout=8, **kwargs):
+    # a first merge, and the checkpoint behind it, come before
+    return saved(
+        world, folder, [4], merge_timeout=timeout, trainer={"callbacks": [Dies(1, 6, how)]}, **kwargs
+    )  # fmt: skip

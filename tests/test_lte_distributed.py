@@ -1,0 +1,148 @@
+"""LTE on two and four gloo processes: what must be equal on all of them, what must not, and what it costs on the wire."""
+
+import pytest
+import torch
+
+from tests import lte_workers as workers
+
+
+def close(a, b, tolerance=1e-12):
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def same(results, key="weights"):
+    for other in results[1:]:
+        assert all(torch.equal(results[0][key][name], other[key][name]) for name in results[0][key])
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_any_layout_of_four_heads_is_the_same_run(ranks, optimizer):
+    net = {"optimizer": optimizer}
+    one = workers.layout(1, heads=4, net=net)
+    two = ranks(2, workers.layout, 2, heads=2, net=net)
+    four = ranks(4, workers.layout, 4, heads=1, net=net)
+    for several in (two, four):
+        same(several)
+        close(one["weights"], several[0]["weights"])
+    seen = [set(rank["seen"]) for rank in four]
+    assert all(not a & b for i, a in enumerate(seen) for b in seen[:i])  # the sampler really shares out
+    A = [rank["A"]["net.0.lora_A"] for rank in four]
+    assert all(not torch.equal(a, b) for i, a in enumerate(A) for b in A[:i])
+
+
+@pytest.mark.parametrize("how", [{}, {"reset": True}, {"mode": "sequential", "heads": 2}, {"overlap": 2}], ids=str)
+def test_both_routes_give_the_same_weights(ranks, how):
+    factors, dense = (ranks(2, workers.layout, 2, steps=9, route=route, **how) for route in ("factors", "dense"))
+    same(factors), same(dense)
+    close(factors[0]["weights"], dense[0]["weights"])
+
+
+def drift(results, key):
+    """Steps after which the ranks differ."""
+    steps = zip(*(r[key] for r in results), strict=True)
+    return [n for n, ranks in enumerate(steps, 1) if any(not torch.equal(a, b) for a, b in zip(*ranks, strict=True))]
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"trainer": {"gradient_clip_val": 0.01}},
+        {"trainer": {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}},
+        {"trainer": {"accumulate_grad_batches": 3}},
+        {"trainer": {"precision": "bf16-mixed"}, "net": {"dtype": torch.float32}},
+        {"trainer": {"limit_train_batches": 3}, "steps": 10},
+        {"net": {"dropout": 0.3}, "overlap": 1, "val": 1},
+        {"mode": "sequential"},
+        {"reset": True},
+        {"mode": "joint"},
+    ],
+    ids=str,
+)
+def test_nothing_drifts(ranks, how):
+    results = ranks(2, workers.watched, 2, **how)
+    assert drift(results, "W") == [] and drift(results, "rest") == []
+    apart = drift(results, "heads")
+    assert apart == [] if how.get("mode") == "joint" else len(apart) >= 9
+    same(results)
+
+
+def test_the_rest_that_is_merged_differs_only_between_merges(ranks):
+    results = ranks(2, workers.watched, 2, sync_rest="merge", steps=9)
+    assert drift(results, "W") == []
+    assert drift(results, "rest") == [1, 2, 3, 5, 6, 7, 9]
+    same(results)
+
+
+def test_a_step_skipped_on_one_rank_is_skipped_on_all(ranks):
+    results = ranks(2, workers.overflowing, 2, steps=9)
+    assert drift(results, "W") == [] and drift(results, "rest") == []
+    rest = results[0]["rest"]
+    assert all(torch.equal(a, b) for a, b in zip(rest[1], rest[2], strict=True))  # the third step was skipped
+    assert results[0]["step"] == 9
+    same(results)
+
+
+def test_every_rank_scores_the_same_merged_model_and_looking_changes_nothing(ranks):
+    often = {"val_check_interval": 1, "check_val_every_n_epoch": None, "num_sanity_val_steps": 1}
+    looked = ranks(2, workers.layout, 2, steps=7, val=2, trainer=often)
+    plain = ranks(2, workers.layout, 2, steps=7)
+    assert looked[0]["logged"] == looked[1]["logged"]
+    for a, b in zip(looked, plain, strict=True):
+        assert all(torch.equal(a["weights"][k], b["weights"][k]) for k in a["weights"]) and a["losses"] == b["losses"]
+    apart = ranks(2, workers.layout, 2, steps=7, val=2, trainer=often, sync_rest="merge")
+    silent = ranks(2, workers.layout, 2, steps=7, sync_rest="merge")
+    for a, b in zip(apart, silent, strict=True):
+        assert all(torch.equal(a["weights"][k], b["weights"][k]) for k in a["weights"]) and a["losses"] == b["losses"]
+
+
+def test_bytes_are_the_formulas(ranks):
+    """Counted where torch.distributed is called: f = R (D+O) numbers per head and worker to gather, 2(N−1)/N to reduce."""
+    width, rank, heads, world, itemsize = workers.WIDTH, 1, 1, 2, 8
+    own = heads * rank * ((width + width) + (width + 2 * width)) * itemsize
+    rest = (width + 2 * width + 3 * 2 * width + 3) * itemsize
+    dense = (width * width + 2 * width * width) * itemsize
+    for route, per_merge in (("factors", (world - 1) * own), ("dense", 2 * (world - 1) / world * dense)):
+        for result in ranks(world, workers.counted, world, steps=8, rank=rank, heads=heads, route=route, sync_rest="merge"):
+            assert result["merges"] == 2
+            assert result["metrics"]["lte/merge_mib"] * 2**20 == pytest.approx(per_merge)
+            assert result["metrics"]["lte/rest_mib"] * 2**20 == pytest.approx(2 * (world - 1) / world * rest)
+            seen = result["seen"]["gather"] + result["seen"]["reduce"]
+            # two merges of heads and rest, and one look at the end of the fit
+            assert seen == pytest.approx(3 * (per_merge + 2 * (world - 1) / world * rest))
+    (auto, _) = ranks(world, workers.counted, world, steps=4, rank=8, heads=2)
+    assert auto["routes"] == ["dense", "dense"]  # 2 · 8 · (D+O) > DO
+
+
+def test_streams_must_share_themselves_out_and_end_together(ranks):
+    fine = ranks(2, workers.streaming, 2)
+    assert not set(fine[0]["seen"]) & set(fine[1]["seen"]) and fine[0]["steps"] == 12
+    for sized in (False, True):
+        outcomes = ranks.outcomes(2, workers.streaming, 2, missing=8, sized=sized)
+        assert [value["steps"] for _, value, _ in outcomes] == [8, 8]  # 24 and 16 samples, batches of 4, two epochs
+        told = [text for _, _, warnings in outcomes for text in warnings]
+        assert any("stop" in text for text in told)
+        same([value for _, value, _ in outcomes])
+    for fine_, value, _ in ranks.outcomes(2, workers.streaming, 2, shared=False):
+        assert not fine_ and value.startswith("ConfigError") and "the same first batch" in value
+
+
+def test_rank_zeros_weights_are_everyones(ranks):
+    outcomes = ranks.outcomes(2, workers.different_starts, 2)
+    same([{"weights": value} for _, value, _ in outcomes])
+    assert any("workers start with different weights" in text for text in outcomes[0][2])
+
+
+@pytest.mark.parametrize("sync_rest", ["step", "merge"])
+@pytest.mark.parametrize("how", ["killed", "stuck"])
+def test_a_dead_or_stuck_worker_ends_the_job_and_a_restart_resumes(ranks, tmp_path, how, sync_rest):
+    common = {"folder": tmp_path, "sync_rest": sync_rest}
+    whole = ranks(2, workers.saved, 2, save_at=[], **common)
+    outcomes = ranks.outcomes(2, workers.dying, 2, how=how, timeout=60 if how == "killed" else 8, **common)
+    fine, value, _ = outcomes[0]
+    assert not fine and value.startswith("RuntimeError"), value
+    ranks.close()  # the processes are as dead as the job's would be
+    again = ranks(2, workers.saved, 2, save_at=[], ckpt=str(tmp_path / "step=4.ckpt"), **common)
+    for a, b in zip(whole, again, strict=True):
+        assert all(torch.equal(a["weights"][k], b["weights"][k]) for k in a["weights"])
