@@ -12,7 +12,7 @@ from torch import nn
 from lowrank_pretrain import LoRA, PreLoRA
 from lowrank_pretrain.errors import ConfigError
 from lowrank_pretrain.lora_function import Part
-from lowrank_pretrain.lte import spectra
+from lowrank_pretrain.lte import LTEStrategy, spectra
 from lowrank_pretrain.lte.analysis import EffectiveRank, HeadOrthogonality, local_heads, present_matrices
 from lowrank_pretrain.lte.figures import plot_analysis, read_series
 from lowrank_pretrain.targets import find_targets
@@ -302,3 +302,39 @@ def test_a_file_without_our_columns_is_refused(tmp_path):
     (tmp_path / "metrics.csv").write_text("step,train/loss\n0,1.0\n")
     with pytest.raises(ConfigError, match="holds no lte/effective_rank"):
         plot_analysis(tmp_path / "metrics.csv", tmp_path / "out.png")
+
+
+# -- under LTE ----------------------------------------------------------------------------------------------------------
+
+
+def test_lte_is_looked_at_as_the_merged_model_in_the_middle_of_a_window(tmp_path):
+    module = toy()
+    start = {name: t.matrix().detach().clone() for name, t in find_targets(module, "all").items()}
+    strategy = LTEStrategy(rank=2, heads=3, merge_every=4)
+    with pytest.warns(UserWarning, match="W is frozen and has no gradient"):
+        callbacks = EffectiveRank(every=5), HeadOrthogonality(every=5)
+        _, module, rows = fit(tmp_path, *callbacks, module=module, strategy=strategy, max_epochs=3)
+    # steps 6, 12, 18: two steps behind a merge, at one, and at the end, where the module is the merged model
+    update = column(rows, "lte/effective_rank/update")
+    moved = {n: t.matrix().detach().double() - start[n].double() for n, t in find_targets(module, "all").items()}
+    assert list(update) == [5, 11, 17]
+    assert update[17] == pytest.approx(sum(map(slow_effective_rank, moved.values())) / len(moved), rel=1e-5)
+    assert all(0 < value <= 6 for value in column(rows, "lte/rank/update").values())  # N R
+    orthogonality, overlap = column(rows, "lte/orthogonality"), column(rows, "lte/row_space_overlap")
+    assert list(orthogonality) == [4, 9, 14] == list(overlap)
+    assert all(0 < value < 0.9 for value in (*orthogonality.values(), *overlap.values()))
+
+
+@pytest.mark.parametrize("settings", [{}, {"reset": True}], ids=["live on", "reset"])
+def test_looking_at_lte_changes_no_bit(tmp_path, settings):
+    def run(path, *watch):
+        strategy = LTEStrategy(rank=2, heads=2, merge_every=5, **settings)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            made, module, rows = fit(path, *watch, strategy=strategy)
+        return dict(module.state_dict()), module.losses, torch.get_rng_state(), rows
+
+    plain, watched = run(tmp_path / "a"), run(tmp_path / "b", EffectiveRank(every=1), HeadOrthogonality(every=5))
+    assert_equal(plain[:3], watched[:3])
+    # looked at in the step that merges, before it resets them
+    assert list(column(watched[3], "lte/orthogonality")) == [4, 9]

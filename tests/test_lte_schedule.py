@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from lowrank_pretrain.errors import ConfigError
+from lowrank_pretrain.lte import LTEStrategy
 from lowrank_pretrain.lte.jagged import JaggedRestarts, jagged_factor
 from lowrank_pretrain.lte.prune import prune_moments, reset_moments
 from tests.test_resume import assert_equal
@@ -107,6 +108,48 @@ def test_it_follows_the_strategys_merges_and_refuses_another_rhythm(tmp_path):
         fit(JaggedRestarts(4, warmup=1), merge_every=5)
     with pytest.raises(ConfigError, match="warmup=5: must be fewer than the 5"):
         fit(JaggedRestarts(warmup=5), merge_every=5)
+
+
+def relora(path, ckpt=None, epochs=3, prune: float | None = 0.9, warmup: int = 3):
+    """(module, its optimizer's state in the last checkpoint, rates used, zero moments of the heads behind each merge)."""
+    module, rates, zeros = toy(scheduler="cosine"), [], []
+
+    class Spy(pl.Callback):
+        def on_train_start(self, trainer, pl_module):
+            trainer.optimizers[0].register_step_pre_hook(lambda o, *_: rates.append(o.param_groups[0]["lr"]))
+
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            if trainer.global_step % 5 == 0:
+                state = trainer.optimizers[0].state
+                heads = [p for name, p in pl_module.named_parameters() if "lora_" in name]
+                moments = [state[p]["exp_avg"] for p in heads if p in state]
+                zeros.append(sum(int((m == 0).sum()) for m in moments) / max(sum(m.numel() for m in moments), 1))
+
+    strategy = LTEStrategy(rank=2, heads=1, merge_every=5, reset=True, prune=prune)
+    fit = trainer(path, JaggedRestarts(warmup=warmup), Spy(), every=1, max_epochs=epochs, strategy=strategy)
+    fit.fit(module, loader(), ckpt_path=ckpt)
+    return module, torch.load(path / f"step={6 * epochs}.ckpt", weights_only=True)["optimizer_states"], rates, zeros
+
+
+def test_relora_is_one_head_that_resets_with_pruned_moments_and_a_ramp_behind_each_merge(tmp_path):
+    _, _, rates, zeros = relora(tmp_path / "a")
+    cosine = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1e-2)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(cosine, 30)
+    for t, factor in enumerate(slow_factors(18, 5, 3, 0)):
+        assert rates[t] == pytest.approx(schedule.get_last_lr()[0] * factor, rel=1e-9), t
+        cosine.step()
+        schedule.step()
+    assert len(zeros) == 3 and all(0.85 < share < 0.95 for share in zeros)
+    _, _, _, zeros = relora(tmp_path / "b", prune=None)
+    assert zeros == [0.0] * 3  # no state at all
+
+
+@pytest.mark.parametrize("at", [4, 5, 7])
+def test_relora_resumes_bit_for_bit(tmp_path, at):
+    whole, states, _, _ = relora(tmp_path / "a")
+    again, states_again, _, _ = relora(tmp_path / "b", ckpt=tmp_path / "a" / f"step={at}.ckpt")
+    assert_equal(dict(whole.state_dict()), dict(again.state_dict()))
+    assert_equal(states, states_again)
 
 
 # -- pruning ------------------------------------------------------------------------------------------------------------
