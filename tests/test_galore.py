@@ -478,6 +478,14 @@ BAD = {
     "moments": ["4bit"],
     "residual": ["fire"],
     "variant": ["apolo"],
+    "scale": ["big", float("nan"), -0.1, True],
+    "rotate_moments": ["no"],
+    "stagger": [1],
+    "layerwise": ["false"],
+    "correct_bias": ["no"],
+    "seed": ["x", 1.5],
+    "betas": [(0.9, 2.0), 0.9],
+    "lr": [-1.0, "fast"],
 }
 
 
@@ -504,6 +512,8 @@ def test_unfit_parameters_are_named():
     model = Net()
     with pytest.raises(ConfigError, match="norm.bias.*FSDP2"):
         GaLoreAdamW([{"params": [("norm.bias", model.norm.bias)], "rank": 2}])
+    with pytest.raises(ConfigError, match=r"shape \(0, 5\)"):
+        GaLoreAdamW([{"params": [nn.Parameter(torch.zeros(0, 5))], "rank": 2}])
     with pytest.raises(ConfigError, match="complex"):
         GaLoreAdamW([nn.Parameter(torch.zeros(3, dtype=torch.complex64))])
     table = nn.Embedding(5, 3, sparse=True)

@@ -49,7 +49,10 @@ class Twin:
         if self.variant == "apollo":
             rng = self.rng("apollo", self.t // self.gap)
             self.p = (torch.randn(g.shape[0], self.r, generator=rng) / math.sqrt(self.r)).to(g.dtype)
-        elif self.p is None or self.refresh == "track" or (self.t + self.offset) % self.gap == 0:
+        elif self.p is None or not self.v.any():  # no gradient but zero so far: no basis yet
+            self.p = None
+            self.renew(g)
+        elif self.refresh == "track" or (self.t + self.offset) % self.gap == 0:
             self.renew(g)
         low = self.p.T @ g @ self.q if self.two_sided else self.p.T @ g
         self.t += 1

@@ -1,5 +1,6 @@
 """Parameter groups: which matrices are projected, and with which settings. Every wrong value is refused here."""
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -110,18 +111,7 @@ def check_group(group: dict[str, Any], names: Mapping[int, str]) -> None:
     Raises:
         ConfigError: naming the key, the value and what is allowed.
     """
-    for key, allowed in (
-        ("proj_type", PROJ_TYPES),
-        ("refresh", REFRESHES),
-        ("moments", MOMENTS),
-        ("residual", RESIDUALS),
-        ("variant", VARIANTS),
-    ):
-        if group[key] not in allowed:
-            raise ConfigError(key, group[key], f"must be one of {', '.join(str(a) for a in allowed)}")
-    gap = group["update_proj_gap"]
-    if not isinstance(gap, int) or isinstance(gap, bool) or gap < 1:
-        raise ConfigError("update_proj_gap", gap, "must be an integer of 1 or more steps")
+    check_values(group)
     if group["moments"] == "8bit":
         bitsandbytes()
     for p in group["params"]:
@@ -136,7 +126,7 @@ def check_group(group: dict[str, Any], names: Mapping[int, str]) -> None:
         raise ConfigError("variant", "apollo", "has no basis to track and no residual: leave refresh and residual alone")
     clamped = []
     for p in group["params"]:
-        if p.ndim < 2:
+        if p.ndim < 2 or not p.numel():
             raise ConfigError(
                 "params", names[id(p)],
                 f"has shape {tuple(p.shape)}, but {FLAT}. Norms and biases belong in a group without `rank`",
@@ -145,6 +135,43 @@ def check_group(group: dict[str, Any], names: Mapping[int, str]) -> None:
             clamped.append(f"{names[id(p)]} {tuple(p.shape)}")
     if clamped:
         warnings.warn(f"rank={group['rank']} is clamped to min(m, n) for: {', '.join(clamped)}", stacklevel=4)
+
+
+def check_values(group: Mapping[str, Any]) -> None:
+    """Refuse values that are wrong whatever the parameters are.
+
+    Raises:
+        ConfigError: naming the key, the value and what is allowed.
+    """
+    for key, allowed in (
+        ("proj_type", PROJ_TYPES),
+        ("refresh", REFRESHES),
+        ("moments", MOMENTS),
+        ("residual", RESIDUALS),
+        ("variant", VARIANTS),
+    ):
+        if group[key] not in allowed:
+            raise ConfigError(key, group[key], f"must be one of {', '.join(str(a) for a in allowed)}")
+    for key in ("rotate_moments", "stagger", "layerwise", "correct_bias"):
+        if not isinstance(group[key], bool):
+            raise ConfigError(key, group[key], "must be true or false")
+    for key in ("lr", "eps", "weight_decay", "scale"):
+        if not _is_number(group[key]) or not 0 <= group[key] < math.inf:
+            raise ConfigError(key, group[key], "must be a number, 0 or more")
+    betas = group["betas"]
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2 or not all(_is_number(b) and 0 <= b < 1 for b in betas):
+        raise ConfigError("betas", betas, "must be two numbers in [0, 1)")
+    gap, seed = group["update_proj_gap"], group["seed"]
+    if not isinstance(gap, int) or isinstance(gap, bool) or gap < 1:
+        raise ConfigError("update_proj_gap", gap, "must be an integer of 1 or more steps")
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise ConfigError("seed", seed, "must be an integer, or null for the run's")
+
+
+def _is_number(value: Any) -> bool:
+    return (isinstance(value, (int, float)) and not isinstance(value, bool)) or (
+        isinstance(value, Tensor) and value.numel() == 1
+    )
 
 
 def check_rank_value(rank: Any) -> None:

@@ -39,7 +39,7 @@ def make_index(groups: list[dict[str, Any]], ranks: Mapping[Tensor, int]) -> dic
     for p, group, name, rank in named:
         slot = None
         if rank:
-            if p.ndim < 2:
+            if p.ndim < 2 or not p.numel():
                 raise ConfigError("params", name, "is flat now (FSDP1, DeepSpeed): use FSDP2 (ModelParallelStrategy)")
             offset = position * group["update_proj_gap"] // count if group["stagger"] else 0
             slot = Projected(p, group, {}, min(rank, largest_rank(p)), name, offset)

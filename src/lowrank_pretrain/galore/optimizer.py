@@ -15,7 +15,7 @@ from lowrank_pretrain.errors import ConfigError
 from lowrank_pretrain.galore import adopt as transition
 from lowrank_pretrain.galore import checkpoint, memory, stepping
 from lowrank_pretrain.galore.clock import RefreshClock
-from lowrank_pretrain.galore.groups import check_group
+from lowrank_pretrain.galore.groups import check_group, check_values
 from lowrank_pretrain.galore.guard import Guard
 from lowrank_pretrain.galore.index import Entry, make_index, parameter_name
 from lowrank_pretrain.galore.layerwise import Layerwise
@@ -76,14 +76,6 @@ class GaLoreAdamW(Optimizer):
         variant: str = "galore",
         seed: int | None = None,
     ) -> None:
-        if not lr >= 0:
-            raise ConfigError("lr", lr, "must be 0 or more")
-        if len(betas) != 2 or not all(0 <= b < 1 for b in betas):
-            raise ConfigError("betas", betas, "must be two numbers in [0, 1)")
-        if not eps >= 0:
-            raise ConfigError("eps", eps, "must be 0 or more")
-        if not weight_decay >= 0:
-            raise ConfigError("weight_decay", weight_decay, "must be 0 or more")
         defaults = {
             "lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay, "correct_bias": correct_bias,
             "update_proj_gap": update_proj_gap, "scale": scale, "proj_type": proj_type, "refresh": refresh,
@@ -91,6 +83,7 @@ class GaLoreAdamW(Optimizer):
             "residual": residual, "variant": variant, "seed": run_seed() if seed is None else seed,
         }  # fmt: skip
         self._setup({})
+        check_values(defaults)
         super().__init__(params, defaults)
 
     def _setup(self, ranks: dict[Tensor, int]) -> None:

@@ -42,6 +42,7 @@ class Projected:
     grad: Tensor | None = None
     low: Tensor | None = None
     step: int = 0
+    _blank: bool | None = None  # None: to be looked at
 
     def __post_init__(self) -> None:
         self.rows, self.cols = self.p.shape[0], self.p.numel() // self.p.shape[0]
@@ -67,8 +68,21 @@ class Projected:
 
     @property
     def cold(self) -> bool:
-        """Whether there is no basis yet."""
-        return self.group["variant"] == "galore" and "proj" not in self.state
+        """Whether there is no basis yet, or one that no gradient has had a part in."""
+        return self.group["variant"] == "galore" and ("proj" not in self.state or self.blank)
+
+    @property
+    def blank(self) -> bool:
+        """Whether all gradients so far were zero, as they are in front of a layer that starts at zero.
+
+        Looked up after a basis is made or loaded, and no more once it is False.
+        """
+        if self._blank is None:
+            self._blank = False
+            if "proj" in self.state and self.group["refresh"] != "svd":  # the published code keeps such a basis for a gap
+                v = self.state.get("exp_avg_sq_scale", self.state["exp_avg_sq"])  # of 8-bit codes the scales
+                self._blank = bool(sharded.agree(~sharded.local(v).any().reshape(1), [self.p]))
+        return self._blank
 
     @property
     def due(self) -> bool:
@@ -140,17 +154,20 @@ class Projected:
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Renew the basis from ``grad``; returns the moments in it, and its overlap with the old one (None if new)."""
         matrix = self.matrix(sharded.whole(self.grad))
-        old = [self.state[key].to(subspace.at_least_32(matrix.dtype)) for key in self._keys() if key in self.state]
+        keys = [] if self.cold else self._keys()
+        old = [self.state[key].to(subspace.at_least_32(matrix.dtype)) for key in keys]
         new = self._new_basis(matrix, old, m)
         if share is not None:
             share(new)
         keep = moments.kind(self.group)
         stored = subspace.at_least_32(matrix.dtype) if keep == "float32" else matrix.dtype
         if not old:
+            again = "proj" in self.state  # a blank one is made anew; its moments are those of a basis already
             for key, basis in zip(self._keys(), new, strict=True):
                 # one memory layout whatever made it: a distributed checkpoint keeps none, and products would round anew
                 self.state[key] = basis.to(stored).contiguous()
-            return (*self._enter(m, v, new), None)
+            self._blank = None
+            return (m, v, None) if again else (*self._enter(m, v, new), None)
         turns = [subspace.change_of_basis(after, before) for before, after in zip(old, new, strict=True)]
         if self.group["rotate_moments"]:
             for kept, turned in zip((m, v), subspace.rotate(m.to(old[0].dtype), v.to(old[0].dtype), *turns), strict=True):

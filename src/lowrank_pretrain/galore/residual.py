@@ -35,7 +35,7 @@ def fira(
         state: keeps ``residual_norm``, the last residual's norm (0 before the first).
     """
     scale = _columns(minus_n) / (_columns(low) + _TINY)
-    outside = (_columns(matrix).square() - _columns(low).square()).clamp_min_(0)  # ‖(I−PPᵀ)M_j‖², since PᵀP = I
+    outside = _outside(_columns(matrix).square(), _columns(low).square())
     scale = scale * _limit((scale.square() * outside).sum().sqrt() / c, state)
     minus_n.addcmul_(low, scale)
     weight.addmm_(p, minus_n.to(weight.dtype), alpha=eta)
@@ -57,6 +57,16 @@ def gaussian(d: int, rank: int, generator: torch.Generator, dtype: torch.dtype) 
     """APOLLO's random projection d×r, entries N(0, 1/r); drawn again from its seed at each step, never stored."""
     p = torch.randn(d, rank, generator=generator, device=generator.device)
     return p.mul_(rank**-0.5).to(dtype)
+
+
+def _outside(whole: Tensor, inside: Tensor) -> Tensor:
+    """‖(I−PPᵀ)M_j‖² of each column, since PᵀP = I; what rounding may have made is 0.
+
+    A gradient of rank r or less has no residual. Taken for one, its rounding would hold the next, real residual back for
+    hundreds of steps.
+    """
+    outside = whole - inside
+    return torch.where(outside > 100 * torch.finfo(whole.dtype).eps * whole, outside, 0.0)
 
 
 def _columns(x: Tensor) -> Tensor:
