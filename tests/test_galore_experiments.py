@@ -44,6 +44,23 @@ def test_every_experiment_trains_when_made_tiny(run, name):
     assert rows and all(0 < float(row["galore/overlap"]) < 1.01 and float(row["galore/refresh_ms"]) > 0 for row in rows)
 
 
+@pytest.mark.parametrize(
+    "method", ["galore_track", "galore_layerwise", "galore_8bit", "galore_published", "fira", "apollo", "full"]
+)
+def test_every_method_trains_the_pocket_experiment(run, method):
+    if method == "galore_8bit":
+        pytest.importorskip("bitsandbytes")
+    overrides = [key for key in TINY if method != "full" or not key.startswith("method.")]
+    directory, summary = run(method, "experiment=galore_pocket", *overrides, *TINY_LLAMA, f"method={method}", base=[])
+    (phase,) = summary["phases"]
+    assert phase["steps"] == STEPS and ("optimizer_formula_gib" in phase) == (method != "full")
+    if method != "full":
+        assert phase["optimizer_gib"] == pytest.approx(phase["optimizer_formula_gib"], rel=0.01)
+    losses = [float(row["train/loss"]) for row in csv.DictReader((directory / "metrics.csv").open()) if row["train/loss"]]
+    assert losses[-1] < losses[0]
+    assert (directory / "export" / "model.safetensors").is_file()
+
+
 @pytest.mark.parametrize("name", LLAMAS)
 def test_the_llamas_have_the_papers_settings(composed, name):
     hidden, intermediate, layers, heads, rank, steps = LLAMAS[name]
