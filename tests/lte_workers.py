@@ -234,7 +234,8 @@ def counted(world, **kwargs):
         return gather(out, tensor, *args, **kw)
 
     def counting_reduce(tensor, *args, **kw):
-        seen["reduce"] += 2 * (world - 1) / world * tensor.numel() * tensor.itemsize
+        if tensor.numel() > 1:  # Lightning adds up the loaders' lengths
+            seen["reduce"] += 2 * (world - 1) / world * tensor.numel() * tensor.itemsize
         return reduce(tensor, *args, **kw)
 
     dist.all_gather_into_tensor, dist.all_reduce = counting_gather, counting_reduce
@@ -261,8 +262,8 @@ class Dies(pl.Callback):
             time.sleep(60)
 
 
-def dying(world, how, folder, timeout=8, **kwargs):
-    # a first merge, and the checkpoint behind it, come before
+def dying(world, how, folder, answer_within=8, **kwargs):
+    # two merges, an epoch and the checkpoint behind it come before
     return saved(
-        world, folder, [4], merge_timeout=timeout, trainer={"callbacks": [Dies(1, 6, how)]}, **kwargs
+        world, folder, [8], merge_timeout=answer_within, trainer={"callbacks": [Dies(1, 10, how)]}, **kwargs
     )  # fmt: skip

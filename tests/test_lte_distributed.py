@@ -137,12 +137,12 @@ def test_rank_zeros_weights_are_everyones(ranks):
 @pytest.mark.parametrize("sync_rest", ["step", "merge"])
 @pytest.mark.parametrize("how", ["killed", "stuck"])
 def test_a_dead_or_stuck_worker_ends_the_job_and_a_restart_resumes(ranks, tmp_path, how, sync_rest):
-    common = {"folder": tmp_path, "sync_rest": sync_rest}
+    common = {"folder": tmp_path, "sync_rest": sync_rest, "steps": 16}
     whole = ranks(2, workers.saved, 2, save_at=[], **common)
-    outcomes = ranks.outcomes(2, workers.dying, 2, how=how, timeout=60 if how == "killed" else 8, **common)
+    outcomes = ranks.outcomes(2, workers.dying, 2, how=how, answer_within=60 if how == "killed" else 8, **common)
     fine, value, _ = outcomes[0]
     assert not fine and value.startswith("RuntimeError"), value
     ranks.close()  # the processes are as dead as the job's would be
-    again = ranks(2, workers.saved, 2, save_at=[], ckpt=str(tmp_path / "step=4.ckpt"), **common)
+    again = ranks(2, workers.saved, 2, save_at=[], ckpt=str(tmp_path / "step=8.ckpt"), **common)
     for a, b in zip(whole, again, strict=True):
         assert all(torch.equal(a["weights"][k], b["weights"][k]) for k in a["weights"])

@@ -54,6 +54,9 @@ def apply(
     if optimizer_state == "reset":
         for optimizer in trainer.optimizers:
             optimizer.state.clear()
+    settled = getattr(strategy, "after_transition", None)  # a strategy of ours that keeps books on the optimizers' parameters
+    if callable(settled):
+        settled()
     if wrapped:
         strategy.configure_ddp()
 

@@ -8,7 +8,7 @@ Without reset the updates telescope: W − W₀ has rank N·R at most, however m
 ``sequential`` adds one head's update a window, so W₀ moves on with every merge there too.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -137,7 +137,8 @@ class HeadSet:
             for part, factor in layer.lora_B.items():
                 factor.copy_(B[part].expand_as(factor))
                 inherited.append(Inherit(factor, B[part], 0, 0, len(B[part])))
-        self._apply(self.exchange())
+        if self.settings.mode != "joint":  # there W never holds what heads learn
+            self._apply(self.exchange())
         return [] if self.settings.reset else inherited
 
     def take_off(self) -> None:
@@ -336,9 +337,12 @@ def prev_of(piece: Piece) -> Factors:
     return piece.layer.prev_A[:, piece.part.a : piece.part.a + piece.part.rank], piece.layer.prev_B[index]
 
 
-def ignored_names(layers: Mapping[str, nn.Module]) -> Iterable[str]:
-    """What DDP must neither broadcast nor average: heads and what W holds of them."""
-    for name, layer in layers.items():
-        yield f"{name}.lora_A"
-        yield from (f"{name}.lora_B.{part.name}" for part in layer._parts)
-        yield from (f"{name}.{own}" for own in prev_names(layer))
+def head_names(module: nn.Module, layers: Mapping[str, nn.Module]) -> set[str]:
+    """What DDP must neither broadcast nor average, and no checkpoint shows: heads and what W holds of them.
+
+    Names as the module gives them (``torch.compile`` adds to them).
+    """
+    own = {id(p) for p in record.factors(layers).values()}
+    own |= {id(getattr(layer, name)) for layer in layers.values() for name in prev_names(layer)} - {id(None)}
+    tensors = (*module.named_parameters(), *module.named_buffers())
+    return {name for name, tensor in tensors if id(tensor) in own}

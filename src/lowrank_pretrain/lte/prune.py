@@ -84,6 +84,14 @@ def _holder(optimizer: Optimizer) -> Optimizer:
 
 
 @torch.no_grad()
+def _drop_unscaled(state: dict) -> None:
+    """No momentum where the mean square was zeroed: m / (√v + eps) would be a step hundreds of times too long."""
+    m, v = state.get("exp_avg"), state.get("exp_avg_sq")
+    if m is not None and v is not None and m.shape == v.shape:
+        m.masked_fill_(v == 0, 0.0)
+
+
+@torch.no_grad()
 def _zero_smallest(moment: Tensor, fraction: float) -> None:
     count = round(fraction * moment.numel())
     if count:

@@ -6,13 +6,14 @@ synchronised at every step. This file knows hooks and no maths: ``head_set`` has
 traffic, ``state`` the checkpoint.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
 import lightning.pytorch as pl
 import torch.distributed as dist
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
@@ -23,10 +24,11 @@ from torch.optim import Optimizer
 
 from lowrank_pretrain import lora, random_state, transition
 from lowrank_pretrain.errors import ConfigError
+from lowrank_pretrain.lora_function import Part
 from lowrank_pretrain.lora_layer import Inherit, has_own_forward
 from lowrank_pretrain.lte import record, rest, state
 from lowrank_pretrain.lte.clipping import clip_norms, share_overflow
-from lowrank_pretrain.lte.head_set import HeadSet, Settings, ignored_names
+from lowrank_pretrain.lte.head_set import HeadSet, Settings, head_names
 from lowrank_pretrain.lte.merge import Workers
 from lowrank_pretrain.lte.optimizer_state import BareGroups
 from lowrank_pretrain.lte.settings import check
@@ -109,6 +111,10 @@ class LTEStrategy(DDPStrategy):
         """DDP's set-up, then the conversion, then the wrapper."""
         fitting = trainer.state.fn == TrainerFn.FITTING
         if fitting:
+            for callback in trainer.callbacks:
+                if isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
+                    allowed = "pairs weights by position and would average the heads: remove it, or average the exports"
+                    raise ConfigError("callbacks", type(callback).__name__, allowed)
             stash, self._stash = self._stash, None
             self._forget()
             self._stash = stash
@@ -134,9 +140,13 @@ class LTEStrategy(DDPStrategy):
     def _make_workers(self) -> Workers:
         if not dist.is_initialized() or dist.get_world_size() == 1:
             return Workers()
+        timeout = timedelta(seconds=self.merge_timeout)
         if not hasattr(self, "_group"):
-            # of its own: a short timeout here must not bound the rendezvous, nor may merges queue before DDP's buckets
-            self._group = dist.new_group(timeout=timedelta(seconds=self.merge_timeout))
+            # of its own: merges must not queue before DDP's buckets
+            self._group = dist.new_group(timeout=timeout)
+            # What runs on the default group (DDP's averages, Lightning's word to all at each batch) waits no longer either.
+            # Set behind the rendezvous: a short timeout given to the constructor would bound that too
+            getattr(dist, "set_timeout", dist.distributed_c10d._set_pg_timeout)(timeout)
         return Workers(self._group, self.merge_timeout)
 
     def _broadcast_weights(self) -> None:
@@ -151,7 +161,7 @@ class LTEStrategy(DDPStrategy):
             raise RuntimeError("LTE: workers still hold different weights after rank 0's were broadcast")
 
     def _checksums(self) -> list[float]:
-        mine = sum(p.detach().double().abs().sum().item() for p in self.lightning_module.parameters())
+        mine = sum(p.detach().double().nan_to_num().abs().sum().item() for p in self.lightning_module.parameters())
         sums: list[Any] = [None] * self._workers.size
         dist.all_gather_object(sums, mine, group=self._workers.group)
         return sums
@@ -171,16 +181,18 @@ class LTEStrategy(DDPStrategy):
         self.heads = HeadSet(self.settings, self._workers)
         inherited = self.heads.convert(targets, ranks)
         for bare in self._bare:
-            bare.inherited = inherited
+            bare.inherited = list(inherited)
         lora.switch_fast_path(self.lightning_module, off=True)
         return inherited
 
-    def _after_conversion(self) -> None:
-        """The optimizers hold the heads now: warn, take a checkpoint's heads, tell the rest from the heads."""
+    def after_transition(self) -> None:
+        """The optimizers hold the heads now: tell the rest from the heads, warn, take a checkpoint's heads."""
         heads, module = self.heads, self.lightning_module
+        if heads is None or heads.optimizers:
+            return
         heads.optimizers = list(self.optimizers)
         owned = {id(p) for p in heads.factors().values()}
-        self.rest = rest.Rest(module, owned, set(ignored_names(heads.layers)), self._workers, self.sync_rest)
+        self.rest = rest.Rest(module, owned, head_names(module, heads.layers), self._workers, self.sync_rest)
         narrow = min(min(p.part.rows, p.factors()[0].shape[2]) for p in heads.pieces)
         ranks = [p.part.rank for p in heads.pieces]
         count = self.settings.heads * heads.workers.size
@@ -280,8 +292,8 @@ class LTEStrategy(DDPStrategy):
     def _clip_grad_by_norm(self, optimizer: Optimizer, clip_val: float) -> None:
         own = [] if self.heads is None or self.settings.mode == "joint" else list(self.heads.factors().values())
         owned = {id(p) for p in own}
-        mine = [p for group in optimizer.param_groups for p in group["params"]]
-        clip_norms((p for p in mine if id(p) not in owned), [p for p in own if any(p is q for q in mine)], clip_val)
+        mine = {id(p): p for group in optimizer.param_groups for p in group["params"]}
+        clip_norms((p for n, p in mine.items() if n not in owned), [p for p in own if id(p) in mine], clip_val)
 
     def _log(self) -> None:
         trainer = self.lightning_module.trainer
@@ -290,6 +302,17 @@ class LTEStrategy(DDPStrategy):
         self._logged = trainer.global_step
         for logger in trainer.loggers:
             logger.log_metrics(self.metrics(), step=trainer.global_step)
+
+    def all_heads(self) -> Iterator[tuple[str, Tensor, dict[str, Tensor], tuple[Part, ...]]]:
+        """Per layer its name, A (N, ΣR, D), B (N, O, R) per part, and the parts: over all workers, which must all call it."""
+        if self.heads is None:
+            return
+        layers = self.heads.layers
+        found = {key: value for key, value in record.of_layers(layers).items() if key[2][0] in "AB"}
+        found = dict(zip(found, self.heads.workers.all_heads(list(found.values())), strict=True))
+        for name, layer in layers.items():
+            B = {part.name: found["layer", name, f"B.{part.name}"] for part in layer._parts}
+            yield name, found["layer", name, "A"], B, layer._parts
 
     def metrics(self) -> dict[str, float]:
         """MiB that this worker sent for the last merge, for the rest in the same window, and milliseconds waited for it."""
@@ -308,17 +331,13 @@ class LTEStrategy(DDPStrategy):
         """Wrap what is synchronised at every step; heads are left out of broadcasts and averages."""
         if self._holding:
             return
-        if self.heads is not None and not self.heads.optimizers:
-            self._after_conversion()
         module = self.lightning_module
-        ignored = set() if self.heads is None or self.settings.mode == "joint" else set(ignored_names(self.heads.layers))
+        ignored = set() if self.heads is None or self.settings.mode == "joint" else head_names(module, self.heads.layers)
         module._ddp_params_and_buffers_to_ignore = sorted(ignored)
         synced = [name for name, p in module.named_parameters() if p.requires_grad and name not in ignored]
         apart = self.heads is not None and self.settings.mode != "joint" and self.sync_rest == "merge"
-        if not synced or apart:
+        if not synced or apart or self._workers.size == 1:
             return  # DDP refuses a model without anything to reduce
-        if self._workers.group is not None:
-            self._ddp_kwargs["process_group"] = self._workers.group  # so that a stuck worker ends the job in time here too
         super().configure_ddp()
 
     # -- looking ----------------------------------------------------------------------------------------------------
@@ -389,7 +408,7 @@ class LTEStrategy(DDPStrategy):
             return super().lightning_module_state_dict()
         looking = self.heads.shared.viewing
         self._look()
-        dropped = set(ignored_names(self.heads.layers))
+        dropped = head_names(self.lightning_module, self.heads.layers)
         plain = {
             k: v for k, v in super().lightning_module_state_dict().items() if k not in dropped and ".rest_weight." not in k
         }
@@ -431,7 +450,8 @@ class LTEStrategy(DDPStrategy):
                 self._random = None if stash is None else stash["random"]
             return
         self._look_away()
-        own = {k: v for k, v in self.lightning_module.state_dict().items() if k in set(ignored_names(self.heads.layers))}
+        names = head_names(self.lightning_module, self.heads.layers)
+        own = {k: v for k, v in self.lightning_module.state_dict().items() if k in names}
         super().load_model_state_dict({**checkpoint, "state_dict": own | checkpoint["state_dict"]}, strict=False)
         if stash is not None:
             self._take_stash(stash)

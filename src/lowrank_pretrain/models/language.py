@@ -111,7 +111,7 @@ class CausalLM(LightningModule):
         """Reads a head that was tied here and untied there, because it was a target of low-rank training.
 
         Loaded as it is, the head would overwrite the embedding without a word. A resumed fit starts from the tied
-        model (its callback unties the head again and has its exact weights); anything else wants it untied now.
+        model (its callback or strategy unties the head again and has its exact weights); anything else wants it untied now.
         """
         head, embedding = self.model.get_output_embeddings(), self.model.get_input_embeddings()
         # a distributed checkpoint (FSDP2's) has no state_dict here: the strategy reads its pieces into the model as it is
@@ -126,7 +126,8 @@ class CausalLM(LightningModule):
             fitting = self.trainer.state.fn == TrainerFn.FITTING
         except RuntimeError:  # load_from_checkpoint: no trainer
             fitting = False
-        if fitting and head_name in checkpoint.get("lowrank_pretrain", {}).get("plan", {}):
+        plans = (checkpoint.get("lowrank_pretrain", {}).get("plan", {}), checkpoint.get("lte_state", {}).get("targets", {}))
+        if fitting and any(head_name in plan for plan in plans):
             state[head_name + ".weight"] = looked_up
         else:
             head.weight = nn.Parameter(head.weight.detach().clone())
