@@ -1,0 +1,167 @@
+"""What LTE sends: as computed for real models, and as the sockets of real processes count it."""
+
+import os
+import socket
+import stat
+import struct
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from lowrank_pretrain import ConfigError
+from lowrank_pretrain.lte import record
+from lowrank_pretrain.lte.head_set import HeadSet, Settings, head_names
+from lowrank_pretrain.lte.merge import Workers
+from lowrank_pretrain.lte.rest import Rest
+from lowrank_pretrain.lte.traffic import traffic
+from lowrank_pretrain.targets import find_targets
+
+
+def model(name):
+    with torch.device("meta"):
+        if name == "gpt2":
+            from transformers import GPT2Config, GPT2LMHeadModel
+
+            return GPT2LMHeadModel(GPT2Config())
+        import timm
+
+        return timm.create_model(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "targets", "with_merge", "with_step"),
+    [
+        ("vit_small_patch32_224", 1 / 40, 1 / 30, 1 / 10),
+        ("vit_large_patch16_224", 1 / 90, 1 / 90, 1 / 55),
+        ("gpt2", 1 / 90, 1 / 20, 1 / 3),
+    ],
+)
+def test_eight_workers_beside_ddp(name, targets, with_merge, with_step):
+    bare = model(name)
+    before = list(bare.state_dict())
+    merge, step = (traffic(bare, "all", 16, 1, 8, 10, sync) for sync in ("merge", "step"))
+    assert list(bare.state_dict()) == before
+    assert merge["ddp"] == step["ddp"] == 2 * 7 / 8 * 4 * sum(p.numel() for p in bare.parameters())
+    assert merge["targets"] == step["targets"] <= targets * merge["ddp"]
+    assert merge["all"] <= with_merge * merge["ddp"]
+    assert step["rest"] == pytest.approx(10 * merge["rest"])  # these models have no buffers to average
+    assert step["all"] <= with_step * step["ddp"]
+    assert merge["routes"] == {"factors": len(find_targets(bare))}
+
+
+class Net(nn.Module):
+    """A fused layer, a plain one, a bias and a norm with running statistics."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(128)
+        self.qkv = nn.Linear(128, 384)
+        self.out = nn.Linear(384, 64, bias=False)
+
+    def forward(self, x):
+        return self.out(torch.relu(self.qkv(self.norm(x))))
+
+
+WEIGHTS, REST, BUFFERS = 384 * 128 + 64 * 384, 2 * 128 + 384, 2 * 128
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_small_net_by_hand(half):
+    net, size = Net(), 2 if half else 4
+    net = net.bfloat16() if half else net
+    got = traffic(net, rank=4, heads=2, workers=3, merge_every=5, sync_rest="step")
+    own = 2 * 4 * (3 * (128 + 128) + 384 + 64)  # 2 heads, rank 4: D + O of q, k, v and out
+    assert got["routes"] == {"factors": 4} and got["merge"] == 2 * own * size and got["targets"] == got["merge"] / 5
+    assert got["rest"] == pytest.approx(4 / 3 * REST * size) and got["ddp"] == pytest.approx(4 / 3 * (WEIGHTS + REST) * size)
+    assert got["all"] == got["targets"] + got["rest"]
+    # sums travel in float32, and with the rest go the running statistics
+    merge = traffic(net, rank=4, heads=2, workers=3, merge_every=5, sync_rest="merge", route="dense")
+    assert merge["routes"] == {"dense": 4} and merge["merge"] == pytest.approx(4 / 3 * WEIGHTS * 4)
+    assert merge["rest"] == pytest.approx(4 / 3 * (REST + BUFFERS) * 4 / 5)
+    alone = traffic(net, rank=4, sync_rest="merge")
+    assert alone["all"] == alone["ddp"] == 0
+    # 16 heads of rank 32 outweigh any of these matrices
+    assert traffic(net, rank=32, heads=16, workers=2)["routes"] == {"dense": 4}
+    assert all(p.device.type == "cpu" for p in net.parameters()) and type(net.qkv) is nn.Linear
+
+
+def test_a_row_block_that_is_no_target_and_a_tied_head_belong_to_the_rest():
+    some = traffic(Net(), targets=["qkv.q", "qkv.v"], rank=4, heads=1, workers=2)
+    assert some["merge"] == 4 * 4 * 2 * 256 and some["rest"] == 4 * (REST + 128 * 128 + 64 * 384)
+    bare = model("gpt2")
+    with pytest.warns(UserWarning, match="no longer shares"):
+        untied = traffic(bare, targets=["all", "head"], heads=1, workers=2)
+    tied = traffic(bare, targets="all", heads=1, workers=2)
+    assert untied["rest"] == tied["rest"]  # the embedding trains on as it did
+    assert untied["merge"] - tied["merge"] == 4 * 16 * (50257 + 768)
+    assert bare.lm_head.weight is bare.transformer.wte.weight
+
+
+@pytest.mark.parametrize(
+    ("wrong", "key"),
+    [({"workers": 0}, "workers"), ({"heads": 0}, "heads"), ({"merge_every": 0}, "merge_every"), ({"rank": 65}, "rank"),
+     ({"sync_rest": "never"}, "sync_rest"), ({"route": "sparse"}, "route"), ({"targets": "mlp"}, "targets")],
+)  # fmt: skip
+def test_wrong_values(wrong, key):
+    with pytest.raises(ConfigError) as caught:
+        traffic(Net(), **wrong)
+    assert str(caught.value).startswith(key)
+
+
+def sent_by_sockets():
+    """Bytes that this process has sent over TCP, by the kernel's count (tcpi_bytes_sent)."""
+    total = 0
+    for fd in map(int, os.listdir("/proc/self/fd")):
+        try:
+            if not stat.S_ISSOCK(os.fstat(fd).st_mode):
+                continue
+            with socket.socket(fileno=os.dup(fd)) as copy:
+                if copy.family in (socket.AF_INET, socket.AF_INET6) and copy.type == socket.SOCK_STREAM:
+                    total += struct.unpack_from("<Q", copy.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256), 200)[0]
+        except OSError:  # closed meanwhile, or listening
+            continue
+    return total
+
+
+def on_the_wire(call):
+    """What one call sends, by the sockets' count."""
+    dist.barrier()
+    before = sent_by_sockets()
+    call()
+    after = sent_by_sockets()
+    dist.barrier()
+    return after - before
+
+
+def measured(world, route):
+    """Bytes that a merge of the heads, one of the rest and a step of DDP put on this rank's sockets, and our own count."""
+    dist.init_process_group("gloo", rank=int(os.environ["RANK"]), world_size=world)
+    torch.manual_seed(0)
+    ddp = nn.parallel.DistributedDataParallel(nn.Sequential(Net()))
+    ddp(torch.randn(2, 128)).sum().backward()  # the first step also agrees on buckets
+    found = {"ddp": on_the_wire(lambda: ddp(torch.randn(2, 128)).sum().backward())}
+    net = Net()
+    workers = Workers(dist.group.WORLD)
+    heads = HeadSet(Settings(heads=2, route=route, seed=0), workers)
+    chosen = find_targets(net)
+    heads.convert(chosen, dict.fromkeys(chosen, 16))
+    owned = {id(p) for p in record.factors(heads.layers).values()}
+    rest = Rest(net, owned, head_names(net, heads.layers), workers, "merge")
+    found["merge"] = on_the_wire(lambda: heads.exchange().wait())
+    found["rest"] = on_the_wire(rest.merge)
+    return found, workers.sent
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the kernel's count of each socket")
+@pytest.mark.parametrize(("world", "route"), [(2, "factors"), (2, "dense"), (4, "factors"), (4, "dense")])
+def test_sockets_send_what_is_computed(ranks, world, route):
+    want = traffic(Net(), rank=16, heads=2, workers=world, merge_every=10, sync_rest="merge", route=route)
+    results = ranks(world, measured, world, route)
+    for _, counted in results:
+        assert counted == pytest.approx(want["merge"] + 10 * want["rest"])
+    for key, computed in (("merge", want["merge"]), ("rest", 10 * want["rest"]), ("ddp", want["ddp"])):
+        mean = sum(found[key] for found, _ in results) / world
+        assert computed <= mean <= 1.02 * computed + 4096  # and the library's headers
