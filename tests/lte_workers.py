@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from lowrank_pretrain.data.loaders import EpochBatches, EpochLoader, Fetched
+from lowrank_pretrain.loop_state import LoopState
 from lowrank_pretrain.lte import LTEStrategy
 
 WIDTH = 8
@@ -67,6 +69,10 @@ class Samples(Dataset):
         i = self.order[i]
         return i, self.x[i], self.y[i]
 
+    def fetch(self, epoch, indices):
+        chosen = torch.tensor([self.order[i] for i in indices])
+        return Fetched((chosen, self.x[chosen], self.y[chosen]), [])
+
 
 def in_layout(world, batch, n=64):
     """An order of samples such that rank r's b-th batch, of batch/world samples, is the r-th part of global batch b."""
@@ -80,9 +86,14 @@ def in_layout(world, batch, n=64):
     return order
 
 
+def loader(data, batch_size, rank=0, world=1):
+    """Resumes in the middle of an epoch."""
+    return EpochLoader(data, EpochBatches(len(data), batch_size, True, rank, world, seed=0))
+
+
 def fit(
     world=1, steps=12, batch=8, net=None, ckpt=None, save_at=(), folder=None, data=None, val=0, strategy=None, module=None,
-    trainer=None, **lte,
+    trainer=None, exact=False, **lte,
 ):  # fmt: skip
     """A fit of `steps` optimizer steps; returns (module, trainer, strategy)."""
     module = module or Net(**(net or {}))
@@ -90,19 +101,21 @@ def fit(
     strategy = strategy or LTEStrategy(**{"rank": 2, "heads": 2, "merge_every": 4, **lte})
     data = data or Samples(dtype=dtype, order=in_layout(world, batch))
     rank = int(os.environ["RANK"]) if world > 1 else 0
-    sampler = DistributedSampler(data, world, rank, shuffle=False)  # Lightning would shuffle
-    loader = DataLoader(data, batch_size=batch // world, sampler=sampler)
+    # a sampler of our own: Lightning's would shuffle; the other loader resumes in the middle of an epoch
+    sampler = DistributedSampler(data, world, rank, shuffle=False)
+    plain = DataLoader(data, batch_size=batch // world, sampler=sampler)
+    batches = loader(data, batch // world, rank, world) if exact else plain
     folder = Path(folder or tempfile.mkdtemp())
     options = {"max_epochs": -1, "max_steps": steps, "limit_val_batches": val, "num_sanity_val_steps": 0, **(trainer or {})}
     save = [Save(folder, save_at)] if save_at else []
     quiet = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False, "enable_model_summary": False}
-    options["callbacks"] = [*options.get("callbacks", []), *save]
+    options["callbacks"] = [*([LoopState()] if exact else []), *options.get("callbacks", []), *save]
     run = pl.Trainer(
         accelerator="cpu", devices=world, strategy=strategy, default_root_dir=folder, **{**quiet, **options}
     )  # fmt: skip
     # a loader without a generator of its own draws from the global one whenever it is iterated
     scored = DataLoader(Samples(16, dtype), batch_size=8, generator=torch.Generator()) if val else None
-    run.fit(module, loader, scored, ckpt_path=ckpt)
+    run.fit(module, batches, scored, ckpt_path=ckpt)
     return module, run, strategy
 
 
@@ -159,9 +172,12 @@ def watched(world, trainer=None, **kwargs):
 
 
 def saved(world, folder, save_at, **kwargs):
-    """A run that writes checkpoints; final weights and losses."""
-    module, _, _ = fit(world, folder=folder, save_at=save_at, **kwargs)
-    return {"weights": weights(module), "losses": module.losses}
+    """A run that writes checkpoints; what it ends with."""
+    module, run, strategy = fit(world, folder=folder, save_at=save_at, exact=True, **kwargs)
+    heads = {name: p.detach().clone() for name, p in strategy.heads.factors().items()}
+    moments = [v.clone() for o in run.optimizers for s in o.state.values() for v in s.values()]
+    return {"weights": weights(module), "losses": module.losses, "heads": heads, "moments": moments,
+            "clock": (strategy.heads.clock, strategy.heads.merges)}  # fmt: skip
 
 
 class Overflow(pl.Callback):

@@ -7,8 +7,10 @@ import multiprocessing
 import os
 import pickle
 import socket
+import time
 import traceback
 from collections.abc import Callable
+from multiprocessing.connection import wait
 from typing import Any
 
 import torch
@@ -60,12 +62,14 @@ class Ranks:
     def __call__(self, world: int, function: Callable, *args: Any, timeout: float = 120, **kwargs: Any) -> list[Any]:
         """``function(*args, **kwargs)`` on ranks 0 … world−1; their results, or an AssertionError with the first traceback."""
         outcomes = self.outcomes(world, function, *args, timeout=timeout, **kwargs)
-        for rank, (fine, value, detail) in enumerate(outcomes):
-            assert fine, f"rank {rank}: {value}\n{detail}"
+        failed = [f"rank {rank}: {value}\n{detail}" for rank, (fine, value, detail) in enumerate(outcomes) if not fine]
+        assert not failed, "\n".join(sorted(failed, key=len, reverse=True))  # who did not answer has the least to say
         return [value for _, value, _ in outcomes]
 
-    def outcomes(self, world: int, function: Callable, *args: Any, timeout: float = 120, **kwargs: Any) -> list[tuple]:
-        """(True, result, warnings) or (False, error, traceback) per rank."""
+    def outcomes(
+        self, world: int, function: Callable, *args: Any, timeout: float = 120, grace: float = 20, **kwargs: Any
+    ) -> list[tuple]:
+        """(True, result, warnings) or (False, error, traceback) per rank; once one fails the others have ``grace`` seconds."""
         self._start(world)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -77,18 +81,24 @@ class Ranks:
             }  # fmt: skip
             task = function, {k: str(v) for k, v in environment.items()}, args, kwargs
             self._workers[rank][1].send_bytes(pickle.dumps(task))
-        outcomes = []
-        for process, connection in self._workers[:world]:
-            if not connection.poll(timeout):
-                self.close()
-                raise AssertionError(f"a rank did not answer within {timeout} s")
-            try:
-                outcomes.append(pickle.loads(connection.recv_bytes()))
-            except EOFError:
-                outcomes.append((False, f"the process died with {process.exitcode}", ""))
-        if any(not process.is_alive() for process, _ in self._workers):
+        outcomes: dict[int, tuple] = {}
+        deadline = time.monotonic() + timeout
+        while len(outcomes) < world:
+            waiting = {self._workers[rank][1]: rank for rank in range(world) if rank not in outcomes}
+            ready = wait(list(waiting), max(0.0, deadline - time.monotonic()))
+            if not ready:
+                break
+            for connection in ready:
+                try:
+                    outcome = pickle.loads(connection.recv_bytes())
+                except (EOFError, ConnectionResetError):
+                    outcome = False, "the process died", ""
+                outcomes[waiting[connection]] = outcome
+                if not outcome[0]:  # the others may wait for it in vain
+                    deadline = min(deadline, time.monotonic() + grace)
+        if len(outcomes) < world or any(not process.is_alive() for process, _ in self._workers):
             self.close()
-        return outcomes
+        return [outcomes.get(rank, (False, f"no answer within {timeout} s", "")) for rank in range(world)]
 
     def close(self) -> None:
         """End the processes; the next call starts new ones."""

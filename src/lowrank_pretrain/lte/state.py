@@ -165,10 +165,10 @@ def _restore_other(state: Mapping[str, Any], heads: HeadSet, everyone: Record) -
     everyone = {key: value for key, value in everyone.items() if key[2] not in ("prev_A",) and not key[2].startswith("prev_B")}
     for kind, name, key in [key for key in everyone if key[2] == "A" or key[2].startswith("B.")]:
         everyone[kind, name, f"prev_{key}"] = everyone[kind, name, key]  # W holds every head as it is now
+    everyone = record.padded(record.choose(everyone, 0, here), here)
     for key, value in everyone.items():
         if key[2] == "stage":
-            value.fill_(record.MERGED)
-    everyone = record.padded(record.choose(everyone, 0, here), here)
+            value.fill_(record.MERGED)  # of a new head W holds nothing, which zeros say
     for piece in heads.pieces:  # A of the heads that are new
         A = everyone["layer", _layer_name(heads, piece.layer), "A"]
         for head in range(there, here):
