@@ -63,7 +63,8 @@ class Blocks(nn.Module):
         super().__init__()
         from transformers import GPT2Config, GPT2Model
 
-        config = GPT2Config(n_layer=depth, vocab_size=1, n_positions=512, embd_pdrop=0, attn_pdrop=0, resid_pdrop=0)
+        names = {"vocab_size": 1, "bos_token_id": None, "eos_token_id": None}
+        config = GPT2Config(n_layer=depth, n_positions=512, embd_pdrop=0, attn_pdrop=0, resid_pdrop=0, **names)
         self.inner = GPT2Model(config)
         for p in (*self.inner.wte.parameters(), *self.inner.wpe.parameters()):
             p.requires_grad_(False)
@@ -315,7 +316,7 @@ def merges(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Time the routes for every set of targets and every number of workers."""
     rows = []
     print(f"\nmerge at rank {RANK}, one head a worker, {args.rounds} rounds")
-    print(f"{'':24}{'route':>9}{'ms':>9}{'of dense':>9}{'waiting':>9}{'MiB sent':>10}{'of DDP':>8}")
+    print(f"{'':36}{'route':>9}{'ms':>9}{'of dense':>9}{'waiting':>9}{'MiB sent':>10}{'of DDP':>8}")
     for name in args.sets:
         for world in args.workers:
             if args.device == "cuda" and torch.cuda.device_count() < world:
@@ -338,7 +339,7 @@ def merges(args: argparse.Namespace) -> list[dict[str, Any]]:
                 sent, every_step = times[0][0], found["DDP"][0][0]
                 note = " chosen by bytes" if [side] == chosen else ""
                 note += f", at most {MOST_FACTORS}" if (name, world, side) == ("vit_s", 2, "factors") else ""
-                print(f"{label:24}{side:>9}{ms:9.1f}{of:9.2f}{waiting:9.1f}{sent / 2**20:10.2f}{sent / every_step:8.3f}{note}",
+                print(f"{label:36}{side:>9}{ms:9.1f}{of:9.2f}{waiting:9.1f}{sent / 2**20:10.2f}{sent / every_step:8.3f}{note}",
                       flush=True)  # fmt: skip
                 rows.append({"part": "merge", "set": name, "workers": world, "blocks": depth, "route": side, "ms": ms,
                              "of_dense": of, "waiting_ms": waiting, "sent": sent, "of_ddp": sent / every_step})  # fmt: skip
