@@ -134,8 +134,7 @@ def test_rank_zeros_weights_are_everyones(ranks):
     assert any("workers start with different weights" in text for text in outcomes[0][2])
 
 
-@pytest.mark.parametrize("sync_rest", ["step", "merge"])
-@pytest.mark.parametrize("how", ["killed", "stuck"])
+@pytest.mark.parametrize(("how", "sync_rest"), [("killed", "step"), ("stuck", "merge")])
 def test_a_dead_or_stuck_worker_ends_the_job_and_a_restart_resumes(ranks, tmp_path, how, sync_rest):
     common = {"folder": tmp_path, "sync_rest": sync_rest, "steps": 16}
     whole = ranks(2, workers.saved, 2, save_at=[], **common)

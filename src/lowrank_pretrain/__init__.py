@@ -4,13 +4,18 @@ from lowrank_pretrain.errors import ConfigError
 from lowrank_pretrain.galore import GaLoreAdamW, galore_ddp_hook, galore_param_groups
 from lowrank_pretrain.lora_callback import LoRA
 from lowrank_pretrain.lora_layer import LoRALinear
+from lowrank_pretrain.lte import EffectiveRank, HeadOrthogonality, JaggedRestarts, LTEStrategy
 from lowrank_pretrain.phases import PhaseCallback
 from lowrank_pretrain.plan import Plan
 from lowrank_pretrain.prelora.callback import PreLoRA
 
 __all__ = [
     "ConfigError",
+    "EffectiveRank",
     "GaLoreAdamW",
+    "HeadOrthogonality",
+    "JaggedRestarts",
+    "LTEStrategy",
     "LoRA",
     "LoRALinear",
     "PhaseCallback",

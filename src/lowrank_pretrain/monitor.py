@@ -25,8 +25,9 @@ def low_rank_callback(trainer: Trainer) -> Callback | None:
 
 
 def phase_of(trainer: Trainer) -> str:
-    """``"full"``, ``"joint"`` or ``"lowrank"``."""
-    return getattr(low_rank_callback(trainer), "phase", "full")
+    """``"full"``, ``"joint"`` or ``"lowrank"``: a callback's word, else the strategy's (LTE trains heads from the start)."""
+    callback = low_rank_callback(trainer)
+    return callback.phase if callback is not None else getattr(getattr(trainer, "strategy", None), "phase", "full")
 
 
 def count_parameters(module: torch.nn.Module) -> dict[str, int]:

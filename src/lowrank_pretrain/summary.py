@@ -21,6 +21,7 @@ def summarize(trainer: Trainer, monitor: Monitor, final: dict[str, float]) -> di
         final: the last metrics by name.
     """
     method = low_rank_callback(trainer)
+    traffic = getattr(trainer.strategy, "metrics", dict)()
     plan = getattr(method, "plan", None)
     return {
         "phases": [
@@ -40,6 +41,7 @@ def summarize(trainer: Trainer, monitor: Monitor, final: dict[str, float]) -> di
         "freeze_step": getattr(method, "freeze_step", None),
         "plan": None if plan is None else dict(plan),
         "final": final,
+        **({"traffic": traffic} if traffic else {}),
     }
 
 

@@ -224,7 +224,7 @@ class HeadSet:
             new = exchange.updated(index)
             piece.rows().copy_(new)
             if self.settings.accumulates and piece.base is not None:
-                piece.base = new
+                piece.base.copy_(new)
 
     def _own(self, exchange: Exchange, layer: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
         """What this worker's heads of a layer gave to a merge: A (H, ΣR, D) and B per part."""

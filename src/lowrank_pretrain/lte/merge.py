@@ -168,23 +168,31 @@ class Exchange:
         self._at: list[int] = []
         factors, dense = [], []
         sizes = {"factors": 0, "dense": 0}
-        for piece, (A, B) in zip(pieces, snapshot, strict=True):
+        for index, (piece, (A, B)) in enumerate(zip(pieces, snapshot, strict=True)):
             route = piece.route if workers.size > 1 else "factors"
             self._at.append(sizes[route])
             if route == "factors":
                 factors += [A.reshape(-1), B.reshape(-1)]
                 sizes[route] += A.numel() + B.numel()
             else:
-                dense.append(self._sum(piece, A, B).reshape(-1))
-                sizes[route] += dense[-1].numel()
+                dense.append(index)
+                sizes[route] += piece.part.rows * A.shape[2]
         self._gathered = self._summed = None
         self._works = []
         if factors:
             self._gathered, work = workers.gather(torch.cat(factors), async_op=overlap)
             self._works.append(work)
         if dense:
-            self._summed = torch.cat(dense)
+            wide = at_least_32(snapshot[dense[0]][0].dtype)
+            self._summed = torch.empty(sizes["dense"], dtype=wide, device=snapshot[dense[0]][0].device)
+            for index in dense:
+                self._sum(pieces[index], *snapshot[index], out=self._summed_of(index))
             self._works.append(workers.add(self._summed, async_op=overlap))
+
+    def _summed_of(self, index: int) -> Tensor:
+        """A piece's place in the dense buffer, (O, D)."""
+        rows, cols = self.pieces[index].part.rows, self.snapshot[index][0].shape[2]
+        return self._summed[self._at[index] : self._at[index] + rows * cols].view(rows, cols)
 
     def wait(self) -> None:
         """Until all have answered."""
@@ -194,22 +202,21 @@ class Exchange:
                 self.workers.wait(work)
 
     def updated(self, index: int) -> Tensor:
-        """W₀ + (s/N) Σ BₙAₙ of one piece, (O, D) in the base's dtype, a new tensor."""
+        """W₀ + (s/N) Σ BₙAₙ of one piece, (O, D) in float32 at least. Ask once, and copy what is to be kept."""
         self.wait()
         piece, (A, B) = self.pieces[index], self.snapshot[index]
         base = piece.rows().to(at_least_32(A.dtype)) if piece.base is None else piece.base
         at = self._at[index]
         if piece.route == "dense" and self.workers.size > 1:
-            delta = self._summed[at : at + piece.part.rows * A.shape[2]]
-            return base + delta.view(piece.part.rows, -1)
+            return self._summed_of(index).add_(base)
         n = A.numel()
         A = self._gathered[:, at : at + n].reshape(-1, *A.shape[1:])  # (N, R, D)
         B = self._gathered[:, at + n : at + n + B.numel()].reshape(-1, *B.shape[1:])  # (N, O, R)
         return self._sum(piece, A, B, base)
 
-    def _sum(self, piece: Piece, A: Tensor, B: Tensor, base: Tensor | None = None) -> Tensor:
-        """(s / N) Σ BₙAₙ, one product of depth N·R, added to ``base``."""
+    def _sum(self, piece: Piece, A: Tensor, B: Tensor, base: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        """(s / N) Σ BₙAₙ, one product of depth N·R, added to ``base``, or written to ``out``."""
         dtype = at_least_32(A.dtype)
         A, B = A.to(dtype).flatten(0, 1), B.to(dtype).permute(1, 0, 2).flatten(1)  # (N·R, D), (O, N·R)
         scale = piece.part.scale / self.divisor
-        return (B @ A).mul_(scale) if base is None else torch.addmm(base, B, A, alpha=scale)
+        return torch.mm(B, A, out=out).mul_(scale) if base is None else torch.addmm(base, B, A, alpha=scale)

@@ -107,6 +107,11 @@ class LTEStrategy(DDPStrategy):
         """T."""
         return self.settings.merge_every
 
+    @property
+    def phase(self) -> str:
+        """``lowrank`` while the model has heads, else ``full``."""
+        return "full" if self.heads is None else "lowrank"
+
     def setup(self, trainer: pl.Trainer) -> None:
         """DDP's set-up, then the conversion, then the wrapper."""
         fitting = trainer.state.fn == TrainerFn.FITTING
