@@ -34,8 +34,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lowrank_pretrain.lte.head_set import HeadSet, Settings
-from lowrank_pretrain.lte.merge import ROUTES, Workers
+from lowrank_pretrain.lte.merge import ROUTES
 from lowrank_pretrain.lte.traffic import traffic
+from lowrank_pretrain.lte.workers import Workers
 from lowrank_pretrain.targets import find_targets, weight_rows
 
 RANK, EVERY, BUCKET = 16, 10, 25 * 2**20

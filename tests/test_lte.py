@@ -13,7 +13,7 @@ from lowrank_pretrain import ConfigError, PreLoRA
 from lowrank_pretrain.lte import LTEStrategy
 from lowrank_pretrain.lte.head_set import HeadSet, Settings
 from lowrank_pretrain.lte.heads import draw_A
-from lowrank_pretrain.lte.merge import Workers
+from lowrank_pretrain.lte.workers import Workers
 from lowrank_pretrain.targets import all_targets
 from tests.lte_workers import WIDTH, Net, Samples, fit, layout, weights
 from tests.reference import lte as reference

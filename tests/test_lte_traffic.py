@@ -14,9 +14,9 @@ from torch import nn
 from lowrank_pretrain import ConfigError
 from lowrank_pretrain.lte import record
 from lowrank_pretrain.lte.head_set import HeadSet, Settings, head_names
-from lowrank_pretrain.lte.merge import Workers
 from lowrank_pretrain.lte.rest import Rest
 from lowrank_pretrain.lte.traffic import traffic
+from lowrank_pretrain.lte.workers import Workers
 from lowrank_pretrain.targets import find_targets
 
 

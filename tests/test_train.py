@@ -361,3 +361,16 @@ def test_a_sweeps_jobs_have_directories_of_their_own(overrides, name):
     assert job_dir(overrides).startswith(name)
     assert "/" not in job_dir(overrides) and len(job_dir(overrides)) < 140
     assert job_dir("data.root=/a/b") != job_dir("data.root=_a_b")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "LTE: another worker died or did not answer within 600 s (…); resume from the last checkpoint",
+        "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:545] Read error: Connection reset by peer",
+    ],
+)
+def test_a_dead_process_is_one_line(composed, tmp_path, text):
+    line, code = failures.describe(RuntimeError(text), composed(), tmp_path)
+    assert code == 1 and line.startswith("error: another process died or did not answer") and "\n" not in line
+    assert failures.describe(RuntimeError("shapes differ"), composed(), tmp_path) is None

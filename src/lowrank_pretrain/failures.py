@@ -47,7 +47,17 @@ def describe(error: BaseException, cfg: DictConfig, run_dir: Path) -> tuple[str,
         return "error: the device is out of memory; lower data.batch_size and raise trainer.accumulate_grad_batches", 1
     if isinstance(error, NotWritten) or getattr(error, "errno", None) in DISK:
         return f"error: {one_line(error)}; {last_good(run_dir)}", 1
+    if _is_another_process(error):
+        return f"error: another process died or did not answer ({one_line(error)[:200]}); {last_good(run_dir)}", 1
     return None
+
+
+def _is_another_process(error: BaseException) -> bool:
+    """Whether a collective call failed: NCCL's errors have a class, gloo's only words, ours begin with LTE."""
+    if isinstance(error, torch.distributed.DistError):
+        return True
+    words = ("LTE: another worker", "gloo/transport", "Connection closed by peer", "Connection reset by peer", "pair closure")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
 def _trainers(text: str, cfg: DictConfig) -> str:

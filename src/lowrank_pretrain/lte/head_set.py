@@ -19,8 +19,9 @@ from lowrank_pretrain.lora_function import RestPart
 from lowrank_pretrain.lora_layer import Inherit
 from lowrank_pretrain.lte import prune, record
 from lowrank_pretrain.lte.heads import MODES, Shared, draw_A, give_heads, prev_names, take_heads
-from lowrank_pretrain.lte.merge import Exchange, Factors, Piece, Workers, at_least_32
+from lowrank_pretrain.lte.merge import Exchange, Factors, Piece
 from lowrank_pretrain.lte.record import Record
+from lowrank_pretrain.lte.workers import Workers, at_least_32
 from lowrank_pretrain.targets import Target, is_conv1d, parts
 
 

@@ -7,37 +7,35 @@ traffic, ``state`` the checkpoint.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
-from datetime import timedelta
 from typing import Any
 
 import lightning.pytorch as pl
 import torch.distributed as dist
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.overrides.distributed import _sync_module_states
-from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.data import extract_batch_size
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lowrank_pretrain import lora, random_state, transition
+from lowrank_pretrain import lora, transition
 from lowrank_pretrain.errors import ConfigError
 from lowrank_pretrain.lora_function import Part
 from lowrank_pretrain.lora_layer import Inherit, has_own_forward
-from lowrank_pretrain.lte import record, rest, state
+from lowrank_pretrain.lte import record, rest
+from lowrank_pretrain.lte.checkpointing import CheckpointHooks
 from lowrank_pretrain.lte.clipping import clip_norms, share_overflow
 from lowrank_pretrain.lte.head_set import HeadSet, Settings, head_names
-from lowrank_pretrain.lte.merge import Workers
+from lowrank_pretrain.lte.looking import ViewHooks
 from lowrank_pretrain.lte.optimizer_state import BareGroups
 from lowrank_pretrain.lte.settings import check
 from lowrank_pretrain.lte.sharding import check_batches_differ, check_sampler, equal_lengths, known_to_share
+from lowrank_pretrain.lte.workers import Workers, make_group, same_weights
 from lowrank_pretrain.plan import Plan, check_rank
 from lowrank_pretrain.targets import all_targets, find_targets
 
 
-class LTEStrategy(DDPStrategy):
+class LTEStrategy(CheckpointHooks, ViewHooks):
     """Workers train heads apart and merge them every so many optimizer steps.
 
     Args:
@@ -129,7 +127,7 @@ class LTEStrategy(DDPStrategy):
         self._holding = False
         if not fitting:
             return
-        self._broadcast_weights()
+        same_weights(self.lightning_module, self._workers)
         if not any(hasattr(c, "phase") and hasattr(c, "switch") for c in trainer.callbacks):
             transition.apply(trainer, self.lightning_module, self._convert_targets, replay=True)
         elif (self.rank, self.targets) != (16, "all"):
@@ -138,38 +136,16 @@ class LTEStrategy(DDPStrategy):
             )
         self.configure_ddp()
         scaler = getattr(self.precision_plugin, "scaler", None)
-        if scaler is not None and self._workers.size > 1 and self.sync_rest == "step":
+        if scaler is not None and self._workers.size > 1:
             share_overflow(scaler, self._workers.group)
         self.precision_plugin.clip_grad_by_norm = self._clip_grad_by_norm
 
     def _make_workers(self) -> Workers:
         if not dist.is_initialized() or dist.get_world_size() == 1:
             return Workers()
-        timeout = timedelta(seconds=self.merge_timeout)
         if not hasattr(self, "_group"):
-            # of its own: merges must not queue before DDP's buckets
-            self._group = dist.new_group(timeout=timeout)
-            # What runs on the default group (DDP's averages, Lightning's word to all at each batch) waits no longer either.
-            # Set behind the rendezvous: a short timeout given to the constructor would bound that too
-            getattr(dist, "set_timeout", dist.distributed_c10d._set_pg_timeout)(timeout)
+            self._group = make_group(self.merge_timeout)
         return Workers(self._group, self.merge_timeout)
-
-    def _broadcast_weights(self) -> None:
-        """Rank 0's weights for all, before W₀ is taken from them."""
-        if self._workers.size == 1:
-            return
-        sums = self._checksums()
-        if len(set(sums)) > 1:
-            rank_zero_warn("workers start with different weights: rank 0's are taken (seed_everything gives all the same)")
-        _sync_module_states(self.lightning_module)
-        if len(set(self._checksums())) > 1:
-            raise RuntimeError("LTE: workers still hold different weights after rank 0's were broadcast")
-
-    def _checksums(self) -> list[float]:
-        mine = sum(p.detach().double().nan_to_num().abs().sum().item() for p in self.lightning_module.parameters())
-        sums: list[Any] = [None] * self._workers.size
-        dist.all_gather_object(sums, mine, group=self._workers.group)
-        return sums
 
     def _convert_targets(self) -> list[Inherit]:
         targets = find_targets(self.lightning_module, self.targets)
@@ -216,16 +192,6 @@ class LTEStrategy(DDPStrategy):
         stash, self._stash = self._stash, None
         if stash is not None:
             self._take_stash(stash)
-
-    def _take_stash(self, stash: Mapping[str, Any]) -> None:
-        state.check(stash, self.heads)
-        if self._untied and "state_dict" in stash:
-            self.lightning_module.load_state_dict(stash["state_dict"], strict=False)
-        mine, told = state.restore(stash, self.heads)
-        self._moments = state.moments_only(mine)
-        if told:
-            rank_zero_info(told)
-        self.rest.restore(stash.get("rest"))
 
     # -- DESIGN 4.0: a phase callback hands over a plan --------------------------------------------------------------
 
@@ -344,130 +310,3 @@ class LTEStrategy(DDPStrategy):
         if not synced or apart or self._workers.size == 1:
             return  # DDP refuses a model without anything to reduce
         super().configure_ddp()
-
-    # -- looking ----------------------------------------------------------------------------------------------------
-
-    def _look(self) -> None:
-        if self.heads is not None and self.heads.worn:
-            self.rest.look()  # first: the merged weights take rows of the rest along
-            self.heads.look()
-
-    def _look_away(self) -> None:
-        if self.heads is not None and self.heads.worn:
-            self.heads.look_away()
-            self.rest.look_away()
-
-    def on_train_start(self) -> None:
-        """Random states of a resumed run, behind everything that draws; and the view off (``lr_find`` leaves it on)."""
-        self._look_away()
-        states, self._random = getattr(self, "_random", None), None
-        if states is not None and self._workers is not None and len(states) == self._workers.size:
-            random_state.restore(states[self._workers.rank])
-
-    def on_validation_start(self) -> None:
-        """Score the merged model."""
-        self._look()
-
-    def on_validation_end(self) -> None:
-        """Go on with the heads as they were."""
-        self._look_away()
-
-    def on_test_start(self) -> None:
-        """Score the merged model."""
-        self._look()
-
-    def on_test_end(self) -> None:
-        """Go on with the heads as they were."""
-        self._look_away()
-
-    def on_predict_start(self) -> None:
-        """Score the merged model."""
-        self._look()
-
-    def on_predict_end(self) -> None:
-        """Go on with the heads as they were."""
-        self._look_away()
-
-    def on_train_end(self) -> None:
-        """From here on the module is the merged model."""
-        self._look()
-
-    def teardown(self) -> None:
-        """Take the heads off; after an exception W stays that of the last merge (the others may be gone)."""
-        with suppress(AttributeError):
-            del self.precision_plugin.clip_grad_by_norm
-        if self.rest is not None and self.heads.worn:
-            if not self.heads.shared.viewing and self.heads.workers.size == 1:
-                self._look()
-            self.heads.take_off()
-            self.rest.settle()
-            lora.switch_fast_path(self.lightning_module, off=False)
-            self.lightning_module._ddp_params_and_buffers_to_ignore = []
-        super().teardown()
-
-    # -- checkpoints ------------------------------------------------------------------------------------------------
-
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        """The merged model under the plain names. All workers must call it together."""
-        if self.heads is None or not self.heads.worn:
-            return super().lightning_module_state_dict()
-        looking = self.heads.shared.viewing
-        self._look()
-        dropped = head_names(self.lightning_module, self.heads.layers)
-        plain = {
-            k: v for k, v in super().lightning_module_state_dict().items() if k not in dropped and ".rest_weight." not in k
-        }
-        if not looking:
-            if self.rest.apart:
-                plain = lora.clone_state(plain)
-            self._look_away()
-        return plain
-
-    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """What the bare model's optimizer would hold; the heads' moments are in ``lte_state``."""
-        for bare in self._bare:
-            if bare.optimizer is getattr(optimizer, "_optimizer", optimizer) and self.heads is not None:
-                return self.rest.averaged_moments(bare.state_dict())
-        return super().optimizer_state(optimizer)
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Add ``lte_state``; a file of weights only needs none."""
-        if self.heads is not None and "optimizer_states" in checkpoint:
-            entry = state.collect(self.heads)
-            entry["rest"] = self.rest.collect(self._bare)
-            states: list[Any] = [random_state.capture()]
-            if self._workers.size > 1:
-                states = [None] * self._workers.size
-                dist.all_gather_object(states, random_state.capture(), group=self._workers.group)
-            entry["random"] = states
-            checkpoint[state.KEY] = entry
-        super().save_checkpoint(checkpoint, filepath, storage_options)
-
-    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Load the merged model; keep the heads for when there are some, or put them on at once (``lr_find``)."""
-        live = self.heads is not None and self.heads.worn
-        stash = checkpoint.get(state.KEY)
-        if not live:
-            super().load_model_state_dict(checkpoint, strict)
-            if self.lightning_module.trainer.state.fn == TrainerFn.FITTING:
-                # a tied head that comes untied gets its own weight back later: here both names are one tensor
-                self._stash = None if stash is None else {**stash, "state_dict": checkpoint["state_dict"]}
-                self._random = None if stash is None else stash["random"]
-            return
-        self._look_away()
-        names = head_names(self.lightning_module, self.heads.layers)
-        own = {k: v for k, v in self.lightning_module.state_dict().items() if k in names}
-        super().load_model_state_dict({**checkpoint, "state_dict": own | checkpoint["state_dict"]}, strict=False)
-        if stash is not None:
-            self._take_stash(stash)
-
-    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """The bare model's states for the rest, the heads' own for the heads."""
-        if self.heads is None:
-            super().load_optimizer_state_dict(checkpoint)
-            return
-        own = {id(p): record.state_of(self._moments, name) for name, p in self.heads.factors().items()}
-        for bare, saved in zip(self._bare, checkpoint["optimizer_states"], strict=True):
-            bare.load(saved, own)
-        self._moments = {}
-        self.rest.restore_moments((checkpoint.get(state.KEY) or {}).get("rest"), self._bare)

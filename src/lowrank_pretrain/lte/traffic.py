@@ -16,8 +16,9 @@ from lowrank_pretrain import lora
 from lowrank_pretrain.errors import ConfigError
 from lowrank_pretrain.lte import record
 from lowrank_pretrain.lte.head_set import HeadSet, Settings, head_names
-from lowrank_pretrain.lte.merge import ROUTES, Workers
+from lowrank_pretrain.lte.merge import ROUTES
 from lowrank_pretrain.lte.rest import SYNC, Rest
+from lowrank_pretrain.lte.workers import Workers
 from lowrank_pretrain.plan import check_rank
 from lowrank_pretrain.targets import all_targets, find_targets
 

@@ -1,0 +1,109 @@
+"""LTE's checkpoints, as hooks of the strategy: a plain merged model for everyone, and ``lte_state`` to go on from exactly.
+
+Lightning calls the saving hooks on all workers, so they may talk. A resumed fit loads the merged weights into the bare model
+first; the heads' state is put aside until there are heads, and their moments until the optimizers are restored.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch.distributed as dist
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch.optim import Optimizer
+
+from lowrank_pretrain import lora, random_state
+from lowrank_pretrain.lora_layer import Inherit
+from lowrank_pretrain.lte import record, state
+from lowrank_pretrain.lte.head_set import HeadSet, head_names
+from lowrank_pretrain.lte.optimizer_state import BareGroups
+from lowrank_pretrain.lte.rest import Rest
+from lowrank_pretrain.lte.workers import Workers
+
+
+class CheckpointHooks(DDPStrategy):
+    """What ``LTEStrategy`` does when Lightning saves and loads."""
+
+    heads: HeadSet | None
+    rest: Rest | None
+    _bare: list[BareGroups]
+    _untied: list[Inherit]
+    _stash: Mapping[str, Any] | None
+    _workers: Workers | None
+    _moments: dict
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """The merged model under the plain names. All workers must call it together."""
+        if self.heads is None or not self.heads.worn:
+            return super().lightning_module_state_dict()
+        looking = self.heads.shared.viewing
+        self._look()
+        dropped = head_names(self.lightning_module, self.heads.layers)
+        plain = {
+            k: v for k, v in super().lightning_module_state_dict().items() if k not in dropped and ".rest_weight." not in k
+        }
+        if not looking:
+            if self.rest.apart:
+                plain = lora.clone_state(plain)
+            self._look_away()
+        return plain
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """What the bare model's optimizer would hold; the heads' moments are in ``lte_state``."""
+        for bare in self._bare:
+            if bare.optimizer is getattr(optimizer, "_optimizer", optimizer) and self.heads is not None:
+                return self.rest.averaged_moments(bare.state_dict())
+        return super().optimizer_state(optimizer)
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Add ``lte_state``; a file of weights only needs none."""
+        if self.heads is not None and "optimizer_states" in checkpoint:
+            entry = state.collect(self.heads)
+            entry["rest"] = self.rest.collect(self._bare)
+            states: list[Any] = [random_state.capture()]
+            if self._workers.size > 1:
+                states = [None] * self._workers.size
+                dist.all_gather_object(states, random_state.capture(), group=self._workers.group)
+            entry["random"] = states
+            checkpoint[state.KEY] = entry
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Load the merged model; keep the heads for when there are some, or put them on at once (``lr_find``)."""
+        live = self.heads is not None and self.heads.worn
+        stash = checkpoint.get(state.KEY)
+        if not live:
+            super().load_model_state_dict(checkpoint, strict)
+            if self.lightning_module.trainer.state.fn == TrainerFn.FITTING:
+                # a tied head that comes untied gets its own weight back later: here both names are one tensor
+                self._stash = None if stash is None else {**stash, "state_dict": checkpoint["state_dict"]}
+                self._random = None if stash is None else stash["random"]
+            return
+        self._look_away()
+        names = head_names(self.lightning_module, self.heads.layers)
+        own = {k: v for k, v in self.lightning_module.state_dict().items() if k in names}
+        super().load_model_state_dict({**checkpoint, "state_dict": own | checkpoint["state_dict"]}, strict=False)
+        if stash is not None:
+            self._take_stash(stash)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """The bare model's states for the rest, the heads' own for the heads."""
+        if self.heads is None:
+            super().load_optimizer_state_dict(checkpoint)
+            return
+        own = {id(p): record.state_of(self._moments, name) for name, p in self.heads.factors().items()}
+        for bare, saved in zip(self._bare, checkpoint["optimizer_states"], strict=True):
+            bare.load(saved, own)
+        self._moments = {}
+        self.rest.restore_moments((checkpoint.get(state.KEY) or {}).get("rest"), self._bare)
+
+    def _take_stash(self, stash: Mapping[str, Any]) -> None:
+        state.check(stash, self.heads)
+        if self._untied and "state_dict" in stash:
+            self.lightning_module.load_state_dict(stash["state_dict"], strict=False)
+        mine, told = state.restore(stash, self.heads)
+        self._moments = state.moments_only(mine)
+        if told:
+            rank_zero_info(told)
+        self.rest.restore(stash.get("rest"))

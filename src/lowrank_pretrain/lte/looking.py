@@ -1,0 +1,79 @@
+"""Validation, test, prediction and the end of a fit see the merged model; heads never notice (hooks of the strategy).
+
+Merged weights are put in W's place and taken away again; real merges happen by the clock only.
+"""
+
+from contextlib import suppress
+
+from lightning.pytorch.strategies import DDPStrategy
+
+from lowrank_pretrain import lora, random_state
+from lowrank_pretrain.lte.head_set import HeadSet
+from lowrank_pretrain.lte.rest import Rest
+from lowrank_pretrain.lte.workers import Workers
+
+
+class ViewHooks(DDPStrategy):
+    """What ``LTEStrategy`` does around everything that only looks."""
+
+    heads: HeadSet | None
+    rest: Rest | None
+    _workers: Workers | None
+
+    def _look(self) -> None:
+        if self.heads is not None and self.heads.worn:
+            self.rest.look()  # first: the merged weights take rows of the rest along
+            self.heads.look()
+
+    def _look_away(self) -> None:
+        if self.heads is not None and self.heads.worn:
+            self.heads.look_away()
+            self.rest.look_away()
+
+    def on_train_start(self) -> None:
+        """Random states of a resumed run, behind everything that draws; and the view off (``lr_find`` leaves it on)."""
+        self._look_away()
+        states, self._random = getattr(self, "_random", None), None
+        if states is not None and self._workers is not None and len(states) == self._workers.size:
+            random_state.restore(states[self._workers.rank])
+
+    def on_validation_start(self) -> None:
+        """Score the merged model."""
+        self._look()
+
+    def on_validation_end(self) -> None:
+        """Go on with the heads as they were."""
+        self._look_away()
+
+    def on_test_start(self) -> None:
+        """Score the merged model."""
+        self._look()
+
+    def on_test_end(self) -> None:
+        """Go on with the heads as they were."""
+        self._look_away()
+
+    def on_predict_start(self) -> None:
+        """Score the merged model."""
+        self._look()
+
+    def on_predict_end(self) -> None:
+        """Go on with the heads as they were."""
+        self._look_away()
+
+    def on_train_end(self) -> None:
+        """From here on the module is the merged model."""
+        self._look()
+
+    def teardown(self) -> None:
+        """Take the heads off; after an exception W stays that of the last merge (the others may be gone)."""
+        with suppress(AttributeError):
+            del self.precision_plugin.clip_grad_by_norm
+        if self.rest is not None and self.heads.worn:
+            if not self.heads.shared.viewing and self.heads.workers.size == 1:
+                self._look()
+            self.heads.take_off()
+            self.rest.settle()
+            lora.switch_fast_path(self.lightning_module, off=False)
+            self.lightning_module._ddp_params_and_buffers_to_ignore = []
+        super().teardown()

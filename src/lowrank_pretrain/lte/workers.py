@@ -1,0 +1,132 @@
+"""The processes that train together: their group, what they send one another, and that they start from the same weights."""
+
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.overrides.distributed import _sync_module_states
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor, nn
+
+
+def at_least_32(dtype: torch.dtype) -> torch.dtype:
+    """float32 for half precisions, else the dtype itself."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+class Workers:
+    """The workers that merge: their process group, and what was sent over it.
+
+    Args:
+        group: their group; ``None``: this process is alone.
+        timeout: seconds after which the group gives up on a worker (for the message).
+
+    Attributes:
+        size: how many.
+        sent: bytes that this worker has sent, by the rings' formulae above.
+        seconds: time spent waiting for the others.
+    """
+
+    def __init__(self, group: Any = None, timeout: float | None = None) -> None:
+        self.group, self.timeout = group, timeout
+        self.size = 1 if group is None else dist.get_world_size(group)
+        self.rank = 0 if group is None else dist.get_rank(group)
+        self.sent, self.seconds = 0.0, 0.0
+
+    def gather(self, flat: Tensor, async_op: bool = False) -> tuple[Tensor, Any]:
+        """All workers' ``flat`` one below the other, (w, n); equal n everywhere."""
+        if self.size == 1:
+            return flat[None], None
+        out = flat.new_empty(self.size * flat.numel())  # gloo takes a flat output only
+        self.sent += (self.size - 1) * flat.numel() * flat.itemsize
+        work = self._call(lambda: dist.all_gather_into_tensor(out, flat, group=self.group, async_op=async_op))
+        return out.view(self.size, -1), work
+
+    def add(self, flat: Tensor, async_op: bool = False) -> Any:
+        """Sum of all workers' ``flat``, in place."""
+        if self.size == 1:
+            return None
+        self.sent += 2 * (self.size - 1) / self.size * flat.numel() * flat.itemsize
+        return self._call(lambda: dist.all_reduce(flat, group=self.group, async_op=async_op))
+
+    def wait(self, work: Any) -> None:
+        """Until an asynchronous call is done."""
+        if work is not None:
+            self._call(work.wait)
+
+    def _call(self, call: Callable[[], Any]) -> Any:
+        began = time.perf_counter()
+        try:
+            return call()
+        except RuntimeError as error:
+            within = "" if self.timeout is None else f" within {self.timeout:g} s"
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise RuntimeError(
+                f"LTE: another worker died or did not answer{within} ({reason}); resume from the last checkpoint"
+            ) from error
+        finally:
+            self.seconds += time.perf_counter() - began
+
+    def all_heads(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Each (H, …) tensor as (N, …) over all workers, heads in the order of their ids; not counted as merge traffic."""
+        before = self.sent
+        result: dict[int, Tensor] = {}
+        for dtype in dict.fromkeys(t.dtype for t in tensors):
+            chosen = [i for i, t in enumerate(tensors) if t.dtype == dtype]
+            gathered, _ = self.gather(torch.cat([tensors[i].reshape(-1) for i in chosen]))
+            at = 0
+            for i in chosen:
+                n = tensors[i].numel()
+                result[i] = gathered[:, at : at + n].reshape(-1, *tensors[i].shape[1:]).clone()
+                at += n
+        self.sent = before
+        return [result[i] for i in range(len(tensors))]
+
+    def average(self, tensors: Sequence[Tensor]) -> None:
+        """The mean of each tensor over the workers, in place; float32 inside, one flat buffer."""
+        if self.size == 1 or not tensors:
+            return
+        flat = torch.cat([t.reshape(-1).to(at_least_32(t.dtype)) for t in tensors])
+        self.add(flat)
+        flat /= self.size
+        at = 0
+        for t in tensors:
+            t.copy_(flat[at : at + t.numel()].view_as(t))
+            at += t.numel()
+
+
+def make_group(timeout: float) -> Any:
+    """A process group for merges, of its own: they must not queue before DDP's buckets.
+
+    What runs on the default group (DDP's averages, Lightning's word to all at each batch) waits no longer than ``timeout``
+    seconds from now on either. That is set here, behind the rendezvous, which a short timeout would bound too.
+    """
+    limit = timedelta(seconds=timeout)
+    group = dist.new_group(timeout=limit)
+    getattr(dist, "set_timeout", dist.distributed_c10d._set_pg_timeout)(limit)
+    return group
+
+
+def same_weights(module: nn.Module, workers: Workers) -> None:
+    """Give all workers rank 0's weights, with a warning if they differed.
+
+    Raises:
+        RuntimeError: they differ even then.
+    """
+    if workers.size == 1:
+        return
+    if len(set(_checksums(module, workers))) > 1:
+        rank_zero_warn("workers start with different weights: rank 0's are taken (seed_everything gives all the same)")
+    _sync_module_states(module)
+    if len(set(_checksums(module, workers))) > 1:
+        raise RuntimeError("LTE: workers still hold different weights after rank 0's were broadcast")
+
+
+def _checksums(module: nn.Module, workers: Workers) -> list[float]:
+    mine = sum(p.detach().double().nan_to_num().abs().sum().item() for p in module.parameters())
+    sums: list[Any] = [None] * workers.size
+    dist.all_gather_object(sums, mine, group=workers.group)
+    return sums
