@@ -145,7 +145,7 @@ def test_forward_goes_on_at_a_merge_and_merging_again_changes_nothing():
     layer = nn.Sequential(nn.Linear(6, 10).double())
     heads = head_set(layer)
     stir(heads)
-    view = heads.merged()["0"]
+    view = heads.view.merged()["0"]
     heads.after_step()
     assert torch.equal(view, layer[0].weight)  # what was looked at is what the merge makes
     x = torch.randn(4, 6, dtype=torch.float64)

@@ -21,8 +21,9 @@ from lowrank_pretrain.lte import prune, record
 from lowrank_pretrain.lte.heads import MODES, Shared, draw_A, give_heads, prev_names, take_heads
 from lowrank_pretrain.lte.merge import Exchange, Factors, Piece
 from lowrank_pretrain.lte.record import Record
+from lowrank_pretrain.lte.view import MergedView
 from lowrank_pretrain.lte.workers import Workers, at_least_32
-from lowrank_pretrain.targets import Target, is_conv1d, parts
+from lowrank_pretrain.targets import Target, parts
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class HeadSet:
         pieces: the targets, in the module's order.
         last_cost: bytes that this worker sent for the last merge, and seconds that it waited.
         turn: in ``sequential``, whose turn it is among this worker's heads.
+        view: the merged weights, to be looked at.
         pending: a merge under way and the step after which it is applied (``overlap``).
     """
 
@@ -73,7 +75,7 @@ class HeadSet:
         self.optimizers: list[Optimizer] = []
         self.pending: tuple[Exchange, int] | None = None
         self.parked: dict[int, Record] = {}  # `sequential`: this worker's heads whose turn it is not
-        self._kept: dict[str, Tensor] = {}
+        self.view = MergedView(self)
         self._was_trained: dict[str, bool] = {}
         self.last_cost = self._cost = (0.0, 0.0)  # of a merge: bytes sent from here, seconds waited
         self.worn = True  # whether the layers still have their heads
@@ -146,7 +148,7 @@ class HeadSet:
         """Give the layers their plain classes back, with W as it is (merged, if the view is on); heads stay here."""
         for piece in self.pieces:
             if piece.base is None:
-                piece.base = self.training_rows(piece).clone()
+                piece.base = self.view.training_rows(piece).clone()
         for name, layer in self.layers.items():
             held = self.layers[name] = take_heads(layer)
             layer.weight.requires_grad_(self._was_trained[name])
@@ -154,16 +156,7 @@ class HeadSet:
                 if piece.layer is layer:
                     piece.layer = held
         self.worn = False
-        self._kept.clear()
-        self.shared.viewing = False
-
-    def training_rows(self, piece: Piece) -> Tensor:
-        """W as of the last merge, (O, D), also while the merged weights are looked at."""
-        if not self.shared.viewing:
-            return piece.rows()
-        name = next(name for name, layer in self.layers.items() if layer is piece.layer)
-        W = self._kept[name].t() if is_conv1d(piece.layer) else self._kept[name]
-        return W[piece.part.start : piece.part.start + piece.part.rows]
+        self.view.settle()
 
     # -- the clock --------------------------------------------------------------------------------------------------
 
@@ -287,49 +280,6 @@ class HeadSet:
     def factors(self) -> dict[str, nn.Parameter]:
         """The live heads' parameters by name, as the module would name them."""
         return record.factors(self.layers)
-
-    # -- looking ----------------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def merged(self) -> dict[str, Tensor]:
-        """W with every head's present update in it, per layer a new tensor in the parameter's layout. Changes nothing.
-
-        All workers must call it together.
-        """
-        if self.shared.viewing:
-            return {name: layer.weight.data for name, layer in self.layers.items()}
-        before = self.workers.sent, self.workers.seconds
-        exchange = self.exchange()
-        exchange.wait()
-        self.workers.sent, self.workers.seconds = before  # looking is no merge
-        result = {name: layer.weight.detach().clone() for name, layer in self.layers.items()}
-        names = {id(layer): name for name, layer in self.layers.items()}
-        for index, piece in enumerate(self.pieces):
-            W = result[names[id(piece.layer)]]
-            rows = W.t() if is_conv1d(piece.layer) else W
-            rows[piece.part.start : piece.part.start + piece.part.rows].copy_(exchange.updated(index))
-        return result
-
-    def look(self) -> None:
-        """Put the merged weights in W's place, to be looked at; training storage stays as it is."""
-        if self.shared.viewing:
-            return
-        # Lightning validates under inference_mode on NCCL: a tensor made there could not be trained on afterwards
-        with torch.inference_mode(False), torch.no_grad():
-            merged = self.merged()
-            for name, layer in self.layers.items():
-                self._kept[name] = layer.weight.data
-                layer.weight.data = merged[name]
-        self.shared.viewing = True
-
-    def look_away(self) -> None:
-        """Undo ``look``."""
-        if not self.shared.viewing:
-            return
-        for name, layer in self.layers.items():
-            layer.weight.data = self._kept[name]
-        self._kept.clear()
-        self.shared.viewing = False
 
 
 def prev_of(piece: Piece) -> Factors:

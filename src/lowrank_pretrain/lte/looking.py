@@ -23,11 +23,11 @@ class ViewHooks(DDPStrategy):
     def _look(self) -> None:
         if self.heads is not None and self.heads.worn:
             self.rest.look()  # first: the merged weights take rows of the rest along
-            self.heads.look()
+            self.heads.view.look()
 
     def _look_away(self) -> None:
         if self.heads is not None and self.heads.worn:
-            self.heads.look_away()
+            self.heads.view.look_away()
             self.rest.look_away()
 
     def on_train_start(self) -> None:

@@ -41,7 +41,7 @@ def collect(heads: HeadSet) -> dict[str, Any]:
         "heads": settings.heads, "workers": heads.workers.size, "clock": heads.clock, "merges": heads.merges,
         "turn": heads.turn, "at_merge": heads.clock % settings.merge_every == 0 and heads.pending is None,
         "record": {"|".join(key): value for key, value in everyone.items()},
-        "base": {p.name: (heads.training_rows(p) if p.base is None else p.base).clone() for p in heads.pieces},
+        "base": {p.name: (heads.view.training_rows(p) if p.base is None else p.base).clone() for p in heads.pieces},
         "pending": None if heads.pending is None else heads.pending[1],
     }  # fmt: skip
 
