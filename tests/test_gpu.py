@@ -103,3 +103,30 @@ def test_the_low_rank_phase_needs_less_memory_than_the_full_one():
         torch.cuda.empty_cache()
     print(f"\npeak GiB of a ViT-L step: { {k: round(v, 2) for k, v in peaks.items()} }")
     assert peaks["lowrank"] < 0.8 * peaks["full"]
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed", "bf16-true"])
+@pytest.mark.parametrize("how", [{}, {"reset": True}, {"overlap": 2}, {"mode": "sequential"}], ids=str)
+def test_lte_trains_validates_and_resumes_on_one_gpu(tmp_path, precision, how):
+    """NCCL, inference_mode in validation, and a resume between merges."""
+    import lightning.pytorch as pl
+    from torch.utils.data import DataLoader
+
+    from lowrank_pretrain.lte import LTEStrategy
+    from tests.lte_workers import Net, Samples, Save, loader
+
+    def fit(folder, steps, ckpt=None):
+        module = Net(dtype=torch.float32)
+        run = pl.Trainer(
+            accelerator="gpu", devices=1, precision=precision, max_epochs=-1, max_steps=steps, val_check_interval=3,
+            strategy=LTEStrategy(rank=2, heads=2, merge_every=4, **how), callbacks=[Save(folder, [6])], logger=False,
+            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder,
+        )  # fmt: skip
+        data = Samples(dtype=torch.float32)
+        run.fit(module, loader(data, 8), DataLoader(data, batch_size=8, generator=torch.Generator()), ckpt_path=ckpt)
+        return module
+
+    whole, again = fit(tmp_path, 12), None
+    again = fit(tmp_path / "again", 12, tmp_path / "step=6.ckpt")
+    for name, weight in whole.state_dict().items():
+        torch.testing.assert_close(again.state_dict()[name], weight, msg=lambda m, n=name: f"{n}: {m}")

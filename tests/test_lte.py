@@ -190,6 +190,25 @@ def test_bfloat16_weights_are_formed_from_float32(tmp_path):
     assert error <= exact[0].weight.abs().max() * 2**-8  # one rounding
 
 
+def test_looking_under_inference_mode_leaves_training_possible():
+    """Lightning validates so on NCCL (and not on gloo): no tensor of it may reach training."""
+    torch.manual_seed(0)
+    layer = nn.Sequential(nn.Linear(6, 10).double())
+    heads = head_set(layer)
+    stir(heads)
+    x = torch.randn(4, 6, dtype=torch.float64)
+    with torch.inference_mode():
+        heads.view.look()
+        looked = layer(x).clone()
+        heads.view.look_away()
+    heads.after_step()
+    heads.shared.batch = 4
+    y = layer(x)
+    torch.testing.assert_close(y.detach(), torch.Tensor(looked.tolist()).double(), rtol=0, atol=1e-6)
+    y.sum().backward()
+    assert layer[0].lora_B["W"].grad is not None
+
+
 def test_batch_that_does_not_divide_is_spread_exactly():
     layer = nn.Sequential(nn.Linear(6, 10).double())
     heads = head_set(layer, heads=3)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import EarlyStopping
 
 from tests import lte_workers as workers
 
@@ -57,8 +58,10 @@ def drift(results, key):
         {"mode": "sequential"},
         {"reset": True},
         {"mode": "joint"},
+        {"heads": 3, "data": workers.Samples(44), "steps": 11},  # batches of 4 and at last 2 samples for three heads
+        {"val": 1, "steps": 40, "trainer": {"callbacks": [EarlyStopping("val/loss", min_delta=10.0, patience=1)]}},
     ],
-    ids=str,
+    ids=lambda how: "-".join(how) + str(how.get("trainer", ""))[:60],
 )
 def test_nothing_drifts(ranks, how):
     results = ranks(2, workers.watched, 2, **how)

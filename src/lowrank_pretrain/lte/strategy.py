@@ -38,6 +38,10 @@ from lowrank_pretrain.targets import all_targets, find_targets
 class LTEStrategy(CheckpointHooks, ViewHooks):
     """Workers train heads apart and merge them every so many optimizer steps.
 
+    With several heads on a device targets must see the batch as dim 0 of their input, and the loss must be a mean over it:
+    head k trains on the k-th share of the batch. A model that puts time first would share out time (it is refused only where
+    the sizes show it). BatchNorm and contrastive losses look across the shares.
+
     Args:
         rank: R of every head.
         heads: H per device; N = devices × heads.
