@@ -36,6 +36,15 @@ def restore(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"].cpu())
 
 
+def capture_all(world_size: int, group: Any = None) -> list[dict[str, Any]]:
+    """Every process's states, by rank. All must call it together."""
+    states: list[Any] = [capture()]
+    if world_size > 1:
+        mine, states = states[0], [None] * world_size
+        torch.distributed.all_gather_object(states, mine, group=group)
+    return states
+
+
 class RandomState(Callback):
     """Saves the generators of every process and sets them again when training has started, after all else has drawn.
 
@@ -47,11 +56,7 @@ class RandomState(Callback):
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        states = [capture()]
-        if trainer.world_size > 1:
-            states = [None] * trainer.world_size
-            torch.distributed.all_gather_object(states, capture())
-        checkpoint[KEY] = states
+        checkpoint[KEY] = capture_all(trainer.world_size)
 
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

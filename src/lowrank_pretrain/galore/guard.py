@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from lowrank_pretrain.dtypes import at_least_32
 from lowrank_pretrain.galore import sharded
-from lowrank_pretrain.galore.subspace import at_least_32
 
 
 @dataclass

@@ -2,8 +2,8 @@
 
 from typing import TYPE_CHECKING
 
+from lowrank_pretrain.dtypes import at_least_32
 from lowrank_pretrain.galore import moments, sharded
-from lowrank_pretrain.galore.subspace import at_least_32
 
 if TYPE_CHECKING:
     from lowrank_pretrain.galore.optimizer import GaLoreAdamW

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from lowrank_pretrain.dtypes import at_least_32
 from lowrank_pretrain.errors import ConfigError
 from lowrank_pretrain.galore.sharded import local
-from lowrank_pretrain.galore.subspace import at_least_32
 
 MOMENTS = ("auto", "float32", "grad", "8bit")
 BLOCK = 256  # elements per scale

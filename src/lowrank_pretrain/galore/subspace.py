@@ -8,6 +8,8 @@ basis of the other side and R = PᵀGQ is r×r.
 import torch
 from torch import Tensor
 
+from lowrank_pretrain.dtypes import at_least_32
+
 PROJ_TYPES = ("std", "reverse_std", "right", "left", "full")
 REFRESHES = ("svd", "subspace", "track")
 OVERSAMPLE = 8  # extra columns of the cold start
@@ -160,8 +162,3 @@ def captured(matrix: Tensor, p: Tensor) -> Tensor:
 def unit(x: Tensor) -> Tensor:
     """``x`` scaled to Frobenius norm 1, in place; zero stays zero."""
     return x.mul_(1 / torch.linalg.vector_norm(x).clamp_min(torch.finfo(x.dtype).tiny))
-
-
-def at_least_32(dtype: torch.dtype) -> torch.dtype:
-    """float32 for the half precisions, else the dtype itself."""
-    return torch.promote_types(dtype, torch.float32)

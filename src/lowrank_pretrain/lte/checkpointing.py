@@ -7,7 +7,6 @@ first; the heads' state is put aside until there are heads, and their moments un
 from collections.abc import Mapping
 from typing import Any
 
-import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -61,11 +60,7 @@ class CheckpointHooks(DDPStrategy):
         if self.heads is not None and "optimizer_states" in checkpoint:
             entry = state.collect(self.heads)
             entry["rest"] = self.rest.collect(self._bare)
-            states: list[Any] = [random_state.capture()]
-            if self._workers.size > 1:
-                states = [None] * self._workers.size
-                dist.all_gather_object(states, random_state.capture(), group=self._workers.group)
-            entry["random"] = states
+            entry["random"] = random_state.capture_all(self._workers.size, self._workers.group)
             checkpoint[state.KEY] = entry
         super().save_checkpoint(checkpoint, filepath, storage_options)
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lowrank_pretrain.dtypes import at_least_32
 from lowrank_pretrain.lora_function import RestPart
 from lowrank_pretrain.lora_layer import Inherit
 from lowrank_pretrain.lte import prune, record
@@ -22,7 +23,7 @@ from lowrank_pretrain.lte.heads import MODES, Shared, draw_A, give_heads, prev_n
 from lowrank_pretrain.lte.merge import Exchange, Factors, Piece
 from lowrank_pretrain.lte.record import Record
 from lowrank_pretrain.lte.view import MergedView
-from lowrank_pretrain.lte.workers import Workers, at_least_32
+from lowrank_pretrain.lte.workers import Workers
 from lowrank_pretrain.targets import Target, parts
 
 
@@ -231,21 +232,27 @@ class HeadSet:
     @torch.no_grad()
     def renew(self) -> None:
         """After a resetting merge: B = 0, A drawn again, nothing of the heads in W, their optimizer state gone (or pruned)."""
+        self.draw(self.merges)
+        for optimizer in self.optimizers:
+            if self.settings.prune is None:
+                prune.reset_moments(optimizer, self._held_by(optimizer))
+            else:
+                prune.prune_moments(optimizer, self._held_by(optimizer), self.settings.prune)
+
+    @torch.no_grad()
+    def draw(self, redraw: int) -> None:
+        """The live heads begin: A drawn, B = 0, nothing of them in W."""
         for piece in self.pieces:
             A, B = piece.factors()
             for k, head in enumerate(self.head_ids()):
-                A[k].copy_(draw_A(piece.name, head, self.merges, piece.part.rank, A.shape[2], self.settings.seed))
+                A[k].copy_(draw_A(piece.name, head, redraw, piece.part.rank, A.shape[2], self.settings.seed))
             B.zero_()
         for layer in self.layers.values():
             layer.set_prev(None, None)
-        factors = list(self.factors().values())
-        for optimizer in self.optimizers:
-            owned = [p for p in factors if p in optimizer.state]
-            if self.settings.prune is None:
-                for p in owned:
-                    del optimizer.state[p]
-            else:
-                prune.prune_moments(optimizer, owned, self.settings.prune)
+
+    def _held_by(self, optimizer: Optimizer) -> list[nn.Parameter]:
+        """The live heads' parameters that the optimizer has state of."""
+        return [p for p in self.factors().values() if p in optimizer.state]
 
     def _next_turn(self) -> None:
         """``sequential``: park the head whose window is over, and put the next one on."""
@@ -254,24 +261,13 @@ class HeadSet:
         self.parked[self.turn] = record.choose(self.record(), 0, 1)
         self.turn = (self.turn + 1) % self.settings.heads
         for optimizer in self.optimizers:
-            for p in self.factors().values():
-                optimizer.state.pop(p, None)
+            prune.reset_moments(optimizer, self._held_by(optimizer))
         parked = self.parked.pop(self.turn, None)
         if parked is None:
-            self._first_turn()
+            self.draw(0)  # its first turn
         else:
             record.put_layers(parked, self.layers)
             record.put_moments(parked, self.layers, self.optimizers)
-
-    @torch.no_grad()
-    def _first_turn(self) -> None:
-        (head,) = self.head_ids()
-        for piece in self.pieces:
-            A, B = piece.factors()
-            A[0].copy_(draw_A(piece.name, head, 0, piece.part.rank, A.shape[2], self.settings.seed))
-            B.zero_()
-        for layer in self.layers.values():
-            layer.set_prev(None, None)
 
     def record(self) -> Record:
         """The live heads, factors and moments."""

@@ -17,8 +17,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from lowrank_pretrain.dtypes import at_least_32
 from lowrank_pretrain.lora_function import Part
-from lowrank_pretrain.lte.workers import Workers, at_least_32
+from lowrank_pretrain.lte.workers import Workers
 from lowrank_pretrain.targets import weight_rows
 
 ROUTES = ("factors", "dense")

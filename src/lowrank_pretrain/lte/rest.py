@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowrank_pretrain.dtypes import at_least_32
 from lowrank_pretrain.lte.optimizer_state import BareGroups
-from lowrank_pretrain.lte.workers import Workers, at_least_32
+from lowrank_pretrain.lte.workers import Workers
 
 SYNC = ("step", "merge")
 

@@ -154,11 +154,8 @@ def _restore_other(state: Mapping[str, Any], heads: HeadSet, everyone: Record) -
         # W holds all: every head starts anew
         heads.merges += not state["at_merge"]
         heads.turn, heads.parked = 0, {}
+        heads.draw(heads.merges)
         for piece in heads.pieces:
-            A, B = piece.factors()
-            for k, head in enumerate(heads.head_ids()):
-                A[k].copy_(draw_A(piece.name, head, heads.merges, piece.part.rank, A.shape[2], settings.seed))
-            B.zero_()
             if piece.base is not None:
                 piece.base.copy_(piece.rows())
         return {}, told

@@ -93,7 +93,6 @@ class LTEStrategy(CheckpointHooks, ViewHooks):
         self.rest: rest.Rest | None = None
         self._bare: list[BareGroups] = []
         self._untied: list[Inherit] = []
-        self._adapters: lora.Adapters | None = None
         self._stash: Mapping[str, Any] | None = None
         self._workers: Workers | None = None
         self._moments: dict = {}
@@ -201,8 +200,8 @@ class LTEStrategy(CheckpointHooks, ViewHooks):
 
     def adopt(self, plan: Plan, module: pl.LightningModule) -> list[Inherit]:
         """The switch: one synchronous adapter per target, averaged like everything else."""
-        self._plan, self._adapters = plan, lora.Adapters(self.settings.alpha)
-        return self._adapters.adopt(plan, module)
+        self._plan = plan
+        return lora.Adapters(self.settings.alpha).adopt(plan, module)
 
     def release(self) -> list[Inherit]:
         """The freeze: every head starts from the joint phase's adapter, which W holds from now on."""

@@ -11,10 +11,7 @@ from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
-
-def at_least_32(dtype: torch.dtype) -> torch.dtype:
-    """float32 for half precisions, else the dtype itself."""
-    return torch.promote_types(dtype, torch.float32)
+from lowrank_pretrain.dtypes import at_least_32
 
 
 class Workers:
