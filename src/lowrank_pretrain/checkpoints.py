@@ -61,7 +61,7 @@ class LastCheckpoint(Checkpoint):
     """
 
     def __init__(self, directory: str | os.PathLike, every_n_steps: int = 0, interrupts: Interrupts | None = None) -> None:
-        if every_n_steps < 0:
+        if not isinstance(every_n_steps, int) or isinstance(every_n_steps, bool) or every_n_steps < 0:
             raise ConfigError("save_every", every_n_steps, "must be 0 (only at epochs' ends) or more optimizer steps")
         self.path = Path(directory) / "last.ckpt"
         self.every_n_steps = every_n_steps

@@ -63,6 +63,8 @@ def start_from(directory: Path, ckpt_path: str | None) -> Path | None:
     Raises:
         ConfigError: the directory holds a run and `ckpt_path` is null, or the named file cannot be resumed from.
     """
+    if ckpt_path is not None and not (isinstance(ckpt_path, str) and ckpt_path):
+        raise ConfigError("ckpt_path", ckpt_path, "must be a checkpoint's file, last, or null to start afresh")
     if rank_zero_only.rank == 0:
         refuse_old_run(directory, ckpt_path)
         remove_unfinished(directory / "checkpoints")
