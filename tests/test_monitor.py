@@ -306,7 +306,9 @@ def test_records_survive_a_resume():
 
 def test_a_step_costs_microseconds(tmp_path):
     monitor, module = Monitor(), toy()
-    run = SimpleNamespace(global_step=0, world_size=1, callbacks=[Phases(99)], log_every_n_steps=0, optimizers=[])
+    run = SimpleNamespace(
+        global_step=0, world_size=1, callbacks=[Phases(99)], log_every_n_steps=0, optimizers=[], precision="32-true"
+    )
     batch = (torch.zeros(8, 12), torch.zeros(8))
     monitor.on_train_start(run, module)
     costs = []

@@ -20,7 +20,7 @@ from lowrank_pretrain.finite import Diverged
 from lowrank_pretrain.interrupts import Interrupted
 from tests.conftest import PHASES, SHORT, TINY, VIT
 
-TIMED = ("throughput/", "memory/")
+TIMED = ("throughput/", "memory/", "time/")
 
 
 class Signal(Callback):
@@ -103,7 +103,8 @@ def test_the_summary_has_the_agreed_keys(whole):
     assert list(summary) == ["phases", "switch_step", "freeze_step", "plan", "final"]
     assert [(p["phase"], p["steps"]) for p in summary["phases"]] == [("full", 3), ("joint", 3), ("lowrank", 6)]
     for phase in summary["phases"]:
-        assert list(phase) == ["phase", "steps", "seconds", "samples_per_sec", "peak_gib", "trainable", "total"]
+        agreed = ["phase", "steps", "seconds", "samples_per_sec", "peak_gib", "trainable", "total"]
+        assert list(phase) == [*agreed, "adapters", "optimizer_gib", "flops_per_sample"]
         assert phase["seconds"] > 0 and phase["samples_per_sec"] > 0 and phase["peak_gib"] > 0
     full, joint, lowrank = summary["phases"]
     assert full["trainable"] == full["total"] < joint["trainable"] == joint["total"] == lowrank["total"]

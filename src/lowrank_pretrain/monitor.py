@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
+from .flops import FlopCount, peak_flops
 from .memory import GIB, PeakMemory, formula_bytes, optimizer_bytes
 from .step_clock import StepClock, Thinned
 
@@ -77,6 +78,8 @@ class PhaseRecord:
         adapters: parameters of adapters.
         total: all parameters.
         seconds_per_sample: of each step, on one process; thinned out evenly once there are many.
+        flops_per_sample: of forward and backward, counted at the phase's first batch; None where they cannot be counted.
+        peak_flops: what one process's device could do per second; None where that is not known.
     """
 
     phase: str
@@ -91,11 +94,23 @@ class PhaseRecord:
     world_size: int = 1
     seconds_per_sample: Thinned = field(default_factory=Thinned)
     formula_gib: float | None = None
+    flops_per_sample: float | None = None
+    peak_flops: int | None = None
 
     def samples_per_sec(self, last: int | None = None) -> float | None:
         """From the median step time: of all steps, or of the `last` ones; None before the first is known."""
         seconds = self.seconds_per_sample.median(last)
         return self.world_size / seconds if seconds else None
+
+    def flops_per_sec(self, last: int | None = None) -> float | None:
+        """Of all processes; None where the operations of a sample or the time of a step are not known."""
+        rate = self.samples_per_sec(last)
+        return None if rate is None or self.flops_per_sample is None else rate * self.flops_per_sample
+
+    def mfu(self, last: int | None = None) -> float | None:
+        """Model FLOPs utilisation: the share of what the devices could do; None where that is not known."""
+        done = self.flops_per_sec(last)
+        return None if done is None or not self.peak_flops else done / (self.peak_flops * self.world_size)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain types only."""
@@ -111,9 +126,11 @@ class Monitor(Callback):
     """Logs what training costs and keeps one record per phase, across interruptions too.
 
     Logged at every `log_every_n_steps`: ``throughput/samples_per_sec`` and, for text, ``throughput/tokens_per_sec``
-    (median of the last steps of this phase, all processes), ``memory/peak_gib`` (of this phase), ``memory/optimizer_gib``
-    (live storages), ``params/trainable``, ``params/adapters``, ``params/total`` and ``lowrank/phase`` (0, 1, 2); and what an
-    optimizer with a method ``metrics()`` says of itself, such as ``galore/overlap``.
+    (median of the last steps of this phase, all processes), ``throughput/flops_per_sec`` and ``throughput/mfu`` where they can
+    be known (FLOPs are counted anew at each phase's first batch), ``time/train_seconds`` (of optimizer steps so far, without
+    validation and checkpoints), ``memory/peak_gib`` (of this phase), ``memory/optimizer_gib`` (live storages),
+    ``params/trainable``, ``params/adapters``, ``params/total`` and ``lowrank/phase`` (0, 1, 2); and what an optimizer with a
+    method ``metrics()`` says of itself, such as ``galore/overlap``.
     """
 
     def __init__(self) -> None:
@@ -124,6 +141,7 @@ class Monitor(Callback):
         self._look = False  # whether this phase's optimizer is still to be looked at
         self._samples = self._tokens = 0
         self._seen_step = 0
+        self._flops = FlopCount()
 
     @property
     @override
@@ -146,6 +164,7 @@ class Monitor(Callback):
         phase = phase_of(trainer)
         if not self._live or self.record.phase != phase:
             self._begin(phase, trainer, pl_module)
+            self._flops.begin(pl_module)
         samples, tokens = batch_size_of(batch)
         self._samples, self._tokens = self._samples + samples, self._tokens + tokens
         self._clock.start()
@@ -158,13 +177,28 @@ class Monitor(Callback):
         self._live = self._look = True
         self.record.world_size = trainer.world_size
         vars(self.record).update(count_parameters(pl_module))
+        self.record.peak_flops = peak_flops(pl_module.device, trainer.precision)
         self._memory.restart()
         self._clock.interrupt()
+
+    @override
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        self._count()  # what the optimizer does is not the model's
+
+    def _count(self) -> None:
+        counted = self._flops.end()
+        if counted and self._samples:
+            self.record.flops_per_sample = counted / self._samples
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._flops.end()
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        self._count()  # gradients accumulate: there was no optimizer step
         self._clock.end_batch()
         if trainer.global_step == self._seen_step:  # gradients still accumulate
             return
@@ -201,10 +235,14 @@ class Monitor(Callback):
     def _metrics(self) -> dict[str, float]:
         record = self.record
         rate = record.samples_per_sec(last=RECENT)
-        rates = {} if rate is None else {"throughput/samples_per_sec": rate}
-        if rate is not None and record.tokens_per_sample:
-            rates["throughput/tokens_per_sec"] = rate * record.tokens_per_sample
-        return rates | {
+        rates = {
+            "throughput/samples_per_sec": rate,
+            "throughput/tokens_per_sec": rate * record.tokens_per_sample if rate and record.tokens_per_sample else None,
+            "throughput/flops_per_sec": record.flops_per_sec(last=RECENT),
+            "throughput/mfu": record.mfu(last=RECENT),
+        }
+        return {key: value for key, value in rates.items() if value is not None} | {
+            "time/train_seconds": sum(record.seconds for record in self.records),
             "memory/peak_gib": record.peak_gib,
             "memory/optimizer_gib": record.optimizer_gib,
             "params/trainable": record.trainable,

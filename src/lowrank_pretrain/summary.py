@@ -2,14 +2,19 @@
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 
+from .errors import ConfigError
 from .monitor import Monitor, PhaseRecord, low_rank_callback
+
+FAILURE = "failure.txt"  # in the run directory: why the last attempt ended
 
 
 def summarize(trainer: Trainer, monitor: Monitor, final: dict[str, float]) -> dict[str, Any]:
@@ -33,7 +38,7 @@ def summarize(trainer: Trainer, monitor: Monitor, final: dict[str, float]) -> di
                 "peak_gib": record.peak_gib,
                 "trainable": record.trainable,
                 "total": record.total,
-                **_optimizer(record),
+                **_known(record),
             }
             for record in monitor.records
         ],
@@ -45,11 +50,38 @@ def summarize(trainer: Trainer, monitor: Monitor, final: dict[str, float]) -> di
     }
 
 
-def _optimizer(record: PhaseRecord) -> dict[str, float]:
-    """Measured optimizer memory beside the formula of a method that has one."""
-    if record.formula_gib is None:
-        return {}
-    return {"optimizer_gib": record.optimizer_gib, "optimizer_formula_gib": record.formula_gib}
+def _known(record: PhaseRecord) -> dict[str, float]:
+    """What not every run knows: optimizer memory by the method's formula, the operations of a sample, use of the chip."""
+    optional = {
+        "adapters": record.adapters,
+        "optimizer_gib": record.optimizer_gib,
+        "optimizer_formula_gib": record.formula_gib,
+        "flops_per_sample": record.flops_per_sample,
+        "mfu": record.mfu(),
+    }
+    return {key: value for key, value in optional.items() if value is not None}
+
+
+def note_failure(run_dir: Path, error: BaseException, line: str | None) -> None:
+    """Leave in `run_dir` the one line that says why the run ended.
+
+    Args:
+        run_dir: the run directory.
+        error: what ended it; a run refused because of another one's files leaves that one alone.
+        line: words for it; None: the error's own.
+    """
+    if isinstance(error, ConfigError) and error.key == "hydra.run.dir":
+        return
+    line = line or f"{type(error).__name__}: {error}".strip().splitlines()[0]
+    with suppress(OSError):  # a full disk, perhaps: then it is that which must be told, not this
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / FAILURE).write_text(line + "\n")
+
+
+def forget_failure(run_dir: Path) -> None:
+    """The run in `run_dir` begins, or goes on."""
+    if rank_zero_only.rank == 0:
+        (run_dir / FAILURE).unlink(missing_ok=True)
 
 
 def write(summary: dict[str, Any], path: Path) -> None:
@@ -95,9 +127,17 @@ def phase_table(records: list[PhaseRecord]) -> Table:
     row("optimizer, MiB", *(_against(r, full, lambda r: r.optimizer_gib * 1024, "{:.4g}") for r in records))
     if any(r.formula_gib is not None for r in records):
         row("by formula, MiB", *("-" if r.formula_gib is None else f"{r.formula_gib * 1024:.4g}" for r in records))
+    if any(r.flops_per_sample for r in records):
+        row("MFLOP per sample", *(_against(r, full, _mega_flops, "{:.4g}") for r in records))
+    if any(r.mfu() is not None for r in records):
+        row("MFU", *("-" if r.mfu() is None else f"{r.mfu():.1%}" for r in records))
     row("adapters", *(_share(r.adapters, r.total) for r in records))
     row("trainable", *(_share(r.trainable, r.total) for r in records))
     return table
+
+
+def _mega_flops(record: PhaseRecord) -> float | None:
+    return None if record.flops_per_sample is None else record.flops_per_sample / 1e6
 
 
 def _against(record: PhaseRecord, full: PhaseRecord | None, value: Any, form: str) -> str:

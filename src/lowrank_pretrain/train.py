@@ -28,6 +28,7 @@ from .interrupts import Interrupts
 from .loggers import finish, more_loggers
 from .loop_state import LoopState
 from .monitor import Monitor
+from .norms import WeightNorms
 from .progress import progress, quiet_lightning
 from .random_state import RandomState
 from .run_dir import start_from
@@ -59,6 +60,7 @@ def train(cfg: DictConfig, run_dir: Path, multirun: bool = False) -> dict[str, A
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
         raise ConfigError("seed", seed, "must be an integer from 0 to 4294967295")
     ckpt = start_from(run_dir, config["ckpt_path"])
+    summary.forget_failure(run_dir)
 
     quiet_lightning()
     pl.seed_everything(seed, workers=True, verbose=False)
@@ -76,6 +78,7 @@ def train(cfg: DictConfig, run_dir: Path, multirun: bool = False) -> dict[str, A
                 FiniteGuard(),
                 monitor,  # sees a step before the method changes the model behind it
                 *chosen.callbacks,
+                WeightNorms(),
                 *progress(monitor, config["trainer"].get("enable_progress_bar")),
                 interrupts,
                 RandomState(),  # behind everything that might draw
@@ -139,6 +142,7 @@ def _job(cfg: DictConfig) -> float | None:
         return train(cfg, run_dir, multirun)["final"].get("val/loss")
     except BaseException as error:
         described = failures.describe(error, cfg, run_dir)
+        summary.note_failure(run_dir, error, described and described[0])
         if described is None:
             raise
         line, code = described
