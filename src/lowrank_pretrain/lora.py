@@ -109,24 +109,31 @@ def plain_state(module: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str
     """The state dict as the plain model would write it: merged weights under the bare names, no adapter keys.
 
     Args:
-        module: the module that made ``state_dict``.
+        module: the module that made ``state_dict``, or one of the same shape.
         state_dict: as ``module.state_dict()`` gave it; not changed.
     """
     plain = dict(state_dict)
     for name, layer in lora_layers(module):
-        for key in layer.state_dict():
+        held = {key: plain[f"{name}.{key}"] for key in layer.state_dict()}
+        for key in held:
             if key.startswith(("lora_", "rest_")):
                 del plain[f"{name}.{key}"]
-        plain[f"{name}.weight"] = layer.merged_weight()
+        plain[f"{name}.weight"] = layer.merged_weight(held)
     return plain
 
 
-def exact_state(module: nn.Module) -> dict[str, Tensor]:
-    """The unmerged W and the factors of every layer with adapters: what a bit-exact resume needs beside ``plain_state``."""
+def exact_state(module: nn.Module, state_dict: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The unmerged W and the factors of every layer with adapters: what a bit-exact resume needs beside ``plain_state``.
+
+    Args:
+        module: says which layers have adapters.
+        state_dict: of a module of the same shape; default: the module's own.
+    """
+    held = module.state_dict() if state_dict is None else state_dict
     exact = {}
     for name, layer in lora_layers(module):
-        exact[f"{name}.weight"] = layer.weight.detach()
-        exact |= {f"{name}.{own}": p.detach() for own, p in layer.named_parameters() if own.startswith("lora_")}
+        exact[f"{name}.weight"] = held[f"{name}.weight"].detach()
+        exact |= {f"{name}.{own}": held[f"{name}.{own}"] for own, _ in layer.named_parameters() if own.startswith("lora_")}
     return exact
 
 

@@ -56,8 +56,10 @@ class LoRA(PhaseCallback):
         """Resolve the targets, so that a mistake shows before anything runs."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            for name, target in find_targets(pl_module, self.targets).items():
+            targets = find_targets(pl_module, self.targets)
+            for name, target in targets.items():
                 check_rank(name, self.rank, target)
+            self._refuse_targets(trainer, pl_module, targets)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Switch and freeze at once, or replay them."""

@@ -10,6 +10,7 @@ block of a fused layer, ``lora_B.<part>`` (O_part, R_part); a layer that is not 
 
 import math
 import sys
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -99,16 +100,20 @@ class LoRALinear(Reclassed):
             delta = delta + functional.pad(functional.linear(z, factor) * part.scale, (part.start, after))
         return delta
 
-    def merged_weight(self) -> Tensor:
+    def merged_weight(self, held: Mapping[str, Tensor] | None = None) -> Tensor:
         """W + scale · B A in the layer's own layout, a new tensor.
+
+        Args:
+            held: ``weight``, ``lora_A`` and ``lora_B.<part>`` to merge in place of the layer's own (a copy's, an average's).
 
         Raises:
             ValueError: a factor holds a number that is not finite.
         """
-        factors = [self.lora_B[part.name] for part in self._parts]
-        if not all(torch.isfinite(f).all() for f in (self.lora_A, *factors)):
+        held = held or dict(self.named_parameters())
+        factors = [held[f"lora_B.{part.name}"] for part in self._parts]
+        if not all(torch.isfinite(f).all() for f in (held["lora_A"], *factors)):
             raise ValueError("adapters hold numbers that are not finite: refusing to merge them into the weights")
-        return merged(self.weight, self.lora_A, factors, self._parts, is_conv1d(self))
+        return merged(held["weight"], held["lora_A"], factors, self._parts, is_conv1d(self))
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         # A plain state dict (no adapter keys) is the merged model: then B = 0, and nothing is missing.

@@ -10,20 +10,23 @@ Lightning restores the optimizers.
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from lowrank_pretrain import adapter_groups, lora, plain_checkpoint, transition
+from lowrank_pretrain import adapter_groups, averaging, lora, plain_checkpoint, transition
+from lowrank_pretrain.agreement import agreed_hash
 from lowrank_pretrain.errors import ConfigError
 from lowrank_pretrain.plain_checkpoint import FORMAT, SIDE
 from lowrank_pretrain.plan import Plan
 from lowrank_pretrain.rewarm import Rewarm
-from lowrank_pretrain.targets import all_targets
+from lowrank_pretrain.targets import Target, all_targets, tied_layers
 
 PHASES = ("full", "joint", "lowrank")
 _REFUSED = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
@@ -80,6 +83,7 @@ class PhaseCallback(Callback):
         self.alpha, self.train_A, self.freeze_rest = alpha, train_A, freeze_rest
         self.optimizer_state, self.rewarm, self.then = optimizer_state, rewarm, then
         self._exact: dict[str, torch.Tensor] | None = None
+        self._averages: dict[str, dict[str, torch.Tensor]] = {}
         self._groups: list | None = None
         self._restoring = True
         self._rewarm: Rewarm | None = None
@@ -115,20 +119,24 @@ class PhaseCallback(Callback):
         rank_zero_info(f"{type(self).__name__}: freeze after step {self.freeze_step}; {trained:,} of {total:,} still train")
 
     def _switch(self, trainer: pl.Trainer, pl_module: pl.LightningModule, plan: Plan, replay: bool) -> None:
-        pl_module.__dict__["_lowrank_requires_grad"] = {name: p.requires_grad for name, p in pl_module.named_parameters()}
-        pl_module.__dict__["_lowrank_keys"] = list(pl_module.state_dict())
+        plain_checkpoint.note_plain(pl_module)
         self._adopter = self._find_adopter(trainer)
-        transition.apply(trainer, pl_module, lambda: self._adopter.adopt(plan, pl_module), self.optimizer_state, replay)
-        if self.adapter_lr != 1.0 or self.adapter_weight_decay is not None:
+        agreed = transition.apply(
+            trainer, pl_module, lambda: self._adopter.adopt(plan, pl_module), self.optimizer_state, replay
+        )
+        if self._has_own_groups():
             adapter_groups.separate(trainer, pl_module, self.adapter_lr, self.adapter_weight_decay)
         self.phase, self.plan = "joint", plan
         self._unchecked = not replay
         self._note(pl_module)
+        self._log_hash(trainer, agreed, replay)
 
     def _freeze(self, trainer: pl.Trainer, pl_module: pl.LightningModule, replay: bool) -> None:
-        transition.apply(trainer, pl_module, lambda: self._release(pl_module), self.optimizer_state, replay)
+        agreed = transition.apply(trainer, pl_module, lambda: self._release(pl_module), self.optimizer_state, replay)
         self.phase = "lowrank"
+        self._unchecked = not replay  # what freezing stopped may be what an adapter's gradient came through
         self._note(pl_module)
+        self._log_hash(trainer, agreed, replay)
         if self.rewarm:  # from here on, so that its hook always comes behind that of the adapters' own groups
             self._rewarm = Rewarm(trainer, self, self.rewarm)
 
@@ -157,6 +165,17 @@ class PhaseCallback(Callback):
         """What a checkpoint of this module must say; kept on the module because it outlives callback and trainer."""
         pl_module.__dict__["_lowrank"] = {"phase": self.phase, "plan": dict(self.plan or {}), "alpha": self.alpha}
 
+    def _log_hash(self, trainer: pl.Trainer, agreed: int, replay: bool) -> None:
+        if not replay:
+            self._log(trainer, {"lowrank/hash": float(agreed)})
+            rank_zero_info(f"{type(self).__name__}: all ranks hold the same weights, hash {agreed:08x}")
+
+    @staticmethod
+    def _log(trainer: pl.Trainer, metrics: dict[str, float]) -> None:
+        for logger in trainer.loggers:
+            # the row of the step just taken; Lightning counts rows from 0
+            logger.log_metrics(metrics, step=max(trainer.global_step - 1, 0))
+
     # -- Lightning's hooks ------------------------------------------------------------------------------------------
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -169,30 +188,40 @@ class PhaseCallback(Callback):
             continues = self.phase != "full" and pl_module.__dict__["_lowrank"]["plan"] == dict(self.plan or {})
             self._exact = lora.clone_state(lora.exact_state(pl_module)) if continues else None
             plain_checkpoint.restore_plain(pl_module)
+            averaging.restart(trainer.callbacks, pl_module)  # those set up before us copied the adapters too
             if not continues:
                 self._reset()
         else:
             self._exact = None
             self._reset()
+        self._averages = {}
         plain_checkpoint.wrap(pl_module)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Replay the transitions of a resumed run; the optimizers are still empty and are restored after this."""
         if self.phase != "full":
-            phase, plan = self.phase, self.plan
+            phase, plan, unchecked = self.phase, self.plan, self._unchecked
             self._switch(trainer, pl_module, plan, replay=True)
             if phase == "lowrank":
                 self._freeze(trainer, pl_module, replay=True)
+            self._unchecked = unchecked
             if self._exact is not None:
                 lora.load_exact(pl_module, self._exact)
-            self._exact = None
+            for where, averaged, callback in averaging.averages(trainer.callbacks):
+                if where in self._averages:
+                    lora.load_exact(averaged, self._averages[where])
+                elif self._exact is not None:
+                    averaging.restart([callback], pl_module)
+            self._exact, self._averages = None, {}
         if self._groups is not None and self._groups != transition.group_names(trainer.optimizers, pl_module):
             held = "its optimizer groups hold other parameters, or another order"
             raise ConfigError("ckpt_path", str(trainer.ckpt_path), held)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Optimizer states are restored by now: look whether they fit."""
+        """Optimizer states are restored by now: look whether they fit, and whether every rank read the same file."""
         transition.check_restored(trainer.optimizers, pl_module)
+        if not callable(getattr(trainer.strategy, "after_transition", None)):  # one of ours looks itself
+            agreed_hash(trainer.strategy, pl_module, "at the start of training")
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
         """After the first backward behind a switch: an adapter without a gradient belongs to a layer nobody calls."""
@@ -201,7 +230,16 @@ class PhaseCallback(Callback):
             dead = [name for name, p in lora.adapter_parameters(pl_module) if p.requires_grad and p.grad is None]
             if dead:
                 names = sorted({name.partition(".lora_")[0] for name in dead})
-                raise ConfigError("targets", ", ".join(names), "no forward pass calls it: leave it out of the targets")
+                why = "no forward pass calls it: leave it out of the targets"
+                if self.phase == "lowrank":
+                    why = "no gradient reaches it since the freeze: checkpoint activations with use_reentrant=False"
+                raise ConfigError("targets", ", ".join(names), why)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Where processes are spawned, this callback stays behind in its own; metrics are what Lightning brings back."""
+        found = {"phase": PHASES.index(self.phase), "switch_step": self.switch_step, "freeze_step": self.freeze_step}
+        found |= {f"rank/{name}": rank for name, rank in (self.plan or {}).items()}
+        trainer.callback_metrics.update({f"lowrank/{k}": torch.tensor(float(v)) for k, v in found.items() if v is not None})
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leave nothing of ours on a module that needs nothing of ours."""
@@ -209,6 +247,8 @@ class PhaseCallback(Callback):
             if self._rewarm is not None:
                 self._rewarm.remove()
                 self._rewarm = None
+            if _spawned(trainer):  # the process that called fit has the plain module, and takes what has a plain name
+                lora.merge(pl_module)
             if "_lowrank" not in pl_module.__dict__:
                 plain_checkpoint.unwrap(pl_module)
 
@@ -248,21 +288,46 @@ class PhaseCallback(Callback):
         if side.get("alpha", self.alpha) != self.alpha:
             raise ConfigError("alpha", self.alpha, f"the checkpoint's adapters were trained with {side['alpha']}")
         self._exact = side.get("exact")
+        self._averages = side.get("averages", {})
         self._groups = side.get("groups")
 
     def _refuse(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         name = type(self).__name__
-        strategy = type(trainer.strategy).__name__
-        if strategy in _REFUSED:
-            raise ConfigError("strategy", strategy, f"{name} changes the model in mid-run, which it cannot follow: use ddp")
+        for kind in type(trainer.strategy).__mro__:
+            if kind.__name__ in _REFUSED:
+                allowed = f"{name} changes the model in mid-run, which sharded parameters cannot follow: use ddp"
+                raise ConfigError("strategy", kind.__name__, allowed)
+        state = getattr(trainer.strategy, "_ddp_comm_state", None)
+        if type(state).__name__ == "PostLocalSGDState":
+            allowed = f"lets ranks drift apart, which {name}'s switch would undo: use plain ddp, or LTEStrategy to merge rarely"
+            raise ConfigError("ddp_comm_state", type(state).__name__, allowed)
         for callback in trainer.callbacks:
-            if isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
-                kind = type(callback).__name__
-                raise ConfigError("callbacks", kind, f"pairs weights by position, which {name}'s switch breaks: remove it")
+            if isinstance(callback, StochasticWeightAveraging) and self._has_own_groups():
+                allowed = "sets rates by group, which adapters with a rate of their own break: leave out adapter_lr"
+                raise ConfigError("callbacks", type(callback).__name__, allowed)
             if isinstance(callback, PhaseCallback) and callback is not self:
                 raise ConfigError("callbacks", type(callback).__name__, f"cannot run beside {name}: both change the model")
         if not pl_module.automatic_optimization:
             raise ConfigError("automatic_optimization", False, f"{name} needs Lightning's automatic optimization")
+
+    def _refuse_targets(self, trainer: pl.Trainer, pl_module: pl.LightningModule, targets: Mapping[str, Target]) -> None:
+        """What cannot work with these targets, before anything runs."""
+        tied = tied_layers(pl_module)
+        for name, target in targets.items():
+            if target.layer_name in tied and _spawned(trainer):
+                allowed = "is tied and comes untied, which spawned processes cannot hand back: use strategy='ddp'"
+                raise ConfigError("targets", name, allowed)
+        kept = [c for c in trainer.callbacks if isinstance(c, (WeightAveraging, StochasticWeightAveraging))]
+        for target in targets.values() if kept and not self.freeze_rest else ():
+            if any(other.name not in targets for other in all_targets(pl_module).values() if other.layer is target.layer):
+                averaging.refuse_views(kept[0])
+
+    def _has_own_groups(self) -> bool:
+        return self.adapter_lr != 1.0 or self.adapter_weight_decay is not None
+
+
+def _spawned(trainer: pl.Trainer) -> bool:
+    return isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
 
 
 def _is_number(value: Any) -> bool:

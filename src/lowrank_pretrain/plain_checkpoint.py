@@ -5,8 +5,13 @@ the plan: ``test(ckpt_path="best")`` from the other side of the switch, ``load_f
 callback. So targets' weights are stored twice, merged in ``state_dict`` and exact (W, A, B apart) in the side entry.
 
     checkpoint["lowrank_pretrain"] = {"format", "phase", "plan", "alpha", "groups", "exact": {name: tensor}}
+
+Under Lightning's ``WeightAveraging`` the file's ``state_dict`` is the average and ``current_model_state`` the trained model;
+``StochasticWeightAveraging`` keeps its average in its own state. All of them are written plain; an average's exact values are
+in the side entry too, ``"averages": {"state_dict" or the callback's state key: {name: tensor}}``.
 """
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -30,11 +35,21 @@ def restore_plain(pl_module: pl.LightningModule) -> None:
     lora.eject(pl_module)
     flags = pl_module.__dict__.pop("_lowrank_requires_grad", {})
     pl_module.__dict__.pop("_lowrank_keys", None)
+    pl_module.__dict__.pop("_lowrank_tied", None)
     for name, p in pl_module.named_parameters():
         if name in flags:
             p.requires_grad_(flags[name])
     pl_module.__dict__.pop("_lowrank", None)
     unwrap(pl_module)
+
+
+def note_plain(pl_module: pl.LightningModule) -> None:
+    """Before the first change: which parameters train, which keys a state dict has, and which of them are one tensor."""
+    state = pl_module.state_dict(keep_vars=True)
+    tensors = [id(value) for value in state.values()]
+    pl_module.__dict__["_lowrank_requires_grad"] = {name: p.requires_grad for name, p in pl_module.named_parameters()}
+    pl_module.__dict__["_lowrank_keys"] = list(state)
+    pl_module.__dict__["_lowrank_tied"] = [name for name, value in state.items() if tensors.count(id(value)) > 1]
 
 
 def unwrap(pl_module: pl.LightningModule) -> None:
@@ -54,10 +69,28 @@ def _write(pl_module: pl.LightningModule, inner: Any, checkpoint: dict[str, Any]
     (inner or partial(type(pl_module).on_save_checkpoint, pl_module))(checkpoint)
     note = pl_module.__dict__.get("_lowrank")
     if note is not None:
-        exact = lora.exact_state(pl_module)
-        state = lora.plain_state(pl_module, checkpoint["state_dict"])
-        for key in state.keys() - set(pl_module.__dict__["_lowrank_keys"]):  # what another adopter added
-            exact[key] = state.pop(key)
-        checkpoint["state_dict"] = state
+        trained = "current_model_state" if "current_model_state" in checkpoint else "state_dict"
+        exact, averages = {}, {}
+        for where, owner, key in _state_dicts(checkpoint):
+            held = lora.exact_state(pl_module, owner[key])
+            # a head that came untied: in the plain model its name and the embedding's are one tensor, the last one loaded
+            held = {name: owner[key][name] for name in pl_module.__dict__["_lowrank_tied"]} | held
+            owner[key] = lora.plain_state(pl_module, owner[key])
+            for name in owner[key].keys() - set(pl_module.__dict__["_lowrank_keys"]):  # what another adopter added
+                held[name] = owner[key].pop(name)
+            if key == trained:
+                exact = held
+            else:
+                averages[where] = held
         if "callbacks" in checkpoint:  # a file of weights only cannot be resumed from and needs no more
-            checkpoint.setdefault(SIDE, {}).update(format=FORMAT, **note, exact=exact)
+            checkpoint.setdefault(SIDE, {}).update(format=FORMAT, **note, exact=exact, averages=averages)
+
+
+def _state_dicts(checkpoint: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """(name, dictionary, key) of each state dict of the module that a checkpoint holds."""
+    yield "state_dict", checkpoint, "state_dict"
+    if "current_model_state" in checkpoint:
+        yield "current_model_state", checkpoint, "current_model_state"
+    for name, state in checkpoint.get("callbacks", {}).items():
+        if isinstance(state, dict) and isinstance(state.get("average_model_state"), dict):
+            yield name, state, "average_model_state"

@@ -4,6 +4,10 @@
 optimizer-step boundary. **New parameters join the group that owns their base weight**: that is exact for every kind of
 scheduler, for resume and for layer-wise learning rates, where ``add_param_group`` raises or silently drifts. Frozen
 parameters leave their group (which may become empty, but is never removed); their state and ``.grad`` are released.
+
+Under DDP the new wrapper has a reducer of its own, with the strategy's arguments and communication hook, or else with the hooks
+that were registered on the old wrapper (Lightning registers ``ddp_comm_hook`` on CUDA only and drops it silently on a CPU). A
+hook's state that holds buffers by bucket (PowerSGD's) starts anew: the buckets are others.
 """
 
 from collections.abc import Callable, Iterable
@@ -14,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lowrank_pretrain import averaging
+from lowrank_pretrain.agreement import agreed_hash
 from lowrank_pretrain.errors import ConfigError
 from lowrank_pretrain.lora import Inherit
 
@@ -22,7 +28,7 @@ Change = Callable[[], Iterable[Inherit] | None]
 
 def apply(
     trainer: pl.Trainer, module: pl.LightningModule, change: Change, optimizer_state: str = "keep", replay: bool = False
-) -> None:
+) -> int:
     """Run ``change`` on the module and make trainer, optimizers and wrapper follow.
 
     Args:
@@ -33,18 +39,28 @@ def apply(
             PreLoRA authors' code does.
         replay: the change is repeated before the first step of a resumed fit, so no step boundary is needed.
 
+    Returns:
+        A hash of all parameters behind the change, which all ranks hold alike (before it, under a strategy of ours, whose
+        workers' heads may differ from then on).
+
     Raises:
         RuntimeError: called between two micro-batches of one optimizer step.
         ConfigError: a new parameter has no base weight in any optimizer.
+        Disagreement: the ranks drifted apart before the change or by it, on every rank.
     """
     if not replay and _mid_step(trainer):
         raise RuntimeError("a model may change only between two optimizer steps, not between micro-batches of one")
     strategy = trainer.strategy
     wrapped = strategy.model is not strategy.lightning_module
+    hooks = list(getattr(strategy.model, "_comm_hooks", ())) if wrapped else []
     if wrapped:
         strategy.model = strategy.lightning_module  # no reference to the old wrapper is kept: its reducer goes with it
     for p in module.parameters():
         p.grad = None  # gradients may be views of the old reducer's buckets
+    settled = getattr(strategy, "after_transition", None)  # a strategy of ours that keeps books on the optimizers' parameters
+    agreed = 0
+    if callable(settled) and not replay:
+        agreed = agreed_hash(strategy, module, f"before a change of the model behind step {trainer.global_step}")
     before = {id(p): p.requires_grad for p in module.parameters()}
     inherited = list(change() or ())
     for optimizer in trainer.optimizers:
@@ -54,11 +70,15 @@ def apply(
     if optimizer_state == "reset":
         for optimizer in trainer.optimizers:
             optimizer.state.clear()
-    settled = getattr(strategy, "after_transition", None)  # a strategy of ours that keeps books on the optimizers' parameters
     if callable(settled):
         settled()
+    averaging.follow(trainer.callbacks, module)
+    if not callable(settled):  # before the new wrapper, which would give everyone rank 0's weights and so hide what went wrong
+        agreed = agreed_hash(strategy, module, f"at a change of the model behind step {trainer.global_step}")
     if wrapped:
         strategy.configure_ddp()
+        _keep_hooks(strategy.model, hooks)
+    return agreed
 
 
 def group_names(optimizers: Iterable[Optimizer], module: nn.Module) -> list[list[list[str]]]:
@@ -89,6 +109,17 @@ def check_restored(optimizers: Iterable[Optimizer], module: nn.Module) -> None:
 def _mid_step(trainer: pl.Trainer) -> bool:
     # Lightning has no public way to ask; this is the one place where a private of its loops is read
     return trainer.fit_loop.epoch_loop._should_accumulate()
+
+
+def _keep_hooks(wrapper: nn.Module, hooks: Iterable[tuple[Callable, Any]]) -> None:
+    """DDP has no public list of its hooks, so this reads its private one; a wrapper of another kind has none."""
+    for hook, state in hooks:
+        for name in ("error_dict", "p_memory_dict", "q_memory_dict"):  # PowerSGD's, by bucket
+            if isinstance(getattr(state, name, None), dict):
+                getattr(state, name).clear()
+                state.iter = 0  # it sends whole gradients until DDP has settled its buckets
+        if not wrapper._comm_hooks:
+            wrapper.register_comm_hook(state, hook)
 
 
 def _inherit_state(optimizer: Optimizer, inherited: Iterable[Inherit]) -> None:

@@ -107,7 +107,8 @@ class PreLoRA(PhaseCallback):
         self.windows_done = 0  # in the present phase
         self._units = 0  # of the present window that have passed: optimizer steps, or epochs
         self._due = False  # a window is over, but the last batch took no optimizer step
-        self._loss = torch.zeros(2, dtype=torch.float64)  # sum and number of micro-batch losses, on the device
+        self._loss = torch.zeros(2, dtype=torch.float64)  # sum and number of this rank's micro-batch losses, on the device
+        self._restored: list[list[float]] | None = None  # the same by rank, from a checkpoint
         self._seen_step = 0
 
     @property
@@ -132,6 +133,11 @@ class PreLoRA(PhaseCallback):
         if self.window_unit == "step" and trainer.max_steps == -1 and trainer.estimated_stepping_batches != float("inf"):
             self._check_length(int(trainer.estimated_stepping_batches), trainer)
         self._seen_step = trainer.global_step
+        if self._restored is not None:
+            by_rank, self._restored = self._restored, None
+            if len(by_rank) != trainer.world_size:  # another number of processes: all there is goes to the first
+                by_rank = [[sum(column) for column in zip(*by_rank, strict=True)]] + [[0.0, 0.0]] * trainer.world_size
+            self._loss = torch.tensor(by_rank[trainer.global_rank], dtype=torch.float64)
         self._loss = self._loss.to(pl_module.device) if pl_module.device.type != "mps" else self._loss
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
@@ -256,7 +262,13 @@ class PreLoRA(PhaseCallback):
         self.grad_norms = state_dict["grad_norms"]
         self.verdict = Verdict(*state_dict["verdict"])
         self.windows_done, self._units, self._due = (state_dict[key] for key in ("windows_done", "units", "due"))
-        self._loss = torch.tensor(state_dict["loss"], dtype=torch.float64)
+        loss = state_dict["loss"]
+        self._restored = loss if isinstance(loss[0], list) else [loss]
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Lightning writes rank 0's state; a window's loss so far is of all ranks."""
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        checkpoint["callbacks"][self.state_key]["loss"] = trainer.strategy.all_gather(self._loss).reshape(-1, 2).tolist()
 
 
 def _norms(targets: dict[str, Target], grad: bool = False) -> dict[str, float]:

@@ -1,0 +1,166 @@
+"""What the ranks of test_prelora_distributed do: small fits of the toy under PreLoRA and DDP, by real Trainers."""
+
+import os
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.strategies import DDPStrategy
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
+
+from lowrank_pretrain import PreLoRA
+from lowrank_pretrain.data.loaders import EpochBatches, EpochLoader
+from lowrank_pretrain.loop_state import LoopState
+from tests.toy import Pairs, Toy, trainer
+
+
+class Exact(Toy):
+    """Float64, so that two ways to the same number show as such; no dropout, which ranks would draw alike."""
+
+    def __init__(self, **kwargs):
+        torch.manual_seed(7)
+        super().__init__(**{"scheduler": "sequential", "lr_groups": 2, **kwargs})
+        for block in self.blocks:
+            block.drop.p = 0.0
+        self.double()
+
+    def forward(self, x):
+        return super().forward(x.to(self.embed.weight.dtype))
+
+
+class Rows(DummyLogger):
+    """Keeps every row."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = []
+
+    def log_metrics(self, metrics, step=None):
+        self.rows.append((step, dict(metrics)))
+
+
+class Watch(pl.Callback):
+    """Behind every step: all parameters, and the bytes that DDP handed to its communication hook."""
+
+    def __init__(self, hook=None):
+        self.weights, self.sent, self.trained, self.hook, self.last = [], [], [], hook, 0
+
+    def on_train_start(self, trainer, module):
+        self.start = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
+        self.bytes = 0
+        if self.hook:
+            state = None
+            if self.hook == "powersgd":
+                state = powerSGD_hook.PowerSGDState(None, matrix_approximation_rank=2, start_powerSGD_iter=3)
+            trainer.strategy.model.register_comm_hook(state, self.count)
+
+    def count(self, state, bucket):
+        self.bytes += bucket.buffer().nbytes
+        if self.hook == "powersgd":
+            return powerSGD_hook.powerSGD_hook(state, bucket)
+        return default_hooks.allreduce_hook(None, bucket)
+
+    def on_before_optimizer_step(self, trainer, module, optimizer):
+        self.trained.append(sum(p.nbytes for p in module.parameters() if p.requires_grad))
+
+    def on_train_batch_end(self, trainer, module, *_):
+        if trainer.global_step != self.last:
+            self.last = trainer.global_step
+            self.weights.append([p.detach().clone() for p in module.parameters()])
+            self.sent.append(self.bytes)
+            self.bytes = 0
+
+
+class Save(pl.Callback):
+    """Writes step=N.ckpt behind the steps named. Behind PreLoRA: a file of the switch's step holds the new phase."""
+
+    def __init__(self, folder, steps):
+        self.folder, self.steps, self.last = Path(folder), steps, 0
+
+    def on_train_batch_end(self, trainer, module, *_):
+        if trainer.global_step != self.last:
+            self.last = trainer.global_step
+            if self.last in self.steps:
+                trainer.save_checkpoint(self.folder / f"step={self.last}.ckpt")
+
+
+class Spoil(pl.Callback):
+    """One rank's weights change behind the step named."""
+
+    def __init__(self, rank, step, name):
+        self.rank, self.step, self.name = rank, step, name
+
+    def on_train_batch_end(self, trainer, module, *_):
+        if trainer.global_rank == self.rank and trainer.global_step == self.step:
+            module.get_parameter(self.name).data[0] += 1e-7
+
+
+def steps(**kwargs):
+    """Full for 8 steps, joint for 6, then low-rank; as elsewhere in the tests."""
+    return PreLoRA(**{"ranks": (2, 4, 8), "window": 2, "window_unit": "step", "windows": 2, "latest": 4, "warmup": 3,
+                      "loss_tol": 1e-6, **kwargs})  # fmt: skip
+
+
+def fit(
+    world, folder, ckpt=None, save_at=(), hook="count", spoil=None, strategy=None, method=None, net=None, batch=8, epochs=4,
+    **options,
+):  # fmt: skip
+    """A fit of `epochs` of six global batches; what it leaves behind. `ckpt` may name one file per rank."""
+    rank = int(os.environ["RANK"]) if world > 1 else 0
+    module, callback, logger = Exact(**(net or {})), steps(**(method or {})), Rows()
+    watch = Watch(hook if world > 1 else None)
+    extra = [Spoil(*spoil)] if spoil else []
+    chosen = {"strategy": DDPStrategy(**(strategy or {}))} if world > 1 else {}
+    # LoopState is what the suite's own runs have against Lightning's counting an epoch twice
+    run = trainer(
+        Path(folder), LoopState(), *extra, callback, watch, Save(folder, save_at), logger=logger, devices=world,
+        max_epochs=epochs, use_distributed_sampler=False, log_every_n_steps=1, **chosen, **options,
+    )  # fmt: skip
+    data = Pairs(48)
+    batches = EpochBatches(len(data), batch // world, True, rank, world, seed=0)
+    run.fit(module, EpochLoader(data, batches), ckpt_path=ckpt[rank] if isinstance(ckpt, list) else ckpt)
+    state = callback.state_dict()
+    state["loss"] = None  # of this rank's batches
+    return {
+        "weights": watch.weights, "sent": watch.sent, "trained": watch.trained, "state": state, "rows": logger.rows,
+        "model": {name: p.detach().clone() for name, p in module.named_parameters()}, "losses": module.losses,
+        "unmoved": [name for name, p in module.named_parameters() if name in watch.start and torch.equal(p, watch.start[name])],
+        "trainable": {name for name, p in module.named_parameters() if p.requires_grad}, "start": set(watch.start),
+        "optimizer": [v for s in run.optimizers[0].state.values() for v in s.values()],
+        "metrics": {k: float(v) for k, v in run.callback_metrics.items()},
+    }  # fmt: skip
+
+
+class OnCuda(DDPStrategy):
+    """Registers its hook as Lightning does on CUDA; on a CPU it drops `ddp_comm_hook` without a word."""
+
+    def _register_ddp_hooks(self):
+        if self._ddp_comm_hook is not None:
+            self.model.register_comm_hook(self._ddp_comm_state, self._ddp_comm_hook)
+
+
+def strategys_hook(world, folder):
+    """How many hooks each wrapper has, and in how many steps the strategy's own was called."""
+    called = []
+
+    def hook(state, bucket):
+        state.append(bucket.index())
+        return default_hooks.allreduce_hook(None, bucket)
+
+    found = {}
+    for kind in (DDPStrategy, OnCuda):
+        seen, called = [], []
+
+        class Look(pl.Callback):
+            def on_train_batch_end(self, trainer, module, *_, seen=seen):
+                seen.append(len(trainer.strategy.model._comm_hooks))
+
+        run = trainer(
+            Path(folder), steps(), Look(), devices=world, strategy=kind(ddp_comm_hook=hook, ddp_comm_state=called),
+            max_epochs=4, use_distributed_sampler=False,
+        )  # fmt: skip
+        data = Pairs(48)
+        run.fit(Exact(), EpochLoader(data, EpochBatches(48, 4, True, int(os.environ["RANK"]), world, seed=0)))
+        found[kind.__name__] = seen, called.count(0)
+    return found
