@@ -18,6 +18,8 @@ def check(given: Mapping[str, Any]) -> None:
     """
     for key in ("rank", "heads", "merge_every"):
         _whole(key, given[key], 1)
+    if given["heads"] > 65_536:
+        raise ConfigError("heads", given["heads"], "must be at most 65536 on a device: each wants a sample of the batch")
     _whole("overlap", given["overlap"], 0)
     for key, allowed in (("mode", MODES), ("sync_rest", SYNC), ("route", (None, *ROUTES))):
         if given[key] not in allowed:
