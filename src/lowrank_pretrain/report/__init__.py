@@ -1,0 +1,9 @@
+"""Run directories -> one HTML page that needs nothing else: no network, no script.
+
+python -m lowrank_pretrain.report RUN_DIR... [--out FILE]
+"""
+
+from .page import render, write_report
+from .runs import Run, find_runs, read_run
+
+__all__ = ["Run", "find_runs", "read_run", "render", "write_report"]

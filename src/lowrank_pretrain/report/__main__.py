@@ -1,0 +1,30 @@
+"""``python -m lowrank_pretrain.report RUN_DIR... [--out FILE]``: one page from one run, several, or a multirun's directory."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from ..errors import ConfigError
+from .page import write_report
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command. Exit codes: 0, 2 no run there."""
+    parser = argparse.ArgumentParser(
+        prog="python -m lowrank_pretrain.report",
+        description="Turn runs into one HTML page with curves and tables; ratios are to the first run.",
+    )
+    parser.add_argument("run_dir", nargs="+", type=Path, help="a run directory, or one that holds runs (a multirun's)")
+    parser.add_argument("--out", type=Path, help="default: report.html in the directory, or here if there are several")
+    given = parser.parse_args(arguments)
+    try:
+        print(f"report: {os.path.relpath(write_report(given.run_dir, given.out))}")
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,198 @@
+"""What a page shows: which charts from which metrics, for runs side by side and for one run alone."""
+
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from . import charts
+from .runs import Run, Series
+
+STEPS, SECONDS = "optimizer steps", "seconds of training"
+DRAWN = 16  # runs in one chart; more are no longer told apart
+
+# metric -> (title, axis with unit)
+CURVES = {
+    "train/loss": ("Training loss", "loss, nats"),
+    "val/loss": ("Validation loss", "loss, nats"),
+    "val/acc1": ("Validation accuracy", "top-1 accuracy, fraction"),
+    "val/acc5": ("Validation accuracy, top 5", "top-5 accuracy, fraction"),
+    "val/ppl": ("Validation perplexity", "perplexity per token"),
+}
+BY_TIME = ("train/loss", "val/loss", "val/acc1", "val/ppl")
+OVER_STEPS = {
+    "throughput/samples_per_sec": ("Throughput", "samples / s"),
+    "throughput/tokens_per_sec": ("Throughput in tokens", "tokens / s"),
+    "throughput/mfu": ("Model FLOPs utilisation", "share of the chip's peak"),
+    "memory/peak_gib": ("Peak memory of the phase so far", "GiB"),
+    "memory/optimizer_gib": ("Optimizer states", "GiB"),
+    "params/trainable": ("Trainable parameters", "million parameters"),
+}
+# Of a phase in summary.json: key -> (title, axis, factor, form, what it is)
+PHASE_BARS = {
+    "samples_per_sec": ("Throughput by phase", "samples / s, from the median step", 1, "{:,.4g}"),
+    "peak_gib": ("Peak memory by phase", "GiB, process 0", 1, "{:.3g}"),
+    "optimizer_gib": ("Optimizer states by phase", "MiB, process 0", 1024, "{:,.4g}"),
+    "trainable": ("Trainable parameters by phase", "million parameters", 1e-6, "{:,.4g}"),
+    "flops_per_sample": ("Operations by phase", "MFLOP per sample, forward and backward", 1e-6, "{:,.4g}"),
+    "mfu": ("Model FLOPs utilisation by phase", "share of the chip's peak", 1, "{:.1%}"),
+}
+# prefix -> (title, axis): a line per family
+FAMILIES = {
+    "lowrank/weight_norm": ("Weight norms", "mean ‖W‖ of the family (Frobenius)"),
+    "lowrank/adapter_norm": ("Adapter norms", "mean ‖s·BA‖ of the family (Frobenius)"),
+    "lowrank/weight_change": ("Change of weight norms per window", "mean |Δ‖W‖| / ‖W‖, fraction"),
+    "lte/effective_rank/gradient": ("Effective rank of gradients", "effective rank"),
+    "lte/effective_rank/update": ("Effective rank of W − W₀", "effective rank"),
+    "lte/rank/gradient": ("Rank of gradients, at the tolerance", "rank"),
+    "lte/rank/update": ("Rank of W − W₀, at the tolerance", "rank"),
+    "lte/orthogonality": ("Heads' updates: orthogonality", "mean |cosine|"),
+    "lte/row_space_overlap": ("Heads' row spaces: overlap", "mean cos² of principal angles"),
+}
+SINGLES = {
+    "lte/merge_mib": ("Sent per merge", "MiB per worker"),
+    "lte/rest_mib": ("Sent for the rest, per window", "MiB per worker"),
+    "lte/merge_ms": ("Waited for a merge", "ms"),
+    "galore/refresh_ms": ("Refresh of the subspace", "ms"),
+    "galore/overlap": ("Overlap of old and new subspace", "fraction"),
+}
+
+
+class Chart(NamedTuple):
+    """A figure of the page: caption, SVG and, under the caption, a remark."""
+
+    title: str
+    svg: str
+    remark: str = ""
+
+
+def side_by_side(runs: list[Run]) -> Iterator[Chart]:
+    """Curves of all runs over steps and over time, then bars by phase."""
+    shown = [run for run in runs if run.series][:DRAWN]
+    left_out = sum(bool(run.series) for run in runs) - len(shown)
+    remark = f"The first {DRAWN} runs; {left_out} more are in the table." if left_out else ""
+    marks = marks_of(shown[0]) if len(shown) == 1 else {}
+    for metric, (title, axis) in CURVES.items():
+        series = {run.label: smooth(run.series[metric], metric) for run in shown if run.series.get(metric)}
+        if not series:
+            continue
+        slots = {run.label: index for index, run in enumerate(shown)}
+        yield Chart(f"{title} by step", charts.lines(f"{metric} by step", STEPS, axis, series, marks, slots=slots), remark)
+        if metric in BY_TIME:
+            timed = {run.label: run.by_time(metric) for run in shown if run.by_time(metric)}
+            timed = {label: smooth(points, metric) for label, points in timed.items()}
+            if timed:
+                at = marks_of(shown[0], by_time=True) if len(shown) == 1 else {}
+                svg = charts.lines(f"{metric} by time", SECONDS, axis, timed, at, slots=slots)
+                yield Chart(f"{title} by time", svg, remark)
+    yield from by_phase(shown, remark)
+    if len(runs) > 1:
+        yield from over_steps(shown, remark)
+
+
+def over_steps(shown: list[Run], remark: str = "") -> Iterator[Chart]:
+    """What a run costs as it goes on."""
+    slots = {run.label: index for index, run in enumerate(shown)}
+    marks = marks_of(shown[0]) if len(shown) == 1 else {}
+    for metric, (title, axis) in OVER_STEPS.items():
+        factor = 1e-6 if axis.startswith("million") else 1
+        series = {r.label: [(x, y * factor) for x, y in r.series[metric]] for r in shown if r.series.get(metric)}
+        if series:
+            yield Chart(title, charts.lines(metric, STEPS, axis, series, marks, slots=slots), remark)
+
+
+def by_phase(runs: list[Run], remark: str = "") -> Iterator[Chart]:
+    """A bar per run and phase."""
+    order = ["full", "joint", "lowrank"]
+    for key, (title, axis, factor, form) in PHASE_BARS.items():
+        rows = []
+        for run in runs:
+            for phase in run.phases:
+                if phase.get(key) is not None:
+                    name = phase["phase"]
+                    style = order.index(name) if name in order else len(order)
+                    label = name if len(runs) == 1 else f"{short(run.label)} · {name}"
+                    value = phase[key] * factor
+                    rows.append((label, value, style, form.format(value)))
+        if rows:
+            yield Chart(title, charts.bars(key, axis, rows), remark)
+
+
+def of_one(run: Run, several: bool) -> Iterator[Chart]:
+    """What only one run at a time can show: ranks, norms, heads, subspaces."""
+    own = f"{run.label}: " if several else ""  # ids and accessible names are unique on the page
+    if run.summary.get("plan"):
+        yield Chart("Ranks", rank_map(run.summary["plan"], f"{own}ranks"), "Rank of each adapter, chosen at the switch.")
+    for prefix, (title, axis) in FAMILIES.items():
+        series = run.group(prefix)
+        if prefix in run.series:
+            series = {"mean of all": run.series[prefix]} | series
+        if series:
+            names = dict(zip(series, shortened(list(series)), strict=True))
+            drawn = {names[key]: points for key, points in list(series.items())[:DRAWN]}
+            tolerance = _tolerance(run) if prefix == "lowrank/weight_change" else None
+            svg = charts.lines(f"{own}{prefix}", STEPS, axis, drawn, marks_of(run), tolerance)
+            yield Chart(title, svg, f"The first {DRAWN} of {len(series)} families." if len(series) > DRAWN else "")
+    for metric, (title, axis) in SINGLES.items():
+        if any(value for _, value in run.series.get(metric, [])):  # one worker sends nothing
+            yield Chart(title, charts.lines(f"{own}{metric}", STEPS, axis, {title: run.series[metric]}, marks_of(run)))
+
+
+def rank_map(plan: dict[str, int], name: str) -> str:
+    """Layer by family; layers are what the indices in a target's name count."""
+    cells, rows, columns = {}, [], []
+    for target, rank in plan.items():
+        words = target.split(".")
+        layer = ".".join(word for word in words if word.isdigit()) or "–"
+        family = ".".join("*" if word.isdigit() else word for word in words)
+        cells[layer, family] = rank
+        rows.append(layer)
+        columns.append(family)
+    rows = sorted(set(rows), key=lambda layer: [int(n) if n.isdigit() else -1 for n in layer.split(".")])
+    columns = list(dict.fromkeys(columns))
+    names = dict(zip(columns, shortened(columns), strict=True))
+    named = {(row, names[column]): rank for (row, column), rank in cells.items()}
+    return charts.heat_map(name, "family of matrices", "layer", rows, list(names.values()), named)
+
+
+def marks_of(run: Run, by_time: bool = False) -> dict[str, float]:
+    """Where the run's phases change."""
+    marks = {}
+    for word in ("switch", "freeze"):
+        step = run.summary.get(f"{word}_step")
+        if step is None:
+            continue
+        if by_time:
+            beside = Run(run.path, summary=run.summary, series={**run.series, "at": [(float(step), 0.0)]})
+            marks[word] = beside.by_time("at")[0][0]
+        else:
+            marks[word] = float(step)
+    return marks
+
+
+def smooth(points: Series, metric: str) -> Series:
+    """A training loss of many steps as means over stretches of equal length: single batches only blur it."""
+    most = 120
+    if metric != "train/loss" or len(points) <= most:
+        return points
+    size = -(-len(points) // most)
+    stretches = [points[i : i + size] for i in range(0, len(points), size)]
+    return [tuple(sum(column) / len(stretch) for column in zip(*stretch, strict=True)) for stretch in stretches]
+
+
+def shortened(names: list[str]) -> list[str]:
+    """The names without the leading words that all dotted ones share, and without stars."""
+    words = [re.sub(r"\.?\*\.?", ".", name).strip(".").split(".") for name in names]
+    while len({w[0] for w in words if len(w) > 1}) == 1 and sum(len(w) > 1 for w in words) > 1:
+        words = [w[1:] if len(w) > 1 else w for w in words]
+    found = [".".join(w) for w in words]
+    return found if len(set(found)) == len(names) else names
+
+
+def short(label: str, most: int = 22) -> str:
+    """A label that leaves room for a bar."""
+    return label if len(label) <= most else label[: most - 1] + "…"
+
+
+def _tolerance(run: Run) -> tuple[str, float] | None:
+    tolerance = (run.config.get("method") or {}).get("weight_tol")
+    return ("weight_tol", tolerance) if isinstance(tolerance, float) else None

@@ -1,0 +1,100 @@
+"""The page's tables: runs side by side with ratios to the first, and one run's phases with ratios to the full one."""
+
+from collections.abc import Callable, Sequence
+from html import escape
+from typing import Any
+
+from .runs import Run
+
+STEPS = "optimizer steps"
+Value = Callable[[Any], float | None]
+
+
+def runs_table(runs: list[Run]) -> str:
+    """A row per run; ratios are to the first run that has a value."""
+    columns: list[tuple[str, Value, str]] = [
+        (STEPS, lambda r: _sum(r, "steps"), "{:,.0f}"),
+        ("training, s", lambda r: _sum(r, "seconds"), "{:,.1f}"),
+        ("samples/s", overall_rate, "{:,.4g}"),
+        ("samples/s, last phase", lambda r: _of_last(r, "samples_per_sec"), "{:,.4g}"),
+        ("peak memory, GiB", lambda r: max((p["peak_gib"] for p in r.phases), default=None), "{:.3g}"),
+        ("peak, last phase, GiB", lambda r: _of_last(r, "peak_gib"), "{:.3g}"),
+        ("trainable, last phase", lambda r: _of_last(r, "trainable"), "{:,.0f}"),
+        ("parameters", lambda r: _of_last(r, "total"), "{:,.0f}"),
+    ]
+    metrics = ("train/loss", "val/loss", "val/acc1", "val/ppl", "test/loss", "test/acc1", "test/ppl")
+    columns += [(f"{metric}, last", lambda r, m=metric: r.last(m), "{:.4g}") for metric in metrics]
+    columns = [column for column in columns if any(column[1](run) is not None for run in runs)]
+    head = ["run", "state", *(name for name, *_ in columns)]
+    rows = []
+    for run in runs:
+        cells = [escape(run.label), _state(run)]
+        for name, value, form in columns:
+            base = next((value(other) for other in runs if value(other) is not None), None)
+            cells.append(cell(value(run), form, None if run is runs[0] or name == STEPS else base))
+        rows.append(cells)
+    return table(head, rows)
+
+
+def phases_table(run: Run) -> str:
+    """A row per phase, ratios to the full one."""
+    full = next((phase for phase in run.phases if phase["phase"] == "full"), None)
+    columns = [
+        ("optimizer steps", "steps", 1, "{:,.0f}", False),
+        ("seconds", "seconds", 1, "{:,.1f}", False),
+        ("samples/s", "samples_per_sec", 1, "{:,.4g}", True),
+        ("peak memory, GiB", "peak_gib", 1, "{:.3g}", True),
+        ("optimizer, MiB", "optimizer_gib", 1024, "{:,.4g}", True),
+        ("trainable", "trainable", 1, "{:,.0f}", True),
+        ("parameters", "total", 1, "{:,.0f}", True),
+        ("MFLOP per sample", "flops_per_sample", 1e-6, "{:,.4g}", True),
+        ("MFU", "mfu", 1, "{:.1%}", True),
+    ]
+    columns = [column for column in columns if any(phase.get(column[1]) is not None for phase in run.phases)]
+    rows = []
+    for phase in run.phases:
+        cells = [escape(phase["phase"])]
+        for _, key, factor, form, compared in columns:
+            base = full.get(key) if compared and full is not None and full is not phase else None
+            value = phase.get(key)
+            cells.append(cell(None if value is None else value * factor, form, None if base is None else base * factor))
+        rows.append(cells)
+    return table(["phase", *(name for name, *_ in columns)], rows)
+
+
+def cell(value: float | None, form: str, base: float | None = None) -> str:
+    """A number and, beside it, its ratio to `base`."""
+    if value is None:
+        return "–"
+    return form.format(value) + (f" <small>{value / base:.2f}×</small>" if base else "")
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table that scrolls by itself where the screen is narrow, its first column staying in sight; cells are HTML."""
+    top = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
+    body = "".join(
+        f'<tr><th scope="row">{first}</th>' + "".join(f"<td>{text}</td>" for text in rest) + "</tr>" for first, *rest in rows
+    )
+    return (
+        f'<div class="scroll" tabindex="0" role="region" aria-label="table"><table><thead><tr>{top}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
+    )
+
+
+def overall_rate(run: Run) -> float | None:
+    """Samples per second over all phases, each step as long as its phase's median one."""
+    known = [(p["steps"], p["samples_per_sec"]) for p in run.phases if p["steps"] and p.get("samples_per_sec")]
+    seconds = sum(steps / rate for steps, rate in known)
+    return sum(steps for steps, _ in known) / seconds if seconds else None
+
+
+def _state(run: Run) -> str:
+    return f'<span class="{run.state}">{run.state}</span>'
+
+
+def _sum(run: Run, key: str) -> float | None:
+    return sum(phase[key] for phase in run.phases) if run.phases else None
+
+
+def _of_last(run: Run, key: str) -> float | None:
+    return run.phases[-1].get(key) if run.phases else None
