@@ -59,15 +59,28 @@ def galore_ddp_hook(ddp: DistributedDataParallel, optimizer: GaLoreAdamW) -> Hoo
         raise ConfigError("layerwise", True, "steps before DDP has averaged: use layerwise=False with the hook")
     state = HookState(optimizer, ddp.process_group)
 
-    def share(bases: list[Tensor]) -> None:
-        for basis in bases:
-            flat = basis.contiguous()
-            dist.broadcast(flat, dist.get_global_rank(state.process_group, 0), group=state.process_group)
-            basis.copy_(flat)
-
-    optimizer.share_basis = share
+    optimizer.shared = _Rank0sBasis(ddp.process_group)
     ddp.register_comm_hook(state, _hook)
     return state
+
+
+class _Rank0sBasis:
+    """Every rank refreshes from the same mean gradient, so the bases differ by rounding at most: rank 0's is taken."""
+
+    def __init__(self, group: Any) -> None:
+        self._group = group
+
+    def same(self, bases: list[Tensor], averaged: bool) -> None:
+        for basis in bases:
+            flat = basis.contiguous()
+            dist.broadcast(flat, dist.get_global_rank(self._group, 0), group=self._group)
+            basis.copy_(flat)
+
+    def mean(self, sketch: Tensor) -> None:
+        """Of equal gradients nothing is to be averaged."""
+
+    def agree(self, flag: Tensor) -> Tensor:
+        return flag
 
 
 @torch.no_grad()

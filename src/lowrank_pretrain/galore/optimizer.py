@@ -19,7 +19,8 @@ from lowrank_pretrain.galore.groups import check_group, check_values
 from lowrank_pretrain.galore.guard import Guard
 from lowrank_pretrain.galore.index import Entry, make_index, parameter_name
 from lowrank_pretrain.galore.layerwise import Layerwise
-from lowrank_pretrain.galore.projection import Projected
+from lowrank_pretrain.galore.local import LocalUpdate
+from lowrank_pretrain.galore.projection import Projected, SharedBasis
 from lowrank_pretrain.seeds import run_seed
 
 
@@ -92,7 +93,8 @@ class GaLoreAdamW(Optimizer):
         self._layerwise = Layerwise(self)
         self._index: tuple[Any, dict[Tensor, Entry], list[Any]] | None = None
         self._clock = RefreshClock()
-        self.share_basis: Callable[[list[Tensor]], None] | None = None  # set by galore_ddp_hook
+        self.shared: SharedBasis | None = None  # set by galore_ddp_hook, and by LTE for basis="shared"
+        self.local: dict[Tensor, LocalUpdate] = {}  # set by LTE: matrices that this worker trains apart from the others
 
     # ---- groups -------------------------------------------------------------------------------------------------------
 
@@ -121,6 +123,7 @@ class GaLoreAdamW(Optimizer):
     def _present(self, p: Tensor, slot: Projected | None) -> Projected | None:
         if slot is not None:
             slot.state = state = self.state[p]  # states may have been dropped or replaced since
+            slot.local, slot.shared = self.local.get(p), self.shared
             slot.step = int(state["step"].item()) if "step" in state else 0
         return slot
 
@@ -203,9 +206,9 @@ class GaLoreAdamW(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         # a deep copy or an unpickled optimizer has none of our private attributes; load_state_dict comes here as well
         super().__setstate__({key: value for key, value in state.items() if key != "_ranks"})
-        share = getattr(self, "share_basis", None)
+        shared, local = getattr(self, "shared", None), getattr(self, "local", {})
         self._setup(state.get("_ranks", getattr(self, "_ranks", {})))
-        self.share_basis = share
+        self.shared, self.local = shared, local
         for group in self.param_groups:
             if group.get("layerwise"):
                 self._layerwise.install(group["params"])

@@ -6,15 +6,28 @@ Shapes: W, G m×n (an N-D weight is taken as out × the rest); M d×k = G or G�
 State: ``proj`` P (``proj_right`` Q), ``exp_avg``, ``exp_avg_sq``, ``step``: plain tensors.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from lowrank_pretrain.galore import moments, residual, sharded, subspace
+from lowrank_pretrain.galore.local import LocalUpdate
 from lowrank_pretrain.seeds import generator
+
+
+class SharedBasis(Protocol):
+    """Makes the bases of several ranks one."""
+
+    def same(self, bases: list[Tensor], averaged: bool) -> None:
+        """Give all ranks rank 0's; ``averaged`` says that they were made of a sketch that went through ``mean``."""
+
+    def mean(self, sketch: Tensor) -> None:
+        """The ranks' mean of M MᵀP, in place."""
+
+    def agree(self, flag: Tensor) -> Tensor:
+        """A flag that is true only if it is on all ranks."""
 
 
 @dataclass
@@ -31,6 +44,8 @@ class Projected:
         grad: this step's gradient, in the parameter's shape, or None where only ``low`` was kept.
         low: R accumulated over earlier micro-batches (layer-wise updates only).
         step: steps taken before this one.
+        local: what this worker has done since the last merge (LTE × GaLore), else None.
+        shared: whoever makes one basis for several ranks, else None.
     """
 
     p: Tensor
@@ -42,6 +57,8 @@ class Projected:
     grad: Tensor | None = None
     low: Tensor | None = None
     step: int = 0
+    local: LocalUpdate | None = None
+    shared: SharedBasis | None = None
     _blank: bool | None = None  # None: to be looked at
 
     def __post_init__(self) -> None:
@@ -81,7 +98,8 @@ class Projected:
             self._blank = False
             if "proj" in self.state and self.group["refresh"] != "svd":  # the published code keeps such a basis for a gap
                 v = self.state.get("exp_avg_sq_scale", self.state["exp_avg_sq"])  # of 8-bit codes the scales
-                self._blank = bool(sharded.agree(~sharded.local(v).any().reshape(1), [self.p]))
+                flag = sharded.agree(~sharded.local(v).any().reshape(1), [self.p])
+                self._blank = bool(flag if self.shared is None else self.shared.agree(flag))
         return self._blank
 
     @property
@@ -89,6 +107,8 @@ class Projected:
         """Whether this step renews the basis: it then needs the whole gradient before anything else."""
         if self.group["variant"] == "apollo":
             return False
+        if self.local is not None:  # between two merges P must stay what D is told in, whatever the number of the step
+            return self.cold or self.local.fresh
         gap = 1 if self.group["refresh"] == "track" else self.group["update_proj_gap"]
         return self.cold or (self.step + self.offset) % gap == 0
 
@@ -149,16 +169,16 @@ class Projected:
         moments.write(self.state, m, v, moments.kind(self.group) == "8bit")
         moments.count(self.state)
 
-    def refresh(
-        self, m: Tensor, v: Tensor, skip: Tensor | None, share: Callable[[list[Tensor]], None] | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    def refresh(self, m: Tensor, v: Tensor, skip: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Renew the basis from ``grad``; returns the moments in it, and its overlap with the old one (None if new)."""
         matrix = self.matrix(sharded.whole(self.grad))
         keys = [] if self.cold else self._keys()
         old = [self.state[key].to(subspace.at_least_32(matrix.dtype)) for key in keys]
         new = self._new_basis(matrix, old, m)
-        if share is not None:
-            share(new)
+        if self.shared is not None:
+            self.shared.same(new, averaged=bool(old) and self.group["refresh"] == "subspace")
+        if self.local is not None:
+            self.local.fresh = False
         keep = moments.kind(self.group)
         stored = subspace.at_least_32(matrix.dtype) if keep == "float32" else matrix.dtype
         if not old:
@@ -221,7 +241,10 @@ class Projected:
                 return list(subspace.two_sided_track(matrix, *old, m, beta1))
             low = subspace.product32(old[0].t().to(matrix.dtype), matrix)
             return [subspace.track_step(matrix, old[0], low, m, beta1)]
-        return list(subspace.two_sided_step(matrix, *old)) if self.two_sided else [subspace.power_step(matrix, *old)]
+        mean = None if self.shared is None else self.shared.mean
+        return (
+            list(subspace.two_sided_step(matrix, *old, mean)) if self.two_sided else [subspace.power_step(matrix, *old, mean)]
+        )
 
     def _enter(self, m: Tensor, v: Tensor, new: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Moments of the whole matrix (an adopted parameter's) enter the first basis: m ← Pᵀm, v ← (P∘P)ᵀv."""

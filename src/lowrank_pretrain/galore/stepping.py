@@ -65,7 +65,7 @@ def _projected(optimizer: "GaLoreAdamW", slots: list[Projected], skip: Tensor | 
         m, v = slot.read_moments(sample)
         if slot.due:
             began = optimizer._clock.start(slot.p)
-            m, v, overlap = slot.refresh(m, v, skip, optimizer.share_basis)
+            m, v, overlap = slot.refresh(m, v, skip)
             optimizer._clock.stop(slot.p, began, step, overlap)
         low = slot.low
         if slot.grad is not None:
@@ -75,10 +75,13 @@ def _projected(optimizer: "GaLoreAdamW", slots: list[Projected], skip: Tensor | 
         vs.append(v)
     minus_n = moments.directions(lows, ms, vs, step, group, skip)
     for slot, low, n, m, v in zip(slots, lows, minus_n, ms, vs, strict=True):
-        slot.apply(low, n)
+        if slot.local is None:
+            slot.apply(low, n)
+        else:
+            slot.local.take(slot, n, float(group["lr"]) * group["weight_decay"])
         slot.write_moments(m, v)
         slot.grad = slot.low = None
-    _decay([slot.p for slot in slots], group, skip)
+    _decay([slot.p for slot in slots if slot.local is None], group, skip)
 
 
 def _plain(optimizer: "GaLoreAdamW", params: list[Tensor], group: dict[str, Any], skip: Tensor | None) -> None:
@@ -109,7 +112,7 @@ def _check_gradient(p: Tensor, name: str) -> None:
 
 def _decay(weights: list[Tensor], group: dict[str, Any], skip: Tensor | None) -> None:
     rate = float(group["lr"]) * group["weight_decay"]
-    if not rate:
+    if not rate or not weights:
         return
     weights = [sharded.local(w) for w in weights]
     if skip is None:

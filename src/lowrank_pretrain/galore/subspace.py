@@ -5,6 +5,8 @@ PᵀP = I; R = PᵀM r×k the projected gradient; m, v r×k Adam's moments of R;
 basis of the other side and R = PᵀGQ is r×r.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -101,10 +103,24 @@ def _any_basis(y: Tensor) -> Tensor:
     return torch.linalg.qr(y)[0]
 
 
-def power_step(matrix: Tensor, p: Tensor) -> Tensor:
-    """Warm refresh: one power iteration orth(M MᵀP) from the last basis (d×r)."""
+Mean = Callable[[Tensor], None] | None
+
+
+def power_step(matrix: Tensor, p: Tensor, mean: Mean = None) -> Tensor:
+    """Warm refresh: one power iteration orth(M MᵀP) from the last basis (d×r).
+
+    ``mean`` averages the sketch M MᵀP over ranks, in place; from equal p it makes a basis of all their gradients.
+    """
     z = unit(product32(matrix.t(), p))  # k×r; normalised because the square of a small gradient would underflow
-    return orthonormal(unit(product32(matrix, z)).add_(p, alpha=RIDGE), fallback=p)
+    return orthonormal(_sketch(matrix, z, mean).add_(p, alpha=RIDGE), fallback=p)
+
+
+def _sketch(matrix: Tensor, z: Tensor, mean: Mean) -> Tensor:
+    """M z to norm 1, the ranks' mean of it if there are several."""
+    y = product32(matrix, z)
+    if mean is not None:
+        mean(y)
+    return unit(y)
 
 
 def track_step(matrix: Tensor, p: Tensor, low: Tensor, m: Tensor, beta1: float) -> Tensor:
@@ -124,10 +140,10 @@ def track_step(matrix: Tensor, p: Tensor, low: Tensor, m: Tensor, beta1: float) 
     return orthonormal(unit(y).add_(p, alpha=RIDGE), fallback=p)
 
 
-def two_sided_step(grad: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-    """One alternating power iteration for both sides of G (m×n): Q ← orth(GᵀP), P ← orth(GQ)."""
-    q = orthonormal(unit(product32(grad.t(), p)).add_(q, alpha=RIDGE))
-    return orthonormal(unit(product32(grad, q)).add_(p, alpha=RIDGE)), q
+def two_sided_step(grad: Tensor, p: Tensor, q: Tensor, mean: Mean = None) -> tuple[Tensor, Tensor]:
+    """One alternating power iteration for both sides of G (m×n): Q ← orth(GᵀP), P ← orth(GQ); ``mean`` as above."""
+    q = orthonormal(_sketch(grad.t(), p, mean).add_(q, alpha=RIDGE))
+    return orthonormal(_sketch(grad, q, mean).add_(p, alpha=RIDGE)), q
 
 
 def two_sided_track(grad: Tensor, p: Tensor, q: Tensor, m: Tensor, beta1: float) -> tuple[Tensor, Tensor]:

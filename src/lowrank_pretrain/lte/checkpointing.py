@@ -14,9 +14,10 @@ from torch.optim import Optimizer
 
 from lowrank_pretrain import lora, random_state
 from lowrank_pretrain.lora_layer import Inherit
-from lowrank_pretrain.lte import record, state
+from lowrank_pretrain.lte import projected_state, state
 from lowrank_pretrain.lte.head_set import HeadSet, head_names
 from lowrank_pretrain.lte.optimizer_state import BareGroups
+from lowrank_pretrain.lte.projected import ProjectedSet
 from lowrank_pretrain.lte.rest import Rest
 from lowrank_pretrain.lte.workers import Workers
 
@@ -24,7 +25,7 @@ from lowrank_pretrain.lte.workers import Workers
 class CheckpointHooks(DDPStrategy):
     """What ``LTEStrategy`` does when Lightning saves and loads."""
 
-    heads: HeadSet | None
+    heads: HeadSet | ProjectedSet | None
     rest: Rest | None
     _bare: list[BareGroups]
     _untied: list[Inherit]
@@ -52,13 +53,13 @@ class CheckpointHooks(DDPStrategy):
         """What the bare model's optimizer would hold; the heads' moments are in ``lte_state``."""
         for bare in self._bare:
             if bare.optimizer is getattr(optimizer, "_optimizer", optimizer) and self.heads is not None:
-                return self.rest.averaged_moments(bare.state_dict())
+                return self.rest.averaged_moments(bare.state_dict(), bare.numbers(self.heads.factors().values()))
         return super().optimizer_state(optimizer)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Add ``lte_state``; a file of weights only needs none."""
         if self.heads is not None and "optimizer_states" in checkpoint:
-            entry = state.collect(self.heads)
+            entry = _keeper(self.heads).collect(self.heads)
             entry["rest"] = self.rest.collect(self._bare)
             entry["random"] = random_state.capture_all(self._workers.size, self._workers.group)
             checkpoint[state.KEY] = entry
@@ -87,18 +88,25 @@ class CheckpointHooks(DDPStrategy):
         if self.heads is None:
             super().load_optimizer_state_dict(checkpoint)
             return
-        own = {id(p): record.state_of(self._moments, name) for name, p in self.heads.factors().items()}
+        own = _keeper(self.heads).own(self.heads, self._moments)
         for bare, saved in zip(self._bare, checkpoint["optimizer_states"], strict=True):
             bare.load(saved, own)
         self._moments = {}
+        if isinstance(self.heads, ProjectedSet):
+            self.heads.form()
         self.rest.restore_moments((checkpoint.get(state.KEY) or {}).get("rest"), self._bare)
 
     def _take_stash(self, stash: Mapping[str, Any]) -> None:
-        state.check(stash, self.heads)
+        keeper = _keeper(self.heads)
+        keeper.check(stash, self.heads)
         if self._untied and "state_dict" in stash:
             self.lightning_module.load_state_dict(stash["state_dict"], strict=False)
-        mine, told = state.restore(stash, self.heads)
-        self._moments = state.moments_only(mine)
+        self._moments, told = keeper.restore(stash, self.heads)
         if told:
             rank_zero_info(told)
         self.rest.restore(stash.get("rest"))
+
+
+def _keeper(heads: HeadSet | ProjectedSet) -> Any:
+    """The module that knows what a checkpoint holds of these."""
+    return projected_state if isinstance(heads, ProjectedSet) else state

@@ -14,15 +14,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def clip_norms(rest: Iterable[Tensor], heads: Sequence[Tensor], max_norm: float) -> None:
+def clip_norms(rest: Iterable[Tensor], heads: Sequence[Tensor], max_norm: float, stacked: bool = True) -> None:
     """Cut the gradients of the rest to ``max_norm``, and those of each head to ``max_norm``, in place.
 
     Args:
         rest: parameters that no head owns.
-        heads: the heads' factors, each (H, …).
+        heads: the heads' factors, each (H, …); or the weights that one worker trains apart.
         max_norm: largest 2-norm allowed.
+        stacked: whether ``heads`` are factors of H heads.
     """
     torch.nn.utils.clip_grad_norm_(list(rest), max_norm)
+    if not stacked:
+        torch.nn.utils.clip_grad_norm_(list(heads), max_norm)
+        return
     grads = [p.grad for p in heads if p.grad is not None]
     if not grads:
         return

@@ -277,6 +277,10 @@ class HeadSet:
         """The live heads' parameters by name, as the module would name them."""
         return record.factors(self.layers)
 
+    def left_out(self, module: nn.Module) -> set[str]:
+        """What DDP must neither broadcast nor average."""
+        return set() if self.settings.mode == "joint" else head_names(module, self.layers)
+
 
 def prev_of(piece: Piece) -> Factors:
     """What W holds of a piece's heads: A (H, R, D) and B (H, O, R)."""

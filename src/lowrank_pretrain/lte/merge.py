@@ -54,10 +54,14 @@ class Piece:
 
     def choose_route(self, route: str | None, workers: int) -> None:
         """The route of fewer bytes, unless ``route`` says which."""
-        A, B = self.factors()
-        own = A.numel() * A.itemsize + B.numel() * B.itemsize
-        dense = self.part.rows * A.shape[2] * at_least_32(A.dtype).itemsize
-        self.route = route or ("factors" if (workers - 1) * own <= 2 * (workers - 1) / workers * dense else "dense")
+        self.route = cheaper_route(route, workers, *self.factors(), self.part.rows)
+
+
+def cheaper_route(route: str | None, workers: int, A: Tensor, B: Tensor, rows: int) -> str:
+    """The route of fewer bytes for factors A (H, R, D) and B (H, O, R), unless ``route`` says which."""
+    own = A.numel() * A.itemsize + B.numel() * B.itemsize
+    dense = rows * A.shape[2] * at_least_32(A.dtype).itemsize
+    return route or ("factors" if (workers - 1) * own <= 2 * (workers - 1) / workers * dense else "dense")
 
 
 Factors = tuple[Tensor, Tensor]
@@ -118,7 +122,9 @@ class Exchange:
         """W₀ + (s/N) Σ BₙAₙ of one piece, (O, D) in float32 at least. Ask once, and copy what is to be kept."""
         self.wait()
         piece, (A, B) = self.pieces[index], self.snapshot[index]
-        base = piece.rows().to(at_least_32(A.dtype)) if piece.base is None else piece.base
+        base = piece.base
+        if base is None:
+            base = piece.rows().to(at_least_32(A.dtype))
         at = self._at[index]
         if piece.route == "dense" and self.workers.size > 1:
             return self._summed_of(index).add_(base)

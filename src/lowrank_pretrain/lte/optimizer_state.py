@@ -35,6 +35,11 @@ class BareGroups:
         out = {id(p) for p in leave_out}
         return cls(optimizer, [[p for p in g["params"] if id(p) not in out] for g in optimizer.param_groups], [])
 
+    def numbers(self, params: Iterable[Tensor]) -> set[int]:
+        """The numbers that ``state_dict`` gives to those of these parameters that were there before."""
+        position = {id(p): n for n, p in enumerate(p for group in self.groups for p in group)}
+        return {position[id(p)] for p in params if id(p) in position}
+
     def state_dict(self) -> dict[str, Any]:
         """What ``optimizer.state_dict()`` of the bare model would be."""
         order = [p for group in self.groups for p in group]

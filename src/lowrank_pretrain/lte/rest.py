@@ -105,14 +105,18 @@ class Rest:
         ]
 
     @torch.no_grad()
-    def averaged_moments(self, saved: dict[str, Any]) -> dict[str, Any]:
-        """An optimizer's state dict with the workers' mean of every tensor, for a run of another make. All together."""
+    def averaged_moments(self, saved: dict[str, Any], own: set[int]) -> dict[str, Any]:
+        """An optimizer's state dict with the workers' mean of every tensor, for a run of another make. All together.
+
+        Args:
+            saved: the state dict.
+            own: numbers of the parameters that are no rest, whose state stays this worker's.
+        """
         if not self.apart:
             return saved
         state = {n: {k: v.clone() if isinstance(v, Tensor) else v for k, v in s.items()} for n, s in saved["state"].items()}
-        sent = self.workers.sent
-        self.workers.average([v for s in state.values() for v in s.values() if isinstance(v, Tensor) and v.is_floating_point()])
-        self.workers.sent = sent
+        values = [v for n, s in state.items() if n not in own for v in s.values()]
+        self.workers.average([v for v in values if isinstance(v, Tensor) and v.is_floating_point()], counted=False)
         return {**saved, "state": state}
 
     @torch.no_grad()

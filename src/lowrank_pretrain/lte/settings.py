@@ -7,7 +7,10 @@ from typing import Any
 from lowrank_pretrain.errors import ConfigError
 from lowrank_pretrain.lte.heads import MODES
 from lowrank_pretrain.lte.merge import ROUTES
+from lowrank_pretrain.lte.projected import BASES
 from lowrank_pretrain.lte.rest import SYNC
+
+UPDATES = ("lora", "galore")
 
 
 def check(given: Mapping[str, Any]) -> None:
@@ -21,7 +24,8 @@ def check(given: Mapping[str, Any]) -> None:
     if given["heads"] > 65_536:
         raise ConfigError("heads", given["heads"], "must be at most 65536 on a device: each wants a sample of the batch")
     _whole("overlap", given["overlap"], 0)
-    for key, allowed in (("mode", MODES), ("sync_rest", SYNC), ("route", (None, *ROUTES))):
+    choices = (("mode", MODES), ("sync_rest", SYNC), ("route", (None, *ROUTES)), ("update", UPDATES), ("basis", BASES))
+    for key, allowed in choices:
         if given[key] not in allowed:
             raise ConfigError(key, given[key], f"must be one of {', '.join(str(a) if a else 'null' for a in allowed)}")
     if not isinstance(given["reset"], bool):
@@ -35,6 +39,10 @@ def check(given: Mapping[str, Any]) -> None:
         raise ConfigError("prune", prune, "must be a share from 0 to 1, or null to delete the optimizer state")
     if prune is not None and not given["reset"]:
         raise ConfigError("prune", prune, "belongs to reset=true: without it heads keep their optimizer state")
+    if given["update"] == "galore":
+        _check_galore(given)
+    elif given["basis"] != "own":
+        raise ConfigError("basis", given["basis"], "belongs to update=galore: heads have no basis")
     if given["overlap"] >= given["merge_every"]:
         raise ConfigError("overlap", given["overlap"], f"must be below merge_every={given['merge_every']}: one merge at a time")
     if given["overlap"] and (given["reset"] or given["mode"] != "parallel"):
@@ -42,6 +50,17 @@ def check(given: Mapping[str, Any]) -> None:
     if given["mode"] == "joint" and (given["reset"] or given["sync_rest"] == "merge"):
         key = "reset" if given["reset"] else "sync_rest"
         raise ConfigError(key, given[key], "has no meaning in mode=joint, which never merges")
+
+
+def _check_galore(given: Mapping[str, Any]) -> None:
+    """The optimizer says which matrices and which rank; a worker has its own weights, so there is one head to a device."""
+    defaults = {"rank": (16,), "targets": ("all",), "heads": (4, 1), "mode": ("parallel",), "reset": (False,)}
+    for key, allowed in {**defaults, "overlap": (0,), "alpha": (None,), "prune": (None,)}.items():
+        if given[key] not in allowed:
+            where = "belongs to GaLoreAdamW's groups" if key in ("rank", "targets") else "has no meaning"
+            raise ConfigError(key, given[key], f"{where} with update=galore: leave it out")
+    if given["basis"] == "shared" and given["route"] is not None:
+        raise ConfigError("route", given["route"], "has no meaning with basis=shared, where D alone travels: leave it out")
 
 
 def _whole(key: str, value: Any, least: int) -> None:

@@ -62,6 +62,8 @@ def check(state: Mapping[str, Any], heads: HeadSet) -> None:
     """
     if state["format"] > FORMAT:
         raise ConfigError("ckpt_path", f"format {state['format']}", f"this version reads up to {FORMAT}: update the package")
+    if state.get("update", "lora") != "lora":
+        raise ConfigError("update", "lora", f"the checkpoint was trained with {state['update']}")
     for key in ("mode", "reset", "alpha"):
         here = getattr(heads.settings, key)
         if state[key] != here:
@@ -83,7 +85,7 @@ def restore(state: Mapping[str, Any], heads: HeadSet) -> tuple[Record, str | Non
         heads: freshly converted.
 
     Returns:
-        The optimizer state of the heads here (a record of moments), and what to tell the user, if anything.
+        The optimizer state of the heads here (a record of moments, for ``own``), and what to tell the user, if anything.
     """
     everyone: Record = {tuple(key.split("|")): value for key, value in state["record"].items()}
     settings, there = heads.settings, state["heads"] * state["workers"]
@@ -96,8 +98,14 @@ def restore(state: Mapping[str, Any], heads: HeadSet) -> tuple[Record, str | Non
         everyone = record.choose(everyone, 0, state["heads"])  # every worker had the same
     pending = {key: everyone.pop(key) for key in list(everyone) if key[0] == "pending"}
     if same:
-        return _restore_same(state, heads, everyone, pending), None
-    return _restore_other(state, heads, everyone)
+        return _moments_only(_restore_same(state, heads, everyone, pending)), None
+    mine, told = _restore_other(state, heads, everyone)
+    return _moments_only(mine), told
+
+
+def own(heads: HeadSet, moments: Record) -> dict[int, dict[str, Tensor]]:
+    """By a head parameter's id, its optimizer state here."""
+    return {id(p): record.state_of(moments, name) for name, p in heads.factors().items()}
 
 
 def _mine(heads: HeadSet, everyone: Record) -> Record:
@@ -185,7 +193,7 @@ def _layer_name(heads: HeadSet, layer: Any) -> str:
     return next(name for name, of in heads.layers.items() if of is layer)
 
 
-def moments_only(mine: Mapping[tuple[str, str, str], Tensor]) -> Record:
+def _moments_only(mine: Mapping[tuple[str, str, str], Tensor]) -> Record:
     """The optimizer state in a record; none where Adam has taken no step (a head before its first turn)."""
     unstepped = {name for (kind, name, key), v in mine.items() if kind == "moment" and key == "step" and not v.any()}
     return {key: value for key, value in mine.items() if key[0] == "moment" and key[1] not in unstepped}

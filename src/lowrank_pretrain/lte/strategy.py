@@ -14,28 +14,27 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.data import extract_batch_size
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lowrank_pretrain import lora, transition
+from lowrank_pretrain import transition
 from lowrank_pretrain.errors import ConfigError
 from lowrank_pretrain.lora_function import Part
-from lowrank_pretrain.lora_layer import Inherit, has_own_forward
+from lowrank_pretrain.lora_layer import Inherit
 from lowrank_pretrain.lte import record, rest
 from lowrank_pretrain.lte.checkpointing import CheckpointHooks
 from lowrank_pretrain.lte.clipping import clip_norms, share_overflow
-from lowrank_pretrain.lte.head_set import HeadSet, Settings, head_names
+from lowrank_pretrain.lte.conversion import Conversion
+from lowrank_pretrain.lte.head_set import HeadSet, Settings
 from lowrank_pretrain.lte.looking import ViewHooks
 from lowrank_pretrain.lte.optimizer_state import BareGroups
+from lowrank_pretrain.lte.projected import ProjectedSet
 from lowrank_pretrain.lte.settings import check
 from lowrank_pretrain.lte.sharding import check_batches_differ, check_sampler, equal_lengths, known_to_share
 from lowrank_pretrain.lte.workers import Workers, make_group, same_weights
-from lowrank_pretrain.plan import Plan, check_rank
-from lowrank_pretrain.targets import all_targets, find_targets
 
 
-class LTEStrategy(CheckpointHooks, ViewHooks):
+class LTEStrategy(Conversion, CheckpointHooks, ViewHooks):
     """Workers train heads apart and merge them every so many optimizer steps.
 
     With several heads on a device targets must see the batch as dim 0 of their input, and the loss must be a mean over it:
@@ -53,6 +52,10 @@ class LTEStrategy(CheckpointHooks, ViewHooks):
         reset: heads start anew after a merge. Without it rank(W − W₀) ≤ N·R for ever.
         sync_rest: what belongs to no target is averaged at every ``step``, like DDP, or at every ``merge``.
         route: ``factors`` or ``dense``; ``None``: per target the fewer bytes.
+        update: what a worker trains: ``lora``: heads beside W; ``galore``: W itself, by the GaLoreAdamW that
+            ``configure_optimizers`` returns. Its groups say which targets and what rank; merges send its bases and what was
+            done in them. Costs a float32 copy of the targets beside the bases' coefficients, r·n numbers a matrix.
+        basis: with ``update="galore"``, every worker's ``own`` or one ``shared`` by all.
         overlap: apply a merge this many steps after it was begun, ``< merge_every``; needs ``reset=False``.
         prune: with ``reset``, share of the heads' moments to zero instead of deleting their optimizer state (ReLoRA).
         merge_timeout: seconds after which a worker that does not answer ends the job.
@@ -77,6 +80,8 @@ class LTEStrategy(CheckpointHooks, ViewHooks):
         route: str | None = None,
         overlap: int = 0,
         prune: float | None = None,
+        update: str = "lora",
+        basis: str = "own",
         merge_timeout: float = 600.0,
         **ddp_kwargs: Any,
     ) -> None:
@@ -84,12 +89,13 @@ class LTEStrategy(CheckpointHooks, ViewHooks):
         super().__init__(**ddp_kwargs)
         self.rank, self.targets = rank, targets if isinstance(targets, str) else [str(t) for t in targets]
         self.sync_rest, self.merge_timeout = sync_rest, merge_timeout
-        self.settings = Settings(heads, merge_every, alpha, mode, reset, route, overlap, prune)
+        self.update, self.basis = update, basis
+        self.settings = Settings(1 if update == "galore" else heads, merge_every, alpha, mode, reset, route, overlap, prune)
         self._forget()
 
     def _forget(self) -> None:
         """As before a fit."""
-        self.heads: HeadSet | None = None
+        self.heads: HeadSet | ProjectedSet | None = None
         self.rest: rest.Rest | None = None
         self._bare: list[BareGroups] = []
         self._untied: list[Inherit] = []
@@ -150,71 +156,6 @@ class LTEStrategy(CheckpointHooks, ViewHooks):
             self._group = make_group(self.merge_timeout)
         return Workers(self._group, self.merge_timeout)
 
-    def _convert_targets(self) -> list[Inherit]:
-        targets = find_targets(self.lightning_module, self.targets)
-        for name, target in targets.items():
-            check_rank(name, self.rank, target)
-        for name in {t.layer_name for t in targets.values() if has_own_forward(t.layer)}:
-            raise ConfigError("targets", name, "its class has a forward of its own, which heads cannot follow: leave it out")
-        self._untied = lora.untie(self.lightning_module, {t.layer_name for t in targets.values()})
-        targets = {name: target for name, target in all_targets(self.lightning_module).items() if name in targets}
-        return self._untied + self._convert(targets, dict.fromkeys(targets, self.rank))
-
-    def _convert(self, targets: Mapping, ranks: Mapping[str, int]) -> list[Inherit]:
-        self._bare = [BareGroups.of(o, (p for _, p in lora.adapter_parameters(self.lightning_module))) for o in self.optimizers]
-        self.heads = HeadSet(self.settings, self._workers)
-        inherited = self.heads.convert(targets, ranks)
-        for bare in self._bare:
-            bare.inherited = list(inherited)
-        lora.switch_fast_path(self.lightning_module, off=True)
-        return inherited
-
-    def after_transition(self) -> None:
-        """The optimizers hold the heads now: tell the rest from the heads, warn, take a checkpoint's heads."""
-        heads, module = self.heads, self.lightning_module
-        if heads is None or heads.optimizers:
-            return
-        heads.optimizers = list(self.optimizers)
-        owned = {id(p) for p in heads.factors().values()}
-        self.rest = rest.Rest(module, owned, head_names(module, heads.layers), self._workers, self.sync_rest)
-        narrow = min(min(p.part.rows, p.factors()[0].shape[2]) for p in heads.pieces)
-        ranks = [p.part.rank for p in heads.pieces]
-        count = self.settings.heads * heads.workers.size
-        if not self.settings.reset and self.settings.mode != "joint" and count * max(ranks) < narrow:
-            rank_zero_warn(
-                f"LTE: {count} heads of rank {max(ranks)} reach updates of rank {count * max(ranks)} only, the matrices have "
-                f"{narrow} or more: use more heads, a higher rank, or reset=True"
-            )
-        if self.sync_rest == "step" and self._workers.size > 1:
-            heavy = self.rest.bytes() * self.settings.merge_every
-            if heavy > 4 * sum(sum(f.numel() * f.itemsize for f in p.factors()) for p in heads.pieces):
-                rank_zero_warn(
-                    f"LTE: sync_rest='step' sends {self.rest.bytes() / 2**20:.1f} MiB of other parameters at every step, more "
-                    "than the heads' merges: sync_rest='merge' saves most of it"
-                )
-        stash, self._stash = self._stash, None
-        if stash is not None:
-            self._take_stash(stash)
-
-    # -- DESIGN 4.0: a phase callback hands over a plan --------------------------------------------------------------
-
-    def adopt(self, plan: Plan, module: pl.LightningModule) -> list[Inherit]:
-        """The switch: one synchronous adapter per target, averaged like everything else."""
-        self._plan = plan
-        return lora.Adapters(self.settings.alpha).adopt(plan, module)
-
-    def release(self) -> list[Inherit]:
-        """The freeze: every head starts from the joint phase's adapter, which W holds from now on."""
-        module = self.lightning_module
-        ranks = dict(self._plan)
-        old = {name: (layer.lora_A, dict(layer.lora_B.items())) for name, layer in lora.lora_layers(module)}
-        for layer in [layer for _, layer in lora.lora_layers(module)]:
-            lora.take_adapters(layer)
-        every = {name: target for name, target in all_targets(module).items() if name in ranks}
-        inherited = self._convert(every, ranks)
-        inherited += self.heads.start_from(old)
-        return inherited
-
     # -- a step -----------------------------------------------------------------------------------------------------
 
     def process_dataloader(self, dataloader: Any) -> Any:
@@ -264,10 +205,12 @@ class LTEStrategy(CheckpointHooks, ViewHooks):
         return output
 
     def _clip_grad_by_norm(self, optimizer: Optimizer, clip_val: float) -> None:
-        own = [] if self.heads is None or self.settings.mode == "joint" else list(self.heads.factors().values())
-        owned = {id(p) for p in own}
+        module = self.lightning_module
+        apart = [] if self.heads is None or not self.heads.left_out(module) else list(self.heads.factors().values())
+        owned = {id(p) for p in apart}
         mine = {id(p): p for group in optimizer.param_groups for p in group["params"]}
-        clip_norms((p for n, p in mine.items() if n not in owned), [p for p in own if id(p) in mine], clip_val)
+        own = [p for p in apart if id(p) in mine]
+        clip_norms((p for n, p in mine.items() if n not in owned), own, clip_val, stacked=self.update == "lora")
 
     def _log(self) -> None:
         trainer = self.lightning_module.trainer
@@ -306,7 +249,7 @@ class LTEStrategy(CheckpointHooks, ViewHooks):
         if self._holding:
             return
         module = self.lightning_module
-        ignored = set() if self.heads is None or self.settings.mode == "joint" else head_names(module, self.heads.layers)
+        ignored = set() if self.heads is None else self.heads.left_out(module)
         module._ddp_params_and_buffers_to_ignore = sorted(ignored)
         synced = [name for name, p in module.named_parameters() if p.requires_grad and name not in ignored]
         apart = self.heads is not None and self.settings.mode != "joint" and self.sync_rest == "merge"

@@ -73,26 +73,54 @@ class Workers:
         result: dict[int, Tensor] = {}
         for dtype in dict.fromkeys(t.dtype for t in tensors):
             chosen = [i for i, t in enumerate(tensors) if t.dtype == dtype]
-            gathered, _ = self.gather(torch.cat([tensors[i].reshape(-1) for i in chosen]))
+            gathered, _ = self.gather(_flat([tensors[i] for i in chosen], dtype))
             at = 0
             for i in chosen:
                 n = tensors[i].numel()
-                result[i] = gathered[:, at : at + n].reshape(-1, *tensors[i].shape[1:]).clone()
+                result[i] = gathered[:, at : at + n].reshape(-1, *tensors[i].shape[1:]).to(tensors[i].device, copy=True)
                 at += n
         self.sent = before
         return [result[i] for i in range(len(tensors))]
 
-    def average(self, tensors: Sequence[Tensor]) -> None:
-        """The mean of each tensor over the workers, in place; float32 inside, one flat buffer."""
+    def average(self, tensors: Sequence[Tensor], counted: bool = True) -> None:
+        """The mean of each tensor over the workers, in place; float32 at least, one flat buffer for each width of number.
+
+        Args:
+            tensors: the same shapes on all workers.
+            counted: whether the bytes belong to the method's traffic.
+        """
         if self.size == 1 or not tensors:
             return
-        flat = torch.cat([t.reshape(-1).to(at_least_32(t.dtype)) for t in tensors])
-        self.add(flat)
-        flat /= self.size
-        at = 0
-        for t in tensors:
-            t.copy_(flat[at : at + t.numel()].view_as(t))
-            at += t.numel()
+        before = self.sent
+        for dtype in dict.fromkeys(at_least_32(t.dtype) for t in tensors):
+            chosen = [t for t in tensors if at_least_32(t.dtype) == dtype]
+            flat = _flat(chosen, dtype)
+            self.add(flat)
+            flat /= self.size
+            _unflatten(flat, chosen)
+        if not counted:
+            self.sent = before
+
+    def spread(self, tensors: Sequence[Tensor]) -> None:
+        """Give all workers worker 0's tensors, in place."""
+        if self.size == 1 or not tensors:
+            return
+        flat = _flat(tensors, tensors[0].dtype)
+        self.sent += (self.size - 1) / self.size * flat.numel() * flat.itemsize
+        self._call(lambda: dist.broadcast(flat, dist.get_global_rank(self.group, 0), group=self.group))
+        _unflatten(flat, tensors)
+
+
+def _flat(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """One behind the other, on the accelerator if any is there: Adam's ``step`` lives on the CPU, which NCCL cannot read."""
+    device = next((t.device for t in tensors if t.device.type != "cpu"), tensors[0].device)
+    return torch.cat([t.reshape(-1).to(device, dtype) for t in tensors])
+
+
+def _unflatten(flat: Tensor, tensors: Sequence[Tensor]) -> None:
+    """Write a flat tensor back."""
+    for t, piece in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+        t.copy_(piece.view_as(t))
 
 
 def make_group(timeout: float) -> Any:

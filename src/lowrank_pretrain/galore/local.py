@@ -1,0 +1,74 @@
+"""What one worker has done to one matrix since the workers last agreed on it (LTE × GaLore): W = C·W_base + P·D, always.
+
+A GaLore step with decoupled weight decay is W ← (W + η·P·(−N))(1 − ηλ). With P fixed between two merges this keeps the form
+C·W_base + P·D: D ← (D − η·N)(1 − ηλ), C ← C(1 − ηλ). W is formed anew from the right-hand side at every step instead of being
+updated: that costs what the update and the decay cost, a resumed worker finds its W to the bit from r(m+n) numbers, and
+weights in half precision lose no small update.
+
+Shapes: W m×n; in the layout of ``Projected.matrix`` d×k, P d×r, D r×k (two-sided: D r×r, and Q k×r).
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lowrank_pretrain.dtypes import at_least_32
+
+if TYPE_CHECKING:
+    from lowrank_pretrain.galore.projection import Projected
+
+
+class LocalUpdate:
+    """One matrix's form. Costs a copy of W in float32 at least, and D.
+
+    Args:
+        p: the weight; what it holds now is W_base.
+
+    Attributes:
+        base: W_base, in p's shape.
+        D: the update in the basis; ``None`` before the first step.
+        C: what weight decay has left of W_base.
+        fresh: the next step renews the basis; only then is D zero.
+    """
+
+    def __init__(self, p: Tensor) -> None:
+        self.base = p.detach().to(at_least_32(p.dtype), copy=True)
+        self.D: Tensor | None = None
+        self.C = 1.0
+        self.fresh = True
+
+    @torch.no_grad()
+    def take(self, slot: "Projected", minus_n: Tensor, rate: float) -> None:
+        """One step: −N in the basis, and ``rate`` = ηλ of decay."""
+        if self.D is None:
+            self.D = torch.zeros_like(minus_n, dtype=self.base.dtype)
+        self.D.add_(minus_n.to(self.D.dtype), alpha=float(slot.group["lr"]) * slot.group["scale"]).mul_(1 - rate)
+        self.C *= 1 - rate
+        self.form(slot)
+
+    @torch.no_grad()
+    def form(self, slot: "Projected") -> None:
+        """Write C·W_base + P·D into the weight."""
+        if self.D is None:
+            return slot.p.copy_(self.base * self.C)
+        matrix = slot.matrix(self.base)
+        if slot.viewable and slot.p.dtype == self.base.dtype:
+            torch.addmm(matrix, *self.factors(slot.state), beta=self.C, out=slot.matrix(slot.p))
+        else:
+            new = torch.addmm(matrix, *self.factors(slot.state), beta=self.C)
+            slot.p.copy_((new if slot.left else new.t()).reshape(slot.p.shape))
+
+    def factors(self, state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """P d×r, and D (two-sided: D Qᵀ) r×k."""
+        P, D = state["proj"].to(self.base.dtype), self.D
+        return P, D if "proj_right" not in state else D @ state["proj_right"].to(self.base.dtype).t()
+
+    @torch.no_grad()
+    def restart(self, p: Tensor, base: Tensor) -> None:
+        """A merge: this is W_base now, and W."""
+        self.base.copy_(base)
+        p.copy_(self.base)
+        if self.D is not None:
+            self.D.zero_()
+        self.C, self.fresh = 1.0, True

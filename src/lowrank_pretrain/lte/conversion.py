@@ -1,0 +1,114 @@
+"""How a model comes to be trained by LTE, as hooks of the strategy: at once, or at a phase callback's freeze (DESIGN 4.0).
+
+``update="lora"``: targets get heads. ``update="galore"``: nothing is converted, each worker's targets become its own.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.strategies import DDPStrategy
+
+from lowrank_pretrain import lora
+from lowrank_pretrain.errors import ConfigError
+from lowrank_pretrain.lora_layer import Inherit, has_own_forward
+from lowrank_pretrain.lte import rest
+from lowrank_pretrain.lte.advice import advise
+from lowrank_pretrain.lte.head_set import HeadSet, Settings, head_names
+from lowrank_pretrain.lte.optimizer_state import BareGroups
+from lowrank_pretrain.lte.projected import ProjectedSet
+from lowrank_pretrain.lte.workers import Workers
+from lowrank_pretrain.plan import Plan, check_rank
+from lowrank_pretrain.targets import all_targets, find_targets
+
+
+class Conversion(DDPStrategy):
+    """What ``LTEStrategy`` does to begin."""
+
+    rank: int
+    targets: str | Sequence[str]
+    update: str
+    basis: str
+    sync_rest: str
+    settings: Settings
+    heads: HeadSet | ProjectedSet | None
+    rest: rest.Rest | None
+    _bare: list[BareGroups]
+    _untied: list[Inherit]
+    _workers: Workers | None
+    _stash: Mapping[str, Any] | None
+
+    def _convert_targets(self) -> list[Inherit]:
+        if self.update == "galore":
+            return self._part_ways()
+        targets = find_targets(self.lightning_module, self.targets)
+        for name, target in targets.items():
+            check_rank(name, self.rank, target)
+        for name in {t.layer_name for t in targets.values() if has_own_forward(t.layer)}:
+            raise ConfigError("targets", name, "its class has a forward of its own, which heads cannot follow: leave it out")
+        self._untied = lora.untie(self.lightning_module, {t.layer_name for t in targets.values()})
+        targets = {name: target for name, target in all_targets(self.lightning_module).items() if name in targets}
+        return self._untied + self._convert(targets, dict.fromkeys(targets, self.rank))
+
+    def _convert(self, targets: Mapping, ranks: Mapping[str, int]) -> list[Inherit]:
+        self._bare = [BareGroups.of(o, (p for _, p in lora.adapter_parameters(self.lightning_module))) for o in self.optimizers]
+        self.heads = HeadSet(self.settings, self._workers)
+        inherited = self.heads.convert(targets, ranks)
+        for bare in self._bare:
+            bare.inherited = list(inherited)
+        lora.switch_fast_path(self.lightning_module, off=True)
+        return inherited
+
+    def _part_ways(self) -> list[Inherit]:
+        """From here on the GaLore targets of each worker are its own."""
+        self._bare = [BareGroups.of(optimizer) for optimizer in self.optimizers]
+        self.heads = ProjectedSet(self.settings, self._workers, self.optimizers, self.lightning_module, self.basis)
+        return []
+
+    def after_transition(self) -> None:
+        """The optimizers hold the heads now: tell the rest from the heads, warn, take a checkpoint's heads."""
+        heads, module = self.heads, self.lightning_module
+        if heads is None or heads.optimizers:
+            return
+        heads.optimizers = list(self.optimizers)
+        owned = {id(p) for p in heads.factors().values()}
+        self.rest = rest.Rest(module, owned, head_names(module, heads.layers), self._workers, self.sync_rest)
+        advise(heads, self.rest)
+        stash, self._stash = self._stash, None
+        if stash is not None:
+            self._take_stash(stash)
+
+    # -- DESIGN 4.0: a phase callback hands over a plan --------------------------------------------------------------
+
+    def adopt(self, plan: Plan, module: pl.LightningModule) -> list[Inherit]:
+        """The switch: one synchronous adapter per target, averaged like everything else; or the optimizer's projections."""
+        self._plan = plan
+        if self.update == "galore":
+            for optimizer in self._adopters():
+                optimizer.adopt(plan, module)
+            return []
+        return lora.Adapters(self.settings.alpha).adopt(plan, module)
+
+    def release(self) -> list[Inherit]:
+        """The freeze: every head starts from the joint phase's adapter, which W holds from now on."""
+        if self.update == "galore":
+            for optimizer in self._adopters():
+                optimizer.release()
+            return self._part_ways()
+        module = self.lightning_module
+        ranks = dict(self._plan)
+        old = {name: (layer.lora_A, dict(layer.lora_B.items())) for name, layer in lora.lora_layers(module)}
+        for layer in [layer for _, layer in lora.lora_layers(module)]:
+            lora.take_adapters(layer)
+        every = {name: target for name, target in all_targets(module).items() if name in ranks}
+        inherited = self._convert(every, ranks)
+        inherited += self.heads.start_from(old)
+        return inherited
+
+    def _adopters(self) -> list[Any]:
+        found = [optimizer for optimizer in self.optimizers if callable(getattr(optimizer, "adopt", None))]
+        if len(found) != 1:
+            raise ConfigError(
+                "update", "galore", "needs one GaLoreAdamW from configure_optimizers (a group without rank is AdamW)"
+            )
+        return found

@@ -1,0 +1,108 @@
+"""What a checkpoint holds of LTE × GaLore, and resume, also on another number of workers.
+
+    checkpoint["lte_state"] = {format, update: "galore", basis, merge_every, targets {name: rank}, workers, clock, merges,
+        at_merge, record {"name|key": (N, …)}, told [{name: {keys, C, fresh}} by worker], base {name: W_base}, …}
+
+``record`` is every worker's optimizer state of the targets, and D. ``optimizer_states`` of the file have worker 0's, so that
+a run of plain GaLore goes on from there. One worker alone has nothing that is not there already.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lowrank_pretrain.errors import ConfigError
+from lowrank_pretrain.lte.projected import ProjectedSet
+from lowrank_pretrain.lte.state import FORMAT
+
+
+def collect(targets: ProjectedSet) -> dict[str, Any]:
+    """The targets' part of ``lte_state``, plain types and tensors. All workers must call it together."""
+    workers, settings = targets.workers, targets.settings
+    alone = workers.size == 1
+    entry = {
+        "format": FORMAT, "update": "galore", "basis": targets.basis, "merge_every": settings.merge_every,
+        "targets": {p.name: p.part.rank for p in targets.pieces}, "workers": workers.size,
+        "clock": targets.clock, "merges": targets.merges,
+        "at_merge": alone or targets.clock % settings.merge_every == 0, "record": {}, "told": [], "base": {},
+    }  # fmt: skip
+    if alone:
+        return entry
+    mine, told = {}, {}
+    for piece in targets.pieces:
+        found = {k: v for k, v in piece.optimizer.state.get(piece.p, {}).items() if isinstance(v, Tensor)}
+        if piece.local.D is not None:
+            found["D"] = piece.local.D
+        mine |= {f"{piece.name}|{key}": value for key, value in found.items()}
+        told[piece.name] = {"keys": list(found), "C": piece.local.C, "fresh": piece.local.fresh}
+    shapes: list[Any] = [None] * workers.size
+    dist.all_gather_object(shapes, ({key: (tuple(v.shape), v.dtype) for key, v in mine.items()}, told), group=workers.group)
+    like = {key: shape for of, _ in reversed(shapes) for key, shape in of.items()}  # a worker may have taken no step yet
+    device = targets.pieces[0].p.device
+    stacked = workers.all_heads(
+        [
+            mine[k][None] if k in mine else torch.zeros(1, *shape, dtype=dtype, device=device)
+            for k, (shape, dtype) in sorted(like.items())
+        ]
+    )
+    entry["record"] = dict(zip(sorted(like), stacked, strict=True))
+    entry["told"] = [told for _, told in shapes]
+    entry["base"] = {piece.name: piece.local.base.clone() for piece in targets.pieces}
+    return entry
+
+
+def check(state: Mapping[str, Any], targets: ProjectedSet) -> None:
+    """Refuse a checkpoint of other targets.
+
+    Raises:
+        ConfigError: another update, other targets or ranks; or a newer format.
+    """
+    if state["format"] > FORMAT:
+        raise ConfigError("ckpt_path", f"format {state['format']}", f"this version reads up to {FORMAT}: update the package")
+    there = state.get("update", "lora")
+    if there != "galore":
+        raise ConfigError("update", "galore", f"the checkpoint was trained with {there}")
+    here = {p.name: p.part.rank for p in targets.pieces}
+    for name in sorted(here.keys() | state["targets"].keys()):
+        if here.get(name) != state["targets"].get(name):
+            raise ConfigError("rank", here.get(name), f"the checkpoint's {name} has rank {state['targets'].get(name)}")
+
+
+def restore(state: Mapping[str, Any], targets: ProjectedSet) -> tuple[dict[str, dict[str, Tensor]], str | None]:
+    """Put clock, W_base, C and D back; W follows when the optimizers have their states (``ProjectedSet.form``).
+
+    The module's W is the checkpoint's merged one on entry, and stays so on another number of workers.
+
+    Returns:
+        By target the optimizer state of this worker, for ``own``, and what to tell the user, if anything.
+    """
+    there, here = state["workers"], targets.workers.size
+    targets.clock, targets.merges = state["clock"], state["merges"]
+    moments, told = {}, None
+    if there > 1:
+        of = targets.workers.rank % there
+        for name, kept in state["told"][of].items():
+            moments[name] = {key: state["record"][f"{name}|{key}"][of].clone() for key in kept["keys"]}
+    for piece in targets.pieces:
+        D = moments.get(piece.name, {}).pop("D", None)
+        if there == here and piece.local is not None:
+            kept = state["told"][targets.workers.rank][piece.name]
+            piece.local.base.copy_(state["base"][piece.name])
+            piece.local.D = None if D is None else D.to(piece.local.base)
+            piece.local.C, piece.local.fresh = kept["C"], kept["fresh"]
+        elif piece.local is not None:
+            piece.local.restart(piece.p, piece.p.detach())
+    if there != here and not state["at_merge"]:
+        told = (
+            f"LTE: the checkpoint lies between two merges of {there} workers; they were merged first, {here} go on from there"
+        )
+        targets.merges += 1
+    return moments, told
+
+
+def own(targets: ProjectedSet, moments: Mapping[str, dict[str, Tensor]]) -> dict[int, dict[str, Tensor]]:
+    """By a target's id, its optimizer state here; of a worker that was alone, the file's ``optimizer_states`` have it."""
+    return {id(p): moments[name] for name, p in targets.factors().items() if name in moments}
