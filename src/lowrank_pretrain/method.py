@@ -42,7 +42,9 @@ def build(config: Mapping[str, Any]) -> Method:
     config.pop("name", None)
     if not isinstance(uses, list) or any(use not in _PARTS for use in uses):
         raise ConfigError("method.uses", uses, f"must be a list out of {', '.join(_PARTS)}")
+    _check_targets(config.get("targets", "all"))
     parts = {use: _PARTS[use]() for use in uses}
+    _settle_owners(parts, config)
     for key in config:
         if not any(key in part.keys for part in parts.values()):
             allowed = sorted(set().union(*(part.keys for part in parts.values())))
@@ -59,6 +61,39 @@ def build(config: Mapping[str, Any]) -> Method:
             key = next((key for key, argument in part.keys.items() if argument == error.key), error.key)
             raise ConfigError(f"method.{key}", error.value, error.allowed) from None
     return method
+
+
+def _check_targets(targets: Any) -> None:
+    """Every part takes the same patterns: a word or a list of words."""
+    words = [targets] if isinstance(targets, str) else targets
+    if not isinstance(words, (list, tuple)) or not words or not all(isinstance(word, str) and word for word in words):
+        allowed = "must be all, attention, mlp, head, a glob, or a list of these"
+        raise ConfigError("method.targets", targets, allowed)
+
+
+_PHASED = ("prelora", "lora")
+
+
+def _settle_owners(parts: "dict[str, _Part]", config: Mapping[str, Any]) -> None:
+    """What one part of a composed method decides is no key of the others (DESIGN 4.0 and 4.4).
+
+    Raises:
+        ConfigError: LTE and GaLore together, but not as update=galore.
+    """
+    if "galore" in parts and any(use in parts for use in _PHASED):
+        parts["galore"] = _adopting()
+    if "lte" in parts and any(use in parts for use in _PHASED):
+        _drop(parts["lte"], "rank", "targets")
+    if "lte" in parts and "galore" in parts:
+        if config.get("update") != "galore":
+            raise ConfigError("method.update", config.get("update"), "must be galore where a method uses lte and galore")
+        _drop(parts["lte"], "rank", "targets", "heads", "alpha", "mode", "reset", "overlap", "prune")
+        _drop(parts["galore"], "update_proj_gap", "stagger", "layerwise")  # a basis lives from merge to merge
+
+
+def _drop(part: "_Part", *names: str) -> None:
+    for name in names:
+        part.keys.pop(name, None)
 
 
 @dataclass
@@ -114,6 +149,24 @@ def galore_optimizer(rank: int = 128, targets: str | Sequence[str] = "all", **se
         return GaLoreAdamW(groups, lr=optim.lr, betas=tuple(optim.betas), eps=optim.eps, **settings)
 
     return make
+
+
+def _adopting() -> _Part:
+    """GaLore from a switch on: until then AdamW by the same optimizer; the callback's plan has targets and ranks."""
+
+    def add(method: Method, arguments: dict[str, Any]) -> None:
+        from lowrank_pretrain.galore import GaLoreAdamW
+
+        def make(module: Any, optim: Any) -> Any:
+            betas = tuple(optim.betas)
+            return GaLoreAdamW(
+                optim.groups(module), lr=optim.lr, betas=betas, eps=optim.eps, weight_decay=optim.weight_decay, **arguments
+            )
+
+        galore_optimizer(**arguments)  # a wrong value shows now
+        method.optimizer = make
+
+    return _Part({name: name for name in _arguments(galore_optimizer) if name not in ("rank", "targets", "scale")}, add)
 
 
 def _lte() -> _Part:

@@ -44,6 +44,8 @@ class Conversion(DDPStrategy):
         targets = find_targets(self.lightning_module, self.targets)
         for name, target in targets.items():
             check_rank(name, self.rank, target)
+        if any(group.get("rank") for optimizer in self.optimizers for group in optimizer.param_groups):
+            raise ConfigError("update", "lora", "cannot train heads by a projecting optimizer: use update=galore, or AdamW")
         for name in {t.layer_name for t in targets.values() if has_own_forward(t.layer)}:
             raise ConfigError("targets", name, "its class has a forward of its own, which heads cannot follow: leave it out")
         self._untied = lora.untie(self.lightning_module, {t.layer_name for t in targets.values()})
