@@ -1,9 +1,10 @@
 """A configuration node becomes an object; a wrong key or value becomes one line that says what is allowed."""
 
 import inspect
+import math
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from hydra.errors import InstantiationException
@@ -14,6 +15,8 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from .errors import ConfigError
 
 SIMPLE = (bool, int, float, str, type(None))
+LISTS = (list, tuple, Sequence)
+DICTS = (dict, Mapping)
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:
@@ -32,7 +35,7 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
 
 
 def check_arguments(group: str, target: Callable, given: dict[str, Any]) -> None:
-    """Every key must be an argument of `target`, and a value of a simple type must be of the annotated one.
+    """Every key must be an argument of `target`, a value of the annotated type, and every number finite.
 
     Raises:
         ConfigError: otherwise; the key is ``group.key``.
@@ -45,22 +48,51 @@ def check_arguments(group: str, target: Callable, given: dict[str, Any]) -> None
     for key, value in given.items():
         if key not in parameters:
             raise ConfigError(f"{group}.{key}", value, f"unknown key; must be one of {', '.join(allowed)}")
-        if isinstance(value, SIMPLE) and not _matches(value, hints.get(key, Any)):
+        if not _matches(value, hints.get(key, Any)):
             raise ConfigError(f"{group}.{key}", value, f"must be {_words(hints[key])}")
+    check_finite(group, given)
+
+
+def check_finite(group: str, given: Mapping[str, Any]) -> None:
+    """No number in `given`, however deep, may be NaN or infinite: comparisons let them through.
+
+    Raises:
+        ConfigError: one is; the key is ``group.key``.
+    """
+    for key, value in given.items():
+        if any(isinstance(leaf, float) and not math.isfinite(leaf) for leaf in _leaves(value)):
+            raise ConfigError(f"{group}.{key}", value, "must be finite, neither nan nor inf")
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, (dict, list)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _leaves(part)
+    else:
+        yield value
 
 
 def _matches(value: Any, hint: Any) -> bool:
-    """Whether a simple `value` can be a `hint`; anything that is not spelled in simple types is left to the callee."""
-    origin = typing.get_origin(hint)
+    """Whether a plain `value` can be a `hint`; what is spelled in classes of other kinds is left to the callee."""
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        return any(_matches(value, part) for part in typing.get_args(hint))
+        return any(_matches(value, part) for part in parts)
     if origin is typing.Literal:
-        return value in typing.get_args(hint)
+        return value in parts
     if hint is None:
         return value is None
+    kind = origin or hint
+    if isinstance(value, dict):
+        return "_target_" in value or kind not in (*SIMPLE, *LISTS)
+    if isinstance(value, list):
+        if kind is tuple and parts and ... not in parts:
+            return len(value) == len(parts) and all(map(_matches, value, parts))
+        if kind in LISTS:
+            return all(isinstance(item, dict) or _matches(item, parts[0]) for item in value) if parts else True
+        return kind not in (*SIMPLE, *DICTS)
     if hint not in SIMPLE:
         # a container is not met by a number or a word, anything else may well be
-        return not (origin in (list, tuple, dict) or hint in (list, tuple, dict))
+        return kind not in (*LISTS, *DICTS)
     if isinstance(value, bool):
         return hint is bool
     return isinstance(value, hint) or (hint is float and isinstance(value, int))
@@ -73,16 +105,24 @@ def _words(hint: Any) -> str:
     if origin is typing.Literal:
         return " or ".join(repr(part) for part in parts)
     names = {bool: "true or false", int: "an integer", float: "a number", str: "a word", type(None): "null"}
-    return names.get(hint, "a list" if origin in (list, tuple) else str(hint).removeprefix("typing."))
+    if (origin or hint) in LISTS:
+        plural = {float: "numbers", int: "integers", str: "words"}
+        kinds = dict.fromkeys(plural.get(part, "") for part in parts if part is not ...)
+        count = f"{len(parts)} " if origin is tuple and ... not in parts and parts else ""
+        return f"a list of {count}{'/'.join(kinds)}" if parts and all(kinds) else "a list"
+    if (origin or hint) in DICTS:
+        return "a group of keys"
+    return names.get(hint, str(hint).removeprefix("typing."))
 
 
-def build(group: str, values: dict[str, Any], target: Callable | None = None, **more: Any) -> Any:
+def build(group: str, values: dict[str, Any], target: Callable | None = None, base: type = object, **more: Any) -> Any:
     """The object that the plain node `values` of group `group` describes.
 
     Args:
         group: the group's name, for messages.
         values: keyword arguments; the class's dotted name is at ``_target_``. Nested nodes with one are built too.
         target: the class, instead of ``_target_``.
+        base: what the class must be a kind of.
         more: further arguments that are no part of the configuration.
 
     Raises:
@@ -91,15 +131,28 @@ def build(group: str, values: dict[str, Any], target: Callable | None = None, **
     values = dict(values)
     name = values.pop("_target_", None)
     if target is None:
-        try:
-            target = get_object(name)
-        except (ImportError, ValueError, TypeError) as error:
-            raise ConfigError(f"{group}._target_", name, "must be the dotted name of a class") from error
+        target = find_class(group, name, base)
     check_arguments(group, target, values)
     try:
         return target(**build_nested(group, values) | more)
     except ConfigError as error:
         raise in_group(group, error) from error
+
+
+def find_class(group: str, name: Any, base: type = object) -> type:
+    """The class with the dotted name `name`.
+
+    Raises:
+        ConfigError: there is none, or it is no kind of `base`; keyed ``group._target_``.
+    """
+    what = "a class" if base is object else f"a {base.__name__}"
+    try:
+        found = get_object(name) if isinstance(name, str) else None
+    except (ImportError, ValueError, AttributeError) as error:
+        raise ConfigError(f"{group}._target_", name, f"must be the dotted name of {what}") from error
+    if not (inspect.isclass(found) and issubclass(found, base)):
+        raise ConfigError(f"{group}._target_", name, f"must be the dotted name of {what}")
+    return found
 
 
 def build_nested(group: str, values: dict[str, Any]) -> dict[str, Any]:

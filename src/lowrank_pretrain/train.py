@@ -16,10 +16,11 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
 
 from . import failures, method, summary
-from .build import build, plain
+from .build import build, find_class, plain
 from .checkpoints import LastCheckpoint, check_fits, take_states
 from .csv_log import RunCSVLogger, final_metrics, forget_after
 from .errors import ConfigError
@@ -27,6 +28,7 @@ from .finite import FiniteGuard
 from .interrupts import Interrupts
 from .loggers import finish, more_loggers
 from .loop_state import LoopState
+from .models.optim import Optim
 from .monitor import Monitor
 from .norms import WeightNorms
 from .progress import progress, quiet_lightning
@@ -34,7 +36,9 @@ from .random_state import RandomState
 from .run_dir import start_from
 from .trainer import build_trainer, refuse_popen_sweep
 
-KEYS = ("data", "model", "optim", "method", "trainer", "logger", "seed", "ckpt_path", "save_every")
+GROUPS = ("data", "model", "optim", "method", "trainer", "logger")
+NEEDED = ("data", "model", "optim", "method")  # the other two may be empty
+KEYS = (*GROUPS, "seed", "ckpt_path", "save_every")
 
 
 def train(cfg: DictConfig, run_dir: Path, multirun: bool = False) -> dict[str, Any]:
@@ -53,6 +57,9 @@ def train(cfg: DictConfig, run_dir: Path, multirun: bool = False) -> dict[str, A
         Interrupted: SIGINT or SIGTERM; a checkpoint was written if training had begun.
         Diverged: the loss or a weight became NaN or infinite.
     """
+    for key in GROUPS:  # before other groups' interpolations refer to it
+        if not isinstance(cfg.get(key), DictConfig) or (key in NEEDED and not cfg[key]):
+            raise ConfigError(key, cfg.get(key), f"must be the name of a file in conf/{key}, or a group of keys")
     config = plain(cfg)
     for key in config.keys() - set(KEYS):
         raise ConfigError(key, config[key], f"unknown key; must be one of {', '.join(KEYS)}")
@@ -64,10 +71,16 @@ def train(cfg: DictConfig, run_dir: Path, multirun: bool = False) -> dict[str, A
 
     quiet_lightning()
     pl.seed_everything(seed, workers=True, verbose=False)
-    data, module = build("data", config["data"]), build("model", config["model"])
-    chosen = method.build(config["method"])
-    module.optim = build("optim", config["optim"], build=chosen.optimizer)
+    chosen = method.build(config["method"])  # what is cheap to look at comes first
+    optim = build("optim", config["optim"], base=Optim, build=chosen.optimizer)
+    data = build("data", config["data"], base=pl.LightningDataModule)
+    module = build("model", config["model"], base=pl.LightningModule)
+    module.optim = optim
+    if hasattr(module, "try_out"):
+        module.try_out()
 
+    if config["logger"].get("_target_") is not None:
+        find_class("logger", config["logger"]["_target_"], Logger)
     loggers = [RunCSVLogger(run_dir), *more_loggers(config["logger"], run_dir)]
     try:
         with Interrupts() as interrupts:

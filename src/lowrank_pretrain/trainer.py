@@ -13,6 +13,16 @@ from .build import build, build_nested
 from .checkpoints import WholeCheckpointIO
 from .errors import ConfigError
 
+MOST_DEVICES = 8192  # Lightning makes a list of so many
+# what Lightning takes and then divides by, ignores, or runs out of memory over: (least, most, what is allowed)
+LIMITS = {
+    "accumulate_grad_batches": (1, None, "must be 1 or more batches"),
+    "check_val_every_n_epoch": (1, None, "must be 1 or more epochs, or null to count batches through all epochs"),
+    "gradient_clip_val": (0, None, "must be 0 (off) or more, or null"),
+    "log_every_n_steps": (0, None, "must be 0 (never) or more optimizer steps"),
+    "devices": (-1, MOST_DEVICES, f"must be auto, -1 (all), or a number of devices up to {MOST_DEVICES}"),
+    "num_nodes": (1, MOST_DEVICES, f"must be a number of machines, 1 to {MOST_DEVICES}"),
+}
 OURS = {"logger": "use the logger group", "default_root_dir": "use hydra.run.dir", "enable_checkpointing": "leave it out"}
 
 
@@ -33,6 +43,7 @@ def build_trainer(
     """
     for key in OURS.keys() & values.keys():
         raise ConfigError(f"trainer.{key}", values[key], f"is set by the run; {OURS[key]}")
+    check_values(values)
     values = {key: value for key, value in values.items() if key != "enable_progress_bar"}  # callbacks have the answer
     if strategy is not None:
         if values.get("strategy", "auto") != "auto":
@@ -54,6 +65,33 @@ def build_trainer(
         raise
     except (MisconfigurationException, ValueError, TypeError) as error:
         raise MisconfigurationException(str(error)) from error  # Lightning itself is not of one mind which to raise
+
+
+def check_values(values: dict[str, Any]) -> None:
+    """What Lightning itself does not look at, or only in the middle of training.
+
+    Raises:
+        ConfigError: a value that cannot be meant.
+    """
+    for key, (least, most, allowed) in LIMITS.items():
+        value = values.get(key)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if number and not (least <= value and (most is None or value <= most)):
+            raise ConfigError(f"trainer.{key}", value, allowed)
+    for key in ("accelerator", "strategy"):
+        value = values.get(key, "auto")
+        if not (isinstance(value, str) and value) and not hasattr(value, "setup"):
+            raise ConfigError(f"trainer.{key}", value, "must be auto, or the name of one")
+    if values.get("max_steps") == 0 and not isinstance(values["max_steps"], bool):
+        raise ConfigError("trainer.max_steps", 0, "must be -1 (no limit) or 1 or more")
+    bar, interval = values.get("enable_progress_bar"), values.get("val_check_interval")
+    if bar is not None and not isinstance(bar, bool):
+        raise ConfigError("trainer.enable_progress_bar", bar, "must be true or false")
+    if interval is not None and (isinstance(interval, (bool, list)) or not interval):
+        allowed = "must be a share of an epoch above 0, a number of batches, a time such as 00:00:30:00, or null"
+        raise ConfigError("trainer.val_check_interval", interval, allowed)
+    if values.get("limit_train_batches") == 0 and not isinstance(values["limit_train_batches"], bool):
+        raise ConfigError("trainer.limit_train_batches", 0, "must be above 0, or null: nothing would be trained")
 
 
 def refuse_popen_sweep(trainer: pl.Trainer, multirun: bool) -> None:

@@ -7,6 +7,7 @@ import lightning as L
 from lowrank_pretrain.data.loaders import BatchSet, EpochBatches, EpochLoader, PassLoader, StreamLoader
 from lowrank_pretrain.errors import ConfigError
 
+MOST_WORKERS = 1024  # a slip of the finger must not start a million processes
 Loader = EpochLoader | StreamLoader | PassLoader
 
 
@@ -22,7 +23,7 @@ class PretrainData(L.LightningDataModule):
         seed: of order and augmentation; None: the one given to ``seed_everything``.
 
     Raises:
-        ConfigError: ``batch_size`` below 1 or ``num_workers`` below 0.
+        ConfigError: ``batch_size`` below 1, or ``num_workers`` below 0 or absurd.
     """
 
     train_set: BatchSet | None = None
@@ -31,10 +32,10 @@ class PretrainData(L.LightningDataModule):
 
     def __init__(self, batch_size: int, num_workers: int = 0, seed: int | None = None) -> None:
         super().__init__()
-        if not isinstance(batch_size, int) or batch_size < 1:
+        if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
             raise ConfigError("batch_size", batch_size, "must be a whole number, 1 or more")
-        if not isinstance(num_workers, int) or num_workers < 0:
-            raise ConfigError("num_workers", num_workers, "must be a whole number, 0 or more")
+        if not isinstance(num_workers, int) or isinstance(num_workers, bool) or not 0 <= num_workers <= MOST_WORKERS:
+            raise ConfigError("num_workers", num_workers, f"must be a whole number of processes, 0 to {MOST_WORKERS}")
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self._train_loader: EpochLoader | StreamLoader | None = None
         self._loaders: list[Loader] = []  # open ones; none left: the training loader's fit is over

@@ -4,6 +4,9 @@ mixup: https://arxiv.org/abs/1710.09412, CutMix: https://arxiv.org/abs/1905.0489
 Shapes: B batch, C channels, H×W pixels, K classes.
 """
 
+import math
+from typing import Any
+
 import torch
 
 from lowrank_pretrain.data.rng import borrowed, reseed
@@ -37,12 +40,12 @@ class Mixing:
         seed: int | None = None,
     ) -> None:
         for key, value in (("mixup", mixup), ("cutmix", cutmix)):
-            if value < 0:
+            if not _number(value) or value < 0:
                 raise ConfigError(key, value, "must be 0 (off) or a positive alpha")
         for key, value in (("mix_prob", mix_prob), ("switch_prob", switch_prob)):
-            if not 0 <= value <= 1:
+            if not _number(value) or not 0 <= value <= 1:
                 raise ConfigError(key, value, "must be a share in [0, 1]")
-        if not 0 <= smoothing < 1:
+        if not _number(smoothing) or not 0 <= smoothing < 1:
             raise ConfigError("smoothing", smoothing, "must be a share in [0, 1)")
         self.num_classes, self.smoothing, self.seed = num_classes, smoothing, seed
         self.mixes = mixup > 0 or cutmix > 0
@@ -85,3 +88,7 @@ class Mixing:
         with borrowed():
             reseed("mixing", *words, seed=self.seed)
             return self._mixup(x, y)
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

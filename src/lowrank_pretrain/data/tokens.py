@@ -95,7 +95,7 @@ class TokenData(PretrainData):
         if self.root == "kjv":
             train, val = SAMPLES / "kjv_train.bin", SAMPLES / "kjv_val.bin"
         else:
-            if self.root is None or not Path(self.root).is_dir():
+            if not self.root or not Path(self.root).is_dir():
                 files = f"{self.train_file} and {self.val_file}"
                 allowed = f"must be a folder with {files}, written by `python -m lowrank_pretrain.data.prepare`"
                 raise ConfigError("root", self.root, allowed)

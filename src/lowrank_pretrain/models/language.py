@@ -17,7 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from lowrank_pretrain.errors import ConfigError
 from lowrank_pretrain.models.optim import Optim
 from lowrank_pretrain.models.parallel import shard
-from lowrank_pretrain.models.wording import check_count, closest, one_line, plain
+from lowrank_pretrain.models.wording import check_count, check_layers, closest, one_line, plain, run_once
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +73,9 @@ class CausalLM(LightningModule):
     def __init__(self, name: str, vocab_size: int, seq_len: int, config: dict[str, Any] | None = None) -> None:
         super().__init__()
         config = plain(config) or {}
+        if not isinstance(config, dict):
+            raise ConfigError("config", config, "must be a group of transformers' configuration keys")
+        check_layers("config", config)
         self.save_hyperparameters()
         self.optim = Optim()
         check_count("vocab_size", vocab_size, least=2)
@@ -81,6 +84,15 @@ class CausalLM(LightningModule):
         self.metrics = nn.ModuleDict(
             {f"{stage}_{key}": kind() for stage in ("val", "test") for key, kind in (("loss", TokenLoss), ("ppl", Perplexity))}
         )
+
+    def try_out(self) -> None:
+        """Two tokens through the network, for transformers builds what cannot run.
+
+        Raises:
+            ConfigError: it cannot.
+        """
+        ids = torch.zeros(1, 2, dtype=torch.int64)
+        run_once(self.model, "config", self.hparams.config or self.hparams.name, lambda: self(ids))
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Logits (B, T, V) of token ids (B, T)."""

@@ -21,12 +21,13 @@ import lowrank_pretrain.models.mixer  # noqa: F401  registers a network with tim
 from lowrank_pretrain.errors import ConfigError
 from lowrank_pretrain.models.optim import Optim
 from lowrank_pretrain.models.parallel import shard
-from lowrank_pretrain.models.wording import check_count, closest, one_line, plain
+from lowrank_pretrain.models.wording import check_count, check_layers, closest, one_line, plain, run_once
 
 log = logging.getLogger(__name__)
 
 # what timm's constructors raise for arguments that do not fit together
-BAD_ARGUMENTS = (TypeError, ValueError, AssertionError, RuntimeError, KeyError, IndexError, ZeroDivisionError)
+BAD_ARGUMENTS = (TypeError, ValueError, AssertionError, RuntimeError, MemoryError, AttributeError, NotImplementedError)
+BAD_ARGUMENTS += (KeyError, IndexError, ZeroDivisionError, OverflowError)
 
 _NOT_ARCHITECTURE = ("num_classes", "pretrained", "pretrained_cfg_overlay")
 
@@ -61,6 +62,9 @@ class VisionClassifier(LightningModule):
     ) -> None:
         super().__init__()
         model_kwargs = plain(model_kwargs) or {}
+        if not isinstance(model_kwargs, dict):
+            raise ConfigError("model_kwargs", model_kwargs, "must be a group of timm.create_model's arguments")
+        check_layers("model_kwargs", model_kwargs)
         # the file is where weights came from, not what the network is: a checkpoint must load where it is gone
         self.save_hyperparameters(ignore=["pretrained_file"])
         self.optim = Optim()
@@ -84,6 +88,16 @@ class VisionClassifier(LightningModule):
                 for k in tops
             }
         )
+
+    def try_out(self) -> None:
+        """One image through the network, for timm builds what cannot run: a negative number of heads, say.
+
+        Raises:
+            ConfigError: it cannot.
+        """
+        options = self.hparams
+        image = torch.zeros(1, options.in_chans, options.img_size, options.img_size)
+        run_once(self.model, "model_kwargs", options.model_kwargs or options.name, lambda: self.model(image))
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (B, K) of images (B, C, H, W)."""

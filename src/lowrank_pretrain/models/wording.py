@@ -1,9 +1,10 @@
 """What both models need to talk to a user: plain values in, one readable line out."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from omegaconf import OmegaConf
 
 from lowrank_pretrain.errors import ConfigError
@@ -30,6 +31,41 @@ def one_line(error: BaseException, limit: int = 240) -> str:
 
 
 def check_count(key: str, value: Any, least: int = 1) -> None:
-    """Raises :class:`ConfigError` unless `value` is an int (no bool) of at least `least`."""
+    """Raises :class:`ConfigError` unless `value` is an int (no bool) of at least `least` that 32 bits can hold."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ConfigError(key, value, f"must be an integer of at least {least}")
+    if value >= 2**31:
+        raise ConfigError(key, value, f"must be an integer below {2**31}")
+
+
+# what the libraries call the number of layers: they build as many as they are told, for hours if need be
+LAYERS = ("depth", "depths", "layers", "num_blocks", "num_layers", "n_layer", "n_layers", "num_hidden_layers")
+MOST_LAYERS = 10_000
+
+
+def check_layers(group: str, values: dict[str, Any]) -> None:
+    """Raises :class:`ConfigError` for a number of layers in `values`, arguments of the kind `group`, that cannot be meant."""
+    for key in LAYERS:
+        counts = values[key] if isinstance(values.get(key), (list, tuple)) else [values.get(key)]
+        for count in counts:
+            if isinstance(count, (int, float)) and not (count == int(count) and 1 <= count <= MOST_LAYERS):
+                raise ConfigError(f"{group}.{key}", values[key], f"must be 1 to {MOST_LAYERS:,} layers")
+
+
+def run_once(network: torch.nn.Module, key: str, value: Any, call: Callable[[], Any]) -> None:
+    """``call()`` in evaluation mode; blames `key` = `value` for what goes wrong. No random number is drawn.
+
+    Raises:
+        ConfigError: the network cannot run.
+    """
+    training = network.training
+    network.eval()
+    try:
+        with torch.no_grad():
+            call()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a library's forward raises for sizes that do not fit together
+        raise ConfigError(key, value, f"a network with these cannot run: {one_line(error)}") from error
+    finally:
+        network.train(training)
