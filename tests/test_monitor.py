@@ -9,9 +9,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning.pytorch import Callback
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from lowrank_pretrain import memory, step_clock
+from lowrank_pretrain import flops, lora, memory, step_clock
 from lowrank_pretrain.csv_log import RunCSVLogger
+from lowrank_pretrain.flops import FlopCount, peak_flops
 from lowrank_pretrain.memory import PeakMemory, formula_bytes, optimizer_bytes
 from lowrank_pretrain.monitor import (
     Monitor,
@@ -22,6 +24,7 @@ from lowrank_pretrain.monitor import (
     optimizer_metrics,
     phase_of,
 )
+from lowrank_pretrain.plan import Plan
 from lowrank_pretrain.step_clock import Step, StepClock, Thinned
 from lowrank_pretrain.summary import phase_table, show, summarize
 from tests.toy import loader, toy, trainer
@@ -189,10 +192,10 @@ class Phases(Callback):
             pl_module.head.requires_grad_(False)
 
 
-def fit(tmp_path, monitor, method, logger=None, **kwargs):
+def fit(tmp_path, monitor, method, logger=None, module=None, **kwargs):
     kwargs = {"max_epochs": 2, "limit_val_batches": 1, "log_every_n_steps": 1, **kwargs}
     run = trainer(tmp_path, method, monitor, logger=logger or False, **kwargs)
-    run.fit(toy(), loader(), loader())
+    run.fit(module or toy(), loader(), loader())
     return run
 
 
@@ -307,7 +310,7 @@ def test_records_survive_a_resume():
 def test_a_step_costs_microseconds(tmp_path):
     monitor, module = Monitor(), toy()
     run = SimpleNamespace(
-        global_step=0, world_size=1, callbacks=[Phases(99)], log_every_n_steps=0, optimizers=[], precision="32-true"
+        global_step=0, world_size=1, callbacks=[Phases(99)], log_every_n_steps=0, optimizers=[], loggers=[], precision="32-true"
     )
     batch = (torch.zeros(8, 12), torch.zeros(8))
     monitor.on_train_start(run, module)
@@ -337,3 +340,82 @@ def test_the_closing_table_sets_phases_against_the_full_one(capsys):
     for words in ("200 (2.00x)", "3.00 (0.75x)", "15 (13.0%)", "20 (17.4%)", "val/loss 0.5", "merged weights: export"):
         assert words in text, words
     assert "x)" not in "".join(phase_table([low]).columns[1]._cells), "a ratio without a full phase"
+
+
+def one_matrix():
+    """A toy whose output is its head's: D = 12 by O = 3."""
+    module = toy(dim=12)
+    module.forward = lambda x: module.head(x)
+    return module
+
+
+def test_operations_are_those_of_forward_and_backward_counted_anew_in_each_phase(tmp_path):
+    class Grows(Phases):
+        """Behind the switch the head has a rank-2 adapter, and its own weight rests."""
+
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            if trainer.global_step == self.at and self.phase == "full":
+                self.phase = "lowrank"
+                lora.inject(pl_module, Plan({"head": 2}))
+                pl_module.head.weight.requires_grad_(False)
+
+    monitor = Monitor()
+    fit(tmp_path, monitor, Grows(switch=4), module=one_matrix(), accumulate_grad_batches=2, max_epochs=4)
+    full, lowrank = monitor.records
+    assert full.flops_per_sample == 2 * 2 * 12 * 3  # W x and dW; nobody asks for dx
+    # for so few rows W + BA is formed, once per batch of 8; then (W + BA) x; behind it dz, dA, z once more and dB
+    assert lowrank.flops_per_sample == 2 * (12 * 2 * 3 / 8 + 12 * 3 + 3 * 2 + 2 * 12 + 12 * 2 + 2 * 3)
+    assert full.flops_per_sec() == pytest.approx(144 * full.samples_per_sec())
+    assert full.peak_flops is None and full.mfu() is None, "a CPU's peak is not known"
+
+
+def test_operations_in_place_count_and_nothing_is_left_behind_by_a_step_that_raises(tmp_path):
+    counter = FlopCount()
+    counter.begin(toy())
+    a, b = torch.ones(3, 4), torch.ones(4, 5)
+    torch.zeros(3, 5).addmm_(a, b)
+    assert counter.end() == 2 * 3 * 4 * 5
+    assert counter.end() is None
+    module, monitor = toy(), Monitor()
+
+    def training_step(batch, batch_idx):
+        raise RuntimeError("no step")
+
+    module.training_step = training_step
+    with pytest.raises(RuntimeError, match="no step"):
+        trainer(tmp_path, monitor).fit(module, loader())
+    assert _get_current_dispatch_mode() is None
+
+
+def test_what_the_counter_cannot_see_is_not_counted():
+    counter, module = FlopCount(), toy()
+    module.head.compile()
+    counter.begin(module)
+    torch.ones(2, 3) @ torch.ones(3, 2)
+    assert counter.end() is None
+
+
+def test_mfu_is_the_share_of_what_the_devices_could_do(monkeypatch):
+    record = PhaseRecord("full", world_size=2, seconds_per_sample=Thinned([0.5]), flops_per_sample=100.0, peak_flops=1000)
+    assert record.samples_per_sec() == 4 and record.mfu() == pytest.approx(0.2)
+    assert peak_flops(CPU, "32-true") is None
+    asked = []
+    monkeypatch.setattr(flops, "get_available_flops", lambda *args: asked.append(args) or 7)
+    cuda = torch.device("cuda")
+    assert [peak_flops(cuda, p) for p in ("bf16-mixed", "16-true", "32-true", "transformer-engine")] == [7, 7, 7, None]
+    assert [dtype for _, dtype in asked] == [torch.bfloat16, torch.float16, torch.float32]
+
+
+def test_counting_changes_no_number():
+    """Torch's own counter takes silu's backward apart, which rounds otherwise."""
+    x = torch.randn(64, 48, generator=torch.Generator().manual_seed(0))
+    gradients = []
+    for counts in (False, True):
+        counter, module = FlopCount(), toy()
+        leaf = x.clone().requires_grad_()
+        if counts:
+            counter.begin(module)
+        (torch.nn.functional.silu(leaf) * x).sum().backward()
+        counter.end()
+        gradients.append(leaf.grad)
+    assert torch.equal(*gradients)

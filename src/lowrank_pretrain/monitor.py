@@ -164,7 +164,8 @@ class Monitor(Callback):
         phase = phase_of(trainer)
         if not self._live or self.record.phase != phase:
             self._begin(phase, trainer, pl_module)
-            self._flops.begin(pl_module)
+            if self.record.flops_per_sample is None:  # else counted before an interruption
+                self._flops.begin(pl_module)
         samples, tokens = batch_size_of(batch)
         self._samples, self._tokens = self._samples + samples, self._tokens + tokens
         self._clock.start()
@@ -176,7 +177,11 @@ class Monitor(Callback):
             self.records.append(PhaseRecord(phase))
         self._live = self._look = True
         self.record.world_size = trainer.world_size
-        vars(self.record).update(count_parameters(pl_module))
+        counts = count_parameters(pl_module)
+        vars(self.record).update(counts)
+        for logger in trainer.loggers:
+            if hasattr(logger, "log_phase"):  # one that shows events
+                logger.log_phase(phase, trainer.global_step, counts)
         self.record.peak_flops = peak_flops(pl_module.device, trainer.precision)
         self._memory.restart()
         self._clock.interrupt()
