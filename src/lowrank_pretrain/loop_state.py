@@ -1,8 +1,10 @@
-"""A mend of Lightning's: with ``max_steps`` set, a run resumed from the end of an epoch counted that epoch twice."""
+"""Mends of Lightning's resume: an epoch counted twice where ``max_steps`` is set, a schedule of accumulation left out."""
 
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
@@ -14,10 +16,14 @@ class LoopState(Callback):
     ``FitLoop.on_run_start``); with one, it goes through the finished epoch again without a batch, counts it twice and
     from then on trains on other data. The limit is put aside while the loop is restored, which ends with the first hook
     of training.
+
+    A run that is resumed in the middle of an epoch does not call ``on_train_epoch_start``, in which
+    ``GradientAccumulationScheduler`` sets how many batches make a step: until the next epoch it would be 1.
     """
 
     def __init__(self) -> None:
         self._resuming = False
+        self._first_batch = False
         self._max_steps = -1
 
     @override
@@ -34,4 +40,20 @@ class LoopState(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._resuming:
             trainer.fit_loop.epoch_loop.max_steps = self._max_steps
+            self._resuming, self._first_batch = False, True
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._first_batch:  # not earlier: the scheduler refuses a Trainer whose number is not 1 as training starts
+            self._first_batch = False
+            for callback in trainer.callbacks:
+                if isinstance(callback, GradientAccumulationScheduler):
+                    trainer.accumulate_grad_batches = callback.get_accumulate_grad_batches(trainer.current_epoch)
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._resuming:  # training has not even started
             self._resuming = False
+            for callback in trainer.callbacks:
+                if isinstance(callback, WeightAveraging):
+                    callback.on_train_end(trainer, pl_module)

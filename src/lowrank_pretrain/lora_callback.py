@@ -5,6 +5,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
+from lowrank_pretrain import refusals
 from lowrank_pretrain.errors import ConfigError
 from lowrank_pretrain.phases import PhaseCallback
 from lowrank_pretrain.plan import Plan, check_rank
@@ -59,7 +60,7 @@ class LoRA(PhaseCallback):
             targets = find_targets(pl_module, self.targets)
             for name, target in targets.items():
                 check_rank(name, self.rank, target)
-            self._refuse_targets(trainer, pl_module, targets)
+            refusals.check_targets(self, trainer, pl_module, targets)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Switch and freeze at once, or replay them."""

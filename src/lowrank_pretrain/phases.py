@@ -10,26 +10,23 @@ Lightning restores the optimizers.
 """
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from lowrank_pretrain import adapter_groups, averaging, lora, plain_checkpoint, transition
+from lowrank_pretrain import adapter_groups, averaging, lora, plain_checkpoint, refusals, transition
 from lowrank_pretrain.agreement import agreed_hash
 from lowrank_pretrain.errors import ConfigError
 from lowrank_pretrain.plain_checkpoint import FORMAT, SIDE
 from lowrank_pretrain.plan import Plan
 from lowrank_pretrain.rewarm import Rewarm
-from lowrank_pretrain.targets import Target, all_targets, tied_layers
+from lowrank_pretrain.targets import all_targets
 
 PHASES = ("full", "joint", "lowrank")
-_REFUSED = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
 
 
 class PhaseCallback(Callback):
@@ -124,7 +121,7 @@ class PhaseCallback(Callback):
         agreed = transition.apply(
             trainer, pl_module, lambda: self._adopter.adopt(plan, pl_module), self.optimizer_state, replay
         )
-        if self._has_own_groups():
+        if self.has_own_groups():
             adapter_groups.separate(trainer, pl_module, self.adapter_lr, self.adapter_weight_decay)
         self.phase, self.plan = "joint", plan
         self._unchecked = not replay
@@ -182,7 +179,7 @@ class PhaseCallback(Callback):
         """Refuse what cannot work; before a fit, give a module that still has adapters its bare form back."""
         if stage != "fit":
             return
-        self._refuse(trainer, pl_module)
+        refusals.check_run(self, trainer, pl_module)
         self._groups = None
         if "_lowrank" in pl_module.__dict__:
             continues = self.phase != "full" and pl_module.__dict__["_lowrank"]["plan"] == dict(self.plan or {})
@@ -224,16 +221,16 @@ class PhaseCallback(Callback):
             agreed_hash(trainer.strategy, pl_module, "at the start of training")
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
-        """After the first backward behind a switch: an adapter without a gradient belongs to a layer nobody calls."""
+        """After the first backward behind a transition: an adapter without a gradient would silently never train."""
         if self._unchecked:
             self._unchecked = False
             dead = [name for name, p in lora.adapter_parameters(pl_module) if p.requires_grad and p.grad is None]
             if dead:
                 names = sorted({name.partition(".lora_")[0] for name in dead})
-                why = "no forward pass calls it: leave it out of the targets"
-                if self.phase == "lowrank":
-                    why = "no gradient reaches it since the freeze: checkpoint activations with use_reentrant=False"
-                raise ConfigError("targets", ", ".join(names), why)
+                raise ConfigError(
+                    "targets", ", ".join(names), "no forward pass calls it (leave it out of the targets), or checkpointing of "
+                    "activations cuts it off from the loss (use_reentrant=False)"
+                )  # fmt: skip
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Where processes are spawned, this callback stays behind in its own; metrics are what Lightning brings back."""
@@ -247,7 +244,7 @@ class PhaseCallback(Callback):
             if self._rewarm is not None:
                 self._rewarm.remove()
                 self._rewarm = None
-            if _spawned(trainer):  # the process that called fit has the plain module, and takes what has a plain name
+            if refusals.spawned(trainer):  # the process that called fit has the plain module, and takes what has a plain name
                 lora.merge(pl_module)
             if "_lowrank" not in pl_module.__dict__:
                 plain_checkpoint.unwrap(pl_module)
@@ -291,43 +288,9 @@ class PhaseCallback(Callback):
         self._averages = side.get("averages", {})
         self._groups = side.get("groups")
 
-    def _refuse(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        name = type(self).__name__
-        for kind in type(trainer.strategy).__mro__:
-            if kind.__name__ in _REFUSED:
-                allowed = f"{name} changes the model in mid-run, which sharded parameters cannot follow: use ddp"
-                raise ConfigError("strategy", kind.__name__, allowed)
-        state = getattr(trainer.strategy, "_ddp_comm_state", None)
-        if type(state).__name__ == "PostLocalSGDState":
-            allowed = f"lets ranks drift apart, which {name}'s switch would undo: use plain ddp, or LTEStrategy to merge rarely"
-            raise ConfigError("ddp_comm_state", type(state).__name__, allowed)
-        for callback in trainer.callbacks:
-            if isinstance(callback, StochasticWeightAveraging) and self._has_own_groups():
-                allowed = "sets rates by group, which adapters with a rate of their own break: leave out adapter_lr"
-                raise ConfigError("callbacks", type(callback).__name__, allowed)
-            if isinstance(callback, PhaseCallback) and callback is not self:
-                raise ConfigError("callbacks", type(callback).__name__, f"cannot run beside {name}: both change the model")
-        if not pl_module.automatic_optimization:
-            raise ConfigError("automatic_optimization", False, f"{name} needs Lightning's automatic optimization")
-
-    def _refuse_targets(self, trainer: pl.Trainer, pl_module: pl.LightningModule, targets: Mapping[str, Target]) -> None:
-        """What cannot work with these targets, before anything runs."""
-        tied = tied_layers(pl_module)
-        for name, target in targets.items():
-            if target.layer_name in tied and _spawned(trainer):
-                allowed = "is tied and comes untied, which spawned processes cannot hand back: use strategy='ddp'"
-                raise ConfigError("targets", name, allowed)
-        kept = [c for c in trainer.callbacks if isinstance(c, (WeightAveraging, StochasticWeightAveraging))]
-        for target in targets.values() if kept and not self.freeze_rest else ():
-            if any(other.name not in targets for other in all_targets(pl_module).values() if other.layer is target.layer):
-                averaging.refuse_views(kept[0])
-
-    def _has_own_groups(self) -> bool:
+    def has_own_groups(self) -> bool:
+        """Whether adapters have a learning rate or weight decay of their own."""
         return self.adapter_lr != 1.0 or self.adapter_weight_decay is not None
-
-
-def _spawned(trainer: pl.Trainer) -> bool:
-    return isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
 
 
 def _is_number(value: Any) -> bool:

@@ -7,6 +7,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
+from lowrank_pretrain import refusals
 from lowrank_pretrain.errors import ConfigError
 from lowrank_pretrain.phases import PhaseCallback
 from lowrank_pretrain.plan import Plan, check_rank
@@ -123,8 +124,10 @@ class PreLoRA(PhaseCallback):
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
-        for name, target in find_targets(pl_module, self.targets).items():
+        targets = find_targets(pl_module, self.targets)
+        for name, target in targets.items():
             check_rank(name, self.ranks[-1], target, key="ranks")
+        refusals.check_targets(self, trainer, pl_module, targets)
         self._check_length(trainer.max_epochs if self.window_unit == "epoch" else trainer.max_steps, trainer)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -168,6 +171,7 @@ class PreLoRA(PhaseCallback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say so when a run ended before its last phase."""
+        super().on_train_end(trainer, pl_module)
         if self.phase != "lowrank":
             changes = {family: round(change, 4) for family, change in self.verdict.family_changes.items()}
             rank_zero_warn(
