@@ -1,5 +1,7 @@
 """Checkpoint files: written whole or not at all, found again, and checked before anything is built on them."""
 
+import contextlib
+import errno
 import os
 import shutil
 import warnings
@@ -15,8 +17,15 @@ from typing_extensions import override
 
 from .errors import ConfigError
 from .interrupts import Interrupted, Interrupts
+from .plain_checkpoint import FORMAT, SIDE
 
 PARTS = ("state_dict", "optimizer_states", "loops", "global_step")  # what a checkpoint that resumes must hold
+# and of what kind its parts are
+KINDS = {
+    "state_dict": (dict, "a dict"), "optimizer_states": (list, "a list"), "lr_schedulers": (list, "a list"),
+    "loops": (dict, "a dict"), "callbacks": (dict, "a dict"), "global_step": (int, "an integer"), "epoch": (int, "an integer"),
+    SIDE: (dict, "a dict"),
+}  # fmt: skip
 
 
 class NotWritten(OSError):
@@ -26,6 +35,8 @@ class NotWritten(OSError):
 class WholeCheckpointIO(TorchCheckpointIO):
     """Writes beside the target, syncs, then replaces: a crash or a full disk leaves the old file as it was.
 
+    Every file says in which format it is written: ``checkpoint["lowrank_pretrain"]["format"]``.
+
     Raises:
         NotWritten: names the target and why.
     """
@@ -34,6 +45,8 @@ class WholeCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | os.PathLike, storage_options: Any = None) -> None:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
+        if "state_dict" in checkpoint:
+            checkpoint.setdefault(SIDE, {}).setdefault("format", FORMAT)
         beside = path.with_name(f".{path.name}.{os.getpid()}.part")
         try:
             with beside.open("wb") as file:
@@ -52,7 +65,8 @@ class LastCheckpoint(Checkpoint):
     """Writes ``last.ckpt`` where a run can go on from exactly, and ends the run there when it was interrupted.
 
     That is at the end of every epoch, and within one every `every_n_steps` optimizer steps; but never at a batch which
-    validation follows, for Lightning would skip that validation on resume.
+    validation follows, for Lightning would skip that validation on resume. The file takes the old one's place at the next
+    hook: Lightning logs a step after the last hook of the step, and a run that is killed in between would lack that row.
 
     Args:
         directory: where ``last.ckpt`` lies.
@@ -64,9 +78,11 @@ class LastCheckpoint(Checkpoint):
         if not isinstance(every_n_steps, int) or isinstance(every_n_steps, bool) or every_n_steps < 0:
             raise ConfigError("save_every", every_n_steps, "must be 0 (only at epochs' ends) or more optimizer steps")
         self.path = Path(directory) / "last.ckpt"
+        self._waiting = self.path.with_name(".last.ckpt.part")  # written, but its step is not logged yet
         self.every_n_steps = every_n_steps
         self.interrupts = interrupts
         self._seen_step = 0
+        self._written = False
         self._leaving: str | None = None
 
     @property
@@ -101,15 +117,20 @@ class LastCheckpoint(Checkpoint):
         return self.interrupts.agreed(trainer) if self.interrupts else None
 
     def _write(self, trainer: Trainer, signal: str | None) -> None:
-        trainer.save_checkpoint(self.path)
-        self._leaving = signal
+        trainer.save_checkpoint(self._waiting)
+        self._written, self._leaving = True, signal
 
-    # An interrupted run ends only after Lightning has logged the step that the checkpoint holds.
-    def _leave(self, *_: Any) -> None:
+    def _put_in_place(self, trainer: Trainer, *_: Any) -> None:
+        if self._written and trainer.is_global_zero:
+            try:
+                replace(self._waiting, self.path)
+            except OSError as error:
+                raise NotWritten(f"{self.path} could not be replaced: {error}") from error
+        self._written = False
         if self._leaving:
             raise Interrupted(self._leaving, self.path)
 
-    on_train_batch_start = on_train_epoch_start = on_train_end = _leave
+    on_train_batch_start = on_train_epoch_start = on_train_end = _put_in_place
 
 
 def _validation_follows(trainer: Trainer, batch_idx: int) -> bool:
@@ -121,25 +142,71 @@ def _validation_follows(trainer: Trainer, batch_idx: int) -> bool:
 
 
 def inspect(path: Path) -> dict[str, Any]:
-    """The checkpoint at `path`, its tensors mapped and not read.
+    """The checkpoint at `path`, its tensors mapped and not read; nothing that it may hold is executed.
 
     Raises:
-        ConfigError: there is none, it is truncated, or it is not a checkpoint that resumes; keyed ``ckpt_path``.
+        ConfigError: there is none, it is truncated, of a newer format, or not a checkpoint that resumes; keyed ``ckpt_path``.
     """
     if not path.is_file():
         raise ConfigError("ckpt_path", str(path), "no such file; must be a checkpoint, last, or null to start afresh")
-    if not zipfile.is_zipfile(path):  # the directory of a zip file is its end: a truncated one has none
-        raise ConfigError("ckpt_path", str(path), "is truncated or not a checkpoint; must be a whole one, or last")
     try:
+        if not zipfile.is_zipfile(path):  # the directory of a zip file is its end: a truncated one has none
+            raise ConfigError("ckpt_path", str(path), "is truncated or not a checkpoint; must be a whole one, or last")
         checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except ConfigError:
+        raise
     except Exception as error:  # torch raises half a dozen kinds here; all mean the same to whoever named the file
-        reason = str(error).strip().splitlines()[0][:120]
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
         raise ConfigError("ckpt_path", str(path), f"cannot be read as a checkpoint ({reason})") from error
     lacking = [part for part in PARTS if not isinstance(checkpoint, dict) or part not in checkpoint]
     if lacking:
         allowed = f"is no checkpoint that training can go on from: it lacks {', '.join(lacking)}"
         raise ConfigError("ckpt_path", str(path), allowed)
+    for part, (kind, words) in KINDS.items():
+        if part in checkpoint and not isinstance(checkpoint[part], kind):
+            found = type(checkpoint[part]).__name__
+            raise ConfigError("ckpt_path", str(path), f"is no checkpoint of a run: its {part} is {found}, not {words}")
+    check_side(path, checkpoint.get(SIDE, {}))
     return checkpoint
+
+
+def check_side(path: Path, side: dict[str, Any]) -> None:
+    """Look at what a checkpoint says of the low-rank side of its run, before anything acts on it.
+
+    Raises:
+        ConfigError: a newer format, or entries that no run of ours wrote; keyed ``ckpt_path``.
+    """
+    version, phase, plan = side.get("format", FORMAT), side.get("phase"), side.get("plan") or {}
+    if isinstance(version, int) and version > FORMAT:
+        allowed = f"is written in format {version}, this version of lowrank_pretrain reads up to {FORMAT}: update it"
+        raise ConfigError("ckpt_path", str(path), allowed)
+    tensors = side.get("exact") or {}
+    fine = {
+        "format": isinstance(version, int) and version >= 1,
+        "phase": phase in (None, "full", "joint", "lowrank"),
+        "plan": isinstance(plan, dict) and all(isinstance(n, str) and isinstance(r, int) and r >= 0 for n, r in plan.items()),
+        "exact": isinstance(tensors, dict) and all(isinstance(t, torch.Tensor) for t in tensors.values()),
+    }
+    for key, good in fine.items():
+        if not good:
+            raise ConfigError(
+                "ckpt_path", str(path), f"is damaged or not ours: its entry {SIDE}.{key} is {str(side[key])[:60]!r}"
+            )
+
+
+def check_sums(path: Path) -> None:
+    """Read the whole file and compare it with the checksums inside (about 1 GiB/s): torch itself loads a flipped bit silently.
+
+    Raises:
+        ConfigError: a part differs; keyed ``ckpt_path``.
+    """
+    try:
+        with zipfile.ZipFile(path) as file:
+            broken = file.testzip()
+    except Exception as error:  # a damaged directory fails in as many ways as it has fields
+        broken = f"its directory ({type(error).__name__})"
+    if broken is not None:
+        raise ConfigError("ckpt_path", str(path), f"is damaged: the checksum of {broken} does not fit; use an earlier one")
 
 
 def newest_whole(directory: Path) -> Path | None:
@@ -150,22 +217,34 @@ def newest_whole(directory: Path) -> Path | None:
             found.append((inspect(path)["global_step"], path.name == "last.ckpt", path))
         except ConfigError as error:
             warnings.warn(f"skipped {path}: {error.allowed}", stacklevel=2)
-    return max(found)[-1] if found else None
+    for *_, path in sorted(found, reverse=True):
+        try:
+            check_sums(path)
+            return path
+        except ConfigError as error:
+            warnings.warn(f"skipped {path}: {error.allowed}", stacklevel=2)
+    return None
 
 
 def check_fits(path: Path, module: LightningModule) -> int:
-    """The number of optimizer steps behind the checkpoint at `path`, which must be of a model like `module`.
+    """The number of optimizer steps behind the checkpoint at `path`, which must be of a model like `module`, in numbers.
 
     Raises:
-        ConfigError: it is of another model; names the first tensor that differs.
+        ConfigError: it is of another model, or holds NaN; names the first tensor that is wrong.
     """
     checkpoint = inspect(path)
-    theirs = {name: tuple(tensor.shape) for name, tensor in checkpoint["state_dict"].items()}
+    state = checkpoint["state_dict"]
+    theirs = {name: tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else "no tensor" for name, tensor in state.items()}
     ours = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     for name in sorted(theirs.keys() | ours.keys()):
         if theirs.get(name) != ours.get(name):
             here, there = ours.get(name, "absent"), theirs.get(name, "absent")
             raise ConfigError("ckpt_path", str(path), f"is of another model: {name} is {there} there and {here} here")
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ConfigError(
+                "ckpt_path", str(path), f"holds {name}, which is not finite: the run diverged; use an earlier one"
+            )
     return checkpoint["global_step"]
 
 
@@ -180,4 +259,7 @@ def take_states(callbacks: list[Callback], path: Path) -> None:
 def remove_unfinished(directory: Path) -> None:
     """Delete what a killed process left half written."""
     for path in directory.glob(".*.part"):
-        path.unlink(missing_ok=True)
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)

@@ -16,6 +16,9 @@ from .interrupts import Interrupted
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # full, over quota, read-only
 
+# What parts of a checkpoint that are missing or of another kind raise in whoever takes them up
+RESTORING = (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError)
+
 # Where an error that names a bare key comes from: the first of these modules in its traceback, from the inside out.
 ROOMS = {
     "lowrank_pretrain.data": "data",
@@ -35,6 +38,9 @@ def describe(error: BaseException, cfg: DictConfig, run_dir: Path) -> tuple[str,
     """
     if isinstance(error, ConfigError):
         return f"error: {with_group(error, cfg)}", 2
+    if isinstance(error, RESTORING) and _while_restoring(error):
+        what = f"{type(error).__name__}: {one_line(error)[:200]}"
+        return f"error: ckpt_path={cfg.get('ckpt_path')!r}: its contents do not fit this run ({what})", 2
     if isinstance(error, MisconfigurationException) or _is_lightnings(error):
         return _trainers(one_line(error), cfg), 2
     if isinstance(error, Interrupted):
@@ -50,6 +56,12 @@ def describe(error: BaseException, cfg: DictConfig, run_dir: Path) -> tuple[str,
     if _is_another_process(error):
         return f"error: another process died or did not answer ({one_line(error)[:200]}); {last_good(run_dir)}", 1
     return None
+
+
+def _while_restoring(error: BaseException) -> bool:
+    """Whether the error came while Lightning handed a checkpoint's parts to those who wrote them."""
+    modules = (frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__))
+    return "lightning.pytorch.trainer.connectors.checkpoint_connector" in modules
 
 
 def _is_another_process(error: BaseException) -> bool:

@@ -10,7 +10,7 @@ from hydra.experimental.callback import Callback
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
-from .checkpoints import inspect, newest_whole, remove_unfinished
+from .checkpoints import check_sums, inspect, newest_whole, remove_unfinished
 from .errors import ConfigError
 
 TRACES = ("metrics.csv", "summary.json", "checkpoints/*.ckpt")  # any of these and the directory holds a run
@@ -73,4 +73,5 @@ def start_from(directory: Path, ckpt_path: str | None) -> Path | None:
     if ckpt_path == "last":
         return newest_whole(directory / "checkpoints")
     inspect(Path(ckpt_path))
+    check_sums(Path(ckpt_path))
     return Path(ckpt_path)

@@ -107,7 +107,7 @@ def train(cfg: DictConfig, run_dir: Path, multirun: bool = False) -> dict[str, A
                 announce(trainer, f"going on from {os.path.relpath(ckpt)} behind step {step}")
             announce(trainer, f"run directory: {os.path.relpath(run_dir)}")
 
-            trainer.fit(module, datamodule=data, ckpt_path=ckpt)
+            trainer.fit(module, datamodule=data, ckpt_path=ckpt, weights_only=True)
             trainer.test(module, datamodule=data, verbose=False)
             return finish_run(trainer, monitor, module, run_dir)
     finally:

@@ -204,7 +204,7 @@ def create_from_file(name: str, num_classes: int, path: str, kwargs: dict[str, A
     if not Path(path).is_file():
         raise ConfigError("pretrained_file", path, "no such file; give a local timm checkpoint (.safetensors, .pth)")
     try:
-        shapes = {key: tuple(value.shape) for key, value in load_state_dict(path).items()}
+        shapes = {key: tuple(value.shape) for key, value in load_state_dict(path, weights_only=True).items()}
     except Exception as error:  # a truncated or foreign file fails in as many ways as there are formats
         raise ConfigError("pretrained_file", path, f"cannot be read: {one_line(error)}") from error
     if shapes and all(key.startswith("model.") for key in shapes):
