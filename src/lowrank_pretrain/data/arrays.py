@@ -51,10 +51,11 @@ class ArrayImages:
     ) -> None:
         check_shape(img_size, in_chans, num_classes)
         images = images[..., None] if images.ndim == 3 else images
-        fits = images.dtype == np.uint8 and images.ndim == 4 and images.shape[-1] == len(mean)
-        if not fits or len(images) != labels.size or not len(images):
-            allowed = f"must be N images uint8 (N, H, W, {len(mean)}) and N labels, at least 1"
-            raise ConfigError("root", f"{images.dtype}{images.shape} and {labels.shape}", allowed)
+        fits = images.dtype == np.uint8 and images.ndim == 4 and images.shape[-1] == len(mean) in (1, 3)
+        whole = labels.dtype.kind in "iu" or (labels.dtype.kind == "f" and bool((labels == np.floor(labels)).all()))
+        if not fits or not whole or len(images) != labels.size or not len(images):
+            allowed = "must be N images uint8 (N, H, W) or (N, H, W, 3) and N labels, integers, at least 1"
+            raise ConfigError("root", f"{images.dtype}{images.shape} and {labels.dtype}{labels.shape}", allowed)
         labels = labels.reshape(-1).astype(np.int64)
         if labels.min() < 0 or labels.max() >= num_classes:
             raise ConfigError("num_classes", num_classes, f"must be above every label, found {labels.min()} to {labels.max()}")

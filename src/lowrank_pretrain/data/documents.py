@@ -2,6 +2,7 @@
 
 import codecs
 import gzip
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,7 +68,7 @@ def check_utf8(path: Path, key: str, limit: int | None = None) -> None:
             wrong = f"byte 0x{error.object[error.start]:02x} near position {position + error.start}"
             allowed = f"must be UTF-8 text, {wrong} is not; convert it with iconv"
             raise ConfigError(key, str(path), allowed) from error
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, zlib.error) as error:
             raise ConfigError(key, str(path), f"cannot be unpacked: {error}") from error
 
 

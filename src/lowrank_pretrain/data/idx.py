@@ -1,6 +1,7 @@
 """The idx format of MNIST and its successors: a magic number, the sizes, then raw bytes; plain or gzipped."""
 
 import gzip
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ def read_idx(path: str | Path) -> np.ndarray:
     path = Path(path)
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise ConfigError("root", str(path), f"cannot be read as an idx file: {error}") from error
     # header: two zero bytes, the type (8 = unsigned byte), the number of dimensions, one big-endian int32 for each
     dims = raw[3] if len(raw) > 3 and raw[:3] == b"\0\0\x08" else 0

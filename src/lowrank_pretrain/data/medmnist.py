@@ -3,7 +3,9 @@
 https://medmnist.com. The package ``medmnist`` is used for the download only.
 """
 
+import struct
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,9 @@ from lowrank_pretrain.errors import ConfigError
 
 SIZES = (28, 64, 128, 224)
 SPLITS = ("train", "val", "test")
+# what zipfile, zlib and numpy raise for a damaged file; numpy's header is Python text
+UNREADABLE = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, MemoryError)
+UNREADABLE += (SyntaxError, struct.error, TypeError)
 
 
 class MedMNIST(PretrainData):
@@ -114,5 +119,5 @@ def read_npz(path: Path | None, root: str | None) -> dict[str, tuple[np.ndarray,
             return {split: (file[f"{split}_images"], file[f"{split}_labels"]) for split in SPLITS}
     except KeyError as error:
         raise ConfigError("root", str(path), f"must hold {{train,val,test}}_{{images,labels}}: {error.args[0]}") from error
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except UNREADABLE as error:
         raise ConfigError("root", str(path), f"must be a .npz file, cannot be read: {error}") from error
