@@ -12,7 +12,7 @@ from typing import Any
 
 from .runs import Series
 
-WIDTH = 4.4  # inches: text of 9 points is still read on a phone, where a chart is as wide as the screen
+WIDTH = 4.0  # inches: text of 9 points is still read on a phone, where a chart is as wide as the screen
 DASHES = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 2, 4, 2)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 HATCHES = ("", "////", "xxxx", "....")
@@ -71,11 +71,11 @@ def lines(
         axes.axvline(at, color=FAINT, lw=1, ls=(0, (2, 2)))
         offset = {"right": 2, "left": -2, "center": 0}[side]  # two words never meet
         where = {"xytext": (offset, 2), "textcoords": "offset points", "ha": side, "va": "bottom"}
-        axes.annotate(word, (at, 1), xycoords=("data", "axes fraction"), fontsize=7.5, color=INK, **where)
+        axes.annotate(word, (at, 1), xycoords=("data", "axes fraction"), fontsize=8, color=INK, **where)
     if level:
         axes.axhline(level[1], color=FAINT, lw=1, ls=(0, (2, 2)))
         where = {"xytext": (2, 2), "textcoords": "offset points", "va": "bottom"}
-        axes.annotate(level[0], (0, level[1]), xycoords=("axes fraction", "data"), fontsize=7.5, color=INK, **where)
+        axes.annotate(level[0], (0, level[1]), xycoords=("axes fraction", "data"), fontsize=8, color=INK, **where)
     axes.set_xlabel(x)
     axes.set_ylabel(fill(y, 26))
     axes.grid(color=FAINT, alpha=0.35, lw=0.5)

@@ -146,16 +146,17 @@ def read_run(directory: Path) -> Run:
 def read_series(path: Path) -> dict[str, Series]:
     """{column: [(optimizer steps taken, value), …]} of a metrics.csv, sorted by step; a row cut off at the end is left out."""
     series: dict[str, dict[float, float]] = {}
-    with path.open(newline="") as file:
-        for row in csv.DictReader(file):
-            if not (row.get("step") or "").isdigit():
-                continue
-            step = int(row["step"]) + 1.0  # rows count from 0, steps taken from 1
-            for key, text in row.items():
-                if text and key not in ("step", "epoch", None):
-                    value = _number(text)
-                    if value is not None:
-                        series.setdefault(key, {})[step] = value
+    lines = path.read_text(errors="replace").splitlines(keepends=True)
+    if lines and not lines[-1].endswith("\n"):
+        del lines[-1]  # the process was killed while it wrote: half a number is another number
+    for row in csv.DictReader(lines):
+        if not (row.get("step") or "").isdigit():
+            continue
+        step = int(row["step"]) + 1.0  # rows count from 0, steps taken from 1
+        for key, text in row.items():
+            value = _number(text) if text and key not in ("step", "epoch", None) else None
+            if value is not None:
+                series.setdefault(key, {})[step] = value
     return {key: sorted(points.items()) for key, points in series.items()}
 
 
