@@ -1,5 +1,6 @@
 """Pre-training large models with low-rank updates, as PyTorch Lightning plugins."""
 
+from lowrank_pretrain.checkpoint_io import WholeCheckpointIO
 from lowrank_pretrain.errors import ConfigError
 from lowrank_pretrain.galore import GaLoreAdamW, galore_ddp_hook, galore_param_groups
 from lowrank_pretrain.lora_callback import LoRA
@@ -21,6 +22,7 @@ __all__ = [
     "PhaseCallback",
     "Plan",
     "PreLoRA",
+    "WholeCheckpointIO",
     "galore_ddp_hook",
     "galore_param_groups",
 ]

@@ -1,7 +1,5 @@
 """Checkpoint files: written whole or not at all, found again, and checked before anything is built on them."""
 
-import contextlib
-import errno
 import os
 import shutil
 import warnings
@@ -10,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from typing_extensions import override
 
+from .checkpoint_io import NotWritten, WholeCheckpointIO, replace
 from .errors import ConfigError
 from .interrupts import Interrupted, Interrupts
 from .plain_checkpoint import FORMAT, SIDE
+
+__all__ = ["LastCheckpoint", "NotWritten", "WholeCheckpointIO"]
 
 PARTS = ("state_dict", "optimizer_states", "loops", "global_step")  # what a checkpoint that resumes must hold
 # and of what kind its parts are
@@ -26,39 +26,6 @@ KINDS = {
     "loops": (dict, "a dict"), "callbacks": (dict, "a dict"), "global_step": (int, "an integer"), "epoch": (int, "an integer"),
     SIDE: (dict, "a dict"),
 }  # fmt: skip
-
-
-class NotWritten(OSError):
-    """A checkpoint could not be written; the one that was there is as it was."""
-
-
-class WholeCheckpointIO(TorchCheckpointIO):
-    """Writes beside the target, syncs, then replaces: a crash or a full disk leaves the old file as it was.
-
-    Every file says in which format it is written: ``checkpoint["lowrank_pretrain"]["format"]``.
-
-    Raises:
-        NotWritten: names the target and why.
-    """
-
-    @override
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | os.PathLike, storage_options: Any = None) -> None:
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if "state_dict" in checkpoint:
-            checkpoint.setdefault(SIDE, {}).setdefault("format", FORMAT)
-        beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-        try:
-            with beside.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(beside, path)
-        except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
-            free = shutil.disk_usage(path.parent).free // 2**20  # torch's own message does not say that the disk is full
-            raise NotWritten(f"{path} could not be written, {free} MiB were free on its disk: {error}") from error
-        finally:
-            beside.unlink(missing_ok=True)
 
 
 class LastCheckpoint(Checkpoint):

@@ -2,6 +2,7 @@
 
 import csv
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,19 @@ SHOWN = ("train/", "val/", "test/")
 
 
 class _Appending(ExperimentWriter):
-    """Lightning's writer deletes the file it finds; this one goes on in it."""
+    """Lightning's writer deletes the file it finds; this one goes on in it, and never leaves less than there was."""
 
     @override
     def _check_log_dir_exists(self) -> None:
         if os.path.isfile(self.metrics_file_path):
             with open(self.metrics_file_path, newline="") as file:
-                self.metrics_keys = csv.DictReader(file).fieldnames or []
+                self.metrics_keys = list(csv.DictReader(file).fieldnames or [])
+
+    @override
+    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
+        """New columns: Lightning's writer empties the file first, and a kill then loses the whole run's rows."""
+        with open(self.metrics_file_path, newline="") as file:
+            _write_whole(Path(self.metrics_file_path), fieldnames, list(csv.DictReader(file)))
 
 
 class RunCSVLogger(CSVLogger):
@@ -63,11 +70,18 @@ def forget_after(path: Path, step: int) -> None:
         del lines[-1]  # half a row: the process was killed while it wrote
     reader = csv.DictReader(lines)
     kept = [row for row in reader if int(row["step"]) < step]
+    if not reader.fieldnames:  # not even the header was written
+        path.unlink()
+        return
+    _write_whole(path, reader.fieldnames, kept)
+
+
+def _write_whole(path: Path, columns: Sequence[str], rows: list[dict[str, Any]]) -> None:
     beside = path.with_name(f".{path.name}.part")
     with beside.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=reader.fieldnames or [])
+        writer = csv.DictWriter(file, fieldnames=columns)
         writer.writeheader()
-        writer.writerows(kept)
+        writer.writerows(rows)
     os.replace(beside, path)
 
 

@@ -14,7 +14,7 @@ from .errors import ConfigError
 from .finite import Diverged
 from .interrupts import Interrupted
 
-DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # full, over quota, read-only
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)  # full, over quota or a limit, read-only
 
 # What parts of a checkpoint that are missing or of another kind raise in whoever takes them up
 RESTORING = (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError)
@@ -38,6 +38,8 @@ def describe(error: BaseException, cfg: DictConfig, run_dir: Path) -> tuple[str,
     """
     if isinstance(error, ConfigError):
         return f"error: {with_group(error, cfg)}", 2
+    if _is_another_process(error):
+        return f"error: another process died or did not answer ({one_line(error)[:200]}); {last_good(run_dir)}", 1
     if isinstance(error, RESTORING) and _while_restoring(error):
         what = f"{type(error).__name__}: {one_line(error)[:200]}"
         return f"error: ckpt_path={cfg.get('ckpt_path')!r}: its contents do not fit this run ({what})", 2
@@ -53,8 +55,6 @@ def describe(error: BaseException, cfg: DictConfig, run_dir: Path) -> tuple[str,
         return "error: the device is out of memory; lower data.batch_size and raise trainer.accumulate_grad_batches", 1
     if isinstance(error, NotWritten) or getattr(error, "errno", None) in DISK:
         return f"error: {one_line(error)}; {last_good(run_dir)}", 1
-    if _is_another_process(error):
-        return f"error: another process died or did not answer ({one_line(error)[:200]}); {last_good(run_dir)}", 1
     return None
 
 

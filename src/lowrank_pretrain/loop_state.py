@@ -1,10 +1,9 @@
-"""Mends of Lightning's resume: an epoch counted twice where ``max_steps`` is set, a schedule of accumulation left out."""
+"""Mends of Lightning's resume: an epoch counted twice where ``max_steps`` is set, and hooks left out."""
 
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import WeightAveraging
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
@@ -19,6 +18,10 @@ class LoopState(Callback):
 
     A run that is resumed in the middle of an epoch does not call ``on_train_epoch_start``, in which
     ``GradientAccumulationScheduler`` sets how many batches make a step: until the next epoch it would be 1.
+
+    A run that was killed after its last step is resumed without a step, and Lightning then leaves ``on_train_end`` out too,
+    where ``WeightAveraging`` hands its weights to the model and LTE's workers merge theirs: what is tested and exported
+    would be the weights of the last step.
     """
 
     def __init__(self) -> None:
@@ -57,3 +60,4 @@ class LoopState(Callback):
             for callback in trainer.callbacks:
                 if isinstance(callback, WeightAveraging):
                     callback.on_train_end(trainer, pl_module)
+            trainer.strategy.on_train_end()

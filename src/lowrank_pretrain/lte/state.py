@@ -43,6 +43,7 @@ def collect(heads: HeadSet) -> dict[str, Any]:
         "record": {"|".join(key): value for key, value in everyone.items()},
         "base": {p.name: (heads.view.training_rows(p) if p.base is None else p.base).clone() for p in heads.pieces},
         "pending": None if heads.pending is None else heads.pending[1],
+        "sent": [heads._cost[0], heads.last_cost[0]],  # the same on every worker
     }  # fmt: skip
 
 
@@ -90,6 +91,8 @@ def restore(state: Mapping[str, Any], heads: HeadSet) -> tuple[Record, str | Non
     everyone: Record = {tuple(key.split("|")): value for key, value in state["record"].items()}
     settings, there = heads.settings, state["heads"] * state["workers"]
     heads.clock, heads.merges = state["clock"], state["merges"]
+    sent, last = state.get("sent", (0.0, 0.0))
+    heads._cost, heads.last_cost = (sent, 0.0), (last, 0.0)
     same = (settings.heads, heads.workers.size) == (state["heads"], state["workers"])
     # 1 × 4 and 4 × 1 hold the same heads; in `sequential` a turn is a worker's, so only the same layout goes on in mid-window
     same = same or (settings.mode == "parallel" and settings.heads * heads.workers.size == there)

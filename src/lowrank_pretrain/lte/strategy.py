@@ -105,7 +105,6 @@ class LTEStrategy(Conversion, CheckpointHooks, ViewHooks):
         self._holding = False
         self._first_batch = False
         self._looks_at_batches = False
-        self._logged = 0
 
     # -- putting on -------------------------------------------------------------------------------------------------
 
@@ -213,10 +212,11 @@ class LTEStrategy(Conversion, CheckpointHooks, ViewHooks):
         clip_norms((p for n, p in mine.items() if n not in owned), own, clip_val, stacked=self.update == "lora")
 
     def _log(self) -> None:
-        trainer = self.lightning_module.trainer
-        if trainer.global_step - self._logged < trainer.log_every_n_steps and self.heads.merges > 1:
+        trainer, every = self.lightning_module.trainer, self.settings.merge_every
+        step, often = trainer.global_step, max(1, trainer.log_every_n_steps)
+        # by the step alone, so that a resumed run logs at the same merges
+        if step // often == (step - every) // often and self.heads.merges > 1:
             return
-        self._logged = trainer.global_step
         for logger in trainer.loggers:
             logger.log_metrics(self.metrics(), step=trainer.global_step)
 
