@@ -93,7 +93,7 @@ def test_a_run_directory_holds_what_it_should(whole):
     found = {str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()}
     assert found == {
         "metrics.csv", "summary.json", "checkpoints/last.ckpt", "checkpoints/best.ckpt",
-        "export/model.safetensors", "export/config.json",
+        "export/model.safetensors", "export/config.json", "export/README.md",
     }  # fmt: skip
     assert json.loads((directory / "summary.json").read_text()) == summary
 

@@ -26,7 +26,7 @@ from .csv_log import RunCSVLogger, final_metrics, forget_after
 from .errors import ConfigError
 from .finite import FiniteGuard
 from .interrupts import Interrupts
-from .loggers import finish, more_loggers
+from .loggers import finish, more_loggers, publish
 from .loop_state import LoopState
 from .models.optim import Optim
 from .monitor import Monitor
@@ -81,7 +81,7 @@ def train(cfg: DictConfig, run_dir: Path, multirun: bool = False) -> dict[str, A
 
     if config["logger"].get("_target_") is not None:
         find_class("logger", config["logger"]["_target_"], Logger)
-    loggers = [RunCSVLogger(run_dir), *more_loggers(config["logger"], run_dir)]
+    loggers = [RunCSVLogger(run_dir), *more_loggers(config["logger"], run_dir, config, multirun)]
     try:
         with Interrupts() as interrupts:
             checkpoints = run_dir / "checkpoints"
@@ -109,7 +109,9 @@ def train(cfg: DictConfig, run_dir: Path, multirun: bool = False) -> dict[str, A
 
             trainer.fit(module, datamodule=data, ckpt_path=ckpt, weights_only=True)
             trainer.test(module, datamodule=data, verbose=False)
-            return finish_run(trainer, monitor, module, run_dir)
+            found = finish_run(trainer, monitor, module, run_dir)
+            publish(found, config, run_dir, loggers)
+            return found
     finally:
         finish(loggers)
 

@@ -52,13 +52,17 @@ def render(runs: list[Run], title: str) -> str:
     if charts:
         parts.append(f"<section><h2>{'Side by side' if several else 'Curves and phases'}</h2>{grid(charts)}</section>")
     parts += [one(run, several) for run in runs if run.config or run.series or run.phases]
+    return page(title, "\n".join(parts) + f"\n{NOTES}")
+
+
+def page(title: str, body: str) -> str:
+    """A whole HTML page around `body`, with the style sheet inside."""
     style = files(__package__).joinpath("page.css").read_text(encoding="utf-8")
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">'
-        f"<title>{escape(title)}</title><style>{style}</style></head>\n<body><main>\n" + "\n".join(parts) + f"\n{NOTES}"
-        "</main></body></html>\n"
+        f"<title>{escape(title)}</title><style>{style}</style></head>\n<body><main>\n{body}</main></body></html>\n"
     )
 
 

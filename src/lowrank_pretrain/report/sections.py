@@ -141,9 +141,7 @@ def rank_map(plan: dict[str, int], name: str) -> str:
     """Layer by family; layers are what the indices in a target's name count."""
     cells, rows, columns = {}, [], []
     for target, rank in plan.items():
-        words = target.split(".")
-        layer = ".".join(word for word in words if word.isdigit()) or "–"
-        family = ".".join("*" if word.isdigit() else word for word in words)
+        layer, family = split(target)
         cells[layer, family] = rank
         rows.append(layer)
         columns.append(family)
@@ -152,6 +150,13 @@ def rank_map(plan: dict[str, int], name: str) -> str:
     names = dict(zip(columns, shortened(columns), strict=True))
     named = {(row, names[column]): rank for (row, column), rank in cells.items()}
     return charts.heat_map(name, "family of matrices", "layer", rows, list(names.values()), named)
+
+
+def split(target: str) -> tuple[str, str]:
+    """``blocks.3.mlp.fc1`` -> (``3``, ``blocks.*.mlp.fc1``); a target outside of all lists is of layer ``–``."""
+    words = target.split(".")
+    layer = ".".join(word for word in words if word.isdigit()) or "–"
+    return layer, ".".join("*" if word.isdigit() else word for word in words)
 
 
 def marks_of(run: Run, by_time: bool = False) -> dict[str, float]:

@@ -1,0 +1,149 @@
+"""Weights & Biases: metrics in sections over defined axes, phases as events, ranks as a map, one run across interruptions."""
+
+import csv
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+from typing_extensions import override
+
+STEP, TIME = "trainer/global_step", "time/train_seconds"
+RANK = "lowrank/rank/"
+
+# section -> (its panels: (title, metrics or a regular expression of them, axis, unit)), in the order of a reader's questions
+SECTIONS: dict[str, list[tuple[str, str | list[str], str, str]]] = {
+    "Loss": [
+        ("Training loss by step", ["train/loss"], STEP, "nats"),
+        ("Training loss by time", ["train/loss"], TIME, "nats"),
+        ("Validation loss by step", ["val/loss"], STEP, "nats"),
+        ("Validation loss by time", ["val/loss"], TIME, "nats"),
+        ("Validation accuracy", ["val/acc1", "val/acc5"], STEP, "fraction"),
+        ("Validation perplexity", ["val/ppl"], STEP, "per token"),
+    ],
+    "Throughput": [
+        ("Samples per second", ["throughput/samples_per_sec"], STEP, "samples / s"),
+        ("Tokens per second", ["throughput/tokens_per_sec"], STEP, "tokens / s"),
+        ("Operations per second", ["throughput/flops_per_sec"], STEP, "FLOP / s"),
+        ("Model FLOPs utilisation", ["throughput/mfu"], STEP, "share of peak"),
+    ],
+    "Memory and parameters": [
+        ("Peak memory of the phase", ["memory/peak_gib"], STEP, "GiB"),
+        ("Optimizer states", ["memory/optimizer_gib"], STEP, "GiB"),
+        ("Parameters", ["params/trainable", "params/adapters", "params/total"], STEP, "parameters"),
+    ],
+    "Low rank": [
+        ("Phase: 0 full, 1 joint, 2 lowrank", ["lowrank/phase"], STEP, "phase"),
+        ("Weight norms by family", "lowrank/weight_norm/.*", STEP, "Frobenius norm"),
+        ("Adapter norms by family", "lowrank/adapter_norm/.*", STEP, "Frobenius norm"),
+        ("Change of weight norms per window", "lowrank/weight_change/.*", STEP, "fraction"),
+    ],
+    "LTE": [
+        ("Effective rank of gradients", "lte/effective_rank/gradient.*", STEP, "effective rank"),
+        ("Effective rank of the update", "lte/effective_rank/update.*", STEP, "effective rank"),
+        ("Sent per merge", ["lte/merge_mib", "lte/rest_mib"], STEP, "MiB per worker"),
+        ("Waited for a merge", ["lte/merge_ms"], STEP, "ms"),
+        ("Heads' orthogonality", "lte/orthogonality.*", STEP, "|cosine|"),
+    ],
+    "GaLore": [
+        ("Refresh of the subspace", ["galore/refresh_ms"], STEP, "ms"),
+        ("Overlap of old and new subspace", ["galore/overlap"], STEP, "fraction"),
+    ],
+}
+BEST = {"val/loss": "min", "val/ppl": "min", "val/acc1": "max", "val/acc5": "max"}
+
+
+class RunWandbLogger(WandbLogger):
+    """Lightning's logger with defined axes, and with what a run directory knows besides curves.
+
+    Each row carries the seconds trained so far, so that any metric can be drawn over time. Behind a switch the plan is
+    there as a table and as a map of layer by family; each phase is a row of ``events/phases``.
+
+    An offline run that resumes begins with the rows of metrics.csv: wandb cannot continue an offline run, and syncing a
+    second directory of the same run replaces the first. So the newest directory always holds the whole run.
+
+    Args:
+        save_dir: the run directory.
+        **kwargs: see Lightning's logger.
+    """
+
+    def __init__(self, save_dir: str, **kwargs: Any) -> None:
+        super().__init__(save_dir=save_dir, **kwargs)
+        self._seconds: float | None = None
+        self._events: list[list[Any]] = []
+
+    @property
+    @override
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        fresh = self._experiment is None and getattr(self, "_attach_id", None) is None
+        run = super().experiment
+        if fresh:
+            define(run)
+            if self._offline:
+                self._repeat(Path(self.save_dir) / "metrics.csv")
+        return run
+
+    @override
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        if TIME in metrics:
+            self._seconds = metrics[TIME]
+        elif self._seconds is not None:
+            metrics = {**metrics, TIME: self._seconds}
+        super().log_metrics(metrics, step)
+        ranks = {key[len(RANK) :]: int(value) for key, value in metrics.items() if key.startswith(RANK)}
+        if ranks:
+            self._log_ranks(ranks, step)
+
+    @rank_zero_only
+    def log_phase(self, phase: str, step: int, counts: Mapping[str, int]) -> None:
+        """A phase begins, or goes on after a resume.
+
+        Args:
+            phase: its name.
+            step: optimizer steps before it.
+            counts: of parameters, by name.
+        """
+        import wandb
+
+        self._events.append([step, phase, *counts.values()])
+        table = wandb.Table(columns=["step", "phase", *counts], data=self._events)
+        self.experiment.log({"events/phases": table, STEP: step})
+
+    def _log_ranks(self, ranks: dict[str, int], step: int | None) -> None:
+        import wandb
+
+        from .report.page import page
+        from .report.sections import rank_map, split
+
+        rows = [[*split(target), rank] for target, rank in ranks.items()]
+        shown = page("Ranks", f"<figure>{rank_map(ranks, 'ranks')}</figure>")
+        self.experiment.log(
+            {
+                "lowrank/ranks": wandb.Table(columns=["layer", "family", "rank"], data=rows),
+                "lowrank/rank_map": wandb.Html(shown, inject=False, data_is_not_path=True),
+                **({} if step is None else {STEP: step}),
+            }
+        )
+
+    def _repeat(self, path: Path) -> None:
+        if not path.is_file():
+            return
+        with path.open(newline="") as file:
+            for row in csv.DictReader(file):
+                metrics = {key: float(text) for key, text in row.items() if text and key not in ("step", "epoch")}
+                self.log_metrics(metrics, int(row["step"]))
+
+
+def define(run: Any) -> None:
+    """The axis of every section's metrics, and which of their values is the best."""
+    run.define_metric(TIME)
+    for panels in SECTIONS.values():
+        for _, metrics, _, _ in panels:
+            for metric in [metrics.replace(".*", "*")] if isinstance(metrics, str) else metrics:
+                run.define_metric(metric, step_metric=STEP, step_sync=True, summary=BEST.get(metric))
+    for pattern in ("events/*", "lowrank/*", "test/*"):
+        run.define_metric(pattern, step_metric=STEP, step_sync=True)
