@@ -24,7 +24,7 @@ from lowrank_pretrain.errors import ConfigError
 from lowrank_pretrain.plain_checkpoint import FORMAT, SIDE
 from lowrank_pretrain.plan import Plan
 from lowrank_pretrain.rewarm import Rewarm
-from lowrank_pretrain.targets import all_targets
+from lowrank_pretrain.targets import all_targets, find_targets
 
 PHASES = ("full", "joint", "lowrank")
 
@@ -149,7 +149,10 @@ class PhaseCallback(Callback):
         return inherited
 
     def _find_adopter(self, trainer: pl.Trainer) -> Any:
-        if callable(getattr(trainer.strategy, "adopt", None)) and self.then != "galore":
+        if callable(getattr(trainer.strategy, "adopt", None)):
+            if self.then == "galore":
+                name = type(trainer.strategy).__name__
+                raise ConfigError("then", "galore", f"{name} takes the plan: leave `then` out; with LTE use update=galore")
             return trainer.strategy
         for optimizer in trainer.optimizers:
             if callable(getattr(optimizer, "adopt", None)):
@@ -196,6 +199,9 @@ class PhaseCallback(Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Replay the transitions of a resumed run; the optimizers are still empty and are restored after this."""
+        check = getattr(self._find_adopter(trainer), "check_adopt", None)
+        if callable(check) and hasattr(self, "targets"):  # now, rather than when the switch comes after days
+            check(list(find_targets(pl_module, self.targets)), pl_module)
         if self.phase != "full":
             phase, plan, unchecked = self.phase, self.plan, self._unchecked
             self._switch(trainer, pl_module, plan, replay=True)

@@ -4,7 +4,7 @@ No group is added or removed, so schedulers stay as they are; which parameters h
 knowledge (``ranks``), and travels in its ``state_dict``.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -15,6 +15,22 @@ from lowrank_pretrain.targets import all_targets, plain_name
 
 if TYPE_CHECKING:
     from lowrank_pretrain.galore.optimizer import GaLoreAdamW
+
+
+def check(optimizer: "GaLoreAdamW", names: Iterable[str], module: nn.Module) -> None:
+    """See :meth:`GaLoreAdamW.check_adopt`."""
+    targets = all_targets(module)
+    named = {plain_name(name): p for name, p in module.named_parameters()}
+    lookup = optimizer.lookup()
+    for layer in dict.fromkeys(targets[name].layer_name for name in names):
+        p = named[f"{layer}.weight"]
+        if p not in lookup or lookup[p].slot is not None:
+            raise ConfigError("targets", layer, "must be in a group of this optimizer, and not projected already")
+        group = lookup[p].group
+        if group["variant"] == "apollo":
+            raise ConfigError("variant", "apollo", "has no subspace that moments could move into: use galore")
+        if group["layerwise"]:
+            raise ConfigError("layerwise", True, "has no step between two of which the model could switch: use layerwise=false")
 
 
 def adopt(optimizer: "GaLoreAdamW", plan: Mapping[str, int], module: nn.Module) -> None:
@@ -28,15 +44,12 @@ def adopt(optimizer: "GaLoreAdamW", plan: Mapping[str, int], module: nn.Module) 
             layer = targets[name].layer_name
             ranks[layer] = max(rank, ranks.get(layer, 0))
     named = {plain_name(name): p for name, p in module.named_parameters()}
+    check(optimizer, [name for name, rank in plan.items() if rank], module)
     lookup, chosen = optimizer.lookup(), []
     for layer, rank in ranks.items():
         p = named[f"{layer}.weight"]
-        if p not in lookup or lookup[p].slot is not None:
-            raise ConfigError("plan", layer, "must be in a group of this optimizer, and not projected already")
         if rank > largest_rank(p):
             raise ConfigError("plan", {layer: rank}, f"the matrix is {tuple(p.shape)}: at most {largest_rank(p)}")
-        if lookup[p].group["variant"] == "apollo":
-            raise ConfigError("variant", "apollo", "has no subspace that moments could move into: use galore")
         chosen.append((p, rank))
     for p, rank in chosen:
         lookup[p].group["scale"] = 1.0

@@ -155,6 +155,14 @@ class GaLoreAdamW(Optimizer):
 
     # ---- the suite's protocol (DESIGN 4.0) --------------------------------------------------------------------------
 
+    def check_adopt(self, names: Iterable[str], module: nn.Module) -> None:
+        """Whether ``adopt`` will be able to take these targets, asked before training begins.
+
+        Raises:
+            ConfigError: a target in no group, or projected already; layer-wise updates; APOLLO.
+        """
+        transition.check(self, names, module)
+
     def adopt(self, plan: Mapping[str, int], module: nn.Module) -> None:
         """Project the plan's targets from now on. Their group, its schedule and their moments stay.
 

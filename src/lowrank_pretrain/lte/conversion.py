@@ -3,7 +3,7 @@
 ``update="lora"``: targets get heads. ``update="galore"``: nothing is converted, each worker's targets become its own.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -81,6 +81,12 @@ class Conversion(DDPStrategy):
             self._take_stash(stash)
 
     # -- DESIGN 4.0: a phase callback hands over a plan --------------------------------------------------------------
+
+    def check_adopt(self, names: Iterable[str], module: pl.LightningModule) -> None:
+        """Before training: can the switch hand the targets on?"""
+        if self.update == "galore":
+            for optimizer in self._adopters():
+                optimizer.check_adopt(names, module)
 
     def adopt(self, plan: Plan, module: pl.LightningModule) -> list[Inherit]:
         """The switch: one synchronous adapter per target, averaged like everything else; or the optimizer's projections."""

@@ -110,7 +110,7 @@ class ProjectedSet:
 
     def send(self) -> tuple[Exchange | list[Tensor], Tensor]:
         """One merge's traffic: the factors' exchange, or the mean of D by target; and the mean of C, (targets,)."""
-        C = torch.tensor([p.local.C for p in self.pieces], dtype=torch.float64, device=self.pieces[0].p.device)
+        C = torch.tensor([p.local.C for p in self.pieces], dtype=torch.float64)
         factors = [piece.factors() for piece in self.pieces]
         if self.basis == "shared":
             sent = [A[0].clone() for A, _ in factors]

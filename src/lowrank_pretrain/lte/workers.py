@@ -32,6 +32,8 @@ class Workers:
         self.size = 1 if group is None else dist.get_world_size(group)
         self.rank = 0 if group is None else dist.get_rank(group)
         self.sent, self.seconds = 0.0, 0.0
+        # NCCL reads nothing that lies on the CPU, as Adam's `step` does
+        self._device = torch.device("cuda") if group is not None and "nccl" in dist.get_backend(group) else None
 
     def gather(self, flat: Tensor, async_op: bool = False) -> tuple[Tensor, Any]:
         """All workers' ``flat`` one below the other, (w, n); equal n everywhere."""
@@ -67,13 +69,18 @@ class Workers:
         finally:
             self.seconds += time.perf_counter() - began
 
+    def _flat(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        """One behind the other, where the group can read them."""
+        device = self._device or tensors[0].device
+        return torch.cat([t.reshape(-1).to(device, dtype) for t in tensors])
+
     def all_heads(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Each (H, …) tensor as (N, …) over all workers, heads in the order of their ids; not counted as merge traffic."""
         before = self.sent
         result: dict[int, Tensor] = {}
         for dtype in dict.fromkeys(t.dtype for t in tensors):
             chosen = [i for i, t in enumerate(tensors) if t.dtype == dtype]
-            gathered, _ = self.gather(_flat([tensors[i] for i in chosen], dtype))
+            gathered, _ = self.gather(self._flat([tensors[i] for i in chosen], dtype))
             at = 0
             for i in chosen:
                 n = tensors[i].numel()
@@ -94,7 +101,7 @@ class Workers:
         before = self.sent
         for dtype in dict.fromkeys(at_least_32(t.dtype) for t in tensors):
             chosen = [t for t in tensors if at_least_32(t.dtype) == dtype]
-            flat = _flat(chosen, dtype)
+            flat = self._flat(chosen, dtype)
             self.add(flat)
             flat /= self.size
             _unflatten(flat, chosen)
@@ -105,16 +112,10 @@ class Workers:
         """Give all workers worker 0's tensors, in place."""
         if self.size == 1 or not tensors:
             return
-        flat = _flat(tensors, tensors[0].dtype)
+        flat = self._flat(tensors, tensors[0].dtype)
         self.sent += (self.size - 1) / self.size * flat.numel() * flat.itemsize
         self._call(lambda: dist.broadcast(flat, dist.get_global_rank(self.group, 0), group=self.group))
         _unflatten(flat, tensors)
-
-
-def _flat(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """One behind the other, on the accelerator if any is there: Adam's ``step`` lives on the CPU, which NCCL cannot read."""
-    device = next((t.device for t in tensors if t.device.type != "cpu"), tensors[0].device)
-    return torch.cat([t.reshape(-1).to(device, dtype) for t in tensors])
 
 
 def _unflatten(flat: Tensor, tensors: Sequence[Tensor]) -> None:
