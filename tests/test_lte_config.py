@@ -139,18 +139,18 @@ def choices(sweep: str) -> dict[str, list[str]]:
 
 
 def test_the_reports_three_tables():
-    assert choices("lte_gpt2_heads_rank") == {"method.heads": ["2", "4", "8"], "method.rank": ["1", "4", "16", "64"]}
-    assert choices("lte_gpt2_merge_every") == {"method.merge_every": ["10", "20", "30", "40"]}
-    layers = choices("lte_gpt2_layers")["method.targets"]
+    assert choices("lte_heads_rank") == {"method.heads": ["2", "4", "8"], "method.rank": ["1", "4", "16", "64"]}
+    assert choices("lte_merge_every") == {"method.merge_every": ["10", "20", "30", "40"]}
+    layers = choices("layers_replaced")["method.targets"]
     assert len(layers) == len(set(layers)) == 7  # every subset of the three but the empty one
 
 
 @pytest.mark.parametrize(
     ("sweep", "experiment"),
     [
-        ("lte_gpt2_heads_rank", "lte_gpt2"),
-        ("lte_gpt2_merge_every", "lte_gpt2"),
-        ("lte_gpt2_layers", "lte_gpt2"),
+        ("lte_heads_rank", "lte_gpt2"),
+        ("lte_merge_every", "lte_gpt2"),
+        ("layers_replaced", "lte_gpt2"),
         ("lte_vit_scales", "lte_vit_scales"),
         ("lte_mixer", "lte_mixer"),
     ],
@@ -174,7 +174,7 @@ def test_the_layers_of_gpt2_are_what_the_report_replaced(composed):
     config = plain(composed("experiment=lte_gpt2", *small))
     module = build("model", config["model"])
     heads = output_heads(module)
-    for value in choices("lte_gpt2_layers")["method.targets"]:
+    for value in choices("layers_replaced")["method.targets"]:
         chosen = plain(composed("experiment=lte_gpt2", f"method.targets={value}"))["method"]["targets"]
         found = find_targets(module, chosen)
         kinds = {"head" if id(t.layer) in heads else "attention" if ".attn." in name else "mlp" for name, t in found.items()}
