@@ -164,3 +164,16 @@ def strategys_hook(world, folder):
         run.fit(Exact(), EpochLoader(data, EpochBatches(48, 4, True, int(os.environ["RANK"]), world, seed=0)))
         found[kind.__name__] = seen, called.count(0)
     return found
+
+
+def sharded(world):
+    """FSDP2 by Lightning's own strategy."""
+    from lightning.pytorch.strategies import ModelParallelStrategy
+
+    class Sharded(Exact):
+        def configure_model(self):
+            raise AssertionError("refused before anything is sharded")
+
+    run = trainer(Path("."), steps(), devices=world, strategy=ModelParallelStrategy(), use_distributed_sampler=False)
+    data = Pairs(48)
+    run.fit(Sharded(), EpochLoader(data, EpochBatches(48, 4, True, int(os.environ["RANK"]), world, seed=0)))

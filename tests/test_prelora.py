@@ -1,17 +1,22 @@
 import random
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
+from lightning.pytorch import strategies
+from lightning.pytorch.loggers.logger import DummyLogger
+from torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook import PostLocalSGDState
 
 from lowrank_pretrain import LoRA, PreLoRA, lora
 from lowrank_pretrain.errors import ConfigError
+from lowrank_pretrain.memory import GIB
+from lowrank_pretrain.monitor import Monitor
 from lowrank_pretrain.prelora.convergence import Window, check_convergence, relative_change
 from lowrank_pretrain.prelora.ranks import assign_ranks
 from lowrank_pretrain.targets import families
 from tests.reference import prelora as reference
-from tests.toy import loader, toy, trainer
+from tests.toy import Toy, loader, toy, trainer
 
 FAMILIES = {f"blocks.{i}.{leaf}": f"blocks.*.{leaf}" for i in range(4) for leaf in ("qkv.q", "fc1", "fc2")}
 
@@ -238,14 +243,97 @@ def test_mistakes_show_before_the_first_step(tmp_path, kwargs, trainer_kwargs, m
     assert not module.losses
 
 
-def test_weight_averaging_two_phase_callbacks_and_manual_optimization_are_refused(tmp_path):
-    for other in (StochasticWeightAveraging(swa_lrs=1e-3), EMAWeightAveraging(), LoRA(rank=2)):
-        with pytest.raises(ConfigError, match=rf"callbacks='{type(other).__name__}'"):
-            trainer(tmp_path, steps(), other).fit(toy(), loader())
+def test_a_second_phase_callback_and_manual_optimization_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"callbacks='LoRA': cannot run beside PreLoRA"):
+        trainer(tmp_path, steps(), LoRA(rank=2)).fit(toy(), loader())
     module = toy()
     module.automatic_optimization = False
     with pytest.raises(ConfigError, match="automatic_optimization=False"):
         trainer(tmp_path, steps(), max_epochs=2).fit(module, loader())
+
+
+def test_strategies_that_cannot_follow_are_refused_before_anything_runs(tmp_path):
+    """Only DDP's own parameters may change in mid-run. Most of these want a GPU or a package, so the fit is a stand-in."""
+
+    class Mine(strategies.DeepSpeedStrategy):
+        pass
+
+    for kind in (strategies.FSDPStrategy, strategies.ModelParallelStrategy, strategies.DeepSpeedStrategy, Mine):
+        run, name = SimpleNamespace(strategy=kind.__new__(kind), callbacks=[]), kind.__mro__[kind is Mine].__name__
+        with pytest.raises(ConfigError, match=f"strategy='{name}': PreLoRA changes the model in mid-run, .*: use ddp") as error:
+            steps().setup(run, toy(), "fit")
+        assert "\n" not in str(error.value)
+    state = PostLocalSGDState(None, None, start_localSGD_iter=8)
+    run = SimpleNamespace(strategy=strategies.DDPStrategy(ddp_comm_state=state, model_averaging_period=4), callbacks=[])
+    with pytest.raises(ConfigError, match="ddp_comm_state='PostLocalSGDState': .*LTEStrategy"):
+        steps().setup(run, toy(), "fit")
+
+
+def test_a_forked_or_spawned_fit_hands_back_the_merged_model_and_the_plan(tmp_path):
+    """Lightning hands a module back by `load_state_dict(strict=False)`, which drops adapters without a word."""
+    if torch.distributed.is_initialized():  # what another test left; a forked process would wait for its threads
+        torch.distributed.destroy_process_group()
+    here, there = toy(), toy()
+    trained = steps()
+    trainer(tmp_path, trained, max_epochs=4).fit(here, loader())
+    run = trainer(tmp_path, steps(), max_epochs=4, strategy="ddp_fork", devices=1, use_distributed_sampler=False)
+    run.fit(there, loader())
+    x = torch.randn(5, 12)
+    torch.testing.assert_close(there.eval()(x), here.eval()(x), rtol=1e-4, atol=1e-5)
+    assert type(there.embed) is torch.nn.Linear
+    metrics = {name: int(value) for name, value in run.callback_metrics.items() if name.startswith("lowrank/")}
+    assert [metrics.pop(f"lowrank/{key}") for key in ("phase", "switch_step", "freeze_step")] == [2, 8, 14]
+    assert metrics == {f"lowrank/rank/{name}": rank for name, rank in trained.plan.items()}
+
+    class Tied(Toy):
+        def __init__(self):
+            super().__init__()
+            self.read = torch.nn.Embedding(3, 16)
+            self.head.weight = self.read.weight
+
+    run = trainer(tmp_path, steps(targets=["head", "embed"], ranks=(2,)), strategy="ddp_fork", devices=1)
+    with pytest.raises(Exception, match="targets='head': is tied and comes untied, which spawned processes cannot hand back"):
+        run.fit(Tied(), loader())
+
+
+def test_the_optimizers_memory_falls_at_the_freeze(tmp_path):
+    monitor, rows = Monitor(), []
+
+    class Rows(DummyLogger):
+        def log_metrics(self, metrics, step=None):
+            rows.append((step, metrics))
+
+    module, callback = toy(), steps(freeze_rest=True)
+    run = trainer(tmp_path, monitor, callback, max_epochs=4, logger=Rows(), log_every_n_steps=1)
+    run.fit(module, loader())
+    full, joint, low = (record.optimizer_gib for record in monitor.records)
+    adapters = sum(2 * p.nbytes + 4 for _, p in lora.adapter_parameters(module)) / GIB  # two moments and a step each
+    assert low == pytest.approx(adapters) and joint == pytest.approx(full + adapters)
+    assert low < 0.6 * full
+    logged = {step: metrics["memory/optimizer_gib"] for step, metrics in rows if "memory/optimizer_gib" in metrics}
+    assert logged[max(logged)] == pytest.approx(low) and logged[min(logged)] == pytest.approx(full)
+    hashes = [(step, metrics["lowrank/hash"]) for step, metrics in rows if "lowrank/hash" in metrics]
+    assert [step for step, _ in hashes] == [7, 13] and all(value == int(value) > 0 for _, value in hashes)
+
+
+@pytest.mark.parametrize("phase", ["joint", "lowrank"])
+def test_a_file_written_between_transition_and_first_step_still_looks_for_dead_adapters(tmp_path, phase):
+    class Spare(Toy):
+        def __init__(self, dead):
+            super().__init__()
+            self.spare = torch.nn.Linear(16, 16)
+            self.dead = dead
+
+        def forward(self, x):
+            x = self.embed(x)
+            return self.head(x if self.dead else self.spare(x))
+
+    at = {"joint": 8, "lowrank": 14}[phase]
+    settings = {"targets": ["spare", "embed"]}
+    torch.manual_seed(7)
+    trainer(tmp_path, steps(**settings), every=at, max_epochs=3).fit(Spare(False), loader())
+    with pytest.raises(ConfigError, match="targets='spare': no forward pass calls it"):
+        trainer(tmp_path, steps(**settings), max_epochs=4).fit(Spare(True), loader(), ckpt_path=tmp_path / f"step={at}.ckpt")
 
 
 def test_a_target_that_no_forward_calls_is_named(tmp_path):

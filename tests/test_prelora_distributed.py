@@ -104,3 +104,8 @@ def test_ranks_that_read_different_files_are_told_before_training(ranks, tmp_pat
     files = [str(tmp_path / f"step={at}.ckpt") for at in (18, 19)]
     for fine, value, _ in ranks.outcomes(2, workers.fit, 2, tmp_path, ckpt=files):
         assert not fine and "Disagreement: ranks disagree at the start of training" in value, value
+
+
+def test_fsdp2_is_refused_before_anything_is_sharded(ranks):
+    for fine, value, _ in ranks.outcomes(2, workers.sharded, 2):
+        assert not fine and value.startswith("ConfigError: strategy='ModelParallelStrategy': PreLoRA") and "use ddp" in value

@@ -91,6 +91,33 @@ def test_resume_of_windows_in_epochs_from_an_epochs_last_step(tmp_path):
         assert_equal(run(tmp_path / "again", steps(**settings), toy(), ckpt=file), whole, f"from {at}: ")
 
 
+def test_a_head_that_came_untied_resumes(tmp_path):
+    """In the plain model head and embedding are one tensor, and the one loaded last would be both."""
+
+    class Tied(Toy):
+        def __init__(self):
+            torch.manual_seed(7)
+            super().__init__(dim=12)
+            self.head = torch.nn.Linear(12, 12, bias=False)
+            self.embed = torch.nn.Embedding(12, 12)
+            self.embed.weight = self.head.weight
+            for block in self.blocks:
+                block.drop.p = 0.0
+
+        def forward(self, x):
+            x = self.embed(x.argmax(-1))
+            for block in self.blocks:
+                x = block(x)
+            return self.head(x)[:, :3]
+
+    settings = {"targets": ["head", "fc1"], "ranks": (2, 4)}
+    whole = run(tmp_path / "whole", steps(**settings), Tied())
+    assert not torch.equal(whole["model"]["embed.weight"], whole["model"]["head.weight"])
+    for at in (5, 8, 11, 19):
+        again = run(tmp_path / "again", steps(**settings), Tied(), ckpt=tmp_path / "whole" / f"step={at}.ckpt")
+        assert_equal(again, whole, f"from {at}: ")
+
+
 def test_lora_resumes(tmp_path):
     whole = run(tmp_path / "whole", LoRA(rank=4), toy())
     again = run(tmp_path / "again", LoRA(rank=4), toy(), ckpt=tmp_path / "whole" / "step=7.ckpt")
