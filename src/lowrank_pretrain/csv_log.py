@@ -38,7 +38,8 @@ class RunCSVLogger(CSVLogger):
     """
 
     def __init__(self, directory: str | os.PathLike) -> None:
-        super().__init__(save_dir=directory, name="", version="")
+        # every row at once: one that waits in memory would be lacking beside a checkpoint of a later moment
+        super().__init__(save_dir=directory, name="", version="", flush_logs_every_n_steps=1)
 
     @property
     @override
