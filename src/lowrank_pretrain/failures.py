@@ -8,11 +8,13 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 
+from .agreement import Disagreement
 from .build import blamed, in_group
 from .checkpoints import NotWritten
 from .errors import ConfigError
 from .finite import Diverged
 from .interrupts import Interrupted
+from .stall import Stalled
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)  # full, over quota or a limit, read-only
 
@@ -49,8 +51,11 @@ def describe(error: BaseException, cfg: DictConfig, run_dir: Path) -> tuple[str,
         return _farewell(error), error.exit_code
     if isinstance(error, KeyboardInterrupt):
         return _farewell(Interrupted("SIGINT")), 130
-    if isinstance(error, Diverged):
-        return f"error: {error}; {last_good(run_dir)}; a lower optim.lr or trainer.gradient_clip_val=1 may help", 1
+    if isinstance(error, (Diverged, FloatingPointError)):
+        cures = "a lower optim.lr or trainer.gradient_clip_val=1 may help, on_divergence=rewind leaves such batches out"
+        return f"error: {one_line(error)}; {last_good(run_dir)}; {cures}", 1
+    if isinstance(error, (Stalled, Disagreement)):
+        return f"error: {one_line(error)}; {last_good(run_dir)}", 1
     if isinstance(error, torch.OutOfMemoryError):
         return "error: the device is out of memory; lower data.batch_size and raise trainer.accumulate_grad_batches", 1
     if isinstance(error, NotWritten) or getattr(error, "errno", None) in DISK:

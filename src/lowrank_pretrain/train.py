@@ -5,6 +5,7 @@
 The run directory then holds metrics.csv, summary.json, checkpoints/{last,best}.ckpt, export/ and .hydra/.
 """
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -23,8 +24,9 @@ from . import failures, method, summary
 from .build import build, find_class, plain
 from .checkpoints import LastCheckpoint, check_fits, take_states
 from .csv_log import RunCSVLogger, final_metrics, forget_after
+from .divergence import DivergenceGuard
 from .errors import ConfigError
-from .finite import FiniteGuard
+from .finite import Diverged
 from .interrupts import Interrupts
 from .loggers import finish, more_loggers, publish
 from .loop_state import LoopState
@@ -33,12 +35,15 @@ from .monitor import Monitor
 from .norms import WeightNorms
 from .progress import progress, quiet_lightning
 from .random_state import RandomState
+from .rank_check import RanksAgree
 from .run_dir import start_from
+from .stall import StallGuard
 from .trainer import build_trainer, refuse_popen_sweep
 
 GROUPS = ("data", "model", "optim", "method", "trainer", "logger")
 NEEDED = ("data", "model", "optim", "method")  # the other two may be empty
 KEYS = (*GROUPS, "seed", "ckpt_path", "save_every")
+KEYS += ("on_divergence", "max_rewinds", "loss_spike", "stall_timeout", "agree_every")
 
 
 def train(cfg: DictConfig, run_dir: Path, multirun: bool = False) -> dict[str, Any]:
@@ -55,7 +60,9 @@ def train(cfg: DictConfig, run_dir: Path, multirun: bool = False) -> dict[str, A
     Raises:
         ConfigError: a wrong key or value.
         Interrupted: SIGINT or SIGTERM; a checkpoint was written if training had begun.
-        Diverged: the loss or a weight became NaN or infinite.
+        Diverged: the loss, a gradient or a weight became NaN or infinite, and no rewind was asked for or left.
+        Stalled: a loader has handed out nothing for ``stall_timeout`` seconds.
+        Disagreement: the ranks' weights are no longer the same.
     """
     for key in GROUPS:  # before other groups' interpolations refer to it
         if not isinstance(cfg.get(key), DictConfig) or (key in NEEDED and not cfg[key]):
@@ -68,9 +75,24 @@ def train(cfg: DictConfig, run_dir: Path, multirun: bool = False) -> dict[str, A
         raise ConfigError("seed", seed, "must be an integer from 0 to 4294967295")
     ckpt = start_from(run_dir, config["ckpt_path"])
     summary.forget_failure(run_dir)
+    while True:
+        guard = DivergenceGuard(config["on_divergence"], config["max_rewinds"], config["loss_spike"])
+        try:
+            return attempt(config, run_dir, ckpt, guard, multirun)
+        except (Diverged, FloatingPointError) as error:
+            checkpoints = run_dir / "checkpoints"
+            line = guard.rewind(checkpoints, checkpoints / "last.ckpt")
+            if line is None:
+                raise
+            print(f"{error}; {line}", flush=True)
+        ckpt = checkpoints / "last.ckpt"
+        gc.collect()  # trainer and module hold one another; the next attempt needs their memory
 
+
+def attempt(config: dict[str, Any], run_dir: Path, ckpt: Path | None, guard: DivergenceGuard, multirun: bool) -> dict[str, Any]:
+    """One fit from `ckpt` or from the beginning, with everything built anew; test, export and summary if it ends well."""
     quiet_lightning()
-    pl.seed_everything(seed, workers=True, verbose=False)
+    pl.seed_everything(config["seed"], workers=True, verbose=False)
     chosen = method.build(config["method"])  # what is cheap to look at comes first
     optim = build("optim", config["optim"], base=Optim, build=chosen.optimizer)
     data = build("data", config["data"], base=pl.LightningDataModule)
@@ -88,12 +110,14 @@ def train(cfg: DictConfig, run_dir: Path, multirun: bool = False) -> dict[str, A
             monitor = Monitor()
             callbacks = [
                 LoopState(),  # before everything that asks how long the run is
-                FiniteGuard(),
+                guard,
+                StallGuard(config["stall_timeout"]),
                 monitor,  # sees a step before the method changes the model behind it
                 *chosen.callbacks,
                 WeightNorms(),
                 *progress(monitor, config["trainer"].get("enable_progress_bar")),
                 interrupts,
+                RanksAgree(config["agree_every"]),
                 RandomState(),  # behind everything that might draw
                 ModelCheckpoint(checkpoints, "best", monitor="val/loss", enable_version_counter=False),
                 LastCheckpoint(checkpoints, config["save_every"], interrupts),
