@@ -76,17 +76,9 @@ def publish(summary: dict[str, Any], config: dict[str, Any], run_dir: Path, logg
     model_card.write(run_dir / "export", config, summary)
     for logger in loggers:
         if isinstance(logger, WandbLogger):
-            import wandb
+            from .wandb_sections import publish as to_wandb
 
-            from .report import find_runs, render
-
-            run = logger.experiment
-            steps = {key: summary[key] for key in ("switch_step", "freeze_step") if summary[key] is not None}
-            run.summary.update({**steps, "phases": summary["phases"]})
-            run.log({"report": wandb.Html(render(find_runs([run_dir]), run_dir.name), inject=False, data_is_not_path=True)})
-            artifact = wandb.Artifact(f"model-{run.id}", type="model", metadata={"final": summary["final"], **steps})
-            artifact.add_dir(str(run_dir / "export"), policy="immutable")  # no second copy on this disk
-            run.log_artifact(artifact)
+            to_wandb(logger.experiment, summary, run_dir)
 
 
 def finish(loggers: list[Logger]) -> None:

@@ -52,6 +52,7 @@ SECTIONS: dict[str, list[tuple[str, str | list[str], str, str]]] = {
         ("Overlap of old and new subspace", ["galore/overlap"], STEP, "fraction"),
     ],
 }
+COUNTS = ("trainable", "adapters", "total")
 BEST = {"val/loss": "min", "val/ppl": "min", "val/acc1": "max", "val/acc5": "max"}
 
 
@@ -109,9 +110,8 @@ class RunWandbLogger(WandbLogger):
         """
         import wandb
 
-        self._events.append([step, phase, *counts.values()])
-        table = wandb.Table(columns=["step", "phase", *counts], data=self._events)
-        self.experiment.log({"events/phases": table, STEP: step})
+        self._events.append([step, phase, *(counts[key] for key in COUNTS)])
+        self.experiment.log({"events/phases": wandb.Table(columns=["step", "phase", *COUNTS], data=self._events), STEP: step})
 
     def _log_ranks(self, ranks: dict[str, int], step: int | None) -> None:
         import wandb
@@ -147,3 +147,34 @@ def define(run: Any) -> None:
                 run.define_metric(metric, step_metric=STEP, step_sync=True, summary=BEST.get(metric))
     for pattern in ("events/*", "lowrank/*", "test/*"):
         run.define_metric(pattern, step_metric=STEP, step_sync=True)
+
+
+def publish(run: Any, summary: dict[str, Any], run_dir: Path) -> None:
+    """What a finished run leaves: all its phases as events, the report's page, the exported weights and their card.
+
+    Args:
+        run: W&B's.
+        summary: the contents of summary.json.
+        run_dir: the run directory, with ``export/`` in it.
+    """
+    import wandb
+
+    from .report import find_runs, render
+
+    events, step = [], 0
+    for phase in summary["phases"]:
+        events.append([step, phase["phase"], *(phase[key] for key in COUNTS)])
+        step += phase["steps"]
+    steps = {key: summary[key] for key in ("switch_step", "freeze_step") if summary[key] is not None}
+    run.summary.update({**steps, "phases": summary["phases"]})
+    page = render(find_runs([run_dir]), run_dir.name)
+    run.log(
+        {
+            "events/phases": wandb.Table(columns=["step", "phase", *COUNTS], data=events),
+            "report": wandb.Html(page, inject=False, data_is_not_path=True),
+            STEP: step,
+        }
+    )
+    artifact = wandb.Artifact(f"model-{run.id}", type="model", metadata={"final": summary["final"], **steps})
+    artifact.add_dir(str(run_dir / "export"), policy="immutable")  # no second copy on this disk
+    run.log_artifact(artifact)

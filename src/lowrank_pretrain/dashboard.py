@@ -1,0 +1,79 @@
+"""A saved Weights & Biases workspace for a project's runs: ``python -m lowrank_pretrain.dashboard ENTITY/PROJECT``.
+
+Its sections and axes are those of ``wandb_sections.SECTIONS``; runs of one sweep stand together. Needs wandb-workspaces
+(``pip install 'lowrank_pretrain[dashboard]'``), a W&B key, and the network.
+"""
+
+import argparse
+import sys
+from typing import Any
+
+from .errors import ConfigError
+from .loggers import has_wandb_key
+from .wandb_sections import SECTIONS, STEP, TIME
+
+AXES = {STEP: "optimizer steps", TIME: "seconds of training"}
+
+
+def workspace(entity: str, project: str, name: str = "lowrank_pretrain") -> Any:
+    """The workspace, not saved yet: a ``wandb_workspaces.workspaces.Workspace``.
+
+    Args:
+        entity: the user or team that owns the project.
+        project: the project that ``logger=wandb`` writes to.
+        name: of the saved view.
+
+    Raises:
+        ConfigError: wandb-workspaces is not installed.
+    """
+    try:
+        from wandb_workspaces import workspaces
+        from wandb_workspaces.reports import v2
+    except ModuleNotFoundError as error:
+        raise ConfigError("dashboard", project, "needs wandb-workspaces: pip install wandb-workspaces") from error
+
+    sections = []
+    for section, panels in SECTIONS.items():
+        plots = [
+            v2.LinePlot(
+                title=title, x=axis, title_x=AXES[axis], title_y=unit,
+                **({"metric_regex": metrics} if isinstance(metrics, str) else {"y": metrics}),
+            )
+            for title, metrics, axis, unit in panels
+        ]  # fmt: skip
+        if section == "Low rank":
+            plots += [v2.MediaBrowser(title="Ranks: layer by family", media_keys=["lowrank/rank_map"])]
+        sections.append(workspaces.Section(name=section, panels=plots, is_open=section in ("Loss", "Throughput")))
+    return workspaces.Workspace(
+        entity=entity,
+        project=project,
+        name=name,
+        sections=sections,
+        settings=workspaces.WorkspaceSettings(x_axis=STEP, max_runs=30),
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command. Exit codes: 0, 2 no key or no wandb-workspaces."""
+    parser = argparse.ArgumentParser(
+        prog="python -m lowrank_pretrain.dashboard", description="Save a W&B workspace for the runs of a project."
+    )
+    parser.add_argument("project", metavar="ENTITY/PROJECT", help="as in the address of the project's page")
+    parser.add_argument("--name", default="lowrank_pretrain", help="of the saved view")
+    given = parser.parse_args(arguments)
+    entity, _, project = given.project.partition("/")
+    try:
+        if not entity or not project or "/" in project:
+            raise ConfigError("ENTITY/PROJECT", given.project, "must be a user or team, a slash and a project")
+        made = workspace(entity, project, given.name)
+        if not has_wandb_key():
+            raise ConfigError("WANDB_API_KEY", None, "is not set and nobody has logged in: wandb login")
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"workspace: {made.save_as_new_view().url}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
