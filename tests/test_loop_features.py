@@ -434,9 +434,9 @@ def test_compile_makes_one_graph_per_phase_and_names_stay(tmp_path, method, form
 class Two(Net):
     """An optimizer for the blocks and one for the rest; by hand, or (which Lightning 2 refuses) automatically."""
 
-    def __init__(self, manual=True):
+    def __init__(self, manual=True, order=(0, 1)):
         super().__init__()
-        self.automatic_optimization = not manual
+        self.automatic_optimization, self.order = not manual, order
 
     def training_step(self, batch, batch_idx):
         loss = Toy.training_step(self, batch, batch_idx)
@@ -449,10 +449,17 @@ class Two(Net):
         return loss
 
     def configure_optimizers(self):
-        return [
-            torch.optim.AdamW(self.blocks.parameters(), lr=1e-2),
-            torch.optim.AdamW([*self.embed.parameters(), *self.head.parameters()], lr=1e-2),
-        ]
+        shares = [*self.blocks.parameters()], [*self.embed.parameters(), *self.head.parameters()]
+        return [torch.optim.AdamW(shares[i], lr=1e-2) for i in self.order]
+
+
+class One(Two):
+    def configure_optimizers(self):
+        return Net.configure_optimizers(self)
+
+    def optimizers(self):
+        found = super().optimizers()
+        return found if isinstance(found, list) else [found]
 
 
 def test_several_optimizers_and_manual_optimization_are_refused_by_prelora(tmp_path):
@@ -464,3 +471,29 @@ def test_several_optimizers_and_manual_optimization_are_refused_by_prelora(tmp_p
         with pytest.raises(error, match=message):
             fit(tmp_path, "prelora", module=module)
         assert not module.losses
+
+
+@pytest.mark.parametrize("lte", [{}, {"reset": True}, {"mode": "sequential"}, {"overlap": 2}], ids=str)
+def test_lte_by_hand_is_lte_by_lightning(tmp_path, lte):
+    byhand, automatic = (fit(tmp_path, "lte", module=One(manual), lte=lte)[0] for manual in (True, False))
+    for (name, a), b in zip(byhand.state_dict().items(), automatic.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("reset", [False, True])
+def test_lte_with_two_optimizers_merges_behind_the_step_of_that_which_holds_the_heads(tmp_path, reset):
+    """Whichever steps first, and whether or not the rest is apart: the same as one optimizer with everything."""
+    lte = {"targets": "blocks.*", "reset": reset}
+    one, _ = fit(tmp_path, "lte", module=One(True), lte=lte)
+    for order in ((0, 1), (1, 0)):
+        module, run = fit(tmp_path, "lte", module=Two(True, order), lte=lte)
+        assert run.strategy.heads.clock == 24 and run.strategy.heads.merges == 6
+        for (name, a), b in zip(one.state_dict().items(), module.state_dict().values(), strict=True):
+            assert torch.equal(a, b), (order, name)
+
+
+def test_lte_refuses_targets_in_two_optimizers(tmp_path):
+    module = Two(True)
+    with pytest.raises(ConfigError, match="configure_optimizers='2 optimizers': LTE's targets must all be in one of them"):
+        fit(tmp_path, "lte", module=module)
+    assert not module.losses

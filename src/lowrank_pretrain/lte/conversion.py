@@ -72,8 +72,12 @@ class Conversion(DDPStrategy):
         heads, module = self.heads, self.lightning_module
         if heads is None or heads.optimizers:
             return
-        heads.optimizers = list(self.optimizers)
         owned = {id(p) for p in heads.factors().values()}
+        # the clock follows the first: merging between the step of one optimizer and that of another would mix two windows
+        held = [any(id(p) in owned for group in o.param_groups for p in group["params"]) for o in self.optimizers]
+        if sum(held) > 1:
+            raise ConfigError("configure_optimizers", f"{sum(held)} optimizers", "LTE's targets must all be in one of them")
+        heads.optimizers = [o for _, o in sorted(zip(held, self.optimizers, strict=True), key=lambda pair: not pair[0])]
         self.rest = rest.Rest(module, owned, head_names(module, heads.layers), self._workers, self.sync_rest)
         advise(heads, self.rest)
         stash, self._stash = self._stash, None
