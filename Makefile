@@ -2,6 +2,8 @@
 #   make demo   the main job          make test   the tests          make help   all targets
 
 PYTHON ?= python3
+KILLS  ?= 100
+SEED   ?= 0
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.set-up
@@ -10,7 +12,7 @@ STAMP  := $(VENV)/.set-up
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint bench clean
+.PHONY: help demo test test-slow chaos lint bench clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +37,9 @@ test: $(STAMP) ## Run the tests
 
 test-slow: $(STAMP) ## Run the tests that take longer than a few seconds each
 	$(BIN)/python -m pytest -m slow
+
+chaos: $(STAMP) ## Kill runs of every method 100 times, resume, compare bit for bit (KILLS=100 SEED=0)
+	$(BIN)/python -m tests.chaos --kills $(KILLS) --seed $(SEED)
 
 lint: $(STAMP) ## Check style
 	$(BIN)/ruff check .

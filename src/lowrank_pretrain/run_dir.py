@@ -39,6 +39,19 @@ def refuse_old_run(directory: Path, ckpt_path: str | None) -> None:
         raise ConfigError("hydra.run.dir", os.path.relpath(directory), cures)
 
 
+def refuse_unwritable(directory: Path) -> None:
+    """A run must be able to write into its directory; Hydra would say so with a traceback.
+
+    Raises:
+        ConfigError: it cannot; keyed ``hydra.run.dir``.
+    """
+    existing = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise ConfigError("hydra.run.dir", str(directory), f"cannot be made: {existing} is no directory")
+    if not os.access(existing, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
+        raise ConfigError("hydra.run.dir", str(directory), f"cannot be written to ({existing} is read-only for this user)")
+
+
 class RefuseOldRun(Callback):
     """Refuses before Hydra has written anything; for a sweep's jobs, `start_from` does."""
 
@@ -48,6 +61,7 @@ class RefuseOldRun(Callback):
             return
         try:
             refuse_old_run(Path(config.hydra.run.dir), config.get("ckpt_path"))
+            refuse_unwritable(Path(config.hydra.run.dir))
         except ConfigError as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)

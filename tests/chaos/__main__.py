@@ -62,7 +62,7 @@ def show(story: Story, count: int) -> None:
 
 def close(stories: list[Story], seed: int, seconds: float) -> int:
     """The sums."""
-    kills = [(story.scenario, how.partition(":")[0], place) for story in stories for how, place in story.kills]
+    kills = [(story.scenario, *_sort(how, place)) for story in stories for how, place in story.kills]
     wrong = [line for story in stories for line in story.wrong]
     for title, at in (("run", 0), ("way", 1), ("place", 2)):
         counted = Counter(kill[at] for kill in kills).most_common()
@@ -72,6 +72,12 @@ def close(stories: list[Story], seed: int, seconds: float) -> int:
         print(f"a worker left behind ended {max(noticed):.1f} s after the other's death at the latest ({len(noticed)} times)")
     print(f"seed {seed}: {len(kills)} kills in {seconds:.0f} s, {len(wrong)} differences")
     return 1 if wrong else 0
+
+
+def _sort(how: str, place: str) -> tuple[str, str]:
+    """``aimed: bytes, middle; all workers`` -> ``aimed; all workers``; of a place what says most."""
+    way, _, whom = how.partition(";")
+    return way.partition(":")[0] + (";" + whom if whom else ""), place.partition("/")[2] or place
 
 
 if __name__ == "__main__":

@@ -63,7 +63,9 @@ def unlike(a: Any, b: Any, where: str) -> list[str]:
         return lacking + [line for key in a.keys() & b.keys() for line in unlike(a[key], b[key], f"{where}.{key}")]
     if isinstance(a, list):
         if len(a) != len(b):
-            return [f"{where}: {len(a)} and {len(b)} entries"]
+            first = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if unlike(x, y, "")), min(len(a), len(b)))
+            beside = " beside ".join(str(x[first : first + 1])[:300] for x in (a, b))
+            return [f"{where}: {len(a)} and {len(b)} entries, from [{first}] on: {beside}"]
         return [line for i, (x, y) in enumerate(zip(a, b, strict=True)) for line in unlike(x, y, f"{where}[{i}]")]
     return [] if a == b or (a != a and b != b) else [f"{where}: {a!r} and {b!r}"]
 

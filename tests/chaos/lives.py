@@ -57,6 +57,7 @@ class Life:
         true: a real ``python -m lowrank_pretrain``; of one worker, and nobody knows where it is.
     """
 
+    preload = ["tests.chaos.preload", "tests.chaos.preload_text"]  # before the first life
     _context: Any = None
 
     def __init__(
@@ -73,7 +74,7 @@ class Life:
         if Life._context is None:
             os.environ["OMP_NUM_THREADS"] = "1"  # read once, where the server imports torch
             Life._context = multiprocessing.get_context("forkserver")
-            Life._context.set_forkserver_preload(["tests.chaos.preload"])
+            Life._context.set_forkserver_preload(Life.preload)
         port = _free_port()
         self._processes = []
         for rank in range(workers):

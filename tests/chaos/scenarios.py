@@ -86,6 +86,27 @@ SCENARIOS = {
             {"exchange": 4, "merge": 4},
             workers=2,
         ),
+        Scenario(
+            "prelora ddp",
+            [*SHORT, *VIT, *PHASES, "trainer.devices=2", "trainer.strategy=ddp", "trainer.gradient_clip_val=1.0",
+             "save_every=2"],
+            CHANGES,
+            workers=2,
+        ),
+        Scenario(
+            "lte galore",
+            [*LLAMA, *SHORT, "method=lte_galore", "method.rank=4", "method.merge_every=3", "method.merge_timeout=30",
+             "trainer.devices=2", "save_every=2"],
+            {"galore step": 12, "refresh": 20},
+            workers=2,
+        ),
+        Scenario(
+            "prelora lte",
+            [*SHORT, *VIT, "method=prelora_lte", *PHASES[1:], "method.heads=2", "method.merge_every=2",
+             "method.merge_timeout=30", "trainer.devices=2", "save_every=1"],
+            {**CHANGES, "exchange": 3, "merge": 3},
+            workers=2,
+        ),
         Scenario("lte sequential", [*SHORT, *VIT, *LTE, "method.mode=sequential", "save_every=1"], {"exchange": 4, "merge": 4}),
     )
 }  # fmt: skip

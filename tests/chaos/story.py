@@ -21,17 +21,20 @@ class Story:
     """What happened.
 
     Attributes:
-        kills: (how, where, of which process) of each SIGKILL that hit a living process.
+        kills: (how, where) of each time that a living run was hit by SIGKILL; of two workers it may hit both at once.
         wrong: lines on what should not have been.
+        lives: processes (or pairs) started.
+        true: of them real ``python -m`` ones.
+        noticed: seconds until a worker left behind had ended, each time that one was.
     """
 
     scenario: str
     kills: list[tuple[str, str]] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
     lives: int = 0
-    true: int = 0  # of them real `python -m` ones
+    true: int = 0
     seconds: float = 0.0
-    noticed: list[float] = field(default_factory=list)  # seconds until a worker left behind had ended
+    noticed: list[float] = field(default_factory=list)
 
     def places(self) -> Counter:
         """How many kills by place."""
@@ -158,7 +161,7 @@ def _kill(life: Life, story: Story, victim: int, both: bool, aim: Aim | None, af
         for rank in rest:
             if life.codes[rank] is None:
                 life.kill(rank)
-                story.kills.append(("with the other", life.place(rank)))
+                story.kills[-1] = (f"{how}; all workers", place)
         life.wait(PATIENCE)
         return
     began = time.monotonic()
