@@ -11,6 +11,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_
 
 from lowrank_pretrain import PreLoRA
 from lowrank_pretrain.data.loaders import EpochBatches, EpochLoader
+from lowrank_pretrain.galore import GaLoreAdamW, galore_ddp_hook
 from lowrank_pretrain.loop_state import LoopState
 from tests.toy import Pairs, Toy, trainer
 
@@ -27,6 +28,13 @@ class Exact(Toy):
 
     def forward(self, x):
         return super().forward(x.to(self.embed.weight.dtype))
+
+
+class Projected(Exact):
+    """With an optimizer that can take the targets over."""
+
+    def configure_optimizers(self):
+        return GaLoreAdamW(self.parameters(), lr=1e-2, update_proj_gap=5)
 
 
 class Rows(DummyLogger):
@@ -48,8 +56,10 @@ class Watch(pl.Callback):
 
     def on_train_start(self, trainer, module):
         self.start = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
-        self.bytes = 0
-        if self.hook:
+        self.bytes, self.state = 0, None
+        if self.hook == "galore":
+            self.state = galore_ddp_hook(trainer.strategy.model, module.optimizers(use_pl_optimizer=False))
+        elif self.hook:
             state = None
             if self.hook == "powersgd":
                 state = powerSGD_hook.PowerSGDState(None, matrix_approximation_rank=2, start_powerSGD_iter=3)
@@ -68,6 +78,8 @@ class Watch(pl.Callback):
         if trainer.global_step != self.last:
             self.last = trainer.global_step
             self.weights.append([p.detach().clone() for p in module.parameters()])
+            if self.state is not None:
+                self.bytes, self.state.sent_bytes = self.state.sent_bytes, 0
             self.sent.append(self.bytes)
             self.bytes = 0
 
@@ -108,7 +120,8 @@ def fit(
 ):  # fmt: skip
     """A fit of `epochs` of six global batches; what it leaves behind. `ckpt` may name one file per rank."""
     rank = int(os.environ["RANK"]) if world > 1 else 0
-    module, callback, logger = Exact(**(net or {})), steps(**(method or {})), Rows()
+    kind = Projected if (method or {}).get("then") == "galore" else Exact
+    module, callback, logger = kind(**(net or {})), steps(**(method or {})), Rows()
     watch = Watch(hook if world > 1 else None)
     extra = [Spoil(*spoil)] if spoil else []
     chosen = {"strategy": DDPStrategy(**(strategy or {}))} if world > 1 else {}

@@ -86,6 +86,18 @@ def test_a_hook_with_buffers_by_bucket_starts_anew_with_the_new_buckets(ranks, t
     assert results[0]["sent"] == results[0]["trained"] and results[0]["state"]["phase"] == "lowrank"
 
 
+def test_the_targets_that_galore_takes_over_travel_projected_by_the_hook_that_was_there_before(ranks, tmp_path):
+    how = {"method": {"then": "galore", "ranks": [2]}}
+    one = workers.fit(1, tmp_path, **how)
+    two = ranks(2, workers.fit, 2, tmp_path, hook="galore", **how)
+    assert_same(two)
+    assert one["state"]["phase"] == "lowrank" and not any("lora_" in name for name in one["model"])
+    for result in two:
+        assert_close(one["model"], result["model"])
+        assert result["sent"][:8] == result["trained"][:8]
+        assert all(sent < 0.6 * whole for sent, whole in zip(result["sent"][-4:], result["trained"][-4:], strict=True))
+
+
 def test_the_strategys_own_hook_is_registered_once_by_each_wrapper_where_lightning_registers_it(ranks, tmp_path):
     for found in ranks(2, workers.strategys_hook, 2, tmp_path):
         assert found["DDPStrategy"] == ([0] * 24, 0)  # Lightning's way on a CPU, before the switch as after it
