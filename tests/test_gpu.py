@@ -52,6 +52,35 @@ def test_resume_equals_no_interruption(tmp_path, targets):
         assert torch.equal(layer.rest_weight["k"], layer.weight[16:32])
 
 
+def test_ddp_over_nccl_keeps_its_hook_sends_what_trains_and_resumes(tmp_path):
+    """On CUDA Lightning registers the strategy's hook, on each wrapper; one process is enough for NCCL."""
+    from lightning.pytorch.strategies import DDPStrategy
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+    def run(path, ckpt=None):
+        sent = []
+
+        def hook(state, bucket):
+            sent.append(bucket.buffer().numel())
+            return allreduce_hook(None, bucket)
+
+        module = toy(scheduler="sequential")
+        fit = trainer(
+            path, steps(), every=1, max_epochs=4, accelerator="cuda", devices=1, use_distributed_sampler=False,
+            strategy=DDPStrategy(ddp_comm_hook=hook),
+        )  # fmt: skip
+        fit.fit(module, loader(), ckpt_path=ckpt)
+        return module, sent
+
+    whole, sent = run(tmp_path / "whole")
+    trained = sum(p.numel() for p in whole.parameters() if p.requires_grad)
+    assert len(sent) == 24 and sent[0] < sent[8] and sent[-1] == trained < sent[0]
+    for at in (5, 8, 11, 14, 19):
+        again, _ = run(tmp_path / "again", tmp_path / "whole" / f"step={at}.ckpt")
+        for (name, a), (_, b) in zip(whole.state_dict().items(), again.state_dict().items(), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0, msg=lambda m, n=name, s=at: f"{n} from {s}: {m}")
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("n", [64, 50_000])
 def test_one_lora_linear_on_the_device_matches_float64(autocast, n):
