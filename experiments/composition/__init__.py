@@ -1,0 +1,1 @@
+"""The composition matrix on two pocket tasks."""
