@@ -1,0 +1,136 @@
+"""results.csv, figure.png and the README's tables, from the runs that are there."""
+
+import csv
+import statistics
+from pathlib import Path
+from typing import Any
+
+from experiments.composition.study import CELLS, SEEDS, TASKS, chosen, job
+from experiments.runs import done
+
+COLUMNS = (
+    "task", "cell", "seed", "lr", "test_loss", "test_acc1", "cpu_seconds", "wall_seconds", "peak_gib", "optimizer_mib",
+    "sent_kib_per_step_last_phase", "sent_kib_per_step_full_phase", "trainable_last_phase", "switch_step", "freeze_step",
+)  # fmt: skip
+BETTER = {"test_loss": min, "sent_kib_per_step_last_phase": min, "optimizer_mib": min, "cpu_seconds": min}
+NEIGHBOURS = {  # a composed cell, and the single methods that it is made of
+    "prelora_galore": ("prelora", "galore"), "prelora_lte": ("prelora", "lte"), "lte_galore": ("lte", "galore"),
+    "prelora_lte_galore": ("prelora", "lte", "galore"),
+}  # fmt: skip
+
+
+def rows(where: Path) -> list[dict[str, Any]]:
+    """One row per reported run."""
+    found = []
+    for task in TASKS:
+        for cell in CELLS:
+            lr = chosen(task, cell, where)
+            for seed in SEEDS if lr is not None else ():
+                run = done(job(task, cell, lr, seed), where)
+                if run is None:
+                    continue
+                last, final = run["summary"]["phases"][-1], run["summary"]["final"]
+                wire = run["wire"]
+                end = wire[last["phase"]] if last["phase"] in wire else list(wire.values())[-1]
+                found.append({
+                    "task": task, "cell": cell, "seed": seed, "lr": lr, "test_loss": final["test/loss"],
+                    "test_acc1": final.get("test/acc1", ""), "cpu_seconds": run["cpu"], "wall_seconds": run["wall"],
+                    "peak_gib": run["peak_gib"], "optimizer_mib": run["optimizer_mib"],
+                    "sent_kib_per_step_last_phase": end / 1024,
+                    "sent_kib_per_step_full_phase": wire["full"] / 1024 if "full" in wire else "",
+                    "trainable_last_phase": last["trainable"], "switch_step": run["summary"]["switch_step"],
+                    "freeze_step": run["summary"]["freeze_step"],
+                })  # fmt: skip
+    return found
+
+
+def write(where: Path, here: Path) -> None:
+    """Write the record beside this file."""
+    table = rows(where)
+    if not table:
+        return
+    with (here / "results.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in table)
+    for task in TASKS:
+        print(markdown(table, task))
+    draw(table, here / "figure.png")
+
+
+def mean(table: list[dict[str, Any]], task: str, cell: str, key: str) -> tuple[float, float]:
+    """Mean and standard deviation over seeds."""
+    values = [float(row[key]) for row in table if row["task"] == task and row["cell"] == cell and row[key] != ""]
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def markdown(table: list[dict[str, Any]], task: str) -> str:
+    """The table of a task, and which composed cells beat both neighbours on an axis at no worse a loss."""
+    lines = [
+        f"### {task}", "",
+        "| cell | lr | test loss | accuracy | sent, KiB/step | optimizer, MiB | trainable | peak, GiB | CPU s |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    cells = [cell for cell in CELLS if any(row["task"] == task and row["cell"] == cell for row in table)]
+    for cell in cells:
+        get = {key: mean(table, task, cell, key) for key in COLUMNS[3:] if key not in ("test_acc1", "switch_step", "freeze_step")
+               and key != "sent_kib_per_step_full_phase"}  # fmt: skip
+        of = next(row for row in table if row["task"] == task and row["cell"] == cell)
+        accuracy = "{:.1%} ± {:.1%}".format(*mean(table, task, cell, "test_acc1")) if of["test_acc1"] != "" else ""
+        lines.append(
+            f"| {cell} | {of['lr']:g} | {get['test_loss'][0]:.4f} ± {get['test_loss'][1]:.4f} | {accuracy} "
+            f"| {get['sent_kib_per_step_last_phase'][0]:.0f} | {get['optimizer_mib'][0]:.2f} "
+            f"| {get['trainable_last_phase'][0]:,.0f} | {get['peak_gib'][0]:.2f} | {get['cpu_seconds'][0]:.1f} |"
+        )
+    lines.append("")
+    for cell, around in NEIGHBOURS.items():
+        if all(c in cells for c in (cell, *around)):
+            lines.append(f"- {cell}: {verdict(table, task, cell, around)}")
+    return "\n".join(lines) + "\n"
+
+
+def verdict(table: list[dict[str, Any]], task: str, cell: str, around: tuple[str, ...]) -> str:
+    """On which axes a cell is below all of its neighbours whose loss is not lower by more than one standard deviation."""
+    loss, spread = mean(table, task, cell, "test_loss")
+    worse = [
+        c for c in around if loss > mean(table, task, c, "test_loss")[0] + max(spread, mean(table, task, c, "test_loss")[1])
+    ]
+    if worse:
+        return f"a higher loss than {', '.join(worse)} by more than one standard deviation"
+    axes = {"sent_kib_per_step_last_phase": "bytes", "optimizer_mib": "optimizer memory", "peak_gib": "peak memory",
+            "cpu_seconds": "seconds"}  # fmt: skip
+    won = [word for key, word in axes.items()
+           if all(mean(table, task, cell, key)[0] < 0.98 * mean(table, task, c, key)[0] for c in around)]  # fmt: skip
+    return f"no worse a loss; below {' and '.join(around)} in {', '.join(won) or 'nothing'}"
+
+
+def draw(table: list[dict[str, Any]], path: Path) -> None:
+    """Loss over bytes per step, a panel for each task; the marker's size is the optimizer's memory."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    tasks = [task for task in TASKS if any(row["task"] == task for row in table)]
+    figure, axes = plt.subplots(1, len(tasks), figsize=(6.4 * len(tasks), 4.8), squeeze=False)
+    markers = {"full": "*", "lora": "o", "prelora": "o", "galore": "s", "prelora_galore": "s", "lte": "o", "prelora_lte": "o",
+               "lte_galore": "s", "prelora_lte_galore": "s"}  # fmt: skip
+    for axis, task in zip(axes[0], tasks, strict=True):
+        for cell in CELLS:
+            if not any(row["task"] == task and row["cell"] == cell for row in table):
+                continue
+            x, y = mean(table, task, cell, "sent_kib_per_step_last_phase")[0], mean(table, task, cell, "test_loss")
+            size = 24 + 60 * mean(table, task, cell, "optimizer_mib")[0]
+            filled = "black" if cell.startswith("prelora") else "white"
+            axis.errorbar(x, y[0], y[1], color="0.5", linewidth=1, zorder=1)
+            axis.scatter(x, y[0], size, marker=markers[cell], facecolor=filled, edgecolor="black", zorder=2)
+            axis.annotate(cell, (x, y[0]), xytext=(7, 5), textcoords="offset points", fontsize=8)
+        axis.set_xscale("log")
+        axis.set_xlabel("sent per step and worker in the last phase, KiB")
+        axis.set_ylabel("test loss, mean and standard deviation of three seeds")
+        axis.set_title(task)
+        axis.margins(0.15)
+    figure.suptitle("circles: adapters, squares: projections; black: after a switch; size: optimizer memory", fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
