@@ -23,12 +23,17 @@ class Net(Toy):
     """The toy with the optimizer that the method wants, and every schedule Lightning drives."""
 
     galore: dict | None = None
+    dropout: float | None = None
     schedule: str | None = None
     reentrant: bool | None = None
 
     def __init__(self, **kwargs):
         torch.manual_seed(7)
         super().__init__(**kwargs)
+
+    def on_fit_start(self):
+        for block in self.blocks if self.dropout is not None else ():
+            block.drop.p = self.dropout
 
     def forward(self, x):
         if self.reentrant is None:
@@ -426,6 +431,25 @@ def test_compile_makes_one_graph_per_phase_and_names_stay(tmp_path, method, form
     fit(tmp_path / "x", method, module=fresh, ckpt=file, max_epochs=3)
     for name, p in module.state_dict().items():
         assert torch.equal(fresh.state_dict()[name], p), name
+
+
+def test_layers_compiled_one_by_one_keep_compiled_code_when_their_ranks_differ(tmp_path):
+    """They share their code, and dynamo's limit on its graphs; a limit of 2 stands for the many layers of a large model."""
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    module = net("prelora", dropout=0.0)
+    for block in module.blocks:
+        block.compile(backend=backend)
+    with torch._dynamo.config.patch(recompile_limit=2, accumulated_recompile_limit=2):
+        _, run = fit(tmp_path, "prelora", module=module, max_epochs=3, prelora={"targets": ["fc1", "fc2"]})
+    plan = phases(run).plan
+    shapes = {(plan[f"blocks.{i}.fc1"], plan[f"blocks.{i}.fc2"]) for i in (0, 1)}
+    assert len(shapes) == 2 and len(graphs) == 1 + 2 + 2, (plan, len(graphs))
 
 
 # -- several optimizers -------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
 from lowrank_pretrain import LoRA, PhaseCallback, Plan, PreLoRA, lora, transition
+from lowrank_pretrain.agreement import fingerprint
 from lowrank_pretrain.errors import ConfigError
 from lowrank_pretrain.targets import find_targets
 from tests.toy import Toy, loader, toy, trainer
@@ -255,3 +256,17 @@ def test_a_module_of_another_kind_of_layer_order_is_refused_on_resume(tmp_path):
     torch.manual_seed(7)
     with pytest.raises(ConfigError, match="ckpt_path=.*other parameters, or another order"):
         trainer(tmp_path, steps(), max_epochs=2).fit(Reversed(), loader(), ckpt_path=tmp_path / "step=3.ckpt")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.complex64, torch.uint8])
+def test_a_fingerprint_is_of_the_bits(dtype):
+    p = torch.arange(1, 13).reshape(3, 4).to(dtype)
+    assert fingerprint(p) == fingerprint(p.clone()) == fingerprint(p.t().contiguous().t())
+    other = p.clone()
+    other[2, 3] += 1
+    assert len({int(fingerprint(q)) for q in (p, other, p[[1, 0, 2]], p[:2], -p)}) == 5
+    if dtype == torch.float32:
+        tiny = p.clone()
+        tiny[0, 0] = torch.nextafter(p[0, 0], torch.tensor(9.0))
+        assert fingerprint(tiny) != fingerprint(p)
+    assert fingerprint(p[:0]) == 0 and fingerprint(p[0, 0]) == fingerprint(p[0, 0].reshape(1))

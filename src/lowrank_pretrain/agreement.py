@@ -20,6 +20,8 @@ def fingerprint(p: Tensor) -> Tensor:
     bits = p.detach().contiguous()
     bits = torch.view_as_real(bits).contiguous() if bits.is_complex() else bits
     bits = bits.view(kinds[bits.element_size()])
+    if not bits.numel():  # an adapter of rank 0
+        return torch.zeros((), dtype=torch.int64, device=bits.device)
     rows = bits.reshape(bits.shape[0] if bits.ndim else 1, -1).sum(1, dtype=torch.int64)
     return (rows * torch.arange(1, len(rows) + 1, device=rows.device)).sum()
 

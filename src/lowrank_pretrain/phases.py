@@ -32,6 +32,12 @@ PHASES = ("full", "joint", "lowrank")
 class PhaseCallback(Callback):
     """Base of callbacks that change the model in the middle of a fit. Subclasses call ``switch`` and ``freeze``.
 
+    At both all ranks compare their weights and log the hash that they agree on as ``lowrank/hash``. Averages that Lightning's
+    ``WeightAveraging`` and ``StochasticWeightAveraging`` keep follow the change (``averaging``). A fit in spawned or forked
+    processes (``ddp_spawn``, ``ddp_notebook``) hands back merged weights; as with every callback, the attributes stay behind
+    there; ``trainer.callback_metrics`` has ``lowrank/phase`` (0, 1, 2), ``lowrank/switch_step``, ``lowrank/freeze_step`` and
+    ``lowrank/rank/<target>``.
+
     Args:
         alpha: adapters' scale = alpha / rank; ``None``: scale 1.
         train_A: ``False`` trains B alone (LoRA-FA).

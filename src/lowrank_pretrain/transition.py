@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lowrank_pretrain import averaging
+from lowrank_pretrain import averaging, compiled
 from lowrank_pretrain.agreement import agreed_hash
 from lowrank_pretrain.errors import ConfigError
 from lowrank_pretrain.lora import Inherit
@@ -73,6 +73,7 @@ def apply(
     if callable(settled):
         settled()
     averaging.follow(trainer.callbacks, module)
+    compiled.allow_graphs(module)
     if not callable(settled):  # before the new wrapper, which would give everyone rank 0's weights and so hide what went wrong
         agreed = agreed_hash(strategy, module, f"at a change of the model behind step {trainer.global_step}")
     if wrapped:
