@@ -66,12 +66,15 @@ def seen(directory: Path) -> tuple[dict[str, str], str]:
 
 
 def test_a_sweep_outlives_a_failing_job_and_its_page_shows_it(cli, tmp_path):  # noqa: F811
-    code, _, _ = cli("-m", *ONE_STEP, "optim.lr=1e-3,-1")
+    code, _, err = cli("-m", *ONE_STEP, "optim.lr=-1,1e-3")
     states, page = seen(tmp_path / "runs" / "prelora_pocket-sweep")
-    assert code == 2 and states == {"lr=0.001": "finished", "lr=-1": "failed"}
+    assert err.count("error: optim.lr=-1: ") >= 1 and "Traceback" not in err
+    (job,) = (path.parent for path in (tmp_path / "runs" / "prelora_pocket-sweep").glob("*/summary.json"))
+    assert OmegaConf.load(job / ".hydra" / "config.yaml").optim.lr == 1e-3
+    assert code == 2 and states == {"lr=-1": "failed", "lr=0.001": "finished"}
     assert "error: optim.lr=-1: must be a number above 0" in page
-    # run again: the failed job starts afresh, the others' directories hold runs and are left alone
-    code, _, err = cli("-m", *ONE_STEP, "optim.lr=1e-3,-1")
+    # the same again: the finished job's directory holds a run, which the refusal leaves as it is
+    code, _, err = cli("-m", *ONE_STEP, "optim.lr=-1,1e-3")
     assert code == 2 and "holds a run" in err
     assert seen(tmp_path / "runs" / "prelora_pocket-sweep")[0] == states
 

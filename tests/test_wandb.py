@@ -68,6 +68,7 @@ def test_the_newest_offline_run_holds_the_whole_run_under_one_id(resumed):
     assert len(logs) == 2 and len({log.name.rpartition("-")[2] for log in logs}) == 1
     losses = [(row[STEP], row[TIME]) for row in rows(found) if "train/loss" in row]
     assert [step for step, _ in losses] == list(range(12)), "each step once, those before the resume too"
+    assert "train/loss" in (directory / "metrics.csv").read_text(), "metrics.csv beside any other logger"
     times = [time for _, time in losses]
     assert times == sorted(times) and times[0] > 0
 
