@@ -52,6 +52,24 @@ def test_eight_workers_beside_ddp(name, targets, with_merge, with_step):
     assert merge["routes"] == {"factors": len(find_targets(bare))}
 
 
+@pytest.mark.parametrize("update", ["lora", "galore"])
+@pytest.mark.parametrize(
+    ("name", "frozen", "most"),
+    [("vit_large_patch16_224", (), 1 / 55), ("gpt2", (), 1 / 20), ("gpt2", ("transformer.wte", "transformer.wpe"), 1 / 60)],
+)
+def test_composed_methods_behind_the_switch(name, frozen, most, update):
+    """Everything counted, eight workers, rank 16, a merge every ten steps, beside DDP on the whole model."""
+    bare = model(name)
+    ddp = 2 * 7 / 8 * 4 * sum(p.numel() for p in bare.parameters())
+    for layer in frozen:
+        bare.get_parameter(f"{layer}.weight").requires_grad_(False)
+    got = traffic(bare, "all", 16, 1, 8, 10, "merge", update=update)
+    assert got["all"] <= most * ddp
+    if update == "galore":
+        shared = traffic(bare, "all", 16, 1, 8, 10, "merge", update=update, basis="shared")
+        assert shared["targets"] < got["targets"] / 3  # D once around the ring, instead of P and D to all
+
+
 class Net(nn.Module):
     """A fused layer, a plain one, a bias and a norm with running statistics."""
 

@@ -12,7 +12,6 @@ COLUMNS = (
     "task", "cell", "seed", "lr", "test_loss", "test_acc1", "cpu_seconds", "wall_seconds", "peak_gib", "optimizer_mib",
     "sent_kib_per_step_last_phase", "sent_kib_per_step_full_phase", "trainable_last_phase", "switch_step", "freeze_step",
 )  # fmt: skip
-BETTER = {"test_loss": min, "sent_kib_per_step_last_phase": min, "optimizer_mib": min, "cpu_seconds": min}
 NEIGHBOURS = {  # a composed cell, and the single methods that it is made of
     "prelora_galore": ("prelora", "galore"), "prelora_lte": ("prelora", "lte"), "lte_galore": ("lte", "galore"),
     "prelora_lte_galore": ("prelora", "lte", "galore"),
@@ -73,8 +72,8 @@ def markdown(table: list[dict[str, Any]], task: str) -> str:
     ]  # fmt: skip
     cells = [cell for cell in CELLS if any(row["task"] == task and row["cell"] == cell for row in table)]
     for cell in cells:
-        get = {key: mean(table, task, cell, key) for key in COLUMNS[3:] if key not in ("test_acc1", "switch_step", "freeze_step")
-               and key != "sent_kib_per_step_full_phase"}  # fmt: skip
+        keys = [key for key in COLUMNS if isinstance(table[0][key], (int, float)) and key != "seed"]
+        get = {key: mean(table, task, cell, key) for key in keys if any(r["cell"] == cell and r[key] != "" for r in table)}
         of = next(row for row in table if row["task"] == task and row["cell"] == cell)
         accuracy = "{:.1%} ± {:.1%}".format(*mean(table, task, cell, "test_acc1")) if of["test_acc1"] != "" else ""
         lines.append(
