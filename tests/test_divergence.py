@@ -7,6 +7,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
+from safetensors.torch import load_file
 
 from lowrank_pretrain import GaLoreAdamW, LoRA, LTEStrategy, PreLoRA, failures, galore_param_groups
 from lowrank_pretrain.agreement import Disagreement
@@ -16,7 +17,7 @@ from lowrank_pretrain.errors import ConfigError
 from lowrank_pretrain.finite import Diverged
 from lowrank_pretrain.rank_check import RanksAgree
 from lowrank_pretrain.stall import Stalled, StallGuard
-from tests.conftest import TINY
+from tests.conftest import SHORT, TINY, VIT
 from tests.test_train import rows
 from tests.toy import Pairs, Toy, loader, trainer
 
@@ -245,6 +246,17 @@ def test_a_run_rewinds_and_ends_well(run, capsys, epoch, batch, every, left_out)
     assert logged and set(logged) == {str(float(left_out))}
 
 
+@pytest.mark.parametrize(
+    "method", ["method=full", "method=galore", "method=lte method.rank=4 method.heads=2 method.merge_every=3"]
+)
+def test_every_kind_of_method_rewinds(run, method):
+    """Crossing nothing but steps; the switch and the freeze are PreLoRA's, above."""
+    directory, summary = run("run", bad(1, 2), "on_divergence=rewind", "save_every=1", *method.split(), base=[*SHORT, *VIT])
+    assert sum(phase["steps"] for phase in summary["phases"]) == 11
+    state = load_file(directory / "export" / "model.safetensors")
+    assert all(torch.isfinite(t).all() for t in state.values())
+
+
 def test_a_run_that_is_told_to_stop_names_the_last_good_checkpoint(run, composed, tmp_path):
     with pytest.raises(Diverged) as ended:
         run("run", bad(1, 2))
@@ -329,7 +341,7 @@ def test_what_is_slow_but_no_loader_is_no_stall(tmp_path):
     assert not any(thread.name == "stall guard" for thread in threading.enumerate())
 
 
-@pytest.mark.parametrize("wrong", [0, -1, "soon", True, float("nan")])
+@pytest.mark.parametrize("wrong", [0, -1, "soon", True, float("nan"), float("inf")])
 def test_a_timeout_that_is_none_is_refused(wrong):
     with pytest.raises(ConfigError, match="stall_timeout"):
         StallGuard(wrong)

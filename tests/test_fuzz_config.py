@@ -25,7 +25,7 @@ COMMON = ["data.batch_size=8", "trainer.accelerator=cpu", "trainer.max_epochs=3"
 TEXT = ["experiment=none", "data=kjv_sample", "model=gpt2_pocket", "data.seq_len=16", "model.config.n_embd=24", *COMMON]
 IMAGES = [*VIT, *COMMON]
 
-# what is tried: a name, the run, the group whose keys are spoiled ("" is the top level)
+# what is tried: a name, the run, the keys that are spoiled, by how they begin ("": the top level)
 CASES = {
     "top": (IMAGES, "method=full", ""),
     "images": (IMAGES, "method=full", "data"),
@@ -39,7 +39,7 @@ CASES = {
     "lora": (IMAGES, "method=lora", "method"),
     "galore": (IMAGES, "method=galore", "method"),
     "lte": (IMAGES, "method=lte", "method"),
-    "relora": (IMAGES, "method=relora", "method"),
+    "relora": (IMAGES, "method=relora", "method.restart_"),
 }
 SMALL_RANKS = {
     "prelora": ["method.ranks=[2,4]"],
@@ -51,7 +51,9 @@ SMALL_RANKS = {
 OFF_OR_SHARE, FLAG, COUNT_FROM_0 = (0, 0.5), (True,), (0, HUGE)
 # values among the hostile ones that are right; where two groups have a key of the same name, one may have one more
 LEGAL = {
-    "seed": (0,), "ckpt_path": (None,), "save_every": COUNT_FROM_0, "trainer": ({},), "logger": ({},),
+    "seed": (0,), "ckpt_path": (None,), "save_every": COUNT_FROM_0, "max_rewinds": COUNT_FROM_0,
+    "loss_spike": (HUGE, None), "stall_timeout": (0.5, HUGE, None), "agree_every": COUNT_FROM_0,
+    "trainer": ({},), "logger": ({},),
     # images are mixed, tokens are not; the embedded samples ask for no file names
     "data.root": (None,), "data.num_workers": (0,), "data.flip": FLAG, "data.seed": (-1, 0, HUGE, None),
     "data.mixup": (0, 0.5, HUGE), "data.cutmix": (0, 0.5, HUGE), "data.mix_prob": OFF_OR_SHARE,
@@ -108,7 +110,10 @@ def leaves(node: dict, prefix: str = ""):
 
 def keys(config, group: str) -> list[str]:
     node = OmegaConf.to_container(config, resolve=False)
-    return [key for key in leaves(node[group], f"{group}.") if key != "method.name"] if group else list(node)
+    name = group.partition(".")[0]
+    return (
+        [key for key in leaves(node[name], f"{name}.") if key.startswith(group) and key != "method.name"] if group else [*node]
+    )
 
 
 class Started(Exception):

@@ -1,5 +1,6 @@
 """A data loader that hands out nothing more ends the run, instead of holding its devices until somebody looks."""
 
+import math
 import os
 import signal
 import sys
@@ -49,7 +50,8 @@ class StallGuard(Callback):
     """
 
     def __init__(self, timeout: float | None = 1800.0) -> None:
-        if timeout is not None and (not isinstance(timeout, (int, float)) or isinstance(timeout, bool) or not timeout > 0):
+        number = isinstance(timeout, (int, float)) and not isinstance(timeout, bool)
+        if timeout is not None and not (number and 0 < timeout < math.inf):
             raise ConfigError("stall_timeout", timeout, "must be a number of seconds above 0, or null for any time")
         self.timeout = timeout
         self._waiting: tuple[str, float] | None = None  # for whom, since when

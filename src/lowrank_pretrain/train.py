@@ -38,7 +38,7 @@ from .random_state import RandomState
 from .rank_check import RanksAgree
 from .run_dir import start_from
 from .stall import StallGuard
-from .trainer import build_trainer, refuse_popen_sweep
+from .trainer import build_trainer, check_values, refuse_popen_sweep
 
 GROUPS = ("data", "model", "optim", "method", "trainer", "logger")
 NEEDED = ("data", "model", "optim", "method")  # the other two may be empty
@@ -93,7 +93,10 @@ def attempt(config: dict[str, Any], run_dir: Path, ckpt: Path | None, guard: Div
     """One fit from `ckpt` or from the beginning, with everything built anew; test, export and summary if it ends well."""
     quiet_lightning()
     pl.seed_everything(config["seed"], workers=True, verbose=False)
-    chosen = method.build(config["method"])  # what is cheap to look at comes first
+    check_values(config["trainer"])  # what is cheap to look at comes first
+    watches = [StallGuard(config["stall_timeout"]), RanksAgree(config["agree_every"])]
+    last = LastCheckpoint(run_dir / "checkpoints", config["save_every"])
+    chosen = method.build(config["method"])
     optim = build("optim", config["optim"], base=Optim, build=chosen.optimizer)
     data = build("data", config["data"], base=pl.LightningDataModule)
     module = build("model", config["model"], base=pl.LightningModule)
@@ -106,21 +109,20 @@ def attempt(config: dict[str, Any], run_dir: Path, ckpt: Path | None, guard: Div
     loggers = [RunCSVLogger(run_dir), *more_loggers(config["logger"], run_dir, config, multirun)]
     try:
         with Interrupts() as interrupts:
-            checkpoints = run_dir / "checkpoints"
+            last.interrupts = interrupts
             monitor = Monitor()
             callbacks = [
                 LoopState(),  # before everything that asks how long the run is
                 guard,
-                StallGuard(config["stall_timeout"]),
+                *watches,
                 monitor,  # sees a step before the method changes the model behind it
                 *chosen.callbacks,
                 WeightNorms(),
                 *progress(monitor, config["trainer"].get("enable_progress_bar")),
                 interrupts,
-                RanksAgree(config["agree_every"]),
                 RandomState(),  # behind everything that might draw
-                ModelCheckpoint(checkpoints, "best", monitor="val/loss", enable_version_counter=False),
-                LastCheckpoint(checkpoints, config["save_every"], interrupts),
+                ModelCheckpoint(last.path.parent, "best", monitor="val/loss", enable_version_counter=False),
+                last,
             ]
             trainer = build_trainer(config["trainer"], run_dir, callbacks, loggers, chosen.strategy)
             refuse_popen_sweep(trainer, multirun)

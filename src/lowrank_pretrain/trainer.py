@@ -9,7 +9,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from .build import build, build_nested
+from .build import build, build_nested, check_arguments
 from .checkpoints import WholeCheckpointIO
 from .errors import ConfigError
 
@@ -41,8 +41,6 @@ def build_trainer(
     Raises:
         ConfigError: a key that Trainer has not, a value that it refuses, or a strategy beside the method's.
     """
-    for key in OURS.keys() & values.keys():
-        raise ConfigError(f"trainer.{key}", values[key], f"is set by the run; {OURS[key]}")
     check_values(values)
     values = {key: value for key, value in values.items() if key != "enable_progress_bar"}  # callbacks have the answer
     if strategy is not None:
@@ -68,11 +66,14 @@ def build_trainer(
 
 
 def check_values(values: dict[str, Any]) -> None:
-    """What Lightning itself does not look at, or only in the middle of training.
+    """Keys and types, and what Lightning itself does not look at, or only in the middle of training.
 
     Raises:
-        ConfigError: a value that cannot be meant.
+        ConfigError: an unknown key, or a value that cannot be meant.
     """
+    for key in OURS.keys() & values.keys():
+        raise ConfigError(f"trainer.{key}", values[key], f"is set by the run; {OURS[key]}")
+    check_arguments("trainer", pl.Trainer, {key: value for key, value in values.items() if key not in ("callbacks", "plugins")})
     for key, (least, most, allowed) in LIMITS.items():
         value = values.get(key)
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
