@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ def differences(ours: Path, theirs: Path) -> list[str]:
 
 def checkpoint(path: Path) -> dict[str, Any]:
     """All that it holds, but for times, with the run directory's name taken out."""
-    return _clean(torch.load(path, weights_only=True), str(path.parents[1].resolve()))
+    return _clean(torch.load(path, weights_only=True))
 
 
 def rows(directory: Path) -> list[dict[str, str]]:
@@ -39,16 +40,15 @@ def rows(directory: Path) -> list[dict[str, str]]:
 
 def summary(directory: Path) -> dict[str, Any]:
     """summary.json without the clock's keys."""
-    return _clean(json.loads((directory / "summary.json").read_text()), str(directory.resolve()))
+    return _clean(json.loads((directory / "summary.json").read_text()))
 
 
-def _clean(value: Any, directory: str) -> Any:
+def _clean(value: Any) -> Any:
     if isinstance(value, dict):
-        kept = {k: v for k, v in value.items() if not (isinstance(k, str) and k.endswith(CLOCKED))}
-        return {_clean(k, directory): _clean(v, directory) for k, v in kept.items()}
+        return {_clean(k): _clean(v) for k, v in value.items() if not (isinstance(k, str) and k.endswith(CLOCKED))}
     if isinstance(value, (list, tuple)):
-        return [_clean(item, directory) for item in value]
-    return value.replace(directory, "RUN") if isinstance(value, str) else value
+        return [_clean(item) for item in value]
+    return re.sub("^/.*(?=/checkpoints)", "RUN", value) if isinstance(value, str) else value
 
 
 def unlike(a: Any, b: Any, where: str) -> list[str]:

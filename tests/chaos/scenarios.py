@@ -71,7 +71,7 @@ SCENARIOS = {
              "method.window=1", "method.rank_signal=grad_norm", "method.rewarm=3", "method.adapter_lr=2.0"],
             CHANGES,
         ),
-        Scenario("galore", [*LLAMA, *SHORT, "method=galore", *GALORE, "save_every=2"], {"galore step": 12, "refresh": 20}),
+        Scenario("galore", [*LLAMA, *SHORT, "method=galore", *GALORE, "save_every=2", EMA], {"galore step": 12, "refresh": 20}),
         Scenario(
             "galore track",
             [*LLAMA, *STREAM, *SHORT, "method=galore_track", *GALORE, "save_every=3", "data.num_workers=2",
