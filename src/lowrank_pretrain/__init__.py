@@ -1,6 +1,7 @@
 """Pre-training large models with low-rank updates, as PyTorch Lightning plugins."""
 
 from lowrank_pretrain.checkpoint_io import WholeCheckpointIO
+from lowrank_pretrain.divergence import DivergenceGuard
 from lowrank_pretrain.errors import ConfigError
 from lowrank_pretrain.galore import GaLoreAdamW, galore_ddp_hook, galore_param_groups
 from lowrank_pretrain.lora_callback import LoRA
@@ -9,9 +10,12 @@ from lowrank_pretrain.lte import EffectiveRank, HeadOrthogonality, JaggedRestart
 from lowrank_pretrain.phases import PhaseCallback
 from lowrank_pretrain.plan import Plan
 from lowrank_pretrain.prelora.callback import PreLoRA
+from lowrank_pretrain.rank_check import RanksAgree
+from lowrank_pretrain.stall import StallGuard
 
 __all__ = [
     "ConfigError",
+    "DivergenceGuard",
     "EffectiveRank",
     "GaLoreAdamW",
     "HeadOrthogonality",
@@ -22,6 +26,8 @@ __all__ = [
     "PhaseCallback",
     "Plan",
     "PreLoRA",
+    "RanksAgree",
+    "StallGuard",
     "WholeCheckpointIO",
     "galore_ddp_hook",
     "galore_param_groups",

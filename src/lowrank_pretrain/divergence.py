@@ -15,7 +15,8 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
-from .checkpoints import WholeCheckpointIO, newest_whole
+from .checkpoint_io import WholeCheckpointIO
+from .checkpoints import newest_whole
 from .errors import ConfigError
 from .finite import Diverged, FiniteGuard
 
