@@ -5,11 +5,12 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.strategies import DDPStrategy
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 
-from lowrank_pretrain import PreLoRA
+from lowrank_pretrain import PreLoRA, averaging
 from lowrank_pretrain.data.loaders import EpochBatches, EpochLoader
 from lowrank_pretrain.galore import GaLoreAdamW, galore_ddp_hook
 from lowrank_pretrain.loop_state import LoopState
@@ -116,7 +117,7 @@ def steps(**kwargs):
 
 def fit(
     world, folder, ckpt=None, save_at=(), hook="count", spoil=None, strategy=None, method=None, net=None, batch=8, epochs=4,
-    **options,
+    ema=False, **options,
 ):  # fmt: skip
     """A fit of `epochs` of six global batches; what it leaves behind. `ckpt` may name one file per rank."""
     rank = int(os.environ["RANK"]) if world > 1 else 0
@@ -124,6 +125,7 @@ def fit(
     module, callback, logger = kind(**(net or {})), steps(**(method or {})), Rows()
     watch = Watch(hook if world > 1 else None)
     extra = [Spoil(*spoil)] if spoil else []
+    extra += [EMAWeightAveraging(decay=0.8)] if ema else []
     chosen = {"strategy": DDPStrategy(**(strategy or {}))} if world > 1 else {}
     # LoopState is what the suite's own runs have against Lightning's counting an epoch twice
     run = trainer(
@@ -141,6 +143,7 @@ def fit(
         "unmoved": [name for name, p in module.named_parameters() if name in watch.start and torch.equal(p, watch.start[name])],
         "trainable": {name for name, p in module.named_parameters() if p.requires_grad}, "start": set(watch.start),
         "optimizer": [v for s in run.optimizers[0].state.values() for v in s.values()],
+        "average": {k: v.clone() for _, m, _ in averaging.averages(extra) for k, v in m.state_dict().items()},
         "metrics": {k: float(v) for k, v in run.callback_metrics.items()},
     }  # fmt: skip
 

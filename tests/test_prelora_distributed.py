@@ -80,6 +80,15 @@ def test_one_process_goes_on_where_two_were_and_two_where_one_was(ranks, tmp_pat
         assert result["start"] and not result["unmoved"]
 
 
+def test_an_average_is_the_same_on_all_ranks_and_resumes(ranks, tmp_path):
+    whole = ranks(2, workers.fit, 2, tmp_path, ema=True, save_at=[11])
+    again = ranks(2, workers.fit, 2, tmp_path / "again", ema=True, ckpt=str(tmp_path / "step=11.ckpt"))
+    assert any("lora_B" in name for name in whole[0]["average"])
+    for result in (*whole, *again):
+        assert all(torch.equal(value, whole[0]["average"][name]) for name, value in result["average"].items())
+        assert_equal(whole[0], result)
+
+
 def test_a_hook_with_buffers_by_bucket_starts_anew_with_the_new_buckets(ranks, tmp_path):
     results = ranks(2, workers.fit, 2, tmp_path, hook="powersgd")
     assert_same(results)

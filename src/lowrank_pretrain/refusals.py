@@ -20,6 +20,8 @@ def check_run(phases: Any, trainer: pl.Trainer, pl_module: pl.LightningModule) -
     Raises:
         ConfigError: one of them cannot follow a change of the model.
     """
+    from lowrank_pretrain.phases import PhaseCallback  # which asks this module
+
     name = type(phases).__name__
     for kind in type(trainer.strategy).__mro__:
         if kind.__name__ in SHARDED:
@@ -35,7 +37,7 @@ def check_run(phases: Any, trainer: pl.Trainer, pl_module: pl.LightningModule) -
         if isinstance(callback, StochasticWeightAveraging) and phases.has_own_groups():
             allowed = "sets rates by group, which adapters with a rate of their own break: leave out adapter_lr"
             raise ConfigError("callbacks", type(callback).__name__, allowed)
-        if callable(getattr(callback, "switch", None)) and hasattr(callback, "phase") and callback is not phases:
+        if isinstance(callback, PhaseCallback) and callback is not phases:
             raise ConfigError("callbacks", type(callback).__name__, f"cannot run beside {name}: both change the model")
     if not pl_module.automatic_optimization:
         allowed = f"{name} needs Lightning's automatic optimization (with one optimizer)"
