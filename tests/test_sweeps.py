@@ -18,7 +18,7 @@ from tests.test_cli import ONE_STEP, ROOT, cli, names  # noqa: F401  cli is a fi
 MADE_FOR = {
     "prelora_thresholds": "prelora_vitl",
     "prelora_warmup": "prelora_vitl",
-    "galore_rank": "galore_llama60m",
+    "galore_rank": "galore_llama1b",
     "methods": "prelora_pocket",
     "seeds": "prelora_pocket",
 }
