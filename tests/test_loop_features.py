@@ -129,8 +129,8 @@ def test_bf16_true(tmp_path, method):
         assert all(layer.lora_B[part.name].any() for _, layer in lora.lora_layers(module) for part in layer._parts)
 
 
-@pytest.mark.parametrize("method", ["prelora", "lte"])
-@pytest.mark.parametrize("bad_step", [None, 7, 13])  # none; the steps behind which PreLoRA switches and freezes
+# behind steps 7 and 13 (counted from 0) PreLoRA switches and freezes
+@pytest.mark.parametrize(("method", "bad_step"), [("prelora", 7), ("prelora", 13), ("lte", None), ("lte", 7)])
 def test_16_mixed_with_a_scaler_that_skips_a_step(tmp_path, method, bad_step):
     """Lightning makes 16-mixed of a CPU into bf16-mixed; its plugin, given by hand, scales there too."""
 
