@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.precision import MixedPrecision
 
 from lowrank_pretrain import LoRA, PreLoRA, lora
 from tests.toy import Toy, loader, toy, trainer
@@ -79,6 +80,21 @@ def test_resume_with_loop_features_is_bit_exact(tmp_path, kwargs):
     for at in (2, 4, 6):
         file = tmp_path / "whole" / f"step={at}.ckpt"
         assert_equal(run(tmp_path / "again", steps(**callback), toy(), ckpt=file, **kwargs), whole, f"from {at}: ")
+
+
+@pytest.mark.parametrize("at", [4, 9, 14])
+def test_the_gradient_scaler_goes_on_where_it_was(tmp_path, at):
+    """On the CPU Lightning makes 16-mixed of it only where its plugin is given by hand; the state is the same on a GPU."""
+
+    def half() -> MixedPrecision:
+        return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=256.0, growth_interval=5))
+
+    plugins = half(), half()
+    whole = run(tmp_path / "whole", steps(), toy(), plugins=[plugins[0]])
+    file = tmp_path / "whole" / f"step={at}.ckpt"
+    assert torch.load(file, weights_only=True)["MixedPrecision"]["_growth_tracker"] == at % 5
+    assert_equal(run(tmp_path / "again", steps(), toy(), ckpt=file, plugins=[plugins[1]]), whole)
+    assert plugins[0].scaler.state_dict() == plugins[1].scaler.state_dict()
 
 
 def test_resume_of_windows_in_epochs_from_an_epochs_last_step(tmp_path):

@@ -89,7 +89,7 @@ class Life:
 
     def _start_true(self, args: Sequence[str]) -> subprocess.Popen:
         with (self.directory / "log.0").open("w") as log:
-            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}  # for callbacks
             command = [sys.executable, "-m", "lowrank_pretrain", *args]
             return subprocess.Popen(command, cwd=self.directory, stdout=log, stderr=subprocess.STDOUT, env=environment)
 

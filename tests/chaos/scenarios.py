@@ -21,6 +21,7 @@ LLAMA = [
 ]
 GALORE = ["method.rank=4", "method.update_proj_gap=3"]
 LTE = ["method=lte", "method.rank=2", "method.heads=2", "method.merge_every=3", "method.merge_timeout=30"]
+DRAWS = "+trainer.callbacks=[{_target_: tests.chaos.draws.Draws}]"
 EMA = "+trainer.callbacks=[{_target_: lightning.pytorch.callbacks.EMAWeightAveraging, update_every_n_steps: 2}]"
 
 
@@ -64,7 +65,7 @@ SCENARIOS = {
     scenario.name: scenario
     for scenario in (
         Scenario("full", [*SHORT, *VIT, "method=full", "save_every=2", "data.num_workers=2", EMA]),
-        Scenario("prelora", [*SHORT, *VIT, *PHASES, "save_every=1"], CHANGES),
+        Scenario("prelora", [*SHORT, *VIT, *PHASES, "save_every=1", DRAWS], CHANGES),
         Scenario(
             "prelora twice",
             [*SHORT, *VIT, *PHASES, "save_every=3", "trainer.val_check_interval=2", "trainer.accumulate_grad_batches=2",
