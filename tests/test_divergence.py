@@ -217,12 +217,15 @@ def test_a_loss_that_shoots_up_and_stays_there_ends_the_run_if_asked_to(tmp_path
 
 
 class BadBatch(Callback):
-    """Fills one batch's images with NaN."""
+    """Fills one batch's images with NaN; notes what is seen where, by the sum of the pixels."""
+
+    seen: set[tuple[int, int, float]] = set()
 
     def __init__(self, epoch: int, batch: int) -> None:
         self.place = (epoch, batch)
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.seen.add((trainer.current_epoch, batch_idx, round(batch[0].double().sum().item(), 3)))
         if (trainer.current_epoch, batch_idx) == self.place:
             batch[0].fill_(float("nan"))
 
@@ -234,7 +237,9 @@ def bad(epoch: int, batch: int) -> str:
 # three epochs of four steps; checkpoints at epochs' ends, or behind every step
 @pytest.mark.parametrize(("epoch", "batch", "every", "left_out"), [(1, 2, 0, 3), (1, 2, 1, 1), (1, 3, 0, 4), (2, 0, 0, 1)])
 def test_a_run_rewinds_and_ends_well(run, capsys, epoch, batch, every, left_out):
+    BadBatch.seen.clear()
     directory, summary = run("run", bad(epoch, batch), "on_divergence=rewind", f"save_every={every}")
+    assert len(BadBatch.seen) == len({pixels for *_, pixels in BadBatch.seen}) == 12, "a batch was seen twice, or another one"
     assert f"rewind 1 of at most 3: back to last.ckpt behind step {4 * epoch + batch - left_out + 1}, {left_out} batch" in (
         capsys.readouterr().out
     )
@@ -242,6 +247,7 @@ def test_a_run_rewinds_and_ends_well(run, capsys, epoch, batch, every, left_out)
     last = torch.load(directory / "checkpoints" / "last.ckpt", weights_only=True)
     assert all(torch.isfinite(t).all() for t in last["state_dict"].values())
     assert (last["epoch"], last["global_step"]) == (2, 12 - left_out)
+    assert [int(row["step"]) for row in rows(directory) if "train/loss" in row] == [*range(12 - left_out)]
     logged = [row["divergence/skipped_batches"] for row in rows(directory) if "divergence/skipped_batches" in row]
     assert logged and set(logged) == {str(float(left_out))}
 

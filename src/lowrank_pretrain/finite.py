@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
+from .dtypes import at_least_32
 from .errors import ConfigError
 
 PATIENCE_FP16 = 20  # a gradient scaler halves its scale 16 times before it is down to 1
@@ -66,7 +67,7 @@ class FiniteGuard(Callback):
         self._first = torch.zeros(3, dtype=torch.int64, device=device)  # the optimizer step of the first of each
         self._mean = torch.tensor(self._seen, dtype=torch.float32, device=device)  # (2,) running sum and its weight
         self._batches = 0
-        self._norms: tuple[list[str], Tensor] | None = None  # names, and their gradients' largest entries at the first bad step
+        self._sizes: tuple[list[str], Tensor] | None = None  # by name, their gradients' at the first bad step
         self._seen_step = trainer.global_step
 
     @override
@@ -80,13 +81,12 @@ class FiniteGuard(Callback):
         }
         if not held:
             return
-        # one pass at memory speed, and no wait
-        largest = torch.stack([norm.float() for norm in torch._foreach_norm(list(held.values()), math.inf)])
-        bad = torch.isfinite(largest).all().logical_not()
-        if self._norms is None or self._norms[0] != list(held):
-            self._norms = (list(held), largest)
+        sizes = _sizes(list(held.values()))
+        bad = torch.isfinite(sizes).all().logical_not()
+        if self._sizes is None or self._sizes[0] != list(held):
+            self._sizes = (list(held), sizes)
         else:
-            self._norms = (self._norms[0], torch.where(self._bad[1] > 0, self._norms[1], largest))
+            self._sizes = (self._sizes[0], torch.where(self._bad[1] > 0, self._sizes[1], sizes))
         self._count(1, bad, torch.where(bad, self._bad[1] + 1, self._bad[1]), trainer.global_step + 1)
 
     @override
@@ -143,8 +143,8 @@ class FiniteGuard(Callback):
             raise Diverged("train/loss", spike_at, f"began to exceed {self.loss_spike:g} times its running mean{elsewhere}")
 
     def _gradient(self) -> str:
-        names, largest = self._norms or ([], torch.zeros(0))
-        wrong = [name for name, value in zip(names, largest.tolist(), strict=True) if not math.isfinite(value)]
+        names, sizes = self._sizes or ([], torch.zeros(0))
+        wrong = [name for name, value in zip(names, sizes.tolist(), strict=True) if not math.isfinite(value)]
         return f"the gradient of {wrong[0]}" if wrong else "a gradient"
 
     @override
@@ -168,6 +168,14 @@ class FiniteGuard(Callback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._seen = state_dict["mean"]
+
+
+def _sizes(grads: list[Tensor]) -> Tensor:
+    """One number for each gradient that is finite if all its entries are: one pass at memory speed, no wait for the device."""
+    wide = {at_least_32(grad.dtype) for grad in grads}
+    if grads[0].is_cuda and len(wide) == 1:  # one kernel; infinite for what cannot be squared too, as Adam's v is
+        return torch.stack([norm.float() for norm in torch._foreach_norm(grads, 2, dtype=wide.pop())])
+    return torch.stack([grad.sum(dtype=torch.float32) for grad in grads])
 
 
 def _scaled(trainer: Trainer) -> bool:
