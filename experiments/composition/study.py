@@ -82,10 +82,9 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     args = parser.parse_args()
     if not args.table:
-        for task in args.tasks:
-            run([j for cell in args.cells for j in rates(task, cell)], args.runs, WORLD)
-            final = [(cell, chosen(task, cell, args.runs)) for cell in args.cells]
-            run([job(task, cell, lr, s) for s in args.seeds for cell, lr in final if lr is not None], args.runs, WORLD)
+        run([j for task in args.tasks for cell in args.cells for j in rates(task, cell)], args.runs, WORLD)
+        final = [(task, cell, chosen(task, cell, args.runs)) for task in args.tasks for cell in args.cells]
+        run([job(*what, seed) for seed in args.seeds for what in final if what[-1] is not None], args.runs, WORLD)
     from experiments.composition import table
 
     table.write(args.runs, HERE)
