@@ -369,6 +369,19 @@ def test_operations_are_those_of_forward_and_backward_counted_anew_in_each_phase
     assert full.peak_flops is None and full.mfu() is None, "a CPU's peak is not known"
 
 
+def test_what_an_optimizer_computes_is_not_the_models(tmp_path):
+    class Multiplies(torch.optim.SGD):
+        def step(self, closure=None):
+            loss = super().step(closure)
+            torch.ones(9, 9) @ torch.ones(9, 9)
+            return loss
+
+    module, monitor = one_matrix(), Monitor()
+    module.configure_optimizers = lambda: Multiplies(module.parameters(), lr=0.1)
+    fit(tmp_path, monitor, Phases(switch=99), module=module, max_epochs=1)
+    assert monitor.record.flops_per_sample == 2 * 2 * 12 * 3
+
+
 def test_operations_in_place_count_and_nothing_is_left_behind_by_a_step_that_raises(tmp_path):
     counter = FlopCount()
     counter.begin(toy())
