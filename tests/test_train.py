@@ -214,10 +214,13 @@ def test_last_skips_a_truncated_checkpoint_and_names_it(copied):
         assert newest_whole(copied / "checkpoints").name == "best.ckpt"
 
 
-def test_last_is_the_one_furthest_on_and_none_where_there_is_none(copied, tmp_path):
+def test_last_is_where_a_run_goes_on_exactly_else_the_one_furthest_on_and_none_where_there_is_none(copied, tmp_path):
     last, best = copied / "checkpoints" / "last.ckpt", copied / "checkpoints" / "best.ckpt"
-    os.utime(best)  # newer by date, not by steps
+    for path, step in ((best, 13), (copied / "checkpoints" / "kept.ckpt", 11)):
+        torch.save({**torch.load(last, weights_only=True), "global_step": step}, path)
     assert newest_whole(copied / "checkpoints") == last
+    last.unlink()
+    assert newest_whole(copied / "checkpoints") == best
     assert newest_whole(tmp_path / "nothing") is None
 
 

@@ -49,6 +49,7 @@ class LastCheckpoint(Checkpoint):
         self.every_n_steps = every_n_steps
         self.interrupts = interrupts
         self._seen_step = 0
+        self._saved_step: int | None = None
         self._written = False
         self._leaving: str | None = None
 
@@ -60,6 +61,8 @@ class LastCheckpoint(Checkpoint):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._seen_step = trainer.global_step
+        from_here = trainer.ckpt_path is not None and Path(trainer.ckpt_path).resolve() == self.path.resolve()
+        self._saved_step = trainer.global_step if from_here else None
 
     @override
     def on_train_batch_end(
@@ -85,7 +88,7 @@ class LastCheckpoint(Checkpoint):
 
     def _write(self, trainer: Trainer, signal: str | None) -> None:
         trainer.save_checkpoint(self._waiting)
-        self._written, self._leaving = True, signal
+        self._written, self._leaving, self._saved_step = True, signal, trainer.global_step
 
     def _put_in_place(self, trainer: Trainer, *_: Any) -> None:
         if self._written and trainer.is_global_zero:
@@ -97,7 +100,14 @@ class LastCheckpoint(Checkpoint):
         if self._leaving:
             raise Interrupted(self._leaving, self.path)
 
-    on_train_batch_start = on_train_epoch_start = on_train_end = _put_in_place
+    on_train_batch_start = on_train_epoch_start = _put_in_place
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # resumed from another file behind the last epoch's last batch, no hook has come before this one
+        if self._saved_step != trainer.global_step and not trainer.fast_dev_run:
+            self._write(trainer, None)
+        self._put_in_place(trainer)
 
 
 def _validation_follows(trainer: Trainer, batch_idx: int) -> bool:
@@ -177,11 +187,15 @@ def check_sums(path: Path) -> None:
 
 
 def newest_whole(directory: Path) -> Path | None:
-    """The checkpoint in `directory` that is whole and furthest on; None where there is none. Warns of broken ones."""
+    """``last.ckpt`` in `directory`, else the whole checkpoint that is furthest on; None where there is none.
+
+    Another file may be a few steps ahead when a run is killed, but a run goes on exactly only from ``last.ckpt``: behind
+    other files hooks of an epoch's end and rows of metrics may be lacking. Warns of broken ones.
+    """
     found = []
     for path in sorted(directory.glob("*.ckpt")):
         try:
-            found.append((inspect(path)["global_step"], path.name == "last.ckpt", path))
+            found.append((path.name == "last.ckpt", inspect(path)["global_step"], path))
         except ConfigError as error:
             warnings.warn(f"skipped {path}: {error.allowed}", stacklevel=2)
     for *_, path in sorted(found, reverse=True):
