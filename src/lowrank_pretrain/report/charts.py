@@ -101,7 +101,7 @@ def bars(name: str, x: str, rows: Sequence[tuple[str, float, int, str]]) -> str:
     axes.tick_params(axis="y", length=0)
     axes.set_xlim(0, 1.28 * max([value for _, value, *_ in rows] + [1e-12]))
     axes.locator_params(axis="x", nbins=5)
-    axes.set_xlabel(x)
+    axes.set_xlabel(fill(x, 26))  # long labels leave little room beside them
     axes.spines["left"].set_visible(False)
     return _svg(figure, name)
 
