@@ -16,13 +16,14 @@ def fingerprint(p: Tensor) -> Tensor:
     Sums of bit patterns by row, weighted by the row's number: no temporary is larger than one number per row, and a change
     of bits, or rows that changed places, shows.
     """
-    kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    bits = p.detach().contiguous()
+    # doubles as two halves: of 64-bit integers an even number of changed signs would cancel modulo 2⁶⁴
+    kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
+    bits = p.detach().contiguous().reshape(p.shape or (1,))
     bits = torch.view_as_real(bits).contiguous() if bits.is_complex() else bits
     bits = bits.view(kinds[bits.element_size()])
     if not bits.numel():  # an adapter of rank 0
         return torch.zeros((), dtype=torch.int64, device=bits.device)
-    rows = bits.reshape(bits.shape[0] if bits.ndim else 1, -1).sum(1, dtype=torch.int64)
+    rows = bits.reshape(bits.shape[0], -1).sum(1, dtype=torch.int64)
     return (rows * torch.arange(1, len(rows) + 1, device=rows.device)).sum()
 
 
