@@ -283,3 +283,34 @@ def dying(world, how, folder, answer_within=8, **kwargs):
     return saved(
         world, folder, [8], merge_timeout=answer_within, trainer={"callbacks": [Dies(1, 10, how)]}, **kwargs
     )  # fmt: skip
+
+
+class Drift(pl.Callback):
+    """One rank's W moves by a bit of its own accord in the middle of a window."""
+
+    def __init__(self, name, step):
+        self.name, self.step = name, step
+
+    def on_train_batch_end(self, trainer, module, *_):
+        if trainer.global_rank == 1 and trainer.global_step == self.step:
+            with torch.no_grad():
+                module.get_parameter(self.name).view(-1)[0] += 1e-9
+
+
+class Rows(pl.loggers.logger.DummyLogger):
+    """Keeps what is logged."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = []
+
+    def log_metrics(self, metrics, step=None):
+        self.rows.append((step, metrics))
+
+
+def hashed(world, drift=None, **kwargs):
+    """The hashes logged at merges; one rank may drift."""
+    rows = Rows()
+    callbacks = [Drift(*drift)] if drift else []
+    fit(world, trainer={"logger": rows, "log_every_n_steps": 1, "callbacks": callbacks}, **kwargs)
+    return [(step, row["lte/hash"]) for step, row in rows.rows if "lte/hash" in row]

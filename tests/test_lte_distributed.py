@@ -148,3 +148,16 @@ def test_a_dead_or_stuck_worker_ends_the_job_and_a_restart_resumes(ranks, tmp_pa
     again = ranks(2, workers.saved, 2, save_at=[], ckpt=str(tmp_path / "step=8.ckpt"), **common)
     for a, b in zip(whole, again, strict=True):
         assert all(torch.equal(a["weights"][k], b["weights"][k]) for k in a["weights"])
+
+
+@pytest.mark.parametrize("how", [{}, {"sync_rest": "merge", "overlap": 2}, {"mode": "sequential"}, {"reset": True}], ids=str)
+def test_a_hash_of_what_all_hold_is_logged_at_each_merge(ranks, how):
+    first, second = ranks(2, workers.hashed, 2, **how)
+    assert first == second and len({value for _, value in first}) == len(first) == (2 if how.get("overlap") else 3)
+
+
+def test_a_worker_that_drifts_is_named_at_the_next_merge(ranks):
+    outcomes = ranks.outcomes(2, workers.hashed, 2, drift=("out.weight", 5))
+    assert all(
+        not fine and "ranks disagree after the merge at step 8: out.weight on rank 1" in text for fine, text, _ in outcomes
+    )

@@ -35,8 +35,8 @@ WHOLE = [f"++trainer.limit_{part}_batches=1.0" for part in ("val", "test")]
 LENGTH = ["trainer.max_epochs=6", "++trainer.limit_train_batches=60", *WHOLE]
 TASKS = {
     "images": [
-        "experiment=prelora_pocket", "data._target_=experiments.held_out.Images", "data.batch_size=64",
-        "model.model_kwargs.embed_dim=128", *LENGTH,
+        "experiment=prelora_pocket", "data._target_=experiments.held_out.Images", "data.batch_size=32",
+        "model.model_kwargs.embed_dim=128", "model.model_kwargs.depth=2", *LENGTH,
     ],
     "text": [
         "experiment=prelora_gpt2_pocket", "data._target_=experiments.held_out.Text", "data.batch_size=8", "data.seq_len=64",

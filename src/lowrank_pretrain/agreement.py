@@ -1,5 +1,6 @@
 """Do all ranks hold the same weights? Adapters drawn apart, or a reducer that missed some, would drift without a word."""
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -28,13 +29,15 @@ def fingerprint(p: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def agreed_hash(strategy: Any, module: nn.Module, when: str) -> int:
+def agreed_hash(strategy: Any, module: nn.Module, when: str, apart: Collection[str] | None = None) -> int:
     """A hash of all parameters, of which every rank has made sure that the others hold the same.
 
     Args:
         strategy: the trainer's, which all ranks must come to together.
-        module: its parameters, but those that DDP was told to leave apart (``_ddp_params_and_buffers_to_ignore``).
+        module: its parameters.
         when: for the message, e.g. ``after the switch at step 8``.
+        apart: names of those that may differ; ``None``: what DDP was told to leave apart
+            (``_ddp_params_and_buffers_to_ignore``).
 
     Returns:
         32 bits, the same on every rank.
@@ -42,7 +45,7 @@ def agreed_hash(strategy: Any, module: nn.Module, when: str) -> int:
     Raises:
         Disagreement: on every rank, naming the first parameter that differs and the ranks that hold another one.
     """
-    apart = set(getattr(module, "_ddp_params_and_buffers_to_ignore", ()))
+    apart = set(getattr(module, "_ddp_params_and_buffers_to_ignore", ()) if apart is None else apart)
     named = [(name, p) for name, p in module.named_parameters() if name not in apart]
     if not named:
         return 0

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lowrank_pretrain import transition
+from lowrank_pretrain.agreement import agreed_hash
 from lowrank_pretrain.errors import ConfigError
 from lowrank_pretrain.lora_function import Part
 from lowrank_pretrain.lora_layer import Inherit
@@ -25,7 +26,7 @@ from lowrank_pretrain.lte import record, rest
 from lowrank_pretrain.lte.checkpointing import CheckpointHooks
 from lowrank_pretrain.lte.clipping import clip_norms, share_overflow
 from lowrank_pretrain.lte.conversion import Conversion
-from lowrank_pretrain.lte.head_set import HeadSet, Settings
+from lowrank_pretrain.lte.head_set import HeadSet, Settings, head_names
 from lowrank_pretrain.lte.looking import ViewHooks
 from lowrank_pretrain.lte.optimizer_state import BareGroups
 from lowrank_pretrain.lte.projected import ProjectedSet
@@ -212,13 +213,20 @@ class LTEStrategy(Conversion, CheckpointHooks, ViewHooks):
         clip_norms((p for n, p in mine.items() if n not in owned), own, clip_val, stacked=self.update == "lora")
 
     def _log(self) -> None:
+        """A merge's cost, and a hash of what all workers hold alike behind it."""
         trainer, every = self.lightning_module.trainer, self.settings.merge_every
         step, often = trainer.global_step, max(1, trainer.log_every_n_steps)
         # by the step alone, so that a resumed run logs at the same merges
         if step // often == (step - every) // often and self.heads.merges > 1:
             return
+        metrics = self.metrics()
+        if self._workers.size > 1 and self.settings.mode != "joint":
+            apart = head_names(self.lightning_module, self.heads.layers)
+            if self.rest.apart and self.settings.overlap:  # the rest was averaged when the merge began, and has moved since
+                apart |= set(self.rest.parameters)
+            metrics["lte/hash"] = float(agreed_hash(self, self.lightning_module, f"after the merge at step {step + 1}", apart))
         for logger in trainer.loggers:
-            logger.log_metrics(self.metrics(), step=trainer.global_step)
+            logger.log_metrics(metrics, step=step)
 
     def all_heads(self) -> Iterator[tuple[str, Tensor, dict[str, Tensor], tuple[Part, ...]]]:
         """Per layer its name, A (N, ΣR, D), B (N, O, R) per part, and the parts: over all workers, which must all call it."""
