@@ -11,10 +11,11 @@ from .targets import all_targets
 
 
 class WeightNorms(Callback):
-    """Logs ``lowrank/weight_norm/<family>`` and, where adapters add to W, ``lowrank/adapter_norm/<family>``.
+    """Logs ``lowrank/weight_norm/<family>`` and, where adapters add to W, ``lowrank/{base,adapter}_norm/<family>``.
 
     The first is the mean Frobenius norm of the family's matrices as validation sees them (W + s·BA; with heads, merged), the
-    second that of s·BA alone. Looked at behind each validation inside a fit, by process 0. Sharded weights are left out.
+    others those of W and of s·BA alone. Looked at behind each validation inside a fit, by process 0. Sharded weights are left
+    out.
     """
 
     @override
@@ -22,14 +23,15 @@ class WeightNorms(Callback):
         if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking or not trainer.is_global_zero:
             return
         targets = {n: t for n, t in all_targets(pl_module).items() if not hasattr(t.layer.weight, "to_local")}
-        norms, added = {}, {}
+        norms, base, added = {}, {}, {}
         with torch.no_grad():
             for name, present in present_matrices(targets):
                 norms[name] = _norm(present)
                 if getattr(targets[name].layer, "lora_A", None) is not None and targets[name].layer.lora_A.ndim == 2:
+                    base[name] = _norm(targets[name].matrix())
                     added[name] = _norm(present - targets[name].matrix())
         metrics = {}
-        for key, found in (("lowrank/weight_norm", norms), ("lowrank/adapter_norm", added)):
+        for key, found in (("lowrank/weight_norm", norms), ("lowrank/base_norm", base), ("lowrank/adapter_norm", added)):
             if found:
                 values = dict(zip(found, torch.stack([*found.values()]).tolist(), strict=True))  # read from the device at once
                 metrics |= {k: v for k, v in by_family(pl_module, key, values).items() if k != key}
