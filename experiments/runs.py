@@ -1,14 +1,17 @@
 """Runs of a study, one after the other, each in processes of its own; one that is done is not done again.
 
-    done(job, where) -> what it found;   run(jobs, where, world=2)
+    done(job, where) -> what it found;   run(jobs, where, world=2);   run(jobs, where, together=2) on two cores
 
 The processes are forked from a server that has the libraries loaded already, so that a run of twenty seconds does not wait
 twenty more for imports, and still has a memory of its own to be measured.
 """
 
+import importlib
 import json
 import multiprocessing
 import os
+import platform
+import shutil
 import socket
 import stat
 import struct
@@ -16,12 +19,14 @@ import sys
 import time
 import traceback
 from dataclasses import dataclass, field
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 
 PRELOAD = ["lightning.pytorch", "timm", "transformers", "torchmetrics", "lowrank_pretrain.train", "experiments.held_out"]
+PRELOAD += ["experiments.mixers"]
 
 
 @dataclass
@@ -32,11 +37,13 @@ class Job:
         name: of its directory.
         overrides: what would stand on the command line.
         facts: what it is, for the table.
+        work: ``package.module.function`` to call with (facts, run directory) instead of training; its answer is what is found.
     """
 
     name: str
     overrides: list[str]
     facts: dict[str, Any] = field(default_factory=dict)
+    work: str = ""
 
 
 class Wire(pl.Callback):
@@ -81,25 +88,41 @@ def sent() -> int:
     return total
 
 
-def run(jobs: list[Job], where: Path, world: int = 1) -> None:
-    """Do what is not done yet; a run that fails is named and leaves the others alone."""
+def run(jobs: list[Job], where: Path, world: int = 1, together: int = 1) -> None:
+    """Do what is not done yet, `together` runs at a time; a run that fails is named and leaves the others alone."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
-    for number, job in enumerate(jobs, 1):
-        if (where / job.name / "found.json").is_file():
-            continue
-        began = time.monotonic()
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        ranks = [context.Process(target=_rank, args=(r, world, port, job.overrides, where / job.name)) for r in range(world)]
-        for rank in ranks:
-            rank.start()
-        for rank in ranks:
-            rank.join()
-        good = (where / job.name / "found.json").is_file()
-        took = f"{time.monotonic() - began:.0f} s"
-        print(f"{number}/{len(jobs)} {job.name}: {'done' if good else 'FAILED, see its rank0.log,'} in {took}", flush=True)
+    waiting = [(number, job) for number, job in enumerate(jobs, 1) if done(job, where) is None]
+    going: list[tuple[int, Job, list[Any], float]] = []
+    while waiting or going:
+        while waiting and len(going) < together:
+            number, job = waiting.pop(0)
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                port = probe.getsockname()[1]
+            ranks = [context.Process(target=_rank, args=(r, world, port, job, where / job.name)) for r in range(world)]
+            for rank in ranks:
+                rank.start()
+            going.append((number, job, ranks, time.monotonic()))
+        wait([rank.sentinel for *_, ranks, _ in going for rank in ranks if rank.is_alive()])
+        for entry in [e for e in going if not any(rank.is_alive() for rank in e[2])]:
+            going.remove(entry)
+            number, job, ranks, began = entry
+            for rank in ranks:
+                rank.join()
+            found = done(job, where)
+            word = "FAILED, see its rank0.log," if found is None else found.get("diverged") or "done"
+            print(f"{number}/{len(jobs)} {job.name}: {word} in {time.monotonic() - began:.0f} s", flush=True)
+
+
+def machine() -> str:
+    """What the run was on, in words."""
+    import torch
+
+    with open("/proc/cpuinfo") as file:
+        name = next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), platform.machine())
+    libraries = f"Python {platform.python_version()}, torch {torch.__version__}"
+    return f"{platform.system()}, {name}, {os.cpu_count()} cores, one thread per run, {libraries}"
 
 
 def done(job: Job, where: Path) -> dict[str, Any] | None:
@@ -108,7 +131,7 @@ def done(job: Job, where: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.is_file() else None
 
 
-def _rank(rank: int, world: int, port: int, overrides: list[str], run_dir: Path) -> None:
+def _rank(rank: int, world: int, port: int, job: Job, run_dir: Path) -> None:
     if world > 1:
         os.environ |= {
             "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
@@ -122,7 +145,13 @@ def _rank(rank: int, world: int, port: int, overrides: list[str], run_dir: Path)
     os.dup2(log.fileno(), 1), os.dup2(log.fileno(), 2)
     sys.stdout = sys.stderr = log
     try:
-        _train(rank, overrides, run_dir)
+        found = _train(rank, job.overrides, run_dir) if not job.work else _work(job, run_dir)
+        if rank == 0:
+            load = os.getloadavg()[0]
+            kept = run_dir / ".found.part"
+            kept.write_text(json.dumps({**found, "facts": job.facts, "machine": machine(), "load": load}, indent=1))
+            kept.replace(run_dir / "found.json")  # whole or not at all: it says that the run is done
+            shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)  # a hundred runs' would fill a disk
     except BaseException:
         traceback.print_exc()
         log.flush()
@@ -130,12 +159,23 @@ def _rank(rank: int, world: int, port: int, overrides: list[str], run_dir: Path)
     log.flush()
 
 
-def _train(rank: int, overrides: list[str], run_dir: Path) -> None:
+def _work(job: Job, run_dir: Path) -> dict[str, Any]:
+    import torch
+
+    torch.set_num_threads(1)
+    module, _, function = job.work.rpartition(".")
+    began, cpu = time.perf_counter(), time.process_time()
+    found = getattr(importlib.import_module(module), function)(job.facts, run_dir)
+    return {**found, "wall": time.perf_counter() - began, "cpu": time.process_time() - cpu}
+
+
+def _train(rank: int, overrides: list[str], run_dir: Path) -> dict[str, Any]:
     import hydra
     import torch
     from lightning.fabric.utilities.rank_zero import rank_zero_only
 
     import lowrank_pretrain.train as command
+    from lowrank_pretrain.finite import Diverged
     from lowrank_pretrain.memory import GIB, optimizer_bytes
 
     rank_zero_only.rank = rank
@@ -150,20 +190,21 @@ def _train(rank: int, overrides: list[str], run_dir: Path) -> None:
         return kept["trainer"]
 
     command.build_trainer = build_trainer
-    before = _high_water()
+    before = high_water()
     began, cpu = time.perf_counter(), time.process_time()
-    summary = command.train(cfg, run_dir)
+    try:
+        summary = command.train(cfg, run_dir)
+    except (Diverged, FloatingPointError) as error:  # an answer too: this learning rate is too high
+        return {"diverged": f"diverged ({str(error).splitlines()[0]})", "overrides": overrides}
     trainer = kept["trainer"]
-    found = {
+    return {
         "summary": summary, "wall": time.perf_counter() - began, "cpu": time.process_time() - cpu,
-        "peak_gib": (_high_water() - before) / GIB, "optimizer_mib": optimizer_bytes(trainer.optimizers) / 2**20,
+        "peak_gib": (high_water() - before) / GIB, "optimizer_mib": optimizer_bytes(trainer.optimizers) / 2**20,
         "wire": wire.per_step(), "steps": trainer.global_step, "overrides": overrides,
     }  # fmt: skip
-    if rank == 0:
-        (run_dir / "found.json").write_text(json.dumps(found, indent=1))
 
 
-def _high_water() -> int:
+def high_water() -> int:
     """The most memory that this process ever held, bytes."""
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM:"))

@@ -1,0 +1,54 @@
+"""Figures that survive greyscale: every line has its own dashes and marker beside its colour."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+COLORS = ("black", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#8c6d1f", "#56b4e9", "0.5")
+DASHES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (1, 2)), (0, (3, 3)))
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+HATCHES = ("", "//", "..", "xx")
+
+
+def panels(rows: int, columns: int) -> tuple[Any, Any]:
+    """A figure and its (rows, columns) axes."""
+    from matplotlib.figure import Figure  # without pyplot: no display, nothing global
+
+    figure = Figure(figsize=(5.2 * columns, 3.9 * rows), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def style(number: int, count: int = 10) -> dict[str, Any]:
+    """Of the number-th line, which has `count` points."""
+    k = number % len(COLORS)
+    return {"color": COLORS[k], "linestyle": DASHES[k], "marker": MARKERS[k], "markersize": 4, "linewidth": 1.4,
+            "markevery": max(1, count // 10)}  # fmt: skip
+
+
+def line(axis: Any, points: Sequence[tuple[float, float]], number: int, label: str) -> None:
+    """One line through (x, y) points."""
+    axis.plot(*zip(*points, strict=True), label=label, **style(number, len(points)))
+
+
+def bars(axis: Any, names: Sequence[str], values: Sequence[float], number: int = 0, of: int = 1, label: str = "") -> None:
+    """The number-th of `of` bars beside each name."""
+    width = 0.8 / of
+    places = [i - 0.4 + width * (number + 0.5) for i in range(len(names))]
+    shade = str(0.85 - 0.5 * number / max(1, of - 1)) if of > 1 else "0.7"
+    axis.bar(places, values, width, color=shade, edgecolor="black", hatch=HATCHES[number % 4], label=label or None)
+    axis.set_xticks(range(len(names)), names, fontsize=8)
+
+
+def named(axis: Any, title: str, x: str, y: str, legend: bool = True) -> None:
+    """Title and axis names with units; a legend where something is labelled."""
+    axis.set_title(title, fontsize=10)
+    axis.set_xlabel(x)
+    axis.set_ylabel(y)
+    axis.grid(alpha=0.25)
+    if legend and axis.get_legend_handles_labels()[0]:
+        axis.legend(fontsize=8)
+
+
+def save(figure: Any, path: Path) -> None:
+    """As PNG."""
+    figure.savefig(path, dpi=130)

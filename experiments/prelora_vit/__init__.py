@@ -1,0 +1,1 @@
+"""PreLoRA on a Vision Transformer."""

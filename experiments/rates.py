@@ -1,0 +1,62 @@
+"""Learning rates, tried equally for every side of a comparison: on seed 0, by the validation half.
+
+Half, once and twice the side's middle rate; while the best is at an edge, one more beyond it, up to five in all.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.runs import Job, done
+from experiments.tables import Missing
+
+FACTORS, MOST = (0.5, 1.0, 2.0), 5
+Make = Callable[[Any, float], Job]  # side, rate -> the run of seed 0
+
+
+def loss_of(found: dict[str, Any]) -> float:
+    """The last validation loss; infinite for a run that diverged."""
+    loss = math.inf if "diverged" in found else found["summary"]["final"]["val/loss"]
+    return loss if loss == loss else math.inf
+
+
+def tried(side: Any, middle: float, make: Make, where: Path) -> tuple[list[float], float | None]:
+    """The rates that are to be tried as far as is known, and the best of them; None while a run is missing."""
+    rates = [middle * factor for factor in FACTORS]
+    while True:
+        found = {rate: done(make(side, rate), where) for rate in rates}
+        if any(one is None for one in found.values()):
+            return rates, None
+        best = min(rates, key=lambda rate: (loss_of(found[rate]), rate))
+        if best not in (min(rates), max(rates)) or len(rates) >= MOST:
+            return rates, best
+        rates.append(best * 2 if best == max(rates) else best / 2)
+
+
+def rounds(sides: Sequence[tuple[Any, float]], make: Make, where: Path) -> Iterator[list[Job]]:
+    """Lists of runs to do until every side of (side, middle rate) has its rate.
+
+    Raises:
+        Missing: a run that was asked for is still not there, so it failed.
+    """
+    for _ in range(MOST - len(FACTORS) + 1):
+        jobs = [make(side, rate) for side, middle in sides for rate in tried(side, middle, make, where)[0]]
+        if all(done(job, where) for job in jobs):
+            return
+        yield jobs
+        failed = [job.name for job in jobs if done(job, where) is None]
+        if failed:
+            raise Missing(f"no learning rate can be chosen without {', '.join(failed)}")
+
+
+def chosen(side: Any, middle: float, make: Make, where: Path) -> float:
+    """The side's rate.
+
+    Raises:
+        Missing: not all its rates have been tried.
+    """
+    rates, best = tried(side, middle, make, where)
+    if best is None:
+        raise Missing(f"not all learning rates have been tried: {', '.join(make(side, rate).name for rate in rates)}")
+    return best
