@@ -89,18 +89,20 @@ def markdown(table: list[dict[str, Any]], task: str) -> str:
 
 
 def verdict(table: list[dict[str, Any]], task: str, cell: str, around: tuple[str, ...]) -> str:
-    """On which axes a cell is below all of its neighbours whose loss is not lower by more than one standard deviation."""
+    """Against each neighbour: on which axes a cell is below it, or that its loss is higher by more than one deviation."""
     loss, spread = mean(table, task, cell, "test_loss")
-    worse = [
-        c for c in around if loss > mean(table, task, c, "test_loss")[0] + max(spread, mean(table, task, c, "test_loss")[1])
-    ]
-    if worse:
-        return f"a higher loss than {', '.join(worse)} by more than one standard deviation"
-    axes = {"sent_kib_per_step_last_phase": "bytes", "optimizer_mib": "optimizer memory", "peak_gib": "peak memory",
-            "cpu_seconds": "seconds"}  # fmt: skip
-    won = [word for key, word in axes.items()
-           if all(mean(table, task, cell, key)[0] < 0.98 * mean(table, task, c, key)[0] for c in around)]  # fmt: skip
-    return f"no worse a loss; below {' and '.join(around)} in {', '.join(won) or 'nothing'}"
+    axes = {"sent_kib_per_step_last_phase": "bytes", "optimizer_mib": "optimizer memory", "cpu_seconds": "seconds"}
+    said = []
+    for other in around:
+        theirs, its_spread = mean(table, task, other, "test_loss")
+        below = [
+            word for key, word in axes.items() if mean(table, task, cell, key)[0] < 0.98 * mean(table, task, other, key)[0]
+        ]
+        if loss > theirs + max(spread, its_spread):
+            said.append(f"loses to {other} (loss {loss:.3f} against {theirs:.3f})")
+        else:
+            said.append(f"no worse a loss than {other}, and less in {', '.join(below) or 'nothing'}")
+    return "; ".join(said)
 
 
 def draw(table: list[dict[str, Any]], path: Path) -> None:
