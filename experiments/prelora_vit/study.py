@@ -1,12 +1,13 @@
-"""Does PreLoRA keep full training's accuracy at a lower cost, and what do tolerances and warm-up change? (its Fig. 2 to 6)
+"""Does PreLoRA keep full training's accuracy at a lower cost (its Fig. 2 to 4); what do tolerances and warm-up change (5, 6)?
 
     make study NAME=prelora_vit                        or  python -m experiments.prelora_vit.study
     python -m experiments.prelora_vit.study --table    only tables and figures, from the runs there are
 
-A ViT of two layers, width 128, on the embedded images, 24 epochs of 20 steps. Full training tries three learning rates on seed
-0 (validation half). A full run at the best of them, watched by a PreLoRA that can never switch, gives the tolerances by the rule
-in ``tolerances.py``. As in the source, PreLoRA's runs branch off the same base run, so they keep its rate; what is theirs
-to try is the adapters' share of it, as often, with Exp2. Reported: seeds 1-3, test half; one run at a time, since time counts.
+A ViT of two layers, width 128, on the embedded images, 24 epochs of 20 steps. Full training tries three learning rates on
+seed 0 (validation half). A full run at the best of them, watched by a PreLoRA that can never switch, gives the tolerances by
+the rule in ``tolerances.py``. As in the source, PreLoRA's runs branch off the same base run, so they keep its rate; what is
+theirs to try is the adapters' share of it, as often, with Exp2. Reported: seeds 1-3, test half; one run at a time, since
+time counts.
 """
 
 from collections.abc import Iterator

@@ -1,0 +1,1 @@
+"""LTE on Vision Transformers and MLP-Mixers."""
