@@ -26,8 +26,7 @@ class LoopState(Callback):
     ``GradientAccumulationScheduler`` sets how many batches make a step: until the next epoch it would be 1.
 
     A run that was killed after its last step is resumed without a step, and Lightning then leaves ``on_train_end`` out too,
-    where ``WeightAveraging`` hands its weights to the model and LTE's workers merge theirs: what is tested and exported
-    would be the weights of the last step.
+    where ``WeightAveraging`` hands its weights to the model: what is tested and exported would be those of the last step.
 
     A scheduler that goes by a metric (``ReduceLROnPlateau``) is stepped behind the last hook of an epoch; a file written in
     that hook is without the step, and Lightning leaves the step out in an epoch that is resumed in its middle, for it does
@@ -102,4 +101,3 @@ class LoopState(Callback):
             for callback in trainer.callbacks:
                 if isinstance(callback, WeightAveraging):
                     callback.on_train_end(trainer, pl_module)
-            trainer.strategy.on_train_end()

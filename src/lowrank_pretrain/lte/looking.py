@@ -66,11 +66,15 @@ class ViewHooks(DDPStrategy):
         self._look()
 
     def teardown(self) -> None:
-        """Take the heads off; after an exception W stays that of the last merge (the others may be gone)."""
+        """Take the heads off; after an exception W stays that of the last merge (the others may be gone).
+
+        A fit that resumes a finished run takes no step, and ``on_train_end`` does not come.
+        """
         with suppress(AttributeError):
             del self.precision_plugin.clip_grad_by_norm
         if self.rest is not None and self.heads.worn:
-            if not self.heads.shared.viewing and self.heads.workers.size == 1:
+            together = self.heads.workers.size == 1 or not self.lightning_module.trainer.interrupted
+            if not self.heads.shared.viewing and together:
                 self._look()
             self.heads.take_off()
             self.rest.settle()

@@ -66,7 +66,7 @@ class ProjectedSet:
         if not self.pieces:
             raise ConfigError("update", "galore", "needs GaLoreAdamW with a projected group from configure_optimizers")
         for piece in self.pieces:
-            check_group(piece)
+            check_group(piece.slot.group)
         self.keep_time()
         self.view = MergedView(self)
         if workers.size == 1:
@@ -108,6 +108,16 @@ class ProjectedSet:
             self.last_cost = self.workers.sent - before[0] + sent, self.workers.seconds - before[1] + seconds
         return True
 
+    def sent_so_far(self) -> list[float]:
+        """Bytes sent for the last merge, and since then: for a checkpoint (the same on every worker)."""
+        return [self.last_cost[0], self._sketch._cost[0] if self._sketch else 0.0]
+
+    def take_sent(self, last: float, since: float) -> None:
+        """The inverse of `sent_so_far`."""
+        self.last_cost = last, 0.0
+        if self._sketch:
+            self._sketch._cost = since, 0.0
+
     def send(self) -> tuple[Exchange | list[Tensor], Tensor]:
         """One merge's traffic: the factors' exchange, or the mean of D by target; and the mean of C, (targets,)."""
         C = torch.tensor([p.local.C for p in self.pieces], dtype=torch.float64)
@@ -134,10 +144,14 @@ class ProjectedSet:
 
     # -- the end ----------------------------------------------------------------------------------------------------
 
+    @torch.no_grad()
     def take_off(self) -> None:
-        """The optimizer goes on alone, from W as it is (merged, if the view is on); what a checkpoint needs stays here."""
+        """The optimizer goes on alone, from W as the view has it, or else as the last merge left it; a checkpoint's needs stay."""
         for optimizer in self._galore:
             optimizer.local, optimizer.shared = {}, None
+        if not self.shared.viewing and self.workers.size > 1:
+            for piece in self.pieces:
+                piece.p.copy_(piece.local.base)
         self.worn = False
         self.view.settle()
 
@@ -168,7 +182,8 @@ class MergedView:
         if of.workers.size > 1:
             before = of.workers.sent, of.workers.seconds
             with torch.inference_mode(False), torch.no_grad():
-                merged = [piece.whole(new).to(piece.p.dtype, copy=True) for piece, new in of.merged()]
+                # in the parameter's own memory layout: behind the fit they stay
+                merged = [torch.empty_like(piece.p).copy_(piece.whole(new)) for piece, new in of.merged()]
                 self._kept = [piece.p.data for piece in of.pieces]
                 for piece, new in zip(of.pieces, merged, strict=True):
                     piece.p.data = new
@@ -190,6 +205,8 @@ class MergedView:
 
 class SketchMean:
     """``basis="shared"``: every worker's sketch M MᵀP, averaged, makes the next basis; the first one is worker 0's.
+
+    All workers must take part, so a target without a gradient on one of them steps there with a zero one.
 
     Args:
         workers: who shares it.

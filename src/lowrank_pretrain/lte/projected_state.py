@@ -26,7 +26,7 @@ def collect(targets: ProjectedSet) -> dict[str, Any]:
     entry = {
         "format": FORMAT, "update": "galore", "basis": targets.basis, "merge_every": settings.merge_every,
         "targets": {p.name: p.part.rank for p in targets.pieces}, "workers": workers.size,
-        "clock": targets.clock, "merges": targets.merges,
+        "clock": targets.clock, "merges": targets.merges, "sent": targets.sent_so_far(),
         "at_merge": alone or targets.clock % settings.merge_every == 0, "record": {}, "told": [], "base": {},
     }  # fmt: skip
     if alone:
@@ -58,13 +58,16 @@ def check(state: Mapping[str, Any], targets: ProjectedSet) -> None:
     """Refuse a checkpoint of other targets.
 
     Raises:
-        ConfigError: another update, other targets or ranks; or a newer format.
+        ConfigError: another update, other targets or ranks, bases of each worker's own where one is to be shared; or a newer
+            format.
     """
     if state["format"] > FORMAT:
         raise ConfigError("ckpt_path", f"format {state['format']}", f"this version reads up to {FORMAT}: update the package")
     there = state.get("update", "lora")
     if there != "galore":
         raise ConfigError("update", "galore", f"the checkpoint was trained with {there}")
+    if state["basis"] == "own" and targets.basis == "shared" and min(state["workers"], targets.workers.size) > 1:
+        raise ConfigError("basis", "shared", "the checkpoint's workers each have a basis of their own: use own")
     here = {p.name: p.part.rank for p in targets.pieces}
     for name in sorted(here.keys() | state["targets"].keys()):
         if here.get(name) != state["targets"].get(name):
@@ -81,6 +84,7 @@ def restore(state: Mapping[str, Any], targets: ProjectedSet) -> tuple[dict[str, 
     """
     there, here = state["workers"], targets.workers.size
     targets.clock, targets.merges = state["clock"], state["merges"]
+    targets.take_sent(*state.get("sent", (0.0, 0.0)))
     moments, told = {}, None
     if there > 1:
         of = targets.workers.rank % there
