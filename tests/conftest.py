@@ -11,6 +11,15 @@ from tests.ranks import Ranks
 
 torch.set_num_threads(1)
 
+
+@pytest.fixture(autouse=True)
+def _no_process_group():
+    """A fit on one device may leave a process group behind, for whose threads a forked process would wait for ever."""
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 # Three epochs of four steps.
 SHORT = [
     "data.batch_size=8",
