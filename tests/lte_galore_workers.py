@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
+import lightning.pytorch as pl
 import torch
 from omegaconf import OmegaConf
 
 from lowrank_pretrain import method
 from lowrank_pretrain.galore import GaLoreAdamW, galore_param_groups
+from lowrank_pretrain.galore.distributed import galore_ddp_hook
 from lowrank_pretrain.lte import LTEStrategy
 from lowrank_pretrain.models.optim import Optim
 from tests import lte_workers
@@ -68,6 +70,59 @@ def watched(world, trainer=None, **kwargs):
     trainer = {**(trainer or {}), "callbacks": [*(trainer or {}).get("callbacks", []), watch]}
     module, _, _ = fit(world, trainer=trainer, **kwargs)
     return {"W": watch.W, "rest": watch.rest, "weights": weights(module), "losses": module.losses}
+
+
+class Fails(pl.Callback):
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == 6:
+            raise KeyError("of the user's")
+
+
+def failing(world, **kwargs):
+    """What an exception between two merges leaves, and the targets as the merge before it left them."""
+    module, watch = GaLoreNet(), WatchTargets()
+    try:
+        fit(world, module=module, trainer={"callbacks": [watch, Fails()]}, **kwargs)
+    except KeyError:
+        return weights(module), watch.W[3]
+
+
+class Sometimes(GaLoreNet):
+    """A target that rank 1 leaves out of some steps."""
+
+    def __init__(self, out_at):
+        super().__init__()
+        self.branch, self.out_at = torch.nn.Linear(8, 8, bias=False, dtype=torch.float64), out_at
+        torch.nn.init.eye_(self.branch.weight)
+
+    def training_step(self, batch, batch_idx):
+        index, x, y = batch
+        left_out = self.trainer.global_rank == 1 and self.trainer.global_step in self.out_at
+        return super().training_step((index, x if left_out else self.branch(x), y), batch_idx)
+
+
+def sometimes(world, out_at, **kwargs):
+    return watched(world, module=Sometimes(out_at), **kwargs)
+
+
+def behind(world, path, **kwargs):
+    """A run of 12 steps, and one from a checkpoint that was written when a fit of 6 was over; one batch all the time."""
+    order = lte_workers.in_layout(world, 8, 8)
+    ends = []
+    for steps, ckpt in ((6, None), (12, None), (12, path)):
+        module, trainer, _ = fit(world, steps=steps, ckpt=ckpt, data=lte_workers.Samples(8, order=order), **kwargs)
+        if steps == 6:
+            trainer.save_checkpoint(path)
+        ends.append(weights(module))
+    return ends[1:]
+
+
+def hooked(world):
+    class Hook(pl.Callback):
+        def on_train_start(self, trainer, module):
+            galore_ddp_hook(trainer.strategy.model, trainer.optimizers[0])
+
+    fit(world, trainer={"callbacks": [Hook()]})
 
 
 def counted(world, **kwargs):

@@ -116,6 +116,19 @@ def test_a_combination_that_cannot_work_is_one_line(go, key, words):
     assert error.value.key == key and words in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_basis_that_would_move_is_refused_before_training():
+    class Steps(lte_workers.pl.Callback):
+        taken = 0
+
+        def on_train_batch_end(self, *_):
+            self.taken += 1
+
+    steps = Steps()
+    with pytest.raises(ConfigError, match="must stay"):
+        workers.cell(1, "prelora_lte_galore", change={"refresh": "track"}, trainer={"callbacks": [steps]})
+    assert steps.taken == 0
+
+
 def test_moments_are_projected_and_not_thrown_away():
     """PreLoRA -> GaLore: behind the switch the state's step goes on, and m is Pᵀ of what it was."""
     found = {}

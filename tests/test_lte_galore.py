@@ -93,6 +93,7 @@ def test_two_workers_follow_the_dense_twin(ranks, shared):
     found = ranks(2, workers.run, 2, basis="shared" if shared else "own")
     close(found[0]["weights"], found[1]["weights"], 0)
     close(found[0]["weights"], twin(2, shared=shared))
+    assert all(w.is_contiguous() for w in found[0]["weights"].values())  # of a matrix projected from the right, too
 
 
 def test_merging_at_each_step_in_one_basis_is_data_parallel_projection():
@@ -138,6 +139,26 @@ def test_w_is_equal_after_each_merge_and_the_rest_as_promised(ranks, how):
     rest = equal_at("rest")
     assert (len(rest) == len(found[0]["rest"])) is (how.get("sync_rest") != "merge") and every in rest
     close(found[0]["weights"], found[1]["weights"], 0)
+
+
+def test_behind_an_exception_w_is_that_of_the_last_merge(ranks):
+    (one, merged), (other, _) = ranks(2, workers.failing, 2)
+    close(one, other, 0)
+    assert all(torch.equal(one[name], W) for name, W in zip(TARGETS, merged, strict=True))
+
+
+@pytest.mark.parametrize("basis", ["own", "shared"])
+def test_a_target_may_be_left_out_on_one_worker(ranks, basis):
+    """At a refresh, behind it, in the middle of a window: nobody waits for nobody, and W is equal at merges."""
+    found = ranks(2, workers.sometimes, 2, (0, 1, 4, 6), basis=basis, timeout=30)
+    for n in (3, 7, 11):
+        assert all(torch.equal(a, b) for a, b in zip(found[0]["W"][n], found[1]["W"][n], strict=True))
+    close(found[0]["weights"], found[1]["weights"], 0)
+
+
+def test_the_hook_that_averages_projections_is_refused(ranks):
+    with pytest.raises(AssertionError, match="galore_ddp_hook out"):
+        ranks(2, workers.hooked, 2)
 
 
 def test_looking_changes_nothing_and_sees_the_merged_model(ranks):
@@ -196,6 +217,18 @@ def test_other_numbers_of_workers_go_on_from_the_merged_model(ranks, tmp_path, s
     assert all(torch.isfinite(value).all() for value in four[0]["weights"].values())
     module, _, _ = lte_workers.fit(module=workers.GaLoreNet(), strategy="auto", ckpt=path, steps=12, exact=True)
     assert not torch.equal(module.net[0].weight, saved["net.0.weight"])  # plain GaLore goes on from it too
+
+
+def test_a_checkpoint_from_behind_a_fit_goes_on_exactly(ranks, tmp_path):
+    found = ranks(2, workers.behind, 2, str(tmp_path / "x.ckpt"), sync_rest="merge")
+    for whole, again in found:
+        close(whole, again, 0)
+
+
+def test_bases_of_each_worker_do_not_become_one(ranks, tmp_path):
+    ranks(2, workers.run, 2, folder=str(tmp_path), save_at=(2,), steps=2, exact=True)
+    with pytest.raises(AssertionError, match="basis='shared': the checkpoint's workers"):
+        ranks(2, workers.run, 2, ckpt=str(tmp_path / "step=2.ckpt"), steps=4, exact=True, basis="shared")
 
 
 def test_a_checkpoint_of_heads_is_refused(tmp_path):

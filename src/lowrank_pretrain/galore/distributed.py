@@ -51,12 +51,14 @@ def galore_ddp_hook(ddp: DistributedDataParallel, optimizer: GaLoreAdamW) -> Hoo
         Counters of calls and bytes.
 
     Raises:
-        ConfigError: ``ddp`` is not wrapped, or the optimizer updates layer-wise.
+        ConfigError: ``ddp`` is not wrapped, or the optimizer updates layer-wise, or under LTE.
     """
     if not isinstance(ddp, DistributedDataParallel):
         raise ConfigError("ddp", type(ddp).__name__, "must be the DistributedDataParallel module (trainer.strategy.model)")
     if any(group["layerwise"] for group in optimizer.param_groups):
         raise ConfigError("layerwise", True, "steps before DDP has averaged: use layerwise=False with the hook")
+    if optimizer.local:
+        raise ConfigError("strategy", "lte", "averages no projected gradient: leave galore_ddp_hook out")
     state = HookState(optimizer, ddp.process_group)
 
     optimizer.shared = _Rank0sBasis(ddp.process_group)

@@ -139,6 +139,9 @@ class GaLoreAdamW(Optimizer):
                 loss = closure()
         self._guard.raise_arrived()
         lookup = self.lookup()
+        for p in self.local if self.shared is not None else ():  # the others wait for its share of the basis
+            if p.grad is None and p.requires_grad:
+                p.grad = torch.zeros_like(p)
         self.update([p for p in lookup if p.grad is not None or p in self._layerwise.low])
         self._layerwise.clear(free=[p for p, entry in lookup.items() if entry.group["layerwise"]])
         return loss

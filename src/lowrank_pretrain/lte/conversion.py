@@ -15,6 +15,7 @@ from lowrank_pretrain.lora_layer import Inherit, has_own_forward
 from lowrank_pretrain.lte import rest
 from lowrank_pretrain.lte.advice import advise
 from lowrank_pretrain.lte.head_set import HeadSet, Settings, head_names
+from lowrank_pretrain.lte.matrix import check_group
 from lowrank_pretrain.lte.optimizer_state import BareGroups
 from lowrank_pretrain.lte.projected import ProjectedSet
 from lowrank_pretrain.lte.workers import Workers
@@ -89,8 +90,13 @@ class Conversion(DDPStrategy):
     def check_adopt(self, names: Iterable[str], module: pl.LightningModule) -> None:
         """Before training: can the switch hand the targets on?"""
         if self.update == "galore":
+            targets, names = all_targets(module), list(names)
             for optimizer in self._adopters():
                 optimizer.check_adopt(names, module)
+                chosen = {id(targets[name].layer.weight) for name in names}
+                for p, entry in optimizer.lookup().items():
+                    if id(p) in chosen:
+                        check_group(entry.group)
 
     def adopt(self, plan: Plan, module: pl.LightningModule) -> list[Inherit]:
         """The switch: one synchronous adapter per target, averaged like everything else; or the optimizer's projections."""

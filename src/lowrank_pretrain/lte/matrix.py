@@ -3,6 +3,9 @@
 Layout d×k, the projected side first: P d×r, D r×k.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -58,13 +61,12 @@ class Matrix:
         return (matrix if self.slot.left else matrix.t()).reshape(self.p.shape)
 
 
-def check_group(piece: Matrix) -> None:
+def check_group(group: Mapping[str, Any]) -> None:
     """Refuse settings with which P D is not what a worker did.
 
     Raises:
         ConfigError: naming the optimizer's key.
     """
-    group = piece.slot.group
     for key, wrong, why in (
         ("refresh", "track", "moves the basis at every step, and between merges it must stay: use subspace or svd"),
         ("residual", "fira", "leaves the subspace, so that no factors could tell what a worker did: use null"),

@@ -146,7 +146,7 @@ class ProjectedSet:
 
     @torch.no_grad()
     def take_off(self) -> None:
-        """The optimizer goes on alone, from W as the view has it, or else as the last merge left it; a checkpoint's needs stay."""
+        """The optimizer goes on alone, from W as the view has it, else as the last merge left it; a checkpoint's needs stay."""
         for optimizer in self._galore:
             optimizer.local, optimizer.shared = {}, None
         if not self.shared.viewing and self.workers.size > 1:

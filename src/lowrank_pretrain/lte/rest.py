@@ -36,6 +36,7 @@ class Rest:
         self._tensors |= {n: b for n, b in module.named_buffers() if b.is_floating_point() and n not in left_out}
         self._module = module
         self._kept: list[Tensor] | None = None
+        self._own: list[Tensor] | None = None  # behind a fit
 
     def _live(self) -> list[Tensor]:
         """What differs between workers: looked up by name, because moving a module replaces storages."""
@@ -77,8 +78,8 @@ class Rest:
             self._kept = None
 
     def settle(self) -> None:
-        """What is in place stays."""
-        self._kept = None
+        """What is in place stays; a checkpoint that is written later has each worker's own all the same."""
+        self._own, self._kept = self._kept, None
 
     # -- checkpoints ------------------------------------------------------------------------------------------------
 
@@ -86,7 +87,7 @@ class Rest:
         """Every worker's rest, {name: (w, …)}, and its moments; ``None`` where they are equal. All workers together."""
         if not self.apart:
             return None
-        mine = dict(zip(self._tensors, self._kept or self._live(), strict=True))
+        mine = dict(zip(self._tensors, self._own or self._kept or self._live(), strict=True))
         moments = {(n, key): v for n, key, v in self._moments(bare)}
         stacked = self.workers.all_heads([t[None] for t in (*mine.values(), *moments.values())])
         tensors = dict(zip(mine, stacked, strict=False))
