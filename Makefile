@@ -4,6 +4,8 @@
 PYTHON ?= python3
 KILLS  ?= 100
 SEED   ?= 0
+NAME   ?=
+STUDIES := prelora_vit lte_vit cs744_gpt2 cs744_galore cs744_pathmnist
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.set-up
@@ -12,7 +14,7 @@ STAMP  := $(VENV)/.set-up
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow chaos lint bench clean
+.PHONY: help demo test test-slow chaos lint bench studies study clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,6 +50,14 @@ lint: $(STAMP) ## Check style
 bench: $(STAMP) ## Measure speed and memory against peers (an idle machine, please)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
 	@for file in benchmarks/[a-z]*.py; do echo "$$file"; $(BIN)/python $$file || exit 1; done
+
+studies: $(STAMP) ## All studies one after another, each from where it stopped: about two hours each, on two idle cores
+	@for name in $(STUDIES); do $(MAKE) --no-print-directory study NAME=$$name || failed="$$failed $$name"; done; \
+	  test -z "$$failed" || { echo "error: not finished:$$failed" >&2; exit 1; }
+
+study: $(STAMP) ## One study: make study NAME=prelora_vit
+	@test -f experiments/$(NAME)/study.py || { echo "error: NAME=$(NAME): must be one of $(STUDIES) composition" >&2; exit 2; }
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m experiments.$(NAME).study
 
 clean: ## Remove .venv and caches (runs/ stays)
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache src/*.egg-info

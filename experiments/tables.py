@@ -97,7 +97,7 @@ def plain_row(job: Job, found: Mapping[str, Any]) -> dict[str, Any]:
     """What of a training run goes into results.csv."""
     summary = found["summary"]
     last = summary["phases"][-1]
-    row = {"run": job.name, **job.facts, **{k.replace("/", "_"): v for k, v in summary["final"].items() if "/acc5" not in k}}
+    row = {"name": job.name, **job.facts, **{k.replace("/", "_"): v for k, v in summary["final"].items() if "/acc5" not in k}}
     row |= {"cpu_seconds": found["cpu"], "wall_seconds": found["wall"], "load": found["load"]}
     row |= {"train_seconds": sum(phase["seconds"] for phase in summary["phases"])}
     row |= {"trainable_last_phase": last["trainable"], "total": last["total"], "optimizer_mib": found["optimizer_mib"]}

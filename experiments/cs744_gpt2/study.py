@@ -3,7 +3,7 @@
     make study NAME=cs744_gpt2                        or  python -m experiments.cs744_gpt2.study
     python -m experiments.cs744_gpt2.study --table    only tables and figures, from the runs there are
 
-A GPT-2 of two layers, width 128, its head tied to the embedding, on the embedded King James text: 360 steps of 8 × 64 tokens.
+A GPT-2 of two layers, width 128, its head tied to the embedding, on the embedded King James text: 300 steps of 8 × 64 tokens.
 Every point tries three learning rates on seed 0 (more where the best is at an edge; validation half) and reports on the test
 half, sweeps with seed 1, the three kinds of layers and full training with seeds 1-3. Times: ``speed.py``, GPT-2 blocks of the
 real width, every side once a round; parameters: counted at the real size.
@@ -18,7 +18,7 @@ from experiments.command import main
 from experiments.rates import chosen, rounds
 from experiments.runs import Job
 
-EPOCHS, STEPS = 6, 60
+EPOCHS, STEPS = 2, 150
 SEEDS = (1, 2, 3)
 TASK = [*tasks.gpt2(), *tasks.length(EPOCHS, STEPS)]
 FULL_LR, LTE_LR = 3e-3, 3e-3

@@ -1,0 +1,1 @@
+"""GaLore's memory and ranks."""

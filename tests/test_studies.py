@@ -1,0 +1,210 @@
+"""Studies without their runs: every job's configuration is one that can be built, stages follow one another, tables and figures
+come out of what runs leave behind, and nothing is written where a run is missing."""
+
+import csv
+import importlib
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from experiments import figures, mixers, rates  # noqa: F401  mixers registers a network
+from experiments.runs import Job
+from experiments.tables import Missing, fill, need, series, spread
+
+from lowrank_pretrain import method
+
+STUDIES = ("prelora_vit", "lte_vit", "cs744_gpt2", "cs744_galore", "cs744_pathmnist")
+FAMILIES = ("model.blocks.*.attn.qkv.q", "model.blocks.*.mlp.fc1")
+
+
+def load(name):
+    return importlib.import_module(f"experiments.{name}.study"), importlib.import_module(f"experiments.{name}.table")
+
+
+def value_of(job, key, default=None):
+    return next((o.partition("=")[2] for o in reversed(job.overrides) if o.lstrip("+").startswith(f"{key}=")), default)
+
+
+def trained(job, where):
+    """What a training run would have left: found.json and metrics.csv. The middle learning rate of three is the best."""
+    epochs, steps = int(value_of(job, "trainer.max_epochs")), int(value_of(job, "trainer.limit_train_batches"))
+    prelora = value_of(job, "method") == "prelora" and "watched" not in job.name
+    lr = float(value_of(job, "optim.lr"))
+    loss = 1.0 + abs(lr - 3e-3) + 0.01 * int(value_of(job, "seed"))
+    switch, freeze = (epochs // 3 * steps, epochs // 2 * steps) if prelora else (None, None)
+    cuts = [0, switch, freeze, epochs * steps] if prelora else [0, epochs * steps]
+    names = ["full", "joint", "lowrank"] if prelora else ["full"]
+    phases = [
+        {"phase": name, "steps": b - a, "seconds": 0.02 * (b - a), "samples_per_sec": 900.0, "peak_gib": 0.5, "trainable": 1000,
+         "total": 5000, "optimizer_gib": 0.001, "adapters": 10}
+        for name, a, b in zip(names, cuts, cuts[1:], strict=False)
+    ]  # fmt: skip
+    final = {"val/loss": loss, "val/acc1": 0.7, "test/loss": loss, "test/acc1": 0.7}
+    summary = {"phases": phases, "switch_step": switch, "freeze_step": freeze, "plan": None, "final": final}
+    found = {"summary": summary, "wall": 20.0, "cpu": 18.0, "optimizer_mib": 1.5, "peak_gib": 0.6, "steps": epochs * steps}
+    rows = []
+    for epoch in range(1, epochs + 1):
+        row = {"step": epoch * steps - 1, "val/acc1": 1 - 1 / (epoch + 1), "val/loss": 1 + 1 / epoch, "train/loss": ""}
+        row |= {f"lowrank/weight_norm/{f}": 5 + epoch for f in FAMILIES}
+        row |= {f"lowrank/{kind}_norm/{f}": 1 + epoch for kind in ("base", "adapter") for f in FAMILIES if prelora}
+        if epoch > 1:
+            row |= {f"lowrank/weight_change/{f}": 0.5 / epoch**2 for f in FAMILIES}
+        row |= {f"lte/effective_rank/gradient{f}": 10 + epoch for f in ("", *(f"/{f}" for f in FAMILIES))}
+        row |= {"lte/orthogonality": 0.1, "lte/row_space_overlap": 0.25}
+        rows += [{"step": (epoch - 1) * steps, "train/loss": 2 + 1 / epoch}, row]
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    with (where / job.name / "metrics.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+    return found
+
+
+def worked(job):
+    """What a measurement would have found."""
+    facts = job.facts
+    if "rounds" in facts:
+        sides = ["full", *(f"{kind}, rank {r}" for kind in ("sequential", "parallel", "joint") for r in facts["ranks"])]
+        counts = {name: {"trainable": 80, "base": 100} for name in ("full", *(f"rank {r}" for r in facts["ranks"]))}
+        return {"milliseconds": dict.fromkeys(sides, 7.0), "parameters": counts}
+    size = {"weights": 10**9, "gradients": 10**9, "states": 10**9 + facts.get("rank", 0), "formula": 10**9, "peak": 3 * 10**9}
+    return {**size, "largest_gradient": 10**8, "parameters": 10**8, "trainable": 10, "total": 100}
+
+
+def pretend(job, where):
+    (where / job.name).mkdir(parents=True, exist_ok=True)
+    found = worked(job) if job.work else trained(job, where)
+    found |= {"facts": job.facts, "machine": "a machine", "load": 1.0, "wall": 20.0, "cpu": 18.0}
+    (where / job.name / "found.json").write_text(json.dumps(found))
+
+
+@pytest.fixture(scope="module", params=STUDIES)
+def finished(request, tmp_path_factory):
+    """A study whose runs have all been pretended: (name, where they are, all its jobs)."""
+    where = tmp_path_factory.mktemp(request.param)
+    jobs = []
+    for stage, together in load(request.param)[0].stages(where):
+        assert together in (1, 2)
+        assert len({job.name for job in stage}) == len(stage)
+        for job in stage:
+            if not (where / job.name / "found.json").is_file():
+                pretend(job, where)
+                jobs.append(job)
+    return request.param, where, jobs
+
+
+def test_names_and_sizes(finished):
+    _, _, jobs = finished
+    by_name = {}
+    for job in jobs:  # a name is a run: what it is called and what it does go together
+        assert by_name.setdefault(job.name, (job.overrides, job.work)) == (job.overrides, job.work)
+        assert len({o.partition("=")[0] for o in job.overrides}) >= len(job.overrides) - 1, job.overrides
+    assert len(by_name) == len(jobs) < 180  # of 40 s on one core, two at a time: two hours at most would be 360
+    seeds = {job.facts.get("seed") for job in jobs if not job.work}
+    assert {0, 1, 2, 3} <= seeds
+
+
+def test_jobs_compose(finished, composed):
+    """Numbers aside, every distinct set of overrides is a configuration, its method can be built and its data are held out."""
+    distinct = {}
+    for job in finished[2]:
+        if not job.work:
+            distinct.setdefault(re.sub(r"\d+", "0", re.sub(r"targets=\S+", "", "|".join(job.overrides))), job)
+    for job in distinct.values():
+        cfg = composed(*job.overrides)
+        method.build(cfg.method)
+        assert cfg.data["_target_"].startswith("experiments.held_out.") or cfg.data["_target_"].endswith("MedMNIST")
+        assert cfg.trainer.limit_val_batches == cfg.trainer.limit_test_batches == 1.0
+        assert cfg.save_every == 0
+    for job in finished[2]:
+        if job.work:
+            module, _, function = job.work.rpartition(".")
+            assert callable(getattr(importlib.import_module(module), function))
+
+
+def test_tables_and_figures(finished, tmp_path, monkeypatch):
+    name, where, jobs = finished
+    table = load(name)[1]
+    drawn = []
+    monkeypatch.setattr(figures, "save", lambda figure, path: drawn.append((figure, path)))
+    shutil.copy(Path(table.__file__).parent / "README.md", tmp_path)
+    table.write(where, tmp_path)
+    readme = (tmp_path / "README.md").read_text()
+    assert "a machine" in readme
+    assert not re.search(r"<!-- ([a-z][^>]*) -->\n<!-- /\1 -->", readme)  # no place is left empty
+    for path in re.findall(r"\]\(([a-z_]+\.csv)\)", readme):
+        with (tmp_path / path).open() as file:
+            assert len(list(csv.reader(file))) > 1
+    ((figure, path),) = drawn
+    assert path == tmp_path / "figure.png"
+    for axes in figure.axes:
+        assert axes.get_title() and axes.get_ylabel()
+        assert axes.get_xlabel() or axes.patches  # bars have names
+
+    lost = next(job for job in reversed(jobs) if not job.work)
+    kept = (where / lost.name / "found.json").rename(where / "kept.json")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(Missing, match=re.escape(lost.name)):
+        table.write(where, tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    kept.rename(where / lost.name / "found.json")
+
+
+def test_a_best_rate_at_an_edge_asks_for_more(tmp_path):
+    def make(side, lr):
+        return Job(f"{side}-{lr:g}", [])
+
+    def put(job, loss):
+        (tmp_path / job.name).mkdir()
+        final = {"summary": {"final": {"val/loss": loss}}} if loss is not None else {"diverged": "diverged (NaN)"}
+        (tmp_path / job.name / "found.json").write_text(json.dumps(final))
+
+    sides = [("inside", 1.0), ("edge", 1.0)]
+    seen = []
+    for jobs in rates.rounds(sides, make, tmp_path):
+        seen.append([job.name for job in jobs])
+        for job in jobs:
+            if not (tmp_path / job.name).exists():
+                side, lr = job.name.split("-")
+                put(job, abs(float(lr) - 1) if side == "inside" else -float(lr) if float(lr) < 8 else None)
+    assert [len(names) for names in seen] == [6, 7, 8] and "edge-8" in seen[-1]
+    assert rates.chosen("inside", 1.0, make, tmp_path) == 1.0
+    assert rates.chosen("edge", 1.0, make, tmp_path) == 4.0  # 8 diverged
+    with pytest.raises(Missing, match="edge-8"):
+        need([make("edge", 8.0)], tmp_path)
+    with pytest.raises(Missing, match="other-1"):
+        rates.chosen("other", 1.0, make, tmp_path)
+    with pytest.raises(Missing, match="other-1"):  # asked for, and still not there: it failed
+        list(rates.rounds([("other", 1.0)], make, tmp_path))
+
+
+def test_tolerances_follow_their_rule():
+    from experiments.prelora_vit.tolerances import pairs, switch_window, tolerances
+
+    losses = [2 + 3 * 0.8**e for e in range(24)]
+    changes = [0.2 * 0.8**e for e in range(23)]
+    found = tolerances(losses, changes)
+    windows = {name: switch_window(pairs(losses), changes, loss, weight, 3) for name, (weight, loss) in found.items()}
+    assert windows["exp1"] <= 6 < windows["exp2"] < windows["exp3"] <= 18
+    assert found["exp1"] == pytest.approx(tuple(2 * x for x in found["exp2"]))
+    assert found["exp2"] == pytest.approx(tuple(2 * x for x in found["exp3"]))
+    flat = [0.2 * 0.95**e for e in range(23)]  # so slow that a quarter of the tolerance would come too late
+    slow = tolerances(losses, flat)
+    assert slow["exp1"][0] > max(flat[3:5]) * 1.05
+    assert switch_window(pairs(losses), flat, slow["exp3"][1], slow["exp3"][0], 3) <= 18
+    with pytest.raises(ValueError, match="24 losses, 24 changes"):
+        tolerances(losses, [*changes, 0.0])
+
+
+def test_fill_needs_its_marks(tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text("a\n<!-- x y -->\nold\n<!-- /x y -->\nb\n")
+    fill(readme, "x y", "1 \\1 | 2")
+    assert readme.read_text() == "a\n<!-- x y -->\n1 \\1 | 2\n<!-- /x y -->\nb\n"
+    with pytest.raises(ValueError, match="no place <!-- z -->"):
+        fill(readme, "z", "")
+    assert spread([1.0, 3.0], "{:.1f}") == "2.0 ± 1.4" and spread([1.0], "{:.1f}") == "1.0"
+    (tmp_path / "metrics.csv").write_text("step,a\n4,0.5\n9,\n")
+    assert series(tmp_path, "a") == [(5, 0.5)]
