@@ -13,6 +13,7 @@ from tests.chaos.place import Aim
 from tests.chaos.scenarios import EVERYWHERE, Scenario
 
 SURVIVES = 40.0  # seconds in which a worker must notice that another is dead: its merge_timeout and a little more
+FIRST_ONLY = ("log", "bytes", "replace", "fsync", "export", "summary", "forget")  # places where only the first worker comes
 DEAD_WORKER = "error: another process died or did not answer"
 
 
@@ -110,6 +111,8 @@ def tell(
         if not left_alone and not true:
             aim = aims.pop(0) if aims else draw_aim(scenario, rng) if rng.random() < 0.5 else None
         victim, both = rng.randrange(scenario.workers), rng.random() < 0.5
+        if aim and aim.place in FIRST_ONLY:
+            victim = 0
         life = Life(command(scenario), directory, scenario.workers, {victim: aim} if aim else None, true=true > 0)
         story.lives += 1
         try:
