@@ -21,15 +21,15 @@ MERGE = ["method.merge_every=10", "method.sync_rest=merge"]
 ADAPTERS = ["method.adapter_lr=3.0"]
 # cell -> what it adds, and the learning rate in the middle of its three
 CELLS = {
-    "full": (["method=full"], 2e-3),
-    "lora": (["method=lora", "method.rank=32"], 4e-3),
-    "prelora": (["method=prelora", *PRELORA, *ADAPTERS], 2e-3),
-    "galore": (["method=galore", "method.rank=48", "method.update_proj_gap=50"], 1e-2),
-    "prelora_galore": (["method=prelora_galore", *PRELORA, "method.update_proj_gap=50"], 2e-3),
+    "full": (["method=full"], 1e-3),
+    "lora": (["method=lora", "method.rank=32"], 2e-3),
+    "prelora": (["method=prelora", *PRELORA, *ADAPTERS], 1e-3),
+    "galore": (["method=galore", "method.rank=48", "method.update_proj_gap=50"], 2e-2),
+    "prelora_galore": (["method=prelora_galore", *PRELORA, "method.update_proj_gap=50"], 1e-3),
     "lte": (["method=lte", "method.rank=32", "method.heads=2", *MERGE], 2e-3),
-    "prelora_lte": (["method=prelora_lte", "method.heads=2", *PRELORA, *ADAPTERS, *MERGE], 2e-3),
-    "lte_galore": (["method=lte_galore", "method.rank=48", *MERGE], 1e-2),
-    "prelora_lte_galore": (["method=prelora_lte_galore", *PRELORA, *MERGE], 2e-3),
+    "prelora_lte": (["method=prelora_lte", "method.heads=2", *PRELORA, *ADAPTERS, *MERGE], 1e-3),
+    "lte_galore": (["method=lte_galore", "method.rank=48", *MERGE], 2e-2),
+    "prelora_lte_galore": (["method=prelora_lte_galore", *PRELORA, *MERGE], 1e-3),
 }
 WHOLE = [f"++trainer.limit_{part}_batches=1.0" for part in ("val", "test")]
 LENGTH = ["trainer.max_epochs=6", "++trainer.limit_train_batches=60", *WHOLE]
