@@ -126,9 +126,18 @@ def machine() -> str:
 
 
 def done(job: Job, where: Path) -> dict[str, Any] | None:
-    """What a finished run found: its summary and the figures of ``_rank``."""
+    """What a finished run found: its summary and the figures of ``_train``. None too where it was another run of that name."""
     path = where / job.name / "found.json"
-    return json.loads(path.read_text()) if path.is_file() else None
+    if not path.is_file():
+        return None
+    found = json.loads(path.read_text())
+    same = found.get("overrides", []) == _portable(job, where) if not job.work else found.get("facts") == job.facts
+    return found if same else None
+
+
+def _portable(job: Job, where: Path) -> list[str]:
+    """The overrides, wherever the runs lie."""
+    return [override.replace(str(where), "RUNS") for override in job.overrides]
 
 
 def _rank(rank: int, world: int, port: int, job: Job, run_dir: Path) -> None:
@@ -149,7 +158,8 @@ def _rank(rank: int, world: int, port: int, job: Job, run_dir: Path) -> None:
         if rank == 0:
             load = os.getloadavg()[0]
             kept = run_dir / ".found.part"
-            kept.write_text(json.dumps({**found, "facts": job.facts, "machine": machine(), "load": load}, indent=1))
+            what = {"overrides": _portable(job, run_dir.parent), "facts": job.facts}
+            kept.write_text(json.dumps({**found, **what, "machine": machine(), "load": load}, indent=1))
             kept.replace(run_dir / "found.json")  # whole or not at all: it says that the run is done
             shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)  # a hundred runs' would fill a disk
     except BaseException:
@@ -195,12 +205,12 @@ def _train(rank: int, overrides: list[str], run_dir: Path) -> dict[str, Any]:
     try:
         summary = command.train(cfg, run_dir)
     except (Diverged, FloatingPointError) as error:  # an answer too: this learning rate is too high
-        return {"diverged": f"diverged ({str(error).splitlines()[0]})", "overrides": overrides}
+        return {"diverged": f"diverged ({str(error).splitlines()[0]})"}
     trainer = kept["trainer"]
     return {
         "summary": summary, "wall": time.perf_counter() - began, "cpu": time.process_time() - cpu,
         "peak_gib": (high_water() - before) / GIB, "optimizer_mib": optimizer_bytes(trainer.optimizers) / 2**20,
-        "wire": wire.per_step(), "steps": trainer.global_step, "overrides": overrides,
+        "wire": wire.per_step(), "steps": trainer.global_step,
     }  # fmt: skip
 
 

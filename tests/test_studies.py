@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from experiments import figures, mixers, rates  # noqa: F401  mixers registers a network
-from experiments.runs import Job
+from experiments.runs import Job, done
 from experiments.tables import Missing, fill, need, series, spread
 
 from lowrank_pretrain import method
@@ -76,7 +76,8 @@ def worked(job):
 def pretend(job, where):
     (where / job.name).mkdir(parents=True, exist_ok=True)
     found = worked(job) if job.work else trained(job, where)
-    found |= {"facts": job.facts, "machine": "a machine", "load": 1.0, "wall": 20.0, "cpu": 18.0}
+    overrides = [override.replace(str(where), "RUNS") for override in job.overrides]
+    found |= {"overrides": overrides, "facts": job.facts, "machine": "a machine", "load": 1.0, "wall": 20.0, "cpu": 18.0}
     (where / job.name / "found.json").write_text(json.dumps(found))
 
 
@@ -150,6 +151,18 @@ def test_tables_and_figures(finished, tmp_path, monkeypatch):
         table.write(where, tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     kept.rename(where / lost.name / "found.json")
+
+
+def test_another_run_of_the_same_name_is_not_taken_for_done(tmp_path):
+    for folder in ("here", "there"):  # where runs lie is no part of what they are
+        (tmp_path / folder / "a").mkdir(parents=True)
+        (tmp_path / folder / "a" / "found.json").write_text(json.dumps({"overrides": ["x=1", "y=RUNS/z"], "facts": {"f": 1}}))
+        where = tmp_path / folder
+        assert done(Job("a", ["x=1", f"y={where}/z"], {"f": 2}), where)
+        assert done(Job("a", ["x=2", f"y={where}/z"]), where) is None
+        assert done(Job("a", [], {"f": 1}, "some.work"), where)
+        assert done(Job("a", [], {"f": 2}, "some.work"), where) is None
+    assert done(Job("b", []), tmp_path / "here") is None
 
 
 def test_a_best_rate_at_an_edge_asks_for_more(tmp_path):

@@ -1,12 +1,12 @@
 """results.csv, figure.png and the README's tables, from the runs that are there."""
 
-import csv
 import statistics
 from pathlib import Path
 from typing import Any
 
 from experiments.composition.study import CELLS, SEEDS, TASKS, chosen, job
 from experiments.runs import done
+from experiments.tables import write_csv
 
 COLUMNS = (
     "task", "cell", "seed", "lr", "test_loss", "test_acc1", "cpu_seconds", "wall_seconds", "peak_gib", "optimizer_mib",
@@ -48,10 +48,7 @@ def write(where: Path, here: Path) -> None:
     table = rows(where)
     if not table:
         return
-    with (here / "results.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in table)
+    write_csv(here / "results.csv", table)
     for task in TASKS:
         print(markdown(table, task))
     draw(table, here / "figure.png")

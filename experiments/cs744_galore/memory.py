@@ -31,13 +31,13 @@ def network(name: str) -> nn.Module:
     return AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **LLAMA[name]))
 
 
-def optimizer(model: nn.Module, rank: int, targets: str = "all") -> torch.optim.Optimizer:
+def optimizer(model: nn.Module, rank: int, refresh: str = "subspace") -> torch.optim.Optimizer:
     """AdamW (rank 0), or GaLore with moments in the gradient's dtype, as AdamW's are."""
     from lowrank_pretrain import GaLoreAdamW, galore_param_groups
 
     if not rank:
         return torch.optim.AdamW(model.parameters(), lr=1e-4)
-    return GaLoreAdamW(galore_param_groups(model, rank, targets), lr=1e-4, moments="grad")
+    return GaLoreAdamW(galore_param_groups(model, rank), lr=1e-4, moments="grad", refresh=refresh)
 
 
 def tensors(built: torch.optim.Optimizer) -> list[Tensor]:
@@ -58,7 +58,7 @@ def shapes(facts: dict[str, Any], _: Path | None = None) -> dict[str, Any]:
     """
     with torch.device("meta"):
         model = network(facts["network"]).to(DTYPES[facts["dtype"]])
-    built = optimizer(model, facts["rank"])
+    built = optimizer(model, facts["rank"], "svd")  # which draws nothing: there are no random numbers without values
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     if facts["rank"]:

@@ -25,6 +25,7 @@ SEEDS = (1, 2, 3)
 LOOK = 20  # steps between two looks at ranks and angles
 INTERVALS = (1, 5, 10, 25, 100)
 WIDTHS = (64, 128, 192)
+CHANNELS = "method.targets=[mlp_channels.fc1,mlp_channels.fc2]"  # a Mixer's matrices over tokens are 16 wide: no head fits
 
 
 def lora(rank: int) -> list[str]:
@@ -47,7 +48,8 @@ POINTS = {
     "lte-h4-r8-t10": (heads(4, 8), 4e-3),
     **{f"lte-h4-r32-t{t}": (heads(4, 32, t), 4e-3) for t in INTERVALS},
     **{f"{net}{width}-full": (["method=full"], 2e-3) for net in ("vit", "mixer") for width in WIDTHS},
-    **{f"{net}{width}-lte": (heads(4, width // 4), 4e-3) for net in ("vit", "mixer") for width in WIDTHS},
+    **{f"vit{width}-lte": (heads(4, width // 4), 4e-3) for width in WIDTHS},
+    **{f"mixer{width}-lte": ([*heads(4, width // 4), CHANNELS], 4e-3) for width in WIDTHS},
 }
 POINTS = {name: point for name, point in POINTS.items() if name not in ("vit128-full", "vit128-lte")}  # full, lte-h4-r32-t10
 HEADLINE = ("full", "lora-r128", "mhlora-h4-r32", "sequential-h4-r32", "lte-h4-r32-t1", "lte-h4-r32-t10")

@@ -74,7 +74,7 @@ def prelora(run: str, adapter_lr: float, where: Path, seed: int = 0) -> Job:
     name, warmup = RUNS[run]
     weight_tol, loss_tol = found_tolerances(where)[name]
     return Job(
-        f"{run}-a{adapter_lr:g}-seed{seed}",
+        f"{run}-lr{lr:g}-a{adapter_lr:g}-seed{seed}",
         [*TASK, *PRELORA, f"method.weight_tol={weight_tol:.6g}", f"method.loss_tol={loss_tol:.6g}", f"optim.lr={lr}",
          f"method.adapter_lr={adapter_lr}", f"method.warmup={warmup}", f"seed={seed}"],
         {"run": run, "seed": seed, "lr": lr, "adapter_lr": adapter_lr, "warmup": warmup, "weight_tol": weight_tol,
