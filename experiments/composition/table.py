@@ -6,11 +6,11 @@ from typing import Any
 
 from experiments.composition.study import CELLS, SEEDS, TASKS, chosen, job
 from experiments.runs import done
-from experiments.tables import write_csv
+from experiments.tables import fill, write_csv
 
 COLUMNS = (
     "task", "cell", "seed", "lr", "test_loss", "test_acc1", "cpu_seconds", "wall_seconds", "peak_gib", "optimizer_mib",
-    "sent_kib_per_step_last_phase", "sent_kib_per_step_full_phase", "trainable_last_phase", "switch_step", "freeze_step",
+    "sent_kib_per_step_last_phase", "sent_mib_whole_run", "trainable_last_phase", "switch_step", "freeze_step",
 )  # fmt: skip
 NEIGHBOURS = {  # a composed cell, and the single methods that it is made of
     "prelora_galore": ("prelora", "galore"), "prelora_lte": ("prelora", "lte"), "lte_galore": ("lte", "galore"),
@@ -36,7 +36,7 @@ def rows(where: Path) -> list[dict[str, Any]]:
                     "test_acc1": final.get("test/acc1", ""), "cpu_seconds": run["cpu"], "wall_seconds": run["wall"],
                     "peak_gib": run["peak_gib"], "optimizer_mib": run["optimizer_mib"],
                     "sent_kib_per_step_last_phase": end / 1024,
-                    "sent_kib_per_step_full_phase": wire["full"] / 1024 if "full" in wire else "",
+                    "sent_mib_whole_run": sum(wire.get(p["phase"], end) * p["steps"] for p in run["summary"]["phases"]) / 2**20,
                     "trainable_last_phase": last["trainable"], "switch_step": run["summary"]["switch_step"],
                     "freeze_step": run["summary"]["freeze_step"],
                 })  # fmt: skip
@@ -49,7 +49,8 @@ def write(where: Path, here: Path) -> None:
     if not table:
         return
     write_csv(here / "results.csv", table)
-    for task in TASKS:
+    for task in dict.fromkeys(row["task"] for row in table):
+        fill(here / "README.md", task, markdown(table, task))
         print(markdown(table, task))
     draw(table, here / "figure.png")
 
@@ -63,9 +64,9 @@ def mean(table: list[dict[str, Any]], task: str, cell: str, key: str) -> tuple[f
 def markdown(table: list[dict[str, Any]], task: str) -> str:
     """The table of a task, and which composed cells beat both neighbours on an axis at no worse a loss."""
     lines = [
-        f"### {task}", "",
-        "| cell | lr | test loss | accuracy | sent, KiB/step | optimizer, MiB | trainable | peak, GiB | CPU s |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| cell | lr | test loss | accuracy | sent, KiB a step (last phase) | sent, MiB (whole run) | optimizer, MiB "
+        "| trainable | peak, GiB | CPU s |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     cells = [cell for cell in CELLS if any(row["task"] == task and row["cell"] == cell for row in table)]
     for cell in cells:
@@ -75,8 +76,8 @@ def markdown(table: list[dict[str, Any]], task: str) -> str:
         accuracy = "{:.1%} ± {:.1%}".format(*mean(table, task, cell, "test_acc1")) if of["test_acc1"] != "" else ""
         lines.append(
             f"| {cell} | {of['lr']:g} | {get['test_loss'][0]:.4f} ± {get['test_loss'][1]:.4f} | {accuracy} "
-            f"| {get['sent_kib_per_step_last_phase'][0]:.0f} | {get['optimizer_mib'][0]:.2f} "
-            f"| {get['trainable_last_phase'][0]:,.0f} | {get['peak_gib'][0]:.2f} | {get['cpu_seconds'][0]:.1f} |"
+            f"| {get['sent_kib_per_step_last_phase'][0]:.0f} | {get['sent_mib_whole_run'][0]:.0f} "
+            f"| {get['optimizer_mib'][0]:.2f} | {get['trainable_last_phase'][0]:,.0f} | {get['peak_gib'][0]:.2f} | {get['cpu_seconds'][0]:.1f} |"
         )
     lines.append("")
     for cell, around in NEIGHBOURS.items():
