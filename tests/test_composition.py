@@ -4,7 +4,7 @@ its checkpoints and its end are a plain model."""
 import pytest
 import torch
 
-from lowrank_pretrain import GaLoreAdamW, LTEStrategy, PreLoRA
+from lowrank_pretrain import GaLoreAdamW, LTEStrategy, Plan, PreLoRA
 from lowrank_pretrain.errors import ConfigError
 from tests import lte_galore_workers as workers
 from tests import lte_workers
@@ -103,6 +103,7 @@ REFUSED = [
     (build("lte_galore", update_proj_gap=7), "method.update_proj_gap", "no key of this method"),
     (build("prelora_lte", rank=4), "method.rank", "no key of this method"),
     (build("prelora_galore", rank=4), "method.rank", "no key of this method"),
+    (lambda: LTEStrategy().adopt(Plan({"net.0": 0}), lte_workers.Net()), "ranks", "nothing to train apart"),
     (prelora(settings={"layerwise": True}, groups={"targets": ["out"]}), "layerwise", "switch"),
     (prelora(then="galore", strategy=LTEStrategy(merge_every=2)), "then", "LTE"),
     (prelora(), "targets", "not projected already"),

@@ -99,7 +99,13 @@ class Conversion(DDPStrategy):
                         check_group(entry.group)
 
     def adopt(self, plan: Plan, module: pl.LightningModule) -> list[Inherit]:
-        """The switch: one synchronous adapter per target, averaged like everything else; or the optimizer's projections."""
+        """The switch: one synchronous adapter per target, averaged like everything else; or the optimizer's projections.
+
+        Raises:
+            ConfigError: every target has rank 0.
+        """
+        if not any(plan.values()):
+            raise ConfigError("ranks", 0, "the plan gives 0 to every target, and LTE has nothing to train apart: leave 0 out")
         self._plan = plan
         if self.update == "galore":
             for optimizer in self._adopters():
