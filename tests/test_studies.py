@@ -69,6 +69,8 @@ def worked(job):
         sides = ["full", *(f"{kind}, rank {r}" for kind in ("sequential", "parallel", "joint") for r in facts["ranks"])]
         counts = {name: {"trainable": 80, "base": 100} for name in ("full", *(f"rank {r}" for r in facts["ranks"]))}
         return {"milliseconds": dict.fromkeys(sides, 7.0), "parameters": counts}
+    if "steps" in facts and "heads" in facts:
+        return {"cosines": {f"{n} {r} {t}": 0.5 for n, r in facts["heads"] for t in facts["steps"]}}
     size = {"weights": 10**9, "gradients": 10**9, "states": 10**9 + facts.get("rank", 0), "formula": 10**9, "peak": 3 * 10**9}
     return {**size, "largest_gradient": 10**8, "parameters": 10**8, "trainable": 10, "total": 100}
 
@@ -209,6 +211,50 @@ def test_tolerances_follow_their_rule():
     assert switch_window(pairs(losses), flat, slow["exp3"][1], slow["exp3"][0], 3) <= 18
     with pytest.raises(ValueError, match="24 losses, 24 changes"):
         tolerances(losses, [*changes, 0.0])
+
+
+def test_heads_of_full_rank_move_a_matrix_as_full_training_does():
+    from experiments.lte_vit.updates import cosines
+
+    found = cosines({"width": 16, "heads": [[1, 16], [1, 4], [4, 4]], "steps": [1]})["cosines"]
+    assert found["1 16 1"] == pytest.approx(1, abs=1e-9)
+    assert found["1 4 1"] == pytest.approx(0.5, abs=0.1) and found["1 4 1"] < found["4 4 1"] < 0.9
+
+
+def test_shapes_are_what_a_network_holds(monkeypatch):
+    from experiments.cs744_galore import memory
+
+    small = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    monkeypatch.setitem(memory.LLAMA, "small", {**small, "num_key_value_heads": 2})
+    facts = {"network": "small", "dtype": "float32", "batch": 1, "steps": 1, "tokens": 8}
+    monkeypatch.setattr("torch.randint", lambda low, high, size: __import__("torch").zeros(size, dtype=int))
+    for rank in (0, 4):
+        shapes, live = memory.shapes({**facts, "rank": rank}), memory.live({**facts, "rank": rank})
+        assert shapes["weights"] == live["weights"] == 4 * shapes["parameters"]
+        assert shapes["formula"] == live["formula"] and shapes["states"] == live["states"]
+        assert 0 <= live["states"] - live["formula"] < 4 * 4 * 20  # step counters
+    assert live["states"] < 2 * live["weights"]
+
+
+def test_made_images_have_the_formats_keys_types_and_shapes(tmp_path, monkeypatch):
+    import numpy as np
+    from experiments.cs744_pathmnist import made
+
+    from lowrank_pretrain.data.medmnist import MedMNIST
+
+    monkeypatch.setattr(made, "COUNTS", {"train": 40, "val": 12, "test": 12})
+    for folder in ("a", "b"):
+        made.write({"seed": 0}, tmp_path / folder)
+    with np.load(tmp_path / "a" / "pathmnist.npz") as a, np.load(tmp_path / "b" / "pathmnist.npz") as b:
+        assert set(a) == {f"{split}_{kind}" for split in ("train", "val", "test") for kind in ("images", "labels")}
+        assert a["train_images"].dtype == np.uint8 and a["train_images"].shape == (40, 28, 28, 3)
+        assert a["val_labels"].dtype == np.uint8 and a["val_labels"].shape == (12, 1)
+        assert all((a[key] == b[key]).all() for key in a)
+        assert not (a["val_images"][0] == a["test_images"][0]).all()
+    data = MedMNIST(str(tmp_path / "a"), size=28, img_size=28, batch_size=8)
+    data.setup()
+    x, y = data.train_set.fetch(0, [0, 1]).batch
+    assert x.shape == (2, 3, 28, 28) and y.shape == (2,)
 
 
 def test_fill_needs_its_marks(tmp_path):

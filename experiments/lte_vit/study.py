@@ -58,6 +58,11 @@ WATCHED = {  # looked at while they are reported; looking changes nothing
     "lte-h4-r32-t10": ["method.uses=[lte,effective_rank,orthogonality]", f"+method.orthogonality_every={LOOK}"],
 }
 
+UPDATES = Job(
+    "updates", [], {"width": WIDTH, "heads": [[1, 32], [4, 8], [4, 32], [16, 32], [64, 32], [1, 128]], "steps": [1, 10]},
+    "experiments.lte_vit.updates.cosines",
+)  # fmt: skip
+
 
 def job(point: str, lr: float, seed: int = 0) -> Job:
     """One run."""
@@ -90,6 +95,7 @@ def final(where: Path) -> dict[tuple[str, int], Job]:
 
 def stages(where: Path) -> Iterator[tuple[list[Job], int]]:
     """What to run, one stage after another."""
+    yield [UPDATES], 1
     for jobs in rounds([(point, middle) for point, (_, middle) in POINTS.items()], job, where):
         yield jobs, 2
     yield [*final(where).values()], 2

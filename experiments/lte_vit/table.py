@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import figures
-from experiments.lte_vit.study import INTERVALS, LOOK, POINTS, SEEDS, WIDTHS, final
+from experiments.lte_vit.study import INTERVALS, LOOK, POINTS, SEEDS, UPDATES, WIDTHS, final
 from experiments.runs import Job
 from experiments.tables import (
     fill,
@@ -36,13 +36,15 @@ def write(where: Path, here: Path) -> None:
     write_csv(here / "results.csv", [plain_row(job, found[key]) for key, job in jobs.items()])
     write_curves(here / "curves.csv", where, jobs.values(), CURVES)
     readme = here / "README.md"
-    fill(readme, "machine", machines(found.values(), 2))
+    updates = need([UPDATES], where)[0]
+    fill(readme, "machine", machines([updates, *found.values()], 2))
     lora = ["full", *(p for p in POINTS if p.startswith(("lora", "mhlora")))]
     fill(readme, "observation 1", points(found, jobs, lora))
     fill(readme, "observation 2", over_time(where, jobs, "full", "lte/effective_rank/gradient", "effective rank of gradients"))
     fill(readme, "observation 3", points(found, jobs, ["full", "sequential-h4-r32", "lte-h4-r32-t10"]))
     merges = ["full", *(f"lte-h4-r32-t{t}" for t in INTERVALS), "lte-h4-r8-t10"]
     fill(readme, "observation 4", points(found, jobs, merges))
+    fill(readme, "one matrix", one_matrix(updates["cosines"]))
     angles = [over_time(where, jobs, "lte-h4-r32-t10", key, words) for key, words in (
         ("lte/orthogonality", "mean cosine between two heads' updates"),
         ("lte/row_space_overlap", "mean cos² between their row spaces (random ones: R/D = 0.25)"),
@@ -68,6 +70,16 @@ def points(found: Found, jobs: Jobs, names: list[str]) -> str:
             spread(tests(found, name, "test/acc1", 100), "{:.1f}"), f"{last['trainable']:,}",
         ])  # fmt: skip
     return table(["run", "seeds", "lr", "test loss", "against full", "test accuracy, %", "trainable parameters"], lines)
+
+
+def one_matrix(cosines: dict[str, float]) -> str:
+    """How far a merge goes full training's way, beside what heads of random directions would on the same data."""
+    width, steps = UPDATES.facts["width"], UPDATES.facts["steps"]
+    lines = []
+    for heads, rank in UPDATES.facts["heads"]:
+        random = (1 + (width / rank - 1) / heads) ** -0.5
+        lines.append([heads, rank, heads * rank, f"{random:.3f}", *(f"{cosines[f'{heads} {rank} {t}']:.3f}" for t in steps)])
+    return table(["heads N", "rank R", "N·R", "if all heads saw all data, T = 1", *(f"cosine, T = {t}" for t in steps)], lines)
 
 
 def over_time(where: Path, jobs: Jobs, point: str, key: str, words: str) -> str:
