@@ -77,7 +77,8 @@ def markdown(table: list[dict[str, Any]], task: str) -> str:
         lines.append(
             f"| {cell} | {of['lr']:g} | {get['test_loss'][0]:.4f} ± {get['test_loss'][1]:.4f} | {accuracy} "
             f"| {get['sent_kib_per_step_last_phase'][0]:.0f} | {get['sent_mib_whole_run'][0]:.0f} "
-            f"| {get['optimizer_mib'][0]:.2f} | {get['trainable_last_phase'][0]:,.0f} | {get['peak_gib'][0]:.2f} | {get['cpu_seconds'][0]:.1f} |"
+            f"| {get['optimizer_mib'][0]:.2f} "
+            f"| {get['trainable_last_phase'][0]:,.0f} | {get['peak_gib'][0]:.2f} | {get['cpu_seconds'][0]:.1f} |"
         )
     lines.append("")
     for cell, around in NEIGHBOURS.items():
