@@ -39,6 +39,11 @@ def bars(axis: Any, names: Sequence[str], values: Sequence[float], number: int =
     axis.set_xticks(range(len(names)), names, fontsize=8)
 
 
+def headroom(axis: Any) -> None:
+    """Space for a legend above bars."""
+    axis.set_ylim(0, 1.35 * axis.get_ylim()[1])
+
+
 def named(axis: Any, title: str, x: str, y: str, legend: bool = True) -> None:
     """Title and axis names with units; a legend where something is labelled."""
     axis.set_title(title, fontsize=10)

@@ -103,14 +103,15 @@ def draw(shaped: Memory, found: dict[tuple[str, int], Any], path: Path) -> None:
     figure, axes = figures.panels(1, 2)
     memory, loss = axes.flat
     some = [(network, rank) for network, dtype, rank in shaped if (network, dtype) == ("llama1b", "bfloat16")]
-    names = [f"rank {rank}" if rank else "AdamW" for _, rank in some]
+    names = [f"rank {rank}" if rank else "AdamW" for _, rank in some]  # of GaLore
     base = [0.0] * len(some)
     for number, part in enumerate(("weights", "gradients", "states")):
         values = [shaped[network, "bfloat16", rank][part] / GIB for network, rank in some]
         memory.bar(names, values, bottom=base, color=str(0.9 - 0.3 * number), edgecolor="black", hatch=figures.HATCHES[number],
                    label=part)  # fmt: skip
         base = [a + b for a, b in zip(base, values, strict=True)]
-    figures.named(memory, "LLaMA 1B in bfloat16, without activations", "", "GiB")
+    figures.headroom(memory)
+    figures.named(memory, "LLaMA 1B in bfloat16, without activations", "optimizer", "GiB")
     points = [p for p in POINTS if p.startswith("galore-r") and "scale" not in p]
     xs = [int(p.removeprefix("galore-r")) for p in points]
     losses = [tests(found, p) for p in points]

@@ -95,24 +95,26 @@ def layers(found: Found, jobs: dict[tuple[Point, int], Job]) -> str:
     lines = []
     for point in (FULL, *REPLACED):
         trainable = found[point, SEEDS[0]]["summary"]["phases"][-1]["trainable"]
-        against = mean(tests(found, point)) - mean(tests(found, FULL))
+        losses = tests(found, point)
+        against = mean(losses) - mean(tests(found, FULL)[: len(losses)])  # of the same seeds
         lines.append([
-            " + ".join(point.layers) or "none (full)", len(tests(found, point)), f"{jobs[point, SEEDS[0]].facts['lr']:g}",
-            spread(tests(found, point)), f"{against:+.3f}", f"{trainable:,}", f"{trainable / full:.2f}",
+            " + ".join(point.layers) or "none (full)", len(losses), f"{jobs[point, SEEDS[0]].facts['lr']:g}",
+            spread(losses), f"{against:+.3f}", f"{trainable:,}", f"{trainable / full:.2f}",
         ])  # fmt: skip
     return table(["layers with heads", "seeds", "lr", "test loss", "against full", "trainable", "of full's"], lines)
 
 
 def draw(found: Found, speed: dict[str, Any], path: Path) -> None:
-    """Times, heads by rank, intervals, layers."""
+    """Times; heads by rank, intervals and layers, of seed 1."""
     figure, axes = figures.panels(2, 2)
     time, grid, interval, which = axes.flat
     ranks = SPEED.facts["ranks"]
     for number, kind in enumerate(("sequential", "parallel", "joint")):
         values = [speed["milliseconds"][f"{kind}, rank {rank}"] for rank in ranks]
-        figures.bars(time, [f"rank {rank}" for rank in ranks], values, number, 3, kind)
+        figures.bars(time, [str(rank) for rank in ranks], values, number, 3, kind)
     time.axhline(speed["milliseconds"]["full"], color="black", linestyle="--", label="full")
-    figures.named(time, "step of GPT-2 blocks, attention with 4 heads", "", "milliseconds, median")
+    figures.headroom(time)
+    figures.named(time, "step of GPT-2 blocks, attention with 4 heads", "rank of a head", "milliseconds, median")
     for number, heads in enumerate(HEADS):
         points = [(rank, tests(found, Point(heads=heads, rank=rank))[0]) for rank in RANKS]
         figures.line(grid, points, number, f"{heads} heads")
@@ -123,7 +125,7 @@ def draw(found: Found, speed: dict[str, Any], path: Path) -> None:
     for number, point in enumerate((FULL, *REPLACED)):
         x = found[point, SEEDS[0]]["summary"]["phases"][-1]["trainable"] / 1e3
         label = " + ".join(point.layers) or "none (full)"
-        which.plot(x, mean(tests(found, point)), linestyle="", label=label, color=figures.COLORS[number],
+        which.plot(x, tests(found, point)[0], linestyle="", label=label, color=figures.COLORS[number],
                    marker=figures.MARKERS[number], markersize=8)  # fmt: skip
     figures.named(which, "layers with heads", "trainable parameters, thousands", "test loss (cross entropy)")
     figures.save(figure, path)

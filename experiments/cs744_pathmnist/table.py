@@ -88,7 +88,8 @@ def draw(where: Path, memory: dict[tuple[str, int], dict[str, Any]], jobs: dict[
     names = [f"rank {rank}" if rank else "full" for rank in MEMORY_RANKS]
     for number, (network, words) in enumerate(NAMES.items()):
         figures.bars(bars, names, [memory[network, rank]["peak"] / MB for rank in MEMORY_RANKS], number, 2, words)
-    figures.named(bars, "fine-tuning at 224 pixels, batch 1", "", "resident peak, MB")
+    figures.headroom(bars)
+    figures.named(bars, "fine-tuning at 224 pixels, batch 1", "adapters", "resident peak, MB")
     for number, point in enumerate(POINTS):
         by_seed = [accuracy(where, jobs[point, seed]) for seed in SEEDS]
         points = [(row[0][0], 100 * mean(value for _, value in row)) for row in zip(*by_seed, strict=True)]

@@ -61,10 +61,10 @@ def tests(found: Found, point: str, key: str = "test/loss", scale: float = 1.0) 
 
 def points(found: Found, jobs: Jobs, names: list[str]) -> str:
     """Loss and accuracy of some points, against full training."""
-    full = mean(tests(found, "full"))
     lines = []
     for name in names:
         losses, last = tests(found, name), found[name, SEEDS[0]]["summary"]["phases"][-1]
+        full = mean(tests(found, "full")[: len(losses)])  # of the same seeds
         lines.append([
             name, len(losses), f"{jobs[name, SEEDS[0]].facts['lr']:g}", spread(losses), f"{mean(losses) - full:+.3f}",
             spread(tests(found, name, "test/acc1", 100), "{:.1f}"), f"{last['trainable']:,}",
@@ -108,14 +108,14 @@ def widths(found: Found, jobs: Jobs) -> str:
 
 
 def draw(where: Path, jobs: Jobs, found: Found, path: Path) -> None:
-    """A panel for each observation, and the widths."""
+    """A panel for each observation, and the widths, all of seed 1."""
     figure, axes = figures.panels(2, 3)
     ranks, grads, merging, interval, angles, wide = axes.flat
-    lora = [(int(p.removeprefix("lora-r")), mean(tests(found, p))) for p in POINTS if p.startswith("lora")]
+    lora = [(int(p.removeprefix("lora-r")), tests(found, p)[0]) for p in POINTS if p.startswith("lora")]
     figures.line(ranks, lora, 0, "LoRA")
-    joint = [(4 * int(p.rpartition("r")[2]), mean(tests(found, p))) for p in POINTS if p.startswith("mhlora")]
+    joint = [(4 * int(p.rpartition("r")[2]), tests(found, p)[0]) for p in POINTS if p.startswith("mhlora")]
     figures.line(ranks, joint, 1, "MHLoRA, 4 heads")
-    ranks.axhline(mean(tests(found, "full")), color="0.5", linestyle=(0, (3, 3)), label="full training")
+    ranks.axhline(tests(found, "full")[0], color="0.5", linestyle=(0, (3, 3)), label="full training")
     ranks.set_xscale("log", base=2)
     figures.named(ranks, "1: rank and heads", "rank of all adapters of a matrix together", "test loss (cross entropy)")
     run = where / jobs["full", SEEDS[0]].name
@@ -125,8 +125,8 @@ def draw(where: Path, jobs: Jobs, found: Found, path: Path) -> None:
     for number, point in enumerate(("full", "sequential-h4-r32", "lte-h4-r32-t10")):
         figures.line(merging, series(where / jobs[point, SEEDS[0]].name, "val/loss"), number, point)
     figures.named(merging, "3: sequential and parallel merging", "optimizer step", "validation loss (cross entropy)")
-    figures.line(interval, [(t, mean(tests(found, f"lte-h4-r32-t{t}"))) for t in INTERVALS], 0, "LTE, 4 heads of rank 32")
-    interval.axhline(mean(tests(found, "full")), color="0.5", linestyle=(0, (3, 3)), label="full training")
+    figures.line(interval, [(t, tests(found, f"lte-h4-r32-t{t}")[0]) for t in INTERVALS], 0, "LTE, 4 heads of rank 32")
+    interval.axhline(tests(found, "full")[0], color="0.5", linestyle=(0, (3, 3)), label="full training")
     interval.set_xscale("log")
     figures.named(interval, "4: merge interval", "T, optimizer steps", "test loss (cross entropy)")
     run = where / jobs["lte-h4-r32-t10", SEEDS[0]].name
@@ -143,5 +143,5 @@ def draw(where: Path, jobs: Jobs, found: Found, path: Path) -> None:
             label = f"{'ViT' if net == 'vit' else 'Mixer'}, {('full', 'LTE')[kind]}"
             figures.line(wide, [(w, tests(found, name)[0]) for w, name in names], number, label)
             number += 1
-    figures.named(wide, "widths", "width", "test loss (cross entropy), seed 1")
+    figures.named(wide, "widths", "width", "test loss (cross entropy)")
     figures.save(figure, path)
