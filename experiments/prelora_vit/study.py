@@ -21,12 +21,13 @@ from experiments.runs import Job
 from experiments.tables import Missing, keys, need, series
 
 EPOCHS, STEPS, BATCH, K = 24, 20, 32, 3
+LATEST = 20  # a run that has not switched by then is made to
 SEEDS = (1, 2, 3)
 MIDDLE_LR, MIDDLE_ADAPTER_LR = 2e-3, 2.0
 TASK = [*tasks.images(batch=BATCH), *tasks.length(EPOCHS, STEPS)]
 # q, v and dense of the source are targets; key, norms, embeddings and head train on in full, as there
 TARGETS = "method.targets=[qkv.q,qkv.v,attn.proj,mlp.fc1,mlp.fc2]"
-PRELORA = ["method=prelora", TARGETS, "method.ranks=[1,2,4,8]", f"method.windows={K}", f"method.latest={EPOCHS - 4}"]
+PRELORA = ["method=prelora", TARGETS, "method.ranks=[1,2,4,8]", f"method.windows={K}", f"method.latest={LATEST}"]
 WARMUP = 2  # epochs; the source's 10 of 300, and beside it 1 and 3 for 5 and 15
 RUNS = {  # what is reported: run -> (which tolerances, warm-up)
     "full": None, "exp1": ("exp1", WARMUP), "exp2": ("exp2", WARMUP), "exp3": ("exp3", WARMUP),

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import figures
-from experiments.prelora_vit.study import EPOCHS, RUNS, SEEDS, STEPS, final
+from experiments.prelora_vit.study import EPOCHS, LATEST, RUNS, SEEDS, STEPS, final
 from experiments.runs import Job
 from experiments.tables import fill, keys, machines, mean, need, plain_row, series, spread, table, write_csv, write_curves
 
@@ -87,7 +87,10 @@ def accuracy(found: Found, jobs: dict[tuple[str, int], Job]) -> str:
     for run, (top1, froze) in ACCURACY.items():
         facts, own = jobs[run, SEEDS[0]].facts, [found[run, seed]["summary"] for seed in SEEDS]
         tols = f"{facts['weight_tol']:.2%} / {facts['loss_tol']:.2%}" if run != "full" else "–"
-        epochs = [f"{s['switch_step'] / STEPS:g} → {s['freeze_step'] / STEPS:g}" for s in own] if run != "full" else ["–"]
+        epochs = [
+            f"{s['switch_step'] / STEPS:g}{'*' * (s['switch_step'] == LATEST * STEPS)} → {s['freeze_step'] / STEPS:g}"
+            for s in own if run != "full"
+        ] or ["–"]  # fmt: skip
         gap = mean(tests(found, run)) - mean(tests(found, "full"))
         lines.append([
             run, top1, froze, tols, ", ".join(epochs), spread(tests(found, run), "{:.1f}"),
