@@ -72,17 +72,25 @@ def _check_targets(targets: Any) -> None:
 
 
 _PHASED = ("prelora", "lora")
+_ADAPTERS = {"alpha": None, "train_A": True, "adapter_lr": 1.0, "adapter_weight_decay": None}
 
 
 def _settle_owners(parts: "dict[str, _Part]", config: Mapping[str, Any]) -> None:
     """What one part of a composed method decides is no key of the others (DESIGN 4.0 and 4.4).
 
     Raises:
-        ConfigError: LTE and GaLore together, but not as update=galore.
+        ConfigError: LTE and GaLore together, but not as update=galore; what belongs to adapters, where there are none.
     """
-    if "galore" in parts and any(use in parts for use in _PHASED):
+    phased = any(use in parts for use in _PHASED)
+    adapters = [key for key in _ADAPTERS if "galore" in parts or ("lte" in parts and key == "train_A")]  # heads train their A
+    for key in adapters if phased else ():
+        if config.get(key, _ADAPTERS[key]) != _ADAPTERS[key]:
+            raise ConfigError(
+                f"method.{key}", config[key], "is for the callback's own adapters, and this method has none: leave it out"
+            )
+    if "galore" in parts and phased:
         parts["galore"] = _adopting()
-    if "lte" in parts and any(use in parts for use in _PHASED):
+    if "lte" in parts and phased:
         _drop(parts["lte"], "rank", "targets")
     if "lte" in parts and "galore" in parts:
         if config.get("update") != "galore":
