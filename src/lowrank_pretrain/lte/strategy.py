@@ -54,8 +54,9 @@ class LTEStrategy(Conversion, CheckpointHooks, ViewHooks):
         sync_rest: what belongs to no target is averaged at every ``step``, like DDP, or at every ``merge``.
         route: ``factors`` or ``dense``; ``None``: per target the fewer bytes.
         update: what a worker trains: ``lora``: heads beside W; ``galore``: W itself, by the GaLoreAdamW that
-            ``configure_optimizers`` returns. Its groups say which targets and what rank; merges send its bases and what was
-            done in them. Costs a float32 copy of the targets beside the bases' coefficients, r·n numbers a matrix.
+            ``configure_optimizers`` returns. Its groups say which targets and what rank, ``merge_every`` how long a basis
+            lives (in place of their ``update_proj_gap`` and ``stagger``); merges send the bases and what was done in them.
+            Costs a float32 copy of the targets beside the bases' coefficients, r·n numbers a matrix.
         basis: with ``update="galore"``, every worker's ``own`` or one ``shared`` by all.
         overlap: apply a merge this many steps after it was begun, ``< merge_every``; needs ``reset=False``.
         prune: with ``reset``, share of the heads' moments to zero instead of deleting their optimizer state (ReLoRA).
