@@ -111,6 +111,6 @@ def machines(found: Iterable[Mapping[str, Any]], together: int) -> str:
     where = "; ".join(sorted({one["machine"] for one in found}))
     minutes = sum(one["wall"] for one in found) / 60 / together
     return (
-        f"{where}. {len(found)} reported runs, {together} at a time, about {minutes:.0f} minutes in all; the machine's load at the end "
-        f"of a run was {loads[0]:.1f} to {loads[-1]:.1f}, median {statistics.median(loads):.1f}."
+        f"{where}. {len(found)} reported runs, {together} at a time, about {minutes:.0f} minutes in all; the machine's load at "
+        f"the end of a run was {loads[0]:.1f} to {loads[-1]:.1f}, median {statistics.median(loads):.1f}."
     )

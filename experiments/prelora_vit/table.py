@@ -13,7 +13,7 @@ CURVES = ("val/acc1", "val/loss", "train/loss", "time/train_seconds", "lowrank/w
 PHASES = ("full", "joint", "lowrank")
 # the source: validation top-1 at epoch 299 and the last joint epoch, from its published logs; top-1 before and after the freeze
 ACCURACY = {"full": ("71.86", "–"), "exp1": ("71.43", "124"), "exp2": ("71.23", "150"), "exp3": ("71.28", "182")}
-SWITCH_TO_FREEZE = {
+WARMUPS = {
     "exp2-w1": ("5", "71.45", "70.37 → 69.66"), "exp2": ("10", "71.23", "70.69 → 69.96"),
     "exp2-w3": ("15", "71.36", "70.42 → 70.12"),
 }  # fmt: skip
@@ -126,7 +126,7 @@ def costs(found: Found) -> str:
 def warmups(where: Path, found: Found, jobs: dict[tuple[str, int], Job]) -> str:
     """Fig. 5: loss and speed-up by warm-up window."""
     lines = []
-    for run, (epochs, top1, change) in SWITCH_TO_FREEZE.items():
+    for run, (epochs, top1, change) in WARMUPS.items():
         dips = [dip(where / jobs[run, s].name, found[run, s]["summary"]["freeze_step"]) for s in SEEDS]
         before, after = (100 * mean(d[i] for d in dips) for i in (0, 1))
         lines.append([
@@ -141,14 +141,14 @@ def warmups(where: Path, found: Found, jobs: dict[tuple[str, int], Job]) -> str:
 def draw(where: Path, jobs: dict[tuple[str, int], Job], found: Found, path: Path) -> None:
     """Its Fig. 2 to 6, of seed 1."""
     seed, names = SEEDS[0], list(RUNS)
-    figure, axes = figures.panels(2, 3)
-    norms, accuracies, timed, losses, both, flow = axes.flat
+    figure, axes = figures.panels(2, 4)
+    norms, accuracies, timed, flow, losses, faster, bases, adapters = axes.flat
 
     def curve(run: str, key: str) -> list[tuple[float, float]]:
         return [(step / STEPS, value) for step, value in series(where / jobs[run, seed].name, key)]
 
     def family(key: str) -> str:
-        return key.split("blocks.*.")[-1]
+        return key.split("/")[-1].removeprefix("model.").removeprefix("blocks.*.")
 
     for number, key in enumerate(keys(where / jobs["full", seed].name, "lowrank/weight_norm/")):
         points = curve("full", key)
@@ -161,16 +161,20 @@ def draw(where: Path, jobs: dict[tuple[str, int], Job], found: Found, path: Path
         figures.line(timed, by_time, number, run)
     figures.named(accuracies, "accuracy by epoch (Fig. 4 a)", "epoch", "validation accuracy, %")
     figures.named(timed, "accuracy by time (Fig. 4 b)", "training seconds, without validation", "validation accuracy, %")
-    for number, run in enumerate(SWITCH_TO_FREEZE):
+    for number, run in enumerate(WARMUPS):
         figures.line(losses, [p for p in curve(run, "val/loss") if p[0] > EPOCHS / 3], number, f"w = {RUNS[run][1]}")
-        for part, (kind, key) in enumerate((("base", "lowrank/base_norm/"), ("adapters", "lowrank/adapter_norm/"))):
+        for axis, key in ((bases, "lowrank/base_norm/"), (adapters, "lowrank/adapter_norm/")):
             name = next(k for k in keys(where / jobs[run, seed].name, key) if k.endswith("qkv.q"))
             points = curve(run, name)
-            start = points[0][1] if kind == "base" else 1.0
-            shown = [(x, y / start) for x, y in points]
-            figures.line(both, shown, number + 4 * part, f"{kind}, w = {RUNS[run][1]}")
+            figures.line(axis, points, number, f"w = {RUNS[run][1]}")
     figures.named(losses, "warm-up windows (Fig. 5 a)", "epoch", "validation loss (cross entropy)")
-    figures.named(both, "query: norms from the switch on (Fig. 6)", "epoch", "‖W‖, at the switch = 1; ‖s·BA‖")
+    figures.bars(
+        faster, [str(RUNS[run][1]) for run in WARMUPS], [seconds(found, "full") / seconds(found, run) for run in WARMUPS]
+    )
+    faster.axhline(1, color="black", linestyle="--", label="full training")
+    figures.named(faster, "speed-up of whole runs (Fig. 5 b)", "w, epochs", "full training's time over the run's")
+    figures.named(bases, "query, base: from the switch on (Fig. 6 a)", "epoch", "mean ‖W‖")
+    figures.named(adapters, "query, adapters (Fig. 6 b)", "epoch", "mean ‖s·BA‖")
     for place, run in enumerate(reversed(names)):
         left = 0.0
         for number, name in enumerate(PHASES):
