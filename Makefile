@@ -51,7 +51,7 @@ bench: $(STAMP) ## Measure speed and memory against peers (an idle machine, plea
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
 	@for file in benchmarks/[a-z]*.py; do echo "$$file"; $(BIN)/python $$file || exit 1; done
 
-studies: $(STAMP) ## All studies one after another, each from where it stopped: about two hours each, on two idle cores
+studies: $(STAMP) ## All studies one after another, each from where it stopped (on two idle cores)
 	@for name in $(STUDIES); do $(MAKE) --no-print-directory study NAME=$$name || failed="$$failed $$name"; done; \
 	  test -z "$$failed" || { echo "error: not finished:$$failed" >&2; exit 1; }
 

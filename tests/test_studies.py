@@ -256,6 +256,30 @@ def test_made_images_have_the_formats_keys_types_and_shapes(tmp_path, monkeypatc
     assert x.shape == (2, 3, 28, 28) and y.shape == (2,)
 
 
+def test_norms_of_base_and_adapters_are_told_apart(monkeypatch):
+    from types import SimpleNamespace
+
+    import torch
+    from lightning.pytorch.trainer.states import TrainerFn
+
+    from lowrank_pretrain import norms
+    from lowrank_pretrain.lora import inject
+
+    model = torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.Linear(4, 3))
+    inject(model, {"0": 2}, seed=0)
+    torch.nn.init.ones_(model[0].lora_B["W"])
+    seen = {}
+    monkeypatch.setattr(norms, "log", lambda trainer, metrics, step: seen.update(metrics))
+    state = SimpleNamespace(fn=TrainerFn.FITTING)
+    norms.WeightNorms().on_validation_end(
+        SimpleNamespace(state=state, sanity_checking=False, is_global_zero=True, global_step=1), model
+    )
+    added = model[0].lora_B["W"] @ model[0].lora_A
+    for kind, matrix in (("base", model[0].weight), ("adapter", added), ("weight", model[0].weight + added)):
+        (key,) = (key for key in seen if key.startswith(f"lowrank/{kind}_norm/") and (kind != "weight" or key.endswith("0")))
+        assert seen[key] == pytest.approx(matrix.norm().item(), rel=1e-5)
+
+
 def test_fill_needs_its_marks(tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text("a\n<!-- x y -->\nold\n<!-- /x y -->\nb\n")
