@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -22,6 +21,7 @@ from lowrank_pretrain import averaging, compiled
 from lowrank_pretrain.agreement import agreed_hash
 from lowrank_pretrain.errors import ConfigError
 from lowrank_pretrain.lora import Inherit
+from lowrank_pretrain.memory import give_back
 
 Change = Callable[[], Iterable[Inherit] | None]
 
@@ -70,6 +70,7 @@ def apply(
     if optimizer_state == "reset":
         for optimizer in trainer.optimizers:
             optimizer.state.clear()
+    give_back()
     if callable(settled):
         settled()
     averaging.follow(trainer.callbacks, module)
@@ -185,5 +186,3 @@ def _leave(optimizers: list[Optimizer], module: nn.Module, before: dict[int, boo
             for key in ("params", "param_names"):
                 if key in group:
                     group[key][:] = [item for item, stay in zip(group[key], stays, strict=True) if stay]
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()  # so that what a phase needs is what the device reports
