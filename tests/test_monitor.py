@@ -432,3 +432,18 @@ def test_counting_changes_no_number():
         counter.end()
         gradients.append(leaf.grad)
     assert torch.equal(*gradients)
+
+
+def test_a_row_block_that_trains_on_is_counted_once():
+    from lowrank_pretrain import lora
+    from lowrank_pretrain.plan import Plan
+    from tests.toy import toy
+
+    module = toy()
+    before = count_parameters(module)
+    adapters = lora.Adapters()
+    adapters.adopt(Plan({"blocks.0.qkv.q": 2, "blocks.0.qkv.v": 2}), module)
+    adapters.release()
+    after = count_parameters(module)
+    assert after["total"] == before["total"] + after["adapters"]
+    assert after["trainable"] == before["trainable"] + after["adapters"] - 2 * (16 * 16 + 16)  # W and b of q and v are frozen

@@ -35,7 +35,8 @@ def count_parameters(module: torch.nn.Module) -> dict[str, int]:
     """Numbers of parameters: ``trainable``, ``adapters`` (part of ``total``, trainable or not) and ``total``."""
     counts = {"trainable": 0, "adapters": 0, "total": 0}
     for name, parameter in module.named_parameters():
-        counts["total"] += parameter.numel()
+        # a row block that trains on beside adapters is a view of a weight that is counted already
+        counts["total"] += parameter.numel() * {"rest_weight", "rest_bias"}.isdisjoint(name.split("."))
         counts["trainable"] += parameter.numel() * parameter.requires_grad
         counts["adapters"] += parameter.numel() * any(part in ("lora_A", "lora_B") for part in name.split("."))
     return counts

@@ -21,6 +21,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lowrank_pretrain import adapter_groups, averaging, lora, plain_checkpoint, refusals, transition
 from lowrank_pretrain.agreement import agreed_hash
 from lowrank_pretrain.errors import ConfigError
+from lowrank_pretrain.monitor import count_parameters
 from lowrank_pretrain.plain_checkpoint import FORMAT, SIDE
 from lowrank_pretrain.plan import Plan
 from lowrank_pretrain.rewarm import Rewarm
@@ -117,9 +118,9 @@ class PhaseCallback(Callback):
         """Joint -> lowrank: the targets' full weights stop training."""
         self._freeze(trainer, pl_module, replay=False)
         self.freeze_step = trainer.global_step
-        trained = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
-        total = sum(p.numel() for p in pl_module.parameters())
-        rank_zero_info(f"{type(self).__name__}: freeze after step {self.freeze_step}; {trained:,} of {total:,} still train")
+        counts = count_parameters(pl_module)
+        said = f"{counts['trainable']:,} of {counts['total']:,} still train"
+        rank_zero_info(f"{type(self).__name__}: freeze after step {self.freeze_step}; {said}")
 
     def _switch(self, trainer: pl.Trainer, pl_module: pl.LightningModule, plan: Plan, replay: bool) -> None:
         plain_checkpoint.note_plain(pl_module)
