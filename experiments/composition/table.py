@@ -71,8 +71,8 @@ def markdown(table: list[dict[str, Any]], task: str) -> str:
     cells = [cell for cell in CELLS if any(row["task"] == task and row["cell"] == cell for row in table)]
     for cell in cells:
         keys = [key for key in COLUMNS if isinstance(table[0][key], (int, float)) and key != "seed"]
-        get = {key: mean(table, task, cell, key) for key in keys if any(r["cell"] == cell and r[key] != "" for r in table)}
         of = next(row for row in table if row["task"] == task and row["cell"] == cell)
+        get = {key: mean(table, task, cell, key) for key in keys if of[key] != ""}
         accuracy = "{:.1%} ± {:.1%}".format(*mean(table, task, cell, "test_acc1")) if of["test_acc1"] != "" else ""
         lines.append(
             f"| {cell} | {of['lr']:g} | {get['test_loss'][0]:.4f} ± {get['test_loss'][1]:.4f} | {accuracy} "
