@@ -52,11 +52,7 @@ def run(world, **kwargs):
 
 
 class WatchTargets(Watch):
-    """After every batch the targets and the rest, and what the targets' form says of them."""
-
-    def __init__(self):
-        super().__init__()
-        self.off = []
+    """After every batch the targets and the rest."""
 
     def on_train_batch_end(self, trainer, module, *_):
         heads = trainer.strategy.heads

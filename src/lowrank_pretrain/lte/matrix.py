@@ -44,10 +44,6 @@ class Matrix:
         """mean(C)·W_base, d×k."""
         return self.slot.matrix(self.local.base) * self.share
 
-    def rows(self) -> Tensor:
-        """W, d×k."""
-        return self.slot.matrix(self.p).detach()
-
     def factors(self) -> Factors:
         """D (1, r, k) and P (1, d, r); zeros before the first step."""
         if self.local is None or self.local.D is None:
