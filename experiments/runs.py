@@ -55,7 +55,7 @@ class Wire(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         """Look once per merge and not more often: it costs a system call per socket."""
         if trainer.global_step % 10 == 0 and (not self.seen or self.seen[-1][0] != trainer.global_step):
-            self.seen.append((trainer.global_step, phase_of(trainer), sent()))
+            self.seen.append((trainer.global_step, phase_of(trainer), sum(by_socket().values())))
 
     def per_step(self) -> dict[str, float]:
         """Mean bytes per step by phase."""
@@ -73,19 +73,20 @@ def phase_of(trainer: pl.Trainer) -> str:
     return (phases or [getattr(trainer.strategy, "phase", "full")])[0]
 
 
-def sent() -> int:
-    """Bytes sent over this process's TCP sockets (Linux: tcpi_bytes_sent)."""
-    total = 0
+def by_socket() -> dict[int, int]:
+    """Bytes that this process has sent over each of its open TCP sockets, by the kernel's count (Linux: tcpi_bytes_sent)."""
+    found = {}
     for fd in map(int, os.listdir("/proc/self/fd")):
         try:
             if not stat.S_ISSOCK(os.fstat(fd).st_mode):
                 continue
             with socket.socket(fileno=os.dup(fd)) as copy:
                 if copy.family in (socket.AF_INET, socket.AF_INET6) and copy.type == socket.SOCK_STREAM:
-                    total += struct.unpack_from("<Q", copy.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256), 200)[0]
-        except OSError:  # no socket, or closed meanwhile
+                    info = copy.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+                    found[os.fstat(fd).st_ino] = struct.unpack_from("<Q", info, 200)[0]
+        except OSError:  # closed meanwhile, or listening
             continue
-    return total
+    return found
 
 
 def run(jobs: list[Job], where: Path, world: int = 1, together: int = 1) -> None:

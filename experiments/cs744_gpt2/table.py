@@ -28,7 +28,8 @@ def write(where: Path, here: Path) -> None:
     found = dict(zip(jobs, need([*jobs.values()], where), strict=True))
     write_csv(here / "results.csv", [plain_row(job, found[key]) for key, job in jobs.items()])
     write_csv(here / "speed.csv", [
-        {"side": name, "milliseconds": value, "of_full": value / speed["milliseconds"]["full"], "load": speed["load"]}
+        {"side": name, "milliseconds": value, "of_full": value / speed["milliseconds"]["full"], "load": speed["load"],
+         "trainable_124m": speed["parameters"][name.partition(", ")[2] or name]["trainable"]}
         for name, value in speed["milliseconds"].items()
     ])  # fmt: skip
     readme = here / "README.md"

@@ -1,0 +1,198 @@
+"""The README's table: what the sources claim, and what this repository finds, every figure read from a study's CSV.
+
+python -m experiments.claims        fills README.md between its marks; a study that has no record yet leaves its rows empty
+"""
+
+import csv
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import NamedTuple
+
+from experiments.tables import fill, spread, table
+
+HERE = Path(__file__).parent
+Rows = list[dict[str, str]]
+
+
+class Claim(NamedTuple):
+    """One row.
+
+    Attributes:
+        words: what is claimed.
+        theirs: the source's figure.
+        study: folder whose record is read.
+        file: the record: a CSV, or JSON lines.
+        ours: the record's rows -> our figure.
+        scale: what it was measured on.
+        command: what makes the record, where that is not ``make study NAME=study``.
+    """
+
+    words: str
+    theirs: str
+    study: str
+    file: str
+    ours: Callable[[Rows], str]
+    scale: str
+    command: str = ""
+
+    def line(self, source: str) -> list[str]:
+        """Its row; our figure, which links to its record, is missing where there is no record yet."""
+        path = HERE.parent / self.study / self.file
+        ours = ""
+        if path.is_file():
+            with path.open(newline="") as file:
+                rows = [json.loads(line) for line in file] if path.suffix == ".jsonl" else list(csv.DictReader(file))
+            ours = f"[{self.ours(rows)}]({self.study}/{self.file})"
+        command = self.command or f"make study NAME={Path(self.study).name}"
+        return [source, self.words, self.theirs, ours, self.scale, f"`{command}`"]
+
+
+def of(rows: Rows, key: str, **where: str) -> list[float]:
+    """A column of the rows that have these values."""
+    return [float(row[key]) for row in rows if row[key] and all(row[name] == value for name, value in where.items())]
+
+
+def ratio(rows: Rows, key: str, over: str) -> float:
+    """Mean over seeds of Exp2's column `key` over its column `over`."""
+    return fmean(a / b for a, b in zip(of(rows, key, run="exp2"), of(rows, over, run="exp2"), strict=True))
+
+
+def percent(shares: Sequence[float]) -> str:
+    """Mean and standard deviation of shares, in per cent."""
+    return spread([100 * share for share in shares], "{:.1f}") + " %"
+
+
+def accuracies(rows: Rows) -> str:
+    """PreLoRA's ends beside full training's."""
+    return "; ".join(f"{run} {percent(of(rows, 'test_acc1', run=run))}" for run in ("full", "exp1", "exp2", "exp3"))
+
+
+def losses(*points: str, key: str = "test_loss", by: str = "point") -> Callable[[Rows], str]:
+    """Losses of these points."""
+    return lambda rows: "; ".join(f"{point} {spread(of(rows, key, **{by: point}))}" for point in points)
+
+
+def curve(rows: Rows, metric: str, run: str) -> tuple[float, float]:
+    """A curve's first and last value, mean over the runs whose name begins so."""
+    curves: dict[str, list[float]] = {}
+    for row in rows:
+        if row["metric"] == metric and row["run"].startswith(f"{run}-lr"):
+            curves.setdefault(row["run"], []).append(float(row["value"]))
+    return fmean(c[0] for c in curves.values()), fmean(c[-1] for c in curves.values())
+
+
+def held(rows: Rows, kind: str, network: str, dtype: str, rank: str) -> float:
+    """Bytes of weights, gradients and optimizer states of a row of memory.csv."""
+    return sum(
+        of(rows, key, kind=kind, network=network, dtype=dtype, rank=rank)[0] for key in ("weights", "gradients", "states")
+    )
+
+
+def saved(rows: Rows, network: str, dtype: str, rank: str) -> str:
+    """Memory against AdamW, activations apart."""
+    return f"{held(rows, 'shapes', network, dtype, rank) / held(rows, 'shapes', network, dtype, 'AdamW') - 1:+.0%}"
+
+
+def times(rows: Rows, side: str, over: str) -> str:
+    """One side's time over another's, of speed.csv."""
+    return f"{of(rows, 'milliseconds', side=side)[0] / of(rows, 'milliseconds', side=over)[0]:.2f}x"
+
+
+def fewer(rows: Rows) -> str:
+    """Trainable parameters of parallel heads against full training's, of speed.csv."""
+    heads, full = (of(rows, "trainable_124m", side=side)[0] for side in ("parallel, rank 4", "full"))
+    return f"{heads / full - 1:+.1%}"
+
+
+def resident(rows: Rows, of_network: str, of_rank: str, network: str, rank: str) -> float:
+    """One fine-tuning process's resident peak over another's."""
+    return of(rows, "peak", network=of_network, rank=of_rank)[0] / of(rows, "peak", network=network, rank=rank)[0]
+
+
+POCKET_VIT = "ViT of 0.27 M, Fashion-MNIST"
+POCKET_GPT = "GPT-2 of 0.7 M, King James text"
+BLOCKS = "two blocks of width 768, 4 heads of rank 4"
+SHAPES = "by shapes, without activations"
+TUNING = "224 px, batch 1, rank 16, resident"
+VIT, LTE, GPT2, LLAMA, PATH = (
+    f"experiments/{name}" for name in ("prelora_vit", "lte_vit", "cs744_gpt2", "cs744_galore", "cs744_pathmnist")
+)
+BENCH = "benchmarks/results"
+VITL, DRY = "ViT-L/16, batch 2, CPU", "experiment=prelora_vitl …, below"
+VITS = (("ViT-B", "vit_base"), ("ViT-L", "vit_large"))
+RESULTS, MEMORY, SPEED, CURVES = "results.csv", "memory.csv", "speed.csv", "curves.csv"
+CLAIMS: dict[str, Sequence[Claim]] = {
+    "PreLoRA": [
+        Claim("accuracy is kept", "71.86; 71.43; 71.23; 71.28 %", VIT, RESULTS, accuracies, POCKET_VIT),
+        Claim("10 % of the parameters train", "10 %", VIT, RESULTS,
+              lambda rows: f"{ratio(rows, 'lowrank_trainable', 'total'):.0%}", POCKET_VIT),
+        Claim("10 % of the parameters train", "10 %", BENCH, "prelora_vitl_memory_cpu.csv",
+              lambda rows: f"{of(rows, 'trainable', phase='lowrank')[0] / of(rows, 'total', phase='lowrank')[0]:.1%}",
+              VITL, DRY),
+        Claim("memory, low-rank phase over full", "0.80x", BENCH, "prelora_vitl_memory_cpu.csv", lambda rows: "{:.2f}x".format(
+            of(rows, "peak_resident_gib", phase="lowrank")[0] / of(rows, "peak_resident_gib", phase="full")[0]
+        ), f"{VITL}, resident", DRY),
+        Claim("throughput, low-rank phase over full", "3.25x (1.9x by its logs)", BENCH, "lora_vit_small_cpu_again.jsonl",
+              lambda rows: "; ".join(f"{row['variant']} {row['speedup']:.2f}x" for row in rows[2:4]),
+              "ViT-S/16, batch 16, two CPU threads", "make bench"),
+        Claim("throughput, low-rank phase over full", "3.25x (1.9x by its logs)", VIT, RESULTS,
+              lambda rows: f"{ratio(rows, 'lowrank_images_per_second', 'full_images_per_second'):.2f}x", POCKET_VIT),
+        Claim("time of an epoch, full over low-rank", "1.5x", VIT, RESULTS,
+              lambda rows: f"{ratio(rows, 'full_seconds_per_epoch', 'lowrank_seconds_per_epoch'):.2f}x", POCKET_VIT),
+        Claim("optimizer state, low-rank phase over full", "–", VIT, RESULTS,
+              lambda rows: f"{ratio(rows, 'lowrank_optimizer_gib', 'full_optimizer_gib'):.2f}x", POCKET_VIT),
+    ],
+    "LTE": [
+        Claim("1: low-rank LoRA falls short, a high rank or heads do not", "no figures", LTE, RESULTS,
+              losses("full", "lora-r4", "lora-r128", "mhlora-h4-r4", "mhlora-h4-r32"), POCKET_VIT),
+        Claim("2: the gradients' effective rank rises", "no figures", LTE, CURVES,
+              lambda rows: "{:.1f} → {:.1f} of 128".format(*curve(rows, "lte/effective_rank/gradient", "full")), POCKET_VIT),
+        Claim("3: sequential merging falls short", "no figures", LTE, RESULTS,
+              losses("full", "sequential-h4-r32", "lte-h4-r32-t10"), POCKET_VIT),
+        Claim("4: seldom merging still works", "no figures", LTE, RESULTS,
+              losses("full", "lte-h4-r32-t1", "lte-h4-r32-t10", "lte-h4-r32-t100"), POCKET_VIT),
+        Claim("5: heads stay orthogonal (mean cosine)", "no figures", LTE, CURVES,
+              lambda rows: "{:.3f} → {:.3f}".format(*curve(rows, "lte/orthogonality", "lte-h4-r32-t10")), POCKET_VIT),
+        Claim("MLP-Mixer too", "no figures", LTE, RESULTS, losses("mixer128-full", "mixer128-lte"), "width 128"),
+    ],
+    "CS744, GPT-2": [
+        Claim("sequential heads take 25 % longer than parallel ones", "1.25x", GPT2, SPEED,
+              lambda rows: times(rows, "sequential, rank 4", "parallel, rank 4"), BLOCKS),
+        Claim("parallel heads take full training's time", "about 1", GPT2, SPEED,
+              lambda rows: times(rows, "parallel, rank 4", "full"), BLOCKS),
+        Claim("and train 24 % less parameters", "−24 %", GPT2, SPEED, fewer, "GPT-2 124M, counted"),
+        Claim("heads on attention are best, on the logits worst", "a figure", GPT2, RESULTS,
+              losses("full", "attention-h4-r8-t10", "mlp-h4-r8-t10", "head-h4-r8-t10"), POCKET_GPT),
+        Claim("merge interval 10 → 40", "6.23 → 6.33", GPT2, RESULTS,
+              losses("attention-h4-r8-t10", "attention-h4-r8-t40"), POCKET_GPT),
+    ],
+    "CS744, GaLore": [
+        Claim("memory at rank 1024 of 2048", "−30 %", LLAMA, MEMORY,
+              lambda rows: saved(rows, "llama1b", "bfloat16", "1024"), f"LLaMA 1B, bfloat16, {SHAPES}"),
+        Claim("the rank hardly matters for memory (rank 128)", "no figures", LLAMA, MEMORY,
+              lambda rows: saved(rows, "llama1b", "bfloat16", "128"), f"LLaMA 1B, bfloat16, {SHAPES}"),
+        Claim("the rank hardly matters for the loss", "no figures", LLAMA, RESULTS,
+              losses("adamw", "galore-r8", "galore-r32", "galore-r128"), "LLaMA of width 128, King James text"),
+        Claim("little gain on ViTs", "minimal", LLAMA, MEMORY, lambda rows: ", ".join(
+            f"{name} {saved(rows, net, 'float32', '256')}" for name, net in VITS
+        ), f"rank 256, float32, {SHAPES}"),
+    ],
+    "CS744, PathMNIST": [
+        Claim("memory, ViT-L over ViT-B under LoRA", "11900 / 6100 MB: 1.95", PATH, MEMORY,
+              lambda rows: f"{resident(rows, 'vit_large', '16', 'vit_base', '16'):.2f}", TUNING),
+        Claim("LoRA is lighter than fine-tuning in full", "significantly", PATH, MEMORY, lambda rows: ", ".join(
+            f"{name} {resident(rows, net, '16', net, 'full'):.2f}x" for name, net in VITS
+        ), TUNING),
+        Claim("and converges faster", "94.53 % in 10 epochs, 71.41 % in 60", PATH, RESULTS, lambda rows: "; ".join(
+            f"{point} {percent(of(rows, 'test_acc1', point=point))}" for point in ("full", "lora-r8")
+        ), f"{POCKET_VIT}, then made images"),
+    ],
+}  # fmt: skip
+
+
+if __name__ == "__main__":
+    head = ["source", "claim", "theirs", "ours", "at which scale", "command"]
+    rows = [claim.line(source) for source, claims in CLAIMS.items() for claim in claims]
+    fill(HERE.parent / "README.md", "results", table(head, rows))
