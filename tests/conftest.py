@@ -1,21 +1,28 @@
 """What the tests share: one thread (the models are tiny), the composed configuration, and a pocket-sized run."""
 
+import functools
+import logging
+import os
 from pathlib import Path
 
 import pytest
 import torch
 from hydra import compose, initialize_config_module
+from lightning.pytorch.loops.fit_loop import _FitLoop
 from omegaconf import DictConfig
 
+from lowrank_pretrain.data import fashion_mnist
 from tests.ranks import Ranks
 
 torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
-def _no_process_group():
-    """A fit on one device may leave a process group behind, for whose threads a forked process would wait for ever."""
+def _nothing_left_behind():
+    """A fit on one device may leave a process group behind, for whose threads a forked process would wait for ever; a seed
+    set by ``seed_everything`` would draw other adapters in this process than the ranks draw."""
     yield
+    os.environ.pop("PL_GLOBAL_SEED", None)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
@@ -85,3 +92,20 @@ def ranks():
     pool = Ranks()
     yield pool
     pool.close()
+
+
+class Started(Exception):
+    """Training would have begun."""
+
+
+@pytest.fixture
+def shut(monkeypatch, tmp_path):
+    """The door: training ends with ``Started`` where its first step would begin. Runs in tmp_path, quietly."""
+
+    def door(self):
+        raise Started
+
+    monkeypatch.setattr(_FitLoop, "run", door)
+    monkeypatch.setattr(fashion_mnist, "read_sample", functools.cache(fashion_mnist.read_sample))
+    monkeypatch.chdir(tmp_path)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)

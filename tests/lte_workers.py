@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from lowrank_pretrain.data.loaders import EpochBatches, EpochLoader, Fetched
+from lowrank_pretrain.data.fetching import Fetched
+from lowrank_pretrain.data.loaders import EpochBatches, EpochLoader
 from lowrank_pretrain.loop_state import LoopState
 from lowrank_pretrain.lte import LTEStrategy
 

@@ -69,11 +69,11 @@ def build(name, **change):
     return lambda: workers.cell(1, name, change=change)
 
 
-def prelora(strategy=None, then="lora", settings=None, groups=None, **fit):
+def prelora(strategy=None, then="lora", settings=None, groups=None, adapters=None, **fit):
     """A user's own script: PreLoRA beside their GaLoreAdamW."""
 
     def go():
-        callback = PreLoRA(ranks=(2,), window=3, window_unit="step", windows=2, latest=1, warmup=1, then=then)
+        callback = PreLoRA(ranks=(2,), window=3, window_unit="step", windows=2, latest=1, warmup=1, then=then, **adapters or {})
         module = workers.GaLoreNet(groups, settings)
         options = {"callbacks": [callback], **fit}
         lte_workers.fit(module=module, strategy=strategy or "auto", trainer=options, steps=8)
@@ -110,6 +110,8 @@ REFUSED = [
     (prelora(settings={"layerwise": True}, groups={"targets": ["out"]}), "layerwise", "switch"),
     (prelora(then="galore", strategy=LTEStrategy(merge_every=2)), "then", "LTE"),
     (prelora(), "targets", "not projected already"),
+    (prelora(groups={"targets": ["out"]}, adapters={"adapter_lr": 2.0}), "adapter_lr", "GaLoreAdamW takes the targets over"),
+    (prelora(then="galore", groups={"targets": ["out"]}, adapters={"train_A": False}), "train_A", "leave it out"),
 ]  # fmt: skip
 
 

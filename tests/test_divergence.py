@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 
 from lowrank_pretrain import GaLoreAdamW, LoRA, LTEStrategy, PreLoRA, failures, galore_param_groups
 from lowrank_pretrain.agreement import Disagreement
-from lowrank_pretrain.data.loaders import EpochBatches, EpochLoader, Fetched
+from lowrank_pretrain.data.fetching import Fetched
+from lowrank_pretrain.data.loaders import EpochBatches, EpochLoader
 from lowrank_pretrain.divergence import DivergenceGuard
 from lowrank_pretrain.errors import ConfigError
 from lowrank_pretrain.finite import Diverged

@@ -4,20 +4,16 @@ A value that happens to be legal is no failure, but it must be declared in ``LEG
 """
 
 import copy
-import functools
-import logging
 import math
 import resource
 from pathlib import Path
 
 import pytest
-from lightning.pytorch.loops.fit_loop import _FitLoop
 from omegaconf import OmegaConf
 
 from lowrank_pretrain import failures
-from lowrank_pretrain.data import fashion_mnist
 from lowrank_pretrain.train import train
-from tests.conftest import VIT
+from tests.conftest import VIT, Started
 
 HOSTILE = ["words", "", -1, 0, 0.5, 10**12, [], {}, None, math.nan, math.inf, True, ["a", None]]
 HUGE = 10**12
@@ -116,10 +112,6 @@ def keys(config, group: str) -> list[str]:
     )
 
 
-class Started(Exception):
-    pass
-
-
 def same(value, other) -> bool:
     return type(value) is type(other) and value == other
 
@@ -151,16 +143,8 @@ def attempt(config, directory: Path) -> tuple[str, int]:
 
 
 @pytest.fixture
-def shut(monkeypatch, tmp_path):
-    """Training ends where its first step would begin; memory is bounded, so that a huge value cannot hurt the machine."""
-
-    def door(self):
-        raise Started
-
-    monkeypatch.setattr(_FitLoop, "run", door)
-    monkeypatch.setattr(fashion_mnist, "read_sample", functools.cache(fashion_mnist.read_sample))
-    monkeypatch.chdir(tmp_path)
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+def bounded(shut):
+    """Memory is bounded, so that a huge value cannot hurt the machine."""
     limits = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (48 * 2**30, limits[1]))
     yield
@@ -169,7 +153,7 @@ def shut(monkeypatch, tmp_path):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", CASES)
-def test_a_wrong_value_is_one_line_and_nothing_starts(name, composed, shut, tmp_path, capsys):
+def test_a_wrong_value_is_one_line_and_nothing_starts(name, composed, bounded, tmp_path, capsys):
     overrides, method, group = CASES[name]
     base = composed(*overrides, method, *SMALL_RANKS.get(name, ()))
     OmegaConf.set_struct(base, False)

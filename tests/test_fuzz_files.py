@@ -2,11 +2,9 @@
 
 import contextlib
 import copy
-import functools
 import gzip
 import io
 import json
-import logging
 import os
 import random
 import shutil
@@ -18,11 +16,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.loops.fit_loop import _FitLoop
 
 from lowrank_pretrain import export, failures
 from lowrank_pretrain.checkpoints import inspect, newest_whole
-from lowrank_pretrain.data import fashion_mnist
 from lowrank_pretrain.data.bins import write_bin
 from lowrank_pretrain.data.fashion_mnist import FashionMNIST
 from lowrank_pretrain.data.images import ImageData
@@ -33,7 +29,7 @@ from lowrank_pretrain.data.tokens import TokenData
 from lowrank_pretrain.errors import ConfigError
 from lowrank_pretrain.run_dir import start_from
 from lowrank_pretrain.train import train
-from tests.conftest import TINY
+from tests.conftest import TINY, Started
 from tests.data_helpers import image_folder, jsonl_gz, medmnist_npz, sentences, write_idx
 
 SECONDS = 20  # that one file may take
@@ -94,21 +90,9 @@ def written(tmp_path_factory, composed):
     return config, path, path.read_bytes()
 
 
-class Started(Exception):
-    pass
-
-
 @pytest.fixture
-def resume(written, tmp_path, monkeypatch):
+def resume(written, tmp_path, shut):
     """``resume(bytes or dict)``: the line and exit code of a run that goes on from such a file; ("", 0) if it would train."""
-
-    def door(self):
-        raise Started
-
-    monkeypatch.setattr(_FitLoop, "run", door)
-    monkeypatch.setattr(fashion_mnist, "read_sample", functools.cache(fashion_mnist.read_sample))
-    monkeypatch.chdir(tmp_path)
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
     def go(content) -> tuple[str, int]:
         path, directory = tmp_path / "file.ckpt", tmp_path / "run"

@@ -1,14 +1,12 @@
 """What LTE sends: as computed for real models, and as the sockets of real processes count it."""
 
 import os
-import socket
-import stat
-import struct
 import sys
 
 import pytest
 import torch
 import torch.distributed as dist
+from experiments.runs import by_socket
 from torch import nn
 
 from lowrank_pretrain import ConfigError
@@ -129,28 +127,12 @@ def test_wrong_values(wrong, key):
     assert str(caught.value).startswith(key)
 
 
-def sent_by_sockets():
-    """Bytes that this process has sent over each of its TCP sockets, by the kernel's count (tcpi_bytes_sent)."""
-    found = {}
-    for fd in map(int, os.listdir("/proc/self/fd")):
-        try:
-            if not stat.S_ISSOCK(os.fstat(fd).st_mode):
-                continue
-            with socket.socket(fileno=os.dup(fd)) as copy:
-                if copy.family in (socket.AF_INET, socket.AF_INET6) and copy.type == socket.SOCK_STREAM:
-                    sent = struct.unpack_from("<Q", copy.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256), 200)[0]
-                    found[os.fstat(fd).st_ino] = sent
-        except OSError:  # closed meanwhile, or listening
-            continue
-    return found
-
-
 def on_the_wire(call):
     """What one call sends, by the sockets' count."""
     dist.barrier()
-    before = sent_by_sockets()
+    before = by_socket()
     call()
-    after = sent_by_sockets()
+    after = by_socket()
     dist.barrier()
     # a socket of an earlier test's group may be closed in between
     return sum(sent - before.get(inode, 0) for inode, sent in after.items())

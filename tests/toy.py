@@ -8,7 +8,8 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
-from lowrank_pretrain.data.loaders import EpochBatches, EpochLoader, Fetched
+from lowrank_pretrain.data.fetching import Fetched
+from lowrank_pretrain.data.loaders import EpochBatches, EpochLoader
 
 
 class Block(nn.Module):

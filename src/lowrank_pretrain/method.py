@@ -72,7 +72,6 @@ def _check_targets(targets: Any) -> None:
 
 
 _PHASED = ("prelora", "lora")
-_ADAPTERS = {"alpha": None, "train_A": True, "adapter_lr": 1.0, "adapter_weight_decay": None}
 
 
 def _settle_owners(parts: "dict[str, _Part]", config: Mapping[str, Any]) -> None:
@@ -81,10 +80,12 @@ def _settle_owners(parts: "dict[str, _Part]", config: Mapping[str, Any]) -> None
     Raises:
         ConfigError: LTE and GaLore together, but not as update=galore; what belongs to adapters, where there are none.
     """
+    from lowrank_pretrain.refusals import ADAPTERS
+
     phased = any(use in parts for use in _PHASED)
-    adapters = [key for key in _ADAPTERS if "galore" in parts or ("lte" in parts and key == "train_A")]  # heads train their A
+    adapters = [key for key in ADAPTERS if "galore" in parts or ("lte" in parts and key == "train_A")]  # heads train their A
     for key in adapters if phased else ():
-        if config.get(key, _ADAPTERS[key]) != _ADAPTERS[key]:
+        if config.get(key, ADAPTERS[key]) != ADAPTERS[key]:
             raise ConfigError(
                 f"method.{key}", config[key], "is for the callback's own adapters, and this method has none: leave it out"
             )

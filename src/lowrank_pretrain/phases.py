@@ -206,7 +206,9 @@ class PhaseCallback(Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Replay the transitions of a resumed run; the optimizers are still empty and are restored after this."""
-        check = getattr(self._find_adopter(trainer), "check_adopt", None)
+        adopter = self._find_adopter(trainer)
+        refusals.check_adopter(self, adopter)
+        check = getattr(adopter, "check_adopt", None)
         if callable(check) and hasattr(self, "targets"):  # now, rather than when the switch comes after days
             check(list(find_targets(pl_module, self.targets)), pl_module)
         if self.phase != "full":

@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from .errors import ConfigError
-from .monitor import Monitor, PhaseRecord, low_rank_callback
+from .monitor import Monitor, low_rank_callback
+from .phase_record import PhaseRecord
 
 FAILURE = "failure.txt"  # in the run directory: why the last attempt ended
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from lowrank_pretrain.data.loaders import Fetched
+from lowrank_pretrain.data.fetching import Fetched
 from lowrank_pretrain.data.mixing import Mixing
 from lowrank_pretrain.errors import ConfigError
 from lowrank_pretrain.seeds import generator

@@ -4,7 +4,8 @@ from typing import Any
 
 import lightning as L
 
-from lowrank_pretrain.data.loaders import BatchSet, EpochBatches, EpochLoader, PassLoader, StreamLoader
+from lowrank_pretrain.data.loaders import BatchSet, EpochBatches, EpochLoader
+from lowrank_pretrain.data.stream_loaders import PassLoader, StreamLoader
 from lowrank_pretrain.errors import ConfigError
 
 MOST_WORKERS = 1024  # a slip of the finger must not start a million processes

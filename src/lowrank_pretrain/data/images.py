@@ -10,10 +10,11 @@ from typing import Any
 
 from lowrank_pretrain.data.arrays import check_shape
 from lowrank_pretrain.data.base import PretrainData
-from lowrank_pretrain.data.loaders import EpochLoader, PassLoader, StreamLoader
+from lowrank_pretrain.data.loaders import EpochLoader
 from lowrank_pretrain.data.mixing import Mixing
 from lowrank_pretrain.data.pictures import MapImages, Picture, StreamImages
 from lowrank_pretrain.data.sources import STREAMS, open_images
+from lowrank_pretrain.data.stream_loaders import PassLoader, StreamLoader
 from lowrank_pretrain.errors import ConfigError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -2,31 +2,21 @@
 
 What a batch holds is a pure function of (run seed, epoch, indices): order, augmentation and mixing draw from generators
 seeded by those, never from torch's global one. So the whole state of a map-style loader is two numbers, (epoch, batches),
-and it may resume with another number of workers. A stream keeps its readers' positions instead (:class:`StreamLoader`).
+and it may resume with another number of workers. A stream keeps its readers' positions instead (``stream_loaders``).
 
 All are plain iterables around a torch loader, not subclasses of it: Lightning then leaves their samplers alone and asks
 only for ``len``, ``state_dict`` and ``batch_sampler.sampler.set_epoch``.
 """
 
-import copy
-import warnings
 from collections.abc import Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset, Sampler
-from torchdata.stateful_dataloader import StatefulDataLoader
+from torch.utils.data import DataLoader, Sampler
 
+from lowrank_pretrain.data.fetching import BadInputs, Fetched, end_workers, torch_loader
 from lowrank_pretrain.errors import ConfigError
 from lowrank_pretrain.seeds import generator
-
-
-class Fetched(NamedTuple):
-    """What a dataset hands over, from whatever process: a batch, and what went wrong on the way."""
-
-    batch: Any
-    bad: list[str]  # one line per input that could not be read and was replaced or left out
-    error: Exception | None = None  # carried, not raised: torch would turn a worker's exception into a traceback as text
 
 
 class BatchSet(Protocol):
@@ -102,7 +92,7 @@ class EpochLoader:
     def __init__(self, dataset: BatchSet, batches: EpochBatches, num_workers: int = 0) -> None:
         self.dataset, self.batch_sampler, self.num_workers = dataset, batches, num_workers
         self.batch_size = batches.batch_size
-        self._loader = _torch_loader(DataLoader, _ByKey(dataset), num_workers, sampler=batches)
+        self._loader = torch_loader(DataLoader, _ByKey(dataset), num_workers, sampler=batches)
         self._position = (0, 0)  # epoch, batches handed out in it
         self._resume: dict[str, int] | None = None
         self._bad = BadInputs()
@@ -150,128 +140,7 @@ class EpochLoader:
 
     def close(self) -> None:
         """End the worker processes."""
-        _end_workers(self._loader)
-
-
-class StreamLoader:
-    """Batches of an endless stream, an epoch being so many of them; the stream runs on from epoch to epoch.
-
-    The readers' positions are kept by torchdata's StatefulDataLoader, one state for each worker of each rank.
-
-    Args:
-        dataset: an endless iterable of :class:`Fetched`, with ``state_dict`` and ``load_state_dict``.
-        batches_per_epoch: how many make an epoch. A loader with a length: without one Lightning fetches a batch ahead,
-            and a checkpoint would skip it.
-        num_workers: processes that read; 0 reads in this one.
-        rank: this process.
-        world_size: number of processes.
-    """
-
-    def __init__(
-        self, dataset: IterableDataset, batches_per_epoch: int, num_workers: int = 0, rank: int = 0, world_size: int = 1
-    ) -> None:
-        self.num_workers, self.rank, self.world_size = num_workers, rank, world_size
-        self.batches_per_epoch = batches_per_epoch
-        self.epoch = 0
-        # a copy: without workers it is this object that moves on, and another loader begins at the beginning
-        self._loader = _torch_loader(StatefulDataLoader, copy.copy(dataset), num_workers)
-        self._running: Iterator[Fetched] | None = None  # from the first batch to `close`
-        self._last: dict[str, Any] | None = None  # the readers' state at `close`
-        self._position = (0, 0)
-        self._resume: tuple[int, int] | None = None
-        self._bad = BadInputs()
-
-    @property
-    def sampler(self) -> "StreamLoader":
-        """Itself: the name under which Lightning looks for :meth:`set_epoch`."""
-        return self
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch of the next iteration; the stream itself does not start again."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.batches_per_epoch
-
-    def __iter__(self) -> Iterator[Any]:
-        start = self._resume[1] if self._resume and self._resume[0] == self.epoch else 0
-        self._resume = None
-        self._position = (self.epoch, start)
-        if self._running is None:
-            self._running, self._last = iter(self._loader), None
-        for done in range(start + 1, self.batches_per_epoch + 1):
-            fetched = next(self._running)
-            self._position = (self._position[0], done)
-            yield self._bad.unwrap(fetched)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Position in the epoch and every rank's readers. All ranks must call it together."""
-        epoch, done = self._resume or self._position
-        readers: list[Any] = [self._last or self._loader.state_dict()]
-        if self.world_size > 1:
-            mine, readers = readers[0], [None] * self.world_size
-            torch.distributed.all_gather_object(readers, mine)
-        return {"epoch": epoch, "batches": done, "workers": self.num_workers, "readers": readers}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from ``state`` at the next iteration.
-
-        Raises:
-            ConfigError: the stream was split differently, among other workers or processes.
-        """
-        if state["workers"] != self.num_workers:
-            allowed = f"must be {state['workers']}, as in the checkpoint: each worker keeps its own place in the stream"
-            raise ConfigError("num_workers", self.num_workers, allowed)
-        if len(state["readers"]) != self.world_size:
-            allowed = f"must be {len(state['readers'])}, as in the checkpoint: each process keeps its own place in the stream"
-            raise ConfigError("trainer.devices", self.world_size, allowed)
-        self._running = self._last = None
-        self._loader.load_state_dict(state["readers"][self.rank])
-        self._resume = (state["epoch"], state["batches"])
-
-    def close(self) -> None:
-        """End the worker processes; ``state_dict`` goes on telling where they were."""
-        if self._running is not None:
-            self._running, self._last = None, self._loader.state_dict()
-        _end_workers(self._loader)
-
-
-class PassLoader:
-    """Batches of one pass over a stream, for validation; its length is not known.
-
-    Args:
-        dataset: an iterable of :class:`Fetched` that ends.
-        num_workers: processes that read; 0 reads in this one.
-    """
-
-    def __init__(self, dataset: IterableDataset, num_workers: int = 0) -> None:
-        self._loader = _torch_loader(DataLoader, dataset, num_workers)
-        self._bad = BadInputs()
-
-    def __iter__(self) -> Iterator[Any]:
-        for fetched in self._loader:
-            yield self._bad.unwrap(fetched)
-
-    def close(self) -> None:
-        """End the worker processes."""
-        _end_workers(self._loader)
-
-
-class BadInputs:
-    """Counts the inputs that could not be read and warns once of each, by name."""
-
-    def __init__(self) -> None:
-        self.seen: set[str] = set()
-
-    def unwrap(self, fetched: Fetched) -> Any:
-        """The batch; warns of new bad inputs and raises the error that a worker carried over."""
-        for line in fetched.bad:
-            if line not in self.seen:
-                self.seen.add(line)
-                warnings.warn(f"unreadable input number {len(self.seen)}, left out: {line}", stacklevel=3)
-        if fetched.error is not None:
-            raise fetched.error
-        return fetched.batch
+        end_workers(self._loader)
 
 
 class _ByKey(torch.utils.data.Dataset):
@@ -288,29 +157,3 @@ class _ByKey(torch.utils.data.Dataset):
             return self.dataset.fetch(*key)
         except ConfigError as error:
             return Fetched(None, [], error)
-
-
-def _torch_loader(cls: type[DataLoader], dataset: Any, num_workers: int, **kwargs: Any) -> DataLoader:
-    # batch_size=None: the dataset makes whole batches. The generator is ours because a loader without one draws its
-    # workers' base seed from the global generator at every iteration, validation included
-    return cls(
-        dataset,
-        batch_size=None,
-        num_workers=num_workers,
-        persistent_workers=num_workers > 0,
-        pin_memory=torch.cuda.is_available(),
-        collate_fn=_identity,
-        generator=torch.Generator().manual_seed(0),
-        **kwargs,
-    )
-
-
-def _end_workers(loader: DataLoader) -> None:
-    # Not left to the garbage collector: when it comes while another loader forks, each worker takes 5 seconds to end
-    iterator, loader._iterator = loader._iterator, None
-    if hasattr(iterator, "_shutdown_workers"):
-        iterator._shutdown_workers()
-
-
-def _identity(item: Any) -> Any:
-    return item

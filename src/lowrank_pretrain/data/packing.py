@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from lowrank_pretrain.data.documents import read_error, texts
-from lowrank_pretrain.data.loaders import Fetched
+from lowrank_pretrain.data.fetching import Fetched
 from lowrank_pretrain.errors import ConfigError
 from lowrank_pretrain.seeds import generator
 

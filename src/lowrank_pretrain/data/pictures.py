@@ -11,7 +11,7 @@ from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
 
 from lowrank_pretrain.data.arrays import with_channels
-from lowrank_pretrain.data.loaders import Fetched
+from lowrank_pretrain.data.fetching import Fetched
 from lowrank_pretrain.data.mixing import Mixing
 from lowrank_pretrain.data.rng import borrowed, reseed
 from lowrank_pretrain.data.sources import first_line

@@ -7,8 +7,8 @@ import numpy as np
 
 from lowrank_pretrain.data.base import PretrainData
 from lowrank_pretrain.data.documents import open_documents, read_error
-from lowrank_pretrain.data.loaders import StreamLoader
 from lowrank_pretrain.data.packing import Packer, TextStream
+from lowrank_pretrain.data.stream_loaders import StreamLoader
 from lowrank_pretrain.data.tokenizer import load_tokenizer
 from lowrank_pretrain.data.tokens import TokenSet
 from lowrank_pretrain.errors import ConfigError

@@ -8,7 +8,7 @@ import torch
 from lowrank_pretrain.data import SAMPLES
 from lowrank_pretrain.data.base import PretrainData
 from lowrank_pretrain.data.bins import check_ids, open_bin
-from lowrank_pretrain.data.loaders import Fetched
+from lowrank_pretrain.data.fetching import Fetched
 from lowrank_pretrain.errors import ConfigError
 from lowrank_pretrain.seeds import generator
 

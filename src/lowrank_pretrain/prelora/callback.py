@@ -12,7 +12,7 @@ from lowrank_pretrain.errors import ConfigError
 from lowrank_pretrain.phases import PhaseCallback
 from lowrank_pretrain.plan import Plan, check_rank
 from lowrank_pretrain.prelora.convergence import Verdict, Window, check_convergence
-from lowrank_pretrain.prelora.ranks import assign_ranks
+from lowrank_pretrain.prelora.ranks import assign_ranks, check_ranks
 from lowrank_pretrain.targets import Target, families, find_targets
 
 
@@ -77,7 +77,7 @@ class PreLoRA(PhaseCallback):
     ) -> None:
         super().__init__(alpha, train_A, freeze_rest, optimizer_state, rewarm, then, adapter_lr, adapter_weight_decay)
         self.targets = targets if isinstance(targets, str) else [*targets]
-        self.ranks = _check_ranks(ranks)
+        self.ranks = check_ranks(ranks)
         for key, value, least in (
             ("window", window, 1),
             ("windows", windows, 2),
@@ -237,12 +237,6 @@ class PreLoRA(PhaseCallback):
             key = "max_epochs" if self.window_unit == "epoch" else "max_steps"
             raise ConfigError(key, available, f"must be at least windows * window = {needed}, else the run can never switch")
 
-    @staticmethod
-    def _log(trainer: pl.Trainer, metrics: dict[str, float]) -> None:
-        for logger in trainer.loggers:
-            # the row of the step just taken; Lightning counts rows from 0
-            logger.log_metrics(metrics, step=max(trainer.global_step - 1, 0))
-
     # -- state ------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
@@ -283,17 +277,3 @@ def _norms(targets: dict[str, Target], grad: bool = False) -> dict[str, float]:
     dtype = torch.promote_types(blocks[0].dtype, torch.float32)
     norms = torch.stack([torch.linalg.vector_norm(block, dtype=dtype) for block in blocks])
     return dict(zip(targets, norms.tolist(), strict=True))
-
-
-def _check_ranks(ranks: Sequence[int]) -> list[int]:
-    if isinstance(ranks, (str, int, float)) or ranks is None or not len(ranks):
-        raise ConfigError("ranks", ranks, "must be a list of increasing powers of two, which may begin with 0")
-    ranks = [*ranks]
-    for rank in ranks:
-        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 0 or rank & (rank - 1):
-            raise ConfigError("ranks", rank, "every rank must be a power of two (the first may be 0)")
-    if ranks != sorted(set(ranks)):
-        raise ConfigError("ranks", ranks, "must increase")
-    if not any(ranks):
-        raise ConfigError("ranks", ranks, "needs a rank above 0")
-    return ranks

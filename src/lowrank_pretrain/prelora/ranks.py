@@ -7,6 +7,7 @@ Within a family, x = min-max normalised relative change between the last two win
 import math
 from collections.abc import Mapping, Sequence
 
+from lowrank_pretrain.errors import ConfigError
 from lowrank_pretrain.plan import Plan
 from lowrank_pretrain.prelora.convergence import relative_change
 
@@ -39,3 +40,22 @@ def assign_ranks(
                 x = (change[name] - low) / (high - low) if high > low else 0.0
             plan[name] = ranks[math.ceil(x * len(ranks)) - 1 if x > 0 else 0]
     return Plan(plan)
+
+
+def check_ranks(ranks: Sequence[int]) -> list[int]:
+    """The ranks to choose from, as a list.
+
+    Raises:
+        ConfigError: not a list of increasing powers of two (the first may be 0) with one above 0.
+    """
+    if isinstance(ranks, (str, int, float)) or ranks is None or not len(ranks):
+        raise ConfigError("ranks", ranks, "must be a list of increasing powers of two, which may begin with 0")
+    ranks = [*ranks]
+    for rank in ranks:
+        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 0 or rank & (rank - 1):
+            raise ConfigError("ranks", rank, "every rank must be a power of two (the first may be 0)")
+    if ranks != sorted(set(ranks)):
+        raise ConfigError("ranks", ranks, "must increase")
+    if not any(ranks):
+        raise ConfigError("ranks", ranks, "needs a rank above 0")
+    return ranks
