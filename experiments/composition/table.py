@@ -4,6 +4,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from experiments import figures
 from experiments.composition.study import CELLS, SEEDS, TASKS, chosen, job
 from experiments.runs import done
 from experiments.tables import fill, write_csv
@@ -106,31 +107,22 @@ def verdict(table: list[dict[str, Any]], task: str, cell: str, around: tuple[str
 
 def draw(table: list[dict[str, Any]], path: Path) -> None:
     """Loss over bytes per step, a panel for each task; the marker's size is the optimizer's memory."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     tasks = [task for task in TASKS if any(row["task"] == task for row in table)]
-    figure, axes = plt.subplots(1, len(tasks), figsize=(6.4 * len(tasks), 4.8), squeeze=False)
-    markers = {"full": "*", "lora": "o", "prelora": "o", "galore": "s", "prelora_galore": "s", "lte": "o", "prelora_lte": "o",
-               "lte_galore": "s", "prelora_lte_galore": "s"}  # fmt: skip
-    for axis, task in zip(axes[0], tasks, strict=True):
-        for cell in CELLS:
-            if not any(row["task"] == task and row["cell"] == cell for row in table):
-                continue
-            x, y = mean(table, task, cell, "sent_kib_per_step_last_phase")[0], mean(table, task, cell, "test_loss")
+    figure, axes = figures.panels(1, len(tasks))
+    for axis, task in zip(axes.flat, tasks, strict=True):
+        cells = [cell for cell in CELLS if any(row["task"] == task and row["cell"] == cell for row in table)]
+        for cell in cells:
+            x, (y, deviation) = mean(table, task, cell, "sent_kib_per_step_last_phase")[0], mean(table, task, cell, "test_loss")
             size = 24 + 60 * mean(table, task, cell, "optimizer_mib")[0]
-            filled = "black" if cell.startswith("prelora") else "white"
-            axis.errorbar(x, y[0], y[1], color="0.5", linewidth=1, zorder=1)
-            axis.scatter(x, y[0], size, marker=markers[cell], facecolor=filled, edgecolor="black", zorder=2)
-            axis.annotate(cell, (x, y[0]), xytext=(7, 5), textcoords="offset points", fontsize=8)
+            marker = "*" if cell == "full" else "s" if cell.endswith("galore") else "o"
+            color = "black" if cell.startswith("prelora") else "white"
+            axis.errorbar(x, y, deviation, color="0.5", linewidth=1, zorder=1)
+            axis.scatter(x, y, size, marker=marker, facecolor=color, edgecolor="black", zorder=2)
+            left = cell in ("prelora", "galore", "prelora_galore")  # so that no two names overlap
+            offset = (-9 if left else 9, -12 if cell in ("prelora_lte", "prelora_galore") else 4)
+            axis.annotate(cell, (x, y), xytext=offset, textcoords="offset points", fontsize=8, ha="right" if left else "left")
         axis.set_xscale("log")
-        axis.set_xlabel("sent per step and worker in the last phase, KiB")
-        axis.set_ylabel("test loss, mean and standard deviation of three seeds")
-        axis.set_title(task)
         axis.margins(0.15)
+        figures.named(axis, task, "sent per step and worker in the last phase, KiB", "test loss (cross entropy), 3 seeds")
     figure.suptitle("circles: adapters, squares: projections; black: after a switch; size: optimizer memory", fontsize=9)
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    figures.save(figure, path)
