@@ -60,3 +60,24 @@ def chosen(side: Any, middle: float, make: Make, where: Path) -> float:
     if best is None:
         raise Missing(f"not all learning rates have been tried: {', '.join(make(side, rate).name for rate in rates)}")
     return best
+
+
+def reported(
+    sides: Sequence[tuple[Any, float]],
+    make: Callable[..., Job],
+    seeds: Sequence[int],
+    where: Path,
+    headline: Sequence[Any] = (),
+) -> dict[tuple[Any, int], Job]:
+    """The runs to report by (side, seed), each at its side's rate: all sides with the first seed, `headline` with all seeds.
+
+    Without `headline` all sides have all seeds.
+
+    Raises:
+        Missing: a rate is not chosen yet.
+    """
+    best = {side: chosen(side, middle, make, where) for side, middle in sides}
+    return {
+        (side, seed): make(side, best[side], seed)
+        for seed in seeds for side in best if seed == seeds[0] or not headline or side in headline
+    }  # fmt: skip

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from experiments import tasks
 from experiments.command import main
-from experiments.rates import chosen, rounds
+from experiments.rates import reported, rounds
 from experiments.runs import Job
 
 EPOCHS, STEPS = 2, 150
@@ -34,6 +34,7 @@ POINTS = {
     **{f"galore-r{rank}": (galore(rank), 2e-2) for rank in (8, 16, 32, 64, 128)},
     "galore-r64-scale1": (galore(64, 1.0), 5e-3),  # one rate for all weights, as AdamW has it
 }
+SIDES = [(name, middle) for name, (_, middle) in POINTS.items()]
 SHAPES = [
     Job(f"shapes-{network}-{dtype}-r{rank}", [], {"network": network, "dtype": dtype, "rank": rank}, f"{HERE}.shapes")
     for network, dtype, ranks in (
@@ -64,14 +65,13 @@ def final(where: Path) -> dict[tuple[str, int], Job]:
     Raises:
         Missing: a rate is not chosen yet.
     """
-    best = {point: chosen(point, middle, job, where) for point, (_, middle) in POINTS.items()}
-    return {(point, seed): job(point, best[point], seed) for seed in SEEDS for point in POINTS}
+    return reported(SIDES, job, SEEDS, where)
 
 
 def stages(where: Path) -> Iterator[tuple[list[Job], int]]:
     """What to run, one stage after another."""
     yield [*SHAPES, *LIVE], 1
-    for jobs in rounds([(point, middle) for point, (_, middle) in POINTS.items()], job, where):
+    for jobs in rounds(SIDES, job, where):
         yield jobs, 2
     yield [*final(where).values()], 2
 

@@ -9,13 +9,13 @@ half, sweeps with seed 1, the three kinds of layers and full training with seeds
 real width, every side once a round; parameters: counted at the real size.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from experiments import tasks
 from experiments.command import main
-from experiments.rates import chosen, rounds
+from experiments.rates import reported, rounds
 from experiments.runs import Job
 
 EPOCHS, STEPS = 2, 150
@@ -46,6 +46,7 @@ HEADS_BY_RANK = [Point(heads=heads, rank=rank) for heads in HEADS for rank in RA
 INTERVALS = [Point(every=every) for every in EVERY]
 REPLACED = [Point(layers) for layers in LAYERS]
 POINTS = [*dict.fromkeys([FULL, *HEADS_BY_RANK, *INTERVALS, *REPLACED])]
+SIDES = [(point, LTE_LR if point.layers else FULL_LR) for point in POINTS]
 HEADLINE = (FULL, *REPLACED[:3])
 SPEED = Job("speed", [], {"heads": 4, "ranks": [1, 4], "batch": 4, "tokens": 128, "rounds": 5},
             "experiments.cs744_gpt2.speed.measure")  # fmt: skip
@@ -63,28 +64,19 @@ def job(point: Point, lr: float, seed: int = 0) -> Job:
     )  # fmt: skip
 
 
-def sides(points: Sequence[Point]) -> list[tuple[Point, float]]:
-    """Points with their middle learning rates."""
-    return [(point, LTE_LR if point.layers else FULL_LR) for point in points]
-
-
 def final(where: Path) -> dict[tuple[Point, int], Job]:
     """The reported runs by (point, seed).
 
     Raises:
         Missing: a rate is not chosen yet.
     """
-    best = {point: chosen(point, middle, job, where) for point, middle in sides(POINTS)}
-    return {
-        (point, seed): job(point, best[point], seed)
-        for seed in SEEDS for point in POINTS if seed == SEEDS[0] or point in HEADLINE
-    }  # fmt: skip
+    return reported(SIDES, job, SEEDS, where, HEADLINE)
 
 
 def stages(where: Path) -> Iterator[tuple[list[Job], int]]:
     """What to run, one stage after another."""
     yield [SPEED], 1
-    for jobs in rounds(sides(POINTS), job, where):
+    for jobs in rounds(SIDES, job, where):
         yield jobs, 2
     yield [*final(where).values()], 2
 

@@ -10,11 +10,12 @@ learning rates on seed 0 (more where the best is at an edge; validation split), 
 """
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from experiments import tasks
 from experiments.command import main
-from experiments.rates import chosen, rounds
+from experiments.rates import reported, rounds
 from experiments.runs import Job
 
 EPOCHS, STEPS, BATCH = 18, 20, 32
@@ -30,6 +31,7 @@ PRETRAIN = Job(
     "pretrain", [*tasks.images(batch=BATCH), *tasks.length(12, 40), "data.in_chans=3", "method=full", "optim.lr=2e-3", "seed=0"]
 )  # fmt: skip
 POINTS = {"full": (["method=full"], 1e-3), **{f"lora-r{r}": (["method=lora", f"method.rank={r}"], 4e-3) for r in RANKS}}
+SIDES = [(name, middle) for name, (_, middle) in POINTS.items()]
 
 
 def task(where: Path) -> list[str]:
@@ -54,19 +56,14 @@ def final(where: Path) -> dict[tuple[str, int], Job]:
     Raises:
         Missing: a rate is not chosen yet.
     """
-
-    def make(point: str, lr: float) -> Job:
-        return job(where, point, lr)
-
-    best = {point: chosen(point, middle, make, where) for point, (_, middle) in POINTS.items()}
-    return {(point, seed): job(where, point, best[point], seed) for seed in SEEDS for point in POINTS}
+    return reported(SIDES, partial(job, where), SEEDS, where)
 
 
 def stages(where: Path) -> Iterator[tuple[list[Job], int]]:
     """What to run, one stage after another."""
     yield MEMORY, 1
     yield [MADE, PRETRAIN], 2
-    for jobs in rounds([(p, middle) for p, (_, middle) in POINTS.items()], lambda p, lr: job(where, p, lr), where):
+    for jobs in rounds(SIDES, partial(job, where), where):
         yield jobs, 2
     yield [*final(where).values()], 2
 

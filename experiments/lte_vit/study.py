@@ -17,7 +17,7 @@ from pathlib import Path
 
 from experiments import tasks
 from experiments.command import main
-from experiments.rates import chosen, rounds
+from experiments.rates import reported, rounds
 from experiments.runs import Job
 
 EPOCHS, STEPS, BATCH, WIDTH = 16, 25, 32, 128
@@ -52,6 +52,7 @@ POINTS = {
     **{f"mixer{width}-lte": ([*heads(4, width // 4), CHANNELS], 4e-3) for width in WIDTHS},
 }
 POINTS = {name: point for name, point in POINTS.items() if name not in ("vit128-full", "vit128-lte")}  # full, lte-h4-r32-t10
+SIDES = [(name, middle) for name, (_, middle) in POINTS.items()]
 HEADLINE = ("full", "lora-r128", "mhlora-h4-r32", "sequential-h4-r32", "lte-h4-r32-t1", "lte-h4-r32-t10")
 WATCHED = {  # looked at while they are reported; looking changes nothing
     "full": ["method.uses=[effective_rank]", f"+method.gradient_every={LOOK}"],
@@ -86,17 +87,13 @@ def final(where: Path) -> dict[tuple[str, int], Job]:
     Raises:
         Missing: a rate is not chosen yet.
     """
-    best = {point: chosen(point, middle, job, where) for point, (_, middle) in POINTS.items()}
-    return {
-        (point, seed): job(point, best[point], seed)
-        for seed in SEEDS for point in POINTS if seed == SEEDS[0] or point in HEADLINE
-    }  # fmt: skip
+    return reported(SIDES, job, SEEDS, where, HEADLINE)
 
 
 def stages(where: Path) -> Iterator[tuple[list[Job], int]]:
     """What to run, one stage after another."""
     yield [UPDATES], 1
-    for jobs in rounds([(point, middle) for point, (_, middle) in POINTS.items()], job, where):
+    for jobs in rounds(SIDES, job, where):
         yield jobs, 2
     yield [*final(where).values()], 2
 
