@@ -111,6 +111,9 @@ REFUSED = [
     (prelora(then="galore", strategy=LTEStrategy(merge_every=2)), "then", "LTE"),
     (prelora(), "targets", "not projected already"),
     (prelora(groups={"targets": ["out"]}, adapters={"adapter_lr": 2.0}), "adapter_lr", "GaLoreAdamW takes the targets over"),
+    (prelora(LTEStrategy(merge_every=2, update="galore"), groups={"targets": ["out"]}, adapters={"adapter_lr": 2.0}),
+     "adapter_lr", "LTEStrategy takes the targets over"),
+    (prelora(LTEStrategy(merge_every=2), groups={"targets": ["out"]}, adapters={"alpha": 4}), "alpha", "LTEStrategy"),
     (prelora(then="galore", groups={"targets": ["out"]}, adapters={"train_A": False}), "train_A", "leave it out"),
 ]  # fmt: skip
 

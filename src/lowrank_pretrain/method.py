@@ -80,7 +80,7 @@ def _settle_owners(parts: "dict[str, _Part]", config: Mapping[str, Any]) -> None
     Raises:
         ConfigError: LTE and GaLore together, but not as update=galore; what belongs to adapters, where there are none.
     """
-    from lowrank_pretrain.refusals import ADAPTERS
+    from lowrank_pretrain.adoption import ADAPTERS
 
     phased = any(use in parts for use in _PHASED)
     adapters = [key for key in ADAPTERS if "galore" in parts or ("lte" in parts and key == "train_A")]  # heads train their A

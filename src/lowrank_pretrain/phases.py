@@ -18,14 +18,13 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from lowrank_pretrain import adapter_groups, averaging, lora, plain_checkpoint, refusals, transition
+from lowrank_pretrain import adapter_groups, adoption, averaging, lora, plain_checkpoint, refusals, transition
 from lowrank_pretrain.agreement import agreed_hash
 from lowrank_pretrain.errors import ConfigError
 from lowrank_pretrain.monitor import count_parameters
 from lowrank_pretrain.plain_checkpoint import FORMAT, SIDE
 from lowrank_pretrain.plan import Plan
 from lowrank_pretrain.rewarm import Rewarm
-from lowrank_pretrain.targets import all_targets, find_targets
 
 PHASES = ("full", "joint", "lowrank")
 
@@ -124,7 +123,7 @@ class PhaseCallback(Callback):
 
     def _switch(self, trainer: pl.Trainer, pl_module: pl.LightningModule, plan: Plan, replay: bool) -> None:
         plain_checkpoint.note_plain(pl_module)
-        self._adopter = self._find_adopter(trainer)
+        self._adopter = adoption.find_adopter(self, trainer)
         agreed = transition.apply(
             trainer, pl_module, lambda: self._adopter.adopt(plan, pl_module), self.optimizer_state, replay
         )
@@ -147,26 +146,8 @@ class PhaseCallback(Callback):
     def _release(self, pl_module: pl.LightningModule) -> Any:
         inherited = self._adopter.release()
         if self.freeze_rest and not isinstance(self._adopter, lora.Adapters):
-            targets = all_targets(pl_module)
-            kept = {id(targets[name].layer.weight) for name in self.plan}
-            known = pl_module.__dict__["_lowrank_requires_grad"]
-            for name, p in pl_module.named_parameters():
-                if name in known and id(p) not in kept:
-                    p.requires_grad_(False)
+            adoption.freeze_rest(pl_module, self.plan)
         return inherited
-
-    def _find_adopter(self, trainer: pl.Trainer) -> Any:
-        if callable(getattr(trainer.strategy, "adopt", None)):
-            if self.then == "galore":
-                name = type(trainer.strategy).__name__
-                raise ConfigError("then", "galore", f"{name} takes the plan: leave `then` out; with LTE use update=galore")
-            return trainer.strategy
-        for optimizer in trainer.optimizers:
-            if callable(getattr(optimizer, "adopt", None)):
-                return optimizer
-        if self.then == "galore":
-            raise ConfigError("then", self.then, "needs GaLoreAdamW from configure_optimizers (a group without rank is AdamW)")
-        return lora.Adapters(self.alpha, self.train_A, self.freeze_rest)
 
     def _note(self, pl_module: pl.LightningModule) -> None:
         """What a checkpoint of this module must say; kept on the module because it outlives callback and trainer."""
@@ -206,11 +187,7 @@ class PhaseCallback(Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Replay the transitions of a resumed run; the optimizers are still empty and are restored after this."""
-        adopter = self._find_adopter(trainer)
-        refusals.check_adopter(self, adopter)
-        check = getattr(adopter, "check_adopt", None)
-        if callable(check) and hasattr(self, "targets"):  # now, rather than when the switch comes after days
-            check(list(find_targets(pl_module, self.targets)), pl_module)
+        adoption.check_adopter(self, trainer, pl_module)
         if self.phase != "full":
             phase, plan, unchecked = self.phase, self.plan, self._unchecked
             self._switch(trainer, pl_module, plan, replay=True)

@@ -6,14 +6,12 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
-from torch.optim import Optimizer
 
 from lowrank_pretrain import averaging
 from lowrank_pretrain.errors import ConfigError
 from lowrank_pretrain.targets import Target, all_targets, tied_layers
 
 SHARDED = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
-ADAPTERS = {"alpha": None, "train_A": True, "adapter_lr": 1.0, "adapter_weight_decay": None}  # what is said of adapters alone
 
 
 def check_run(phases: Any, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -60,18 +58,6 @@ def check_targets(phases: Any, trainer: pl.Trainer, pl_module: pl.LightningModul
     for target in targets.values() if kept and not phases.freeze_rest else ():
         if any(other.name not in targets for other in all_targets(pl_module).values() if other.layer is target.layer):
             averaging.refuse_views(kept[0])
-
-
-def check_adopter(phases: Any, adopter: Any) -> None:
-    """Settings of adapters where an optimizer takes the targets over, so that there are none.
-
-    Raises:
-        ConfigError: naming the setting.
-    """
-    for key, default in ADAPTERS.items() if isinstance(adopter, Optimizer) else ():
-        if getattr(phases, key) != default:
-            allowed = f"is for adapters, and {type(adopter).__name__} takes the targets over without any: leave it out"
-            raise ConfigError(key, getattr(phases, key), allowed)
 
 
 def spawned(trainer: pl.Trainer) -> bool:

@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.strategies import DDPStrategy
 
 from lowrank_pretrain import lora
+from lowrank_pretrain.adoption import ADAPTERS
 from lowrank_pretrain.errors import ConfigError
 from lowrank_pretrain.lora_layer import Inherit, has_own_forward
 from lowrank_pretrain.lte import rest
@@ -86,6 +87,11 @@ class Conversion(DDPStrategy):
             self._take_stash(stash)
 
     # -- DESIGN 4.0: a phase callback hands over a plan --------------------------------------------------------------
+
+    @property
+    def adapter_settings(self) -> dict[str, Any]:
+        """What the callback has no say in: heads have our scale and train their A; projections are no adapters."""
+        return ADAPTERS if self.update == "galore" else {"alpha": self.settings.alpha, "train_A": True}
 
     def check_adopt(self, names: Iterable[str], module: pl.LightningModule) -> None:
         """Before training: can the switch hand the targets on?"""
