@@ -5,7 +5,7 @@ PYTHON ?= python3
 KILLS  ?= 100
 SEED   ?= 0
 NAME   ?=
-STUDIES := prelora_vit lte_vit cs744_gpt2 cs744_galore cs744_pathmnist
+STUDIES := prelora_vit lte_vit cs744_gpt2 cs744_galore cs744_pathmnist composition
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.set-up
@@ -56,7 +56,7 @@ studies: $(STAMP) ## All studies one after another, each from where it stopped (
 	  test -z "$$failed" || { echo "error: not finished:$$failed" >&2; exit 1; }
 
 study: $(STAMP) ## One study: make study NAME=prelora_vit
-	@test -f experiments/$(NAME)/study.py || { echo "error: NAME=$(NAME): must be one of $(STUDIES) composition" >&2; exit 2; }
+	@test -f experiments/$(NAME)/study.py || { echo "error: NAME=$(NAME): must be one of $(STUDIES)" >&2; exit 2; }
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m experiments.$(NAME).study
 
 clean: ## Remove .venv and caches (runs/ stays)

@@ -18,8 +18,8 @@ Stages = Callable[
 ]  # runs' folder -> (runs, how many at a time), one stage after another
 
 
-def main(doc: str, file: str, stages: Stages, write: Callable[[Path, Path], None]) -> None:
-    """The command line of the study whose ``study.py`` is `file`."""
+def main(doc: str, file: str, stages: Stages, write: Callable[[Path, Path], None], world: int = 1) -> None:
+    """The command line of the study whose ``study.py`` is `file`; its training runs are of `world` processes each."""
     here = Path(file).parent
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", action="store_true", help="run nothing")
@@ -28,7 +28,7 @@ def main(doc: str, file: str, stages: Stages, write: Callable[[Path, Path], None
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     try:
         for jobs, together in () if args.table else stages(args.runs.resolve()):
-            run(jobs, args.runs.resolve(), together=together)
+            run(jobs, args.runs.resolve(), world, together)
         write(args.runs.resolve(), here)
     except Missing as error:
         print(f"{here.name}: {error}", file=sys.stderr)

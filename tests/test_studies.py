@@ -15,7 +15,7 @@ from experiments.tables import Missing, fill, need, series, spread
 
 from lowrank_pretrain import method
 
-STUDIES = ("prelora_vit", "lte_vit", "cs744_gpt2", "cs744_galore", "cs744_pathmnist")
+STUDIES = ("prelora_vit", "lte_vit", "cs744_gpt2", "cs744_galore", "cs744_pathmnist", "composition")
 FAMILIES = ("model.blocks.*.attn.qkv.q", "model.blocks.*.mlp.fc1")
 
 
@@ -44,6 +44,7 @@ def trained(job, where):
     final = {"val/loss": loss, "val/acc1": 0.7, "test/loss": loss, "test/acc1": 0.7}
     summary = {"phases": phases, "switch_step": switch, "freeze_step": freeze, "plan": None, "final": final}
     found = {"summary": summary, "wall": 20.0, "cpu": 18.0, "optimizer_mib": 1.5, "peak_gib": 0.6, "steps": epochs * steps}
+    found |= {"wire": dict.fromkeys(names, 2048.0)}
     rows = []
     for epoch in range(1, epochs + 1):
         row = {"step": epoch * steps - 1, "val/acc1": 1 - 1 / (epoch + 1), "val/loss": 1 + 1 / epoch, "train/loss": ""}

@@ -1,17 +1,19 @@
 """The eight cells of when × where × how, and full training, on one image task and one text task, two workers.
 
-    python -m experiments.composition.study            all runs (what is done already stays), then results.csv and figure.png
-    python -m experiments.composition.study --table    only the table and the figure, from the runs there are
+    make study NAME=composition                        or  python -m experiments.composition.study
+    python -m experiments.composition.study --table    only tables and figure, from the runs there are
 
-Learning rates: three for every cell, on seed 0, chosen by the validation half; reported: seeds 1-3 on the test half.
+Learning rates: three for every cell, on seed 0 (more where the best is at an edge), chosen by the validation half; reported:
+seeds 1-3 on the test half.
 """
 
-import argparse
+from collections.abc import Iterator
 from pathlib import Path
 
-from experiments.runs import Job, done, run
+from experiments.command import main
+from experiments.rates import reported, rounds
+from experiments.runs import Job
 
-HERE = Path(__file__).parent
 WORLD = 2
 PRELORA = [
     "method.windows=2", "method.weight_tol=0.05", "method.loss_tol=0.2", "method.warmup=1", "method.latest=3",
@@ -45,52 +47,39 @@ TASKS = {
     ],
 }  # fmt: skip
 COMMON = ["trainer.devices=2", "++trainer.accelerator=cpu", "++trainer.enable_progress_bar=false", "save_every=0"]
-FACTORS = {"images": (0.5, 1.0, 2.0), "text": (0.75, 1.5, 3.0)}  # small language models bear more
+MORE = {"images": 1.0, "text": 1.5}  # small language models bear more
+SIDES = [((task, cell), middle * MORE[task]) for task in TASKS for cell, (_, middle) in CELLS.items()]
 SEEDS = (1, 2, 3)
 
 
-def job(task: str, cell: str, lr: float, seed: int) -> Job:
-    """One run of a cell."""
-    what, _ = CELLS[cell]
+def job(side: tuple[str, str], lr: float, seed: int = 0) -> Job:
+    """One run of a task's cell."""
+    task, cell = side
     ddp = [] if "lte" in cell else ["++trainer.strategy=ddp"]
     return Job(
         f"{task}-{cell}-lr{lr:g}-seed{seed}",
-        [*TASKS[task], *what, *COMMON, *ddp, f"optim.lr={lr}", f"seed={seed}"],
+        [*TASKS[task], *CELLS[cell][0], *COMMON, *ddp, f"optim.lr={lr:g}", f"seed={seed}"],
         {"task": task, "cell": cell, "lr": lr, "seed": seed},
     )
 
 
-def rates(task: str, cell: str) -> list[Job]:
-    """The runs that choose a cell's learning rate."""
-    return [job(task, cell, CELLS[cell][1] * factor, 0) for factor in FACTORS[task]]
+def final(where: Path) -> dict[tuple[tuple[str, str], int], Job]:
+    """The reported runs by ((task, cell), seed).
+
+    Raises:
+        Missing: a rate is not chosen yet.
+    """
+    return reported(SIDES, job, SEEDS, where)
 
 
-def chosen(task: str, cell: str, where: Path) -> float | None:
-    """The learning rate with the lowest validation loss; None while a run is missing."""
-    tried = [(done(j, where), j.facts["lr"]) for j in rates(task, cell)]
-    if any(found is None for found, _ in tried):
-        return None
-    return min((found["summary"]["final"]["val/loss"], lr) for found, lr in tried)[1]
-
-
-def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--table", action="store_true", help="run nothing")
-    parser.add_argument("--runs", type=Path, default=Path("runs/composition"), help="where the runs are")
-    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
-    parser.add_argument("--cells", nargs="+", default=list(CELLS), choices=CELLS)
-    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
-    args = parser.parse_args()
-    if not args.table:
-        for task in args.tasks:
-            run([j for cell in args.cells for j in rates(task, cell)], args.runs, WORLD)
-            final = [(task, cell, chosen(task, cell, args.runs)) for cell in args.cells]
-            run([job(*what, seed) for seed in args.seeds for what in final if what[-1] is not None], args.runs, WORLD)
-    from experiments.composition import table
-
-    table.write(args.runs, HERE)
+def stages(where: Path) -> Iterator[tuple[list[Job], int]]:
+    """What to run, one stage after another; a run has both cores."""
+    for jobs in rounds(SIDES, job, where):
+        yield jobs, 1
+    yield [*final(where).values()], 1
 
 
 if __name__ == "__main__":
-    main()
+    from experiments.composition.table import write
+
+    main(__doc__, __file__, stages, write, WORLD)

@@ -5,55 +5,44 @@ from pathlib import Path
 from typing import Any
 
 from experiments import figures
-from experiments.composition.study import CELLS, SEEDS, TASKS, chosen, job
-from experiments.runs import done
-from experiments.tables import fill, write_csv
+from experiments.composition.study import CELLS, TASKS, final
+from experiments.runs import Job
+from experiments.tables import fill, machines, need, write_csv
 
-COLUMNS = (
-    "task", "cell", "seed", "lr", "test_loss", "test_acc1", "cpu_seconds", "wall_seconds", "peak_gib", "optimizer_mib",
-    "sent_kib_per_step_last_phase", "sent_mib_whole_run", "trainable_last_phase", "switch_step", "freeze_step",
-)  # fmt: skip
 NEIGHBOURS = {  # a composed cell, and the single methods that it is made of
     "prelora_galore": ("prelora", "galore"), "prelora_lte": ("prelora", "lte"), "lte_galore": ("lte", "galore"),
     "prelora_lte_galore": ("prelora", "lte", "galore"),
 }  # fmt: skip
 
 
-def rows(where: Path) -> list[dict[str, Any]]:
-    """One row per reported run."""
-    found = []
-    for task in TASKS:
-        for cell in CELLS:
-            lr = chosen(task, cell, where)
-            for seed in SEEDS if lr is not None else ():
-                run = done(job(task, cell, lr, seed), where)
-                if run is None:
-                    continue
-                last, final = run["summary"]["phases"][-1], run["summary"]["final"]
-                wire = run["wire"]
-                end = wire[last["phase"]] if last["phase"] in wire else list(wire.values())[-1]
-                found.append({
-                    "task": task, "cell": cell, "seed": seed, "lr": lr, "test_loss": final["test/loss"],
-                    "test_acc1": final.get("test/acc1", ""), "cpu_seconds": run["cpu"], "wall_seconds": run["wall"],
-                    "peak_gib": run["peak_gib"], "optimizer_mib": run["optimizer_mib"],
-                    "sent_kib_per_step_last_phase": end / 1024,
-                    "sent_mib_whole_run": sum(wire.get(p["phase"], end) * p["steps"] for p in run["summary"]["phases"]) / 2**20,
-                    "trainable_last_phase": last["trainable"], "switch_step": run["summary"]["switch_step"],
-                    "freeze_step": run["summary"]["freeze_step"],
-                })  # fmt: skip
-    return found
-
-
 def write(where: Path, here: Path) -> None:
-    """Write the record beside this file."""
-    table = rows(where)
-    if not table:
-        return
+    """Everything beside this file, from the runs in `where`.
+
+    Raises:
+        Missing: one of them is not there.
+    """
+    jobs = final(where)
+    found = need([*jobs.values()], where)
+    table = [row(job, one) for job, one in zip(jobs.values(), found, strict=True)]
     write_csv(here / "results.csv", table)
-    for task in dict.fromkeys(row["task"] for row in table):
+    fill(here / "README.md", "machine", machines(found, 1))
+    for task in TASKS:
         fill(here / "README.md", task, markdown(table, task))
-        print(markdown(table, task))
     draw(table, here / "figure.png")
+
+
+def row(job: Job, found: dict[str, Any]) -> dict[str, Any]:
+    """Of results.csv."""
+    summary, wire = found["summary"], found["wire"]
+    last, ended = summary["phases"][-1], summary["final"]
+    end = wire[last["phase"]] if last["phase"] in wire else list(wire.values())[-1]
+    return {
+        **job.facts, "test_loss": ended["test/loss"], "test_acc1": ended.get("test/acc1", ""), "cpu_seconds": found["cpu"],
+        "wall_seconds": found["wall"], "peak_gib": found["peak_gib"], "optimizer_mib": found["optimizer_mib"],
+        "sent_kib_per_step_last_phase": end / 1024,
+        "sent_mib_whole_run": sum(wire.get(p["phase"], end) * p["steps"] for p in summary["phases"]) / 2**20,
+        "trainable_last_phase": last["trainable"], "switch_step": summary["switch_step"], "freeze_step": summary["freeze_step"],
+    }  # fmt: skip
 
 
 def mean(table: list[dict[str, Any]], task: str, cell: str, key: str) -> tuple[float, float]:
@@ -71,7 +60,7 @@ def markdown(table: list[dict[str, Any]], task: str) -> str:
     ]  # fmt: skip
     cells = [cell for cell in CELLS if any(row["task"] == task and row["cell"] == cell for row in table)]
     for cell in cells:
-        keys = [key for key in COLUMNS if isinstance(table[0][key], (int, float)) and key != "seed"]
+        keys = [key for key in table[0] if isinstance(table[0][key], (int, float)) and key != "seed"]
         of = next(row for row in table if row["task"] == task and row["cell"] == cell)
         get = {key: mean(table, task, cell, key) for key in keys if of[key] != ""}
         accuracy = "{:.1%} ± {:.1%}".format(*mean(table, task, cell, "test_acc1")) if of["test_acc1"] != "" else ""
