@@ -1,8 +1,11 @@
 """What the monitor counts: steps and nothing else, phases apart, live bytes; and that it costs next to nothing."""
 
 import csv
+import functools
+import logging
 import statistics
 import time
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +16,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from lowrank_pretrain import flops, lora, memory, step_clock
 from lowrank_pretrain.csv_log import RunCSVLogger
+from lowrank_pretrain.digits import digits
 from lowrank_pretrain.flops import FlopCount, peak_flops
 from lowrank_pretrain.memory import PeakMemory, formula_bytes, optimizer_bytes
 from lowrank_pretrain.monitor import (
@@ -25,6 +29,7 @@ from lowrank_pretrain.monitor import (
     phase_of,
 )
 from lowrank_pretrain.plan import Plan
+from lowrank_pretrain.progress import quiet_lightning
 from lowrank_pretrain.step_clock import Step, StepClock, Thinned
 from lowrank_pretrain.summary import phase_table, show, summarize
 from tests.toy import loader, toy, trainer
@@ -340,6 +345,30 @@ def test_the_closing_table_sets_phases_against_the_full_one(capsys):
     for words in ("200 (2.00x)", "3.00 (0.75x)", "15 (13.0%)", "20 (17.4%)", "val/loss 0.5", "merged weights: export"):
         assert words in text, words
     assert "x)" not in "".join(phase_table([low]).columns[1]._cells), "a ratio without a full phase"
+
+
+def test_numbers_for_people_have_no_exponent():
+    assert [digits(v) for v in (0.28719, 118.74, 999.96, 1234.5, 370912.3)] == ["0.2872", "118.7", "1000", "1,234", "370,912"]
+
+
+def test_a_warning_of_ours_is_its_words_alone(monkeypatch):
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # put back behind the test
+    quiet_lightning()
+    assert warnings.formatwarning(UserWarning("use more heads"), UserWarning, lora.__file__, 17) == "warning: use more heads\n"
+    others = warnings.formatwarning(UserWarning("not ours"), UserWarning, "/elsewhere.py", 18)
+    assert "/elsewhere.py:18" in others and "not ours" in others
+
+
+def test_what_lightning_says_at_every_start_is_left_out():
+    quiet_lightning()
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        handlers = logging.getLogger(name).handlers
+        assert handlers
+        for handler in handlers:
+            say = functools.partial(logging.LogRecord, name, logging.INFO, "", 0, args=None, exc_info=None)
+            assert not handler.filter(say(msg="Initializing distributed: GLOBAL_RANK: 0, MEMBER: 1/2"))
+            assert not handler.filter(say(msg="-" * 100 + "\ndistributed_backend=gloo"))
+            assert handler.filter(say(msg="PreLoRA: switch after step 6"))
 
 
 def one_matrix():

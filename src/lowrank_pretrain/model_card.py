@@ -6,6 +6,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from .digits import digits
+
 LOAD = {
     "timm": "import timm\n\nmodel = timm.create_model('local-dir:{out}', pretrained=True)",
     "transformers": "from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained('{out}')",
@@ -78,7 +80,7 @@ def _results(final: dict[str, float]) -> str:
     for key, words in METRICS.items():
         values = [final.get(f"{split}/{key}") for split in splits]
         if any(value is not None for value in values):
-            rows.append(f"| {words} | {' | '.join('–' if value is None else f'{value:.4g}' for value in values)} |")
+            rows.append(f"| {words} | {' | '.join('–' if value is None else digits(value) for value in values)} |")
     return "\n".join(rows) if splits else "None were logged."
 
 
@@ -88,7 +90,7 @@ def _phases(summary: dict[str, Any]) -> str:
         "|---|---:|---:|---:|---:|---:|",
     ]
     for p in summary["phases"]:
-        rate = "–" if p["samples_per_sec"] is None else f"{p['samples_per_sec']:,.4g}"
+        rate = "–" if p["samples_per_sec"] is None else digits(p["samples_per_sec"])
         rows.append(
             f"| {p['phase']} | {p['steps']:,} | {p['seconds']:.1f} | {rate} | {p['peak_gib']:.2f} | {p['trainable']:,} |"
         )

@@ -3,23 +3,32 @@
 import logging
 import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from typing_extensions import override
 
+from .digits import digits
 from .monitor import RECENT, Monitor
+
+HOME = Path(__file__).parent
+FORMAT = warnings.formatwarning  # Lightning's, which is imported by now
 
 # What Lightning and its friends say at every run and nobody can act on.
 REMARKS = ("💡", "GPU available", "TPU available", "HPU available", "Restor", "Loaded model weights", "Loading `train_data")
 REMARKS += ("`Trainer.fit` stopped", "`weights_only` was not set", "Pretrained mean does not", "Pretrained std does not")
+REMARKS += ("`Trainer(limit_", "Initializing distributed", "-" * 80)  # the last: which backend, how many processes
+REMARKS += ("Failed to load CPU gemm_4bit",)  # bitsandbytes, whose 8-bit moments do without
 WARNINGS = (
     r".*treespec, LeafSpec",
     r".*does not have many workers",
     r".*Checkpoint directory .* exists and is not empty",
     r".*smaller than the logging interval",
     r".*You have overridden `on_before_batch_transfer`",
+    r".*functional.all_gather is deprecated",
+    r"Grad strides do not match bucket view strides",
 )
 
 
@@ -30,12 +39,21 @@ def progress(monitor: Monitor, bar: bool | None = True) -> list[Callback]:
 
 
 def quiet_lightning() -> None:
-    """Keep remarks that nobody can act on out of the output."""
+    """Keep remarks that nobody can act on out of the output, and our own warnings to one line without our source."""
+    warnings.formatwarning = _one_line
     for message in WARNINGS:
         warnings.filterwarnings("ignore", message=message)
-    for handler in [*logging.getLogger("lightning.pytorch").handlers, *logging.getLogger().handlers]:
+    names = ("lightning.pytorch", "lightning.fabric", None)
+    for handler in [handler for name in names for handler in logging.getLogger(name).handlers]:
         if not any(isinstance(f, _NoRemarks) for f in handler.filters):
             handler.addFilter(_NoRemarks())
+
+
+def _one_line(message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:
+    """`message` alone where the warning is ours: where it was raised from says nothing to a user."""
+    if Path(filename).is_relative_to(HOME):
+        return f"warning: {message}\n"
+    return FORMAT(message, category, filename, lineno, line)
 
 
 class _NoRemarks(logging.Filter):
@@ -80,6 +98,6 @@ def _shown(trainer: Trainer, monitor: Monitor, keys: tuple[str, ...]) -> list[st
     """Phase, the metrics `keys` and throughput as words; what is not known yet is left out."""
     record, found = monitor.record, trainer.callback_metrics
     shown = [record.phase] if record else []
-    shown += [f"{key.removeprefix('train/')} {float(found[key]):.4g}" for key in keys if key in found]
+    shown += [f"{key.removeprefix('train/')} {digits(float(found[key]))}" for key in keys if key in found]
     rate = record.samples_per_sec(last=RECENT) if record else None
     return shown + ([f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.2g}/s"] if rate else [])

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 
+from .digits import digits
 from .errors import ConfigError
 from .monitor import Monitor, low_rank_callback
 from .phase_record import PhaseRecord
@@ -105,7 +107,7 @@ def show(records: list[PhaseRecord], final: dict[str, float], where: dict[str, P
     if records:
         console.print(phase_table(records))
     if final:
-        console.print(" · ".join(f"{key} {value:.4g}" for key, value in final.items()))
+        console.print(" · ".join(f"{key} {digits(value)}" for key, value in final.items()))
     for name, path in where.items():
         console.print(f"{name}: {os.path.relpath(path)}", soft_wrap=True)
 
@@ -123,13 +125,13 @@ def phase_table(records: list[PhaseRecord]) -> Table:
 
     row("optimizer steps", *(f"{r.steps:,}" for r in records))
     row("seconds", *(f"{r.seconds:.1f}" for r in records))
-    row("samples/s", *(_against(r, full, lambda r: r.samples_per_sec(), "{:.4g}") for r in records))
-    row("peak memory, GiB", *(_against(r, full, lambda r: r.peak_gib, "{:.2f}") for r in records))
-    row("optimizer, MiB", *(_against(r, full, lambda r: r.optimizer_gib * 1024, "{:.4g}") for r in records))
+    row("samples/s", *(_against(r, full, lambda r: r.samples_per_sec(), digits) for r in records))
+    row("peak memory, GiB", *(_against(r, full, lambda r: r.peak_gib, "{:.2f}".format) for r in records))
+    row("optimizer, MiB", *(_against(r, full, lambda r: r.optimizer_gib * 1024, digits) for r in records))
     if any(r.formula_gib is not None for r in records):
-        row("by formula, MiB", *("-" if r.formula_gib is None else f"{r.formula_gib * 1024:.4g}" for r in records))
+        row("by formula, MiB", *("-" if r.formula_gib is None else digits(r.formula_gib * 1024) for r in records))
     if any(r.flops_per_sample for r in records):
-        row("MFLOP per sample", *(_against(r, full, _mega_flops, "{:.4g}") for r in records))
+        row("MFLOP per sample", *(_against(r, full, _mega_flops, digits) for r in records))
     if any(r.mfu() is not None for r in records):
         row("MFU", *("-" if r.mfu() is None else f"{r.mfu():.1%}" for r in records))
     row("adapters", *(_share(r.adapters, r.total) for r in records))
@@ -141,12 +143,12 @@ def _mega_flops(record: PhaseRecord) -> float | None:
     return None if record.flops_per_sample is None else record.flops_per_sample / 1e6
 
 
-def _against(record: PhaseRecord, full: PhaseRecord | None, value: Any, form: str) -> str:
+def _against(record: PhaseRecord, full: PhaseRecord | None, value: Any, form: Callable[[float], str]) -> str:
     mine = value(record)
     if mine is None:
         return "-"
     base = value(full) if full is not None and full is not record else None
-    return form.format(mine) + (f" ({mine / base:.2f}x)" if base else "")
+    return form(mine) + (f" ({mine / base:.2f}x)" if base else "")
 
 
 def _share(part: int, total: int) -> str:

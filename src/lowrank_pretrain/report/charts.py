@@ -76,6 +76,8 @@ def lines(
         axes.axhline(level[1], color=FAINT, lw=1, ls=(0, (2, 2)))
         where = {"xytext": (2, 2), "textcoords": "offset points", "va": "bottom"}
         axes.annotate(level[0], (0, level[1]), xycoords=("axes fraction", "data"), fontsize=8, color=INK, **where)
+    if all(float(at).is_integer() for points in series.values() for at, _ in points):
+        axes.locator_params(axis="x", integer=True)  # there is no step 12.5
     axes.set_xlabel(x)
     axes.set_ylabel(fill(y, 26))
     axes.grid(color=FAINT, alpha=0.35, lw=0.5)
@@ -122,8 +124,8 @@ def heat_map(name: str, x: str, y: str, rows: list[str], columns: list[str], cel
     for (row, column), value in cells.items():
         strength = (levels.index(value) + 1) / len(levels)
         i, j = rows.index(row), columns.index(column)
-        axes.bar(j, 0.94, 0.94, i - 0.47, color=slot(0), alpha=0.12 + 0.73 * strength**1.5, lw=0)
-        colour = PAPER if strength > 0.7 else INK
+        axes.bar(j, 0.94, 0.94, i - 0.47, color=slot(0), alpha=0.12 + 0.73 * strength**2, lw=0)
+        colour = PAPER if strength > 0.8 else INK
         axes.annotate(str(value), (j, i), ha="center", va="center", fontsize=8, color=colour)
     axes.set_xticks(range(len(columns)), columns, rotation=30, ha="right", rotation_mode="anchor")
     axes.set_yticks(range(len(rows)), rows)

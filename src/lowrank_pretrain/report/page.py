@@ -46,7 +46,7 @@ def render(runs: list[Run], title: str) -> str:
     parts = [f"<h1>{escape(title)}</h1>", intro(runs)]
     if unwell:
         items = "".join(f"<li><b>{escape(run.label)}</b> · {escape(run.reason)}</li>" for run in unwell)
-        parts.append(f'<section class="unwell"><h2>Without an end</h2><ul>{items}</ul></section>')
+        parts.append(f'<section class="unwell"><h2>Failed or unfinished</h2><ul>{items}</ul></section>')
     parts.append(f"<section><h2>{'Runs, with ratios to the first' if several else 'The run'}</h2>{runs_table(runs)}</section>")
     charts = list(side_by_side(runs))
     if charts:

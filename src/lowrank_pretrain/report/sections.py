@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from ..digits import digits
 from . import charts
 from .runs import Run, Series
 
@@ -24,17 +25,17 @@ OVER_STEPS = {
     "throughput/tokens_per_sec": ("Throughput in tokens", "tokens / s"),
     "throughput/mfu": ("Model FLOPs utilisation", "share of the chip's peak"),
     "memory/peak_gib": ("Peak memory of the phase so far", "GiB"),
-    "memory/optimizer_gib": ("Optimizer states", "GiB"),
+    "memory/optimizer_gib": ("Optimizer states", "MiB"),
     "params/trainable": ("Trainable parameters", "million parameters"),
 }
 # Of a phase in summary.json: key -> (title, axis, factor, form, what it is)
 PHASE_BARS = {
-    "samples_per_sec": ("Throughput by phase", "samples / s, from the median step", 1, "{:,.4g}"),
-    "peak_gib": ("Peak memory by phase", "GiB, process 0", 1, "{:.3g}"),
-    "optimizer_gib": ("Optimizer states by phase", "MiB, process 0", 1024, "{:,.4g}"),
-    "trainable": ("Trainable parameters by phase", "million parameters", 1e-6, "{:,.4g}"),
-    "flops_per_sample": ("Operations by phase", "MFLOP per sample, forward and backward", 1e-6, "{:,.4g}"),
-    "mfu": ("Model FLOPs utilisation by phase", "share of the chip's peak", 1, "{:.1%}"),
+    "samples_per_sec": ("Throughput by phase", "samples / s, from the median step", 1, digits),
+    "peak_gib": ("Peak memory by phase", "GiB, process 0", 1, "{:.3g}".format),
+    "optimizer_gib": ("Optimizer states by phase", "MiB, process 0", 1024, digits),
+    "trainable": ("Trainable parameters by phase", "million parameters", 1e-6, digits),
+    "flops_per_sample": ("Operations by phase", "MFLOP per sample, forward and backward", 1e-6, digits),
+    "mfu": ("Model FLOPs utilisation by phase", "share of the chip's peak", 1, "{:.1%}".format),
 }
 # prefix -> (title, axis): a line per family
 FAMILIES = {
@@ -94,7 +95,7 @@ def over_steps(shown: list[Run], remark: str = "") -> Iterator[Chart]:
     slots = {run.label: index for index, run in enumerate(shown)}
     marks = marks_of(shown[0]) if len(shown) == 1 else {}
     for metric, (title, axis) in OVER_STEPS.items():
-        factor = 1e-6 if axis.startswith("million") else 1
+        factor = {"million parameters": 1e-6, "MiB": 1024}.get(axis, 1)
         series = {r.label: [(x, y * factor) for x, y in r.series[metric]] for r in shown if r.series.get(metric)}
         if series:
             yield Chart(title, charts.lines(metric, STEPS, axis, series, marks, slots=slots), remark)
@@ -112,7 +113,7 @@ def by_phase(runs: list[Run], remark: str = "") -> Iterator[Chart]:
                     style = order.index(name) if name in order else len(order)
                     label = name if len(runs) == 1 else f"{short(run.label)} · {name}"
                     value = phase[key] * factor
-                    rows.append((label, value, style, form.format(value)))
+                    rows.append((label, value, style, form(value)))
         if rows:
             yield Chart(title, charts.bars(key, axis, rows), remark)
 

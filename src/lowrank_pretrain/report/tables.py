@@ -4,26 +4,28 @@ from collections.abc import Callable, Sequence
 from html import escape
 from typing import Any
 
+from ..digits import digits
 from .runs import Run
 
 STEPS = "optimizer steps"
 Value = Callable[[Any], float | None]
+Form = Callable[[float], str]
 
 
 def runs_table(runs: list[Run]) -> str:
     """A row per run; ratios are to the first run that has a value."""
-    columns: list[tuple[str, Value, str]] = [
-        (STEPS, lambda r: _sum(r, "steps"), "{:,.0f}"),
-        ("training, s", lambda r: _sum(r, "seconds"), "{:,.1f}"),
-        ("samples/s", overall_rate, "{:,.4g}"),
-        ("samples/s, last phase", lambda r: _of_last(r, "samples_per_sec"), "{:,.4g}"),
-        ("peak memory, GiB", lambda r: max((p["peak_gib"] for p in r.phases), default=None), "{:.3g}"),
-        ("peak, last phase, GiB", lambda r: _of_last(r, "peak_gib"), "{:.3g}"),
-        ("trainable, last phase", lambda r: _of_last(r, "trainable"), "{:,.0f}"),
-        ("parameters", lambda r: _of_last(r, "total"), "{:,.0f}"),
+    columns: list[tuple[str, Value, Form]] = [
+        (STEPS, lambda r: _sum(r, "steps"), "{:,.0f}".format),
+        ("training, s", lambda r: _sum(r, "seconds"), "{:,.1f}".format),
+        ("samples/s", overall_rate, digits),
+        ("samples/s, last phase", lambda r: _of_last(r, "samples_per_sec"), digits),
+        ("peak memory, GiB", lambda r: max((p["peak_gib"] for p in r.phases), default=None), "{:.3g}".format),
+        ("peak, last phase, GiB", lambda r: _of_last(r, "peak_gib"), "{:.3g}".format),
+        ("trainable, last phase", lambda r: _of_last(r, "trainable"), "{:,.0f}".format),
+        ("parameters", lambda r: _of_last(r, "total"), "{:,.0f}".format),
     ]
     metrics = ("train/loss", "val/loss", "val/acc1", "val/ppl", "test/loss", "test/acc1", "test/ppl")
-    columns += [(f"{metric}, last", lambda r, m=metric: r.last(m), "{:.4g}") for metric in metrics]
+    columns += [(f"{metric}, last", lambda r, m=metric: r.last(m), digits) for metric in metrics]
     columns = [column for column in columns if any(column[1](run) is not None for run in runs)]
     head = ["run", "state", *(name for name, *_ in columns)]
     rows = []
@@ -40,15 +42,15 @@ def phases_table(run: Run) -> str:
     """A row per phase, ratios to the full one."""
     full = next((phase for phase in run.phases if phase["phase"] == "full"), None)
     columns = [
-        ("optimizer steps", "steps", 1, "{:,.0f}", False),
-        ("seconds", "seconds", 1, "{:,.1f}", False),
-        ("samples/s", "samples_per_sec", 1, "{:,.4g}", True),
-        ("peak memory, GiB", "peak_gib", 1, "{:.3g}", True),
-        ("optimizer, MiB", "optimizer_gib", 1024, "{:,.4g}", True),
-        ("trainable", "trainable", 1, "{:,.0f}", True),
-        ("parameters", "total", 1, "{:,.0f}", True),
-        ("MFLOP per sample", "flops_per_sample", 1e-6, "{:,.4g}", True),
-        ("MFU", "mfu", 1, "{:.1%}", True),
+        ("optimizer steps", "steps", 1, "{:,.0f}".format, False),
+        ("seconds", "seconds", 1, "{:,.1f}".format, False),
+        ("samples/s", "samples_per_sec", 1, digits, True),
+        ("peak memory, GiB", "peak_gib", 1, "{:.3g}".format, True),
+        ("optimizer, MiB", "optimizer_gib", 1024, digits, True),
+        ("trainable", "trainable", 1, "{:,.0f}".format, True),
+        ("parameters", "total", 1, "{:,.0f}".format, True),
+        ("MFLOP per sample", "flops_per_sample", 1e-6, digits, True),
+        ("MFU", "mfu", 1, "{:.1%}".format, True),
     ]
     columns = [column for column in columns if any(phase.get(column[1]) is not None for phase in run.phases)]
     rows = []
@@ -62,11 +64,11 @@ def phases_table(run: Run) -> str:
     return table(["phase", *(name for name, *_ in columns)], rows)
 
 
-def cell(value: float | None, form: str, base: float | None = None) -> str:
+def cell(value: float | None, form: Form, base: float | None = None) -> str:
     """A number and, beside it, its ratio to `base`."""
     if value is None:
         return "–"
-    return form.format(value) + (f" <small>{value / base:.2f}×</small>" if base else "")
+    return form(value) + (f" <small>{value / base:.2f}×</small>" if base else "")
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
