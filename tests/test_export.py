@@ -326,6 +326,7 @@ def test_command_line(tmp_path, capsys):
     lowrank_checkpoint("vit", tmp_path / "last.ckpt", None)
     assert main([f"ckpt={tmp_path}/last.ckpt", f"out={tmp_path}/out", "format=timm"]) == 0
     assert (tmp_path / "out" / "model.safetensors").is_file()
+    assert capsys.readouterr().out == f"written: {tmp_path}/out/config.json, {tmp_path}/out/model.safetensors\n"
     for argv, word in [
         (["ckpt=a.ckpt"], "out"),
         (["ckpt=a.ckpt", "out=b", "fromat=timm"], "format"),

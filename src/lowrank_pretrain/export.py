@@ -28,7 +28,7 @@ from lowrank_pretrain.export_peft import adapted_layers, write_adapters
 from lowrank_pretrain.lora import plain_state
 from lowrank_pretrain.models.wording import closest, one_line
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("lowrank_pretrain.export")  # as a command, __name__ is another
 
 FORMATS = ("timm", "hf", "peft")
 _VISION = {"name", "num_classes", "img_size", "in_chans", "model_kwargs"}
@@ -200,6 +200,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0 if argv else 2
     logging.basicConfig(format="%(message)s")
     logging.getLogger("lowrank_pretrain").setLevel(logging.INFO)
+    logging.getLogger("timm").setLevel(logging.ERROR)  # it warns of a mean for other channels than the model's
     try:
         given = dict(arg.partition("=")[::2] for arg in argv)
         for key in given:
@@ -212,7 +213,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ConfigError, OSError) as error:
         sys.stderr.write(f"error: {one_line(error, 600)}\n")
         return 2
-    log.info("written: %s", ", ".join(str(path) for path in sorted(out.rglob("*")) if path.is_file()))
+    print(f"written: {', '.join(str(path) for path in sorted(out.rglob('*')) if path.is_file())}")
     return 0
 
 

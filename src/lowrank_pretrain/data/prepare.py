@@ -98,7 +98,11 @@ def prepare(
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code, 2 for a wrong value."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m lowrank_pretrain.data.prepare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--out", required=True)
     parser.add_argument("--tokenizer")
     parser.add_argument("--train-bpe", type=int, dest="train_bpe_vocab", metavar="N")
