@@ -129,4 +129,5 @@ def draw(found: Found, speed: dict[str, Any], path: Path) -> None:
         which.plot(x, tests(found, point)[0], linestyle="", label=label, color=figures.COLORS[number],
                    marker=figures.MARKERS[number], markersize=8)  # fmt: skip
     figures.named(which, "layers with heads", "trainable parameters, thousands", "test loss (cross entropy)")
+    which.legend(fontsize=8, loc="upper left")  # where no point is
     figures.save(figure, path)
