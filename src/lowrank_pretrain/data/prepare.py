@@ -1,7 +1,7 @@
-"""Tokenise text once: local files or a hub set -> ``train.bin`` and ``val.bin`` for ``data=tokens``.
+r"""Tokenise text once: local files or a hub set -> ``train.bin`` and ``val.bin`` for ``data=tokens``.
 
     python -m lowrank_pretrain.data.prepare --out tokens --tokenizer gpt2 --root text --files '*.jsonl.gz'
-    python -m lowrank_pretrain.data.prepare --out tokens --tokenizer gpt2 --dataset abisee/cnn_dailymail --config 3.0.0 \\
+    python -m lowrank_pretrain.data.prepare --out tokens --tokenizer gpt2 --dataset abisee/cnn_dailymail --config 3.0.0 \
         --text-key article
     python -m lowrank_pretrain.data.prepare --out tokens --train-bpe 8192 --root text --files '*.txt'
 
