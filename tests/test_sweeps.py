@@ -5,6 +5,7 @@ import itertools
 from pathlib import Path
 
 import pytest
+import torch
 from hydra import compose, initialize_config_module
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
@@ -12,6 +13,7 @@ from omegaconf import OmegaConf
 from lowrank_pretrain import method
 from lowrank_pretrain.build import plain
 from lowrank_pretrain.report import find_runs, render
+from tests.conftest import SHORT, VIT
 from tests.test_cli import ONE_STEP, ROOT, cli, names  # noqa: F401  cli is a fixture
 
 # sweep -> the experiment it is made for; LTE's are tested beside LTE's configuration
@@ -112,3 +114,8 @@ def test_the_cluster_launcher_is_one_override():
     with initialize_config_module("lowrank_pretrain.conf", version_base="1.3"):
         config = compose("train", overrides=["hydra/launcher=submitit_slurm", "sweep=seeds"], return_hydra_config=True)
     assert config.hydra.launcher._target_.endswith("SlurmLauncher")
+
+
+def test_a_job_of_one_device_leaves_no_process_group_to_the_next(run):
+    run("lte", "method=lte", "method.rank=2", "method.heads=2", "trainer.max_epochs=1", base=[*SHORT, *VIT])
+    assert not torch.distributed.is_initialized()

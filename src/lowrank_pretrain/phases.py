@@ -156,7 +156,8 @@ class PhaseCallback(Callback):
     def _log_hash(self, trainer: pl.Trainer, agreed: int, replay: bool) -> None:
         if not replay:
             self._log(trainer, {"lowrank/hash": float(agreed)})
-            rank_zero_info(f"{type(self).__name__}: all ranks hold the same weights, hash {agreed:08x}")
+            where = f", the same on all {trainer.world_size} processes" if trainer.world_size > 1 else ""
+            rank_zero_info(f"{type(self).__name__}: hash of the weights {agreed:08x}{where}")
 
     @staticmethod
     def _log(trainer: pl.Trainer, metrics: dict[str, float]) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import hydra
 import lightning.pytorch as pl
+import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
 from hydra.types import RunMode
@@ -107,6 +108,7 @@ def attempt(config: dict[str, Any], run_dir: Path, ckpt: Path | None, guard: Div
     if config["logger"].get("_target_") is not None:
         find_class("logger", config["logger"]["_target_"], Logger)
     loggers = [RunCSVLogger(run_dir), *more_loggers(config["logger"], run_dir, config, multirun)]
+    grouped = torch.distributed.is_initialized()
     try:
         with Interrupts() as interrupts:
             last.interrupts = interrupts
@@ -140,6 +142,9 @@ def attempt(config: dict[str, Any], run_dir: Path, ckpt: Path | None, guard: Div
             return found
     finally:
         finish(loggers)
+        # LTE on one device: the next job of a sweep would take its group over, and processes forked then wait for its threads
+        if not grouped and torch.distributed.is_initialized() and torch.distributed.get_world_size() == 1:
+            torch.distributed.destroy_process_group()
 
 
 def finish_run(trainer: pl.Trainer, monitor: Monitor, module: pl.LightningModule, run_dir: Path) -> dict[str, Any]:

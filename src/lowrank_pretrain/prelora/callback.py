@@ -200,7 +200,7 @@ class PreLoRA(PhaseCallback):
         # every rank must do the same, whatever its rounding: rank 0 decides
         if trainer.strategy.broadcast(due or forced):
             if not due:
-                rank_zero_info(f"PreLoRA: not converged after {self.windows_done} windows, switching because of latest")
+                rank_zero_info(f"PreLoRA: not converged by window {self.windows_done}, switching because of latest")
             plan = Plan(trainer.strategy.broadcast(dict(self._assign(family_of))))
             self.switch(trainer, pl_module, plan)
             self.windows_done = 0
