@@ -110,6 +110,7 @@ WRONG = {
     "+data.nosuch=1": "data.nosuch=1: unknown key",
     "+model.nosuch=1": "model.nosuch=1: unknown key",
     "+optim.nosuch=1": "optim.nosuch=1: unknown key",
+    "+optim.build=1": "optim.build=1: unknown key",  # an argument, but not the configuration's to give
     "+method.nosuch=1": "method.nosuch=1: ",
     "+nosuch=1": "nosuch=1: unknown key",
     "data.batch_size=0": "data.batch_size=0: must be",

@@ -4,7 +4,7 @@ import inspect
 import math
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from hydra.errors import InstantiationException
@@ -34,8 +34,8 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
         raise ConfigError(error.full_key, "${...}", f"does not fit the rest: {str(error).splitlines()[0]}") from error
 
 
-def check_arguments(group: str, target: Callable, given: dict[str, Any]) -> None:
-    """Every key must be an argument of `target`, a value of the annotated type, and every number finite.
+def check_arguments(group: str, target: Callable, given: dict[str, Any], ours: Collection[str] = ()) -> None:
+    """Every key must be an argument of `target` and none of `ours`, a value of the annotated type, every number finite.
 
     Raises:
         ConfigError: otherwise; the key is ``group.key``.
@@ -43,10 +43,10 @@ def check_arguments(group: str, target: Callable, given: dict[str, Any]) -> None
     parameters = inspect.signature(target).parameters
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return
-    allowed = [name for name in parameters if name != "self"]
+    allowed = [name for name in parameters if name != "self" and name not in ours]
     hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
     for key, value in given.items():
-        if key not in parameters:
+        if key not in allowed:
             raise ConfigError(f"{group}.{key}", value, f"unknown key; must be one of {', '.join(allowed)}")
         if not _matches(value, hints.get(key, Any)):
             raise ConfigError(f"{group}.{key}", value, f"must be {_words(hints[key])}")
@@ -132,7 +132,7 @@ def build(group: str, values: dict[str, Any], target: Callable | None = None, ba
     name = values.pop("_target_", None)
     if target is None:
         target = find_class(group, name, base)
-    check_arguments(group, target, values)
+    check_arguments(group, target, values, more)
     try:
         return target(**build_nested(group, values) | more)
     except ConfigError as error:
