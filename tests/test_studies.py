@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from experiments import figures, mixers, rates  # noqa: F401  mixers registers a network
+from experiments import claims, figures, mixers, rates  # noqa: F401  mixers registers a network
 from experiments.runs import Job, done
 from experiments.tables import Missing, fill, need, series, spread
 
@@ -291,3 +291,12 @@ def test_fill_needs_its_marks(tmp_path):
     assert spread([1.0, 3.0], "{:.1f}") == "2.0 ± 1.4" and spread([1.0], "{:.1f}") == "1.0"
     (tmp_path / "metrics.csv").write_text("step,a\n4,0.5\n9,\n")
     assert series(tmp_path, "a") == [(5, 0.5)]
+
+
+def test_the_readme_says_what_the_records_say():
+    readme = (Path(claims.__file__).parents[1] / "README.md").read_text()
+    for source, some in claims.CLAIMS.items():
+        for claim in some:
+            line = claim.line(source)
+            assert line[3], f"{claim.words}: no record"
+            assert f"| {' | '.join(line)} |" in readme, "python -m experiments.claims was not run again"
