@@ -69,9 +69,18 @@ def accuracies(rows: Rows) -> str:
     return "; ".join(f"{run} {percent(of(rows, 'test_acc1', run=run))}" for run in ("full", "exp1", "exp2", "exp3"))
 
 
-def losses(*points: str, key: str = "test_loss", by: str = "point") -> Callable[[Rows], str]:
-    """Losses of these points."""
-    return lambda rows: "; ".join(f"{point} {spread(of(rows, key, **{by: point}))}" for point in points)
+def losses(first: str, *others: str) -> Callable[[Rows], str]:
+    """The first point's test loss, and how much higher the others' are with the same seeds."""
+
+    def words(rows: Rows) -> str:
+        by_point = {p: {row["seed"]: float(row["test_loss"]) for row in rows if row["point"] == p} for p in (first, *others)}
+        said = [f"{first} {spread([*by_point[first].values()])}"]
+        for point in others:
+            more = [loss - by_point[first][seed] for seed, loss in by_point[point].items()]
+            said.append(f"{point} {fmean(more):+.3f}" + " (one seed)" * (len(more) == 1))
+        return "; ".join(said)
+
+    return words
 
 
 def curve(rows: Rows, metric: str, run: str) -> tuple[float, float]:
