@@ -74,8 +74,8 @@ def lines(
         axes.annotate(word, (at, 1), xycoords=("data", "axes fraction"), fontsize=8, color=INK, **where)
     if level:
         axes.axhline(level[1], color=FAINT, lw=1, ls=(0, (2, 2)))
-        where = {"xytext": (2, 2), "textcoords": "offset points", "va": "bottom"}
-        axes.annotate(level[0], (0, level[1]), xycoords=("axes fraction", "data"), fontsize=8, color=INK, **where)
+        where = {"xytext": (-2, 2), "textcoords": "offset points", "va": "bottom", "ha": "right"}  # lines end below it
+        axes.annotate(level[0], (1, level[1]), xycoords=("axes fraction", "data"), fontsize=8, color=INK, **where)
     if all(float(at).is_integer() for points in series.values() for at, _ in points):
         axes.locator_params(axis="x", integer=True)  # there is no step 12.5
     axes.set_xlabel(x)
