@@ -210,7 +210,9 @@ def create(name: str, vocab_size: int, seq_len: int, config: dict[str, Any]) -> 
     try:
         built = AutoConfig.for_model(name, vocab_size=vocab_size, **values)
         built.use_cache = False  # nothing is generated here; an export sets it back
-        return AutoModelForCausalLM.from_config(built, attn_implementation=attention)
+        model = AutoModelForCausalLM.from_config(built, attn_implementation=attention)
+        model.loss_type = "ForCausalLM"  # what it takes anyway; of GPT-2 it says at each run that it has to guess
+        return model
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # transformers validates with exceptions of its own and of huggingface_hub
