@@ -282,6 +282,45 @@ def test_an_optimizer_speaks_for_itself_at_logged_steps_only(tmp_path, monkeypat
     assert phase["optimizer_formula_gib"] == 3 / 1024 and phase["optimizer_gib"] == monitor.record.optimizer_gib
 
 
+class Seldom(torch.optim.SGD):
+    """It has something to say behind its third step, and forgets it with its process."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.taken, self.said = 0, {}
+
+    def step(self, closure=None):
+        self.taken += 1
+        if self.taken == 3:
+            self.said = {"some/overlap": 0.5}
+        return super().step(closure)
+
+    def metrics(self):
+        return dict(self.said)
+
+
+@pytest.mark.parametrize("every", [1, 5])
+def test_a_resumed_run_repeats_what_an_optimizer_said_before(tmp_path, every):
+    """Weights apart: a metric that is new only now and then must stand in the same rows of an interrupted run."""
+
+    def rows(directory, steps, ckpt=None):
+        module = toy()
+        module.configure_optimizers = lambda: Seldom(module.parameters(), lr=0.1)
+        run = trainer(
+            directory, Monitor(), logger=RunCSVLogger(directory), max_steps=steps, max_epochs=-1, log_every_n_steps=every
+        )
+        run.fit(module, loader(), ckpt_path=ckpt, weights_only=True)
+        run.save_checkpoint(directory / "at.ckpt")
+        path = directory / "metrics.csv"  # none where no step was logged
+        found = csv.DictReader(path.open()) if path.exists() else []
+        return {int(row["step"]) for row in found if row.get("some/overlap")}
+
+    whole = rows(tmp_path / "whole", 6)
+    assert whole == ({2, 3, 4, 5} if every == 1 else {4})
+    first = rows(tmp_path / "first", 4)
+    assert first | rows(tmp_path / "second", 6, tmp_path / "first" / "at.ckpt") == whole
+
+
 def test_two_optimizers_of_one_kind_keep_apart_and_a_silent_one_says_nothing():
     weight = torch.nn.Parameter(torch.zeros(2))
     silent, talkative = torch.optim.SGD([weight], lr=0.1), [Talkative([weight], lr=0.1) for _ in range(3)]

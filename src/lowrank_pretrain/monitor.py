@@ -82,6 +82,7 @@ class Monitor(Callback):
         self._look = False  # whether this phase's optimizer is still to be looked at
         self._samples = self._tokens = 0
         self._seen_step = 0
+        self._said: dict[str, float] = {}  # what optimizers said last; they forget it with their process
         self._flops = FlopCount()
 
     @property
@@ -157,7 +158,8 @@ class Monitor(Callback):
             self._collect(trainer)
         if trainer.log_every_n_steps and trainer.global_step % trainer.log_every_n_steps == 0:
             self._collect(trainer)
-            metrics = self._metrics() | optimizer_metrics(trainer.optimizers)
+            self._said |= optimizer_metrics(trainer.optimizers)
+            metrics = self._metrics() | self._said
             self.log_dict({key: float(value) for key, value in metrics.items()}, on_step=True, on_epoch=False)
 
     def _collect(self, trainer: Trainer | None = None, wait: bool = False) -> None:
@@ -208,6 +210,8 @@ class Monitor(Callback):
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._pause(trainer)
+        self._said |= optimizer_metrics(trainer.optimizers)
+        checkpoint["callbacks"][self.state_key]["said"] = dict(self._said)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -229,3 +233,4 @@ class Monitor(Callback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.records = [PhaseRecord.from_state(state) for state in state_dict["records"]]
+        self._said = dict(state_dict.get("said", {}))

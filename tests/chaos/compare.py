@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 TIMED = ("throughput/", "memory/", "time/", "lte/merge_ms", "galore/refresh_ms")  # the clock's and the machine's columns
-CLOCKED = ("seconds", "peak_gib", "samples_per_sec", "seconds_per_sample", "merge_ms")  # likewise, inside states
+CLOCKED = ("seconds", "peak_gib", "samples_per_sec", "seconds_per_sample", "merge_ms", "refresh_ms")  # likewise, inside states
 
 
 def differences(ours: Path, theirs: Path) -> list[str]:
