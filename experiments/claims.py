@@ -54,9 +54,9 @@ def of(rows: Rows, key: str, **where: str) -> list[float]:
     return [float(row[key]) for row in rows if row[key] and all(row[name] == value for name, value in where.items())]
 
 
-def ratio(rows: Rows, key: str, over: str) -> float:
-    """Mean over seeds of Exp2's column `key` over its column `over`."""
-    return fmean(a / b for a, b in zip(of(rows, key, run="exp2"), of(rows, over, run="exp2"), strict=True))
+def ratio(rows: Rows, key: str, other: str) -> float:
+    """Mean over seeds of Exp2's column `key` over its column `other`."""
+    return fmean(a / b for a, b in zip(of(rows, key, run="exp2"), of(rows, other, run="exp2"), strict=True))
 
 
 def percent(shares: Sequence[float]) -> str:
@@ -92,34 +92,32 @@ def curve(rows: Rows, metric: str, run: str) -> tuple[float, float]:
     return fmean(c[0] for c in curves.values()), fmean(c[-1] for c in curves.values())
 
 
-def held(rows: Rows, kind: str, network: str, dtype: str, rank: str) -> float:
-    """Bytes of weights, gradients and optimizer states of a row of memory.csv."""
-    return sum(
-        of(rows, key, kind=kind, network=network, dtype=dtype, rank=rank)[0] for key in ("weights", "gradients", "states")
-    )
+def over(rows: Rows, key: str, one: dict[str, str], other: dict[str, str]) -> float:
+    """A column's value in one row over its value in another."""
+    return of(rows, key, **one)[0] / of(rows, key, **other)[0]
 
 
 def saved(rows: Rows, network: str, dtype: str, rank: str) -> str:
-    """Memory against AdamW, activations apart."""
-    return f"{held(rows, 'shapes', network, dtype, rank) / held(rows, 'shapes', network, dtype, 'AdamW') - 1:+.0%}".replace(
-        "%", " %"
-    )
+    """Bytes of weights, gradients and optimizer states against AdamW's, of memory.csv."""
+    where = {"kind": "shapes", "network": network, "dtype": dtype}
+    parts = ("weights", "gradients", "states")
+    now, adam = (sum(of(rows, part, **where, rank=which)[0] for part in parts) for which in (rank, "AdamW"))
+    return f"{100 * (now / adam - 1):+.0f} %"
 
 
-def times(rows: Rows, side: str, over: str) -> str:
+def times(rows: Rows, side: str, other: str) -> str:
     """One side's time over another's, of speed.csv."""
-    return f"{of(rows, 'milliseconds', side=side)[0] / of(rows, 'milliseconds', side=over)[0]:.2f}x"
+    return f"{over(rows, 'milliseconds', {'side': side}, {'side': other}):.2f}x"
 
 
 def fewer(rows: Rows) -> str:
     """Trainable parameters of parallel heads against full training's, of speed.csv."""
-    heads, full = (of(rows, "trainable_124m", side=side)[0] for side in ("parallel, rank 4", "full"))
-    return f"{100 * (heads / full - 1):+.1f} %"
+    return f"{100 * (over(rows, 'trainable_124m', {'side': 'parallel, rank 4'}, {'side': 'full'}) - 1):+.1f} %"
 
 
-def resident(rows: Rows, of_network: str, of_rank: str, network: str, rank: str) -> float:
+def resident(rows: Rows, network: str, rank: str, other: str, other_rank: str) -> float:
     """One fine-tuning process's resident peak over another's."""
-    return of(rows, "peak", network=of_network, rank=of_rank)[0] / of(rows, "peak", network=network, rank=rank)[0]
+    return over(rows, "peak", {"network": network, "rank": rank}, {"network": other, "rank": other_rank})
 
 
 POCKET_VIT = "ViT of 0.27 M, Fashion-MNIST"
@@ -143,7 +141,7 @@ CLAIMS: dict[str, Sequence[Claim]] = {
               lambda rows: f"{100 * of(rows, 'trainable', phase='lowrank')[0] / of(rows, 'total', phase='lowrank')[0]:.1f} %",
               VITL, DRY),
         Claim("memory, low-rank phase over full", "0.80x", BENCH, "prelora_vitl_memory_cpu.csv", lambda rows: "{:.2f}x".format(
-            of(rows, "peak_resident_gib", phase="lowrank")[0] / of(rows, "peak_resident_gib", phase="full")[0]
+            over(rows, "peak_resident_gib", {"phase": "lowrank"}, {"phase": "full"})
         ), f"{VITL}, resident", DRY),
         Claim("throughput, low-rank phase over full", "3.25x (1.9x by its logs)", BENCH, "lora_vit_small_cpu_again.jsonl",
               lambda rows: f"the rest trains {rows[2]['speedup']:.2f}x; the rest frozen {rows[3]['speedup']:.2f}x",

@@ -7,10 +7,10 @@ from experiments import figures
 from experiments.prelora_vit.study import EPOCHS, LATEST, RUNS, SEEDS, STEPS, final
 from experiments.runs import Job
 from experiments.tables import fill, keys, machines, mean, need, plain_row, series, spread, table, write_csv, write_curves
+from lowrank_pretrain.monitor import PHASES
 
 CURVES = ("val/acc1", "val/loss", "train/loss", "time/train_seconds", "lowrank/weight_norm/", "lowrank/base_norm/",
           "lowrank/adapter_norm/", "lowrank/phase")  # fmt: skip
-PHASES = ("full", "joint", "lowrank")
 # the source: validation top-1 at epoch 299 and the last joint epoch, from its published logs; top-1 before and after the freeze
 ACCURACY = {"full": ("71.86", "–"), "exp1": ("71.43", "124"), "exp2": ("71.23", "150"), "exp3": ("71.28", "182")}
 WARMUPS = {

@@ -21,12 +21,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lowrank_pretrain import adapter_groups, adoption, averaging, lora, plain_checkpoint, refusals, transition
 from lowrank_pretrain.agreement import agreed_hash
 from lowrank_pretrain.errors import ConfigError
-from lowrank_pretrain.monitor import count_parameters
+from lowrank_pretrain.monitor import PHASES, count_parameters
 from lowrank_pretrain.plain_checkpoint import FORMAT, SIDE
 from lowrank_pretrain.plan import Plan
 from lowrank_pretrain.rewarm import Rewarm
-
-PHASES = ("full", "joint", "lowrank")
 
 
 class PhaseCallback(Callback):

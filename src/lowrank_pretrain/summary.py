@@ -152,5 +152,5 @@ def _against(record: PhaseRecord, full: PhaseRecord | None, value: Any, form: Ca
 
 
 def _share(part: int, total: int) -> str:
-    number = f"{part / 1e6:,.4g} M" if part >= 1e6 else f"{part:,}"
+    number = f"{digits(part / 1e6)} M" if part >= 1e6 else f"{part:,}"
     return f"{number} ({part / max(total, 1):.1%})"
