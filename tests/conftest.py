@@ -1,8 +1,10 @@
-"""What the tests share: one thread (the models are tiny), the composed configuration, and a pocket-sized run."""
+"""Share one thread (the models are tiny), a bare environment, the composed configuration and a pocket-sized run."""
 
 import functools
 import logging
 import os
+import socket
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,50 @@ from lowrank_pretrain.data import fashion_mnist
 from tests.ranks import Ranks
 
 torch.set_num_threads(1)
+
+# Variables that steer the libraries in use: a machine that happens to set one must not change what a test sees.
+STEERING = (
+    "ACCELERATE_", "COMET_", "DATASETS_", "HF_", "HUGGINGFACE_", "HYDRA_", "LOCAL_", "LOWRANK_", "MASTER_", "MLFLOW_",
+    "NCCL_", "NETRC", "NODE_RANK", "PL_", "RANK", "SLURM_", "TORCHELASTIC_", "TORCH_COMPILE", "TRANSFORMERS_", "WANDB_",
+    "WORLD_SIZE",
+)  # fmt: skip
+BARE = {
+    "HF_HUB_OFFLINE": "1",  # a hub is never asked; tests that mean to ask say so
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "WANDB_SILENT": "true",
+}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Take away what the machine happens to have: variables, keys, caches, a GPU, installed data sets."""
+    for name in [name for name in os.environ if name.startswith(STEERING)]:
+        del os.environ[name]
+    config.stash[HOME] = tempfile.TemporaryDirectory(prefix="lowrank-tests-")
+    home = config.stash[HOME].name
+    os.environ |= {**BARE, "HF_HOME": f"{home}/hf", "NETRC": f"{home}/netrc", "WANDB_CONFIG_DIR": f"{home}/wandb"}
+    if "gpu" not in config.getoption("markexpr", ""):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # `-m gpu` alone uses one
+    fashion_mnist.DEBIAN = Path(home) / "usr" / "share" / "datasets" / "fashion-mnist"
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    config.stash[HOME].cleanup()
+
+
+HOME = pytest.StashKey[tempfile.TemporaryDirectory]()
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch):
+    """A connection to anything but this machine fails, and says which test tried it."""
+    connect = socket.socket.connect
+
+    def local(self, address):
+        if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in ("127.0.0.1", "::1", "localhost"):
+            raise OSError(f"a test tried to reach {address[0]}: tests do without a network")
+        return connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", local)
 
 
 @pytest.fixture(autouse=True)
