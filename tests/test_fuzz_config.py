@@ -8,12 +8,15 @@ import math
 import resource
 from pathlib import Path
 
+import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
 from lowrank_pretrain import failures
+from lowrank_pretrain.data import fashion_mnist
 from lowrank_pretrain.train import train
 from tests.conftest import VIT, Started
+from tests.data_helpers import write_idx
 
 HOSTILE = ["words", "", -1, 0, 0.5, 10**12, [], {}, None, math.nan, math.inf, True, ["a", None]]
 HUGE = 10**12
@@ -151,9 +154,19 @@ def bounded(shut):
     resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
+@pytest.fixture
+def installed(monkeypatch, tmp_path_factory):
+    """Debian's folder of Fashion-MNIST, which ``data.root=null`` means; made here, whether the package is there or not."""
+    folder = tmp_path_factory.mktemp("fashion-mnist")
+    for stem, count in (("train", 40), ("t10k", 20)):
+        write_idx(folder / f"{stem}-images-idx3-ubyte.gz", np.zeros((count, 28, 28), np.uint8))
+        write_idx(folder / f"{stem}-labels-idx1-ubyte.gz", np.arange(count, dtype=np.uint8) % 10)
+    monkeypatch.setattr(fashion_mnist, "DEBIAN", folder)
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", CASES)
-def test_a_wrong_value_is_one_line_and_nothing_starts(name, composed, bounded, tmp_path, capsys):
+def test_a_wrong_value_is_one_line_and_nothing_starts(name, composed, bounded, installed, tmp_path, capsys):
     overrides, method, group = CASES[name]
     base = composed(*overrides, method, *SMALL_RANKS.get(name, ()))
     OmegaConf.set_struct(base, False)
