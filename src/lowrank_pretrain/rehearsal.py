@@ -31,6 +31,7 @@ from torch.autograd.function import FunctionCtx
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from lowrank_pretrain.lora import adapter_parameters, lora_layers
 from lowrank_pretrain.lora_layer import LoRALinear, give_adapters, has_own_forward
 from lowrank_pretrain.seeds import generator
 from lowrank_pretrain.targets import Target
@@ -161,8 +162,8 @@ _OTHER = "computes something else than W x + b, which an adapter cannot follow: 
 class _Hook:
     """A hook that copies and pickles of the layer do not keep alive."""
 
-    def __init__(self, rehearsal: Rehearsal, name: str) -> None:
-        self._rehearsal, self._name = weakref.ref(rehearsal), name
+    def __init__(self, watcher: Any, name: str) -> None:
+        self._watcher, self._name = weakref.ref(watcher), name
 
     def __deepcopy__(self, memo: dict) -> Callable[..., None]:
         return _nothing
@@ -183,7 +184,7 @@ class _Seen(_Hook):
     """Notes that the layer was called, and is gone."""
 
     def __call__(self, layer: nn.Module, args: tuple, kwargs: dict) -> None:
-        rehearsal = self._rehearsal()
+        rehearsal = self._watcher()
         if rehearsal is not None:
             rehearsal.called.add(self._name)
             if len(rehearsal._handles.get(self._name, ())) == 1:
@@ -194,7 +195,7 @@ class _Compare(_Hook):
     """At the first call of a layer with a forward of its own: does it compute the same with an adapter and merged?"""
 
     def __call__(self, layer: nn.Module, args: tuple, kwargs: dict) -> None:
-        rehearsal = self._rehearsal()
+        rehearsal = self._watcher()
         if rehearsal is None or self._name not in rehearsal._handles:
             return
         for handle in rehearsal._handles.pop(self._name):
@@ -362,3 +363,59 @@ def _compiled_parts(module: nn.Module) -> set[int]:
         if whole or getattr(child, "_compiled_call_impl", None) is not None or isinstance(child, dynamo.OptimizedModule):
             found |= {id(part) for part in child.modules()}
     return found
+
+
+class AdapterWatch:
+    """Looks whether a gradient reaches every adapter after the model changed: one that none reaches never trains.
+
+    One step without a gradient is no evidence (experts, LayerDrop, one task a batch, a loss that begins later), but for
+    activations that are checkpointed with ``use_reentrant=True``: where nothing below a block trains any more, its input needs
+    no gradient, and the block is never run again with autograd.
+
+    Args:
+        module: has adapters.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.steps = 0
+        self.without = {name: p for name, p in adapter_parameters(module) if p.requires_grad}
+        self.every = len(self.without)
+        self._only_cut_off: dict[str, bool] = {}  # by layer that was called: only inside of a checkpoint, without autograd
+        compiled = _compiled_parts(module)
+        self._handles = [
+            layer.register_forward_pre_hook(_CutOff(self, name), with_kwargs=True)
+            for name, layer in lora_layers(module)
+            if id(layer) not in compiled
+        ]
+
+    def look(self) -> list[str]:
+        """After a backward pass: forget the adapters that have a gradient.
+
+        Returns:
+            Names of the layers that reentrant checkpointing cuts off from the loss (after the first backward pass only).
+        """
+        self.steps += 1
+        self.without = {name: p for name, p in self.without.items() if p.grad is None}
+        cut_off, self._only_cut_off = self._only_cut_off, {}
+        self.stop()
+        return [layer for layer in self.layers() if cut_off.get(layer)]
+
+    def layers(self) -> list[str]:
+        """Names of the layers whose adapters had no gradient so far."""
+        return list(dict.fromkeys(name.partition(".lora_")[0] for name in self.without))
+
+    def stop(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+
+class _CutOff(_Hook):
+    """Notes whether a layer is called inside of a reentrant checkpoint only, and without autograd."""
+
+    def __call__(self, layer: nn.Module, args: tuple, kwargs: dict) -> None:
+        watch = self._watcher()
+        if watch is not None:
+            cut_off = not torch.is_grad_enabled() and _in_function()
+            watch._only_cut_off[self._name] = cut_off and watch._only_cut_off.get(self._name, True)
