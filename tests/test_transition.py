@@ -140,7 +140,7 @@ def test_a_target_outside_every_optimizer_is_named(tmp_path):
     module = toy()
     module.configure_optimizers = lambda: torch.optim.SGD(module.head.parameters(), lr=1e-3)
     with pytest.raises(ConfigError, match="targets='embed': is in no optimizer"):
-        trainer(tmp_path, steps(), max_epochs=4).fit(module, loader())
+        trainer(tmp_path, steps(targets="embed"), max_epochs=4).fit(module, loader())
 
 
 def test_no_change_between_micro_batches(tmp_path):
@@ -241,7 +241,7 @@ def test_lora_refuses_wrong_values(key, value):
 def test_lora_checks_ranks_before_the_first_step(tmp_path):
     module = toy()
     with pytest.raises(ConfigError, match=r"rank=13: embed is 16 x 12"):
-        trainer(tmp_path, LoRA(rank=13)).fit(module, loader())
+        trainer(tmp_path, LoRA(rank=13, targets=["all", "embed"])).fit(module, loader())
     assert not module.losses
 
 

@@ -1,6 +1,5 @@
 """The rehearsal of a Lightning fit: from its first batch to its first optimizer step, agreed on by all processes."""
 
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -37,11 +36,11 @@ class FirstStep:
         self._before = self._module.__dict__.get("training_step")
         self.looking = True
 
-        @functools.wraps(step)  # Lightning reads the step's arguments
         def watched(*args: Any, **kwargs: Any) -> Any:
             with self._rehearsal.forward():
                 return step(*args, **kwargs)
 
+        watched.__wrapped__ = getattr(step, "__wrapped__", step)  # Lightning reads the arguments there, one level deep
         self._module.__dict__["training_step"] = watched
 
     def look(self) -> dict[str, str] | None:

@@ -298,8 +298,8 @@ class PhaseCallback(Callback):
         cut_off = watch.look()
         if cut_off:
             raise ConfigError(
-                "targets", ", ".join(sorted(cut_off)), "checkpointing of activations cuts it off from the loss: its input needs "
-                "no gradient once everything before it is frozen (use_reentrant=False)"
+                "targets", ", ".join(sorted(cut_off)), "checkpointing of activations cuts it off from the loss: its input "
+                "needs no gradient once everything before it is frozen (use_reentrant=False)"
             )  # fmt: skip
         if watch.without and watch.steps < self.patience(trainer):
             return

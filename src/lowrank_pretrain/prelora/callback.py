@@ -33,8 +33,8 @@ class PreLoRA(PhaseCallback):
 
     Args:
         targets: presets (``all``, ``attention``, ``mlp``, ``head``) or globs, counted from the LightningModule; ``!`` before
-            one leaves out what it matches. What cannot be a target (frozen, parametrized, in no optimizer, never called, ...) is
-            left out of a preset with one warning, and refused where it is named.
+            one leaves out what it matches. What cannot be a target (frozen, parametrized, in no optimizer, never called, ...)
+            is left out of a preset with one warning, and refused where it is named.
         ranks: increasing powers of two to choose from; may begin with 0 (frozen without an adapter). A target narrower than
             its rank gets min(D, O), with one warning, and is refused where it is named.
         window: length of a window, in units of ``window_unit``.
