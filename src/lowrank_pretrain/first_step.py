@@ -5,9 +5,11 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lowrank_pretrain.rehearsal import Rehearsal
 from lowrank_pretrain.targets import Target
+from lowrank_pretrain.teachers import CURE, Pairing, teachers
 
 
 class FirstStep:
@@ -26,12 +28,19 @@ class FirstStep:
         self._trainer, self._module = trainer, pl_module
         self._rehearsal = Rehearsal(pl_module, targets, adapters)
         self._before: Any = None  # a training_step that the module itself holds, not its class
+        trained = {id(p) for o in trainer.optimizers for g in o.param_groups for p in g["params"] if p.requires_grad}
+        pairs = teachers(pl_module, targets, trained)
+        for student, teacher in pairs:
+            rank_zero_warn(f"{teacher} looks like a frozen copy of {student}, whose layers become low-rank: {CURE}")
+        self._pairing = Pairing(pl_module, pairs) if pairs else None
         self.looking = False
         self.steps = 0  # optimizer steps over which layers that nobody calls were watched
 
     def start(self) -> None:
         """Begin to watch."""
         self._rehearsal.start()
+        if self._pairing is not None:
+            self._pairing.start()
         step = self._module.training_step
         self._before = self._module.__dict__.get("training_step")
         self.looking = True
@@ -50,6 +59,9 @@ class FirstStep:
         """
         self.steps += 1
         if not self.looking:
+            if self._pairing is not None:  # what users do after a step is over by now
+                self._pairing.stop()
+                self._pairing = None
             return None
         self._rehearsal.after_backward()
         self._unwrap()
@@ -66,6 +78,9 @@ class FirstStep:
         """Stop watching."""
         self._unwrap()
         self._rehearsal.stop()
+        if self._pairing is not None:
+            self._pairing.stop()
+            self._pairing = None
 
     def _agreed(self) -> list[list[int]]:
         seen = torch.tensor(self._rehearsal.evidence(), device=self._module.device)
