@@ -12,6 +12,9 @@ from lowrank_pretrain.targets import Target
 from lowrank_pretrain.teachers import CURE, Pairing, teachers
 
 
+SKIPPED = 3  # so many steps without any gradient are waited for
+
+
 class FirstStep:
     """Wraps ``training_step`` until the first optimizer step, and asks a ``Rehearsal`` what it saw.
 
@@ -64,15 +67,18 @@ class FirstStep:
                 self._pairing = None
             return None
         self._rehearsal.after_backward()
+        agreed, stepped = self._agreed()
+        if not stepped and self.steps < SKIPPED:
+            return None
         self._unwrap()
-        return self._rehearsal.finish(self._agreed())
+        return self._rehearsal.finish(agreed)
 
     def late(self) -> tuple[dict[str, str], list[str]]:
         """At any later step: reasons against layers that were called only after the first step, and targets never called.
 
         All processes must call it, and get the same.
         """
-        return self._rehearsal.finish(self._agreed()), self._rehearsal.unseen()
+        return self._rehearsal.finish(self._agreed()[0]), self._rehearsal.unseen()
 
     def stop(self) -> None:
         """Stop watching."""
@@ -82,11 +88,15 @@ class FirstStep:
             self._pairing.stop()
             self._pairing = None
 
-    def _agreed(self) -> list[list[int]]:
-        seen = torch.tensor(self._rehearsal.evidence(), device=self._module.device)
-        if self._trainer.world_size > 1 and seen.numel():
-            seen = self._trainer.strategy.all_gather(seen).amax(0)
-        return seen.tolist()
+    def _agreed(self) -> tuple[list[list[int]], bool]:
+        """What any process saw, and whether any gradient is there (a ``training_step`` may return ``None``)."""
+        seen = self._rehearsal.evidence()
+        stepped = any(p.grad is not None for p in self._module.parameters())
+        table = torch.tensor([[int(stepped)] * len(seen[0]), *seen], device=self._module.device)
+        if self._trainer.world_size > 1:
+            table = self._trainer.strategy.all_gather(table).amax(0)
+        rows = table.tolist()
+        return rows[1:], bool(rows[0][0])
 
     def _unwrap(self) -> None:
         if self.looking:

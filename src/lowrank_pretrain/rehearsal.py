@@ -377,7 +377,7 @@ class AdapterWatch:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self.steps = 0
+        self.steps, self._module = 0, module
         self.without = {name: p for name, p in adapter_parameters(module) if p.requires_grad}
         self.every = len(self.without)
         self._only_cut_off: dict[str, bool] = {}  # by layer that was called: only inside of a checkpoint, without autograd
@@ -394,6 +394,8 @@ class AdapterWatch:
         Returns:
             Names of the layers that reentrant checkpointing cuts off from the loss (after the first backward pass only).
         """
+        if not any(p.grad is not None for p in self._module.parameters()):  # the step was skipped
+            return []
         self.steps += 1
         self.without = {name: p for name, p in self.without.items() if p.grad is None}
         cut_off, self._only_cut_off = self._only_cut_off, {}

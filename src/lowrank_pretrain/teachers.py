@@ -37,15 +37,13 @@ def teachers(module: nn.Module, targets: Mapping[str, Target], trained: set[int]
     lists = {name for name, child in named.items() if isinstance(child, (nn.ModuleList, nn.Sequential))}
     alike: dict[Any, list[str]] = {}
     for name, child in named.items():
-        shapes = (
-            tuple((own, tuple(p.shape)) for own, p in child.named_parameters() if ".lora_" not in f".{own}") if name else ()
-        )
-        if shapes:
+        shapes = tuple((own, tuple(p.shape)) for own, p in child.named_parameters() if ".lora_" not in f".{own}")
+        if name and shapes and child._modules:
             kind = getattr(type(child), "_plain_class", type(child))
             alike.setdefault((kind, shapes), []).append(name)
     still = {name for name, child in named.items() if not any(id(p) in trained for p in child.parameters())}
     found: list[tuple[str, str]] = []
-    for names in alike.values():
+    for _, names in sorted(alike.items(), key=lambda item: -len(item[0][1])):  # the outermost come first
         for teacher in names:
             if teacher not in still or any(_within(teacher, other) for _, other in found):
                 continue

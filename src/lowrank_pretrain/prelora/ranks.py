@@ -49,8 +49,10 @@ def check_ranks(ranks: Sequence[int]) -> list[int]:
     Raises:
         ConfigError: not a list of increasing powers of two (the first may be 0) with one above 0.
     """
-    if isinstance(ranks, (str, bytes, Mapping)) or not isinstance(ranks, Iterable) or not (ranks := [*_items(ranks)]):
+    given = [] if isinstance(ranks, (str, bytes, Mapping)) or not isinstance(ranks, Iterable) else [*_items(ranks)]
+    if not given:
         raise ConfigError("ranks", ranks, "must be a list of increasing powers of two, which may begin with 0")
+    ranks = given
     for rank in ranks:
         if not is_integer(rank) or rank < 0 or int(rank) & (int(rank) - 1):
             raise ConfigError("ranks", rank, "every rank must be a power of two (the first may be 0)")
