@@ -11,7 +11,6 @@ from lowrank_pretrain.rehearsal import Rehearsal
 from lowrank_pretrain.targets import Target
 from lowrank_pretrain.teachers import CURE, Pairing, teachers
 
-
 SKIPPED = 3  # so many steps without any gradient are waited for
 
 

@@ -306,12 +306,12 @@ class PhaseCallback(Callback):
         self._look_at_gradients(pl_module, False)
         if watch.without:
             family = ", ".join(dict.fromkeys(families(pl_module, watch.layers()).values()))
-            since = f"no gradient in the {watch.steps} optimizer steps since the model changed"
+            steps = f"in the {watch.steps} optimizer steps since the model changed"
             if len(watch.without) == watch.every:
-                raise ConfigError("targets", family, f"no adapter had a gradient: {since}. Does the loss depend on them?")
+                raise ConfigError("targets", family, f"no adapter had a gradient {steps}: does the loss depend on these layers?")
             rank_zero_warn(
-                f"{type(self).__name__}: {since} reached the adapters of {family}: they train only if later steps use them. "
-                'If none does, leave them out ("!name").'
+                f"{type(self).__name__}: no gradient {steps} reached the adapters of {family}: they train only if later steps use "
+                'them. If none does, leave them out ("!name")'
             )
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
