@@ -308,10 +308,10 @@ class PhaseCallback(Callback):
             family = ", ".join(dict.fromkeys(families(pl_module, watch.layers()).values()))
             steps = f"in the {watch.steps} optimizer steps since the model changed"
             if len(watch.without) == watch.every:
-                raise ConfigError("targets", family, f"no adapter had a gradient {steps}: does the loss depend on these layers?")
+                raise ConfigError("targets", family, f"no adapter had a gradient {steps}: does the loss depend on them?")
             rank_zero_warn(
-                f"{type(self).__name__}: no gradient {steps} reached the adapters of {family}: they train only if later steps use "
-                'them. If none does, leave them out ("!name")'
+                f"{type(self).__name__}: no gradient {steps} reached the adapters of {family}: they train only if later steps "
+                'use them. If none does, leave them out ("!name")'
             )
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

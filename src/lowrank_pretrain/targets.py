@@ -151,7 +151,8 @@ def obstacles(module: nn.Module, frozen: bool = False) -> dict[str, str]:
     for name, (target, reason) in _survey(module).items():
         if reason is None and target.layer_name in tied and id(target.layer) not in heads:
             reason = f"shares its weight with {', '.join(tied[target.layer_name])}: it cannot be a target"
-        if reason is None and not frozen and not target.layer.weight.requires_grad:
+        adapted = hasattr(target.layer, "_plain_class")  # it trains by its adapters
+        if reason is None and not frozen and not adapted and not target.layer.weight.requires_grad:
             reason = "is frozen (requires_grad=False): leave it out, or set requires_grad before the fit"
         if reason is not None:
             found[name] = reason

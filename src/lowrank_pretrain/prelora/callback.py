@@ -129,6 +129,7 @@ class PreLoRA(PhaseCallback):
     def choose_targets(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Resolve the targets, with the layers of ``setup`` and ``configure_model`` there, so that a mistake shows at once."""
         targets = self._select(trainer, pl_module, self.ranks[-1], "ranks")
+        self._check_length(trainer)
         if adoption.gives_adapters(self, trainer):
             self._first = FirstStep(trainer, pl_module, targets)
 
@@ -288,7 +289,7 @@ class PreLoRA(PhaseCallback):
             left = allowed - trainer.global_step
         else:
             key, allowed, left = "max_epochs", max_epochs, max_epochs - trainer.current_epoch
-            if math.isfinite(steps) and not math.isfinite(per_epoch):
+            if math.isfinite(steps) and not math.isfinite(per_epoch) and trainer.training:
                 rank_zero_warn(
                     f"PreLoRA: the training data have no known length, and a window ends with an epoch: with max_steps={steps} "
                     'the run may never switch. Count windows in steps (window_unit="step")'
