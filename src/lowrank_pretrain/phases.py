@@ -108,6 +108,7 @@ class PhaseCallback(Callback):
         self._adopter: Any = None
         self.chosen: dict[str, int] = {}  # target -> largest rank that it may get
         self.left_out: dict[str, str] = {}  # target -> what the first step said against it
+        self._said_dead: set[str] = set()  # layers of adapters that no gradient had reached
         self._first: FirstStep | None = None
         self._watch: AdapterWatch | None = None
 
@@ -304,7 +305,8 @@ class PhaseCallback(Callback):
         if watch.without and watch.steps < self.patience(trainer):
             return
         self._look_at_gradients(pl_module, False)
-        if watch.without:
+        if set(watch.layers()) - self._said_dead:
+            self._said_dead |= set(watch.layers())
             family = ", ".join(dict.fromkeys(families(pl_module, watch.layers()).values()))
             steps = f"in the {watch.steps} optimizer steps since the model changed"
             if len(watch.without) == watch.every:

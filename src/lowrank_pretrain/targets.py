@@ -224,7 +224,7 @@ def select(
         hits = matching.hits(pattern) - without
         refused = matching.named(pattern, hits, reasons)
         if refused is not None:
-            raise ConfigError("targets", pattern if pattern in PRESETS else refused, _cause(refused, pattern, reasons))
+            raise ConfigError("targets", refused, reasons[refused])
         chosen |= hits
     # the out_proj of nn.MultiheadAttention belongs to no preset and no glob: nothing to be said of it
     left_out = {name: reasons[name] for name in matching.everything if name in chosen and name in reasons}
@@ -426,10 +426,6 @@ def matches(pattern: str, name: str) -> bool:
     """Whether a glob matches the name, or a suffix of it that begins at a dot."""
     words = name.split(".")
     return any(fnmatchcase(".".join(words[i:]), pattern) for i in range(len(words)))
-
-
-def _cause(name: str, pattern: str, reasons: Mapping[str, str]) -> str:
-    return f"{name} {reasons[name]}" if pattern in PRESETS else reasons[name]
 
 
 def _listed(module: nn.Module, reasons: Mapping[str, str]) -> str:

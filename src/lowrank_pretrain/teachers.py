@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from lowrank_pretrain.errors import ConfigError
 from lowrank_pretrain.targets import Target, plain_name
@@ -37,7 +38,8 @@ def teachers(module: nn.Module, targets: Mapping[str, Target], trained: set[int]
     lists = {name for name, child in named.items() if isinstance(child, (nn.ModuleList, nn.Sequential))}
     alike: dict[Any, list[str]] = {}
     for name, child in named.items():
-        shapes = tuple((own, tuple(p.shape)) for own, p in child.named_parameters() if ".lora_" not in f".{own}")
+        own_names = [(own, p) for own, p in child.named_parameters() if ".lora_" not in f".{own}"]
+        shapes = tuple((own, () if is_lazy(p) else tuple(p.shape)) for own, p in own_names)
         if name and shapes and child._modules:
             kind = getattr(type(child), "_plain_class", type(child))
             alike.setdefault((kind, shapes), []).append(name)

@@ -136,7 +136,7 @@ class PreLoRA(PhaseCallback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin to count where the trainer stands."""
         super().on_train_start(trainer, pl_module)
-        self._check_length(trainer)
+        self._check_length(trainer, has_data=True)
         self._seen_step = trainer.global_step
         if self._restored is not None:
             by_rank, self._restored = self._restored, None
@@ -193,8 +193,11 @@ class PreLoRA(PhaseCallback):
         targets = self._present(pl_module)
         family_of = families(pl_module, targets)
         total, count = trainer.strategy.reduce(self._loss, reduce_op="sum").tolist()
+        if not count:  # every step of it was skipped: it is no window
+            self.windows_done -= 1
+            return
         self._loss.zero_()
-        self.history = [*self.history, Window(total / max(count, 1.0), _norms(targets))][-self.windows :]
+        self.history = [*self.history, Window(total / count, _norms(targets))][-self.windows :]
         self.verdict = check_convergence(self.history, family_of, self.windows, self.loss_tol, self.weight_tol)
         self._log(trainer, {f"lowrank/weight_change/{f}": c for f, c in self.verdict.family_changes.items()})
         if self.windows_done == 1:
@@ -271,7 +274,7 @@ class PreLoRA(PhaseCallback):
         passed = 1 if self.window_unit == "step" else int(trainer.is_last_batch)
         return self._due or self._units + passed >= self.window
 
-    def _check_length(self, trainer: pl.Trainer) -> None:
+    def _check_length(self, trainer: pl.Trainer, has_data: bool = False) -> None:
         """Refuse a run that ends before it can switch, as far as that can be known: not with ``max_time``, say.
 
         Raises:
@@ -289,12 +292,12 @@ class PreLoRA(PhaseCallback):
             left = allowed - trainer.global_step
         else:
             key, allowed, left = "max_epochs", max_epochs, max_epochs - trainer.current_epoch
-            if math.isfinite(steps) and not math.isfinite(per_epoch) and trainer.training:
+            if math.isfinite(steps) and not math.isfinite(per_epoch) and has_data:
                 rank_zero_warn(
                     f"PreLoRA: the training data have no known length, and a window ends with an epoch: with max_steps={steps} "
                     'the run may never switch. Count windows in steps (window_unit="step")'
                 )
-            elif math.isfinite(steps):
+            elif math.isfinite(steps) and math.isfinite(per_epoch):
                 whole = (steps - trainer.global_step) / per_epoch
                 whole = math.ceil(whole) if trainer.global_step else math.floor(whole)  # resumed inside of an epoch, perhaps
                 if whole < left:
