@@ -92,7 +92,8 @@ LEGAL_IN = {
 }
 # values that only do not go with another key, which the line names instead
 ELSEWHERE = [
-    ("trainer.max_epochs", -1, "optim.schedule"), ("method.window", HUGE, "trainer.max_epochs=3"), ("method.earliest", HUGE, "trainer.max_epochs=3"),
+    ("trainer.max_epochs", -1, "optim.schedule"), ("method.window", HUGE, "trainer.max_epochs=3"),
+    ("method.earliest", HUGE, "trainer.max_epochs=3"),
     ("model.model_kwargs", None, "img_size=28"), ("model.model_kwargs", {}, "img_size=28"),
     ("model.model_kwargs.patch_size", None, "img_size=28"), ("method.uses", [], "is no key of this method"),
 ]  # fmt: skip
