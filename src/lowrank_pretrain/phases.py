@@ -26,7 +26,7 @@ from lowrank_pretrain.first_step import FirstStep
 from lowrank_pretrain.monitor import PHASES, count_parameters
 from lowrank_pretrain.plain_checkpoint import FORMAT, SIDE
 from lowrank_pretrain.plan import Plan, fit_ranks
-from lowrank_pretrain.rehearsal import AdapterWatch
+from lowrank_pretrain.rehearsal import GradientWatch
 from lowrank_pretrain.rewarm import Rewarm
 from lowrank_pretrain.targets import Target, families, first_named, say_left_out, select
 
@@ -110,7 +110,7 @@ class PhaseCallback(Callback):
         self.left_out: dict[str, str] = {}  # target -> what the first step said against it
         self._said_dead: set[str] = set()  # layers of adapters that no gradient had reached
         self._first: FirstStep | None = None
-        self._watch: AdapterWatch | None = None
+        self._watch: GradientWatch | None = None
 
     # -- transitions ------------------------------------------------------------------------------------------------
 
@@ -164,7 +164,7 @@ class PhaseCallback(Callback):
         if self._watch is not None:
             self._watch.stop()
         self._unchecked = on
-        self._watch = AdapterWatch(pl_module) if on else None
+        self._watch = GradientWatch(pl_module) if on else None
 
     def _note(self, pl_module: pl.LightningModule) -> None:
         """What a checkpoint of this module must say; kept on the module because it outlives callback and trainer."""
@@ -295,7 +295,7 @@ class PhaseCallback(Callback):
         """How many optimizer steps without a gradient it takes to call an adapter dead."""
         return PATIENCE
 
-    def _look_for_dead(self, trainer: pl.Trainer, pl_module: pl.LightningModule, watch: AdapterWatch) -> None:
+    def _look_for_dead(self, trainer: pl.Trainer, pl_module: pl.LightningModule, watch: GradientWatch) -> None:
         cut_off = watch.look()
         if cut_off:
             raise ConfigError(

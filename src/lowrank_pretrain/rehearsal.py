@@ -365,7 +365,7 @@ def _compiled_parts(module: nn.Module) -> set[int]:
     return found
 
 
-class AdapterWatch:
+class GradientWatch:
     """Looks whether a gradient reaches every adapter after the model changed: one that none reaches never trains.
 
     One step without a gradient is no evidence (experts, LayerDrop, one task a batch, a loss that begins later), but for
