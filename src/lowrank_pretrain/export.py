@@ -96,7 +96,7 @@ def export_module(module: torch.nn.Module, out: str | Path) -> Path:
     Raises:
         ValueError: the adapters hold numbers that are not finite.
     """
-    state = {key: value.detach().cpu() for key, value in _tensors(plain_state(module, module.state_dict())).items()}
+    state = {key: value.detach().cpu() for key, value in _tensors(plain_state(module)).items()}
     return _write(Source(state, dict(getattr(module, "hparams", {})), {}, type(module).__name__), Path(out))
 
 

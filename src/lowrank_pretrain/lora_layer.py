@@ -11,7 +11,6 @@ block of a fused layer, ``lora_B.<part>`` (O_part, R_part); a layer that is not 
 import inspect
 import math
 import sys
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -88,6 +87,9 @@ def with_weight(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Mod
     return twin
 
 
+_ADDED = ("lora_A", "lora_B", "rest_weight", "rest_bias")  # what adapters register on a layer
+
+
 class LoRALinear(Reclassed):
     """What a layer's class gains by injection (mixed in before ``nn.Linear``, ``Conv1D`` or a user's subclass of them)."""
 
@@ -132,27 +134,41 @@ class LoRALinear(Reclassed):
             "adapters cannot be scripted: script a plain copy, lowrank_pretrain.merge(copy.deepcopy(module)), in place of it"
         )
 
-    def merged_weight(self, held: Mapping[str, Tensor] | None = None) -> Tensor:
+    def merged_weight(self, check: bool = True) -> Tensor:
         """W + scale · B A in the layer's own layout, a new tensor.
 
         Args:
-            held: ``weight``, ``lora_A`` and ``lora_B.<part>`` to merge in place of the layer's own (a copy's, an average's).
+            check: refuse what is NaN or infinite.
 
         Raises:
             ValueError: a factor holds a number that is not finite.
         """
-        held = held or dict(self.named_parameters())
-        factors = [held[f"lora_B.{part.name}"] for part in self._parts]
-        if not all(torch.isfinite(f).all() for f in (held["lora_A"], *factors)):
+        factors = [self.lora_B[part.name] for part in self._parts]
+        if check and not all(torch.isfinite(f).all() for f in (self.lora_A, *factors)):
             raise ValueError("adapters hold numbers that are not finite: refusing to merge them into the weights")
-        return merged(held["weight"], held["lora_A"], factors, self._parts, is_conv1d(self))
+        return merged(self.weight, self.lora_A, factors, self._parts, self._transposed)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the plain layer with the merged weight returns, whoever asks and under whatever name it is registered.
+
+        So a state dict is the trained model for a file, an average, a teacher and another process alike. The factors are among
+        ``named_parameters()``; ``lora.exact_state`` has what goes on training exactly.
+        """
+        if kwargs.get("keep_vars", False):  # who wants the parameters themselves (torch.jit.trace does) gets them all
+            return super().state_dict(*args, **kwargs)
+        plain = self._plain_class.__new__(self._plain_class)
+        own = {name: p for name, p in self._parameters.items() if name != "lora_A"}
+        own["weight"] = self.merged_weight(check=False)
+        children = {name: child for name, child in self._modules.items() if name not in _ADDED}
+        object.__setattr__(plain, "__dict__", {**self.__dict__, "_parameters": own, "_modules": children})
+        return plain.state_dict(*args, **kwargs)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         # A plain state dict (no adapter keys) is the merged model: then B = 0, and nothing is missing.
         plain = f"{prefix}lora_A" not in state_dict
-        for name, own in self.state_dict().items():
+        for name, own in self.named_parameters():
             if name.startswith("lora_") and plain:
-                state_dict[prefix + name] = torch.zeros_like(own) if name.startswith("lora_B") else own
+                state_dict[prefix + name] = torch.zeros_like(own) if name.startswith("lora_B") else own.detach()
             elif name.startswith("rest_"):
                 group, _, part = name.partition(".")
                 span = next(p for p in self._rest if p.name == part)
@@ -211,7 +227,7 @@ def keep_rows(layer: nn.Module, rest: list[RestPart], bias: bool = True) -> list
 
 def take_adapters(layer: nn.Module) -> None:
     """Give the layer its plain class back; what the adapters hold is lost unless it was merged."""
-    for name in ("lora_A", "lora_B", "rest_weight", "rest_bias"):
+    for name in _ADDED:
         if hasattr(layer, name):
             delattr(layer, name)
     layer.__class__ = layer._plain_class

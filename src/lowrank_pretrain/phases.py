@@ -17,6 +17,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch.optim import Optimizer
 
 from lowrank_pretrain import adapter_groups, adoption, averaging, lora, plain_checkpoint, refusals, transition
 from lowrank_pretrain.agreement import agreed_hash
@@ -88,6 +89,7 @@ class PhaseCallback(Callback):
         self._groups: list | None = None
         self._restoring = True
         self._rewarm: Rewarm | None = None
+        self._held: dict[str, Any] | None = None  # behind a fit: its adapters, which the module no longer has
         self._reset()
 
     def _reset(self) -> None:
@@ -125,6 +127,8 @@ class PhaseCallback(Callback):
         agreed = transition.apply(
             trainer, pl_module, lambda: self._adopter.adopt(plan, pl_module), self.optimizer_state, replay
         )
+        if isinstance(self._adopter, Optimizer):
+            plain_checkpoint.note_added(pl_module)
         if self.has_own_groups():
             adapter_groups.separate(trainer, pl_module, self.adapter_lr, self.adapter_weight_decay)
         self.phase, self.plan = "joint", plan
@@ -171,18 +175,21 @@ class PhaseCallback(Callback):
             return
         refusals.check_run(self, trainer, pl_module)
         self._groups = None
-        if "_lowrank" in pl_module.__dict__:
-            continues = self.phase != "full" and pl_module.__dict__["_lowrank"]["plan"] == dict(self.plan or {})
-            self._exact = lora.clone_state(lora.exact_state(pl_module)) if continues else None
-            plain_checkpoint.restore_plain(pl_module)
-            averaging.restart(trainer.callbacks, pl_module)  # those set up before us copied the adapters too
-            if not continues:
-                self._reset()
+        held, self._held = self._held, None
+        known = held is not None and held["model"].module() is pl_module
+        plan = held["note"]["plan"] if known else pl_module.__dict__.get("_lowrank", {}).get("plan")
+        continues = self.phase != "full" and plan is not None and plan == dict(self.plan or {})
+        self._exact = None
+        if continues:
+            self._exact = lora.clone_state(held["model"].exact() if known else lora.exact_state(pl_module))
         else:
-            self._exact = None
             self._reset()
+        if "_lowrank" in pl_module.__dict__:  # a fit that was interrupted left it so, or an optimizer that took the plan
+            # what a file is about to replace may be anything, NaN too
+            plain_checkpoint.restore_plain(pl_module, check=trainer.ckpt_path is None)
+            averaging.restart(trainer.callbacks, pl_module)  # those set up before us copied the adapters too
+        plain_checkpoint.forget_held(pl_module)
         self._averages = {}
-        plain_checkpoint.wrap(pl_module)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Replay the transitions of a resumed run; the optimizers are still empty and are restored after this."""
@@ -235,10 +242,29 @@ class PhaseCallback(Callback):
             if self._rewarm is not None:
                 self._rewarm.remove()
                 self._rewarm = None
-            if refusals.spawned(trainer):  # the process that called fit has the plain module, and takes what has a plain name
-                lora.merge(pl_module)
-            if "_lowrank" not in pl_module.__dict__:
-                plain_checkpoint.unwrap(pl_module)
+            self._take_off(trainer, pl_module)
+
+    def _take_off(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Make the module plain; keep what ``trainer.save_checkpoint`` and a second fit need for going on exactly."""
+        if "_lowrank" not in pl_module.__dict__:
+            return
+        if not any(True for _ in lora.lora_layers(pl_module)):  # strategy or optimizer took the plan
+            plain_checkpoint.restore_flags(pl_module)
+            return
+        self._held = {
+            "note": pl_module.__dict__["_lowrank"],
+            "groups": transition.group_names(trainer.optimizers, pl_module),
+            "averages": {
+                where: plain_checkpoint.Held(averaged, pl_module)
+                for where, averaged, _ in averaging.averages(trainer.callbacks)
+            },
+            "model": plain_checkpoint.Held(pl_module),
+        }
+        plain_checkpoint.restore_plain(pl_module)
+        self._held["model"].show()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_held": None}
 
     # -- state ------------------------------------------------------------------------------------------------------
 
@@ -262,8 +288,26 @@ class PhaseCallback(Callback):
         self._unchecked = state_dict["unchecked"]
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Note the optimizers' parameters by name: their states are stored by position."""
-        checkpoint.setdefault(SIDE, {})["groups"] = transition.group_names(trainer.optimizers, pl_module)
+        """Write the side entry: what an exact resume needs beside the plain model.
+
+        The optimizers' parameters are noted by name, for their states are stored by position.
+        """
+        side, held = checkpoint.setdefault(SIDE, {}), self._held
+        if held is not None and held["model"].module() is pl_module:
+            side |= {"format": FORMAT, **held["note"], "groups": held["groups"], "exact": held["model"].exact()}
+            side["averages"] = {where: averaged.exact() for where, averaged in held["averages"].items()}
+            return
+        side["groups"] = transition.group_names(trainer.optimizers, pl_module)
+        note = pl_module.__dict__.get("_lowrank")
+        if note is not None:
+            exact = plain_checkpoint.exact_values(pl_module)
+            if self._adopter is trainer.strategy:  # its workers may hold values of their own: those of the file count
+                exact |= {name: checkpoint["state_dict"][name] for name in exact if name in pl_module.__dict__["_lowrank_tied"]}
+            averages = {
+                where: plain_checkpoint.exact_values(averaged, pl_module)
+                for where, averaged, _ in averaging.averages(trainer.callbacks)
+            }
+            side |= {"format": FORMAT, **note, "exact": exact, "averages": averages}
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep the side entry for the replay. Testing with a file from another phase must not touch this run's state."""
