@@ -10,6 +10,7 @@ Lightning restores the optimizers.
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
@@ -20,12 +21,14 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.optim import Optimizer
 
 from lowrank_pretrain import adapter_groups, adoption, averaging, lora, plain_checkpoint, refusals, transition
+from lowrank_pretrain.adapter_watch import AdapterWatch, check_optimizers
 from lowrank_pretrain.agreement import agreed_hash
 from lowrank_pretrain.errors import ConfigError
 from lowrank_pretrain.monitor import PHASES, count_parameters
 from lowrank_pretrain.plain_checkpoint import FORMAT, SIDE
 from lowrank_pretrain.plan import Plan
 from lowrank_pretrain.rewarm import Rewarm
+from lowrank_pretrain.targets import find_targets
 
 
 class PhaseCallback(Callback):
@@ -87,6 +90,7 @@ class PhaseCallback(Callback):
         self._exact: dict[str, torch.Tensor] | None = None
         self._averages: dict[str, dict[str, torch.Tensor]] = {}
         self._groups: list | None = None
+        self._noted_settings: dict[str, Any] = {}  # of a checkpoint that is being resumed
         self._restoring = True
         self._rewarm: Rewarm | None = None
         self._held: dict[str, Any] | None = None  # behind a fit: its adapters, which the module no longer has
@@ -100,6 +104,7 @@ class PhaseCallback(Callback):
         self.freeze_step: int | None = None
         self._unchecked = False
         self._adopter: Any = None
+        self._moving: AdapterWatch | None = None  # adapters that no step has moved yet
 
     # -- transitions ------------------------------------------------------------------------------------------------
 
@@ -131,6 +136,7 @@ class PhaseCallback(Callback):
             plain_checkpoint.note_added(pl_module)
         if self.has_own_groups():
             adapter_groups.separate(trainer, pl_module, self.adapter_lr, self.adapter_weight_decay)
+        self._moving = AdapterWatch(pl_module)
         self.phase, self.plan = "joint", plan
         self._unchecked = not replay
         self._note(pl_module)
@@ -194,6 +200,10 @@ class PhaseCallback(Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Replay the transitions of a resumed run; the optimizers are still empty and are restored after this."""
         adoption.check_adopter(self, trainer, pl_module)
+        check_optimizers(trainer.optimizers)
+        if self._noted_settings:
+            self._check_settings(self._noted_settings, pl_module)
+            self._noted_settings = {}
         if self.phase != "full":
             phase, plan, unchecked = self.phase, self.plan, self._unchecked
             self._switch(trainer, pl_module, plan, replay=True)
@@ -219,7 +229,14 @@ class PhaseCallback(Callback):
             agreed_hash(trainer.strategy, pl_module, "at the start of training")
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
-        """After the first backward behind a transition: an adapter without a gradient would silently never train."""
+        """Look whether the last step moved the adapters that it should have moved, as long as one never has.
+
+        After the first backward behind a transition: an adapter without a gradient would silently never train.
+        """
+        if self._moving is not None:
+            self._moving.before_step(optimizer)
+            if self._moving.over:
+                self._moving = None
         if self._unchecked:
             self._unchecked = False
             dead = [name for name, p in lora.adapter_parameters(pl_module) if p.requires_grad and p.grad is None]
@@ -232,6 +249,8 @@ class PhaseCallback(Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Where processes are spawned, this callback stays behind in its own; metrics are what Lightning brings back."""
+        if self._moving is not None and trainer.optimizers:
+            self._moving.after_step(trainer.optimizers[0])
         found = {"phase": PHASES.index(self.phase), "switch_step": self.switch_step, "freeze_step": self.freeze_step}
         found |= {f"rank/{name}": rank for name, rank in (self.plan or {}).items()}
         trainer.callback_metrics.update({f"lowrank/{k}": torch.tensor(float(v)) for k, v in found.items() if v is not None})
@@ -293,6 +312,7 @@ class PhaseCallback(Callback):
         The optimizers' parameters are noted by name, for their states are stored by position.
         """
         side, held = checkpoint.setdefault(SIDE, {}), self._held
+        side["settings"] = self._settings()
         if held is not None and held["model"].module() is pl_module:
             side |= {"format": FORMAT, **held["note"], "groups": held["groups"], "exact": held["model"].exact()}
             side["averages"] = {where: averaged.exact() for where, averaged in held["averages"].items()}
@@ -322,6 +342,35 @@ class PhaseCallback(Callback):
         self._exact = side.get("exact")
         self._averages = side.get("averages", {})
         self._groups = side.get("groups")
+        self._noted_settings = side.get("settings", {})
+
+    def _settings(self) -> dict[str, Any]:
+        """Arguments that a resumed run must have again, as plain types."""
+        names = ("train_A", "adapter_lr", "adapter_weight_decay", "freeze_rest", "targets", "ranks")
+        found = {name: getattr(self, name) for name in names if hasattr(self, name)}
+        return {name: [*value] if isinstance(value, tuple) else value for name, value in found.items()}
+
+    def _check_settings(self, noted: Mapping[str, Any], pl_module: pl.LightningModule) -> None:
+        """Compare the arguments with those of the run that the checkpoint is of. Before its switch all but targets may change.
+
+        Raises:
+            ConfigError: naming each that differs.
+        """
+        bound = {"full": ("targets",), "joint": [name for name in noted if name != "freeze_rest"]}.get(self.phase, list(noted))
+        now, differing = self._settings(), []
+        for name in bound:
+            if name not in noted or name not in now or now[name] == noted[name]:
+                continue
+            if name == "targets":
+                known = self.plan or find_targets(pl_module, noted["targets"])
+                if set(find_targets(pl_module, now["targets"])) == set(known):
+                    continue  # other words for the same layers
+            differing.append(name)
+        if differing:
+            more = "".join(f"; {name}={now[name]!r}, there {noted[name]!r}" for name in differing[1:])
+            first = differing[0]
+            allowed = f"the checkpoint's run has {noted[first]!r}{more}: give the same, or start afresh from its weights alone"
+            raise ConfigError(first, now[first], allowed)
 
     def has_own_groups(self) -> bool:
         """Whether adapters have a learning rate or weight decay of their own."""

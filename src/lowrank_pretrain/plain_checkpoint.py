@@ -5,7 +5,7 @@ the plan: ``test(ckpt_path="best")`` from the other side of the switch, ``load_f
 callback. So a layer with adapters writes itself plain into any state dict (``LoRALinear.state_dict``), whoever asks for it and
 whatever a user's own hooks leave out or rename afterwards; and the exact values (W, A, B apart) go into the side entry.
 
-    checkpoint["lowrank_pretrain"] = {"format", "phase", "plan", "alpha", "groups", "exact": {name: tensor}}
+    checkpoint["lowrank_pretrain"] = {"format", "phase", "plan", "alpha", "settings", "groups", "exact": {name: tensor}}
 
 Under Lightning's ``WeightAveraging`` the file's ``state_dict`` is the average and ``current_model_state`` the trained model;
 ``StochasticWeightAveraging`` keeps its average in its own state. An average's exact values are in the side entry too,
