@@ -40,8 +40,8 @@ def check_optimizers(optimizers: Iterable[Optimizer]) -> None:
         books = next((found for each in (optimizer, *_inside(optimizer)) if (found := _books(each))), None)
         if books is not None:
             raise ConfigError(
-                "optimizer", name, f"keeps copies of its parameters by position ({books}), which parameters that join and leave "
-                "would put out of step: use one that keeps them in its state, by parameter"
+                "optimizer", name, f"keeps copies of its parameters by position ({books}), which parameters that join and "
+                "leave would put out of step: use one that keeps them in its state, by parameter"
             )  # fmt: skip
         for inner in _inside(optimizer):
             outside = {id(group) for group in optimizer.param_groups}
@@ -53,7 +53,7 @@ def check_optimizers(optimizers: Iterable[Optimizer]) -> None:
 
 
 def _books(optimizer: Optimizer) -> str | None:
-    """Return the attribute in which an optimizer keeps copies of its parameters by position, or one flat copy of them."""
+    """Return the attribute in which an optimizer keeps copies of its parameters by position, or one flat copy."""
     groups = [[p for p in group["params"] if isinstance(p, Tensor)] for group in optimizer.param_groups]
     every = [p for group in groups for p in group]
     owned = {id(p) for p in every}

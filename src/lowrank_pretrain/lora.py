@@ -77,8 +77,21 @@ def freeze(module: nn.Module, plan: Mapping[str, int], freeze_rest: bool = False
     return inherited
 
 
-def merge(module: nn.Module, check: bool = True) -> None:
+def merge(module: nn.Module) -> None:
     """Fold the adapters into W and set B = 0. The function stays the same to rounding; merging again changes nothing.
+
+    Raises:
+        ValueError: the adapters hold NaN or infinite numbers.
+    """
+    with torch.no_grad():
+        for _, layer in lora_layers(module):
+            layer.weight.copy_(layer.merged_weight())
+            for factor in layer.lora_B.values():
+                factor.zero_()
+
+
+def eject(module: nn.Module, check: bool = True) -> None:
+    """Merge, then give every layer its plain class back. Frozen parameters stay frozen.
 
     Args:
         module: is changed.
@@ -88,17 +101,9 @@ def merge(module: nn.Module, check: bool = True) -> None:
         ValueError: they are.
     """
     with torch.no_grad():
-        for _, layer in lora_layers(module):
+        for _, layer in list(lora_layers(module)):
             layer.weight.copy_(layer.merged_weight(check))
-            for factor in layer.lora_B.values():
-                factor.zero_()
-
-
-def eject(module: nn.Module, check: bool = True) -> None:
-    """Merge, then give every layer its plain class back. Frozen parameters stay frozen."""
-    merge(module, check)
-    for _, layer in list(lora_layers(module)):
-        take_adapters(layer)
+            take_adapters(layer)  # the factors keep their values: who holds them can go on exactly
     switch_fast_path(module, off=False)
     for child in module.modules():
         for key, hook in list(child._state_dict_hooks.items()):
