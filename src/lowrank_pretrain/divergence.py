@@ -144,6 +144,9 @@ class DivergenceGuard(FiniteGuard):
         Raises:
             Diverged: and no rewind is left, or no checkpoint was written yet.
         """
+        if self.on_divergence == "rewind":  # now rather than when training has diverged
+            saver = trainer.checkpoint_callback
+            local_path(getattr(saver, "dirpath", None) or trainer.default_root_dir, "dirpath")
         while True:
             try:
                 return trainer.fit(model, *args, ckpt_path=ckpt_path, **kwargs)
