@@ -103,7 +103,8 @@ def test_a_run_with_such_hyper_parameters_is_exported_inspected_and_found_again(
 def test_a_hyper_parameter_that_an_export_needs_is_named(tmp_path):
     from lowrank_pretrain.models.vision import VisionClassifier
 
-    module = VisionClassifier("vit_tiny_patch16_224", 3, model_kwargs={"embed_dim": 8, "depth": 1, "num_heads": 1, "patch_size": 8}, img_size=16)  # fmt: skip
+    tiny = {"embed_dim": 8, "depth": 1, "num_heads": 1, "patch_size": 8}
+    module = VisionClassifier("vit_tiny_patch16_224", 3, model_kwargs=tiny, img_size=16)
     hparams = {**module.hparams, "model_kwargs": Settings()}
     torch.save({"state_dict": module.state_dict(), "hyper_parameters": hparams}, tmp_path / "x.ckpt")
     with pytest.raises(ConfigError, match=r"its hyper-parameter model_kwargs is a .*Settings, which is not read"):

@@ -111,6 +111,11 @@ def eject(module: nn.Module, check: bool = True) -> None:
                 del child._state_dict_hooks[key]
 
 
+def is_finite(module: nn.Module) -> bool:
+    """Return whether no adapter holds NaN or infinite numbers."""
+    return all(bool(torch.isfinite(p).all()) for _, p in adapter_parameters(module))
+
+
 def lora_layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """(name, layer) of every layer with adapters, in the module's order."""
     return ((name, layer) for name, layer in module.named_modules() if isinstance(layer, LoRALinear))

@@ -93,6 +93,7 @@ class PhaseCallback(Callback):
         self._noted_settings: dict[str, Any] = {}  # of a checkpoint that is being resumed
         self._restoring = True
         self._rewarm: Rewarm | None = None
+        self._diverged = False  # the module came with adapters that are NaN, and no file has replaced them
         self._held: dict[str, Any] | None = None  # behind a fit: its adapters, which the module no longer has
         self._reset()
 
@@ -185,20 +186,26 @@ class PhaseCallback(Callback):
         known = held is not None and held["model"].module() is pl_module
         plan = held["note"]["plan"] if known else pl_module.__dict__.get("_lowrank", {}).get("plan")
         continues = self.phase != "full" and plan is not None and plan == dict(self.plan or {})
-        self._exact = None
+        self._exact, self._diverged = None, False
         if continues:
             self._exact = lora.clone_state(held["model"].exact() if known else lora.exact_state(pl_module))
         else:
             self._reset()
         if "_lowrank" in pl_module.__dict__:  # a fit that was interrupted left it so, or an optimizer that took the plan
-            # what a file is about to replace may be anything, NaN too
-            plain_checkpoint.restore_plain(pl_module, check=trainer.ckpt_path is None)
+            # a file may be about to replace the weights, which Lightning does not say yet: `on_fit_start` knows
+            self._diverged = not lora.is_finite(pl_module)
+            plain_checkpoint.restore_plain(pl_module, check=False)
             averaging.restart(trainer.callbacks, pl_module)  # those set up before us copied the adapters too
         plain_checkpoint.forget_held(pl_module)
         self._averages = {}
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Replay the transitions of a resumed run; the optimizers are still empty and are restored after this."""
+        if self._diverged:
+            raise ValueError(
+                "the module's adapters held numbers that are not finite when its last fit ended: give a good file as ckpt_path, "
+                "or load good weights first"
+            )
         adoption.check_adopter(self, trainer, pl_module)
         check_optimizers(trainer.optimizers)
         if self._noted_settings:
@@ -340,6 +347,7 @@ class PhaseCallback(Callback):
         if side.get("alpha", self.alpha) != self.alpha:
             raise ConfigError("alpha", self.alpha, f"the checkpoint's adapters were trained with {side['alpha']}")
         self._exact = side.get("exact")
+        self._diverged = False
         self._averages = side.get("averages", {})
         self._groups = side.get("groups")
         self._noted_settings = side.get("settings", {})

@@ -34,7 +34,7 @@ def restore_plain(pl_module: nn.Module, check: bool = True) -> None:
     """Merge and eject the adapters, restore the original ``requires_grad``: the module as the user made it, trained on."""
     lora.eject(pl_module, check)
     restore_flags(pl_module)
-    for key in ("_lowrank_requires_grad", "_lowrank_tied", "_lowrank_added", "_lowrank"):
+    for key in ("_lowrank_requires_grad", "_lowrank_tied", "_lowrank_added", "_lowrank_before", "_lowrank"):
         pl_module.__dict__.pop(key, None)
     for key, hook in list(pl_module._state_dict_hooks.items()):
         if hook is _leave_out_added:
