@@ -185,7 +185,7 @@ def test_the_module_is_plain_by_itself(tmp_path, method):
         torch.testing.assert_close(traced(z), layer(z))
     copy.deepcopy(module).to("meta")(x.to("meta"))
     quantised = torch.ao.quantization.quantize_dynamic(copy.deepcopy(module), {nn.Linear})
-    assert str(quantised).count("DynamicQuantizedLinear") == 8
+    assert sum("Quantized" in type(child).__name__ for child in quantised.modules()) == 8
     module.trainer = None
     assert torch.equal(pickle.loads(pickle.dumps(module))(x), module(x))
     before = copy.deepcopy(module.state_dict())
@@ -230,8 +230,8 @@ def test_the_factors_stay_readable_until_the_next_fit_and_nothing_holds_the_modu
     gone = weakref.ref(module)
     trainer(tmp_path, max_epochs=1).fit(module, loader())
     copy.deepcopy(callback)
-    trainer(tmp_path, steps(), AtEnd(lambda *_: None), max_steps=2).fit(module, loader())
-    assert not adapters(module)
+    trainer(tmp_path, steps(latest=None, windows=6), max_epochs=1).fit(module, loader())
+    assert not adapters(module)  # they were another fit's
     assert gone() is module
 
 

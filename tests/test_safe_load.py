@@ -41,7 +41,7 @@ class Evil:
 
 class Deep:
     def __reduce__(self):
-        return getattr, (os, "getpid")
+        return eval, ("RAN.append(1)", {"RAN": RAN})
 
 
 def function():

@@ -203,8 +203,8 @@ class PhaseCallback(Callback):
         """Replay the transitions of a resumed run; the optimizers are still empty and are restored after this."""
         if self._diverged:
             raise ValueError(
-                "the module's adapters held numbers that are not finite when its last fit ended: give a good file as ckpt_path, "
-                "or load good weights first"
+                "the module's adapters held numbers that are not finite when its last fit ended: give a good file as "
+                "ckpt_path, or load good weights first"
             )
         adoption.check_adopter(self, trainer, pl_module)
         check_optimizers(trainer.optimizers)

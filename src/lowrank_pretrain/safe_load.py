@@ -13,6 +13,7 @@ import io
 import pathlib
 import pickle
 import uuid
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections.abc import Callable
 from os import PathLike
 from types import SimpleNamespace
@@ -106,7 +107,8 @@ class _Reader:
 
         class Unpickler(pickle.Unpickler):
             def find_class(self, module: str, name: str) -> Any:
-                full = f"{module}.{name}"
+                module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
+                full = f"{module}.{name}"  # torch writes the names that Python 2 had
                 if full in known:
                     return known[full]
                 return type(name.rpartition(".")[2] or "Unread", (Unread,), {"kind": full})
