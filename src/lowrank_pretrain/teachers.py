@@ -1,9 +1,9 @@
 """Frozen copies of a model that trains, which users keep inside of one module: DINO's, BYOL's, MoCo's, mean teachers.
 
 Their owners update them from the trained one, and most do so by the position of ``parameters()``. Adapters change number and
-order of those, so the update would fail, or pair what does not belong together, after the switch; and an update by name from
-``state_dict()`` follows W without what the adapters add. So a copy is named when the fit begins, and a ``zip`` of the two is
-refused in the first step.
+order of those, so the update would fail, or pair what does not belong together, after the switch; one by name from
+``state_dict()`` goes on, with the merged weights. So a copy is named when the fit begins, and a ``zip`` of the two is refused
+in the first step.
 """
 
 import weakref
@@ -17,8 +17,8 @@ from lowrank_pretrain.errors import ConfigError
 from lowrank_pretrain.targets import Target, plain_name
 
 CURE = (
-    "update it by name from lowrank_pretrain.lora.plain_state(student, student.state_dict()), which has the merged weights, "
-    "and not by the position of parameters(), which adapters change"
+    "update it by name from student.state_dict(), which has the merged weights, and not by the position of parameters(), which "
+    "adapters change"
 )
 
 
