@@ -79,7 +79,7 @@ LEGAL = {
     "logger._target_": (None,),
     "method.alpha": (0.5, HUGE, None), "method.freeze_rest": FLAG, "method.train_A": FLAG, "method.adapter_lr": (0.5, HUGE),
     "method.adapter_weight_decay": (0, 0.5, HUGE, None), "method.seed": (-1, 0, HUGE, None),
-    "method.weight_tol": (0.5,), "method.loss_tol": (0.5,), "method.warmup": COUNT_FROM_0, "method.earliest": COUNT_FROM_0,
+    "method.weight_tol": (0.5,), "method.loss_tol": (0.5,), "method.warmup": COUNT_FROM_0, "method.earliest": (0,),
     "method.latest": (HUGE, None), "method.rewarm": COUNT_FROM_0,
     "method.update_proj_gap": (HUGE,), "method.scale": (0, 0.5, HUGE), "method.rotate_moments": FLAG, "method.stagger": FLAG,
     "method.layerwise": FLAG, "method.residual": (None,),
@@ -90,11 +90,13 @@ LEGAL = {
 LEGAL_IN = {
     "tokens": {"data.root": ()},
     "galore": {"method.rank": (HUGE,)},  # clamped to what a matrix allows
+    "lora": {"method.rank": (HUGE,)},  # likewise, under a preset
     "relora": {"method.prune": (0, 0.5, None)},
 }
 # values that only do not go with another key, which the line names instead
 ELSEWHERE = [
     ("trainer.max_epochs", -1, "optim.schedule"), ("method.window", HUGE, "trainer.max_epochs=3"),
+    ("method.earliest", HUGE, "trainer.max_epochs=3"),
     ("model.model_kwargs", None, "img_size=28"), ("model.model_kwargs", {}, "img_size=28"),
     ("model.model_kwargs.patch_size", None, "img_size=28"), ("method.uses", [], "is no key of this method"),
 ]  # fmt: skip

@@ -130,3 +130,12 @@ def test_ranks_that_read_different_files_are_told_before_training(ranks, tmp_pat
 def test_fsdp2_is_refused_before_anything_is_sharded(ranks):
     for fine, value, _ in ranks.outcomes(2, workers.sharded, 2):
         assert not fine and value.startswith("ConfigError: strategy='ModelParallelStrategy': PreLoRA") and "use ddp" in value
+
+
+def test_ranks_agree_on_what_the_first_step_showed_and_on_who_was_called(ranks, tmp_path):
+    """A layer that one rank does not call has a gradient all the same there: DDP's average."""
+    (phase, plan, left_out, weights), other = ranks(2, workers.routed, 2, tmp_path)
+    assert (phase, plan, left_out) == other[:3] and phase == "lowrank"
+    assert {name for name in plan if "experts" in name} == {"experts.0", "experts.1"}
+    assert "is never called" in left_out["experts.2"] and "in any of the 8 optimizer steps" in left_out["experts.3"]
+    assert all(torch.equal(a, b) for a, b in zip(weights, other[3], strict=True))

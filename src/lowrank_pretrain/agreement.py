@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 
 class Disagreement(RuntimeError):
@@ -46,7 +47,7 @@ def agreed_hash(strategy: Any, module: nn.Module, when: str, apart: Collection[s
         Disagreement: on every rank, naming the first parameter that differs and the ranks that hold another one.
     """
     apart = set(getattr(module, "_ddp_params_and_buffers_to_ignore", ()) if apart is None else apart)
-    named = [(name, p) for name, p in module.named_parameters() if name not in apart]
+    named = [(name, p) for name, p in module.named_parameters() if name not in apart and not is_lazy(p)]
     if not named:
         return 0
     mine = torch.stack([fingerprint(p) for _, p in named])

@@ -23,10 +23,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lowrank_pretrain.checkpoint_io import local_path
 from lowrank_pretrain.errors import ConfigError
 from lowrank_pretrain.export_peft import adapted_layers, write_adapters
 from lowrank_pretrain.lora import plain_state
 from lowrank_pretrain.models.wording import closest, one_line
+from lowrank_pretrain.safe_load import safe_load, unread
 
 log = logging.getLogger("lowrank_pretrain.export")  # as a command, __name__ is another
 
@@ -74,7 +76,7 @@ def export(ckpt: str | Path, format: str | None, out: str | Path) -> Path:
     """
     if format is not None and format not in FORMATS:
         raise ConfigError("format", format, f"must be one of {', '.join(FORMATS)}")
-    out = Path(out)
+    out, ckpt = Path(local_path(out, "out")), local_path(ckpt, "ckpt")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError("out", str(out), "must be a new or an empty folder")
     source = read(Path(ckpt))
@@ -96,7 +98,7 @@ def export_module(module: torch.nn.Module, out: str | Path) -> Path:
     Raises:
         ValueError: the adapters hold numbers that are not finite.
     """
-    state = {key: value.detach().cpu() for key, value in _tensors(plain_state(module, module.state_dict())).items()}
+    state = {key: value.detach().cpu() for key, value in _tensors(plain_state(module)).items()}
     return _write(Source(state, dict(getattr(module, "hparams", {})), {}, type(module).__name__), Path(out))
 
 
@@ -109,7 +111,7 @@ def read(path: Path) -> Source:
     if not path.is_file():
         raise ConfigError("ckpt", str(path), "no such file; give a Lightning checkpoint such as checkpoints/last.ckpt")
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        found = safe_load(path)
     except Exception as error:  # torch raises a dozen kinds for files that are cut off or of another format
         raise ConfigError("ckpt", str(path), f"cannot be read (truncated, or foreign): {one_line(error, 160)}") from error
     state = found.get("state_dict") if isinstance(found, dict) else None
@@ -118,7 +120,8 @@ def read(path: Path) -> Source:
     lowrank = found.get("lowrank_pretrain", {})
     if lowrank.get("format", 1) != 1:
         raise ConfigError("ckpt", str(path), f"was written in format {lowrank['format']}; this version reads 1")
-    return Source(_tensors(state), dict(found.get("hyper_parameters", {})), lowrank, str(path))
+    hparams = found.get("hyper_parameters", {})
+    return Source(_tensors(state), dict(hparams) if isinstance(hparams, Mapping) else {}, lowrank, str(path))
 
 
 def _tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -167,6 +170,12 @@ def _network(source: Source) -> torch.nn.Module:
         from lowrank_pretrain.models.language import CausalLM as Module
 
     known = inspect.signature(Module).parameters
+    for key in known.keys() & source.hparams.keys():
+        if unread(source.hparams[key]) is not None:
+            raise ConfigError(
+                "ckpt", source.label, f"its hyper-parameter {key} is a {unread(source.hparams[key])}, which is not read from a "
+                "file: give the module plain values (numbers, text, lists, dicts); the weights are in its state_dict"
+            )  # fmt: skip
     module = Module(**{key: value for key, value in source.hparams.items() if key in known})
     module.on_load_checkpoint({"state_dict": source.state})
     dtypes = {value.dtype for value in source.state.values() if value.is_floating_point()}

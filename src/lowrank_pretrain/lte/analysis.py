@@ -75,7 +75,7 @@ class EffectiveRank(Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Keep W₀, unless a checkpoint brought it."""
-        found = find_targets(pl_module, self.targets)
+        found = find_targets(pl_module, self.targets, warn=False, frozen=True)
         self._taken_now = self._start is None
         if self._start is not None:
             shapes = {name: (target.rows, target.cols) for name, target in found.items()}
@@ -95,7 +95,7 @@ class EffectiveRank(Callback):
         """Look at the gradients, reduced over processes by now."""
         if self.every is None or (trainer.global_step + 1) % self.every or not trainer.is_global_zero:
             return
-        found = find_targets(pl_module, self.targets)
+        found = find_targets(pl_module, self.targets, warn=False, frozen=True)
         owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
         with_grad = {n: t for n, t in found.items() if id(t.layer.weight) in owned and t.layer.weight.grad is not None}
         if with_grad:
@@ -113,7 +113,7 @@ class EffectiveRank(Callback):
         if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking or not trainer.is_global_zero:
             return
         values = {}
-        for name, present in present_matrices(find_targets(pl_module, self.targets)):
+        for name, present in present_matrices(find_targets(pl_module, self.targets, warn=False, frozen=True)):
             start = self._start[name].to(present.device)
             values[name] = self._ranks(present.double() - start.double() if present.device.type != "mps" else present - start)
         self._log(trainer, pl_module, "update", values, max(trainer.global_step - 1, 0))
