@@ -357,8 +357,8 @@ def test_wrong_language_weights_are_one_line(tmp_path):
     wrong(lambda: gpt(pretrained_file=str(tmp_path / "empty")), key, "must hold weights")
     (folder / "config.json").write_text("{")
     wrong(lambda: gpt(pretrained_file=str(folder)), key, "config.json", "cannot be read")
-    (folder / "config.json").write_text('{"model_type": "bert"}')
-    wrong(lambda: gpt(pretrained_file=str(folder)), "name='gpt2'", "'bert'")
+    (folder / "config.json").write_text('{"model_type": "t5"}')
+    wrong(lambda: gpt(pretrained_file=str(folder)), "name='gpt2'", "'t5'")
 
 
 def test_experts_in_one_tensor_are_named_once():
