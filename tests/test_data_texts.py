@@ -203,22 +203,29 @@ def small_blocks(monkeypatch):
 
 SOURCES = {
     "txt": [".txt"], "txt.gz": [".txt.gz"], "three txt": [".txt"] * 3, "jsonl": [".jsonl"], "json": [".json"], "csv": [".csv"],
-    "parquet": [".parquet"], "jsonl.gz": [".jsonl.gz"], "seven jsonl": [".jsonl"] * 7, "saved": [],
+    "parquet": [".parquet"], "jsonl.gz": [".jsonl.gz"], "seven jsonl": [".jsonl"] * 7, "saved": [], "hub": [],
 }  # fmt: skip
 
 
 def source(root, what, texts):
-    """Files of this kind under root/train…, or a saved set; the documents in their order."""
+    """Files of this kind under root/train…, a saved set, or a set as the hub has it; returns the data module's own options."""
     endings = SOURCES[what]
+    if what == "hub":
+        pytest.importorskip("datasets", reason="it reads such sets")
+        (root / "set").mkdir()
+        for split, part in (("train-0", texts[::2]), ("train-1", texts[1::2]), ("validation-0", texts[:5])):
+            (root / "set" / f"{split}.parquet").write_bytes(rows_as(".parquet", part))
+        return {"dataset": str(root / "set")}
     if not endings:
         datasets = pytest.importorskip("datasets", reason="it saves and reads such sets")
         split = datasets.Dataset.from_dict({"text": texts})
         datasets.DatasetDict({"train": split, "validation": split.select(range(5))}).save_to_disk(root)
-        return
+        return {}
     for i, ending in enumerate(endings):
         ending, packing = ("." + part if part else "" for part in (ending + ".").split(".")[1:3])
         packed(root / f"train{i}{ending}{packing}", rows_as(ending, texts[i :: len(endings)]))
         packed(root / f"val{i}{ending}{packing}", rows_as(ending, texts[:5]))
+    return {}
 
 
 def tokens_of_readers(stream, readers, tokens_each):
@@ -237,8 +244,7 @@ def tokens_of_readers(stream, readers, tokens_each):
 def test_readers_share_any_source_and_each_word_is_read_once(tmp_path, small_blocks, what, readers):
     texts = [f"{i} " + " ".join(f"w{i}x{j}." for j in range(5 + i % 50)) for i in range(300)]
     texts[7] = " ".join(f"w7x{j}." for j in range(400))  # longer than a block
-    source(tmp_path, what, texts)
-    data = text(tmp_path)
+    data = text(tmp_path, **source(tmp_path, what, texts))
     data.setup()
     rows = tokens_of_readers(data.train_set, readers, 1 << 20)
     read = [KJV.decode(part.ravel().tolist(), skip_special_tokens=False).replace("<|endoftext|>", " ") for part in rows]
@@ -276,12 +282,11 @@ def test_text_too_short_for_one_sequence_says_how_long_it_is(tmp_path):
 @pytest.mark.parametrize("what", SOURCES)
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_any_source_resumes_at_every_batch(tmp_path, small_blocks, what, num_workers):
-    if num_workers and what in ("three txt", "json", "jsonl.gz", "csv"):
+    if num_workers and what in ("three txt", "json", "jsonl.gz", "csv", "seven jsonl"):
         pytest.skip("as the other kinds, and each worker costs time")
     texts = sentences(60)
     texts[7] = " ".join(sentences(30, seed=3))
-    source(tmp_path, what, texts)
-    options = {"num_workers": num_workers, "batches_per_epoch": 90, "shuffle_block": 7}
+    options = source(tmp_path, what, texts) | {"num_workers": num_workers, "batches_per_epoch": 90, "shuffle_block": 7}
     data = text(tmp_path, **options)
     data.setup()
     loader, states, whole = data.train_dataloader(), [], []
@@ -382,6 +387,18 @@ def test_empty_texts_add_nothing(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(rows_as(".jsonl", ["one", "", "  \n", "two"]))
     source = FileDocuments([tmp_path / "a.jsonl"], "train_files", "text")
     assert [piece.text for piece in source.read(None)] == ["one", "two"] and not source.bad
+
+
+def test_a_row_without_text_of_a_set_on_the_hub_is_left_out(tmp_path):
+    texts = [*sentences(9), None, *sentences(9, seed=1)]
+    for what in ("hub", "saved"):
+        (tmp_path / what).mkdir()
+        data = text(tmp_path / what, **source(tmp_path / what, what, texts), val_sequences=2)
+        data.setup()
+        pieces = list(data.train_set.documents.read(None))
+        assert sorted(piece.text for piece in pieces) == sorted(filter(None, texts))
+        assert len(data.train_set.documents.bad) == 1 and "row " in data.train_set.documents.bad[0]
+        assert "holds no text in 'text' but null" in data.train_set.documents.bad[0]
 
 
 # ---- saved sets

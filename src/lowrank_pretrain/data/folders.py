@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -51,6 +51,9 @@ class Folder:
 
     def __len__(self) -> int:
         return len(self.members)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_zip": None}  # an open archive cannot go to another process
 
     def open(self, i: int) -> BinaryIO:
         """The file of picture ``i``."""

@@ -245,4 +245,6 @@ def check_patches(model: nn.Module, name: str, img_size: int) -> None:
     patch = embed.patch_size[0]
     if img_size % patch:
         near = max(patch, img_size // patch * patch)
-        raise ConfigError("img_size", img_size, f"must be a multiple of {name}'s patch size {patch}, such as {near}")
+        raise ConfigError(
+            "img_size", img_size, f"must be a multiple of {name}'s patch size {patch}, such as data.img_size={near}"
+        )
