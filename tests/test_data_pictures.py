@@ -199,6 +199,7 @@ LAYOUTS = {
         "root='.*train': must hold images in the folder of each class; no file that Pillow reads is in b",
     ),
     "an empty part": (["train/a/1.png", "train/b/1.png", "val/"], "root='.*val': must hold images: Found 0 images"),
+    "flat parts": (["train/1.png", "train/2.png", "test/1.png"], "root='.*train': must hold a folder for each class"),
     "one picture a class": (["a/1.png", "b/1.png"], "val_fraction=0.1: must leave images on both sides: 2 images in 2 classes"),
 }
 
@@ -237,6 +238,15 @@ def test_validation_is_held_out_where_there_is_no_part_for_it(tmp_path):
     with_test, _ = set_up(images(root, val_fraction=0.2, test_split="test"))
     assert names(with_test.test_set) == [f"test/{c}/0.png" for c in "abc"] and names(with_test.val_set) == names(data.val_set)
     assert names(set_up(images(root, val_split="test"))[0].val_set) == names(with_test.test_set)
+
+
+def test_parts_may_be_written_in_capitals_and_a_class_may_be_called_train(tmp_path):
+    data, said = set_up(
+        images(lay(tmp_path / "a", [f"{part}/{c}/{i}.png" for part in ("Train", "Valid") for c in "ab" for i in "12"]))
+    )
+    assert names(data.val_set) == [f"Valid/{c}/{i}.png" for c in "ab" for i in "12"] and not said
+    data, _ = set_up(images(lay(tmp_path / "b", [f"{c}/{i}.png" for c in ("bus", "train", "car") for i in range(4)])))
+    assert data.class_names == ["bus", "car", "train"] and len(data.train_set) == 9
 
 
 def test_what_is_held_out_depends_on_the_seed_of_the_data_alone():
@@ -386,7 +396,7 @@ def test_pictures_of_the_hub_keep_their_shades_and_names(tmp_path, kind):
 def test_several_labels_an_image_are_named_as_unsupported(tmp_path, label):
     data, _ = set_up(images(image_folder(tmp_path)))
     image = picture(np.random.default_rng(0))
-    refuses("name=.*several labels or other data, which is not supported", data.train_set.picture, image, label, 0)
+    refuses("name='folder': .*several labels or other data .*, which is not supported", data.train_set.picture, image, label, 0)
 
 
 # ---- MedMNIST

@@ -482,6 +482,56 @@ TOKENIZERS = {
 }  # fmt: skip
 
 
+def other_kinds():
+    """Tokenizers that are no byte-level BPE, each with a beginning and an end of its own."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+
+    texts = sentences(60)
+    special = ["[UNK]", "[CLS]", "[SEP]"]
+    words = pre_tokenizers.Whitespace()
+    space = pre_tokenizers.Metaspace()
+    few = {"vocab_size": 200, "special_tokens": special}
+    pieces = {
+        "words": (models.WordLevel(unk_token="[UNK]"), trainers.WordLevelTrainer(special_tokens=special), words),
+        "known words": (models.WordLevel(), trainers.WordLevelTrainer(special_tokens=special), words),
+        "pieces of words": (models.WordPiece(unk_token="[UNK]"), trainers.WordPieceTrainer(**few), words),
+        "unigrams": (models.Unigram(), trainers.UnigramTrainer(**few, unk_token="[UNK]"), space),
+        "letters": (models.BPE(unk_token="[UNK]"), trainers.BpeTrainer(**few), space),
+    }
+    for name, (model, trainer, before) in pieces.items():
+        tokenizer = Tokenizer(model)
+        tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.NFC(), before
+        tokenizer.train_from_iterator(texts, trainer)
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+        )
+        tokenizer.enable_truncation(4)
+        tokenizer.enable_padding(length=32)
+        yield name, tokenizer
+
+
+def test_tokenizers_of_other_kinds(tmp_path):
+    for stem in ("train", "val"):
+        (tmp_path / f"{stem}.txt").write_text("\n".join(sentences(60)))
+    tried = 0
+    for name, tokenizer in other_kinds():
+        tokenizer.save(str(tmp_path / "tokenizer.json"))
+        tokenizer.no_truncation(), tokenizer.no_padding()
+        data = text(tmp_path, tokenizer=str(tmp_path), val_sequences=10_000)
+        data.setup()
+        want = [1, *tokenizer.encode("\n".join(sentences(60)), add_special_tokens=False).ids, 2]
+        assert np.asarray(data.val_set.tokens).tolist() == want[: len(want) // 16 * 16] and data.end_id == 2, name
+        tried += 1
+    assert tried == 5
+
+
+def test_a_folder_with_wordpieces_only_is_read_through_transformers(tmp_path):
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "king", "##s"]))
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
+    tokenizer, end = load_tokenizer(str(tmp_path))
+    assert DocumentEncoder(tokenizer, end)("the kings") == [2, 5, 6, 7, 3] and end == 3
+
+
 @pytest.mark.parametrize("what", TOKENIZERS)
 def test_no_tokenizer_cuts_fills_up_or_doubles_the_end(tmp_path, what):
     changes, begin, _ = TOKENIZERS[what]

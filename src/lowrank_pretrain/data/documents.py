@@ -402,7 +402,8 @@ def find_files(root: str | None, patterns: str | list[str], key: str) -> list[Pa
     if not files:
         there = sorted(path.name for path in Path(root).iterdir() if not path.name.startswith("."))
         names = f"; there are: {', '.join(there[:10])}{'…' if len(there) > 10 else ''}" if there else ", the folder is empty"
-        raise ConfigError(key, patterns, f"must match files under {root}, matches none{names}")
+        cure = "; `python -m lowrank_pretrain.data.prepare` holds a part out" if key == "val_files" else ""
+        raise ConfigError(key, patterns, f"must match files under {root}, matches none{names}{cure}")
     kinds = {kind_of(path, key) for path in files}
     if len(kinds) > 1:
         raise ConfigError(key, patterns, f"must match one kind of file, matches {' and '.join(sorted(kinds))}")

@@ -112,7 +112,9 @@ def split_folder(root: str | None, splits: dict[str, str | None], fraction: floa
     found = find_pictures(path)
     if not found.pictures:
         raise ConfigError("root", root, f"must hold images: Found 0 images there{_count(found.others, ', but ')}")
-    parted = any(name in (splits["train_split"], *TRAIN, *EVAL) for name in found.tops)
+    named = {name for name in found.tops if name == splits["train_split"] or name.lower() in TRAIN + EVAL}
+    # a class may be called train too: parts hold folders, or there is nothing else
+    parted = (named and named == set(found.tops)) or any(parts[0] in named and len(parts) > 2 for parts, _, _ in found.pictures)
     return (_with_splits if parted else _without_splits)(found, splits, fraction, seed)
 
 
@@ -272,7 +274,7 @@ def _common_top(pictures: list) -> int:
     """How many folders hold all of an archive, such as the one it is named after."""
     top = 0
     while pictures and all(len(parts) > top + 2 for parts, _, _ in pictures):
-        names = {parts[top] for parts, _, _ in pictures}
+        names = {parts[top].lower() for parts, _, _ in pictures}
         if len(names) > 1 or names & {*TRAIN, *EVAL}:
             break
         top += 1
@@ -281,8 +283,10 @@ def _common_top(pictures: list) -> int:
 
 def _part_folder(name: str, tops: list[str]) -> str | None:
     """The folder of a part: of that name, or of another word for it."""
-    words = next((group for group in (TRAIN, VALIDATION) if name in group), ())
-    return next((word for word in (name, *words) if word in tops), None)
+    if name in tops:
+        return name
+    words = next((group for group in (TRAIN, VALIDATION) if name in group), (name,))
+    return next((top for word in words for top in tops if top.lower() == word.lower()), None)
 
 
 def _no_part(key: str, name: str | None, found: Found) -> ConfigError:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 from lightning.pytorch.utilities import rank_zero_only
 
 from lowrank_pretrain.data.arrays import check_shape
@@ -131,8 +132,10 @@ class ImageData(PretrainData):
             ConfigError: data that are missing, or a stream, which does not say.
         """
         if self.num_classes is None and self.name.partition("/")[0] not in STREAMS:
-            classes = self._open_all()["train_split"].classes
-            self.num_classes = len(classes) if classes else None
+            base = self._open_all()["train_split"]
+            labels = base.labels() if not base.classes and hasattr(base, "labels") else np.empty(0)
+            counted = 1 + int(labels.max()) if labels.dtype.kind in "iu" and labels.ndim == 1 and labels.size else None
+            self.num_classes = len(base.classes) if base.classes else counted
         if self.num_classes is None:
             raise ConfigError("num_classes", None, f"must be given: {self.name} does not say how many classes it has")
         return self.num_classes
@@ -193,7 +196,7 @@ class ImageData(PretrainData):
         return MapImages(base, self._picture(training), mixing if training and mixing.active else None)
 
     def _picture(self, training: bool) -> Picture:
-        return Picture(self._transform(training), self.num_classes, self.in_chans, training, self.seed)
+        return Picture(self._transform(training), self.num_classes, self.in_chans, training, self.seed, self.name)
 
     def _open_stream(self, key: str, split: str, mixing: Mixing) -> StreamImages:
         training = key == "train_split"

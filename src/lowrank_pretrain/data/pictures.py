@@ -58,17 +58,20 @@ class Picture:
         in_chans: 1 or 3.
         training: seed before each image.
         seed: the run's.
+        name: of the set, for errors.
     """
 
-    def __init__(self, transform: Callable, num_classes: int, in_chans: int, training: bool, seed: int | None) -> None:
-        self.transform, self.num_classes, self.in_chans = transform, num_classes, in_chans
+    def __init__(
+        self, transform: Callable, num_classes: int, in_chans: int, training: bool, seed: int | None, name: str = ""
+    ) -> None:
+        self.transform, self.num_classes, self.in_chans, self.name = transform, num_classes, in_chans, name
         self.training, self.seed = training, seed
 
     def __call__(self, image: Image.Image, label: Any, *words: object) -> tuple[torch.Tensor, int]:
         """(in_chans, S, S) and the label; only inside :func:`~lowrank_pretrain.data.rng.borrowed`."""
         if isinstance(label, (list, tuple, dict)) or getattr(label, "ndim", 0):
-            allowed = "gives an image several labels or other data, which is not supported: take a set of one class an image"
-            raise ConfigError("name", type(label).__name__, allowed)
+            allowed = f"gives an image several labels or other data ({type(label).__name__}), which is not supported"
+            raise ConfigError("name", self.name, f"{allowed}: take a set of one class an image")
         if not hasattr(label, "__index__") or not 0 <= int(label) < self.num_classes:
             raise ConfigError(
                 "num_classes", self.num_classes, f"must be above every label (whole numbers from 0), found {label!r}"

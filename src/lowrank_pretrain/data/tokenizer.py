@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -125,11 +126,20 @@ class DocumentEncoder:
 
     def __init__(self, tokenizer: "Tokenizer", end: int) -> None:
         self.tokenizer, self.end = tokenizer, end
-        bare, whole = (tokenizer.encode("a", add_special_tokens=added).ids for added in (False, True))
+        probes = chain(("a", "0"), islice(tokenizer.get_vocab(with_added_tokens=False), 1000))  # a word of its own, if need be
+        bare, whole = next(filter(None, map(self._ids, probes)), ([], []))
         at = next((i for i in range(len(whole) - len(bare) + 1) if whole[i : i + len(bare)] == bare), 0)
         self.before, self.after = whole[:at], whole[at + len(bare) :]
         if self.after[-1:] != [end]:
             self.after = [*self.after, end]
+
+    def _ids(self, probe: str) -> tuple[list[int], list[int]] | None:
+        """Ids without and with what the tokenizer adds; None for a word that it does not know."""
+        try:
+            bare, whole = (self.tokenizer.encode(probe, add_special_tokens=added).ids for added in (False, True))
+        except Exception:  # the library's only class: a vocabulary of words that has none for others
+            return None
+        return (bare, whole) if bare else None
 
     def __call__(self, text: str, begins: bool = True, ends: bool = True) -> list[int]:
         """Ids of a piece of a document that is the first of it, the last, or both."""

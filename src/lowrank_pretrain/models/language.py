@@ -275,7 +275,11 @@ def config_of(path: Path, name: str) -> dict[str, Any]:
         return {}  # of something else
     if kind != name:
         known = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-        words = f"must be {kind}, the kind of model" if known else f"does not fit: no causal LM but {kind!r} is"
+        words = (
+            f"must be {kind} (with model.config=null for its sizes), the kind of model"
+            if known
+            else f"does not fit: no causal LM but {kind!r} is"
+        )
         raise ConfigError("name", name, f"{words} in {path}")
     default = AutoConfig.for_model(name)
     known = set(default.to_dict()) | set(default.attribute_map)
