@@ -173,6 +173,18 @@ def test_what_is_no_picture_is_counted_by_kind(tmp_path):
                     "1 without an ending"]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("hflip", -0.1), ("vflip", 2), ("re_prob", True), ("color_jitter", -1), ("crop_pct", 0), ("crop_pct", 1.5),
+        ("interpolation", "cubic"), ("scale", [0.5]), ("scale", [0.8, 0.2]), ("scale", [0.1, 2]), ("ratio", [0, 1]),
+        ("ratio", ["a", "b"]), ("img_size", 10**12), ("num_classes", 10**12), ("mean", []), ("std", [1, 1, -1]),
+    ],
+)  # fmt: skip
+def test_augmentation_that_cannot_be_meant_is_refused(key, value):
+    refuses(f"^{key}=", images, "/nowhere", **{key: value})
+
+
 def test_endings_are_those_that_pillow_opens():
     endings = image_endings()
     assert {".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".jp2", ".tga", ".ico", ".pgm"} <= endings

@@ -118,6 +118,13 @@ def test_marks_of_byte_order_and_ends_of_lines_are_not_trained_on(tmp_path):
         assert [KJV.encode(piece.text).ids for piece in found] == [want], name
 
 
+@pytest.mark.parametrize("files", ["", ["train*", ""], "/etc/*"])
+def test_patterns_are_globs_below_the_root(tmp_path, files):
+    (tmp_path / "train.txt").write_text("a")
+    refuses("train_files=.*must be globs for files below", find_files, str(tmp_path), files, "train_files")
+    refuses("seq_len=1000000000000: must be a whole number, 2 to", text, tmp_path, seq_len=10**12)
+
+
 def test_hidden_files_are_passed_over_and_others_named(tmp_path):
     (tmp_path / "train.txt").write_text("a")
     (tmp_path / ".train.txt.swp").write_bytes(b"\0\1")

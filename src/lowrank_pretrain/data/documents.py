@@ -397,6 +397,8 @@ def find_files(root: str | None, patterns: str | list[str], key: str) -> list[Pa
     if root is None or not Path(root).is_dir():
         raise ConfigError("root", root, "must be an existing folder of text files (or give data.dataset, a set on the hub)")
     patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+    if not all(patterns) or any(Path(pattern).is_absolute() for pattern in patterns):
+        raise ConfigError(key, patterns, f"must be globs for files below {root}, such as train*")
     files = sorted({path for pattern in patterns for path in Path(root).glob(pattern) if path.is_file()})
     files = [path for path in files if not path.name.startswith(".")]  # what an operating system or an editor leaves
     if not files:

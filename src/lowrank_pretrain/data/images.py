@@ -22,6 +22,7 @@ from lowrank_pretrain.data.sources import STREAMS, HubImages, hold_out_of_hub, o
 from lowrank_pretrain.data.stream_loaders import PassLoader, StreamLoader
 from lowrank_pretrain.errors import ConfigError
 
+INTERPOLATIONS = ("bilinear", "bicubic", "nearest", "lanczos", "box", "hamming", "random")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -104,6 +105,9 @@ class ImageData(PretrainData):
         check_shape(img_size, in_chans, 1 if num_classes is None else num_classes)
         if isinstance(val_fraction, bool) or not 0 < val_fraction < 1:
             raise ConfigError("val_fraction", val_fraction, "must be a share above 0 and below 1")
+        _check_augmentation(
+            {"hflip": hflip, "vflip": vflip, "re_prob": re_prob}, color_jitter, crop_pct, interpolation, scale, ratio
+        )
         self.root, self.name, self.download, self.val_fraction = root, name, download, val_fraction
         self.train_split, self.val_split, self.test_split = train_split, val_split, test_split
         self.num_classes, self.img_size, self.in_chans = num_classes, img_size, in_chans
@@ -121,7 +125,7 @@ class ImageData(PretrainData):
         self.eval_transform = {"crop_pct": crop_pct, **common}
         if interpolation == "random":  # of training only
             self.eval_transform["interpolation"] = "bicubic"
-        fixed = self.eval_transform["interpolation"], crop_pct or 0.875, "center"
+        fixed = self.eval_transform["interpolation"], crop_pct, "center"
         self.preprocessing = evaluation_recipe(img_size, in_chans, mean, std, *fixed)
         self._bases: dict[str, Any] | None = None  # the opened sets, by key
 
@@ -233,6 +237,31 @@ class ImageData(PretrainData):
         if isinstance(dataset, StreamImages):
             return PassLoader(dataset, self.num_workers)
         return super()._make_loader(dataset, shuffle)
+
+
+def _check_augmentation(
+    shares: dict[str, float],
+    color_jitter: float,
+    crop_pct: float,
+    interpolation: str,
+    scale: Sequence[float],
+    ratio: Sequence[float],
+) -> None:
+    """Raise a ConfigError for what timm takes without a word and cannot mean anything."""
+    for key, value in shares.items():
+        if isinstance(value, bool) or not 0 <= value <= 1:
+            raise ConfigError(key, value, "must be a probability, 0 to 1")
+    if isinstance(color_jitter, bool) or not 0 <= color_jitter <= 1:
+        raise ConfigError("color_jitter", color_jitter, "must be a strength from 0 (off) to 1")
+    if isinstance(crop_pct, bool) or not 0 < crop_pct <= 1:
+        raise ConfigError("crop_pct", crop_pct, "must be a share above 0, at most 1")
+    if interpolation not in INTERPOLATIONS:
+        raise ConfigError("interpolation", interpolation, f"must be one of {', '.join(INTERPOLATIONS)}")
+    for key, pair, most in (("scale", scale, 1), ("ratio", ratio, float("inf"))):
+        numbers = len(pair) == 2 and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in pair)
+        if not numbers or not 0 < pair[0] <= pair[1] <= most:
+            words = "two shares of the area, the smaller first" if key == "scale" else "two positive numbers, the smaller first"
+            raise ConfigError(key, list(pair), f"must be {words}")
 
 
 def _channel_values(key: str, values: Sequence[float]) -> tuple[float, ...]:

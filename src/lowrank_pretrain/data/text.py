@@ -14,6 +14,8 @@ from lowrank_pretrain.data.tokenizer import DocumentEncoder, load_tokenizer, voc
 from lowrank_pretrain.data.tokens import TokenSet
 from lowrank_pretrain.errors import ConfigError
 
+MOST_TOKENS = 1 << 24  # of a sequence: a slip of the finger must not ask for all memory
+
 
 class TextData(PretrainData):
     """Streams ``{"input_ids": (batch_size, seq_len)}``; an epoch is ``batches_per_epoch`` batches and the stream runs on.
@@ -65,8 +67,8 @@ class TextData(PretrainData):
         seed: int | None = None,
     ) -> None:
         super().__init__(batch_size, num_workers, seed)
-        if not isinstance(seq_len, int) or seq_len < 2:
-            raise ConfigError("seq_len", seq_len, "must be a whole number, 2 or more")
+        if not isinstance(seq_len, int) or not 2 <= seq_len <= MOST_TOKENS:
+            raise ConfigError("seq_len", seq_len, f"must be a whole number, 2 to {MOST_TOKENS:,}")
         for key, value in (
             ("batches_per_epoch", batches_per_epoch),
             ("val_sequences", val_sequences),

@@ -99,7 +99,7 @@ class CausalLM(LightningModule):
             config = {**config_of(Path(pretrained_file), name), **config}
         check_layers("config", config)
         # the file is where weights came from, not what the network is: a checkpoint must load where it is gone
-        self.save_hyperparameters({"name": name, "vocab_size": vocab_size, "seq_len": seq_len, "config": config})
+        self.save_hyperparameters(ignore=["pretrained_file"])
         self.optim = Optim()
         check_count("vocab_size", vocab_size, least=2)
         check_count("seq_len", seq_len, least=2)
