@@ -1,6 +1,7 @@
 """A run that stops in the middle of an epoch and goes on in a new Trainer sees the batches it would have seen."""
 
 import pickle
+import shutil
 
 import lightning as L
 import pytest
@@ -35,11 +36,11 @@ def stream(root, num_workers=0, **kwargs):
     return TextData(str(root), "train*", "val*", tokenizer="kjv", batch_size=2, num_workers=num_workers, **sizes)
 
 
-def check(make, tmp_path, hook, step, **kwargs):
+def check(make, tmp_path, hook, step, per_epoch=PER_EPOCH, **kwargs):
     kwargs = {"limit_train_batches": PER_EPOCH, "limit_val_batches": 1} | kwargs
     path = tmp_path / "mid.ckpt"
     whole, weight = fit(make(), callbacks=[SaveAt(path, hook, step)], **kwargs)
-    assert len(set(whole)) == len(whole) == 3 * PER_EPOCH  # nothing repeats, so equality below says something
+    assert len(set(whole)) == len(whole) == 3 * per_epoch  # nothing repeats, so equality below says something
     torch.manual_seed(123)  # the resumed process has another global state
     rest, resumed = fit(make(), ckpt=path, **kwargs)
     assert rest == whole[step:]
@@ -85,6 +86,13 @@ def test_images_in_memory_with_two_workers(tmp_path):
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_random_augmentation_of_an_image_folder(tmp_path, pictures, num_workers):
     check(lambda: folder(pictures, num_workers), tmp_path, "batch", 8)
+
+
+@pytest.mark.parametrize("kind", ["tar", "zip"])
+def test_images_of_an_archive_whose_validation_is_held_out(tmp_path, pictures, kind):
+    archive = shutil.make_archive(str(tmp_path / "set"), kind, pictures / "train")
+    options = {"batch_size": 4, "img_size": 16, "val_fraction": 0.2, "num_workers": 2}
+    check(lambda: ImageData(archive, **options), tmp_path, "batch", 3, limit_train_batches=4, per_epoch=4)
 
 
 @pytest.mark.parametrize(

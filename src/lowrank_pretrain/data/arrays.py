@@ -14,6 +14,7 @@ from lowrank_pretrain.data.mixing import Mixing
 from lowrank_pretrain.errors import ConfigError
 from lowrank_pretrain.seeds import generator
 
+MOST_CLASSES, MOST_PIXELS = 1 << 24, 1 << 15  # a slip of the finger must not ask for all memory
 GRAY = (0.299, 0.587, 0.114)  # weights of red, green and blue in gray, ITU-R 601
 
 
@@ -95,10 +96,10 @@ class ArrayImages:
 
 def check_shape(img_size: int, in_chans: int, num_classes: int) -> None:
     """Raise a ConfigError unless the images asked for are square, of 1 or 3 channels, and of some classes."""
-    if not isinstance(num_classes, int) or num_classes < 1:
-        raise ConfigError("num_classes", num_classes, "must be the number of classes in the set")
-    if not isinstance(img_size, int) or img_size < 1:
-        raise ConfigError("img_size", img_size, "must be a positive number of pixels")
+    if not isinstance(num_classes, int) or not 1 <= num_classes <= MOST_CLASSES:
+        raise ConfigError("num_classes", num_classes, f"must be the number of classes in the set, at most {MOST_CLASSES:,}")
+    if not isinstance(img_size, int) or not 1 <= img_size <= MOST_PIXELS:
+        raise ConfigError("img_size", img_size, f"must be a positive number of pixels, at most {MOST_PIXELS:,}")
     if in_chans not in (1, 3):
         raise ConfigError("in_chans", in_chans, "must be 1 or 3")
 

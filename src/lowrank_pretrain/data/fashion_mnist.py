@@ -9,13 +9,14 @@ import numpy as np
 
 from lowrank_pretrain.data import SAMPLES
 from lowrank_pretrain.data.arrays import ArrayImages, check_shape
-from lowrank_pretrain.data.base import PretrainData
+from lowrank_pretrain.data.base import PretrainData, evaluation_recipe
 from lowrank_pretrain.data.idx import read_idx
 from lowrank_pretrain.data.mixing import Mixing
 from lowrank_pretrain.errors import ConfigError
 
 MEAN, STD = (0.2860,), (0.3530,)  # of the 60,000 training images
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
+NAMES = "T-shirt/top|Trouser|Pullover|Dress|Coat|Sandal|Shirt|Sneaker|Bag|Ankle boot".split("|")
 STEMS = {"train": "train", "test": "t10k"}
 
 
@@ -29,7 +30,7 @@ class FashionMNIST(PretrainData):
         num_workers: loading processes; 0 is the fastest at 28 pixels.
         img_size: side of the images handed out, pixels.
         in_chans: 1, or 3 for models of coloured images.
-        num_classes: 10; larger only leaves outputs of the model unused.
+        num_classes: 10, or None for the same; larger only leaves outputs of the model unused.
         flip: mirror half of the training images at random.
         mixup: alpha; 0 is off. This and the next four: :class:`~lowrank_pretrain.data.mixing.Mixing`.
         cutmix: alpha; 0 is off.
@@ -49,7 +50,7 @@ class FashionMNIST(PretrainData):
         num_workers: int = 0,
         img_size: int = 28,
         in_chans: int = 1,
-        num_classes: int = 10,
+        num_classes: int | None = 10,
         flip: bool = True,
         mixup: float = 0.0,
         cutmix: float = 0.0,
@@ -59,11 +60,15 @@ class FashionMNIST(PretrainData):
         seed: int | None = None,
     ) -> None:
         super().__init__(batch_size, num_workers, seed)
+        num_classes = len(NAMES) if num_classes is None else num_classes
         check_shape(img_size, in_chans, num_classes)
         self.root, self.flip = root, flip
         self.img_size, self.in_chans, self.num_classes = img_size, in_chans, num_classes
         self.mixing = Mixing(num_classes, mixup, cutmix, mix_prob, switch_prob, smoothing, seed)
         self.mixing.check(batch_size)
+        self.dataset_name = "Fashion-MNIST (sample of 14,000 images)" if root == "sample" else "Fashion-MNIST"
+        self.class_names = list(NAMES) if num_classes == len(NAMES) else None
+        self.preprocessing = evaluation_recipe(img_size, in_chans, MEAN, STD)
 
     def setup(self, stage: str | None = None) -> None:
         """Read the files, once."""

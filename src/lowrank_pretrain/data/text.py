@@ -5,28 +5,33 @@ For text that is read more than once, ``python -m lowrank_pretrain.data.prepare`
 
 import numpy as np
 
-from lowrank_pretrain.data.base import PretrainData
+from lowrank_pretrain.data.base import PretrainData, public_name
 from lowrank_pretrain.data.documents import open_documents, read_error
+from lowrank_pretrain.data.fetching import BadInputs
 from lowrank_pretrain.data.packing import Packer, TextStream
 from lowrank_pretrain.data.stream_loaders import StreamLoader
-from lowrank_pretrain.data.tokenizer import load_tokenizer
+from lowrank_pretrain.data.tokenizer import DocumentEncoder, load_tokenizer, vocabulary
 from lowrank_pretrain.data.tokens import TokenSet
 from lowrank_pretrain.errors import ConfigError
+
+MOST_TOKENS = 1 << 24  # of a sequence: a slip of the finger must not ask for all memory
 
 
 class TextData(PretrainData):
     """Streams ``{"input_ids": (batch_size, seq_len)}``; an epoch is ``batches_per_epoch`` batches and the stream runs on.
 
     Args:
-        root: folder of local files; not used with ``dataset``.
-        train_files: glob(s) under ``root``: ``.jsonl``, ``.json``, ``.parquet`` or ``.txt``, packed (``.gz``, ``.zst``) or not.
+        root: folder of local files, or one that `datasets` saved with ``save_to_disk``; not used with ``dataset``.
+        train_files: glob(s) under ``root``: ``.jsonl``, ``.json``, ``.csv``, ``.parquet``, ``.txt`` or ``.md``, packed
+            (``.gz``, ``.bz2``, ``.xz``, ``.zst``) or not. A text file is one document, in the others each row is one.
         val_files: likewise.
-        dataset: a set on the hub instead, e.g. ``allenai/c4``.
+        dataset: a set on the hub instead, e.g. ``allenai/c4``, or a saved folder.
         config: its configuration, e.g. ``en``.
         train_split: its training split.
         val_split: its validation split.
         text_key: column with the text.
         tokenizer: see :func:`~lowrank_pretrain.data.tokenizer.load_tokenizer`.
+        end_token: the token after each document; None: as the tokenizer's own files say, or one of the usual ones.
         batch_size: sequences per batch and process.
         num_workers: reading processes.
         seq_len: tokens per sequence.
@@ -51,6 +56,7 @@ class TextData(PretrainData):
         val_split: str = "validation",
         text_key: str = "text",
         tokenizer: str = "gpt2",
+        end_token: str | None = None,
         batch_size: int = 16,
         num_workers: int = 2,
         seq_len: int = 1024,
@@ -61,8 +67,8 @@ class TextData(PretrainData):
         seed: int | None = None,
     ) -> None:
         super().__init__(batch_size, num_workers, seed)
-        if not isinstance(seq_len, int) or seq_len < 2:
-            raise ConfigError("seq_len", seq_len, "must be a whole number, 2 or more")
+        if not isinstance(seq_len, int) or not 2 <= seq_len <= MOST_TOKENS:
+            raise ConfigError("seq_len", seq_len, f"must be a whole number, 2 to {MOST_TOKENS:,}")
         for key, value in (
             ("batches_per_epoch", batches_per_epoch),
             ("val_sequences", val_sequences),
@@ -72,7 +78,8 @@ class TextData(PretrainData):
                 raise ConfigError(key, value, "must be a whole number, 1 or more")
         self.train_source = (root, train_files, "train_files", dataset, config, train_split, "train_split")
         self.val_source = (root, val_files, "val_files", dataset, config, val_split, "val_split")
-        self.text_key, self.tokenizer_name = text_key, tokenizer
+        self.text_key, self.tokenizer_name, self.end_token = text_key, tokenizer, end_token
+        self.dataset_name = public_name(dataset or root or "text")
         self.seq_len, self.vocab_size = seq_len, vocab_size
         self.batches_per_epoch, self.val_sequences, self.shuffle_block = batches_per_epoch, val_sequences, shuffle_block
 
@@ -80,26 +87,28 @@ class TextData(PretrainData):
         """Open the text, and read the validation part, once."""
         if self.train_set is not None:
             return
-        tokenizer, end = load_tokenizer(self.tokenizer_name)
-        if tokenizer.get_vocab_size() > self.vocab_size:
-            allowed = f"must be at least {tokenizer.get_vocab_size()}, the vocabulary of {self.tokenizer_name}"
+        tokenizer, end = load_tokenizer(self.tokenizer_name, end_token=self.end_token)
+        self.remember_tokenizer(self.tokenizer_name, tokenizer, end)
+        if vocabulary(tokenizer) > self.vocab_size:
+            allowed = f"must be at least {vocabulary(tokenizer)}, the vocabulary of {self.tokenizer_name}"
             raise ConfigError("vocab_size", self.vocab_size, allowed)
-        reading = {"text_key": self.text_key, "tokenizer": tokenizer, "end": end, "seq_len": self.seq_len}
-        documents, files = open_documents(*self.val_source)
+        encode = DocumentEncoder(tokenizer, end)
+        documents = open_documents(*self.val_source, self.text_key)
+        packer = Packer(documents, encode, self.seq_len)
         try:
-            rows = Packer(documents, **reading).rows(self.val_sequences, endless=False)
-        except Exception as error:  # one class for each library below `datasets`
-            raise read_error(error, "val_files", files) from error
+            rows = packer.rows(self.val_sequences, endless=False)
+        except Exception as error:  # one class for each library that reads or unpacks
+            raise read_error(error, "val_files", documents.files) from error
+        BadInputs().add(packer.take_bad())
         if not len(rows):
             raise ConfigError("seq_len", self.seq_len, "must be at most the tokens of the validation text, which is shorter")
         self.val_set = self.test_set = TokenSet(np.ravel(rows), self.seq_len, self.vocab_size, "validation text")
-        documents, files = open_documents(*self.train_source)
         rank, world = self.ranks
         self.train_set = TextStream(
-            documents,
-            files,
+            open_documents(*self.train_source, self.text_key),
             "train_files",
-            **reading,
+            encode,
+            self.seq_len,
             batch_size=self.batch_size,
             block=self.shuffle_block,
             rank=rank,
