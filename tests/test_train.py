@@ -381,3 +381,103 @@ def test_a_dead_process_is_one_line(composed, tmp_path, text):
     line, code = failures.describe(RuntimeError(text), composed(), tmp_path)
     assert code == 1 and line.startswith("error: another process died or did not answer") and "\n" not in line
     assert failures.describe(RuntimeError("shapes differ"), composed(), tmp_path) is None
+
+
+# -- a run that goes on under other settings ------------------------------------------------------------------------------
+
+
+class Watch(Callback):
+    """Notes, for each optimizer step, its rate, its decay and how far the weights moved."""
+
+    seen: list[dict] = []
+
+    def on_train_batch_start(self, trainer, pl_module, *args):
+        self.before = torch.cat([p.detach().flatten() for p in pl_module.parameters()])
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        now = torch.cat([p.detach().flatten() for p in pl_module.parameters()])
+        moved = (now - self.before).abs().max().item() if len(now) == len(self.before) else 1.0
+        group = trainer.optimizers[0].param_groups[0]
+        settings = {key: group[key] for key in ("weight_decay", "betas", "eps")}
+        Watch.seen.append({"step": trainer.global_step, "next_lr": group["lr"], "moved": moved, **settings})
+
+
+WATCH = "+trainer.callbacks=[{_target_: tests.test_train.Watch}]"
+FULL = [*SHORT, *VIT, "method=full"]  # epochs of 4 steps
+
+
+def watched(run, name, *overrides, base=FULL):
+    """The run's steps, as `Watch` saw them."""
+    Watch.seen = []
+    run(name, WATCH, *overrides, base=base)
+    return Watch.seen
+
+
+@pytest.mark.parametrize(
+    ("base", "short", "long"),
+    [
+        (FULL, ["trainer.max_epochs=2"], ["trainer.max_epochs=4"]),
+        (FULL, ["trainer.max_epochs=2", "optim.warmup=0.1"], ["trainer.max_epochs=4", "optim.warmup=0.1"]),  # 0 steps, then 1
+        (FULL, ["trainer.max_epochs=2", "optim.warmup=3"], ["trainer.max_epochs=4", "optim.warmup=3"]),
+        (FULL, ["trainer.max_steps=6", "trainer.max_epochs=-1"], ["trainer.max_steps=11", "trainer.max_epochs=-1"]),
+        (FULL, ["trainer.max_epochs=2", "optim.schedule=constant"], ["trainer.max_epochs=4", "optim.schedule=cosine"]),
+        (TINY, ["trainer.max_epochs=3"], ["trainer.max_epochs=5"]),  # PreLoRA's warning advises to train longer
+        ([*SHORT, *VIT], ["method=galore", "method.rank=4", "trainer.max_epochs=2"],
+         ["method=galore", "method.rank=4", "trainer.max_epochs=4"]),
+        ([*SHORT, *VIT], ["method=lte", "method.rank=2", "method.heads=2", "trainer.max_epochs=2"],
+         ["method=lte", "method.rank=2", "method.heads=2", "trainer.max_epochs=4"]),
+    ],
+    ids=["epochs", "warm-up share", "warm-up steps", "steps", "another schedule", "prelora", "galore", "lte"],
+)  # fmt: skip
+def test_a_run_that_is_made_longer_has_the_schedule_of_its_new_length(run, capfd, base, short, long):
+    rates = [seen["next_lr"] for seen in watched(run, "long from the start", *long, base=base)]
+    first = watched(run, "run", *short, base=base)
+    capfd.readouterr()
+    second = watched(run, "run", *long, "ckpt_path=last", base=base)
+    said = capfd.readouterr().out
+    assert [seen["step"] for seen in second] == list(range(first[-1]["step"] + 1, len(rates) + 1))
+    assert all(seen["moved"] > 0 for seen in second), "in every added step"
+    assert [seen["next_lr"] for seen in second] == pytest.approx(rates[len(first) :], abs=1e-12)
+    if "schedule=constant" not in str(short):
+        assert f"no longer of {len(first)} steps" in said
+
+
+def test_a_run_of_another_batch_size_ends_its_schedule_where_it_ends(run):
+    """Twice as many samples per step: half as many steps per epoch from there on, and twice so."""
+    whole = ["data.batch_size=8", "trainer.max_epochs=6"]
+    changes = ["trainer.limit_train_batches=2", "trainer.limit_train_batches=5"]
+    watched(run, "run", *whole, "trainer.max_steps=8")  # epochs 0 and 1 of 4 steps
+    second = watched(run, "run", *whole, changes[0], "trainer.max_steps=12", "ckpt_path=last")  # epochs 2 and 3 of 2
+    third = watched(run, "run", *whole, changes[1], "ckpt_path=last")  # epochs 4 and 5 of 5
+    assert [seen["step"] for seen in second] == [9, 10, 11, 12]
+    assert [seen["step"] for seen in third] == list(range(13, 23))
+    assert [seen["next_lr"] > 0 for seen in third] == [True] * 9 + [False]
+    assert all(seen["moved"] > 0 for seen in second + third)
+
+
+@pytest.mark.parametrize(
+    ("change", "key", "value"),
+    [
+        ("optim.lr=0.0003", "next_lr", None),
+        ("optim.weight_decay=0.3", "weight_decay", 0.3),
+        ("optim.betas=[0.8,0.9]", "betas", (0.8, 0.9)),
+        ("optim.eps=1e-4", "eps", 1e-4),
+        ("optim.final_lr=0.5", "next_lr", None),
+    ],
+)
+@pytest.mark.parametrize("how", ["full", "prelora", "galore"])
+def test_a_changed_setting_takes_effect_in_a_resumed_run(run, capfd, how, change, key, value):
+    base = {"full": FULL, "prelora": TINY, "galore": [*SHORT, *VIT, "method=galore", "method.rank=4"]}[how]
+    with pytest.raises(Interrupted):
+        watched(run, "run", sends(6).replace("+trainer.callbacks=[", "++trainer.callbacks=["), base=base)
+    capfd.readouterr()
+    seen = watched(run, "run", change, "ckpt_path=last", base=base)
+    said = capfd.readouterr().out
+    if value is None:
+        fresh = watched(run, "so from the start", change, base=base)
+        assert [s[key] for s in seen] == pytest.approx([s[key] for s in fresh][6:])
+    else:
+        assert all(s[key] == value for s in seen)
+    if "final_lr" not in change:
+        name = change.partition("=")[0].removeprefix("optim.")
+        assert [line for line in said.splitlines() if line.startswith(f"{name} is now ")]
