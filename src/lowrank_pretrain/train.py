@@ -100,6 +100,8 @@ def attempt(config: dict[str, Any], run_dir: Path, ckpt: Path | None, guard: Div
     chosen = method.build(config["method"])
     optim = build("optim", config["optim"], base=Optim, build=chosen.optimizer)
     data = build("data", config["data"], base=pl.LightningDataModule)
+    if config["model"].get("num_classes", 0) is None and hasattr(data, "count_classes"):
+        config["model"]["num_classes"] = data.count_classes()
     module = build("model", config["model"], base=pl.LightningModule)
     module.optim = optim
     if hasattr(module, "try_out"):

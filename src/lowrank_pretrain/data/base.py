@@ -1,15 +1,57 @@
 """What all our LightningDataModules share: loaders over sets, and their place in the data inside every checkpoint."""
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 
+from lowrank_pretrain.data.arrays import GRAY
 from lowrank_pretrain.data.loaders import BatchSet, EpochBatches, EpochLoader
 from lowrank_pretrain.data.stream_loaders import PassLoader, StreamLoader
+from lowrank_pretrain.data.tokenizer import special_tokens
 from lowrank_pretrain.errors import ConfigError
 
 MOST_WORKERS = 1024  # a slip of the finger must not start a million processes
 Loader = EpochLoader | StreamLoader | PassLoader
+
+
+def evaluation_recipe(
+    img_size: int,
+    in_chans: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    interpolation: str = "bilinear",
+    crop_pct: float = 1.0,
+    crop_mode: str = "squash",
+) -> dict[str, Any]:
+    """Return what evaluation does with an image, as ``timm.data.create_transform`` takes it.
+
+    Args:
+        img_size: side of the images handed to the model, pixels.
+        in_chans: 1 or 3.
+        mean: of the pixel values in [0, 1], for one channel or three.
+        std: likewise.
+        interpolation: how images are resized.
+        crop_pct: the share of the resized image's side that is kept.
+        crop_mode: ``squash`` resizes to a square, ``center`` keeps the aspect ratio and cuts the middle out.
+    """
+    recipe = {"input_size": (in_chans, img_size, img_size), "interpolation": interpolation, "crop_pct": float(crop_pct)}
+    return recipe | {"crop_mode": crop_mode, "mean": for_channels(mean, in_chans), "std": for_channels(std, in_chans)}
+
+
+def for_channels(values: Sequence[float], in_chans: int) -> tuple[float, ...]:
+    """Return one value per channel; three become one with the weights of gray, one is repeated."""
+    values = tuple(float(value) for value in values)
+    if len(values) == in_chans:
+        return values
+    return values * in_chans if len(values) == 1 else (sum(w * v for w, v in zip(GRAY, values, strict=True)),)
+
+
+def public_name(path_or_name: str) -> str:
+    """Return what a set is called among people: a folder's own name, without the path that leads there on this machine."""
+    path = Path(path_or_name)
+    return path.resolve().name if path.is_absolute() or path.exists() else path_or_name
 
 
 class PretrainData(L.LightningDataModule):
@@ -31,6 +73,17 @@ class PretrainData(L.LightningDataModule):
     val_set: BatchSet | None = None
     test_set: BatchSet | None = None
 
+    # What an export tells of the data; known after ``setup``, None where the data has no such thing.
+    dataset_name: str = "data"  # for people: never a path of this machine
+    class_names: list[str] | None = None  # in the order of the labels
+    preprocessing: dict[str, Any] | None = None  # of evaluation, with timm's keys, see :func:`evaluation_recipe`
+    tokenizer: Any | None = None  # of the library `tokenizers`, cutting and filling up nothing
+    tokenizer_file: Path | None = None  # a tokenizer.json
+    tokenizer_folder: Path | None = None  # where the tokenizer's other files lie, tokenizer_config.json and the like
+    end_id: int | None = None  # after each document
+    bos_id: int | None = None
+    pad_id: int | None = None
+
     def __init__(self, batch_size: int, num_workers: int = 0, seed: int | None = None) -> None:
         super().__init__()
         if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
@@ -46,6 +99,16 @@ class PretrainData(L.LightningDataModule):
     def ranks(self) -> tuple[int, int]:
         """This process and the number of processes."""
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+    def remember_tokenizer(self, name: str, tokenizer: Any, end: int) -> None:
+        """Keep what an export tells of the tokenizer ``name``."""
+        found = special_tokens(name, tokenizer)
+        self.tokenizer, self.end_id, self.bos_id, self.pad_id = tokenizer, end, found.bos, found.pad
+        self.tokenizer_file, self.tokenizer_folder = found.file, found.folder
+
+    def count_classes(self) -> int | None:
+        """The number of classes of an image set, for a model that is to have as many; None where there are no classes."""
+        return getattr(self, "num_classes", None)
 
     def train_dataloader(self) -> EpochLoader | StreamLoader:
         """The training loader; goes on where the checkpoint, or an earlier loader of the same fit, was."""

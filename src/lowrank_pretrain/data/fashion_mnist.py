@@ -9,13 +9,14 @@ import numpy as np
 
 from lowrank_pretrain.data import SAMPLES
 from lowrank_pretrain.data.arrays import ArrayImages, check_shape
-from lowrank_pretrain.data.base import PretrainData
+from lowrank_pretrain.data.base import PretrainData, evaluation_recipe
 from lowrank_pretrain.data.idx import read_idx
 from lowrank_pretrain.data.mixing import Mixing
 from lowrank_pretrain.errors import ConfigError
 
 MEAN, STD = (0.2860,), (0.3530,)  # of the 60,000 training images
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
+NAMES = "T-shirt/top|Trouser|Pullover|Dress|Coat|Sandal|Shirt|Sneaker|Bag|Ankle boot".split("|")
 STEMS = {"train": "train", "test": "t10k"}
 
 
@@ -64,6 +65,9 @@ class FashionMNIST(PretrainData):
         self.img_size, self.in_chans, self.num_classes = img_size, in_chans, num_classes
         self.mixing = Mixing(num_classes, mixup, cutmix, mix_prob, switch_prob, smoothing, seed)
         self.mixing.check(batch_size)
+        self.dataset_name = "Fashion-MNIST (sample of 14,000 images)" if root == "sample" else "Fashion-MNIST"
+        self.class_names = list(NAMES) if num_classes == len(NAMES) else None
+        self.preprocessing = evaluation_recipe(img_size, in_chans, MEAN, STD)
 
     def setup(self, stage: str | None = None) -> None:
         """Read the files, once."""

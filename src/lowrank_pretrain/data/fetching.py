@@ -15,18 +15,35 @@ class Fetched(NamedTuple):
     error: Exception | None = None  # carried, not raised: torch would turn a worker's exception into a traceback as text
 
 
-class BadInputs:
-    """Counts the inputs that could not be read and warns once of each, by name."""
+NAMED = 20  # unreadable inputs that are named one by one
+REMEMBERED = 100_000  # lines kept, to know one again in the next epoch
 
-    def __init__(self) -> None:
+
+class BadInputs:
+    """Counts the inputs that could not be read and warns once of each, by name; of many only the first, then their number.
+
+    Args:
+        instead: what became of such an input.
+    """
+
+    def __init__(self, instead: str = "left out") -> None:
         self.seen: set[str] = set()
+        self.instead = instead
+
+    def add(self, lines: list[str]) -> None:
+        """Warn of what is new among ``lines``."""
+        for line in lines:
+            if line in self.seen or len(self.seen) >= REMEMBERED:
+                continue
+            self.seen.add(line)
+            count = len(self.seen)
+            if count <= NAMED or count in (100, 1000, 10_000, REMEMBERED):
+                more = "; of further ones only the number" if count == NAMED else ""
+                warnings.warn(f"unreadable input number {count}, {self.instead}: {line}{more}", stacklevel=1)
 
     def unwrap(self, fetched: Fetched) -> Any:
         """The batch; warns of new bad inputs and raises the error that a worker carried over."""
-        for line in fetched.bad:
-            if line not in self.seen:
-                self.seen.add(line)
-                warnings.warn(f"unreadable input number {len(self.seen)}, left out: {line}", stacklevel=3)
+        self.add(fetched.bad)
         if fetched.error is not None:
             raise fetched.error
         return fetched.batch

@@ -4,16 +4,20 @@ The defaults are those of timm's training script; ``conf/data/imagenet.yaml`` ha
 ("How to train your ViT", https://arxiv.org/abs/2106.10270). Shapes: B batch, C channels, S side in pixels, K classes.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_only
+
 from lowrank_pretrain.data.arrays import check_shape
-from lowrank_pretrain.data.base import PretrainData
+from lowrank_pretrain.data.base import PretrainData, evaluation_recipe, for_channels, public_name
+from lowrank_pretrain.data.folders import split_folder
 from lowrank_pretrain.data.loaders import EpochLoader
 from lowrank_pretrain.data.mixing import Mixing
 from lowrank_pretrain.data.pictures import MapImages, Picture, StreamImages
-from lowrank_pretrain.data.sources import STREAMS, open_images
+from lowrank_pretrain.data.sources import STREAMS, HubImages, hold_out_of_hub, open_images
 from lowrank_pretrain.data.stream_loaders import PassLoader, StreamLoader
 from lowrank_pretrain.errors import ConfigError
 
@@ -29,10 +33,12 @@ class ImageData(PretrainData):
         train_split: name of the training part.
         val_split: name of the validation part.
         test_split: None: the validation part.
+        val_fraction: share of each class that is held out for validation, where a folder or a hub set has no part for it. The
+            same images for any run seed; ``seed`` draws others.
         download: let torchvision fetch a missing set.
         batch_size: images per batch and process.
         num_workers: loading processes.
-        num_classes: K, at least the number of classes in the set.
+        num_classes: K, at least the number of classes in the set; None: as many as the set has.
         img_size: side of the images handed out, pixels.
         in_chans: 1 or 3.
         scale: area of the random crop as a share of the image, smallest and largest.
@@ -66,10 +72,11 @@ class ImageData(PretrainData):
         train_split: str = "train",
         val_split: str = "validation",
         test_split: str | None = None,
+        val_fraction: float = 0.1,
         download: bool = False,
         batch_size: int = 64,
         num_workers: int = 4,
-        num_classes: int = 1000,
+        num_classes: int | None = None,
         img_size: int = 224,
         in_chans: int = 3,
         scale: Sequence[float] = (0.08, 1.0),
@@ -93,50 +100,104 @@ class ImageData(PretrainData):
         seed: int | None = None,
     ) -> None:
         super().__init__(batch_size, num_workers, seed)
-        check_shape(img_size, in_chans, num_classes)
-        self.root, self.name, self.download = root, name, download
+        check_shape(img_size, in_chans, 1 if num_classes is None else num_classes)
+        if isinstance(val_fraction, bool) or not 0 < val_fraction < 1:
+            raise ConfigError("val_fraction", val_fraction, "must be a share above 0 and below 1")
+        self.root, self.name, self.download, self.val_fraction = root, name, download, val_fraction
         self.train_split, self.val_split, self.test_split = train_split, val_split, test_split
         self.num_classes, self.img_size, self.in_chans = num_classes, img_size, in_chans
         self.train_samples, self.val_samples = train_samples, val_samples
-        self.mixing = Mixing(num_classes, mixup, cutmix, mix_prob, switch_prob, smoothing, seed)
-        self.mixing.check(batch_size)
-        common = {"interpolation": interpolation, "mean": tuple(mean), "std": tuple(std)}
+        self._mixing_options = (mixup, cutmix, mix_prob, switch_prob, smoothing, seed)
+        Mixing(num_classes or 1, *self._mixing_options).check(batch_size)
+        mean, std = (_channel_values(key, values) for key, values in (("mean", mean), ("std", std)))
+        self.dataset_name = public_name(root or "images" if name in ("", "folder", "wds/") else name.partition("/")[2])
+        common = {"interpolation": interpolation}
+        # gray images are normalised by one mean, so that a reader who turns them gray first does the same
+        common |= {key: for_channels(for_channels(v, in_chans), 3) for key, v in (("mean", mean), ("std", std))}
         train = {"scale": tuple(scale), "ratio": tuple(ratio), "hflip": hflip, "vflip": vflip, "re_prob": re_prob}
         train |= {"color_jitter": color_jitter, "auto_augment": auto_augment}
         self.train_transform = {"is_training": True} | common | train
         self.eval_transform = {"crop_pct": crop_pct, **common}
         if interpolation == "random":  # of training only
             self.eval_transform["interpolation"] = "bicubic"
+        fixed = self.eval_transform["interpolation"], crop_pct or 0.875, "center"
+        self.preprocessing = evaluation_recipe(img_size, in_chans, mean, std, *fixed)
+        self._bases: dict[str, Any] | None = None  # the opened sets, by key
+
+    def count_classes(self) -> int:
+        """The number of classes, counted in the training part where it was not given.
+
+        Raises:
+            ConfigError: data that are missing, or a stream, which does not say.
+        """
+        if self.num_classes is None and self.name.partition("/")[0] not in STREAMS:
+            classes = self._open_all()["train_split"].classes
+            self.num_classes = len(classes) if classes else None
+        if self.num_classes is None:
+            raise ConfigError("num_classes", None, f"must be given: {self.name} does not say how many classes it has")
+        return self.num_classes
 
     def setup(self, stage: str | None = None) -> None:
         """Open the sets, once."""
         if self.train_set is not None:
             return
-        test_key = "val_split" if self.test_split is None else "test_split"
-        splits = (("train_split", self.train_split), ("val_split", self.val_split), (test_key, self.test_split))
-        sets = [self._open(key, split) for key, split in splits if split is not None]
-        self.train_set, self.val_set, self.test_set = *sets[:2], sets[-1]
-        orders = [getattr(getattr(s.base, "reader", None), "class_to_idx", None) for s in sets if isinstance(s, MapImages)]
-        if any(order != orders[0] for order in orders):
-            few = sorted(set(orders[0]) ^ set(next(order for order in orders if order != orders[0])))[:5]
-            raise ConfigError("val_split", self.val_split, f"must have the classes of {self.train_split}; not in both: {few}")
-
-    def _open(self, key: str, split: str) -> MapImages | StreamImages:
-        training = key == "train_split"
-        picture = Picture(self._transform(training), self.num_classes, self.in_chans, training, self.seed)
-        mixing = self.mixing if training and self.mixing.active else None
+        self.count_classes()
+        mixing = Mixing(self.num_classes, *self._mixing_options)
         if self.name.partition("/")[0] in STREAMS:
-            return self._open_stream(key, split, picture, mixing)
-        base = open_images(self.name, self.root, split, key, self.download)
-        classes = getattr(getattr(base, "reader", None), "class_to_idx", None) or getattr(base, "classes", ())
-        if len(classes) > self.num_classes:
-            raise ConfigError("num_classes", self.num_classes, f"must be at least {len(classes)}, the classes of {split}")
+            sets = {key: self._open_stream(key, split, mixing) for key, split in self._splits().items()}
+        else:
+            bases = self._open_all()
+            self.class_names = bases["train_split"].classes
+            sets = {key: self._set(key, base, mixing) for key, base in bases.items()}
+        self.train_set, self.val_set = sets["train_split"], sets["val_split"]
+        self.test_set = sets.get("test_split", self.val_set)
+
+    def _splits(self) -> dict[str, str]:
+        splits = {"train_split": self.train_split, "val_split": self.val_split, "test_split": self.test_split}
+        return {key: split for key, split in splits.items() if split is not None}
+
+    def _open_all(self) -> dict[str, Any]:
+        """The parts by key, opened once; says on one process what was left out or held out."""
+        if self._bases is not None:
+            return self._bases
+        remarks: list[str] = []
+        if self.name in ("", "folder"):
+            bases, remarks = split_folder(self.root, self._splits(), self.val_fraction, self.seed or 0)
+        else:
+            bases = {}
+            for key, split in self._splits().items():
+                try:
+                    bases[key] = open_images(self.name, self.root, split, key, self.download)
+                except ConfigError as error:
+                    if key != "val_split" or not isinstance(bases["train_split"], HubImages):
+                        raise
+                    held = hold_out_of_hub(bases["train_split"], split, self.val_fraction, self.seed or 0, error)
+                    bases["train_split"], bases["val_split"] = held[:2]
+                    remarks.append(held[2])
+        for key, base in bases.items():
+            if base.classes != bases["train_split"].classes:
+                few = sorted(set(bases["train_split"].classes or ()) ^ set(base.classes or ()))[:5]
+                split = self._splits()[key]
+                raise ConfigError(key, split, f"must have the classes of {self.train_split}; not in both: {few}")
+        for remark in remarks if getattr(rank_zero_only, "rank", 0) == 0 else ():
+            warnings.warn(remark, stacklevel=1)
+        self._bases = bases
+        return bases
+
+    def _set(self, key: str, base: Any, mixing: Mixing) -> MapImages:
+        split, training = self._splits()[key], key == "train_split"
+        if len(base.classes or ()) > self.num_classes:
+            raise ConfigError("num_classes", self.num_classes, f"must be at least {len(base.classes)}, the classes of {split}")
         if len(base) == 0:
             raise ConfigError(key, split, f"must hold at least one image; {self.root} has none there")
-        return MapImages(base, picture, mixing)
+        return MapImages(base, self._picture(training), mixing if training and mixing.active else None)
 
-    def _open_stream(self, key: str, split: str, picture: Picture, mixing: Mixing | None) -> StreamImages:
+    def _picture(self, training: bool) -> Picture:
+        return Picture(self._transform(training), self.num_classes, self.in_chans, training, self.seed)
+
+    def _open_stream(self, key: str, split: str, mixing: Mixing) -> StreamImages:
         training = key == "train_split"
+        mixed = mixing if training and mixing.active else None
         size_key, size = ("train_samples", self.train_samples) if training else ("val_samples", self.val_samples)
         options = {"is_training": training, "batch_size": self.batch_size, "num_samples": size}
         open_pass = partial(_open_pass, (self.name, self.root, split, key), options, self.seed or 0)
@@ -144,7 +205,8 @@ class ImageData(PretrainData):
             size = len(open_pass(0))
         except (TypeError, RuntimeError) as error:
             raise ConfigError(size_key, size, "must be given: the set does not say its size") from error
-        return StreamImages(self.name, open_pass, size, picture, self.batch_size, self.ranks[0], mixing, endless=training)
+        picture = self._picture(training)
+        return StreamImages(self.name, open_pass, size, picture, self.batch_size, self.ranks[0], mixed, endless=training)
 
     def _transform(self, training: bool) -> Callable:
         from timm.data import create_transform
@@ -168,6 +230,13 @@ class ImageData(PretrainData):
         if isinstance(dataset, StreamImages):
             return PassLoader(dataset, self.num_workers)
         return super()._make_loader(dataset, shuffle)
+
+
+def _channel_values(key: str, values: Sequence[float]) -> tuple[float, ...]:
+    values = tuple(values)
+    if len(values) not in (1, 3) or not all(isinstance(v, (int, float)) for v in values) or (key == "std" and min(values) <= 0):
+        raise ConfigError(key, list(values), "must be 3 numbers, one per colour, or 1" + (", above 0" if key == "std" else ""))
+    return values
 
 
 def _open_pass(source: tuple[str, str | None, str, str], options: dict[str, Any], seed: int, number: int) -> Any:

@@ -95,7 +95,7 @@ class EpochLoader:
         self._loader = torch_loader(DataLoader, _ByKey(dataset), num_workers, sampler=batches)
         self._position = (0, 0)  # epoch, batches handed out in it
         self._resume: dict[str, int] | None = None
-        self._bad = BadInputs()
+        self._bad = BadInputs("the next one that can be read takes its place")
 
     def __len__(self) -> int:
         return len(self.batch_sampler)

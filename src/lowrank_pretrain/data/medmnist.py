@@ -11,11 +11,17 @@ from pathlib import Path
 import numpy as np
 
 from lowrank_pretrain.data.arrays import ArrayImages, check_shape
-from lowrank_pretrain.data.base import PretrainData
+from lowrank_pretrain.data.base import PretrainData, evaluation_recipe
 from lowrank_pretrain.data.mixing import Mixing
 from lowrank_pretrain.errors import ConfigError
 
+# of the sets with one label an image: classes
+CLASSES = {
+    "pathmnist": 9, "dermamnist": 7, "octmnist": 4, "pneumoniamnist": 2, "retinamnist": 5, "breastmnist": 2, "bloodmnist": 8,
+    "tissuemnist": 8, "organamnist": 11, "organcmnist": 11, "organsmnist": 11,
+}  # fmt: skip
 SIZES = (28, 64, 128, 224)
+HALF = (0.5,)  # MedMNIST's own normalisation: to [-1, 1]
 SPLITS = ("train", "val", "test")
 # what zipfile, zlib and numpy raise for a damaged file; numpy's header is Python text
 UNREADABLE = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, MemoryError)
@@ -32,7 +38,7 @@ class MedMNIST(PretrainData):
         download: fetch a missing file with the package ``medmnist`` (extra ``[medmnist]``).
         batch_size: images per batch and process.
         num_workers: loading processes.
-        num_classes: of the labels; 9 for PathMNIST.
+        num_classes: of the labels; None: as many as the set has.
         img_size: side of the images handed out, pixels.
         in_chans: 1 or 3.
         flip: mirror half of the training images at random.
@@ -55,7 +61,7 @@ class MedMNIST(PretrainData):
         download: bool = False,
         batch_size: int = 64,
         num_workers: int = 0,
-        num_classes: int = 9,
+        num_classes: int | None = None,
         img_size: int = 224,
         in_chans: int = 3,
         flip: bool = True,
@@ -67,13 +73,20 @@ class MedMNIST(PretrainData):
         seed: int | None = None,
     ) -> None:
         super().__init__(batch_size, num_workers, seed)
-        check_shape(img_size, in_chans, num_classes)
+        check_shape(img_size, in_chans, 1 if num_classes is None else num_classes)
         if size not in SIZES:
             raise ConfigError("size", size, f"must be one of {', '.join(map(str, SIZES))}")
+        if flag.lower().startswith("chestmnist"):
+            raise ConfigError("flag", flag, f"has several labels an image, which is not supported; take {', '.join(CLASSES)}")
+        if flag.lower().endswith("3d"):
+            raise ConfigError("flag", flag, f"holds volumes, which are not supported; take {', '.join(CLASSES)}")
         self.root, self.flag, self.size, self.download, self.flip = root, flag, size, download, flip
         self.img_size, self.in_chans, self.num_classes = img_size, in_chans, num_classes
-        self.mixing = Mixing(num_classes, mixup, cutmix, mix_prob, switch_prob, smoothing, seed)
-        self.mixing.check(batch_size)
+        self._mixing_options = (mixup, cutmix, mix_prob, switch_prob, smoothing, seed)
+        Mixing(num_classes or 1, *self._mixing_options).check(batch_size)
+        self.dataset_name = flag.replace("mnist", "MNIST")
+        self.preprocessing = evaluation_recipe(img_size, in_chans, HALF, HALF)
+        self._arrays: dict[str, tuple[np.ndarray, np.ndarray]] | None = None
 
     @property
     def path(self) -> Path | None:
@@ -95,17 +108,43 @@ class MedMNIST(PretrainData):
         dataset = getattr(medmnist, medmnist.INFO[self.flag]["python_class"])
         dataset(split="train", root=str(self.root), size=self.size, download=True)
 
+    def count_classes(self) -> int:
+        """The number of classes: as given, or the set's own, or for a set of the user's counted in all its labels.
+
+        Raises:
+            ConfigError: the file has to be read for it, and cannot be.
+        """
+        if self.num_classes is None:
+            self.num_classes = CLASSES.get(self.flag)
+        if self.num_classes is None:
+            self.prepare_data()
+            self._arrays = read_npz(self.path, self.root)
+            self.num_classes = 1 + max(int(labels.max(initial=0)) for _, labels in self._arrays.values())
+        return self.num_classes
+
     def setup(self, stage: str | None = None) -> None:
         """Read the file, once."""
         if self.train_set is not None:
             return
+        mixing = Mixing(self.count_classes(), *self._mixing_options)
         common = {"num_classes": self.num_classes, "img_size": self.img_size, "in_chans": self.in_chans, "seed": self.seed}
         sets = []
-        for split, (images, labels) in read_npz(self.path, self.root).items():
-            training = {"flip": self.flip, "mixing": self.mixing} if split == "train" else {}
-            half = (0.5,) * (images.shape[3] if images.ndim == 4 else 1)  # MedMNIST's own normalisation: to [-1, 1]
+        for split, (images, labels) in (self._arrays or read_npz(self.path, self.root)).items():
+            training = {"flip": self.flip, "mixing": mixing} if split == "train" else {}
+            half = HALF * (images.shape[3] if images.ndim == 4 else 1)
             sets.append(ArrayImages(images, labels, **common, **training, mean=half, std=half))
         self.train_set, self.val_set, self.test_set = sets
+        self.class_names, self._arrays = _class_names(self.flag, self.num_classes), None
+
+
+def _class_names(flag: str, num_classes: int) -> list[str] | None:
+    """The names of the labels, where the package ``medmnist`` is there to tell."""
+    try:
+        from medmnist import INFO
+    except ImportError:
+        return None
+    names = list(INFO.get(flag, {}).get("label", {}).values())
+    return names if len(names) == num_classes else None
 
 
 def read_npz(path: Path | None, root: str | None) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -116,8 +155,15 @@ def read_npz(path: Path | None, root: str | None) -> dict[str, tuple[np.ndarray,
         raise ConfigError("root", root, allowed)
     try:
         with np.load(path) as file:
-            return {split: (file[f"{split}_images"], file[f"{split}_labels"]) for split in SPLITS}
+            found = {split: (file[f"{split}_images"], file[f"{split}_labels"]) for split in SPLITS}
     except KeyError as error:
         raise ConfigError("root", str(path), f"must hold {{train,val,test}}_{{images,labels}}: {error.args[0]}") from error
     except UNREADABLE as error:
         raise ConfigError("root", str(path), f"must be a .npz file, cannot be read: {error}") from error
+    for images, labels in found.values():
+        if labels.ndim == 2 and labels.shape[1] > 1:
+            allowed = f"has {labels.shape[1]} labels an image, which is not supported; take a set of one, e.g. pathmnist"
+            raise ConfigError("root", str(path), allowed)
+        if images.ndim == 5 or (images.ndim == 4 and images.shape[3] > 4):
+            raise ConfigError("root", str(path), f"holds volumes of {images.shape[1:4]}, which are not supported")
+    return found

@@ -3,23 +3,50 @@
 Shapes: B batch, C channels, S side in pixels, K classes.
 """
 
+import struct
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.utils.data import IterableDataset, get_worker_info
 
 from lowrank_pretrain.data.arrays import with_channels
 from lowrank_pretrain.data.fetching import Fetched
 from lowrank_pretrain.data.mixing import Mixing
 from lowrank_pretrain.data.rng import borrowed, reseed
-from lowrank_pretrain.data.sources import first_line
+from lowrank_pretrain.data.sources import first_line, take_dropped
 from lowrank_pretrain.errors import ConfigError
 
 # what PIL raises for a file that is no image, is cut off, or would fill the memory
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 MAX_REPLACEMENTS = 1000  # images in a row that may be unreadable
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """Return the picture as people see it: its first frame, turned as EXIF says, with 8 bits for each of three colours.
+
+    Pillow's own ``convert("RGB")`` cuts pixels of 16 or 32 bits off at 255 and turns most of such a picture white.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith(("I", "F")):
+        image = _eight_bits(image)
+    elif "transparency" in image.info and image.mode == "P":
+        image = image.convert("RGBA")  # as Pillow asks for
+    return image.convert("RGB")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """A gray picture of 16 or 32 bits, or of floating point, scaled to 8 bits."""
+    pixels = np.asarray(image).astype(np.float64)
+    if not np.isfinite(pixels).all():
+        raise ValueError("pixels that are NaN or infinite")
+    if image.mode == "F":
+        top = 1.0 if pixels.max(initial=0) <= 1 else 255.0 if pixels.max() <= 255 else 65535.0
+    else:
+        top = 65535.0 if pixels.max(initial=0) <= 65535 else 4294967295.0
+    return Image.fromarray(np.clip(np.rint(pixels * (255 / top)), 0, 255).astype(np.uint8))
 
 
 class Picture:
@@ -39,13 +66,16 @@ class Picture:
 
     def __call__(self, image: Image.Image, label: Any, *words: object) -> tuple[torch.Tensor, int]:
         """(in_chans, S, S) and the label; only inside :func:`~lowrank_pretrain.data.rng.borrowed`."""
+        if isinstance(label, (list, tuple, dict)) or getattr(label, "ndim", 0):
+            allowed = "gives an image several labels or other data, which is not supported: take a set of one class an image"
+            raise ConfigError("name", type(label).__name__, allowed)
         if not hasattr(label, "__index__") or not 0 <= int(label) < self.num_classes:
             raise ConfigError(
                 "num_classes", self.num_classes, f"must be above every label (whole numbers from 0), found {label!r}"
             )
         if self.training:
             reseed("augment", *words, seed=self.seed)
-        return self.transform(image.convert("RGB")), int(label)
+        return self.transform(upright_rgb(image)), int(label)
 
     def batch(self, pictures: list[tuple[torch.Tensor, int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, in_chans, S, S) float32 and (B,) int64."""
@@ -57,7 +87,7 @@ class MapImages:
     """A map-style set of PIL images; an unreadable one is named and the next readable one takes its place.
 
     Args:
-        base: ``base[i]`` is (PIL image, class).
+        base: ``load(i)`` gives a file or a PIL image, and the class; ``filename(i)`` its name.
         picture: what becomes of an image.
         mixing: mixup and the like, for training only.
     """
@@ -86,24 +116,17 @@ class MapImages:
                 try:
                     return self._open(i)
                 except UNREADABLE as error:
-                    self._unreadable[i] = f"{self._name(i)} ({str(error) or type(error).__name__})"
+                    self._unreadable[i] = f"{self.base.filename(i)} ({str(error) or type(error).__name__})"
             bad.append(self._unreadable[i])
-        raise ConfigError("root", self._name(index), f"must hold images that can be read; {tries} in a row cannot: {bad[-1]}")
+        allowed = f"must hold images that can be read; {tries} in a row cannot: {bad[-1]}"
+        raise ConfigError("root", self.base.filename(index), allowed)
 
-    def _open(self, i: int) -> tuple[Image.Image, int]:
-        reader = getattr(self.base, "reader", None)
-        if reader is None:  # torchvision
-            image, label = self.base[i][:2]
-            return image.convert("RGB"), label
-        file, label = reader[i][:2]  # timm's own __getitem__ would replace it without a count
-        with file:
-            return Image.open(file).convert("RGB"), label
-
-    def _name(self, i: int) -> str:
-        if hasattr(self.base, "filename"):
-            return str(self.base.filename(i, absolute=True))
-        samples = getattr(self.base, "samples", None)
-        return str(samples[i][0]) if samples else f"{type(self.base).__name__}[{i}]"
+    def _open(self, i: int) -> tuple[Image.Image, Any]:
+        source, label = self.base.load(i)
+        if isinstance(source, Image.Image):
+            return upright_rgb(source), label
+        with source:
+            return upright_rgb(Image.open(source)), label
 
 
 class StreamImages(IterableDataset):
@@ -161,6 +184,7 @@ class StreamImages(IterableDataset):
         while True:
             pictures: list[tuple[torch.Tensor, int]] = []
             seen = 0
+            take_dropped()
             for seen, (image, label) in enumerate(self.open_pass(number), 1):
                 if seen <= skip:
                     continue
@@ -182,4 +206,4 @@ class StreamImages(IterableDataset):
         x, y = self.picture.batch(pictures)
         if self.mixing:
             x, y = self.mixing(x, y, *words)
-        return Fetched((x, y), [])
+        return Fetched((x, y), take_dropped())

@@ -5,11 +5,11 @@ For text that is read more than once, ``python -m lowrank_pretrain.data.prepare`
 
 import numpy as np
 
-from lowrank_pretrain.data.base import PretrainData
+from lowrank_pretrain.data.base import PretrainData, public_name
 from lowrank_pretrain.data.documents import open_documents, read_error
 from lowrank_pretrain.data.packing import Packer, TextStream
 from lowrank_pretrain.data.stream_loaders import StreamLoader
-from lowrank_pretrain.data.tokenizer import load_tokenizer
+from lowrank_pretrain.data.tokenizer import load_tokenizer, vocabulary
 from lowrank_pretrain.data.tokens import TokenSet
 from lowrank_pretrain.errors import ConfigError
 
@@ -27,6 +27,7 @@ class TextData(PretrainData):
         val_split: its validation split.
         text_key: column with the text.
         tokenizer: see :func:`~lowrank_pretrain.data.tokenizer.load_tokenizer`.
+        end_token: the token after each document; None: as the tokenizer's own files say, or one of the usual ones.
         batch_size: sequences per batch and process.
         num_workers: reading processes.
         seq_len: tokens per sequence.
@@ -51,6 +52,7 @@ class TextData(PretrainData):
         val_split: str = "validation",
         text_key: str = "text",
         tokenizer: str = "gpt2",
+        end_token: str | None = None,
         batch_size: int = 16,
         num_workers: int = 2,
         seq_len: int = 1024,
@@ -72,7 +74,8 @@ class TextData(PretrainData):
                 raise ConfigError(key, value, "must be a whole number, 1 or more")
         self.train_source = (root, train_files, "train_files", dataset, config, train_split, "train_split")
         self.val_source = (root, val_files, "val_files", dataset, config, val_split, "val_split")
-        self.text_key, self.tokenizer_name = text_key, tokenizer
+        self.text_key, self.tokenizer_name, self.end_token = text_key, tokenizer, end_token
+        self.dataset_name = public_name(dataset or root or "text")
         self.seq_len, self.vocab_size = seq_len, vocab_size
         self.batches_per_epoch, self.val_sequences, self.shuffle_block = batches_per_epoch, val_sequences, shuffle_block
 
@@ -80,9 +83,10 @@ class TextData(PretrainData):
         """Open the text, and read the validation part, once."""
         if self.train_set is not None:
             return
-        tokenizer, end = load_tokenizer(self.tokenizer_name)
-        if tokenizer.get_vocab_size() > self.vocab_size:
-            allowed = f"must be at least {tokenizer.get_vocab_size()}, the vocabulary of {self.tokenizer_name}"
+        tokenizer, end = load_tokenizer(self.tokenizer_name, end_token=self.end_token)
+        self.remember_tokenizer(self.tokenizer_name, tokenizer, end)
+        if vocabulary(tokenizer) > self.vocab_size:
+            allowed = f"must be at least {vocabulary(tokenizer)}, the vocabulary of {self.tokenizer_name}"
             raise ConfigError("vocab_size", self.vocab_size, allowed)
         reading = {"text_key": self.text_key, "tokenizer": tokenizer, "end": end, "seq_len": self.seq_len}
         documents, files = open_documents(*self.val_source)

@@ -1,8 +1,9 @@
 """Byte-level BPE tokenizers, all through the `tokenizers` library: read from files, from the hub, or trained."""
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from lowrank_pretrain.data import SAMPLES
 from lowrank_pretrain.data.sources import first_line
@@ -29,13 +30,34 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> "Tokenizer":
     return tokenizer
 
 
-def load_tokenizer(name: str, key: str = "tokenizer") -> tuple["Tokenizer", int]:
+class Special(NamedTuple):
+    """Where a tokenizer came from, and its special ids; None for what it has not.
+
+    Attributes:
+        file: its ``tokenizer.json``, if it is one file.
+        folder: where the other files of it lie.
+        bos: id that begins a document.
+        pad: id that fills up.
+    """
+
+    file: Path | None
+    folder: Path | None
+    bos: int | None
+    pad: int | None
+
+
+def load_tokenizer(name: str, key: str = "tokenizer", end_token: str | None = None) -> tuple["Tokenizer", int]:
     """A tokenizer and the id that ends a document.
+
+    Truncation and padding, which a ``tokenizer.json`` may ask for, are switched off: they are for batches of a model, and would
+    cut documents.
 
     Args:
         name: ``kjv`` (embedded), a ``tokenizer.json``, a folder with one or with GPT-2's two BPE files
             (``vocab.json`` + ``merges.txt`` or ``encoder.json`` + ``vocab.bpe``), or a name on the Hugging Face hub.
         key: the configuration key to blame.
+        end_token: the token that ends a document. None: the ``eos_token`` of ``tokenizer_config.json`` or of
+            ``special_tokens_map.json`` next to the tokenizer, else the first of the usual ones that it has.
 
     Returns:
         The tokenizer and the id of its end-of-document token.
@@ -52,7 +74,7 @@ def load_tokenizer(name: str, key: str = "tokenizer") -> tuple["Tokenizer", int]
         elif (path / "tokenizer.json").is_file():
             tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
         elif path.is_dir():
-            tokenizer = _gpt2(path, key)
+            tokenizer = _converted(path) or _gpt2(path, key)
         else:
             tokenizer = Tokenizer.from_pretrained(name)
     except ConfigError:
@@ -60,10 +82,97 @@ def load_tokenizer(name: str, key: str = "tokenizer") -> tuple["Tokenizer", int]
     except Exception as error:  # the library raises bare Exception for a broken file and for a missing network
         allowed = "must be kjv, a tokenizer.json, a folder with one or with GPT-2's BPE files, or a name on the hub"
         raise ConfigError(key, str(name), f"{allowed} ({first_line(error)})") from error
-    for end in END_NAMES:
-        if (index := tokenizer.token_to_id(end)) is not None:
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    if end_token is not None:
+        if (index := tokenizer.token_to_id(end_token)) is None:
+            raise ConfigError("end_token", end_token, f"must be a token of {name}, it has none of that name")
+        return tokenizer, index
+    for end in (_named(name, "eos_token"), *END_NAMES):
+        if end is not None and (index := tokenizer.token_to_id(end)) is not None:
             return tokenizer, index
-    raise ConfigError(key, str(name), f"must have an end-of-document token, one of {', '.join(END_NAMES)}")
+    allowed = f"must have an end-of-document token, one of {', '.join(END_NAMES)}; name another with data.end_token"
+    raise ConfigError(key, str(name), allowed)
+
+
+def special_tokens(name: str, tokenizer: "Tokenizer") -> Special:
+    """Where the tokenizer ``name`` lies on this machine, and its other special ids."""
+    path = SAMPLES / "kjv_tokenizer.json" if name == "kjv" else Path(name)
+    folder = path if path.is_dir() else path.parent if path.is_file() and name != "kjv" else None
+    if path.is_dir():
+        path = path / "tokenizer.json"
+    elif not path.is_file():
+        path = _of_hub(name, "tokenizer.json") or path
+    ids = [tokenizer.token_to_id(token) if token else None for token in (_named(name, "bos_token"), _named(name, "pad_token"))]
+    return Special(path if path.is_file() else None, folder, *ids)
+
+
+def vocabulary(tokenizer: "Tokenizer") -> int:
+    """The vocabulary size that a model needs: above every id, though some ids below may stand for nothing."""
+    return 1 + max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+
+
+class DocumentEncoder:
+    """Text -> ids, a document in one piece or in several, with exactly one end after it.
+
+    What a tokenizer adds by itself at a document's beginning (``<s>``, ``[CLS]``) is kept; what it adds at the end is the end,
+    where it is that token.
+
+    Args:
+        tokenizer: from :func:`load_tokenizer`.
+        end: id after each document.
+    """
+
+    def __init__(self, tokenizer: "Tokenizer", end: int) -> None:
+        self.tokenizer, self.end = tokenizer, end
+        bare, whole = (tokenizer.encode("a", add_special_tokens=added).ids for added in (False, True))
+        at = next((i for i in range(len(whole) - len(bare) + 1) if whole[i : i + len(bare)] == bare), 0)
+        self.before, self.after = whole[:at], whole[at + len(bare) :]
+        if self.after[-1:] != [end]:
+            self.after = [*self.after, end]
+
+    def __call__(self, text: str, begins: bool = True, ends: bool = True) -> list[int]:
+        """Ids of a piece of a document that is the first of it, the last, or both."""
+        ids = self.tokenizer.encode(text, add_special_tokens=False).ids
+        return [*(self.before if begins else ()), *ids, *(self.after if ends else ())]
+
+
+def _named(name: str, which: str) -> str | None:
+    """The special token ``which`` by the files next to the tokenizer ``name``."""
+    path = Path(name)
+    folder = path if path.is_dir() else path.parent if path.is_file() else None
+    for file in ("tokenizer_config.json", "special_tokens_map.json"):
+        found = folder / file if folder is not None else None if name == "kjv" else _of_hub(name, file)
+        try:
+            token = json.loads(found.read_text(encoding="utf-8")).get(which) if found is not None and found.is_file() else None
+        except (OSError, ValueError, AttributeError):  # the tokenizer itself can be read: its own tokens will do
+            continue
+        token = token.get("content") if isinstance(token, dict) else token
+        if isinstance(token, str):
+            return token
+    return None
+
+
+def _of_hub(name: str, file: str) -> Path | None:
+    """A file of a tokenizer on the hub, from the cache or the network; None where it has none."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(name, file))
+    except Exception:  # no such file or no network, each in several classes; the tokenizer itself was found before
+        return None
+
+
+def _converted(folder: Path) -> "Tokenizer | None":
+    """A tokenizer that transformers makes of other files (WordPiece's ``vocab.txt``, sentencepiece's ``tokenizer.model``)."""
+    if not any((folder / name).is_file() for name in ("vocab.txt", "tokenizer.model", "spiece.model")):
+        return None
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True).backend_tokenizer
+    if tokenizer.get_vocab_size() < 3:  # transformers makes an empty one where it does not know what to do
+        raise ValueError("transformers cannot read it; give a tokenizer.json")
+    return tokenizer
 
 
 def _gpt2(folder: Path, key: str) -> "Tokenizer":

@@ -6,9 +6,10 @@ import numpy as np
 import torch
 
 from lowrank_pretrain.data import SAMPLES
-from lowrank_pretrain.data.base import PretrainData
+from lowrank_pretrain.data.base import PretrainData, public_name
 from lowrank_pretrain.data.bins import check_ids, open_bin
 from lowrank_pretrain.data.fetching import Fetched
+from lowrank_pretrain.data.tokenizer import load_tokenizer
 from lowrank_pretrain.errors import ConfigError
 from lowrank_pretrain.seeds import generator
 
@@ -87,6 +88,7 @@ class TokenData(PretrainData):
         super().__init__(batch_size, num_workers, seed)
         self.root, self.seq_len, self.vocab_size = root, seq_len, vocab_size
         self.train_file, self.val_file = train_file, val_file
+        self.dataset_name = "King James Bible" if root == "kjv" else public_name(root or "tokens")
 
     def setup(self, stage: str | None = None) -> None:
         """Open the files, once."""
@@ -107,3 +109,6 @@ class TokenData(PretrainData):
             sets.append(TokenSet(*args, jitter=key == "train_file", seed=self.seed))
         self.train_set, self.val_set = sets
         self.test_set = self.val_set
+        tokenizer = "kjv" if self.root == "kjv" else str(Path(self.root) / "tokenizer.json")
+        if self.root == "kjv" or Path(tokenizer).is_file():  # left there by prepare
+            self.remember_tokenizer(tokenizer, *load_tokenizer(tokenizer))
