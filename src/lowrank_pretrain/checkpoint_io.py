@@ -12,6 +12,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from typing_extensions import override
 
 from .plain_checkpoint import FORMAT, SIDE
+from .versions import versions
 
 
 class NotWritten(OSError):
@@ -24,7 +25,8 @@ class WholeCheckpointIO(TorchCheckpointIO):
     The command line always writes so; a script of one's own says ``Trainer(plugins=[WholeCheckpointIO()])``. Lightning alone
     writes into the temporary folder and moves: to another file system that is a copy over the old file, which a kill cuts off.
 
-    Every file says in which format it is written: ``checkpoint["lowrank_pretrain"]["format"]``.
+    Every file says in which format and by which versions it is written: ``checkpoint["lowrank_pretrain"]["format"]`` and
+    ``["versions"]``.
 
     Raises:
         NotWritten: names the target and why.
@@ -34,7 +36,9 @@ class WholeCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | os.PathLike, storage_options: Any = None) -> None:
         path = Path(path)
         if "state_dict" in checkpoint:
-            checkpoint.setdefault(SIDE, {}).setdefault("format", FORMAT)
+            side = checkpoint.setdefault(SIDE, {})
+            side.setdefault("format", FORMAT)
+            side["versions"] = versions()
         beside = path.with_name(f".{path.name.lstrip('.')}.{os.getpid()}.part")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

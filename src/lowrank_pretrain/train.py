@@ -27,6 +27,7 @@ from .checkpoints import LastCheckpoint, check_fits, take_states
 from .csv_log import RunCSVLogger, final_metrics, forget_after
 from .divergence import DivergenceGuard
 from .errors import ConfigError
+from .facts import Facts, RememberFacts, facts_of_checkpoint
 from .finite import Diverged
 from .interrupts import Interrupts
 from .loggers import finish, more_loggers, publish
@@ -40,6 +41,7 @@ from .rank_check import RanksAgree
 from .run_dir import start_from
 from .stall import StallGuard
 from .trainer import build_trainer, check_values, refuse_popen_sweep
+from .versions import version_line
 
 GROUPS = ("data", "model", "optim", "method", "trainer", "logger")
 NEEDED = ("data", "model", "optim", "method")  # the other two may be empty
@@ -119,6 +121,7 @@ def attempt(config: dict[str, Any], run_dir: Path, ckpt: Path | None, guard: Div
                 LoopState(),  # before everything that asks how long the run is
                 guard,
                 *watches,
+                RememberFacts(data),
                 monitor,  # sees a step before the method changes the model behind it
                 *chosen.callbacks,
                 WeightNorms(),
@@ -139,7 +142,7 @@ def attempt(config: dict[str, Any], run_dir: Path, ckpt: Path | None, guard: Div
 
             trainer.fit(module, datamodule=data, ckpt_path=ckpt, weights_only=True)
             trainer.test(module, datamodule=data, verbose=False)
-            found = finish_run(trainer, monitor, module, run_dir)
+            found = finish_run(trainer, monitor, module, data, config, run_dir)
             publish(found, config, run_dir, loggers)
             return found
     finally:
@@ -149,16 +152,28 @@ def attempt(config: dict[str, Any], run_dir: Path, ckpt: Path | None, guard: Div
             torch.distributed.destroy_process_group()
 
 
-def finish_run(trainer: pl.Trainer, monitor: Monitor, module: pl.LightningModule, run_dir: Path) -> dict[str, Any]:
+def finish_run(
+    trainer: pl.Trainer,
+    monitor: Monitor,
+    module: pl.LightningModule,
+    data: pl.LightningDataModule,
+    config: dict[str, Any],
+    run_dir: Path,
+) -> dict[str, Any]:
     """Export the merged weights, write summary.json and print the closing table; returns the summary."""
+    facts = Facts.of(data)
     if not monitor.records:  # a spawning strategy trained in other processes, whose callbacks are gone
-        take_states(trainer.callbacks, run_dir / "checkpoints" / "last.ckpt")
+        last = run_dir / "checkpoints" / "last.ckpt"
+        take_states(trainer.callbacks, last)
+        facts = facts_of_checkpoint(last)
     final = final_metrics(run_dir / "metrics.csv")
     found = summary.summarize(trainer, monitor, final)
     if trainer.is_global_zero:
+        from . import model_card
         from .export import export_module  # brings timm or transformers
 
-        export_module(module, run_dir / "export")
+        export_module(module, run_dir / "export", facts)
+        model_card.write(run_dir / "export", config, found, facts)
         summary.write(found, run_dir / "summary.json")
         where = {"checkpoints": run_dir / "checkpoints", "merged weights": run_dir / "export", "all metrics": run_dir}
         summary.show(monitor.records, final, where)
@@ -204,6 +219,9 @@ def _job(cfg: DictConfig) -> float | None:
 def main() -> None:
     """The console command. Exit codes: 0, 1 failed, 2 wrong configuration, 130 SIGINT, 143 SIGTERM."""
     global _composed
+    if "--version" in sys.argv[1:]:  # Hydra would print its own
+        print(version_line())
+        return
     _composed = False
     _exit_codes.clear()
     try:
