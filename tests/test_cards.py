@@ -64,7 +64,8 @@ for name, folder, seen in json.load(sys.stdin):
                 told[name]["pipeline off by"] = max(abs(a[0]["score"] - p.max().item()) for a, p in zip(answers, probabilities))
     elif seen == "peft":
         for found in blocks(folder):
-            told[name] = [type(found["model"]).__name__, bool([n for n, _ in found["model"].named_parameters() if "lora_A" in n])]
+            adapters = [n for n, _ in found["model"].named_parameters() if "lora_A" in n]
+            told[name] = [type(found["model"]).__name__, bool(adapters)]
     elif seen == "mixer":
         for found in blocks(folder):
             told[name] = list(found["model"](torch.zeros(1, 1, 32, 32)).shape)

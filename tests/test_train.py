@@ -4,10 +4,13 @@ import csv
 import io
 import itertools
 import json
+import multiprocessing
 import os
 import random
 import shutil
 import signal
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,9 +19,11 @@ from lightning.pytorch import Callback
 
 from lowrank_pretrain import csv_log, failures, random_state
 from lowrank_pretrain.checkpoints import NotWritten, WholeCheckpointIO, inspect, newest_whole
+from lowrank_pretrain.closing_loss import ClosingLoss
 from lowrank_pretrain.errors import ConfigError
 from lowrank_pretrain.finite import Diverged
 from lowrank_pretrain.interrupts import Interrupted
+from lowrank_pretrain.run_dir import owned
 from tests.conftest import PHASES, SHORT, TINY, VIT
 
 TIMED = ("throughput/", "memory/", "time/")
@@ -101,7 +106,8 @@ def test_a_run_directory_holds_what_it_should(whole):
 
 def test_the_summary_has_the_agreed_keys(whole):
     _, summary = whole
-    assert list(summary) == ["phases", "switch_step", "freeze_step", "plan", "final"]
+    assert list(summary) == ["phases", "switch_step", "freeze_step", "plan", "final", "versions"]
+    assert list(summary["versions"]) == ["lowrank_pretrain", "torch", "lightning", "timm", "transformers"]
     assert [(p["phase"], p["steps"]) for p in summary["phases"]] == [("full", 3), ("joint", 3), ("lowrank", 6)]
     for phase in summary["phases"]:
         agreed = ["phase", "steps", "seconds", "samples_per_sec", "peak_gib", "trainable", "total"]
@@ -481,3 +487,116 @@ def test_a_changed_setting_takes_effect_in_a_resumed_run(run, capfd, how, change
     if "final_lr" not in change:
         name = change.partition("=")[0].removeprefix("optim.")
         assert [line for line in said.splitlines() if line.startswith(f"{name} is now ")]
+
+
+def test_a_changed_interval_of_saving_takes_effect_in_a_resumed_run(run, tmp_path):
+    with pytest.raises(Interrupted):
+        run("run", sends(5), base=FULL)
+    crash = "+trainer.callbacks=[{_target_: tests.test_train.Crash, step: 8}]"
+    with pytest.raises(RuntimeError, match="killed"):
+        run("run", crash, "save_every=1", "trainer.log_every_n_steps=2", "ckpt_path=last", base=FULL)
+    assert inspect(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"] == 7
+
+
+def test_a_run_that_has_nothing_left_to_do_says_so(run, capfd):
+    run("run", "trainer.max_epochs=1", base=FULL)
+    assert "nothing was left to train" not in capfd.readouterr().out
+    run("run", "trainer.max_epochs=1", "ckpt_path=last", base=FULL)
+    assert "nothing was left to train: the checkpoint is at the end of the run (trainer.max_epochs=1" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("batches", [1, 3])
+def test_the_closing_loss_of_a_short_run_is_a_mean_over_its_end(run, batches):
+    """Nothing is logged in so short a run."""
+    losses = []
+
+    class Losses(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, *args):
+            losses.append(outputs["loss"].item() * trainer.accumulate_grad_batches)
+
+    sys.modules[__name__].Losses = Losses
+    quiet = ["trainer.log_every_n_steps=50", f"trainer.accumulate_grad_batches={batches}", "trainer.max_epochs=2"]
+    _, summary = run("run", "+trainer.callbacks=[{_target_: tests.test_train.Losses}]", *quiet, base=FULL)
+    assert summary["final"]["train/loss"] == pytest.approx(sum(losses) / len(losses))
+    assert len(losses) == 8
+
+
+def test_the_closing_loss_forgets_what_is_long_ago_and_survives_a_resume():
+    module, trainer = SimpleNamespace(device=torch.device("cpu")), SimpleNamespace(accumulate_grad_batches=1, world_size=1)
+    kept = ClosingLoss()
+    kept.on_train_start(trainer, module)
+    for i in range(250):
+        if i == 220:
+            state = kept.state_dict()
+            kept = ClosingLoss()
+            kept.load_state_dict(state)
+            kept.on_train_start(trainer, module)
+        kept.on_train_batch_end(trainer, module, {"loss": torch.tensor(float(i))}, None, i)
+    kept.on_train_epoch_end(trainer, module)
+    assert kept.mean == sum(range(150, 250)) / 100
+
+
+# -- directories ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_directory_that_was_moved_keeps_its_best(run, whole, tmp_path):
+    """A best that nothing can be better than: the file stays as it is."""
+    moved = shutil.copytree(whole[0], tmp_path / "run")
+    best, last = (moved / "checkpoints" / name for name in ("best.ckpt", "last.ckpt"))
+    checkpoint = torch.load(last, weights_only=True)
+    (key,) = [key for key in checkpoint["callbacks"] if key.startswith("ModelCheckpoint")]
+    state = checkpoint["callbacks"][key]
+    assert state["best_model_path"] == str(whole[0] / "checkpoints" / "best.ckpt")
+    score = torch.tensor(-1.0)
+    state |= {"best_model_score": score, "kth_value": score, "best_k_models": {state["best_model_path"]: score}}
+    torch.save(checkpoint, last)
+    before = best.read_bytes()
+    run("run", "ckpt_path=last", "trainer.max_epochs=4")
+    assert best.read_bytes() == before
+    state = torch.load(last, weights_only=True)["callbacks"][key]
+    assert state["best_model_path"] == str(best) and state["dirpath"] == str(best.parent)
+
+
+def test_a_branch_of_another_run_has_a_best_of_its_own(run, whole, tmp_path):
+    directory, _ = run("branch", f"ckpt_path={whole[0] / 'checkpoints' / 'last.ckpt'}", "trainer.max_epochs=4")
+    assert (directory / "checkpoints" / "best.ckpt").is_file()
+
+
+def own(directory, conn):
+    with owned(directory):
+        conn.send("mine")
+        conn.recv()
+
+
+@pytest.fixture
+def owner(tmp_path):
+    """Another process that owns tmp_path/run."""
+    here, there = multiprocessing.Pipe()
+    child = multiprocessing.get_context("fork").Process(target=own, args=(tmp_path / "run", there))
+    child.start()
+    assert here.recv() == "mine"
+    yield child
+    child.kill()
+    child.join()
+
+
+@pytest.mark.parametrize("overrides", [[], ["ckpt_path=last"]])
+def test_two_processes_cannot_own_one_directory(run, owner, tmp_path, overrides):
+    with pytest.raises(ConfigError, match=rf"run': belongs to a run that goes on \(process {owner.pid} on .*seed=N"):
+        run("run", *overrides, base=FULL)
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock"}
+
+
+def test_a_killed_owner_owns_nothing(run, owner, tmp_path):
+    owner.kill()
+    owner.join()
+    assert (tmp_path / "run" / ".lock").is_file()
+    directory, _ = run("run", "trainer.max_epochs=1", base=FULL)
+    assert not (directory / ".lock").exists()
+
+
+def test_a_process_cannot_own_a_directory_twice(tmp_path):
+    with owned(tmp_path), pytest.raises(ConfigError, match="belongs to a run"), owned(tmp_path):
+        pass
+    with owned(tmp_path):
+        pass
