@@ -1,5 +1,8 @@
 """One style of arguments for all commands: ``key=value`` and ``--key value`` (also ``--key=value``) mean the same."""
 
+import re
+import sys
+from argparse import ArgumentParser
 from collections.abc import Collection, Sequence
 
 from .errors import ConfigError
@@ -31,11 +34,19 @@ def key_values(argv: Sequence[str], keys: Collection[str]) -> dict[str, str]:
     return given
 
 
-def as_flags(argv: Sequence[str], flags: Collection[str]) -> list[str]:
-    """Turn ``key=value`` into ``--key=value`` where `flags` has ``--key``, for argparse; all other words stay as they are."""
+def as_flags(argv: Sequence[str] | None, parser: ArgumentParser) -> list[str]:
+    """Turn ``key=value`` into ``--key value`` where `parser` has ``--key``.
+
+    All other words stay as they are: a directory's name may have a sign of equality in it.
+
+    Args:
+        argv: the arguments; None: the process's.
+        parser: takes what is returned.
+    """
+    flags = re.findall(r"--[a-z][a-z-]*", parser.format_usage())
     found = []
-    for word in argv:
+    for word in sys.argv[1:] if argv is None else argv:
         name, equals, value = word.partition("=")
         flag = f"--{name.replace('_', '-')}"
-        found += [flag, value] if equals and flag in flags and not word.startswith("-") else [word]
+        found += [flag, value] if equals and flag in flags else [word]
     return found

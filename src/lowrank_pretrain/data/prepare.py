@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lowrank_pretrain.arguments import as_flags
 from lowrank_pretrain.data.bins import open_bin, write_bin
 from lowrank_pretrain.data.documents import open_documents, read_error, texts
 from lowrank_pretrain.data.tokenizer import load_tokenizer, train_bpe
@@ -113,7 +114,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--split", default="train")
     parser.add_argument("--text-key", default="text")
     parser.add_argument("--val-every", type=int, default=100)
-    args = vars(parser.parse_args(argv))
+    args = vars(parser.parse_args(as_flags(argv, parser)))
     try:
         counts = prepare(**args)
     except ConfigError as error:
