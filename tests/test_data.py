@@ -473,7 +473,7 @@ def test_broken_text_files(tmp_path):
     refuses("train_files='.*train.jsonl.gz': must not be empty", text(tmp_path).setup)
     (tmp_path / "train.jsonl.gz").unlink()
     (tmp_path / "train.jsonl").write_text('{"text": "a"}\nno json\n')
-    refuses("train_files='.*train.jsonl': cannot be read", batches, text(tmp_path))
+    refuses("seq_len=32: must be at most 2, the tokens of one reader's text", batches, text(tmp_path))
 
 
 # ---- prepare

@@ -52,6 +52,7 @@ LEGAL = {
     "trainer": ({},), "logger": ({},),
     # images are mixed, tokens are not; the embedded samples ask for no file names
     "data.root": (None,), "data.num_workers": (0,), "data.flip": FLAG, "data.seed": (-1, 0, HUGE, None),
+    "data.num_classes": (None,), "model.num_classes": (None,),  # as many as the set has
     "data.mixup": (0, 0.5, HUGE), "data.cutmix": (0, 0.5, HUGE), "data.mix_prob": OFF_OR_SHARE,
     "data.switch_prob": OFF_OR_SHARE, "data.smoothing": OFF_OR_SHARE,
     "data.train_file": ("words", ""), "data.val_file": ("words", ""),

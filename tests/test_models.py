@@ -3,6 +3,7 @@
 import logging
 import math
 import socket
+import warnings
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from lowrank_pretrain.models import parallel
 from lowrank_pretrain.models.language import CausalLM
 from lowrank_pretrain.models.optim import Optim
 from lowrank_pretrain.models.vision import VisionClassifier
+from lowrank_pretrain.models.wording import name_fused_experts
 
 CONF = Path(__file__).parent.parent / "conf"
 TINY = {"embed_dim": 16, "depth": 2, "num_heads": 2, "patch_size": 4}
@@ -110,7 +112,8 @@ def test_wrong_vision_arguments_are_one_line():
     wrong(lambda: make("vit_tiny_patch16_224.nope", 10), "vit_tiny_patch16_224.")
     wrong(lambda: vit(model_kwargs={"embed_dimm": 16}), "model_kwargs='embed_dimm'", "embed_dim")
     wrong(lambda: vit(model_kwargs={**TINY, "num_heads": 3}), "num_heads", "divisible")
-    wrong(lambda: vit(model_kwargs={"img_size": 8}), "model_kwargs='img_size'")
+    wrong(lambda: vit(model_kwargs={"img_size": 8}), "model_kwargs='img_size'", "data.img_size")
+    wrong(lambda: vit(model_kwargs={"pretrained": True}), "model_kwargs='pretrained'", "model.pretrained_file=PATH")
     wrong(lambda: vit(img_size=10), "img_size=10", "patch size 4", "such as 8")
     wrong(lambda: vit(img_size=2), "img_size=2", "such as 4")
     wrong(lambda: vit(num_classes=1), "num_classes=1", "at least 2")
@@ -235,7 +238,12 @@ def test_wrong_language_arguments_are_one_line():
     wrong(lambda: gpt(config={"vocab_size": 2}), "config='vocab_size'")
     wrong(lambda: gpt(config={**TINY_GPT, "n_head": 3}), "n_head", "divisible")
     wrong(lambda: gpt(config={**TINY_GPT, "n_layer": "two"}), "n_layer")
-    wrong(lambda: CausalLM("bloom", 50, 8, {"n_layer": 1}), "attn_implementation=eager")
+    wrong(
+        lambda: CausalLM("bloom", 50, 8, {"n_layer": 1, "attn_implementation": "sdpa"}),
+        "config.attn_implementation='sdpa'",
+        "+model.config.attn_implementation=eager",
+    )
+    wrong(lambda: gpt(config={**TINY_GPT, "attn_implementation": "sdqa"}), "config.attn_implementation='sdqa'", "eager")
     wrong(lambda: gpt(vocab_size=0), "vocab_size=0")
     wrong(lambda: gpt(seq_len=1), "seq_len=1")
 
@@ -243,6 +251,125 @@ def test_wrong_language_arguments_are_one_line():
 def test_token_beyond_the_vocabulary_is_one_line():
     for step in (lambda t, data: t.fit(gpt(), data), lambda t, data: t.validate(gpt(), data)):
         wrong(lambda step=step: step(trainer(), blocks(8, vocab_size=4000)), "vocab_size=50", "token id 3", "0..49")
+
+
+# what transformers itself would take; the user set nothing
+WITHOUT_SDPA = {
+    "bloom": {"n_layer": 1, "hidden_size": 16, "n_head": 2},
+    "gemma2": {
+        "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "num_key_value_heads": 2, "head_dim": 8,
+    },
+    "gpt_neo": {"num_layers": 1, "hidden_size": 16, "num_heads": 2, "attention_types": [[["global"], 1]]},
+    "mamba": {"num_hidden_layers": 1, "hidden_size": 16},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WITHOUT_SDPA)
+def test_the_model_chooses_its_attention_where_the_user_does_not(name):
+    module = CausalLM(name, 50, 8, WITHOUT_SDPA[name])
+    module.try_out()
+    assert module.model.config._attn_implementation == "eager"
+    chosen = gpt(config={**TINY_GPT, "attn_implementation": "eager"})
+    assert chosen.model.config._attn_implementation == "eager"
+
+
+# --- language models from local weights ----------------------------------------------------------------------------
+
+SMALL_LLAMA = {**TINY_LLAMA, "num_hidden_layers": 2}
+TINY_MIXTRAL = {
+    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2,
+    "num_local_experts": 3,
+}  # fmt: skip
+KINDS = {"gpt2": TINY_GPT, "llama": SMALL_LLAMA, "mixtral": TINY_MIXTRAL}
+
+
+def saved(folder, name="gpt2", vocab_size=50, dtype=torch.float32, **kwargs):
+    torch.manual_seed(5)
+    model = CausalLM(name, vocab_size, 8, KINDS[name]).model.to(dtype)
+    model.save_pretrained(folder, **kwargs)
+    return model.float().eval()
+
+
+def same_weights(module, model):
+    ours, theirs = module.model.state_dict(), model.state_dict()
+    assert ours.keys() == theirs.keys()
+    return all(torch.equal(ours[key], theirs[key]) and ours[key].dtype == torch.float32 for key in ours)
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("how", ["folder", "file", "sharded", "index", "bfloat16"])
+def test_a_language_model_starts_from_local_weights(tmp_path, name, how):
+    shards = {"max_shard_size": "10KB"} if how in ("sharded", "index") else {}
+    model = saved(tmp_path, name, dtype=torch.bfloat16 if how == "bfloat16" else torch.float32, **shards)
+    path = {"file": tmp_path / "model.safetensors", "index": tmp_path / "model.safetensors.index.json"}.get(how, tmp_path)
+    module = CausalLM(name, 50, 8, pretrained_file=str(path))  # sizes from config.json
+    assert same_weights(module, model)
+    fresh = CausalLM(name, 50, 8, KINDS[name])  # its buffers were never rounded
+    assert all(torch.equal(a, b) for a, b in zip(module.buffers(), fresh.buffers(), strict=True))
+    fresh.model.load_state_dict(model.state_dict())
+    assert module.model.training and "pretrained_file" not in module.hparams
+    again = CausalLM(**module.hparams)  # as a checkpoint is loaded where the file is gone
+    assert {k: v.shape for k, v in again.state_dict().items()} == {k: v.shape for k, v in module.state_dict().items()}
+    ids = torch.arange(8)[None]
+    torch.testing.assert_close(module.eval()(ids), fresh.eval()(ids), rtol=0, atol=0)
+    if name == "gpt2":
+        assert module.model.lm_head.weight is module.model.transformer.wte.weight
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".pth"])
+def test_weights_of_the_bare_network_are_enough(tmp_path, suffix):
+    model = saved(tmp_path / "whole")
+    bare = {k.removeprefix("transformer."): v for k, v in model.state_dict().items() if not k.startswith("lm_head")}
+    torch.save(bare, tmp_path / f"weights{suffix}")
+    assert same_weights(gpt(pretrained_file=str(tmp_path / f"weights{suffix}")), model)
+
+
+def test_positions_and_sizes_come_with_the_weights(tmp_path):
+    saved(tmp_path)  # 8 positions
+    assert CausalLM("gpt2", 50, 4, pretrained_file=str(tmp_path)).model.config.n_positions == 8
+    wrong(lambda: CausalLM("gpt2", 50, 16, pretrained_file=str(tmp_path)), "seq_len=16", "n_positions=8")
+
+
+def test_wrong_language_weights_are_one_line(tmp_path):
+    folder = tmp_path / "gpt2"
+    model = saved(folder)
+    file, key = str(folder / "model.safetensors"), "pretrained_file="
+    wrong(lambda: gpt(pretrained_file=str(tmp_path / "none")), key, "no such file or folder", ".safetensors")
+    wrong(lambda: CausalLM("llama", 50, 8, pretrained_file=str(folder)), "name='llama'", "must be gpt2")
+    wrong(lambda: CausalLM("gpt2", 60, 8, pretrained_file=str(folder)), "vocab_size=60", "data.vocab_size=50")
+    wider = {**TINY_GPT, "n_embd": 32}
+    wrong(lambda: gpt(config=wider, pretrained_file=file), key, "(48,) there and (96,) here", "model.config=null")
+    wrong(lambda: gpt(config={**TINY_GPT, "n_layer": 3}, pretrained_file=file), key, "lacks 12 weights", "h.2.")
+    wrong(lambda: gpt(config={**TINY_GPT, "n_layer": 1}, pretrained_file=file), key, "no place for", "h.1.")
+    state = {name: value.clone() for name, value in model.state_dict().items() if not name.startswith("lm_head")}
+    lacking = {name: value for name, value in state.items() if "h.1.mlp.c_fc.weight" not in name}
+    save_file(lacking, tmp_path / "lacking.safetensors")
+    wrong(lambda: gpt(pretrained_file=str(tmp_path / "lacking.safetensors")), "lacks 1 weights", "h.1.mlp.c_fc.weight")
+    for name in ("cut.safetensors", "cut.bin"):
+        (tmp_path / name).write_bytes(Path(file).read_bytes()[:900])
+        wrong(lambda name=name: gpt(pretrained_file=str(tmp_path / name)), key, "cannot be read")
+    torch.save([1, 2], tmp_path / "list.bin")
+    wrong(lambda: gpt(pretrained_file=str(tmp_path / "list.bin")), key, "cannot be read", "no weights by name")
+    torch.save({"state_dict": gpt().state_dict(), "pytorch-lightning_version": "2"}, tmp_path / "last.ckpt")
+    wrong(lambda: gpt(pretrained_file=str(tmp_path / "last.ckpt")), key, "lowrank_pretrain.export", "format=hf")
+    (tmp_path / "empty").mkdir()
+    wrong(lambda: gpt(pretrained_file=str(tmp_path / "empty")), key, "must hold weights")
+    (folder / "config.json").write_text("{")
+    wrong(lambda: gpt(pretrained_file=str(folder)), key, "config.json", "cannot be read")
+    (folder / "config.json").write_text('{"model_type": "t5"}')
+    wrong(lambda: gpt(pretrained_file=str(folder)), "name='gpt2'", "'t5'")
+
+
+def test_experts_in_one_tensor_are_named_once():
+    module = CausalLM("mixtral", 50, 8, TINY_MIXTRAL)
+    if not any(param.ndim == 3 for param in module.parameters()):
+        pytest.skip("this transformers keeps each expert's matrices by themselves")
+    with pytest.warns(UserWarning, match=r"2 weights of experts, \d+% of the parameters, stay out of the targets: .*experts\."):
+        name_fused_experts(module)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        name_fused_experts(gpt())
 
 
 # --- both -------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """A configuration node becomes an object; a wrong key or value becomes one line that says what is allowed."""
 
+import difflib
 import inspect
 import math
 import types
@@ -47,7 +48,9 @@ def check_arguments(group: str, target: Callable, given: dict[str, Any], ours: C
     hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
     for key, value in given.items():
         if key not in allowed:
-            raise ConfigError(f"{group}.{key}", value, f"unknown key; must be one of {', '.join(allowed)}")
+            near = [name for name in allowed if name.startswith(f"{key}_")] or difflib.get_close_matches(str(key), allowed, 1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise ConfigError(f"{group}.{key}", value, f"unknown key; {hint}must be one of {', '.join(allowed)}")
         if not _matches(value, hints.get(key, Any)):
             raise ConfigError(f"{group}.{key}", value, f"must be {_words(hints[key])}")
     check_finite(group, given)

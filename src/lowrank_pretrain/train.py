@@ -33,6 +33,7 @@ from .interrupts import Interrupts
 from .loggers import finish, more_loggers, publish
 from .loop_state import LoopState
 from .models.optim import Optim
+from .models.wording import name_fused_experts
 from .monitor import Monitor
 from .norms import WeightNorms
 from .progress import progress, quiet_lightning
@@ -112,6 +113,8 @@ def attempt(config: dict[str, Any], run_dir: Path, ckpt: Path | None, guard: Div
         config["model"]["num_classes"] = data.count_classes()
     module = build("model", config["model"], base=pl.LightningModule)
     module.optim = optim
+    if (chosen.callbacks or chosen.strategy) and {"all", "mlp"} & {*_listed(config["method"].get("targets", "all"))}:
+        name_fused_experts(module)
     if hasattr(module, "try_out"):
         module.try_out()
 
@@ -160,6 +163,10 @@ def attempt(config: dict[str, Any], run_dir: Path, ckpt: Path | None, guard: Div
         # LTE on one device: the next job of a sweep would take its group over, and processes forked then wait for its threads
         if not grouped and torch.distributed.is_initialized() and torch.distributed.get_world_size() == 1:
             torch.distributed.destroy_process_group()
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def finish_run(

@@ -30,7 +30,7 @@ class FashionMNIST(PretrainData):
         num_workers: loading processes; 0 is the fastest at 28 pixels.
         img_size: side of the images handed out, pixels.
         in_chans: 1, or 3 for models of coloured images.
-        num_classes: 10; larger only leaves outputs of the model unused.
+        num_classes: 10, or None for the same; larger only leaves outputs of the model unused.
         flip: mirror half of the training images at random.
         mixup: alpha; 0 is off. This and the next four: :class:`~lowrank_pretrain.data.mixing.Mixing`.
         cutmix: alpha; 0 is off.
@@ -50,7 +50,7 @@ class FashionMNIST(PretrainData):
         num_workers: int = 0,
         img_size: int = 28,
         in_chans: int = 1,
-        num_classes: int = 10,
+        num_classes: int | None = 10,
         flip: bool = True,
         mixup: float = 0.0,
         cutmix: float = 0.0,
@@ -60,6 +60,7 @@ class FashionMNIST(PretrainData):
         seed: int | None = None,
     ) -> None:
         super().__init__(batch_size, num_workers, seed)
+        num_classes = len(NAMES) if num_classes is None else num_classes
         check_shape(img_size, in_chans, num_classes)
         self.root, self.flip = root, flip
         self.img_size, self.in_chans, self.num_classes = img_size, in_chans, num_classes

@@ -53,16 +53,18 @@ def torch_loader(cls: type[DataLoader], dataset: Any, num_workers: int, **kwargs
     """A loader of whole batches."""
     # batch_size=None: the dataset makes whole batches. The generator is ours because a loader without one draws its
     # workers' base seed from the global generator at every iteration, validation included
-    return cls(
-        dataset,
-        batch_size=None,
-        num_workers=num_workers,
-        persistent_workers=num_workers > 0,
-        pin_memory=torch.cuda.is_available(),
-        collate_fn=_identity,
-        generator=torch.Generator().manual_seed(0),
-        **kwargs,
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*set_vital")  # torchdata's own business
+        return cls(
+            dataset,
+            batch_size=None,
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            collate_fn=_identity,
+            generator=torch.Generator().manual_seed(0),
+            **kwargs,
+        )
 
 
 def end_workers(loader: DataLoader) -> None:

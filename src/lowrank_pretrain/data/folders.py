@@ -180,9 +180,11 @@ def _without_splits(found: Found, splits: dict[str, str | None], fraction: float
 
 
 def _by_class(path: Path, below: list, inside: dict[tuple[str, ...], int], where: str) -> Folder:
-    flat = sum(len(parts) == 1 for parts, _, _ in below)
+    flat = sorted(whole for parts, whole, _ in below if len(parts) == 1)
     if flat:
-        allowed = f"must hold a folder for each class: {flat} of its {len(below)} images lie outside of any, e.g. {below[0][1]}"
+        allowed = (
+            f"must hold a folder for each class: {len(flat)} of its {len(below)} images lie outside of any, e.g. {flat[0]}"
+        )
         raise ConfigError("root", where, allowed)
     classes = natural({parts[0] for parts, _, _ in below})
     empty = natural({f[0] for f in inside if f} - set(classes))

@@ -6,21 +6,30 @@ r"""Tokenise text once: local files or a hub set -> ``train.bin`` and ``val.bin`
     python -m lowrank_pretrain.data.prepare --out tokens --train-bpe 8192 --root text --files '*.txt'
 
 ``--tokenizer``: ``kjv`` (embedded), a ``tokenizer.json``, a folder with one or with GPT-2's two BPE files, or a name on the
-hub. ``--train-bpe N`` trains a byte-level BPE on the same text instead and keeps it as ``OUT/tokenizer.json``.
+hub. ``--train-bpe N`` trains a byte-level BPE on the same text instead. Either is kept as ``OUT/tokenizer.json``.
 """
 
 import argparse
+import json
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lowrank_pretrain.arguments import as_flags
 from lowrank_pretrain.data.bins import open_bin, write_bin
-from lowrank_pretrain.data.documents import open_documents, read_error, texts
-from lowrank_pretrain.data.tokenizer import load_tokenizer, train_bpe
+from lowrank_pretrain.data.documents import Piece, open_documents, read_error
+from lowrank_pretrain.data.fetching import BadInputs
+from lowrank_pretrain.data.tokenizer import DocumentEncoder, load_tokenizer, special_tokens, train_bpe, vocabulary
 from lowrank_pretrain.errors import ConfigError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+CHUNK = 1 << 20  # tokens that are copied at a time
 
 
 def prepare(
@@ -34,6 +43,7 @@ def prepare(
     split: str = "train",
     text_key: str = "text",
     val_every: int = 100,
+    end_token: str | None = None,
 ) -> dict[str, int]:
     """Write ``train.bin`` and ``val.bin`` under ``out``; each document is followed by the end-of-document token.
 
@@ -42,12 +52,13 @@ def prepare(
         tokenizer: see :func:`~lowrank_pretrain.data.tokenizer.load_tokenizer`; this or ``train_bpe_vocab``.
         train_bpe_vocab: train a tokenizer of so many tokens on the text first.
         root: folder of local files.
-        files: glob(s) below it. Each ``.txt`` is one document.
+        files: glob(s) below it. Each ``.txt`` or ``.md`` is one document.
         dataset: a set on the hub instead.
         config: its configuration.
         split: its split.
         text_key: column with the text.
         val_every: every so-many-th document goes to ``val.bin``; of fewer documents, the last share of the tokens.
+        end_token: the token after each document; None: see :func:`~lowrank_pretrain.data.tokenizer.load_tokenizer`.
 
     Returns:
         The number of tokens by split.
@@ -62,39 +73,71 @@ def prepare(
     if val_every < 2:
         raise ConfigError("val_every", val_every, "must be 2 or more")
 
-    def documents() -> Iterator[tuple[bool, str]]:
-        stream, paths = open_documents(root, files, "files", dataset, config, split, "split")
+    source, bad = open_documents(root, files, "files", dataset, config, split, "split", text_key), BadInputs()
+
+    def pieces() -> Iterator[tuple[bool, Piece]]:
+        number = 1
         try:
-            for number, text in enumerate(texts(stream, text_key), 1):
-                yield number % val_every == 0, text
-        except Exception as error:  # one class for each library below `datasets`
-            raise read_error(error, "files", paths) from error
+            for piece in source.read(None):
+                yield number % val_every == 0, piece
+                number += piece.ends
+                bad.add(source.bad)
+                source.bad.clear()
+        except Exception as error:  # one class for each library that reads or unpacks
+            raise read_error(error, "files", source.files) from error
+        bad.add(source.bad)
 
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     if train_bpe_vocab is not None:
-        trained = train_bpe((text for held_out, text in documents() if not held_out), train_bpe_vocab)
-        trained.save(str(out / "tokenizer.json"), pretty=False)
+        trained = train_bpe((piece.text for held_out, piece in pieces() if not held_out), train_bpe_vocab)
+        trained.save(str(out / "trained.json"), pretty=False)
+        (out / "tokenizer_config.json").unlink(missing_ok=True)  # of an earlier run's tokenizer
+        (out / "trained.json").replace(out / "tokenizer.json")
         tokenizer = str(out / "tokenizer.json")
-    encoder, end = load_tokenizer(tokenizer)
-    vocab_size = encoder.get_vocab_size()
-    val: list[np.ndarray] = []  # kept in memory, so that the text is read once
+    encoder, end = load_tokenizer(tokenizer, end_token=end_token)
+    counts = _write(out, pieces(), DocumentEncoder(encoder, end), vocabulary(encoder), val_every)
+    _keep_tokenizer(out, tokenizer, encoder, end)
+    return counts
 
-    def train() -> Iterator[np.ndarray]:
-        for held_out, text in documents():
-            ids = np.array([*encoder.encode(text).ids, end], np.uint32)
-            if held_out:
-                val.append(ids)
-            else:
-                yield ids
 
-    count = write_bin(out / "train.bin", train(), vocab_size)
-    if not val and count:
-        tokens, _ = open_bin(out / "train.bin")
-        cut = count - max(1, count // val_every)
-        val = [tokens[cut:]]
-        count = write_bin(out / "train.bin", [tokens[:cut]], vocab_size)
-    return {"train": count, "val": write_bin(out / "val.bin", val, vocab_size)}
+def _write(
+    out: Path, pieces: Iterator[tuple[bool, Piece]], encode: DocumentEncoder, vocab_size: int, val_every: int
+) -> dict[str, int]:
+    """Both token files; what is held out waits in a file without a name, so that the text is read once."""
+    with tempfile.TemporaryFile(dir=out) as held:
+
+        def train() -> Iterator[list[int]]:
+            for held_out, piece in pieces:
+                ids = encode(piece.text, piece.begins, piece.ends)
+                if held_out:
+                    held.write(np.array(ids, np.uint32).tobytes())
+                else:
+                    yield ids
+
+        count = write_bin(out / "train.bin", train(), vocab_size)
+        if held.tell():
+            held.seek(0)
+            chunks = (np.frombuffer(chunk, np.uint32) for chunk in iter(lambda: held.read(4 * CHUNK), b""))
+            return {"train": count, "val": write_bin(out / "val.bin", chunks, vocab_size)}
+    if not count:
+        return {"train": count, "val": write_bin(out / "val.bin", [], vocab_size)}
+    tokens, _ = open_bin(out / "train.bin")
+    cut = count - max(1, count // val_every)
+    val = write_bin(out / "val.bin", [tokens[cut:]], vocab_size)
+    return {
+        "train": write_bin(out / "train.bin", (tokens[i : min(i + CHUNK, cut)] for i in range(0, cut, CHUNK)), vocab_size),
+        "val": val,
+    }
+
+
+def _keep_tokenizer(out: Path, name: str, encoder: "Tokenizer", end: int) -> None:
+    """``tokenizer.json`` and its special tokens next to the token files: an export of a model goes with them."""
+    special = special_tokens(name, encoder)
+    named = {"eos_token": end, "bos_token": special.bos, "pad_token": special.pad}
+    encoder.save(str(out / "tokenizer.json"), pretty=False)
+    named = {key: encoder.id_to_token(token) for key, token in named.items() if token is not None}
+    (out / "tokenizer_config.json").write_text(json.dumps(named, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -114,6 +157,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--split", default="train")
     parser.add_argument("--text-key", default="text")
     parser.add_argument("--val-every", type=int, default=100)
+    parser.add_argument("--end-token")
     args = vars(parser.parse_args(as_flags(argv, parser)))
     try:
         counts = prepare(**args)

@@ -7,9 +7,10 @@ import numpy as np
 
 from lowrank_pretrain.data.base import PretrainData, public_name
 from lowrank_pretrain.data.documents import open_documents, read_error
+from lowrank_pretrain.data.fetching import BadInputs
 from lowrank_pretrain.data.packing import Packer, TextStream
 from lowrank_pretrain.data.stream_loaders import StreamLoader
-from lowrank_pretrain.data.tokenizer import load_tokenizer, vocabulary
+from lowrank_pretrain.data.tokenizer import DocumentEncoder, load_tokenizer, vocabulary
 from lowrank_pretrain.data.tokens import TokenSet
 from lowrank_pretrain.errors import ConfigError
 
@@ -18,10 +19,11 @@ class TextData(PretrainData):
     """Streams ``{"input_ids": (batch_size, seq_len)}``; an epoch is ``batches_per_epoch`` batches and the stream runs on.
 
     Args:
-        root: folder of local files; not used with ``dataset``.
-        train_files: glob(s) under ``root``: ``.jsonl``, ``.json``, ``.parquet`` or ``.txt``, packed (``.gz``, ``.zst``) or not.
+        root: folder of local files, or one that `datasets` saved with ``save_to_disk``; not used with ``dataset``.
+        train_files: glob(s) under ``root``: ``.jsonl``, ``.json``, ``.csv``, ``.parquet``, ``.txt`` or ``.md``, packed
+            (``.gz``, ``.bz2``, ``.xz``, ``.zst``) or not. A text file is one document, in the others each row is one.
         val_files: likewise.
-        dataset: a set on the hub instead, e.g. ``allenai/c4``.
+        dataset: a set on the hub instead, e.g. ``allenai/c4``, or a saved folder.
         config: its configuration, e.g. ``en``.
         train_split: its training split.
         val_split: its validation split.
@@ -88,22 +90,23 @@ class TextData(PretrainData):
         if vocabulary(tokenizer) > self.vocab_size:
             allowed = f"must be at least {vocabulary(tokenizer)}, the vocabulary of {self.tokenizer_name}"
             raise ConfigError("vocab_size", self.vocab_size, allowed)
-        reading = {"text_key": self.text_key, "tokenizer": tokenizer, "end": end, "seq_len": self.seq_len}
-        documents, files = open_documents(*self.val_source)
+        encode = DocumentEncoder(tokenizer, end)
+        documents = open_documents(*self.val_source, self.text_key)
+        packer = Packer(documents, encode, self.seq_len)
         try:
-            rows = Packer(documents, **reading).rows(self.val_sequences, endless=False)
-        except Exception as error:  # one class for each library below `datasets`
-            raise read_error(error, "val_files", files) from error
+            rows = packer.rows(self.val_sequences, endless=False)
+        except Exception as error:  # one class for each library that reads or unpacks
+            raise read_error(error, "val_files", documents.files) from error
+        BadInputs().add(packer.take_bad())
         if not len(rows):
             raise ConfigError("seq_len", self.seq_len, "must be at most the tokens of the validation text, which is shorter")
         self.val_set = self.test_set = TokenSet(np.ravel(rows), self.seq_len, self.vocab_size, "validation text")
-        documents, files = open_documents(*self.train_source)
         rank, world = self.ranks
         self.train_set = TextStream(
-            documents,
-            files,
+            open_documents(*self.train_source, self.text_key),
             "train_files",
-            **reading,
+            encode,
+            self.seq_len,
             batch_size=self.batch_size,
             block=self.shuffle_block,
             rank=rank,

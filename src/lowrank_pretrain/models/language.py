@@ -3,12 +3,15 @@
 Shapes: B batch, T tokens, V vocabulary.
 """
 
+import json
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchmetrics import Metric
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -55,6 +58,13 @@ class Perplexity(TokenLoss):
         return super().compute().exp()
 
 
+# weights of whole files, in the order of preference of a folder
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+# what a folder's configuration says of other things than the network
+NOT_OF_THE_NETWORK = ("architectures", "model_type", "transformers_version", "vocab_size", "dtype", "torch_dtype", "use_cache")
+NOT_OF_THE_NETWORK += ("_name_or_path", "auto_map", "quantization_config")
+
+
 class CausalLM(LightningModule):
     """A transformers causal language model, trained from scratch on packed token blocks.
 
@@ -65,22 +75,37 @@ class CausalLM(LightningModule):
         vocab_size: V.
         seq_len: T, the length of a block; the model is made for this many positions unless `config` says more.
         config: any keys of the model's transformers configuration (``n_layer``, ``hidden_size``, …).
+        pretrained_file: local weights to start from: a folder as ``save_pretrained`` writes it, whose configuration stands
+            where `config` says nothing, or a ``.safetensors``, a ``.bin`` or the ``.index.json`` of several. None: random.
 
     Raises:
-        ConfigError: an unknown model type or configuration key, or values that do not fit together.
+        ConfigError: an unknown model type or configuration key, values that do not fit together, or weights that are missing,
+            unreadable or of another model.
     """
 
-    def __init__(self, name: str, vocab_size: int, seq_len: int, config: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        vocab_size: int,
+        seq_len: int,
+        config: dict[str, Any] | None = None,
+        pretrained_file: str | None = None,
+    ) -> None:
         super().__init__()
         config = plain(config) or {}
         if not isinstance(config, dict):
             raise ConfigError("config", config, "must be a group of transformers' configuration keys")
+        if pretrained_file is not None:
+            config = {**config_of(Path(pretrained_file), name), **config}
         check_layers("config", config)
-        self.save_hyperparameters()
+        # the file is where weights came from, not what the network is: a checkpoint must load where it is gone
+        self.save_hyperparameters({"name": name, "vocab_size": vocab_size, "seq_len": seq_len, "config": config})
         self.optim = Optim()
         check_count("vocab_size", vocab_size, least=2)
         check_count("seq_len", seq_len, least=2)
         self.model = create(name, vocab_size, seq_len, config)
+        if pretrained_file is not None:
+            self.model = load_weights(self.model, Path(pretrained_file))
         self.metrics = nn.ModuleDict(
             {f"{stage}_{key}": kind() for stage in ("val", "test") for key, kind in (("loss", TokenLoss), ("ppl", Perplexity))}
         )
@@ -195,7 +220,8 @@ def create(name: str, vocab_size: int, seq_len: int, config: dict[str, Any]) -> 
         if key not in known:
             raise ConfigError("config", key, f"{name} has no such setting; {closest(key, known)}")
         if key in ("vocab_size", "model_type"):
-            raise ConfigError("config", key, "is not for config; it has a key of its own")
+            own = "data.vocab_size" if key == "vocab_size" else "model.name"
+            raise ConfigError("config", key, f"is not for config; it has a key of its own, {own}")
     values = {aliases.get(key, key): value for key, value in config.items()}
     positions = aliases.get("max_position_embeddings", "max_position_embeddings")
     if hasattr(default, positions):
@@ -206,17 +232,143 @@ def create(name: str, vocab_size: int, seq_len: int, config: dict[str, Any]) -> 
         token = getattr(default, key, None)
         if isinstance(token, int) and token >= vocab_size:
             values.setdefault(key, None)
-    attention = values.pop("attn_implementation", "sdpa")
+    attention = values.pop("attn_implementation", None)  # None: what transformers takes for this model
     try:
         built = AutoConfig.for_model(name, vocab_size=vocab_size, **values)
         built.use_cache = False  # nothing is generated here; an export sets it back
-        model = AutoModelForCausalLM.from_config(built, attn_implementation=attention)
+        chosen = {} if attention is None else {"attn_implementation": attention}
+        model = AutoModelForCausalLM.from_config(built, **chosen)
         model.loss_type = "ForCausalLM"  # what it takes anyway; of GPT-2 it says at each run that it has to guess
         return model
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # transformers validates with exceptions of its own and of huggingface_hub
-        if "attention implementation" in str(error):
-            cure = "use config.attn_implementation=eager"
-            raise ConfigError("config", {"attn_implementation": attention}, f"{name} has none; {cure}") from error
+        if attention is not None and _about_attention(error, attention):
+            cure = "leave it out, or take +model.config.attn_implementation=eager"
+            raise ConfigError("config.attn_implementation", attention, f"{name} has none of that name; {cure}") from error
         raise ConfigError("config", config, f"{name} cannot be built with these: {one_line(error)}") from error
+
+
+def _about_attention(error: Exception, attention: str) -> bool:
+    text = str(error).lower()
+    return "attention implementation" in text or "attn_implementation" in text or str(attention).lower() in text
+
+
+def config_of(path: Path, name: str) -> dict[str, Any]:
+    """What the ``config.json`` next to local weights says of the network; {} where there is none.
+
+    Raises:
+        ConfigError: nothing is there, or it is the configuration of another kind of model than ``name``.
+    """
+    if not path.exists():
+        allowed = "no such file or folder; give a folder that save_pretrained wrote, or a .safetensors, .bin or .index.json"
+        raise ConfigError("pretrained_file", str(path), allowed)
+    file = (path if path.is_dir() else path.parent) / "config.json"
+    if not file.is_file():
+        return {}
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        kind = found.get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError("pretrained_file", str(file), f"cannot be read: {one_line(error)}") from error
+    if kind is None and not path.is_dir():
+        return {}  # of something else
+    if kind != name:
+        known = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        words = f"must be {kind}, the kind of model" if known else f"does not fit: no causal LM but {kind!r} is"
+        raise ConfigError("name", name, f"{words} in {path}")
+    default = AutoConfig.for_model(name)
+    known = set(default.to_dict()) | set(default.attribute_map)
+    return {key: value for key, value in found.items() if key in known and key not in NOT_OF_THE_NETWORK}
+
+
+def load_weights(model: nn.Module, path: Path) -> nn.Module:
+    """The same network with local weights, every one of them and no other.
+
+    Args:
+        model: the network, with random weights.
+        path: see :class:`CausalLM`.
+
+    Returns:
+        A network of the same class, in float32.
+
+    Raises:
+        ConfigError: unreadable weights, a weight that is missing, too many, or of another shape.
+    """
+    from transformers.utils import logging as hf_logging
+
+    source, state = _weights(path)
+    bars, level = hf_logging.is_progress_bar_enabled(), hf_logging.get_verbosity()
+    hf_logging.disable_progress_bar()
+    hf_logging.set_verbosity_error()  # its report of many lines is one line below
+    config, attention = model.config, model.config._attn_implementation
+    try:
+        loaded, info = type(model).from_pretrained(
+            source, config=config, state_dict=state, attn_implementation=attention, output_loading_info=True,
+            ignore_mismatched_sizes=True, local_files_only=True,
+        )  # fmt: skip
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a truncated or foreign file fails in as many ways as there are formats
+        raise ConfigError("pretrained_file", str(path), f"cannot be read: {one_line(error)}") from error
+    finally:
+        hf_logging.set_verbosity(level)
+        if bars:
+            hf_logging.enable_progress_bar()
+    _check_loaded(info, model, path)
+    loaded.loss_type = model.loss_type
+    return loaded.float().train()
+
+
+def _weights(path: Path) -> tuple[str | None, dict[str, Tensor] | None]:
+    """A folder for transformers to read, or the weights themselves.
+
+    Raises:
+        ConfigError: there are none, or they cannot be read.
+    """
+    if path.is_dir():
+        if not any((path / name).is_file() for name in WEIGHTS):
+            raise ConfigError("pretrained_file", str(path), f"must hold weights: one of {', '.join(WEIGHTS)}")
+        return str(path), None
+    try:
+        if path.name.endswith(".index.json"):
+            files = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+            parts = [_tensors(path.parent / file) for file in files]
+            return None, {key: value for part in parts for key, value in part.items()}
+        return None, _tensors(path)
+    except ConfigError:
+        raise
+    except Exception as error:  # a truncated or foreign file fails in as many ways as there are formats
+        raise ConfigError("pretrained_file", str(path), f"cannot be read: {one_line(error)}") from error
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    found = torch.load(path, map_location="cpu", weights_only=True)
+    if isinstance(found, dict) and "pytorch-lightning_version" in found:
+        cure = f"python -m lowrank_pretrain.export ckpt={path} format=hf out=DIR"
+        raise ConfigError("pretrained_file", str(path), f"is a training checkpoint; export it first: {cure}")
+    found = found.get("state_dict", found) if isinstance(found, dict) else None
+    if not found or not all(isinstance(value, Tensor) for value in found.values()):
+        raise ValueError("it holds no weights by name")
+    return found
+
+
+def _check_loaded(info: dict[str, Any], model: nn.Module, path: Path) -> None:
+    """Raises :class:`ConfigError` for weights that stayed random, or that the network has no place for."""
+    if info["mismatched_keys"]:
+        embedding = next(name for name, m in model.named_modules() if m is model.get_input_embeddings())
+        mismatched = sorted((str(k), tuple(a), tuple(b)) for k, a, b in info["mismatched_keys"])
+        for key, theirs, ours in mismatched:
+            if key == f"{embedding}.weight" and theirs[1:] == ours[1:]:
+                allowed = f"must be {theirs[0]}, the vocabulary of the weights in {path}: data.vocab_size={theirs[0]}"
+                raise ConfigError("vocab_size", ours[0], allowed)
+        key, theirs, ours = mismatched[0]
+        described = ((path if path.is_dir() else path.parent) / "config.json").is_file()
+        cure = "model.config=null takes the sizes in its config.json" if described else "set model.config"
+        raise ConfigError("pretrained_file", str(path), f"does not fit: {key} is {theirs} there and {ours} here; {cure}")
+    for words, keys in (("lacks", info["missing_keys"]), ("holds what the model has no place for,", info["unexpected_keys"])):
+        if keys:
+            names = ", ".join(sorted(keys)[:4]) + (", …" if len(keys) > 4 else "")
+            raise ConfigError("pretrained_file", str(path), f"does not fit: it {words} {len(keys)} weights: {names}")

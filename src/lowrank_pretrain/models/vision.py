@@ -71,8 +71,12 @@ class VisionClassifier(LightningModule):
         check_count("num_classes", num_classes, least=2)
         check_count("img_size", img_size)
         check_count("in_chans", in_chans)
-        for key in {"img_size", "in_chans", "num_classes", "pretrained"} & set(model_kwargs):
-            raise ConfigError("model_kwargs", key, "is not for model_kwargs; it has a key of its own")
+        if "pretrained" in model_kwargs:
+            cure = "nothing is downloaded; give timm's weights as a local file: model.pretrained_file=PATH"
+            raise ConfigError("model_kwargs", "pretrained", f"is not for model_kwargs; {cure}")
+        for key in ("img_size", "in_chans", "num_classes"):
+            if key in model_kwargs:
+                raise ConfigError("model_kwargs", key, f"is not for model_kwargs; it has a key of its own, data.{key}")
         kwargs = {"img_size": img_size, "in_chans": in_chans, **model_kwargs}
         if pretrained_file is None:
             self.model = create(name, num_classes=num_classes, **kwargs)

@@ -1,6 +1,7 @@
 """What both models need to talk to a user: plain values in, one readable line out."""
 
 import difflib
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -69,3 +70,16 @@ def run_once(network: torch.nn.Module, key: str, value: Any, call: Callable[[], 
         raise ConfigError(key, value, f"a network with these cannot run: {one_line(error)}") from error
     finally:
         network.train(training)
+
+
+def name_fused_experts(module: torch.nn.Module) -> None:
+    """Say once which experts low-rank methods leave alone: transformers keeps them as one tensor, which is no matrix."""
+    fused = {name: param for name, param in module.named_parameters() if param.ndim == 3 and "expert" in name.lower()}
+    if fused:
+        share = sum(param.numel() for param in fused.values()) / sum(param.numel() for param in module.parameters())
+        first = next(iter(fused))
+        warnings.warn(
+            f"{len(fused)} weights of experts, {share:.0%} of the parameters, stay out of the targets: each holds all experts "
+            f"of a layer in one tensor, e.g. {first} {tuple(fused[first].shape)}",
+            stacklevel=1,
+        )
