@@ -14,7 +14,6 @@ import time
 from pathlib import Path
 
 import pytest
-import tomllib
 from hydra.core.global_hydra import GlobalHydra
 from lightning.pytorch import Callback
 from omegaconf import OmegaConf
