@@ -10,6 +10,7 @@ import random
 import shutil
 import signal
 import sys
+import warnings
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,8 +24,10 @@ from lowrank_pretrain.closing_loss import ClosingLoss
 from lowrank_pretrain.errors import ConfigError
 from lowrank_pretrain.finite import Diverged
 from lowrank_pretrain.interrupts import Interrupted
+from lowrank_pretrain.longer_run import LongerRun
 from lowrank_pretrain.run_dir import owned
 from tests.conftest import PHASES, SHORT, TINY, VIT
+from tests.toy import loader, toy, trainer
 
 TIMED = ("throughput/", "memory/", "time/")
 
@@ -487,6 +490,22 @@ def test_a_changed_setting_takes_effect_in_a_resumed_run(run, capfd, how, change
     if "final_lr" not in change:
         name = change.partition("=")[0].removeprefix("optim.")
         assert [line for line in said.splitlines() if line.startswith(f"{name} is now ")]
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "epochs", "warned"),
+    [("cosine", 4, True), ("onecycle", 4, True), ("sequential", 4, True), ("lambda", 4, True), ("step", 4, False),
+     (None, 4, False), ("cosine", 2, False)],
+)  # fmt: skip
+def test_a_schedule_of_a_modules_own_that_may_have_ended_is_named(tmp_path, scheduler, epochs, warned):
+    trainer(tmp_path, LongerRun(), every=3, max_epochs=2).fit(toy(scheduler=scheduler), loader(n=24))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        trainer(tmp_path, LongerRun(), max_epochs=epochs).fit(
+            toy(scheduler=scheduler), loader(n=24), ckpt_path=tmp_path / "step=3.ckpt"
+        )
+    found = [str(w.message) for w in said if "whose run was of 6 steps; this one is of 12" in str(w.message)]
+    assert len(found) == warned
 
 
 def test_a_changed_interval_of_saving_takes_effect_in_a_resumed_run(run, tmp_path):

@@ -5,6 +5,7 @@ import hashlib
 import os
 import socket
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -153,10 +154,11 @@ def _locked(path: Path) -> IO[str] | None:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            file.close()
             if error.errno in (errno.EACCES, errno.EAGAIN):
+                file.close()
                 return None
-            raise ConfigError("hydra.run.dir", str(path.parent), f"cannot be locked: {error.strerror}") from error
+            # some network file systems know no locks
+            warnings.warn(f"{path.parent} cannot be locked ({error.strerror}): let no other run write there", stacklevel=3)
         if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}\n")

@@ -31,6 +31,7 @@ from .facts import Facts, RememberFacts, facts_of_checkpoint
 from .finite import Diverged
 from .interrupts import Interrupts
 from .loggers import finish, more_loggers, publish
+from .longer_run import LongerRun
 from .loop_state import LoopState
 from .models.optim import Optim
 from .models.wording import name_fused_experts
@@ -131,6 +132,7 @@ def attempt(config: dict[str, Any], run_dir: Path, ckpt: Path | None, guard: Div
                 guard,
                 *watches,
                 RememberFacts(data),
+                LongerRun(),
                 ClosingLoss(),
                 monitor,  # sees a step before the method changes the model behind it
                 *chosen.callbacks,

@@ -155,21 +155,23 @@ def settings_win(optimizer: torch.optim.Optimizer) -> None:
 
     What is loaded are moments and steps. One line names each setting that the file had otherwise.
     """
-    groups: list[dict[str, Any]] = []
+    ours: list[dict[str, Any]] = []
+    changed: dict[str, str] = {}
 
     def remember(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
-        groups[:] = [{key: group[key] for key in SETTINGS if key in group} for group in optimizer.param_groups]
+        ours[:] = [{key: group[key] for key in SETTINGS if key in group} for group in optimizer.param_groups]
+        changed.clear()
+        for mine, theirs in zip(ours, state_dict["param_groups"], strict=False):  # the optimizer itself says what does not fit
+            for key, value in mine.items():
+                before = tuple(theirs[key]) if key == "betas" and key in theirs else theirs.get(key, value)
+                if before != value:
+                    changed.setdefault(SETTINGS[key], f"{SETTINGS[key]} is now {value} (it was {before} in the checkpoint)")
 
     def put_back(optimizer: torch.optim.Optimizer) -> None:
-        changed = {}
-        for group, ours in zip(optimizer.param_groups, groups, strict=True):
-            for key, value in ours.items():
-                theirs = group.get(key, value)
-                if (tuple(theirs) if key == "betas" else theirs) != value:
-                    changed.setdefault(SETTINGS[key], f"{value} (it was {theirs} in the checkpoint)")
-            group.update(ours)
-        for key, words in changed.items():
-            rank_zero_only(print)(f"{key} is now {words}", flush=True)
+        for group, mine in zip(optimizer.param_groups, ours, strict=True):
+            group.update(mine)
+        for line in changed.values():
+            rank_zero_only(print)(line, flush=True)
 
     optimizer.register_load_state_dict_pre_hook(remember)
     optimizer.register_load_state_dict_post_hook(put_back)
