@@ -615,7 +615,11 @@ def test_a_killed_owner_owns_nothing(run, owner, tmp_path):
 
 
 def test_a_process_cannot_own_a_directory_twice(tmp_path):
-    with owned(tmp_path), pytest.raises(ConfigError, match="belongs to a run"), owned(tmp_path):
+    with (
+        owned(tmp_path),
+        pytest.raises(ConfigError, match="belongs to a run that goes on .process .*, this one"),
+        owned(tmp_path),
+    ):
         pass
     with owned(tmp_path):
         pass

@@ -168,6 +168,8 @@ def _locked(path: Path) -> IO[str] | None:
 
 
 def _holder(path: Path) -> str:
+    if path in _owned:  # to open and close the file here would give the lock away
+        return f"process {os.getpid()}, this one"
     try:
         return path.read_text().strip() or "another process"
     except OSError:
