@@ -25,7 +25,7 @@ from lowrank_pretrain.errors import ConfigError
 from lowrank_pretrain.finite import Diverged
 from lowrank_pretrain.interrupts import Interrupted
 from lowrank_pretrain.longer_run import LongerRun
-from lowrank_pretrain.run_dir import owned
+from lowrank_pretrain.ownership import owned
 from tests.conftest import PHASES, SHORT, TINY, VIT
 from tests.toy import loader, toy, trainer
 

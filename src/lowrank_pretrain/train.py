@@ -37,10 +37,11 @@ from .models.optim import Optim
 from .models.wording import name_fused_experts
 from .monitor import Monitor
 from .norms import WeightNorms
+from .ownership import owned
 from .progress import progress, quiet_lightning
 from .random_state import RandomState
 from .rank_check import RanksAgree
-from .run_dir import owned, start_from
+from .run_dir import start_from
 from .stall import StallGuard
 from .trainer import build_trainer, check_values, refuse_popen_sweep
 from .versions import version_line
