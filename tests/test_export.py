@@ -4,11 +4,14 @@ import json
 import logging
 import subprocess
 import sys
+from dataclasses import asdict
 
+import numpy as np
 import pytest
 import timm
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from omegaconf import OmegaConf
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
@@ -177,6 +180,26 @@ def test_a_data_module_of_ones_own_describes_itself(tmp_path, names):
     assert {key: tuple(v) if isinstance(v := resolved[key], list) else v for key in recipe} == recipe
     known = (names or [])[:7]
     assert model.pretrained_cfg["label_names"] == known + [f"LABEL_{i}" for i in range(len(known), 7)]
+
+
+def test_facts_are_made_plain_whatever_holds_them(tmp_path):
+    recipe = {
+        "mean": np.array([0.5]),
+        "std": torch.tensor([0.25]),
+        "crop_pct": np.float32(0.5),
+        "input_size": OmegaConf.create([1, 8, 8]),
+    }
+    facts = Facts.of(Described(preprocessing=recipe, class_names={0: "zero", 1: 1}, dataset_name=None))
+    assert facts.preprocessing == {"mean": [0.5], "std": [0.25], "crop_pct": 0.5, "input_size": [1, 8, 8]}
+    assert facts.class_names == ["zero", "1"]
+    assert Facts.from_state(asdict(facts)) == facts
+
+
+@pytest.mark.parametrize(
+    "state", [None, 3, [], {"class_names": 5, "end_id": "x"}, {"preprocessing": {"mean": torch.zeros(2)}}, {"newer": 1}]
+)
+def test_facts_that_are_damaged_are_left_out(tmp_path, state):
+    assert Facts.from_state(state) == Facts()
 
 
 def spoken(**special):

@@ -216,7 +216,10 @@ def _write_tokenizer(facts: Facts, ids: Mapping[str, int | None], longest: int |
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = Tokenizer.from_str(facts.tokenizer)
+    try:
+        tokenizer = Tokenizer.from_str(facts.tokenizer)
+    except Exception as error:  # the library knows no other class
+        raise ConfigError("ckpt", str(out), f"its tokenizer cannot be read: {one_line(error)}") from error
     words = {key.removesuffix("_id"): tokenizer.id_to_token(value) for key, value in ids.items() if value is not None}
     limit = {} if longest is None else {"model_max_length": longest}
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **words, **limit).save_pretrained(

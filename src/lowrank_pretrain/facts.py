@@ -1,5 +1,7 @@
 """What an export tells of the data besides the weights: classes, preprocessing, tokenizer. A checkpoint carries it along."""
 
+import json
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -43,21 +45,37 @@ class Facts:
     def of(cls, data: Any) -> "Facts":
         """Ask a data module after its ``setup``; what it does not know stays None."""
         found = {field.name: getattr(data, field.name, None) for field in fields(cls)}
-        if found["class_names"] is not None:
-            found["class_names"] = [str(name) for name in found["class_names"]]
-        if found["preprocessing"] is not None:
-            found["preprocessing"] = {
-                key: list(value) if isinstance(value, (tuple, list)) else value for key, value in found["preprocessing"].items()
-            }
-        if found["tokenizer"] is not None and not isinstance(found["tokenizer"], str):
-            found["tokenizer"] = found["tokenizer"].to_str()
-        return cls(**found)
+        names, tokenizer = found["class_names"], found["tokenizer"]
+        if names is not None:
+            found["class_names"] = [str(name) for name in (names.values() if isinstance(names, Mapping) else names)]
+        if tokenizer is not None and not isinstance(tokenizer, str):
+            # transformers' own wraps one of the library
+            found["tokenizer"] = getattr(tokenizer, "backend_tokenizer", tokenizer).to_str()
+        return cls.from_state(json.loads(json.dumps(found, default=_plain)))
 
     @classmethod
     def from_state(cls, state: Any) -> "Facts":
-        """The inverse of ``asdict``; keys of a newer version are left out."""
-        known = {field.name for field in fields(cls)}
-        return cls(**{key: value for key, value in state.items() if key in known}) if isinstance(state, dict) else cls()
+        """The inverse of ``asdict``; what is not as it should be is left out, and so are keys of a newer version."""
+        known = state if isinstance(state, dict) else {}
+        fine = {key: known[key] for key, kind in KINDS.items() if isinstance(known.get(key), kind)}
+        try:
+            json.dumps(fine)
+        except (TypeError, ValueError):
+            return cls()
+        return cls(**fine)
+
+
+KINDS = {
+    "dataset_name": str, "class_names": list, "preprocessing": dict, "tokenizer": str,
+    "end_id": int, "bos_id": int, "pad_id": int, "seq_len": int,
+}  # fmt: skip
+
+
+def _plain(value: Any) -> Any:
+    """What JSON has no word for, such as arrays and OmegaConf's lists."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return list(value) if isinstance(value, Iterable) else str(value)
 
 
 class RememberFacts(Callback):
