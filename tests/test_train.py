@@ -21,6 +21,7 @@ from lightning.pytorch import Callback
 from lowrank_pretrain import csv_log, failures, random_state
 from lowrank_pretrain.checkpoints import NotWritten, WholeCheckpointIO, inspect, newest_whole
 from lowrank_pretrain.closing_loss import ClosingLoss
+from lowrank_pretrain.data.text import TextData
 from lowrank_pretrain.errors import ConfigError
 from lowrank_pretrain.finite import Diverged
 from lowrank_pretrain.interrupts import Interrupted
@@ -506,6 +507,30 @@ def test_a_schedule_of_a_modules_own_that_may_have_ended_is_named(tmp_path, sche
         )
     found = [str(w.message) for w in said if "whose run was of 6 steps; this one is of 12" in str(w.message)]
     assert len(found) == warned
+
+
+@pytest.mark.parametrize(("batch_size", "fine"), [(4, True), (6, True), (2, True), (5, False)])
+def test_a_streams_batch_size_may_change_where_its_blocks_do_not(tmp_path, batch_size, fine):
+    for name in ("train", "val"):
+        (tmp_path / f"{name}.txt").write_text("In the beginning God created the heaven and the earth. " * 200)
+
+    def stream(batch_size):
+        data = TextData(str(tmp_path), tokenizer="kjv", batch_size=batch_size, num_workers=0, seq_len=8, vocab_size=2048,
+                        shuffle_block=12, seed=0)  # fmt: skip
+        data.setup()
+        return data.train_dataloader()
+
+    loader = stream(4)
+    next(iter(loader))
+    other = stream(batch_size)
+    if fine:
+        other.load_state_dict(loader.state_dict())
+        assert next(iter(other))["input_ids"].shape == (batch_size, 8)
+    else:
+        with pytest.raises(
+            ConfigError, match="batch_size=5: makes blocks of 15 .* the checkpoint's have 12: use .* divides 12"
+        ):
+            other.load_state_dict(loader.state_dict())
 
 
 def test_a_changed_interval_of_saving_takes_effect_in_a_resumed_run(run, tmp_path):
