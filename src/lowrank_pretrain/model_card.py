@@ -100,9 +100,9 @@ def usage(out: Path) -> list[tuple[str, str]]:
     kind = library(home)
     if kind == "timm":
         config = json.loads((home / "config.json").read_text(encoding="utf-8"))
-        gray = config["pretrained_cfg"].get("input_size", [3])[0] == 1
+        size = config.get("pretrained_cfg", {}).get("input_size", [3, 224, 224])
+        gray = size[0] == 1
         if config["architecture"] == "mixer_ti16_224":  # of this package
-            size = config["pretrained_cfg"]["input_size"]
             args = f"num_classes={config['num_classes']}, img_size={size[1]}, in_chans={size[0]}, patch_size=16"
             return [("timm", MIXER.format(args=args))]
         compose = "transform = Compose([Grayscale(), transform])\n"
