@@ -198,8 +198,9 @@ def _write_hf(network: torch.nn.Module, facts: Facts, out: Path) -> None:
         ids = {key: getattr(config, key, None) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     for key, value in ids.items():
         setattr(config, key, value)
-    longest = getattr(config, "max_position_embeddings", None)
-    network.generation_config = GenerationConfig(**ids, use_cache=True, max_length=longest or facts.seq_len)
+    longest = getattr(config, "max_position_embeddings", None) or facts.seq_len
+    limit = {} if longest is None else {"max_length": longest}  # else a reader's default runs out of positions
+    network.generation_config = GenerationConfig(**ids, use_cache=True, **limit)
     bars = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()  # one file needs no bar of its own
     try:
@@ -208,7 +209,7 @@ def _write_hf(network: torch.nn.Module, facts: Facts, out: Path) -> None:
         if bars:
             hf_logging.enable_progress_bar()
     if facts.tokenizer is not None:
-        _write_tokenizer(facts, ids, longest or facts.seq_len, out)
+        _write_tokenizer(facts, ids, longest, out)
 
 
 def _write_tokenizer(facts: Facts, ids: Mapping[str, int | None], longest: int | None, out: Path) -> None:
