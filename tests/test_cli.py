@@ -4,6 +4,7 @@ import logging
 import multiprocessing
 import os
 import re
+import resource
 import runpy
 import shutil
 import signal
@@ -17,6 +18,7 @@ from hydra.core.global_hydra import GlobalHydra
 from lightning.pytorch import Callback
 from omegaconf import OmegaConf
 
+import lowrank_pretrain
 from lowrank_pretrain import method
 from lowrank_pretrain.build import plain
 from tests.conftest import SHORT, TINY, VIT
@@ -189,6 +191,20 @@ def test_a_sweep_of_popen_processes_is_refused_with_both_cures(cli):
     assert code == 2 and "trainer=ddp_spawn" in err and "trainer.devices=1" in err
 
 
+def small_files():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+
+
+@pytest.mark.parametrize("sweep", [[], ["-m", "seed=1,2"]])
+def test_a_disk_that_is_full_before_the_run_begins_is_one_line(tmp_path, sweep):
+    """Hydra writes into .hydra before anything of ours runs; here no file may be larger than 4 KiB."""
+    command = [sys.executable, "-m", "lowrank_pretrain", *sweep, *ONE_STEP]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, preexec_fn=small_files)
+    assert done.returncode == 2
+    assert re.fullmatch(r"error: hydra\.run\.dir='runs/.*': cannot be written to: File too large\n", done.stderr), done.stderr
+    assert not list(tmp_path.rglob("*.part"))
+
+
 def test_a_second_signal_ends_the_process_at_once(composed, tmp_path):
     cfg = composed(*ONE_STEP, "+trainer.callbacks=[{_target_: tests.test_cli.Slow}]")
     child = multiprocessing.get_context("fork").Process(target=_slow_run, args=(cfg, tmp_path))
@@ -246,10 +262,11 @@ def test_the_wheel_holds_everything_a_run_needs_and_imports_for_a_tenth_of_light
         else:
             source.mkdir(exist_ok=True)
             shutil.copy(ROOT / name, source / name)
-    subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", tmp_path, source],
-        check=True,
+    built = subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "--no-build-isolation", "-w", tmp_path, source],
+        check=True, capture_output=True, text=True,
     )  # fmt: skip
+    assert "absent from the `packages`" not in built.stdout + built.stderr, "setuptools warns in a box for each folder"
     (wheel,) = tmp_path.glob("*.whl")
     target, elsewhere = tmp_path / "target", tmp_path / "elsewhere"
     shutil.unpack_archive(wheel, target, "zip")
@@ -262,6 +279,31 @@ def test_the_wheel_holds_everything_a_run_needs_and_imports_for_a_tenth_of_light
     assert (elsewhere / "run" / "summary.json").is_file()
     scripts = next(target.glob("*.dist-info")) / "entry_points.txt"
     assert "lowrank-pretrain = lowrank_pretrain.train:main" in scripts.read_text()
+
+
+def test_every_folder_of_ours_is_a_package_of_the_wheel():
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.11 brings it")
+    listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+    folders = {path.parent for path in (ROOT / "src").rglob("*.py") if ".egg-info" not in str(path)}
+    confs = {path.parent for path in (ROOT / "conf").rglob("*.yaml")}
+    folders.add(ROOT / "src" / "lowrank_pretrain" / "data" / "samples")  # setuptools takes any folder for a package
+    names = {str(path.relative_to(ROOT / "src")) for path in folders}
+    names |= {str(Path("lowrank_pretrain") / path.relative_to(ROOT)) for path in confs}
+    assert listed == {name.replace("/", ".") for name in names}
+
+
+def test_no_hint_names_a_package_that_cannot_be_installed():
+    for folder in ("src", "conf", "README.md"):
+        for path in [ROOT / folder] if (ROOT / folder).is_file() else (ROOT / folder).rglob("*"):
+            if path.suffix in (".py", ".yaml", ".md"):
+                assert not re.search(r"pip install '?lowrank_pretrain\[", path.read_text()), path
+
+
+def test_the_version_is_ours_with_those_it_depends_on(cli):
+    code, out, _ = cli("--version")
+    assert code == 0
+    assert re.fullmatch(rf"lowrank_pretrain {re.escape(lowrank_pretrain.__version__)} \(torch \S+, lightning \S+, timm \S+, "
+                        r"transformers \S+\)\n", out)  # fmt: skip
 
 
 def test_the_readmes_example_runs(tmp_path, monkeypatch):

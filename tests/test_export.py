@@ -1,21 +1,26 @@
 """Exports load in stock timm, transformers and peft, and compute what our checkpoint computes."""
 
+import json
 import logging
 import subprocess
 import sys
+from dataclasses import asdict
 
+import numpy as np
 import pytest
 import timm
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from omegaconf import OmegaConf
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowrank_pretrain.errors import ConfigError
 from lowrank_pretrain.export import export, export_module, main
+from lowrank_pretrain.facts import Facts
 from lowrank_pretrain.lora_callback import LoRA
 from lowrank_pretrain.models.language import CausalLM
 from lowrank_pretrain.models.optim import Optim
@@ -146,6 +151,99 @@ def test_config_alone_rebuilds_a_timm_model(tmp_path):
     plain = export(tmp_path / "last.ckpt", None, tmp_path / "plain")
     model = timm.create_model(f"local-dir:{plain}", pretrained=True).eval()
     torch.testing.assert_close(logits(model, inputs("vit")), logits(module.model, inputs("vit")), rtol=0, atol=0)
+
+
+def test_nothing_is_claimed_of_data_that_nobody_described(tmp_path):
+    """timm's registry knows a mean, a crop and a licence for this name; they are somebody else's."""
+    lowrank_checkpoint("vit", tmp_path / "last.ckpt", None)
+    config = json.loads((export(tmp_path / "last.ckpt", None, tmp_path / "plain") / "config.json").read_text())
+    allowed = {"num_classes", "input_size", "fixed_input_size", "pool_size", "first_conv", "classifier"}
+    assert set(config["pretrained_cfg"]) <= allowed
+    assert config["label_names"] == [f"LABEL_{i}" for i in range(7)]
+    assert "is not known" in (tmp_path / "plain" / "README.md").read_text()
+
+
+class Described:
+    """A data module of a user's own."""
+
+    def __init__(self, **said):
+        vars(self).update(said)
+
+
+@pytest.mark.parametrize("names", [["a", "b"], [str(i) for i in range(9)], None])
+def test_a_data_module_of_ones_own_describes_itself(tmp_path, names):
+    recipe = {"input_size": (1, 8, 8), "mean": (0.1,), "std": (0.2,), "crop_pct": 0.7, "interpolation": "nearest"}
+    data = Described(class_names=names, preprocessing=recipe, dataset_name="mine")
+    export_module(make("vit"), tmp_path, Facts.of(data))
+    model = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    resolved = timm.data.resolve_model_data_config(model)
+    assert {key: tuple(v) if isinstance(v := resolved[key], list) else v for key in recipe} == recipe
+    known = (names or [])[:7]
+    assert model.pretrained_cfg["label_names"] == known + [f"LABEL_{i}" for i in range(len(known), 7)]
+
+
+def test_facts_are_made_plain_whatever_holds_them(tmp_path):
+    recipe = {
+        "mean": np.array([0.5]),
+        "std": torch.tensor([0.25]),
+        "crop_pct": np.float32(0.5),
+        "input_size": OmegaConf.create([1, 8, 8]),
+    }
+    facts = Facts.of(Described(preprocessing=recipe, class_names={0: "zero", 1: 1}, dataset_name=None))
+    assert facts.preprocessing == {"mean": [0.5], "std": [0.25], "crop_pct": 0.5, "input_size": [1, 8, 8]}
+    assert facts.class_names == ["zero", "1"]
+    assert Facts.from_state(asdict(facts)) == facts
+
+
+@pytest.mark.parametrize(
+    "state", [None, 3, [], {"class_names": 5, "end_id": "x"}, {"preprocessing": {"mean": torch.zeros(2)}}, {"newer": 1}]
+)
+def test_facts_that_are_damaged_are_left_out(tmp_path, state):
+    assert Facts.from_state(state) == Facts()
+
+
+def spoken(**special):
+    """A tokenizer of a few words, with more special tokens than it uses as the end."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = ["<unk>", "<s>", "</s>", "<pad>", "in", "the", "beginning"]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return Described(tokenizer=tokenizer, seq_len=8, **special)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@pytest.mark.parametrize(
+    ("special", "expected"),
+    [
+        ({"end_id": 2}, (2, 2, 2)),
+        ({"end_id": 2, "bos_id": 1}, (1, 2, 2)),
+        ({"end_id": 2, "bos_id": 1, "pad_id": 3}, (1, 2, 3)),
+        ({"end_id": 0, "bos_id": None, "pad_id": 0}, (0, 0, 0)),
+    ],
+)
+def test_special_ids_are_the_runs_everywhere(tmp_path, kind, special, expected):
+    export_module(make(kind), tmp_path, Facts.of(spoken(**special)))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    assert tuple(getattr(tokenizer, name) for name in names) == expected
+    assert tokenizer.encode("in the beginning") == [4, 5, 6] and tokenizer.model_max_length == 8
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert tuple(getattr(model.config, name) for name in names) == expected
+    assert tuple(getattr(model.generation_config, name) for name in names) == expected
+    grown = model.generate(torch.tensor([[4, 5]]), do_sample=False)
+    assert grown.shape[1] <= 8, "no further than there are positions"
+
+
+def test_without_a_tokenizer_no_tokenizer_is_written(tmp_path):
+    export_module(make("gpt2"), tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "generation_config.json", "model.safetensors"}
+
+
+def test_adapters_name_their_base_by_a_relative_path(tmp_path):
+    lowrank_checkpoint("gpt2", tmp_path / "last.ckpt", None)
+    out = export(tmp_path / "last.ckpt", "peft", tmp_path / "peft")
+    assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] == "base"
 
 
 def test_gpt2_export_keeps_the_tie_and_the_cache(tmp_path):
@@ -326,12 +424,17 @@ def test_command_line(tmp_path, capsys):
     lowrank_checkpoint("vit", tmp_path / "last.ckpt", None)
     assert main([f"ckpt={tmp_path}/last.ckpt", f"out={tmp_path}/out", "format=timm"]) == 0
     assert (tmp_path / "out" / "model.safetensors").is_file()
-    assert capsys.readouterr().out == f"written: {tmp_path}/out/config.json, {tmp_path}/out/model.safetensors\n"
+    files = ", ".join(f"{tmp_path}/out/{name}" for name in ("README.md", "config.json", "model.safetensors"))
+    assert capsys.readouterr().out == f"written: {files}\n"
+    assert main(["--ckpt", f"{tmp_path}/last.ckpt", "--out", f"{tmp_path}/flags"]) == 0
+    assert (tmp_path / "flags" / "config.json").read_bytes() == (tmp_path / "out" / "config.json").read_bytes()
+    capsys.readouterr()
     for argv, word in [
         (["ckpt=a.ckpt"], "out"),
         (["ckpt=a.ckpt", "out=b", "fromat=timm"], "format"),
         (["ckpt=none.ckpt", f"out={tmp_path}/new"], "no such file"),
-        (["--ckpt", "a.ckpt"], "--ckpt"),
+        (["--ckpt", "a.ckpt"], "out"),
+        (["--ckpt"], "--ckpt"),
     ]:
         assert main(argv) == 2
         err = capsys.readouterr().err

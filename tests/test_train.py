@@ -2,11 +2,16 @@
 
 import csv
 import io
+import itertools
 import json
+import multiprocessing
 import os
 import random
 import shutil
 import signal
+import sys
+import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,10 +20,15 @@ from lightning.pytorch import Callback
 
 from lowrank_pretrain import csv_log, failures, random_state
 from lowrank_pretrain.checkpoints import NotWritten, WholeCheckpointIO, inspect, newest_whole
+from lowrank_pretrain.closing_loss import ClosingLoss
+from lowrank_pretrain.data.text import TextData
 from lowrank_pretrain.errors import ConfigError
 from lowrank_pretrain.finite import Diverged
 from lowrank_pretrain.interrupts import Interrupted
+from lowrank_pretrain.longer_run import LongerRun
+from lowrank_pretrain.ownership import owned
 from tests.conftest import PHASES, SHORT, TINY, VIT
+from tests.toy import loader, toy, trainer
 
 TIMED = ("throughput/", "memory/", "time/")
 
@@ -100,7 +110,8 @@ def test_a_run_directory_holds_what_it_should(whole):
 
 def test_the_summary_has_the_agreed_keys(whole):
     _, summary = whole
-    assert list(summary) == ["phases", "switch_step", "freeze_step", "plan", "final"]
+    assert list(summary) == ["phases", "switch_step", "freeze_step", "plan", "final", "versions"]
+    assert list(summary["versions"]) == ["lowrank_pretrain", "torch", "lightning", "timm", "transformers"]
     assert [(p["phase"], p["steps"]) for p in summary["phases"]] == [("full", 3), ("joint", 3), ("lowrank", 6)]
     for phase in summary["phases"]:
         agreed = ["phase", "steps", "seconds", "samples_per_sec", "peak_gib", "trainable", "total"]
@@ -178,7 +189,9 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint_and_writes_no_row_twice(r
     assert weights(directory) == weights(whole[0])
 
 
-def test_a_finished_run_is_not_trained_again_but_reported_again(run):
+def test_a_finished_run_is_not_trained_again_but_reported_again(run, monkeypatch):
+    looks = itertools.count(2**30, 2**20)  # each look at the memory finds more of it in use
+    monkeypatch.setattr("lowrank_pretrain.memory.PeakMemory.peak", lambda self: next(looks))
     directory, first = run("done")
     before = rows(directory)
     _, second = run("done", "ckpt_path=last")
@@ -378,3 +391,260 @@ def test_a_dead_process_is_one_line(composed, tmp_path, text):
     line, code = failures.describe(RuntimeError(text), composed(), tmp_path)
     assert code == 1 and line.startswith("error: another process died or did not answer") and "\n" not in line
     assert failures.describe(RuntimeError("shapes differ"), composed(), tmp_path) is None
+
+
+# -- a run that goes on under other settings ------------------------------------------------------------------------------
+
+
+class Watch(Callback):
+    """Notes, for each optimizer step, its rate, its decay and how far the weights moved."""
+
+    seen: list[dict] = []
+
+    def on_train_batch_start(self, trainer, pl_module, *args):
+        self.before = torch.cat([p.detach().flatten() for p in pl_module.parameters()])
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        now = torch.cat([p.detach().flatten() for p in pl_module.parameters()])
+        moved = (now - self.before).abs().max().item() if len(now) == len(self.before) else 1.0
+        group = trainer.optimizers[0].param_groups[0]
+        settings = {key: group[key] for key in ("weight_decay", "betas", "eps")}
+        Watch.seen.append({"step": trainer.global_step, "next_lr": group["lr"], "moved": moved, **settings})
+
+
+WATCH = "+trainer.callbacks=[{_target_: tests.test_train.Watch}]"
+FULL = [*SHORT, *VIT, "method=full"]  # epochs of 4 steps
+
+
+def watched(run, name, *overrides, base=FULL):
+    """The run's steps, as `Watch` saw them."""
+    Watch.seen = []
+    run(name, WATCH, *overrides, base=base)
+    return Watch.seen
+
+
+@pytest.mark.parametrize(
+    ("base", "short", "long"),
+    [
+        (FULL, ["trainer.max_epochs=2"], ["trainer.max_epochs=4"]),
+        (FULL, ["trainer.max_epochs=2", "optim.warmup=0.1"], ["trainer.max_epochs=4", "optim.warmup=0.1"]),  # 0 steps, then 1
+        (FULL, ["trainer.max_epochs=2", "optim.warmup=3"], ["trainer.max_epochs=4", "optim.warmup=3"]),
+        (FULL, ["trainer.max_steps=6", "trainer.max_epochs=-1"], ["trainer.max_steps=11", "trainer.max_epochs=-1"]),
+        (FULL, ["trainer.max_epochs=2", "optim.schedule=constant"], ["trainer.max_epochs=4", "optim.schedule=cosine"]),
+        (TINY, ["trainer.max_epochs=3"], ["trainer.max_epochs=5"]),  # PreLoRA's warning advises to train longer
+        ([*SHORT, *VIT], ["method=galore", "method.rank=4", "trainer.max_epochs=2"],
+         ["method=galore", "method.rank=4", "trainer.max_epochs=4"]),
+        ([*SHORT, *VIT], ["method=lte", "method.rank=2", "method.heads=2", "trainer.max_epochs=2"],
+         ["method=lte", "method.rank=2", "method.heads=2", "trainer.max_epochs=4"]),
+    ],
+    ids=["epochs", "warm-up share", "warm-up steps", "steps", "another schedule", "prelora", "galore", "lte"],
+)  # fmt: skip
+def test_a_run_that_is_made_longer_has_the_schedule_of_its_new_length(run, capfd, base, short, long):
+    rates = [seen["next_lr"] for seen in watched(run, "long from the start", *long, base=base)]
+    first = watched(run, "run", *short, base=base)
+    capfd.readouterr()
+    second = watched(run, "run", *long, "ckpt_path=last", base=base)
+    said = capfd.readouterr().out
+    assert [seen["step"] for seen in second] == list(range(first[-1]["step"] + 1, len(rates) + 1))
+    assert all(seen["moved"] > 0 for seen in second), "in every added step"
+    assert [seen["next_lr"] for seen in second] == pytest.approx(rates[len(first) :], abs=1e-12)
+    if "schedule=constant" not in str(short):
+        assert f"no longer of {len(first)} steps" in said
+
+
+def test_a_run_of_another_batch_size_ends_its_schedule_where_it_ends(run):
+    """Twice as many samples per step: half as many steps per epoch from there on, and twice so."""
+    whole = ["data.batch_size=8", "trainer.max_epochs=6"]
+    changes = ["trainer.limit_train_batches=2", "trainer.limit_train_batches=5"]
+    watched(run, "run", *whole, "trainer.max_steps=8")  # epochs 0 and 1 of 4 steps
+    second = watched(run, "run", *whole, changes[0], "trainer.max_steps=12", "ckpt_path=last")  # epochs 2 and 3 of 2
+    third = watched(run, "run", *whole, changes[1], "ckpt_path=last")  # epochs 4 and 5 of 5
+    assert [seen["step"] for seen in second] == [9, 10, 11, 12]
+    assert [seen["step"] for seen in third] == list(range(13, 23))
+    assert [seen["next_lr"] > 0 for seen in third] == [True] * 9 + [False]
+    assert all(seen["moved"] > 0 for seen in second + third)
+
+
+@pytest.mark.parametrize(
+    ("change", "key", "value"),
+    [
+        ("optim.lr=0.0003", "next_lr", None),
+        ("optim.weight_decay=0.3", "weight_decay", 0.3),
+        ("optim.betas=[0.8,0.9]", "betas", (0.8, 0.9)),
+        ("optim.eps=1e-4", "eps", 1e-4),
+        ("optim.final_lr=0.5", "next_lr", None),
+    ],
+)
+@pytest.mark.parametrize("how", ["full", "prelora", "galore"])
+def test_a_changed_setting_takes_effect_in_a_resumed_run(run, capfd, how, change, key, value):
+    base = {"full": FULL, "prelora": TINY, "galore": [*SHORT, *VIT, "method=galore", "method.rank=4"]}[how]
+    with pytest.raises(Interrupted):
+        watched(run, "run", sends(6).replace("+trainer.callbacks=[", "++trainer.callbacks=["), base=base)
+    capfd.readouterr()
+    seen = watched(run, "run", change, "ckpt_path=last", base=base)
+    said = capfd.readouterr().out
+    if value is None:
+        fresh = watched(run, "so from the start", change, base=base)
+        assert [s[key] for s in seen] == pytest.approx([s[key] for s in fresh][6:])
+    else:
+        assert all(s[key] == value for s in seen)
+    if "final_lr" not in change:
+        name = change.partition("=")[0].removeprefix("optim.")
+        assert [line for line in said.splitlines() if line.startswith(f"{name} is now ")]
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "epochs", "warned"),
+    [("cosine", 4, True), ("onecycle", 4, True), ("sequential", 4, True), ("lambda", 4, True), ("step", 4, False),
+     (None, 4, False), ("cosine", 2, False)],
+)  # fmt: skip
+def test_a_schedule_of_a_modules_own_that_may_have_ended_is_named(tmp_path, scheduler, epochs, warned):
+    trainer(tmp_path, LongerRun(), every=3, max_epochs=2).fit(toy(scheduler=scheduler), loader(n=24))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        trainer(tmp_path, LongerRun(), max_epochs=epochs).fit(
+            toy(scheduler=scheduler), loader(n=24), ckpt_path=tmp_path / "step=3.ckpt"
+        )
+    found = [str(w.message) for w in said if "whose run was of 6 steps; this one is of 12" in str(w.message)]
+    assert len(found) == warned
+
+
+@pytest.mark.parametrize(("batch_size", "fine"), [(4, True), (6, True), (2, True), (5, False)])
+def test_a_streams_batch_size_may_change_where_its_blocks_do_not(tmp_path, batch_size, fine):
+    for name in ("train", "val"):
+        (tmp_path / f"{name}.txt").write_text("In the beginning God created the heaven and the earth. " * 200)
+
+    def stream(batch_size):
+        data = TextData(str(tmp_path), tokenizer="kjv", batch_size=batch_size, num_workers=0, seq_len=8, vocab_size=2048,
+                        shuffle_block=12, seed=0)  # fmt: skip
+        data.setup()
+        return data.train_dataloader()
+
+    loader = stream(4)
+    next(iter(loader))
+    other = stream(batch_size)
+    if fine:
+        other.load_state_dict(loader.state_dict())
+        assert next(iter(other))["input_ids"].shape == (batch_size, 8)
+    else:
+        with pytest.raises(
+            ConfigError, match="batch_size=5: makes blocks of 15 .* the checkpoint's have 12: use .* divides 12"
+        ):
+            other.load_state_dict(loader.state_dict())
+
+
+def test_a_changed_interval_of_saving_takes_effect_in_a_resumed_run(run, tmp_path):
+    with pytest.raises(Interrupted):
+        run("run", sends(5), base=FULL)
+    crash = "+trainer.callbacks=[{_target_: tests.test_train.Crash, step: 8}]"
+    with pytest.raises(RuntimeError, match="killed"):
+        run("run", crash, "save_every=1", "trainer.log_every_n_steps=2", "ckpt_path=last", base=FULL)
+    assert inspect(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"] == 7
+
+
+def test_a_run_that_has_nothing_left_to_do_says_so(run, capfd):
+    run("run", "trainer.max_epochs=1", base=FULL)
+    assert "nothing was left to train" not in capfd.readouterr().out
+    run("run", "trainer.max_epochs=1", "ckpt_path=last", base=FULL)
+    assert "nothing was left to train: the checkpoint is at the end of the run (trainer.max_epochs=1" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("batches", [1, 3])
+def test_the_closing_loss_of_a_short_run_is_a_mean_over_its_end(run, batches):
+    """Nothing is logged in so short a run."""
+    losses = []
+
+    class Losses(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, *args):
+            losses.append(outputs["loss"].item() * trainer.accumulate_grad_batches)
+
+    sys.modules[__name__].Losses = Losses
+    quiet = ["trainer.log_every_n_steps=50", f"trainer.accumulate_grad_batches={batches}", "trainer.max_epochs=2"]
+    _, summary = run("run", "+trainer.callbacks=[{_target_: tests.test_train.Losses}]", *quiet, base=FULL)
+    assert summary["final"]["train/loss"] == pytest.approx(sum(losses) / len(losses))
+    assert len(losses) == 8
+
+
+def test_the_closing_loss_forgets_what_is_long_ago_and_survives_a_resume():
+    module, trainer = SimpleNamespace(device=torch.device("cpu")), SimpleNamespace(accumulate_grad_batches=1, world_size=1)
+    kept = ClosingLoss()
+    kept.on_train_start(trainer, module)
+    for i in range(250):
+        if i == 220:
+            state = kept.state_dict()
+            kept = ClosingLoss()
+            kept.load_state_dict(state)
+            kept.on_train_start(trainer, module)
+        kept.on_train_batch_end(trainer, module, {"loss": torch.tensor(float(i))}, None, i)
+    kept.on_train_epoch_end(trainer, module)
+    assert kept.mean == sum(range(150, 250)) / 100
+
+
+# -- directories ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_directory_that_was_moved_keeps_its_best(run, whole, tmp_path):
+    """A best that nothing can be better than: the file stays as it is."""
+    moved = shutil.copytree(whole[0], tmp_path / "run")
+    best, last = (moved / "checkpoints" / name for name in ("best.ckpt", "last.ckpt"))
+    checkpoint = torch.load(last, weights_only=True)
+    (key,) = [key for key in checkpoint["callbacks"] if key.startswith("ModelCheckpoint")]
+    state = checkpoint["callbacks"][key]
+    assert state["best_model_path"] == str(whole[0] / "checkpoints" / "best.ckpt")
+    score = torch.tensor(-1.0)
+    state |= {"best_model_score": score, "kth_value": score, "best_k_models": {state["best_model_path"]: score}}
+    torch.save(checkpoint, last)
+    before = best.read_bytes()
+    run("run", "ckpt_path=last", "trainer.max_epochs=4")
+    assert best.read_bytes() == before
+    state = torch.load(last, weights_only=True)["callbacks"][key]
+    assert state["best_model_path"] == str(best) and state["dirpath"] == str(best.parent)
+
+
+def test_a_branch_of_another_run_has_a_best_of_its_own(run, whole, tmp_path):
+    directory, _ = run("branch", f"ckpt_path={whole[0] / 'checkpoints' / 'last.ckpt'}", "trainer.max_epochs=4")
+    assert (directory / "checkpoints" / "best.ckpt").is_file()
+
+
+def own(directory, conn):
+    with owned(directory):
+        conn.send("mine")
+        conn.recv()
+
+
+@pytest.fixture
+def owner(tmp_path):
+    """Another process that owns tmp_path/run."""
+    here, there = multiprocessing.Pipe()
+    child = multiprocessing.get_context("fork").Process(target=own, args=(tmp_path / "run", there))
+    child.start()
+    assert here.recv() == "mine"
+    yield child
+    child.kill()
+    child.join()
+
+
+@pytest.mark.parametrize("overrides", [[], ["ckpt_path=last"]])
+def test_two_processes_cannot_own_one_directory(run, owner, tmp_path, overrides):
+    with pytest.raises(ConfigError, match=rf"run': belongs to a run that goes on \(process {owner.pid} on .*seed=N"):
+        run("run", *overrides, base=FULL)
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock"}
+
+
+def test_a_killed_owner_owns_nothing(run, owner, tmp_path):
+    owner.kill()
+    owner.join()
+    assert (tmp_path / "run" / ".lock").is_file()
+    directory, _ = run("run", "trainer.max_epochs=1", base=FULL)
+    assert not (directory / ".lock").exists()
+
+
+def test_a_process_cannot_own_a_directory_twice(tmp_path):
+    with (
+        owned(tmp_path),
+        pytest.raises(ConfigError, match="belongs to a run that goes on .process .*, this one"),
+        owned(tmp_path),
+    ):
+        pass
+    with owned(tmp_path):
+        pass

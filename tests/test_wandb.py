@@ -109,7 +109,7 @@ def test_weights_and_card_are_an_artifact(resumed):
     assert "Training loss by time" in page.read_text()
 
 
-def test_the_card_says_what_how_well_and_how_to_load(resumed):
+def test_the_card_says_what_how_well_and_how_to_load(resumed, monkeypatch):
     import timm
 
     export = resumed[0] / "export"
@@ -117,15 +117,16 @@ def test_the_card_says_what_how_well_and_how_to_load(resumed):
     assert card.startswith("---\nlibrary_name: timm\npipeline_tag: image-classification\n")
     for words in (
         "method `prelora`",
-        "`FashionMNIST`",
+        "Fashion-MNIST (sample of 14,000 images)",
         "| top-1 accuracy | – | ",
         "| lowrank | 6 | ",
         "ranks:\n  - 2\n  - 4\n",
     ):
         assert words in card, words
-    (code,) = [part.split("```")[0] for part in card.split("```python\n")[1:]]
+    code, _pipeline = [part.split("```")[0] for part in card.split("```python\n")[1:]]
     found: dict = {}
-    exec(code.replace("DIR", str(export)), found)
+    monkeypatch.chdir(export)
+    exec(code, found)
     assert torch.is_tensor(found["model"](torch.zeros(1, 1, 28, 28))) and timm
 
 

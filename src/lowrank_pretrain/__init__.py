@@ -1,5 +1,7 @@
 """Pre-training large models with low-rank updates, as PyTorch Lightning plugins."""
 
+__version__ = "0.1.0"  # the one place: pyproject.toml reads it
+
 from lowrank_pretrain.checkpoint_io import WholeCheckpointIO
 from lowrank_pretrain.divergence import DivergenceGuard
 from lowrank_pretrain.errors import ConfigError

@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from .errors import ConfigError
 from .plain_checkpoint import FORMAT, SIDE
+from .versions import versions
 
 
 class NotWritten(OSError):
@@ -27,7 +28,8 @@ class WholeCheckpointIO(TorchCheckpointIO):
 
     A path on another file system (``s3://``, ``memory://``, …: fsspec's) is written there by that system's own transaction.
 
-    Every file says in which format it is written: ``checkpoint["lowrank_pretrain"]["format"]``.
+    Every file says in which format and by which versions it is written: ``checkpoint["lowrank_pretrain"]["format"]`` and
+    ``["versions"]``.
 
     Raises:
         NotWritten: names the target and why.
@@ -36,7 +38,9 @@ class WholeCheckpointIO(TorchCheckpointIO):
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | os.PathLike, storage_options: Any = None) -> None:
         if "state_dict" in checkpoint:
-            checkpoint.setdefault(SIDE, {}).setdefault("format", FORMAT)
+            side = checkpoint.setdefault(SIDE, {})
+            side.setdefault("format", FORMAT)
+            side["versions"] = versions()
         if is_remote(path):
             try:  # Lightning writes into a transaction of the file system: the file is there when all of it is, and not before
                 super().save_checkpoint(checkpoint, path, storage_options)

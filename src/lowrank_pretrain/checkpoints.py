@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from typing_extensions import override
 
 from .checkpoint_io import NotWritten, WholeCheckpointIO, local_path, replace
@@ -109,6 +109,39 @@ class LastCheckpoint(Checkpoint):
         if self._saved_step != trainer.global_step and not trainer.fast_dev_run:
             self._write(trainer, None)
         self._put_in_place(trainer)
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """Lightning's ModelCheckpoint of the lowest ``val/loss``, as ``best.ckpt``; a run directory that was moved keeps its best.
+
+    Lightning keeps absolute paths, and forgets the best score where the directory has another one: the next epoch would
+    then take the best one's place, better or worse.
+
+    Args:
+        directory: where ``best.ckpt`` lies.
+        resumed: the checkpoint that the run goes on from; of another directory, its best is another run's.
+    """
+
+    def __init__(self, directory: str | os.PathLike, resumed: Path | None = None) -> None:
+        super().__init__(directory, "best", monitor="val/loss", enable_version_counter=False)
+        self._moved = resumed is not None and resumed.resolve().parent == Path(directory).resolve()
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return super().state_key.replace(type(self).__qualname__, ModelCheckpoint.__qualname__, 1)
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        state = dict(state_dict)
+        if self._moved and state.get("best_model_path"):
+            here = lambda path: os.path.join(self.dirpath, os.path.basename(path)) if path else path  # noqa: E731
+            if os.path.isfile(here(state["best_model_path"])):
+                state["dirpath"] = self.dirpath
+                for key in ("best_model_path", "kth_best_model_path", "last_model_path"):
+                    state[key] = here(state.get(key, ""))
+                state["best_k_models"] = {here(path): score for path, score in state.get("best_k_models", {}).items()}
+        super().load_state_dict(state)
 
 
 def _validation_follows(trainer: Trainer, batch_idx: int) -> bool:

@@ -1,7 +1,7 @@
 """A saved Weights & Biases workspace for a project's runs: ``python -m lowrank_pretrain.dashboard ENTITY/PROJECT``.
 
 Its sections and axes are those of ``wandb_sections.SECTIONS``; runs of one sweep stand together. Needs wandb-workspaces
-(``pip install 'lowrank_pretrain[dashboard]'``), a W&B key, and the network.
+(``pip install wandb-workspaces``), a W&B key, and the network.
 """
 
 import argparse

@@ -8,11 +8,14 @@
     peft   DIR/{adapter_model.safetensors, adapter_config.json}: the adapters, not merged, and DIR/base: the weights
            that they belong to, as above; PeftModel.from_pretrained(BASE, "DIR")
 
-Without format= it is timm or hf, whichever the checkpoint holds. A LightningModule of the user's own is written as its
-merged state dict, DIR/model.safetensors.
+With them go what a reader of the weights needs: preprocessing and class names (timm; transformers'
+pipeline("image-classification") reads the same folder), tokenizer and special ids (hf), and a README.md with the lines that
+load it. Without format= it is timm or hf, as the checkpoint holds it. A LightningModule of the user's own is written as its
+merged state dict, DIR/model.safetensors. --ckpt PATH --out DIR does the same as ckpt=PATH out=DIR.
 """
 
 import inspect
+import json
 import logging
 import sys
 from collections.abc import Mapping
@@ -23,11 +26,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lowrank_pretrain import model_card
+from lowrank_pretrain.arguments import key_values
 from lowrank_pretrain.checkpoint_io import local_path
 from lowrank_pretrain.errors import ConfigError
 from lowrank_pretrain.export_peft import adapted_layers, write_adapters
+from lowrank_pretrain.facts import KEY as FACTS
+from lowrank_pretrain.facts import Facts
 from lowrank_pretrain.lora import plain_state
-from lowrank_pretrain.models.wording import closest, one_line
+from lowrank_pretrain.models.wording import one_line
 from lowrank_pretrain.safe_load import safe_load, unread
 
 log = logging.getLogger("lowrank_pretrain.export")  # as a command, __name__ is another
@@ -45,12 +52,14 @@ class Source(NamedTuple):
         hparams: the LightningModule's constructor arguments.
         lowrank: the checkpoint's side entry (unmerged factors), or nothing.
         label: for messages.
+        facts: of the data.
     """
 
     state: Mapping[str, Tensor]
     hparams: Mapping[str, Any]
     lowrank: Mapping[str, Any]
     label: str
+    facts: Facts = Facts()
 
     @property
     def kind(self) -> str | None:
@@ -81,16 +90,24 @@ def export(ckpt: str | Path, format: str | None, out: str | Path) -> Path:
         raise ConfigError("out", str(out), "must be a new or an empty folder")
     source = read(Path(ckpt))
     if format == "peft":
-        return _write_peft(source, out)
-    if format is not None and source.kind not in (format, None):
+        _write_peft(source, out)
+    elif format is not None and source.kind not in (format, None):
         raise ConfigError("format", format, f"{source.label} holds a {source.kind} model; use format={source.kind}")
-    return _write(source, out)
+    else:
+        _write(source, out)
+    model_card.write(out, *model_card.of_run(Path(ckpt)), source.facts)
+    return out
 
 
-def export_module(module: torch.nn.Module, out: str | Path) -> Path:
+def export_module(module: torch.nn.Module, out: str | Path, facts: Facts | None = None) -> Path:
     """Write a live LightningModule's merged weights into the folder `out`, over an earlier export of it.
 
-    The module itself is not changed, with or without adapters, on whatever device.
+    The module itself is not changed, with or without adapters, on any device.
+
+    Args:
+        module: the LightningModule.
+        out: the folder.
+        facts: of the data; None: nothing is known of them.
 
     Returns:
         `out`.
@@ -99,7 +116,8 @@ def export_module(module: torch.nn.Module, out: str | Path) -> Path:
         ValueError: the adapters hold numbers that are not finite.
     """
     state = {key: value.detach().cpu() for key, value in _tensors(plain_state(module)).items()}
-    return _write(Source(state, dict(getattr(module, "hparams", {})), {}, type(module).__name__), Path(out))
+    hparams = dict(getattr(module, "hparams", {}))
+    return _write(Source(state, hparams, {}, type(module).__name__, facts or Facts()), Path(out))
 
 
 def read(path: Path) -> Source:
@@ -120,8 +138,8 @@ def read(path: Path) -> Source:
     lowrank = found.get("lowrank_pretrain", {})
     if lowrank.get("format", 1) != 1:
         raise ConfigError("ckpt", str(path), f"was written in format {lowrank['format']}; this version reads 1")
-    hparams = found.get("hyper_parameters", {})
-    return Source(_tensors(state), dict(hparams) if isinstance(hparams, Mapping) else {}, lowrank, str(path))
+    hparams, facts = found.get("hyper_parameters", {}), Facts.from_state(lowrank.get(FACTS))
+    return Source(_tensors(state), dict(hparams) if isinstance(hparams, Mapping) else {}, lowrank, str(path), facts)
 
 
 def _tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -140,22 +158,76 @@ def _write(source: Source, out: Path) -> Path:
     with torch.random.fork_rng(devices=[]):  # the initial weights are drawn only to be overwritten
         network = _network(source)
     if source.kind == "timm":
-        from timm.models import save_for_hf
-
-        args = {key: value for key, value in network.created_with.items() if not key.endswith(("drop_rate", "path_rate"))}
-        save_for_hf(network, str(out), model_args=args, safe_serialization=True)
+        _write_timm(network, source.facts, out)
     else:
-        network.config.use_cache = network.generation_config.use_cache = True
-        from transformers.utils import logging as hf_logging
-
-        bars = hf_logging.is_progress_bar_enabled()
-        hf_logging.disable_progress_bar()  # one file needs no bar of its own
-        try:
-            network.save_pretrained(out, max_shard_size="1000GB")
-        finally:
-            if bars:
-                hf_logging.enable_progress_bar()
+        _write_hf(network, source.facts, out)
     return out
+
+
+# of timm's pretrained_cfg, what describes the network; all else is about weights and data that somebody else published
+_OF_THE_NETWORK = ("num_classes", "input_size", "fixed_input_size", "pool_size", "first_conv", "classifier")
+
+
+def _write_timm(network: torch.nn.Module, facts: Facts, out: Path) -> None:
+    """Weights and a ``config.json`` that timm reads, and transformers' TimmWrapper too."""
+    from timm.models import save_for_hf
+
+    args = {key: value for key, value in network.created_with.items() if not key.endswith(("drop_rate", "path_rate"))}
+    save_for_hf(network, str(out), model_args=args, safe_serialization=True)
+    config = json.loads((out / "config.json").read_text())
+    # timm 1.0.3x writes it here, and transformers then hands it over twice
+    config.get("model_args", {}).pop("num_classes", None)
+    theirs, recipe = config["pretrained_cfg"], facts.preprocessing or {}
+    config["pretrained_cfg"] = {key: theirs[key] for key in _OF_THE_NETWORK if theirs.get(key) is not None} | recipe
+    # where no names are known these stand in their place: transformers would take ImageNet's for a thousand classes
+    names = list(facts.class_names or ())
+    config["label_names"] = [*names, *(f"LABEL_{i}" for i in range(len(names), network.num_classes))][: network.num_classes]
+    (out / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _write_hf(network: torch.nn.Module, facts: Facts, out: Path) -> None:
+    """Weights, ``config.json``, ``generation_config.json`` and the tokenizer's files."""
+    from transformers import GenerationConfig
+    from transformers.utils import logging as hf_logging
+
+    config = network.config
+    config.use_cache = True
+    if facts.end_id is not None:
+        # packed text has the end between documents, so it is what a new one begins with where there is no other token
+        ids = {"bos_token_id": facts.end_id if facts.bos_id is None else facts.bos_id, "eos_token_id": facts.end_id}
+        ids["pad_token_id"] = facts.end_id if facts.pad_id is None else facts.pad_id
+    else:
+        ids = {key: getattr(config, key, None) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    for key, value in ids.items():
+        setattr(config, key, value)
+    longest = getattr(config, "max_position_embeddings", None) or facts.seq_len
+    limit = {} if longest is None else {"max_length": longest}  # else a reader's default runs out of positions
+    network.generation_config = GenerationConfig(**ids, use_cache=True, **limit)
+    bars = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()  # one file needs no bar of its own
+    try:
+        network.save_pretrained(out, max_shard_size="1000GB")
+    finally:
+        if bars:
+            hf_logging.enable_progress_bar()
+    if facts.tokenizer is not None:
+        _write_tokenizer(facts, ids, longest, out)
+
+
+def _write_tokenizer(facts: Facts, ids: Mapping[str, int | None], longest: int | None, out: Path) -> None:
+    """The run's tokenizer as ``AutoTokenizer`` reads it, with the same special tokens as the weights."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    try:
+        tokenizer = Tokenizer.from_str(facts.tokenizer)
+    except Exception as error:  # the library knows no other class
+        raise ConfigError("ckpt", str(out), f"its tokenizer cannot be read: {one_line(error)}") from error
+    words = {key.removesuffix("_id"): tokenizer.id_to_token(value) for key, value in ids.items() if value is not None}
+    limit = {} if longest is None else {"model_max_length": longest}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **words, **limit).save_pretrained(
+        out
+    )
 
 
 def _network(source: Source) -> torch.nn.Module:
@@ -211,10 +283,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.getLogger("lowrank_pretrain").setLevel(logging.INFO)
     logging.getLogger("timm").setLevel(logging.ERROR)  # it warns of a mean for other channels than the model's
     try:
-        given = dict(arg.partition("=")[::2] for arg in argv)
-        for key in given:
-            if key not in ("ckpt", "format", "out"):
-                raise ConfigError(key, given[key], f"no such argument; {closest(key, ('ckpt', 'format', 'out'))}")
+        given = key_values(argv, ("ckpt", "format", "out"))
         for key in ("ckpt", "out"):
             if not given.get(key):
                 raise ConfigError(key, None, "is missing; usage: ckpt=PATH out=DIR [format=timm|hf|peft]")

@@ -70,7 +70,7 @@ def write_adapters(exact: Mapping[str, Tensor], alpha: float | None, out: Path, 
     config = {
         "peft_type": "LORA",
         "task_type": task_type,
-        "base_model_name_or_path": str((out / "base").resolve()),
+        "base_model_name_or_path": "base",  # relative to this folder, which may move
         "inference_mode": True,
         "r": max(ranks.values()),
         "lora_alpha": max(ranks.values()),

@@ -63,7 +63,7 @@ def has_wandb_key() -> bool:
 
 @rank_zero_only
 def publish(summary: dict[str, Any], config: dict[str, Any], run_dir: Path, loggers: list[Logger]) -> None:
-    """The model card into ``export/``; with W&B the exported weights and their card as an artifact, and the report's page.
+    """With W&B: the exported weights and their card as an artifact, and the report's page.
 
     Args:
         summary: the contents of summary.json, which is written by now.
@@ -71,9 +71,6 @@ def publish(summary: dict[str, Any], config: dict[str, Any], run_dir: Path, logg
         run_dir: the run directory.
         loggers: of the run.
     """
-    from . import model_card
-
-    model_card.write(run_dir / "export", config, summary)
     for logger in loggers:
         if isinstance(logger, WandbLogger):
             from .wandb_sections import publish as to_wandb

@@ -82,6 +82,7 @@ class Monitor(Callback):
         self._look = False  # whether this phase's optimizer is still to be looked at
         self._samples = self._tokens = 0
         self._seen_step = 0
+        self._kept_step = -1  # the step of the last checkpoint
         self._said: dict[str, float] = {}  # what optimizers said last; they forget it with their process
         self._flops = FlopCount()
 
@@ -99,7 +100,7 @@ class Monitor(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._clock = StepClock(pl_module.device)
         self._memory = PeakMemory(pl_module.device)
-        self._live, self._seen_step = False, trainer.global_step
+        self._live, self._seen_step, self._kept_step = False, trainer.global_step, -1
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -162,8 +163,8 @@ class Monitor(Callback):
             metrics = self._metrics() | self._said
             self.log_dict({key: float(value) for key, value in metrics.items()}, on_step=True, on_epoch=False)
 
-    def _collect(self, trainer: Trainer | None = None, wait: bool = False) -> None:
-        """Bring the records up to date: times that are known by now, memory of the running phase."""
+    def _collect(self, trainer: Trainer | None = None, wait: bool = False, memory: bool = True) -> None:
+        """Bring the records up to date: times that are known by now, memory of the running phase unless `memory` is false."""
         by_name = {record.phase: record for record in self.records}
         for step in self._clock.drain(wait):
             record = by_name[step.phase]
@@ -172,7 +173,7 @@ class Monitor(Callback):
             if step.samples:
                 record.seconds_per_sample.append(step.seconds / step.samples)
                 record.tokens_per_sample = step.tokens / step.samples
-        if self._live:
+        if self._live and memory:
             self.record.peak_gib = max(self.record.peak_gib, self._memory.peak() / GIB)
             if trainer is not None:
                 held = optimizer_bytes(trainer.optimizers) / GIB
@@ -211,12 +212,17 @@ class Monitor(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._pause(trainer)
         self._said |= optimizer_metrics(trainer.optimizers)
-        checkpoint["callbacks"][self.state_key]["said"] = dict(self._said)
+        # Lightning has asked for the state before this hook, which has looked once more
+        records = [record.state_dict() for record in self.records]
+        checkpoint["callbacks"][self.state_key] = {"records": records, "said": dict(self._said)}
+        self._kept_step = self._seen_step
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._clock is not None:
-            self._collect(trainer, wait=True)
+            # after the last checkpoint only the writing of it could raise the peak: a run that is over keeps the record
+            # that its checkpoint holds, and says the same whenever it is reported again
+            self._collect(trainer, wait=True, memory=self._kept_step != self._seen_step)
             self._live = False
 
     def _pause(self, trainer: Trainer) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from .checkpoints import check_sums, inspect, newest_whole, remove_unfinished
 from .errors import ConfigError
+from .ownership import LOCK, owned, refuse_full
 
 TRACES = ("metrics.csv", "summary.json", "checkpoints/*.ckpt")  # any of these and the directory holds a run
 LONGEST_NAME = 120
@@ -57,11 +59,23 @@ class RefuseOldRun(Callback):
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Hydra's hook."""
+        directory = Path(config.hydra.run.dir)
+        self._refuse(directory, lambda: refuse_old_run(directory, config.get("ckpt_path")))
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Hydra's hook."""
+        self._refuse(Path(config.hydra.sweep.dir), lambda: None)
+
+    def _refuse(self, directory: Path, first: Callable[[], None]) -> None:
         if rank_zero_only.rank != 0:  # a data-parallel run's other processes find process 0's files
             return
         try:
-            refuse_old_run(Path(config.hydra.run.dir), config.get("ckpt_path"))
-            refuse_unwritable(Path(config.hydra.run.dir))
+            first()
+            refuse_unwritable(directory)
+            if (directory / LOCK).is_file():
+                with owned(directory):
+                    pass
+            refuse_full(directory)
         except ConfigError as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)

@@ -16,6 +16,7 @@ from .digits import digits
 from .errors import ConfigError
 from .monitor import Monitor, low_rank_callback
 from .phase_record import PhaseRecord
+from .versions import versions
 
 FAILURE = "failure.txt"  # in the run directory: why the last attempt ended
 
@@ -49,6 +50,7 @@ def summarize(trainer: Trainer, monitor: Monitor, final: dict[str, float]) -> di
         "freeze_step": getattr(method, "freeze_step", None),
         "plan": None if plan is None else dict(plan),
         "final": final,
+        "versions": versions(),
         **({"traffic": traffic} if traffic else {}),
     }
 

@@ -17,30 +17,34 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
 from hydra.types import RunMode
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
 
 from . import failures, method, summary
 from .build import build, find_class, plain
-from .checkpoints import LastCheckpoint, check_fits, take_states
+from .checkpoints import BestCheckpoint, LastCheckpoint, check_fits, take_states
+from .closing_loss import ClosingLoss
 from .csv_log import RunCSVLogger, final_metrics, forget_after
 from .divergence import DivergenceGuard
 from .errors import ConfigError
+from .facts import Facts, RememberFacts, facts_of_checkpoint
 from .finite import Diverged
 from .interrupts import Interrupts
 from .loggers import finish, more_loggers, publish
+from .longer_run import LongerRun
 from .loop_state import LoopState
 from .models.optim import Optim
 from .models.wording import name_fused_experts
 from .monitor import Monitor
 from .norms import WeightNorms
+from .ownership import owned
 from .progress import progress, quiet_lightning
 from .random_state import RandomState
 from .rank_check import RanksAgree
 from .run_dir import start_from
 from .stall import StallGuard
 from .trainer import build_trainer, check_values, refuse_popen_sweep
+from .versions import version_line
 
 GROUPS = ("data", "model", "optim", "method", "trainer", "logger")
 NEEDED = ("data", "model", "optim", "method")  # the other two may be empty
@@ -75,8 +79,14 @@ def train(cfg: DictConfig, run_dir: Path, multirun: bool = False) -> dict[str, A
     seed = config["seed"]
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
         raise ConfigError("seed", seed, "must be an integer from 0 to 4294967295")
-    ckpt = start_from(run_dir, config["ckpt_path"])
-    summary.forget_failure(run_dir)
+    with owned(run_dir):
+        ckpt = start_from(run_dir, config["ckpt_path"])
+        summary.forget_failure(run_dir)
+        return attempts(config, run_dir, ckpt, multirun)
+
+
+def attempts(config: dict[str, Any], run_dir: Path, ckpt: Path | None, multirun: bool) -> dict[str, Any]:
+    """One attempt, and another from the last checkpoint after each divergence that may be rewound."""
     while True:
         guard = DivergenceGuard(config["on_divergence"], config["max_rewinds"], config["loss_spike"])
         try:
@@ -122,13 +132,16 @@ def attempt(config: dict[str, Any], run_dir: Path, ckpt: Path | None, guard: Div
                 LoopState(),  # before everything that asks how long the run is
                 guard,
                 *watches,
+                RememberFacts(data),
+                LongerRun(),
+                ClosingLoss(),
                 monitor,  # sees a step before the method changes the model behind it
                 *chosen.callbacks,
                 WeightNorms(),
                 *progress(monitor, config["trainer"].get("enable_progress_bar")),
                 interrupts,
                 RandomState(),  # behind everything that might draw
-                ModelCheckpoint(last.path.parent, "best", monitor="val/loss", enable_version_counter=False),
+                BestCheckpoint(last.path.parent, ckpt),
                 last,
             ]
             trainer = build_trainer(config["trainer"], run_dir, callbacks, loggers, chosen.strategy)
@@ -141,8 +154,11 @@ def attempt(config: dict[str, Any], run_dir: Path, ckpt: Path | None, guard: Div
             announce(trainer, f"run directory: {os.path.relpath(run_dir)}")
 
             trainer.fit(module, datamodule=data, ckpt_path=ckpt, weights_only=True)
+            if ckpt is not None and trainer.global_step == step:
+                limit = f"trainer.max_epochs={trainer.max_epochs}, trainer.max_steps={trainer.max_steps}"
+                announce(trainer, f"nothing was left to train: the checkpoint is at the end of the run ({limit})")
             trainer.test(module, datamodule=data, verbose=False)
-            found = finish_run(trainer, monitor, module, run_dir)
+            found = finish_run(trainer, monitor, module, data, config, run_dir)
             publish(found, config, run_dir, loggers)
             return found
     finally:
@@ -156,16 +172,31 @@ def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def finish_run(trainer: pl.Trainer, monitor: Monitor, module: pl.LightningModule, run_dir: Path) -> dict[str, Any]:
+def finish_run(
+    trainer: pl.Trainer,
+    monitor: Monitor,
+    module: pl.LightningModule,
+    data: pl.LightningDataModule,
+    config: dict[str, Any],
+    run_dir: Path,
+) -> dict[str, Any]:
     """Export the merged weights, write summary.json and print the closing table; returns the summary."""
+    facts = Facts.of(data)
     if not monitor.records:  # a spawning strategy trained in other processes, whose callbacks are gone
-        take_states(trainer.callbacks, run_dir / "checkpoints" / "last.ckpt")
+        last = run_dir / "checkpoints" / "last.ckpt"
+        take_states(trainer.callbacks, last)
+        facts = facts_of_checkpoint(last)
     final = final_metrics(run_dir / "metrics.csv")
+    closing = next((callback.mean for callback in trainer.callbacks if isinstance(callback, ClosingLoss)), None)
+    if closing is not None:
+        final = {"train/loss": closing, **{key: value for key, value in final.items() if key != "train/loss"}}
     found = summary.summarize(trainer, monitor, final)
     if trainer.is_global_zero:
+        from . import model_card
         from .export import export_module  # brings timm or transformers
 
-        export_module(module, run_dir / "export")
+        export_module(module, run_dir / "export", facts)
+        model_card.write(run_dir / "export", config, found, facts)
         summary.write(found, run_dir / "summary.json")
         where = {"checkpoints": run_dir / "checkpoints", "merged weights": run_dir / "export", "all metrics": run_dir}
         summary.show(monitor.records, final, where)
@@ -211,6 +242,9 @@ def _job(cfg: DictConfig) -> float | None:
 def main() -> None:
     """The console command. Exit codes: 0, 1 failed, 2 wrong configuration, 130 SIGINT, 143 SIGTERM."""
     global _composed
+    if "--version" in sys.argv[1:]:  # Hydra would print its own
+        print(version_line())
+        return
     _composed = False
     _exit_codes.clear()
     try:

@@ -101,7 +101,7 @@ class MedMNIST(PretrainData):
         try:
             import medmnist
         except ImportError as error:
-            raise ConfigError("download", True, "needs the package medmnist: pip install lowrank_pretrain[medmnist]") from error
+            raise ConfigError("download", True, "needs the package medmnist: pip install medmnist") from error
         if self.flag not in medmnist.INFO:
             raise ConfigError("flag", self.flag, f"must be one of {', '.join(medmnist.INFO)}")
         self.path.parent.mkdir(parents=True, exist_ok=True)

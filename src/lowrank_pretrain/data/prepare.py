@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lowrank_pretrain.arguments import as_flags
 from lowrank_pretrain.data.bins import open_bin, write_bin
 from lowrank_pretrain.data.documents import Piece, open_documents, read_error
 from lowrank_pretrain.data.fetching import BadInputs
@@ -157,7 +158,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--text-key", default="text")
     parser.add_argument("--val-every", type=int, default=100)
     parser.add_argument("--end-token")
-    args = vars(parser.parse_args(argv))
+    args = vars(parser.parse_args(as_flags(argv, parser)))
     try:
         counts = prepare(**args)
     except ConfigError as error:

@@ -70,7 +70,8 @@ class StreamLoader:
         if self.world_size > 1:
             mine, readers = readers[0], [None] * self.world_size
             torch.distributed.all_gather_object(readers, mine)
-        return {"epoch": epoch, "batches": done, "workers": self.num_workers, "readers": readers}
+        here = {"epoch": epoch, "batches": done, "workers": self.num_workers, "readers": readers}
+        return here | {"block": getattr(self._loader.dataset, "block", None)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from ``state`` at the next iteration.
@@ -84,6 +85,14 @@ class StreamLoader:
         if len(state["readers"]) != self.world_size:
             allowed = f"must be {len(state['readers'])}, as in the checkpoint: each process keeps its own place in the stream"
             raise ConfigError("trainer.devices", self.world_size, allowed)
+        stream = self._loader.dataset
+        block, mine = state.get("block"), getattr(stream, "block", None)
+        if block is not None and mine is not None and block != mine:
+            allowed = (
+                f"makes blocks of {mine} sequences that are shuffled together, the checkpoint's have {block}: "
+                f"use a batch size that divides {block}, with data.shuffle_block={block}"
+            )
+            raise ConfigError("batch_size", stream.batch_size, allowed)
         self._running = self._last = None
         self._loader.load_state_dict(state["readers"][self.rank])
         self._resume = (state["epoch"], state["batches"])

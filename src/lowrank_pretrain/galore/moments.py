@@ -128,7 +128,7 @@ def bitsandbytes() -> Any:
     try:
         return importlib.import_module("bitsandbytes.functional")
     except ImportError:
-        raise ConfigError("moments", "8bit", "needs bitsandbytes: pip install 'lowrank_pretrain[8bit]'") from None
+        raise ConfigError("moments", "8bit", "needs bitsandbytes: pip install bitsandbytes") from None
 
 
 def _encode(x: Tensor, signed: bool) -> tuple[Tensor, Tensor]:

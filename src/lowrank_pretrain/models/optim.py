@@ -1,6 +1,6 @@
 """The optimizer and its schedule: AdamW in two groups, linear warm-up, then cosine or constant.
 
-Everything is torch's own (AdamW, LinearLR, LambdaLR, SequentialLR); this file only chooses.
+AdamW is torch's own. The schedule is not: see :class:`Schedule`.
 """
 
 import math
@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
-from torch.optim.lr_scheduler import ConstantLR, LambdaLR, LinearLR, LRScheduler, SequentialLR
+from torch.optim.lr_scheduler import LRScheduler
 
 from lowrank_pretrain.errors import ConfigError
 from lowrank_pretrain.models.wording import plain
@@ -45,16 +46,135 @@ def undecayed_names(module: nn.Module) -> set[str]:
 
 
 @dataclass
-class Cosine:
-    """Half a cosine from 1 down to ``final`` over `steps` steps; ``final`` after that."""
+class Shape:
+    """The share of the peak learning rate at each step of a run.
 
-    steps: int
-    final: float
+    Args:
+        schedule: ``"cosine"`` or ``"constant"``.
+        final_lr: where the cosine ends.
+        warmup: the same as :class:`Optim`'s.
+        steps: optimizer steps of the whole run; ``inf``: no known end.
+    """
+
+    schedule: str
+    final_lr: float
+    warmup: int | float
+    steps: int | float
+
+    @property
+    def warmup_steps(self) -> int:
+        """A share is rounded down, so that a run of a few steps still has one after the warm-up."""
+        return self.warmup if isinstance(self.warmup, int) else int(self.warmup * self.steps)
 
     def __call__(self, step: int) -> float:
-        """The share of the peak learning rate at `step`, counted from 0."""
-        share = min(step / self.steps, 1.0)
-        return self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * share))
+        """The share at `step`, counted from 0."""
+        rise = self.warmup_steps
+        if step < rise:
+            return (step + 1) / (rise + 1)
+        if self.schedule == "constant":
+            return 1.0
+        share = min((step - rise) / max(self.steps - rise, 1), 1.0)
+        return self.final_lr + (1 - self.final_lr) * 0.5 * (1 + math.cos(math.pi * share))
+
+
+class Schedule(LRScheduler):
+    """The learning rate as a function of the step and of the run's settings, and of nothing else.
+
+    A checkpoint holds only how far the run is. After a resume the settings are those of the resumed run: a new peak rate,
+    warm-up or schedule takes effect at once, and in a run that was made longer the schedule is the one that it would have
+    had at its new length from the start. Torch's own schedulers take their length from the file: a cosine that has ended
+    stays at its end, and everything after trains at rate 0.
+
+    Args:
+        optimizer: its groups' ``initial_lr`` are the peaks.
+        shape: the share of the peak at each step.
+        per_epoch: optimizer steps in an epoch; None: the run's length does not depend on it.
+        epochs: epochs of the run, where `per_epoch` is given.
+        max_steps: the run's limit in steps; -1: none.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        shape: Shape,
+        per_epoch: int | None = None,
+        epochs: int | None = None,
+        max_steps: int = -1,
+    ) -> None:
+        self.shape, self.per_epoch, self.epochs, self.max_steps = shape, per_epoch, epochs, max_steps
+        self.anchor = (0, 0.0)  # step and epoch from which on an epoch has had `per_epoch` steps
+        super().__init__(optimizer)
+
+    def get_lr(self) -> list[float]:
+        """The rates of the step that comes next."""
+        share = self.shape(self.last_epoch)
+        # from the groups and not from `base_lrs`: groups may join in the middle of a run
+        return [group.setdefault("initial_lr", group["lr"]) * share for group in self.optimizer.param_groups]
+
+    def state_dict(self) -> dict[str, Any]:
+        """How far the run is, and what its length was."""
+        return {
+            "last_epoch": self.last_epoch,
+            "_step_count": self._step_count,
+            "_last_lr": list(self._last_lr),
+            "steps": self.shape.steps,
+            "per_epoch": self.per_epoch,
+            "anchor": list(self.anchor),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on at the step of `state_dict`, which may also be one of torch's schedulers stepped once a step."""
+        step = self.last_epoch = state_dict["last_epoch"]
+        self._step_count = state_dict.get("_step_count", step + 1)
+        old, per_epoch = state_dict.get("steps"), state_dict.get("per_epoch")
+        self.anchor = tuple(state_dict.get("anchor", self.anchor))
+        if self.per_epoch and per_epoch and self.per_epoch != per_epoch:  # another batch size: count from here
+            epoch = self.anchor[1] + (step - self.anchor[0]) / per_epoch
+            self.anchor = (step, epoch)
+        if self.anchor[0] and self.per_epoch and self.epochs is not None:
+            steps = self.anchor[0] + math.ceil(max(self.epochs - self.anchor[1], 0) * self.per_epoch - 1e-6)
+            self.shape.steps = steps if self.max_steps == -1 else min(steps, self.max_steps)
+        for group, rate in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
+            group["lr"] = rate
+        self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+        if old is not None and old != self.shape.steps and self.shape.schedule == "cosine":
+            says = f"the schedule is that of a run of {_steps(self.shape.steps)}, no longer of {_steps(old)}"
+            rank_zero_only(print)(f"{says}: it goes on at {self.shape(step):.1%} of the peak rate", flush=True)
+
+
+def _steps(steps: int | float) -> str:
+    return "no known end" if math.isinf(steps) else f"{int(steps):,} steps"
+
+
+# what a group's settings are called here and on the command line; what the method itself sets it looks after itself
+SETTINGS = {"initial_lr": "lr", "weight_decay": "weight_decay", "betas": "betas", "eps": "eps", "lr_ratio": "adapter_lr"}
+
+
+def settings_win(optimizer: torch.optim.Optimizer) -> None:
+    """Have the settings of `optimizer` survive ``load_state_dict``: torch takes them from the file, without a word.
+
+    What is loaded are moments and steps. One line names each setting that the file had otherwise.
+    """
+    ours: list[dict[str, Any]] = []
+    changed: dict[str, str] = {}
+
+    def remember(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+        ours[:] = [{key: group[key] for key in SETTINGS if key in group} for group in optimizer.param_groups]
+        changed.clear()
+        for mine, theirs in zip(ours, state_dict["param_groups"], strict=False):  # the optimizer itself says what does not fit
+            for key, value in mine.items():
+                before = tuple(theirs[key]) if key == "betas" and key in theirs else theirs.get(key, value)
+                if before != value:
+                    changed.setdefault(SETTINGS[key], f"{SETTINGS[key]} is now {value} (it was {before} in the checkpoint)")
+
+    def put_back(optimizer: torch.optim.Optimizer) -> None:
+        for group, mine in zip(optimizer.param_groups, ours, strict=True):
+            group.update(mine)
+        for line in changed.values():
+            rank_zero_only(print)(line, flush=True)
+
+    optimizer.register_load_state_dict_pre_hook(remember)
+    optimizer.register_load_state_dict_post_hook(put_back)
 
 
 @dataclass
@@ -126,11 +246,25 @@ class Optim:
             optimizer = torch.optim.AdamW(
                 self.groups(module), lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay
             )
-        scheduler = self.scheduler(optimizer, module.trainer.estimated_stepping_batches)
+        settings_win(optimizer)
+        trainer = module.trainer
+        steps = trainer.estimated_stepping_batches
+        per_epoch = epochs = None
+        if trainer.max_epochs not in (None, -1) and not math.isinf(trainer.num_training_batches):
+            per_epoch = math.ceil(trainer.num_training_batches / max(trainer.accumulate_grad_batches, 1))
+            epochs = trainer.max_epochs
+        scheduler = self.scheduler(optimizer, steps, per_epoch, epochs, trainer.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def scheduler(self, optimizer: torch.optim.Optimizer, steps: int | float) -> LRScheduler:
-        """The schedule over `steps` optimizer steps (``inf``: no known end).
+    def scheduler(
+        self,
+        optimizer: torch.optim.Optimizer,
+        steps: int | float,
+        per_epoch: int | None = None,
+        epochs: int | None = None,
+        max_steps: int = -1,
+    ) -> Schedule:
+        """The schedule over `steps` optimizer steps (``inf``: no known end); the other arguments: :class:`Schedule`.
 
         Raises:
             ConfigError: as :meth:`configure`.
@@ -140,16 +274,7 @@ class Optim:
             key = "schedule" if self.schedule == "cosine" else "warmup"
             cure = "set trainer.max_epochs or trainer.max_steps, or use schedule=constant with a warmup in steps"
             raise ConfigError(key, getattr(self, key), f"needs a run of known length; {cure}")
-        # a share is rounded down, so that a run of a few steps still has one after the warm-up
-        warmup = self.warmup if isinstance(self.warmup, int) else int(self.warmup * steps)
-        if warmup >= steps:
+        shape = Shape(self.schedule, self.final_lr, self.warmup, steps if endless else int(steps))
+        if shape.warmup_steps >= steps:
             raise ConfigError("warmup", self.warmup, f"must be fewer than the run's {steps} optimizer steps")
-        if self.schedule == "cosine":
-            # not CosineAnnealingLR: its floor is one number for all groups, whatever their own rates are
-            after = LambdaLR(optimizer, Cosine(int(steps) - warmup, self.final_lr))
-        else:
-            after = ConstantLR(optimizer, factor=1.0, total_iters=0)
-        if warmup == 0:
-            return after
-        rise = LinearLR(optimizer, start_factor=1 / (warmup + 1), total_iters=warmup)
-        return SequentialLR(optimizer, [rise, after], milestones=[warmup])
+        return Schedule(optimizer, shape, per_epoch, epochs, max_steps)
