@@ -18,12 +18,12 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
 
 from . import failures, method, summary
-from .build import build, find_class, plain
+from .build import build, plain
 from .checkpoints import LastCheckpoint, check_fits, take_states
+from .command_line import prepare_process
 from .csv_log import RunCSVLogger, final_metrics, forget_after
 from .divergence import DivergenceGuard
 from .errors import ConfigError
@@ -66,6 +66,8 @@ def train(cfg: DictConfig, run_dir: Path, multirun: bool = False) -> dict[str, A
         Disagreement: the ranks' weights are no longer the same.
     """
     for key in GROUPS:  # before other groups' interpolations refer to it
+        if key == "logger" and cfg.get(key) is None:  # logger=null, ~logger: metrics.csv alone
+            continue
         if not isinstance(cfg.get(key), DictConfig) or (key in NEEDED and not cfg[key]):
             raise ConfigError(key, cfg.get(key), f"must be the name of a file in conf/{key}, or a group of keys")
     config = plain(cfg)
@@ -105,9 +107,7 @@ def attempt(config: dict[str, Any], run_dir: Path, ckpt: Path | None, guard: Div
     if hasattr(module, "try_out"):
         module.try_out()
 
-    if config["logger"].get("_target_") is not None:
-        find_class("logger", config["logger"]["_target_"], Logger)
-    loggers = [RunCSVLogger(run_dir), *more_loggers(config["logger"], run_dir, config, multirun)]
+    loggers = [RunCSVLogger(run_dir), *more_loggers(config.get("logger") or {}, run_dir, config, multirun)]
     grouped = torch.distributed.is_initialized()
     try:
         with Interrupts() as interrupts:
@@ -204,6 +204,7 @@ def main() -> None:
     global _composed
     _composed = False
     _exit_codes.clear()
+    prepare_process()
     try:
         _job()
     except SystemExit as end:
