@@ -1,6 +1,5 @@
-"""The run directory: its name in a sweep, whether it already holds a run, and which checkpoint a run starts from."""
+"""The run directory: whether it already holds a run, and which checkpoint a run starts from."""
 
-import hashlib
 import os
 import sys
 from pathlib import Path
@@ -14,27 +13,28 @@ from .checkpoints import check_sums, inspect, newest_whole, remove_unfinished
 from .errors import ConfigError
 
 TRACES = ("metrics.csv", "summary.json", "checkpoints/*.ckpt")  # any of these and the directory holds a run
-LONGEST_NAME = 120
 
 
-def job_dir(overrides: str) -> str:
-    """A directory name for a sweep's job from its comma-separated overrides: no slashes, not too long, still unique."""
-    name = "".join(c if c.isalnum() or c in "=,.-_+~" else "_" for c in overrides) or "job"
-    if name == overrides and len(name) <= LONGEST_NAME:
-        return name
-    return f"{name[:LONGEST_NAME]}-{hashlib.sha256(overrides.encode()).hexdigest()[:8]}"
+def holds_run(directory: Path) -> bool:
+    """Return whether a run has left something in `directory`."""
+    return any(any(directory.glob(trace)) for trace in TRACES)
 
 
-OmegaConf.register_new_resolver("job_dir", job_dir, replace=True)
-
-
-def refuse_old_run(directory: Path, ckpt_path: str | None) -> None:
+def refuse_old_run(directory: Path, ckpt_path: str | None, sweep: bool = False) -> None:
     """A run that starts afresh must not write into a directory that holds one.
 
+    Args:
+        directory: the run directory.
+        ckpt_path: null for a run that starts afresh.
+        sweep: whether it is a job of a sweep, whose directory has another key.
+
     Raises:
-        ConfigError: it would; keyed ``hydra.run.dir``, with the cures.
+        ConfigError: it would; keyed ``hydra.run.dir`` or ``hydra.sweep.dir``, with the cures.
     """
-    if ckpt_path is None and any(any(directory.glob(trace)) for trace in TRACES):
+    if ckpt_path is None and holds_run(directory):
+        if sweep:
+            cures = f"{directory.name} in it holds a run; go on with ckpt_path=last, or start another with hydra.sweep.dir=DIR"
+            raise ConfigError("hydra.sweep.dir", os.path.relpath(directory.parent), cures)
         cures = "holds a run; go on with ckpt_path=last, or start another with seed=N or hydra.run.dir=DIR"
         raise ConfigError("hydra.run.dir", os.path.relpath(directory), cures)
 
@@ -67,12 +67,25 @@ class RefuseOldRun(Callback):
             sys.exit(2)
 
 
-def start_from(directory: Path, ckpt_path: str | None) -> Path | None:
+def hydra_files(mode: str, sweep_dir: str, subdir: str, ckpt_path: str | None) -> str | None:
+    """Return where a run's configuration is written in its directory; None for a sweep's job that will be refused.
+
+    Hydra writes before the job can look: what the run that lies there was made with would be lost.
+    """
+    refused = "MULTIRUN" in str(mode) and ckpt_path is None and holds_run(Path(sweep_dir, subdir))
+    return None if refused else ".hydra"
+
+
+OmegaConf.register_new_resolver("hydra_files", hydra_files, replace=True)
+
+
+def start_from(directory: Path, ckpt_path: str | None, sweep: bool = False) -> Path | None:
     """The checkpoint that a run in `directory` starts from; None: from the beginning.
 
     Args:
         directory: the run directory.
         ckpt_path: null, ``last`` (the directory's newest whole checkpoint, or none), or a file.
+        sweep: whether it is a job of a sweep.
 
     Raises:
         ConfigError: the directory holds a run and `ckpt_path` is null, or the named file cannot be resumed from.
@@ -80,7 +93,7 @@ def start_from(directory: Path, ckpt_path: str | None) -> Path | None:
     if ckpt_path is not None and not (isinstance(ckpt_path, str) and ckpt_path):
         raise ConfigError("ckpt_path", ckpt_path, "must be a checkpoint's file, last, or null to start afresh")
     if rank_zero_only.rank == 0:
-        refuse_old_run(directory, ckpt_path)
+        refuse_old_run(directory, ckpt_path, sweep)
         remove_unfinished(directory / "checkpoints")
     if ckpt_path is None:
         return None

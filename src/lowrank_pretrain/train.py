@@ -39,6 +39,7 @@ from .random_state import RandomState
 from .rank_check import RanksAgree
 from .run_dir import start_from
 from .stall import StallGuard
+from .sweeps import named_lines, show_end
 from .trainer import build_trainer, check_values, refuse_popen_sweep
 
 GROUPS = ("data", "model", "optim", "method", "trainer", "logger")
@@ -76,7 +77,7 @@ def train(cfg: DictConfig, run_dir: Path, multirun: bool = False) -> dict[str, A
     seed = config["seed"]
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
         raise ConfigError("seed", seed, "must be an integer from 0 to 4294967295")
-    ckpt = start_from(run_dir, config["ckpt_path"])
+    ckpt = start_from(run_dir, config["ckpt_path"], multirun)
     summary.forget_failure(run_dir)
     while True:
         guard = DivergenceGuard(config["on_divergence"], config["max_rewinds"], config["loss_spike"])
@@ -172,6 +173,13 @@ def announce(trainer: pl.Trainer, line: str) -> None:
 class JobFailed(CompactHydraException):
     """A job of a sweep failed for a reason that has been printed; Hydra shows no traceback and runs the other jobs."""
 
+    def __init__(self, line: str, code: int) -> None:
+        super().__init__(line, code)
+        self.line, self.code = line, code
+
+    def __str__(self) -> str:
+        return self.line
+
 
 _exit_codes: list[int] = []  # of a sweep's failed jobs
 _composed = False  # whether a configuration was ever complete enough for a job to start
@@ -184,6 +192,11 @@ def _job(cfg: DictConfig) -> float | None:
     _composed = True
     hydra_cfg = HydraConfig.get()
     run_dir, multirun = Path(hydra_cfg.runtime.output_dir), hydra_cfg.mode == RunMode.MULTIRUN
+    with named_lines(hydra_cfg.launcher.get("_target_", "") if multirun else "", run_dir.name):
+        return _run(cfg, run_dir, multirun)
+
+
+def _run(cfg: DictConfig, run_dir: Path, multirun: bool) -> float | None:
     try:
         return train(cfg, run_dir, multirun)["final"].get("val/loss")
     except BaseException as error:
@@ -196,7 +209,7 @@ def _job(cfg: DictConfig) -> float | None:
         if not multirun or code > 2:  # an interrupt ends a sweep too
             sys.exit(code)
         _exit_codes.append(code)
-        raise JobFailed(line) from None
+        raise JobFailed(line, code) from None
 
 
 def main() -> None:
@@ -210,5 +223,10 @@ def main() -> None:
     except SystemExit as end:
         if end.code != 1:
             raise
+        if isinstance(end.__context__, JobFailed):  # of a job in another process, whose list of codes is its own
+            _exit_codes.append(end.__context__.code)
+            _composed = True
         # Hydra ends everything with 1: what it could not compose (an unknown experiment, say) is a wrong configuration
         sys.exit(max(_exit_codes, default=1) if _composed else 2)
+    finally:
+        show_end()

@@ -1,0 +1,189 @@
+"""What a sweep adds to its jobs: short directory names, checks before the first job, lines with names, a closing table."""
+
+import hashlib
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TextIO
+
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+
+from .errors import ConfigError
+
+LONGEST_NAME = 120  # bytes; file systems end at 255
+_started: list[Path] = []  # the directory of the sweep that this process runs
+
+
+class Sweep(Callback):
+    """Looks at a sweep before its first job, and lets a job's directory be named after the keys that are swept."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Hydra's hook."""
+        try:
+            overrides = swept(config)
+            check_options(overrides)
+            check_storage(config)
+        except ConfigError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+        keys = {override.key_or_group for override in overrides}
+        given = [override.key_or_group for override in _parsed([*config.hydra.overrides.task])]
+        excluded = {*config.hydra.job.config.override_dirname.exclude_keys, *(key for key in given if key not in keys)}
+        if keys:  # jobs' configurations are composed anew, from these words
+            with read_write(config), open_dict(config):
+                quoted = ",".join(f"'{key}'" for key in sorted(excluded - keys))
+                config.hydra.overrides.hydra.append(f"hydra.job.config.override_dirname.exclude_keys=[{quoted}]")
+        _started.append(Path(config.hydra.sweep.dir).absolute())
+
+
+def swept(config: DictConfig) -> list[Override]:
+    """Return the overrides that stand for several values: the command line's and the sweeper's own."""
+    params = OmegaConf.select(config, "hydra.sweeper.params") or {}
+    own = _parsed([f"{key}={value}" for key, value in params.items()])
+    given = _parsed([*config.hydra.overrides.task])
+    fixed = {override.key_or_group for override in given if not override.is_sweep_override()}  # these win over the sweeper's
+    return [override for override in (*own, *given) if override.is_sweep_override() and override.key_or_group not in fixed]
+
+
+def _parsed(words: list[str]) -> list[Override]:
+    return OverridesParser.create(config_loader=GlobalHydra.instance().config_loader()).parse_overrides(words)
+
+
+def check_options(overrides: list[Override]) -> None:
+    """Refuse a sweep over a group's options where one of them does not exist, before any job runs.
+
+    Raises:
+        ConfigError: there is no such option.
+    """
+    for override in overrides:
+        options = GlobalHydra.instance().config_loader().get_group_options(override.key_or_group)
+        if not options or not override.is_discrete_sweep():
+            continue
+        for value in override.sweep_string_iterator():
+            names = [name.strip(" '\"") for name in str(value).strip("[]").split(",")]
+            for name in names:
+                if name not in options:
+                    allowed = f"must be one of {', '.join(options)}; no job was started"
+                    raise ConfigError(override.key_or_group, name, allowed)
+
+
+def check_storage(config: DictConfig) -> None:
+    """Refuse a storage that the installed Optuna cannot open: version 2 needs an older SQLAlchemy, and does not say so.
+
+    Raises:
+        ConfigError: the versions do not go together; with the cure.
+    """
+    storage = OmegaConf.select(config, "hydra.sweeper.storage")
+    if storage is None or not str(config.hydra.sweeper.get("_target_", "")).endswith("OptunaSweeper"):
+        return
+    try:
+        optuna, sqlalchemy = (metadata.version(name) for name in ("optuna", "sqlalchemy"))
+    except metadata.PackageNotFoundError:
+        return
+    if int(optuna.split(".")[0]) < 3 and int(sqlalchemy.split(".")[0]) >= 2:
+        needs = f"Optuna {optuna} stores with SQLAlchemy 1.4, {sqlalchemy} is installed: pip install 'sqlalchemy<2'"
+        raise ConfigError("hydra.sweeper.storage", str(storage), needs)
+
+
+def job_dir(overrides: str) -> str:
+    """Return a directory name for a sweep's job from its comma-separated overrides.
+
+    It has no slashes, every key is in it, values are cut where it would be too long, and what was changed or cut is told
+    apart by a hash of the whole.
+    """
+    parts = [[_plain(word) for word in part.partition("=")[::2]] for part in _split(overrides)]
+    name = ",".join("=".join(part) for part in parts) or "job"
+    if name == overrides and len(name.encode()) <= LONGEST_NAME:
+        return name
+    most = LONGEST_NAME
+    while (
+        len(",".join(f"{_cut(key, max(most, 8))}={_cut(value, most)}" for key, value in parts).encode()) > LONGEST_NAME and most
+    ):
+        most -= 1
+    short = ",".join(f"{_cut(key, max(most, 8))}={_cut(value, most)}" for key, value in parts) or "job"
+    return f"{_cut(short, LONGEST_NAME)}-{hashlib.sha256(overrides.encode()).hexdigest()[:8]}"
+
+
+OmegaConf.register_new_resolver("job_dir", job_dir, replace=True)
+
+
+def _plain(text: str) -> str:
+    return "".join(c if c.isalnum() or c in ",.-_+~" else "_" for c in text)
+
+
+def _cut(text: str, most: int) -> str:
+    """The last `most` bytes' worth of a dotted key or the first of a value; whole characters only."""
+    return text.encode()[:most].decode(errors="ignore")
+
+
+def _split(overrides: str) -> list[str]:
+    """``a=1,b=[2,3]`` -> ``["a=1", "b=[2,3]"]``."""
+    parts, depth = [""], 0
+    for character in overrides:
+        depth += (character in "[{(") - (character in "]})")
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return [part for part in parts if part]
+
+
+class _Named:
+    """A stream whose lines begin with a job's name; whole lines only, so that jobs' lines do not mix."""
+
+    def __init__(self, stream: TextIO, name: str) -> None:
+        self.stream, self.name, self.begun = stream, name, ""
+
+    def write(self, text: str) -> int:
+        *lines, self.begun = (self.begun + text).split("\n")
+        if lines:
+            self.stream.write("".join(f"[{self.name}] {re.sub('.*' + chr(13), '', line)}\n" for line in lines))
+            self.stream.flush()
+        return len(text)
+
+    def end(self) -> None:
+        if self.begun:
+            self.write("\n")
+
+    def isatty(self) -> bool:
+        return False
+
+    def __getattr__(self, key: str) -> Any:
+        return getattr(self.stream, key)
+
+
+@contextmanager
+def named_lines(launcher: str, name: str) -> Iterator[None]:
+    """Put `name` before every line that a job prints, where `launcher` runs several jobs at once on one screen."""
+    if not launcher.endswith("JoblibLauncher"):
+        yield
+        return
+    out, err = _Named(sys.stdout, name), _Named(sys.stderr, name)
+    with redirect_stdout(out), redirect_stderr(err):  # type: ignore[type-var]
+        try:
+            yield
+        finally:
+            out.end()
+            err.end()
+
+
+def show_end() -> None:
+    """Print the table of the sweep that has ended in this process, and the command for its page; nothing without a sweep."""
+    from .report.runs import find_runs  # wants numpy; only here
+
+    while _started:
+        directory = _started.pop()
+        try:
+            runs = find_runs([directory])
+        except ConfigError:  # ended before its first job
+            continue
+        from .report.closing import show
+
+        show(runs, directory)
