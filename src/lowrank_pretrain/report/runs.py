@@ -23,7 +23,7 @@ METRICS = {
     "test/loss": LOWEST, "test/acc1": HIGHEST, "test/ppl": LOWEST,
 }  # fmt: skip
 HIDDEN = ("hydra.", "hydra/", "ckpt_path", "experiment=", "sweep=")  # overrides that tell nothing about a run
-LONGEST_LABEL = 40
+MODEST_LABEL, LONGEST_LABEL = 24, 40  # characters: one line on a phone, two on a desk
 MARKS = ("metrics.csv", "summary.json", "failure.txt", ".hydra/config.yaml")  # any of these: a run directory
 Series = list[tuple[float, float]]
 
@@ -272,7 +272,14 @@ def labels(runs: list[Run], without: str = "hydra.") -> list[str]:
     told = [[override for override in run.told if not override.startswith(without)] for run in runs]
     shared = set.intersection(*map(set, told)) if told else set()
     own = [[override for override in some if override not in shared] for some in told]
+    values: dict[str, set[str]] = {}
+    for override in {override for some in own for override in some}:
+        values.setdefault(override.partition("=")[0], set()).add(override)
+    # keys with several values tell runs apart; a key that some runs merely lack, only where the others do not
+    differ = [", ".join(short_override(o) for o in some if len(values[o.partition("=")[0]]) > 1) for some in own]
     brief = [", ".join(map(short_override, some)) for some in own]
+    if max(map(len, brief), default=0) > MODEST_LABEL and all(differ) and len(set(differ)) == len(runs):
+        brief = differ
     names = [run.name for run in runs]
     # of a sweep: what differs; else the directory's name, which somebody chose
     first = [text if run.job is not None else name for run, text, name in zip(runs, brief, names, strict=True)]

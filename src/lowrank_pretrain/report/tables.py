@@ -45,9 +45,9 @@ def runs_table(runs: list[Run]) -> str:
 
 
 def _head(run: Run, several: bool) -> str:
-    """The run's label; under it, its directory where that says something else, and its state where it has no end."""
+    """The run's label; under it, its directory's own name where the label lacks it, and its state where it has no end."""
     lines = [escape(run.label)]
-    if several and run.name != run.label:
+    if several and run.job is None and run.name not in run.label:
         lines.append(f'<small class="name">{escape(run.name)}</small>')
     if run.state != "finished":
         lines.append(f'<small class="{run.state}">{run.state}</small>')
@@ -63,7 +63,9 @@ def seeds_table(groups: list[Seeds]) -> str:
         cells = [escape(group.label)]
         for metric in measured:
             mean = group.mean(metric)
-            cells.append(measure(mean, finest[metric], "" if mean is None else f" ± {digits(group.deviation(metric))}"))
+            cells.append(
+                measure(mean, finest[metric], "" if mean is None else f" <small>± {digits(group.deviation(metric))}</small>")
+            )
         rows.append([*cells, f"{len(group.runs)}"])
     return table(["runs", *measured, "seeds"], rows)
 
@@ -72,8 +74,7 @@ def measure(value: float | None, finest: float | None, more: str = "") -> str:
     """A loss or an accuracy, marked where it is the best."""
     if value is None:
         return "–"
-    text = digits(value) + more
-    return f'<b class="best">{text} {STAR}</b>' if value == finest else text
+    return f'<b class="best">{digits(value)} {STAR}</b>{more}' if value == finest else digits(value) + more
 
 
 def phases_table(run: Run) -> str:
