@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lowrank_pretrain.report import find_runs, render, write_report
+from lowrank_pretrain.report import charts, find_runs, render, write_report
 from lowrank_pretrain.report.__main__ import main
 from lowrank_pretrain.report.runs import best, by_seed
 from lowrank_pretrain.report.sections import shortened, smooth
@@ -141,6 +141,13 @@ def test_a_sweeps_failed_and_killed_jobs_are_there_with_their_reasons(sweep, tex
     assert "4 runs: 2 finished, 1 failed, 1 unfinished." in text
 
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Charts are chosen but not drawn, which is nearly all of a page's time."""
+    for kind in ("lines", "bars", "heat_map"):
+        monkeypatch.setattr(charts, kind, lambda *args, **kwargs: "<svg></svg>")
+
+
 def rows(text: str) -> dict[str, list[str]]:
     """{first cell: all cells} of the table of runs; a ratio is a cell of its own."""
     table = text[text.index("<h2>Runs, with ratios to the first</h2>") :]
@@ -189,7 +196,7 @@ def seeds(top: Path) -> Path:
     return top
 
 
-def test_runs_that_differ_by_their_seed_only_have_a_mean_and_a_deviation(tmp_path):
+def test_runs_that_differ_by_their_seed_only_have_a_mean_and_a_deviation(undrawn, tmp_path):
     runs = find_runs([seeds(tmp_path / "sweep")])
     groups = by_seed(runs)
     assert [(group.label, len(group.runs)) for group in groups] == [("full", 3), ("lora", 3)]
@@ -209,7 +216,7 @@ def test_other_differences_than_the_seed_make_no_mean(tmp_path):
     assert by_seed(find_runs([tmp_path / "again"])) == []
 
 
-def test_a_directory_that_somebody_named_is_the_label_and_its_path_is_in_the_fold(tmp_path):
+def test_a_directory_that_somebody_named_is_the_label_and_its_path_is_in_the_fold(undrawn, tmp_path):
     many = [f"model.model_kwargs.key{i}" for i in range(9)]
     for i in range(12):
         make(tmp_path / f"my run {i}", None, ("~model.config.x", *(f"{key}={i}" for key in many)), loss=1 + i)
@@ -259,7 +266,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize(("name", "text"), [(name, text) for name, texts in DAMAGE.items() for text in texts])
-def test_a_damaged_run_is_listed_and_the_others_are_shown(tmp_path, name, text):
+def test_a_damaged_run_is_listed_and_the_others_are_shown(undrawn, tmp_path, name, text):
     make(tmp_path / "sound", None, ("seed=0",))
     (make(tmp_path / "hurt", None, ("seed=1",)) / name).write_text(text)
     runs = find_runs([tmp_path])
@@ -284,7 +291,7 @@ def test_binary_files_and_a_folder_where_a_file_should_be_are_damage(tmp_path):
     ("there", "there/report.html"), ("there.d", "there.d/report.html"), ("a.b/c.htm", "a.b/c.htm"),
 ])  # fmt: skip
 @pytest.mark.parametrize("style", ["--out=", "out="])
-def test_out_is_a_file_or_a_folder(tmp_path, monkeypatch, out, written, style):
+def test_out_is_a_file_or_a_folder(undrawn, tmp_path, monkeypatch, out, written, style):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "there").mkdir()
     (tmp_path / "there.d").mkdir()
@@ -292,7 +299,7 @@ def test_out_is_a_file_or_a_folder(tmp_path, monkeypatch, out, written, style):
     assert main(["run", f"{style}{out}"]) == 0 and (tmp_path / written).is_file()
 
 
-def test_out_that_cannot_be_written_is_one_line(tmp_path, capsys):
+def test_out_that_cannot_be_written_is_one_line(undrawn, tmp_path, capsys):
     make(tmp_path / "run")
     (tmp_path / "file").write_text("")
     assert main([str(tmp_path / "run"), "--out", str(tmp_path / "file" / "page.html")]) == 2
@@ -300,7 +307,7 @@ def test_out_that_cannot_be_written_is_one_line(tmp_path, capsys):
     assert error.startswith("error: --out=") and error.count("\n") == 1
 
 
-def test_a_run_that_is_still_going_can_be_looked_at(tmp_path):
+def test_a_run_that_is_still_going_can_be_looked_at(undrawn, tmp_path):
     going = make(tmp_path / "going", rows=7)
     (going / "summary.json").unlink()
     longer = make(tmp_path / "longer", rows=30)  # finished after 20 steps, then made longer

@@ -1,5 +1,6 @@
-"""The run directory: whether it already holds a run, and which checkpoint a run starts from."""
+"""The run directory: its name in a sweep, whether it already holds a run, and which checkpoint a run starts from."""
 
+import hashlib
 import os
 import sys
 from pathlib import Path
@@ -13,6 +14,50 @@ from .checkpoints import check_sums, inspect, newest_whole, remove_unfinished
 from .errors import ConfigError
 
 TRACES = ("metrics.csv", "summary.json", "checkpoints/*.ckpt")  # any of these and the directory holds a run
+LONGEST_NAME = 120  # bytes; file systems end at 255
+
+
+def job_dir(overrides: str) -> str:
+    """Return a directory name for a sweep's job from its comma-separated overrides.
+
+    It has no slashes, every key is in it, values are cut where it would be too long, and what was changed or cut is told
+    apart by a hash of the whole.
+    """
+    parts = [[_plain(word) for word in part.partition("=")[::2]] for part in _split(overrides)]
+    name = ",".join("=".join(part) for part in parts) or "job"
+    if name == overrides and len(name.encode()) <= LONGEST_NAME:
+        return name
+    most = LONGEST_NAME
+    while (
+        len(",".join(f"{_cut(key, max(most, 8))}={_cut(value, most)}" for key, value in parts).encode()) > LONGEST_NAME and most
+    ):
+        most -= 1
+    short = ",".join(f"{_cut(key, max(most, 8))}={_cut(value, most)}" for key, value in parts) or "job"
+    return f"{_cut(short, LONGEST_NAME)}-{hashlib.sha256(overrides.encode()).hexdigest()[:8]}"
+
+
+OmegaConf.register_new_resolver("job_dir", job_dir, replace=True)
+
+
+def _plain(text: str) -> str:
+    return "".join(c if c.isalnum() or c in ",.-_+~" else "_" for c in text)
+
+
+def _cut(text: str, most: int) -> str:
+    """The first `most` bytes of `text`, whole characters only."""
+    return text.encode()[:most].decode(errors="ignore")
+
+
+def _split(overrides: str) -> list[str]:
+    """``a=1,b=[2,3]`` -> ``["a=1", "b=[2,3]"]``."""
+    parts, depth = [""], 0
+    for character in overrides:
+        depth += (character in "[{(") - (character in "]})")
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return [part for part in parts if part]
 
 
 def holds_run(directory: Path) -> bool:

@@ -1,6 +1,5 @@
 """What a sweep adds to its jobs: short directory names, checks before the first job, lines with names, a closing table."""
 
-import hashlib
 import re
 import sys
 from collections.abc import Iterator
@@ -17,7 +16,6 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from .errors import ConfigError
 
-LONGEST_NAME = 120  # bytes; file systems end at 255
 _started: list[Path] = []  # the directory of the sweep that this process runs
 
 
@@ -88,51 +86,8 @@ def check_storage(config: DictConfig) -> None:
     except metadata.PackageNotFoundError:
         return
     if int(optuna.split(".")[0]) < 3 and int(sqlalchemy.split(".")[0]) >= 2:
-        needs = f"Optuna {optuna} stores with SQLAlchemy 1.4, {sqlalchemy} is installed: pip install 'sqlalchemy<2'"
+        needs = f"Optuna {optuna} stores with SQLAlchemy 1.4, {sqlalchemy} is installed: pip install 'sqlalchemy<2' alembic"
         raise ConfigError("hydra.sweeper.storage", str(storage), needs)
-
-
-def job_dir(overrides: str) -> str:
-    """Return a directory name for a sweep's job from its comma-separated overrides.
-
-    It has no slashes, every key is in it, values are cut where it would be too long, and what was changed or cut is told
-    apart by a hash of the whole.
-    """
-    parts = [[_plain(word) for word in part.partition("=")[::2]] for part in _split(overrides)]
-    name = ",".join("=".join(part) for part in parts) or "job"
-    if name == overrides and len(name.encode()) <= LONGEST_NAME:
-        return name
-    most = LONGEST_NAME
-    while (
-        len(",".join(f"{_cut(key, max(most, 8))}={_cut(value, most)}" for key, value in parts).encode()) > LONGEST_NAME and most
-    ):
-        most -= 1
-    short = ",".join(f"{_cut(key, max(most, 8))}={_cut(value, most)}" for key, value in parts) or "job"
-    return f"{_cut(short, LONGEST_NAME)}-{hashlib.sha256(overrides.encode()).hexdigest()[:8]}"
-
-
-OmegaConf.register_new_resolver("job_dir", job_dir, replace=True)
-
-
-def _plain(text: str) -> str:
-    return "".join(c if c.isalnum() or c in ",.-_+~" else "_" for c in text)
-
-
-def _cut(text: str, most: int) -> str:
-    """The last `most` bytes' worth of a dotted key or the first of a value; whole characters only."""
-    return text.encode()[:most].decode(errors="ignore")
-
-
-def _split(overrides: str) -> list[str]:
-    """``a=1,b=[2,3]`` -> ``["a=1", "b=[2,3]"]``."""
-    parts, depth = [""], 0
-    for character in overrides:
-        depth += (character in "[{(") - (character in "]})")
-        if character == "," and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += character
-    return [part for part in parts if part]
 
 
 class _Named:
