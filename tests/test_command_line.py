@@ -16,8 +16,8 @@ def value(argument: str) -> object:
 
 
 @pytest.mark.parametrize("path", [
-    "a=b", "/x/method=full,seed=0/checkpoints/last.ckpt", "/a~b", "/x/~old/y", "runs/lr=1e-3", "C:\\data=x", "/a(1)/b=c", "ü=日",
-    "a = b", "s3://bucket/key=1",
+    "a=b", "/x/method=full,seed=0/checkpoints/last.ckpt", "/a~b", "/x/~old/y", "runs/lr=1e-3", "C:\\data=x", "/a(1)/b=c",
+    "ü=日", "a = b", "s3://bucket/key=1",
 ])  # fmt: skip
 @pytest.mark.parametrize("key", ["ckpt_path", "hydra.run.dir", "data.root", "+data.extra"])
 def test_a_path_that_hydra_wants_in_quotes_gets_them(key, path):
@@ -34,13 +34,18 @@ def test_a_home_directory_is_one(monkeypatch, written, meant):
 
 
 @pytest.mark.parametrize("argument", [
-    "method=full", "data.root=/a/b", "seed=0,1", "method.targets=[attention,mlp]", "x={a: 1}", "data.root='a=b'", 'x="a=b"', "~logger",
+    "method=full", "data.root=/a/b", "seed=0,1", "method.targets=[attention,mlp]", "x={a: 1}", "data.root='a=b'", 'x="a=b"',
+    "~logger",
     "~method.rank=4", "+trainer.callbacks=[{_target_: a.b, step: 2}]", "--cfg", "job", "-m", "--config-dir=a=b", "data.root=",
     "hydra.run.dir=a b", "seed=range(0,4)", "optim.lr=tag(log, interval(1e-4, 1e-2))", "seed=choice(0,1)", "logger=[csv,wandb]",
     "trainer.max_epochs=[1", "model.name=${x}", "method=null",
 ])  # fmt: skip
 def test_everything_else_stays_as_it_is(argument):
     assert prepare([argument]) == [argument]
+
+
+def test_the_word_for_a_sweep_may_stand_anywhere():
+    assert prepare(["method=full", "-m", "seed=0,1"]) == ["-m", "method=full", "seed=0,1"]
 
 
 @pytest.mark.parametrize("nothing", ["null", "None", "none", "false", "''"])

@@ -18,13 +18,14 @@ def prepare(arguments: list[str]) -> list[str]:
     """Return `arguments` as Hydra can read them.
 
     ``logger=null`` is ``logger=none``. A value with ``=`` or ``~`` in it, which Hydra wants in quotes, gets them; a
-    leading ``~/`` is the home directory, which a shell leaves alone after ``data.root=``.
+    leading ``~/`` is the home directory, which a shell leaves alone after ``data.root=``. ``-m`` may stand anywhere.
 
     Raises:
         ConfigError: a value that Hydra's grammar refuses, and that cannot be meant as one word.
     """
-    sweep = any(argument in MULTIRUN for argument in arguments)
-    return [_prepared(argument, sweep) for argument in arguments]
+    sweep = [argument for argument in arguments if argument in MULTIRUN]
+    rest = [argument for argument in arguments if argument not in MULTIRUN]
+    return sweep + [_prepared(argument, bool(sweep)) for argument in rest]
 
 
 def _prepared(argument: str, sweep: bool) -> str:

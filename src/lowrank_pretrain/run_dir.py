@@ -27,12 +27,10 @@ def job_dir(overrides: str) -> str:
     name = ",".join("=".join(part) for part in parts) or "job"
     if name == overrides and len(name.encode()) <= LONGEST_NAME:
         return name
-    most = LONGEST_NAME
-    while (
-        len(",".join(f"{_cut(key, max(most, 8))}={_cut(value, most)}" for key, value in parts).encode()) > LONGEST_NAME and most
-    ):
-        most -= 1
-    short = ",".join(f"{_cut(key, max(most, 8))}={_cut(value, most)}" for key, value in parts) or "job"
+    widths = [(LONGEST_NAME, width) for width in range(LONGEST_NAME, 5, -1)]  # of keys and values: first values are cut
+    widths += [(width, 5) for width in range(LONGEST_NAME, 1, -1)]
+    cut = (",".join(f"{_cut(key, most)}={_cut(value, least)}" for key, value in parts) for most, least in widths)
+    short = next((name for name in cut if len(name.encode()) <= LONGEST_NAME), name)
     return f"{_cut(short, LONGEST_NAME)}-{hashlib.sha256(overrides.encode()).hexdigest()[:8]}"
 
 
