@@ -143,6 +143,18 @@ def test_a_sweep_that_was_cut_off_goes_on_by_the_same_command(cli, tmp_path):  #
     assert len(set(rows)) == 1, "every job is whole"
 
 
+def test_another_methods_jobs_are_not_gone_on_with(cli, tmp_path):  # noqa: F811
+    words = ["-m", *ONE_STEP, "seed=0,1", "hydra.sweep.dir=sweep"]
+    assert cli(*words)[0] == 0
+    code, out, err = cli(*words, "method=lora", "ckpt_path=last")
+    assert code == 2 and err.count("\n") == 1 and "run directory" not in out
+    assert err.startswith(
+        "error: hydra.sweep.dir='sweep': holds a sweep with method=full, this one has method=lora; start it with"
+    )
+    code, _, err = cli(*words, "seed=2", "method=lora,full", "ckpt_path=last")
+    assert code == 0 and directories(tmp_path / "sweep") == {"seed=0", "seed=1", "method=lora", "method=full"}, err
+
+
 LONG = [f"model.model_kwargs.some_long_key_{i}" for i in range(6)]
 
 

@@ -28,6 +28,7 @@ class Sweep(Callback):
             overrides = swept(config)
             check_options(overrides)
             check_storage(config)
+            check_same_kind(config, {override.key_or_group for override in overrides})
         except ConfigError as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
@@ -44,10 +45,9 @@ class Sweep(Callback):
 def swept(config: DictConfig) -> list[Override]:
     """Return the overrides that stand for several values: the command line's and the sweeper's own."""
     params = OmegaConf.select(config, "hydra.sweeper.params") or {}
-    own = _parsed([f"{key}={value}" for key, value in params.items()])
-    given = _parsed([*config.hydra.overrides.task])
-    fixed = {override.key_or_group for override in given if not override.is_sweep_override()}  # these win over the sweeper's
-    return [override for override in (*own, *given) if override.is_sweep_override() and override.key_or_group not in fixed]
+    words = [*(f"{key}={value}" for key, value in params.items()), *config.hydra.overrides.task]
+    last = {override.key_or_group: override for override in _parsed(words)}  # which wins, as for Hydra
+    return [override for override in last.values() if override.is_sweep_override()]
 
 
 def _parsed(words: list[str]) -> list[Override]:
@@ -70,6 +70,24 @@ def check_options(overrides: list[Override]) -> None:
                 if name not in options:
                     allowed = f"must be one of {', '.join(options)}; no job was started"
                     raise ConfigError(override.key_or_group, name, allowed)
+
+
+def check_same_kind(config: DictConfig, keys: set[str]) -> None:
+    """Refuse to go on with another sweep's jobs: a directory's name holds the swept keys, not what all its jobs share.
+
+    Raises:
+        ConfigError: the directory's last sweep was of another method, model, optimizer or data.
+    """
+    earlier = Path(config.hydra.sweep.dir) / "multirun.yaml"
+    if config.get("ckpt_path") is None or not earlier.is_file():
+        return
+    before = OmegaConf.load(earlier)
+    swept_before = {override.key_or_group for override in swept(before)}
+    for group in ("data", "model", "optim", "method"):
+        old, new = (OmegaConf.select(some, f"hydra.runtime.choices.{group}") for some in (before, config))
+        if group not in keys | swept_before and old != new:
+            cures = f"holds a sweep with {group}={old}, this one has {group}={new}; start it with hydra.sweep.dir=DIR"
+            raise ConfigError("hydra.sweep.dir", str(config.hydra.sweep.dir), cures)
 
 
 def check_storage(config: DictConfig) -> None:

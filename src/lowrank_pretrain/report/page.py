@@ -77,9 +77,9 @@ def unwell(runs: list[Run]) -> str:
         words = " · ".join(escape(reason) for reason in reasons if reason)
         items.append(f"<li><b>{escape(run.label)}</b> · {words}</li>")
     listed = f"<ul>{''.join(items)}</ul>"
-    heading = f"<h2>Failed, damaged or unfinished: {len(found)}</h2>"
     if len(runs) == 1:
-        return f'<section class="unwell">{heading}{listed}</section>'
+        return f'<section class="unwell"><h2>{found[0].state.capitalize()}</h2>{listed}</section>'
+    heading = f"<h2>Failed, damaged or unfinished: {len(found)}</h2>"
     return f'<section><details class="unwell"><summary>{heading}</summary>{listed}</details></section>'
 
 
