@@ -169,6 +169,20 @@ def check_values(group: Mapping[str, Any]) -> None:
         raise ConfigError("seed", seed, "must be an integer, or null for the run's")
 
 
+def check_rates(group: Mapping[str, Any]) -> None:
+    """Refuse rates that a scheduler or a user has made unusable since the group was checked; asked at every step.
+
+    Raises:
+        ConfigError: naming the key and the value.
+    """
+    lr = float(group["lr"])
+    if not math.isfinite(lr):
+        raise ConfigError("lr", lr, "must be finite: look at the learning rate schedule")
+    beta1, beta2 = group["betas"]
+    if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
+        raise ConfigError("betas", (beta1, beta2), "must be two numbers in [0, 1)")
+
+
 def _is_number(value: Any) -> bool:
     if isinstance(value, Tensor):
         return value.numel() == 1

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lowrank_pretrain.errors import ConfigError
+from lowrank_pretrain.galore.surroundings import closed
 
 if TYPE_CHECKING:
     from lowrank_pretrain.galore.optimizer import GaLoreAdamW
@@ -61,6 +62,12 @@ class Layerwise:
         finally:
             self.stepping = False
 
+    def gradient(self, p: Tensor) -> Tensor | None:
+        return p.grad
+
+    def taken(self, p: Tensor) -> Tensor | None:
+        return self.low.pop(p, None)
+
     def clear(self, free: Iterable[Tensor] = ()) -> None:
         """Forget what was accumulated, and free the gradients of ``free``."""
         self.low.clear()
@@ -85,6 +92,7 @@ class Layerwise:
                     "method.layerwise=false"
                 )  # fmt: skip
 
+    @closed
     @torch.no_grad()
     def _arrived(self, p: Tensor) -> None:
         optimizer = self._optimizer()

@@ -20,7 +20,9 @@ from lowrank_pretrain.galore.guard import Guard
 from lowrank_pretrain.galore.index import Entry, make_index, parameter_name
 from lowrank_pretrain.galore.layerwise import Layerwise
 from lowrank_pretrain.galore.local import LocalUpdate
+from lowrank_pretrain.galore.moments import steps_taken
 from lowrank_pretrain.galore.projection import Projected, SharedBasis
+from lowrank_pretrain.galore.surroundings import closed, eager
 from lowrank_pretrain.seeds import run_seed
 
 
@@ -124,11 +126,12 @@ class GaLoreAdamW(Optimizer):
         if slot is not None:
             slot.state = state = self.state[p]  # states may have been dropped or replaced since
             slot.local, slot.shared = self.local.get(p), self.shared
-            slot.step = int(state["step"].item()) if "step" in state else 0
+            slot.step = steps_taken(state)
         return slot
 
     # ---- step ---------------------------------------------------------------------------------------------------------
 
+    @eager
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step. Lightning passes a closure that runs forward and backward; without one the gradients must be there."""
@@ -151,6 +154,7 @@ class GaLoreAdamW(Optimizer):
         super().zero_grad(set_to_none)
         self._layerwise.clear()
 
+    @closed
     @torch.no_grad()
     def update(self, params: list[Tensor]) -> None:
         """Step with the gradients of these parameters (all of a normal step's, or one layer's)."""

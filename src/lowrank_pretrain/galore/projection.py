@@ -161,6 +161,10 @@ class Projected:
         dtype = moments.moment_dtype(self.group, grad.dtype)
         return moments.read(self.state, shape, dtype, sharded.local(self.p).device)
 
+    def second_moment(self) -> Tensor | None:
+        """v, None before the first step."""
+        return self.read_moments(self.p)[1] if "exp_avg" in self.state else None
+
     def write_moments(self, m: Tensor, v: Tensor) -> None:
         """Keep them, and count the step."""
         if self.shards is not None:
