@@ -3,7 +3,8 @@
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from numbers import Real
+from difflib import get_close_matches
+from numbers import Integral, Real
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,6 +17,20 @@ from lowrank_pretrain.targets import PRESETS, find_targets, matches, parts, plai
 
 RESIDUALS = (None, "fira")
 VARIANTS = ("galore", "apollo")
+# settings that a group may have, and what else may stand in one: by torch, by its schedulers, by Lightning, by timm
+KEYS = (
+    "rank", "lr", "betas", "eps", "weight_decay", "correct_bias", "update_proj_gap", "scale", "proj_type", "refresh",
+    "rotate_moments", "stagger", "layerwise", "moments", "residual", "variant", "seed",
+)  # fmt: skip
+_OTHERS = (
+    "params", "param_names", "initial_lr", "max_lr", "min_lr", "base_lr", "max_momentum", "base_momentum", "swa_lr", "name",
+    "group_name", "lr_scale", "lr_mult", "fix_lr", "layer_id",
+)  # fmt: skip
+# switches of torch's AdamW: which loop it runs makes no difference here
+_HARMLESS = {
+    "foreach": (None, False, True), "fused": (None, False, True), "capturable": (False,), "differentiable": (False,),
+    "maximize": (False,), "amsgrad": (False,), "decoupled_weight_decay": (True,),
+}  # fmt: skip
 _CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 FLAT = "a GaLore group takes matrices. FSDP1 and DeepSpeed flatten theirs: use FSDP2 (ModelParallelStrategy)"
 
@@ -47,6 +62,7 @@ def galore_param_groups(
             FSDP1 or DeepSpeed have flattened the weights.
     """
     check_rank_value(rank)
+    check_keys(settings)
     _refuse_flat(model)
     layers = target_layers(model, targets)
     named = {plain_name(name): p for name, p in model.named_parameters() if p.requires_grad}
@@ -106,13 +122,15 @@ def _refuse_flat(model: nn.Module) -> None:
                 raise ConfigError("params", plain_name(f"{name}.weight"), f"has shape {tuple(weight.shape)}, but {FLAT}")
 
 
-def check_group(group: dict[str, Any], names: Mapping[int, str]) -> None:
-    """Refuse what the optimizer cannot do with this group; clamp ranks with one warning.
+def check_group(group: dict[str, Any], names: Mapping[int, str], quiet: bool = False) -> None:
+    """Refuse what the optimizer cannot do with this group; clamp ranks with one warning, unless it is to be ``quiet``.
 
     Raises:
         ConfigError: naming the key, the value and what is allowed.
     """
+    check_keys(group)
     check_values(group)
+    group["betas"] = tuple(float(beta) for beta in group["betas"])
     if group["moments"] == "8bit":
         bitsandbytes()
     for p in group["params"]:
@@ -121,6 +139,7 @@ def check_group(group: dict[str, Any], names: Mapping[int, str]) -> None:
     if group.get("rank") is None:
         return
     check_rank_value(group["rank"])
+    group["rank"] = int(group["rank"])
     if group["proj_type"] == "full" and (group["residual"] or group["variant"] == "apollo"):
         raise ConfigError("proj_type", "full", "Fira and APOLLO scale columns of a one-sided projection: use std")
     if group["variant"] == "apollo" and (group["residual"] or group["refresh"] == "track"):
@@ -133,9 +152,36 @@ def check_group(group: dict[str, Any], names: Mapping[int, str]) -> None:
                 f"has shape {tuple(p.shape)}, but {FLAT}. Norms and biases belong in a group without `rank`",
             )  # fmt: skip
         if group["rank"] > largest_rank(p):
-            clamped.append(f"{names[id(p)]} {tuple(p.shape)}")
-    if clamped:
+            flat = f", a matrix {p.shape[0]}x{p.numel() // p.shape[0]}" if p.ndim > 2 else ""
+            clamped.append(f"{names[id(p)]} {tuple(p.shape)}{flat}")
+    if clamped and not quiet:
         warnings.warn(f"rank={group['rank']} is clamped to min(m, n) for: {', '.join(clamped)}", stacklevel=4)
+
+
+def known_key(key: Any) -> bool:
+    """Return whether something reads this key of a group: here, or in torch, Lightning or timm."""
+    return key in KEYS or key in _OTHERS or key in _HARMLESS
+
+
+def check_keys(group: Mapping[str, Any]) -> None:
+    """Refuse keys of a group that nothing reads: a wrong word would otherwise change nothing, in silence.
+
+    Raises:
+        ConfigError: naming the key and the closest known one.
+    """
+    for key, value in group.items():
+        if not known_key(key):
+            close = get_close_matches(str(key), KEYS, 1, 0.5)
+            cure = f"did you mean {close[0]}?" if close else f"allowed are {', '.join(KEYS)}"
+            raise ConfigError(str(key), value, f"is no key of a parameter group: {cure}")
+        if key in _HARMLESS and value not in _HARMLESS[key]:
+            raise ConfigError(key, value, "is torch's AdamW's and not done here: leave it out")
+
+
+def asked(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a group's settings as plain numbers and words, to tell later what was changed."""
+    found = {key: group[key] for key in KEYS if key in group}
+    return {key: float(value) if isinstance(value, Tensor) else value for key, value in found.items()}
 
 
 def check_values(group: Mapping[str, Any]) -> None:
@@ -163,9 +209,9 @@ def check_values(group: Mapping[str, Any]) -> None:
     if not isinstance(betas, (tuple, list)) or len(betas) != 2 or not all(_is_number(b) and 0 <= b < 1 for b in betas):
         raise ConfigError("betas", betas, "must be two numbers in [0, 1)")
     gap, seed = group["update_proj_gap"], group["seed"]
-    if not isinstance(gap, int) or isinstance(gap, bool) or gap < 1:
+    if not _is_integer(gap) or gap < 1:
         raise ConfigError("update_proj_gap", gap, "must be an integer of 1 or more steps")
-    if not isinstance(seed, int) or isinstance(seed, bool):
+    if not _is_integer(seed):
         raise ConfigError("seed", seed, "must be an integer, or null for the run's")
 
 
@@ -189,9 +235,13 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 def check_rank_value(rank: Any) -> None:
     """Refuse a rank that is no positive integer."""
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+    if not _is_integer(rank) or rank < 1:
         raise ConfigError("rank", rank, "must be an integer of 1 or more")
 
 
