@@ -1,14 +1,16 @@
 """Who takes a plan over: the first of strategy, optimizer and adapters; and what must be known of them before training."""
 
+from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ModelPruning
 from torch.optim import Optimizer
 
 from lowrank_pretrain import lora
 from lowrank_pretrain.errors import ConfigError
 from lowrank_pretrain.plan import Plan
-from lowrank_pretrain.targets import all_targets, find_targets
+from lowrank_pretrain.targets import Target, all_targets
 
 ADAPTERS = {"alpha": None, "train_A": True, "adapter_lr": 1.0, "adapter_weight_decay": None}  # what is said of adapters alone
 
@@ -48,7 +50,30 @@ def check_adopter(phases: Any, trainer: pl.Trainer, pl_module: pl.LightningModul
             raise ConfigError(key, asked, f"is for the callback's own adapters, and {who} takes the targets over: leave it out")
     check = getattr(adopter, "check_adopt", None)
     if callable(check) and hasattr(phases, "targets"):
-        check(list(find_targets(pl_module, phases.targets)), pl_module)
+        check(list(phases.plan or phases.chosen), pl_module)
+
+
+def gives_adapters(phases: Any, trainer: pl.Trainer) -> bool:
+    """Whether targets will get adapters or heads, which train only where they are called; projections need just a gradient."""
+    adopter = find_adopter(phases, trainer)
+    return not isinstance(adopter, Optimizer) and getattr(adopter, "update", "lora") != "galore"
+
+
+def unfit(trainer: pl.Trainer) -> Callable[[Target], str | None]:
+    """What to ask of every target when a fit begins: is its weight in an optimizer, and will it stay a parameter?"""
+    owned = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
+    pruning = [callback for callback in trainer.callbacks if isinstance(callback, ModelPruning)]
+    # Lightning has no public way to ask what it prunes; it does so at the end of an epoch
+    pruned = {id(layer) for callback in pruning for layer, _ in callback._parameters_to_prune or ()}
+
+    def reason(target: Target) -> str | None:
+        if id(target.layer) in pruned:
+            return "is pruned by ModelPruning: its weight is computed at every forward then. Leave it out of one of the two"
+        if id(target.layer.weight) not in owned:
+            return "is in no optimizer: configure_optimizers must hand over its weight, or leave it out"
+        return None
+
+    return reason
 
 
 def freeze_rest(pl_module: pl.LightningModule, plan: Plan) -> None:

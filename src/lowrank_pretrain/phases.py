@@ -10,21 +10,27 @@ Lightning restores the optimizers.
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lowrank_pretrain import adapter_groups, adoption, averaging, lora, plain_checkpoint, refusals, transition
 from lowrank_pretrain.agreement import agreed_hash
 from lowrank_pretrain.errors import ConfigError
+from lowrank_pretrain.first_step import FirstStep
 from lowrank_pretrain.monitor import PHASES, count_parameters
 from lowrank_pretrain.plain_checkpoint import FORMAT, SIDE
-from lowrank_pretrain.plan import Plan
+from lowrank_pretrain.plan import Plan, fit_ranks
+from lowrank_pretrain.rehearsal import AdapterWatch
 from lowrank_pretrain.rewarm import Rewarm
+from lowrank_pretrain.targets import Target, families, first_named, say_left_out, select
+
+PATIENCE = 100  # optimizer steps without a gradient after which an adapter is said to be dead, where there are no windows
 
 
 class PhaseCallback(Callback):
@@ -53,6 +59,8 @@ class PhaseCallback(Callback):
         switch_step: optimizer step after which the switch came, or ``None``.
         freeze_step: likewise for the freeze.
     """
+
+    targets: str | list[str]  # of callbacks that choose their own
 
     def __init__(
         self,
@@ -96,8 +104,12 @@ class PhaseCallback(Callback):
         self.plan: Plan | None = None
         self.switch_step: int | None = None
         self.freeze_step: int | None = None
-        self._unchecked = False
+        self._unchecked = False  # whether a gradient reaches every adapter is still looked at
         self._adopter: Any = None
+        self.chosen: dict[str, int] = {}  # target -> largest rank that it may get
+        self.left_out: dict[str, str] = {}  # target -> what the first step said against it
+        self._first: FirstStep | None = None
+        self._watch: AdapterWatch | None = None
 
     # -- transitions ------------------------------------------------------------------------------------------------
 
@@ -128,14 +140,14 @@ class PhaseCallback(Callback):
         if self.has_own_groups():
             adapter_groups.separate(trainer, pl_module, self.adapter_lr, self.adapter_weight_decay)
         self.phase, self.plan = "joint", plan
-        self._unchecked = not replay
+        self._look_at_gradients(pl_module, not replay)
         self._note(pl_module)
         self._log_hash(trainer, agreed, replay)
 
     def _freeze(self, trainer: pl.Trainer, pl_module: pl.LightningModule, replay: bool) -> None:
         agreed = transition.apply(trainer, pl_module, lambda: self._release(pl_module), self.optimizer_state, replay)
         self.phase = "lowrank"
-        self._unchecked = not replay  # what freezing stopped may be what an adapter's gradient came through
+        self._look_at_gradients(pl_module, not replay)  # what freezing stopped may be what a gradient came through
         self._note(pl_module)
         self._log_hash(trainer, agreed, replay)
         if self.rewarm:  # from here on, so that its hook always comes behind that of the adapters' own groups
@@ -146,6 +158,12 @@ class PhaseCallback(Callback):
         if self.freeze_rest and not isinstance(self._adopter, lora.Adapters):
             adoption.freeze_rest(pl_module, self.plan)
         return inherited
+
+    def _look_at_gradients(self, pl_module: pl.LightningModule, on: bool) -> None:
+        if self._watch is not None:
+            self._watch.stop()
+        self._unchecked = on
+        self._watch = AdapterWatch(pl_module) if on else None
 
     def _note(self, pl_module: pl.LightningModule) -> None:
         """What a checkpoint of this module must say; kept on the module because it outlives callback and trainer."""
@@ -186,13 +204,15 @@ class PhaseCallback(Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Replay the transitions of a resumed run; the optimizers are still empty and are restored after this."""
+        if self.phase == "full":
+            self.choose_targets(trainer, pl_module)
         adoption.check_adopter(self, trainer, pl_module)
         if self.phase != "full":
             phase, plan, unchecked = self.phase, self.plan, self._unchecked
             self._switch(trainer, pl_module, plan, replay=True)
             if phase == "lowrank":
                 self._freeze(trainer, pl_module, replay=True)
-            self._unchecked = unchecked
+            self._unchecked = unchecked  # the watch itself begins with the first step
             if self._exact is not None:
                 lora.load_exact(pl_module, self._exact)
             for where, averaged, callback in averaging.averages(trainer.callbacks):
@@ -208,20 +228,91 @@ class PhaseCallback(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Optimizer states are restored by now: look whether they fit, and whether every rank read the same file."""
         transition.check_restored(trainer.optimizers, pl_module)
+        # a fit that goes on with a changed module under another trainer: that one counts its steps anew
+        for key in ("switch_step", "freeze_step"):
+            step = getattr(self, key)
+            setattr(self, key, None if step is None else min(step, trainer.global_step))
+        if self._unchecked and self._watch is None:
+            self._look_at_gradients(pl_module, True)
+        if self._first is not None:
+            self._first.start()
         if not callable(getattr(trainer.strategy, "after_transition", None)):  # one of ours looks itself
             agreed_hash(trainer.strategy, pl_module, "at the start of training")
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
-        """After the first backward behind a transition: an adapter without a gradient would silently never train."""
-        if self._unchecked:
-            self._unchecked = False
-            dead = [name for name, p in lora.adapter_parameters(pl_module) if p.requires_grad and p.grad is None]
-            if dead:
-                names = sorted({name.partition(".lora_")[0] for name in dead})
-                raise ConfigError(
-                    "targets", ", ".join(names), "no forward pass calls it (leave it out of the targets), or checkpointing of "
-                    "activations cuts it off from the loss (use_reentrant=False)"
-                )  # fmt: skip
+        """Ask the rehearsal once; after a transition, look whether gradients reach the adapters."""
+        if self._first is not None:
+            reasons = self._first.look()
+            if reasons:
+                self.leave_out(trainer, pl_module, reasons)
+        if self._watch is not None:
+            self._look_for_dead(trainer, pl_module, self._watch)
+
+    def choose_targets(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """At the start of a fit in the full phase, with all layers and optimizers there; for callbacks that have targets."""
+
+    def leave_out(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, reasons: Mapping[str, str], refuse: bool = True
+    ) -> None:
+        """Take targets out of those chosen, with one warning.
+
+        Args:
+            trainer: the running trainer.
+            pl_module: its module.
+            reasons: why, by name of the target.
+            refuse: where the patterns name one of them; later than the first step that would end a run which has trained.
+
+        Raises:
+            ConfigError: the patterns name one of them, or none is left.
+        """
+        reasons = {name: reason for name, reason in reasons.items() if name in self.chosen}
+        named = first_named(pl_module, self.targets, reasons) if refuse else None
+        if named is not None:
+            raise ConfigError("targets", named, reasons[named])
+        said = say_left_out(pl_module, self.targets, reasons)
+        if len(reasons) == len(self.chosen):
+            raise ConfigError("targets", self.targets, f"leaves no target: {said.partition(': ')[2]}")
+        self.left_out = self.left_out | reasons
+        self.chosen = {name: rank for name, rank in self.chosen.items() if name not in reasons}
+        rank_zero_warn(f"{type(self).__name__}: {said}")
+
+    def _select(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, rank: int, key: str, frozen: bool = False
+    ) -> dict[str, Target]:
+        """Resolve ``self.targets`` when all that a fit needs is there, and note what may be chosen."""
+        selection = select(pl_module, self.targets, frozen, adoption.unfit(trainer))
+        if selection.left_out:
+            rank_zero_warn(f"{type(self).__name__}: {say_left_out(pl_module, self.targets, selection.left_out)}")
+        targets = {name: target for name, target in selection.targets.items() if name not in self.left_out}
+        self.chosen, cut = fit_ranks(pl_module, self.targets, targets, rank, key)
+        if cut is not None:
+            rank_zero_warn(f"{type(self).__name__}: {cut}, which is min(D, O)")
+        refusals.check_targets(self, trainer, pl_module, targets)
+        return targets
+
+    def patience(self, trainer: pl.Trainer) -> int:
+        """How many optimizer steps without a gradient it takes to call an adapter dead."""
+        return PATIENCE
+
+    def _look_for_dead(self, trainer: pl.Trainer, pl_module: pl.LightningModule, watch: AdapterWatch) -> None:
+        cut_off = watch.look()
+        if cut_off:
+            raise ConfigError(
+                "targets", ", ".join(sorted(cut_off)), "checkpointing of activations cuts it off from the loss: its input needs "
+                "no gradient once everything before it is frozen (use_reentrant=False)"
+            )  # fmt: skip
+        if watch.without and watch.steps < self.patience(trainer):
+            return
+        self._look_at_gradients(pl_module, False)
+        if watch.without:
+            family = ", ".join(dict.fromkeys(families(pl_module, watch.layers()).values()))
+            since = f"no gradient in the {watch.steps} optimizer steps since the model changed"
+            if len(watch.without) == watch.every:
+                raise ConfigError("targets", family, f"no adapter had a gradient: {since}. Does the loss depend on them?")
+            rank_zero_warn(
+                f"{type(self).__name__}: {since} reached the adapters of {family}: they train only if later steps use them. "
+                'If none does, leave them out ("!name").'
+            )
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Where processes are spawned, this callback stays behind in its own; metrics are what Lightning brings back."""
@@ -232,6 +323,7 @@ class PhaseCallback(Callback):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leave nothing of ours on a module that needs nothing of ours."""
         if stage == "fit":
+            self._stop_watching()
             if self._rewarm is not None:
                 self._rewarm.remove()
                 self._rewarm = None
@@ -239,6 +331,16 @@ class PhaseCallback(Callback):
                 lora.merge(pl_module)
             if "_lowrank" not in pl_module.__dict__:
                 plain_checkpoint.unwrap(pl_module)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Nothing of the first step's watching may stay on the module."""
+        self._stop_watching()
+
+    def _stop_watching(self) -> None:
+        for watching in (self._first, self._watch):
+            if watching is not None:
+                watching.stop()
+        self._first = self._watch = None
 
     # -- state ------------------------------------------------------------------------------------------------------
 

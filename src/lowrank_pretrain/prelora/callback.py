@@ -1,19 +1,23 @@
 """PreLoRA as a Lightning callback (arXiv 2509.21619): *when* training becomes low-rank."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
 
-from lowrank_pretrain import refusals
+from lowrank_pretrain import adoption
 from lowrank_pretrain.errors import ConfigError
-from lowrank_pretrain.phases import PhaseCallback
-from lowrank_pretrain.plan import Plan, check_rank
+from lowrank_pretrain.first_step import FirstStep
+from lowrank_pretrain.phases import PATIENCE, PhaseCallback
+from lowrank_pretrain.plan import Plan, is_integer
 from lowrank_pretrain.prelora.convergence import Verdict, Window, check_convergence
 from lowrank_pretrain.prelora.ranks import assign_ranks, check_ranks
-from lowrank_pretrain.targets import Target, families, find_targets
+from lowrank_pretrain.targets import Target, all_targets, check_patterns, families, obstacles
 
 
 class PreLoRA(PhaseCallback):
@@ -28,8 +32,11 @@ class PreLoRA(PhaseCallback):
     from its own change (Algorithm 2) and both train for ``warmup`` windows; then W freezes.
 
     Args:
-        targets: presets (``all``, ``attention``, ``mlp``, ``head``) or globs, counted from the LightningModule.
-        ranks: increasing powers of two to choose from; may begin with 0 (frozen without an adapter).
+        targets: presets (``all``, ``attention``, ``mlp``, ``head``) or globs, counted from the LightningModule; ``!`` before
+            one leaves out what it matches. What cannot be a target (frozen, parametrized, in no optimizer, never called, ...) is
+            left out of a preset with one warning, and refused where it is named.
+        ranks: increasing powers of two to choose from; may begin with 0 (frozen without an adapter). A target narrower than
+            its rank gets min(D, O), with one warning, and is refused where it is named.
         window: length of a window, in units of ``window_unit``.
         window_unit: ``epoch`` or ``step`` (optimizer steps).
         windows: k, how many windows the test looks at; at least 2.
@@ -49,8 +56,8 @@ class PreLoRA(PhaseCallback):
         then: ``lora``, or ``galore``: the optimizer (GaLoreAdamW) takes the targets over, without adapters.
 
     Raises:
-        ConfigError: a wrong value; at the start of fit, a pattern without a match, a rank above min(D, O) of a target, or a
-            run too short to ever switch.
+        ConfigError: a wrong value; at the start of fit or in its first step, a pattern without a match, one that names what
+            cannot be a target, or a run too short to ever switch.
     """
 
     def __init__(
@@ -76,7 +83,7 @@ class PreLoRA(PhaseCallback):
         adapter_weight_decay: float | None = None,
     ) -> None:
         super().__init__(alpha, train_A, freeze_rest, optimizer_state, rewarm, then, adapter_lr, adapter_weight_decay)
-        self.targets = targets if isinstance(targets, str) else [*targets]
+        self.targets = check_patterns(targets)
         self.ranks = check_ranks(ranks)
         for key, value, least in (
             ("window", window, 1),
@@ -87,7 +94,7 @@ class PreLoRA(PhaseCallback):
         ):
             if key == "latest" and value is None:
                 continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            if not is_integer(value) or value < least:
                 raise ConfigError(key, value, f"must be an integer of {least} or more")
         for key, value in (("weight_tol", weight_tol), ("loss_tol", loss_tol)):
             if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < 1:
@@ -96,9 +103,9 @@ class PreLoRA(PhaseCallback):
             raise ConfigError("window_unit", window_unit, "must be epoch or step")
         if rank_signal not in ("weight_norm", "grad_norm"):
             raise ConfigError("rank_signal", rank_signal, "must be weight_norm or grad_norm")
-        self.window, self.window_unit, self.windows, self.warmup = window, window_unit, windows, warmup
+        self.window, self.window_unit, self.windows, self.warmup = int(window), window_unit, int(windows), int(warmup)
         self.weight_tol, self.loss_tol = float(weight_tol), float(loss_tol)
-        self.earliest, self.latest, self.rank_signal = earliest, latest, rank_signal
+        self.earliest, self.latest, self.rank_signal = int(earliest), None if latest is None else int(latest), rank_signal
 
     def _reset(self) -> None:
         super()._reset()
@@ -119,35 +126,29 @@ class PreLoRA(PhaseCallback):
 
     # -- Lightning's hooks ------------------------------------------------------------------------------------------
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Resolve the targets and check the plan's limits, so that a mistake shows before anything runs."""
-        super().setup(trainer, pl_module, stage)
-        if stage != "fit":
-            return
-        targets = find_targets(pl_module, self.targets)
-        for name, target in targets.items():
-            check_rank(name, self.ranks[-1], target, key="ranks")
-        refusals.check_targets(self, trainer, pl_module, targets)
-        self._check_length(trainer.max_epochs if self.window_unit == "epoch" else trainer.max_steps, trainer)
+    def choose_targets(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Resolve the targets, with the layers of ``setup`` and ``configure_model`` there, so that a mistake shows at once."""
+        targets = self._select(trainer, pl_module, self.ranks[-1], "ranks")
+        if adoption.gives_adapters(self, trainer):
+            self._first = FirstStep(trainer, pl_module, targets)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin to count where the trainer stands."""
         super().on_train_start(trainer, pl_module)
-        if self.window_unit == "step" and trainer.max_steps == -1 and trainer.estimated_stepping_batches != float("inf"):
-            self._check_length(int(trainer.estimated_stepping_batches), trainer)
+        self._check_length(trainer)
         self._seen_step = trainer.global_step
         if self._restored is not None:
             by_rank, self._restored = self._restored, None
             if len(by_rank) != trainer.world_size:  # another number of processes: all there is goes to the first
                 by_rank = [[sum(column) for column in zip(*by_rank, strict=True)]] + [[0.0, 0.0]] * trainer.world_size
             self._loss = torch.tensor(by_rank[trainer.global_rank], dtype=torch.float64)
-        self._loss = self._loss.to(pl_module.device) if pl_module.device.type != "mps" else self._loss
+        self._loss = _on(pl_module.device, self._loss)
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
         """At the last step of a window, note gradient norms (unscaled, before clipping) if ranks come from them."""
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
         if self.rank_signal == "grad_norm" and self.phase == "full" and self._closes_window(trainer):
-            grads = {n: t for n, t in find_targets(pl_module, self.targets).items() if t.layer.weight.grad is not None}
+            grads = {n: t for n, t in self._present(pl_module).items() if t.layer.weight.grad is not None}
             self.grad_norms = [*self.grad_norms[-1:], _norms(grads, grad=True)]
 
     def on_train_batch_end(
@@ -188,19 +189,23 @@ class PreLoRA(PhaseCallback):
             if self.windows_done >= self.warmup:
                 self.freeze(trainer, pl_module)
             return
-        targets = find_targets(pl_module, self.targets)
+        targets = self._present(pl_module)
         family_of = families(pl_module, targets)
         total, count = trainer.strategy.reduce(self._loss, reduce_op="sum").tolist()
         self._loss.zero_()
         self.history = [*self.history, Window(total / max(count, 1.0), _norms(targets))][-self.windows :]
         self.verdict = check_convergence(self.history, family_of, self.windows, self.loss_tol, self.weight_tol)
         self._log(trainer, {f"lowrank/weight_change/{f}": c for f, c in self.verdict.family_changes.items()})
+        if self.windows_done == 1:
+            self._say_unseen(pl_module)
         due = self.verdict.converged and self.windows_done >= self.earliest
         forced = self.latest is not None and self.windows_done >= self.latest
         # every rank must do the same, whatever its rounding: rank 0 decides
         if trainer.strategy.broadcast(due or forced):
             if not due:
                 rank_zero_info(f"PreLoRA: not converged by window {self.windows_done}, switching because of latest")
+            self._check_again(trainer, pl_module)
+            family_of = {name: family for name, family in family_of.items() if name in self.chosen}
             plan = Plan(trainer.strategy.broadcast(dict(self._assign(family_of))))
             self.switch(trainer, pl_module, plan)
             self.windows_done = 0
@@ -218,24 +223,94 @@ class PreLoRA(PhaseCallback):
         if not any(plan.values()):  # every family changed evenly, and the smallest rank is 0: nothing would train
             rank_zero_warn(f"PreLoRA: every target would get rank 0: they get {self.ranks[1]}")
             plan = Plan(dict.fromkeys(plan, self.ranks[1]))
-        return plan
+        return Plan({name: min(rank, self.chosen[name]) for name, rank in plan.items()})
+
+    def _present(self, pl_module: pl.LightningModule) -> dict[str, Target]:
+        """The chosen targets that the module still has as such."""
+        return {name: target for name, target in all_targets(pl_module).items() if name in self.chosen}
+
+    def _say_unseen(self, pl_module: pl.LightningModule) -> None:
+        """After the first window, name layers that nobody called; a single step is no evidence against one."""
+        late, unseen = self._first.late() if self._first is not None else ({}, [])
+        unseen = [name for name in unseen if name in self.chosen and name not in late]
+        if unseen:
+            names = ", ".join(dict.fromkeys(families(pl_module, unseen).values()))
+            rank_zero_warn(
+                f"PreLoRA: no forward pass called {names} in the {self._first.steps} optimizer steps so far. What none calls "
+                "before the switch is left out"
+            )
+
+    def _check_again(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Just before the switch: what happened to targets since the fit began."""
+        against, reasons = obstacles(pl_module), {}
+        present = self._present(pl_module)
+        for name in self.chosen:
+            if name not in present or name in against:
+                words = against.get(name) or against.get(name.rpartition(".")[0]) or "is no layer of the module any more"
+                reasons[name] = f"since the fit began: {words}"
+        if self._first is not None:
+            late, unseen = self._first.late()
+            never = f"was not called in any of the {self._first.steps} optimizer steps watched"
+            reasons = dict.fromkeys(unseen, never) | late | reasons
+            self._first.stop()
+            self._first = None
+        if any(name in self.chosen for name in reasons):
+            self.leave_out(trainer, pl_module, reasons, refuse=False)
 
     def _add_loss(self, trainer: pl.Trainer, outputs: Any) -> None:
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         if loss is not None:  # None: training_step skipped this batch
             # Lightning's outputs["loss"] is divided by accumulate_grad_batches; added on the device, no sync per step
-            self._loss[0] += loss.detach().double().to(self._loss.device) * trainer.accumulate_grad_batches
+            # (of any shape with one number); on a device without float64 it is moved first
+            loss = loss.detach().reshape(()).to(self._loss.device)
+            self._loss[0] += loss.double() * trainer.accumulate_grad_batches
             self._loss[1] += 1
 
     def _closes_window(self, trainer: pl.Trainer) -> bool:
         passed = 1 if self.window_unit == "step" else int(trainer.is_last_batch)
         return self._due or self._units + passed >= self.window
 
-    def _check_length(self, available: int | None, trainer: pl.Trainer) -> None:
-        needed = min(self.windows, self.latest or self.windows) * self.window
-        if available is not None and 0 <= available < needed and not trainer.fast_dev_run:
-            key = "max_epochs" if self.window_unit == "epoch" else "max_steps"
-            raise ConfigError(key, available, f"must be at least windows * window = {needed}, else the run can never switch")
+    def _check_length(self, trainer: pl.Trainer) -> None:
+        """Refuse a run that ends before it can switch, as far as that can be known: not with ``max_time``, say.
+
+        Raises:
+            ConfigError: naming the limit.
+        """
+        if self.phase != "full" or trainer.fast_dev_run:
+            return
+        windows = max(self.windows, self.earliest)
+        windows = windows if self.latest is None else min(windows, self.latest)
+        needed = windows * self.window - self.windows_done * self.window - self._units
+        steps, per_epoch = _steps(trainer)
+        max_epochs = trainer.max_epochs if trainer.max_epochs not in (None, -1) else math.inf
+        if self.window_unit == "step":
+            key, allowed = "max_steps", min(steps, max_epochs * per_epoch)
+            left = allowed - trainer.global_step
+        else:
+            key, allowed, left = "max_epochs", max_epochs, max_epochs - trainer.current_epoch
+            if math.isfinite(steps) and not math.isfinite(per_epoch):
+                rank_zero_warn(
+                    f"PreLoRA: the training data have no known length, and a window ends with an epoch: with max_steps={steps} "
+                    'the run may never switch. Count windows in steps (window_unit="step")'
+                )
+            elif math.isfinite(steps):
+                whole = (steps - trainer.global_step) / per_epoch
+                whole = math.ceil(whole) if trainer.global_step else math.floor(whole)  # resumed inside of an epoch, perhaps
+                if whole < left:
+                    key, allowed, left = "max_steps", steps, whole
+        if left < needed:
+            name = {self.latest: "latest", self.earliest: "earliest", self.windows: "windows"}[windows]
+            more = "" if key == f"max_{self.window_unit}s" else f" epochs of {per_epoch} steps"
+            done = f" ({windows * self.window - needed} of them are over)" if needed < windows * self.window else ""
+            raise ConfigError(
+                key, int(allowed), f"must be at least {name} * window = {windows * self.window}{more}{done}, else the run can "
+                "never switch"
+            )  # fmt: skip
+
+    def patience(self, trainer: pl.Trainer) -> int:
+        """One window."""
+        per_epoch = _steps(trainer)[1] if self.window_unit == "epoch" else 1
+        return max(1, int(self.window * per_epoch)) if math.isfinite(per_epoch) else PATIENCE
 
     # -- state ------------------------------------------------------------------------------------------------------
 
@@ -249,6 +324,7 @@ class PreLoRA(PhaseCallback):
             "units": self._units,
             "due": self._due,
             "loss": self._loss.tolist(),
+            "left_out": dict(self.left_out),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -260,6 +336,7 @@ class PreLoRA(PhaseCallback):
         self.grad_norms = state_dict["grad_norms"]
         self.verdict = Verdict(*state_dict["verdict"])
         self.windows_done, self._units, self._due = (state_dict[key] for key in ("windows_done", "units", "due"))
+        self.left_out = dict(state_dict.get("left_out", {}))
         loss = state_dict["loss"]
         self._restored = loss if isinstance(loss[0], list) else [loss]
 
@@ -277,3 +354,20 @@ def _norms(targets: dict[str, Target], grad: bool = False) -> dict[str, float]:
     dtype = torch.promote_types(blocks[0].dtype, torch.float32)
     norms = torch.stack([torch.linalg.vector_norm(block, dtype=dtype) for block in blocks])
     return dict(zip(targets, norms.tolist(), strict=True))
+
+
+def _steps(trainer: pl.Trainer) -> tuple[float, float]:
+    """``max_steps``, and the optimizer steps of an epoch; infinite where there is no limit, or none is known."""
+    batches = trainer.num_training_batches
+    changes = any(isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks)
+    known = math.isfinite(batches) and not changes
+    per_epoch = math.ceil(batches / trainer.accumulate_grad_batches) if known else math.inf
+    return (trainer.max_steps if trainer.max_steps not in (None, -1) else math.inf), per_epoch
+
+
+def _on(device: torch.device, total: Tensor) -> Tensor:
+    """A float64 sum on the device, or where it is if the device has no float64 (Apple's)."""
+    try:
+        return total.to(device)
+    except (TypeError, RuntimeError):
+        return total

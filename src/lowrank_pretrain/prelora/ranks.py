@@ -5,10 +5,11 @@ Within a family, x = min-max normalised relative change between the last two win
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from lowrank_pretrain.errors import ConfigError
-from lowrank_pretrain.plan import Plan
+from lowrank_pretrain.plan import Plan, is_integer
 from lowrank_pretrain.prelora.convergence import relative_change
 
 
@@ -48,14 +49,22 @@ def check_ranks(ranks: Sequence[int]) -> list[int]:
     Raises:
         ConfigError: not a list of increasing powers of two (the first may be 0) with one above 0.
     """
-    if isinstance(ranks, (str, int, float)) or ranks is None or not len(ranks):
+    if isinstance(ranks, (str, bytes, Mapping)) or not isinstance(ranks, Iterable) or not (ranks := [*_items(ranks)]):
         raise ConfigError("ranks", ranks, "must be a list of increasing powers of two, which may begin with 0")
-    ranks = [*ranks]
     for rank in ranks:
-        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 0 or rank & (rank - 1):
+        if not is_integer(rank) or rank < 0 or int(rank) & (int(rank) - 1):
             raise ConfigError("ranks", rank, "every rank must be a power of two (the first may be 0)")
+    ranks = [int(rank) for rank in ranks]
     if ranks != sorted(set(ranks)):
         raise ConfigError("ranks", ranks, "must increase")
     if not any(ranks):
         raise ConfigError("ranks", ranks, "needs a rank above 0")
     return ranks
+
+
+def _items(values: Iterable[Any]) -> Iterator[Any]:
+    """The values one by one; a number alone that claims to be iterable (an array without dimensions) has none."""
+    try:
+        yield from values
+    except TypeError:
+        return
