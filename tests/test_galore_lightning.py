@@ -31,7 +31,7 @@ class Regression(pl.LightningModule):
     def training_step(self, batch):
         loss = (self.model(batch[0]).float() - batch[1]).square().mean()
         self.losses.append(loss.item())
-        self.held.append(sum(p.grad is not None for p in self.parameters()))
+        self.held.append(sum(type(p.grad) is torch.Tensor for p in self.parameters()))
         if not self.automatic_optimization:
             for optimizer in self.optimizers():
                 optimizer.zero_grad()

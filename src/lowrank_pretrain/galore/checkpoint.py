@@ -134,9 +134,7 @@ def _compare(here: dict[str, Any], there: dict[str, Any], name: str) -> None:
             )
 
 
-def _settings(
-    group: dict[str, Any], old: dict[str, Any], now: dict[str, Any], then: dict[str, Any] | None
-) -> dict[str, Any]:
+def _settings(group: dict[str, Any], old: dict[str, Any], now: dict[str, Any], then: dict[str, Any] | None) -> dict[str, Any]:
     """Return the group to go on with: the file's, but what the code asks for anew.
 
     Args:
@@ -183,7 +181,11 @@ def _check_shapes(state: dict[str, Any], p: Tensor, group: dict[str, Any], adopt
     """
     if "exp_avg" not in state and not any(key in state for key in _SHAPES):
         return
-    rank, rows, cols = adopted or group.get("rank"), p.shape[0] if p.ndim else 1, p.numel() // max(p.shape[0] if p.ndim else 1, 1)
+    rank, rows, cols = (
+        adopted or group.get("rank"),
+        p.shape[0] if p.ndim else 1,
+        p.numel() // max(p.shape[0] if p.ndim else 1, 1),
+    )
     shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("exp_avg", "exp_avg_sq"), tuple(p.shape))
     if rank and ("proj" in state or not adopted):  # an adopted parameter has whole moments until its next step
         rank = min(rank, largest_rank(p))
@@ -191,7 +193,11 @@ def _check_shapes(state: dict[str, Any], p: Tensor, group: dict[str, Any], adopt
         d, k = (rows, cols) if project_left(rows, cols, group["proj_type"]) else (cols, rows)
         low = (rank, rank if two_sided else k)
         # until its first step in a group that was given a rank later, moments are whole as well
-        if group["variant"] == "apollo" or "proj" in state or tuple(getattr(state.get("exp_avg"), "shape", ())) != tuple(p.shape):
+        if (
+            group["variant"] == "apollo"
+            or "proj" in state
+            or tuple(getattr(state.get("exp_avg"), "shape", ())) != tuple(p.shape)
+        ):
             shapes = dict.fromkeys(("exp_avg", "exp_avg_sq"), low)
         if group["variant"] == "galore" and shapes["exp_avg"] == low:
             shapes |= {"proj": (d, rank)} | ({"proj_right": (k, rank)} if two_sided else {})
@@ -234,4 +240,6 @@ def _tensors(state: dict[str, Any], p: Tensor, group: dict[str, Any]) -> dict[st
 def _say_unknown(groups: list[dict[str, Any]], states: dict[Tensor, dict[str, Any]]) -> None:
     keys = {str(key) for group in groups for key in group if not known_key(key)} - {"ranks"}
     if keys:
-        warnings.warn(f"the checkpoint's optimizer groups have keys that are unknown here: {', '.join(sorted(keys))}", stacklevel=4)
+        warnings.warn(
+            f"the checkpoint's optimizer groups have keys that are unknown here: {', '.join(sorted(keys))}", stacklevel=4
+        )

@@ -29,6 +29,7 @@ class Guard:
 
     pending: list[_Pending] = field(default_factory=list)
     spikes: list[int] = field(default_factory=list)  # gradients of this check that are finite, but whose square is not
+    norms: Tensor | None = None  # of the last check's gradients
     told: bool = False
 
     def check(
@@ -51,7 +52,8 @@ class Guard:
         """
         self.raise_arrived()
         self.spikes = []
-        finite = _norms(grads).isfinite()
+        self.norms = _norms(grads)
+        finite = self.norms.isfinite()
         now = wait or not finite.is_cuda
         if now and not bool(finite.all()):
             self.spikes = [i for i, ok in enumerate(finite.tolist()) if not ok and bool(grads[i].isfinite().all())]
@@ -73,7 +75,9 @@ class Guard:
             first = self.pending.pop(0)
             first.event.synchronize()
             _raise(
-                first.flags, first.names, "its step was skipped: no weight, moment or basis took it in",
+                first.flags,
+                first.names,
+                "its step was skipped: no weight, moment or basis took it in",
                 "is not finite, or its square is not",
             )
 

@@ -53,9 +53,7 @@ class Snapshot:
         return (
             self.same_lists(groups)
             and all(map(operator.is_, groups, self._groups))
-            and all(
-                all(map(operator.is_, group["params"], params)) for group, params in zip(groups, self._params, strict=True)
-            )
+            and all(all(map(operator.is_, group["params"], params)) for group, params in zip(groups, self._params, strict=True))
             and all(settings(group) == old for group, old in zip(groups, self.settings, strict=True))
         )
 
@@ -115,5 +113,7 @@ def _follow(before: Projected, slot: Projected | None, name: str) -> None:
     now = None if slot is None else getattr(slot, key) if key != "proj_type" else slot.group["proj_type"]
     was = f"was {getattr(before, key, None)} so far ({name})"
     if slot is None or "apollo" in (slot.variant, before.variant) or slot.distributed or before.local is not None:
-        raise ConfigError(key, now, f"{was} and the moments cannot follow: set it back, or drop the state (optimizer.state.pop(p))")
+        raise ConfigError(
+            key, now, f"{was} and the moments cannot follow: set it back, or drop the state (optimizer.state.pop(p))"
+        )
     slot.former = before.former or before

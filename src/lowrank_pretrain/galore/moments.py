@@ -53,7 +53,8 @@ def read(
     if "exp_avg_scale" not in state:
         return local(state["exp_avg"]), local(state["exp_avg_sq"])
     m, v = (
-        _decode(state[key].to(device), state[f"{key}_scale"].to(device), signed) for key, signed in zip(_KEYS, (True, False), strict=True)
+        _decode(state[key].to(device), state[f"{key}_scale"].to(device), signed)
+        for key, signed in zip(_KEYS, (True, False), strict=True)
     )
     return m.to(dtype), v.square_().to(dtype)
 

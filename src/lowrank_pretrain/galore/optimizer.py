@@ -86,7 +86,9 @@ class GaLoreAdamW(Optimizer):
             "residual": residual, "variant": variant, "seed": run_seed() if seed is None else seed,
         }  # fmt: skip
         self._setup({})
-        self._asked: list[dict[str, Any]] = []  # of each group what the code has asked for, whatever a schedule or file made of it
+        self._asked: list[
+            dict[str, Any]
+        ] = []  # of each group what the code has asked for, whatever a schedule or file made of it
         check_values(defaults)
         super().__init__(params, defaults)
 
@@ -184,6 +186,7 @@ class GaLoreAdamW(Optimizer):
         """One step. Lightning passes a closure that runs forward and backward; without one the gradients must be there."""
         loss = None
         if closure is not None:
+            self.lookup(thorough=True)
             self._layerwise.refuse_clipping(closure)
             with torch.enable_grad(), self._layerwise.inside():
                 loss = closure()
@@ -192,7 +195,7 @@ class GaLoreAdamW(Optimizer):
         for p in self.local if self.shared is not None else ():  # the others wait for its share of the basis
             if p.grad is None and p.requires_grad:
                 p.grad = torch.zeros_like(p)
-        self.update([p for p in lookup if p.grad is not None or p in self._layerwise.low])
+        self.update([p for p in lookup if self._layerwise.waits(p)])
         self._layerwise.clear(free=[p for p, entry in lookup.items() if entry.group["layerwise"]])
         return loss
 

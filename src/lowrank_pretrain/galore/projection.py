@@ -207,7 +207,9 @@ class Projected:
         keep = moments.kind(self.group)
         stored = subspace.at_least_32(matrix.dtype) if keep == "float32" else matrix.dtype
         if not old:
-            again = "proj" in self.state and self.former is None  # a blank one is made anew; its moments are those of a basis already
+            again = (
+                "proj" in self.state and self.former is None
+            )  # a blank one is made anew; its moments are those of a basis already
             for key, basis in zip(self._keys(), new, strict=True):
                 # one memory layout whatever made it: a distributed checkpoint keeps none, and products would round anew
                 self.state[key] = basis.to(stored).contiguous()

@@ -55,7 +55,9 @@ def _on_device(optimizer: "GaLoreAdamW", params: list[Tensor]) -> None:
             slots.append(slot)
     # what writes the gradient itself into the weight, or starts from nothing, cannot be masked on the device
     wait = any(slot.cold or slot.group["residual"] or slot.group["variant"] == "apollo" for slot in slots)
-    parts: list[tuple[Projected | _Plain, str]] = [(s, what) for s in slots for what in ("grad", "low") if getattr(s, what) is not None]
+    parts: list[tuple[Projected | _Plain, str]] = [
+        (s, what) for s in slots for what in ("grad", "low") if getattr(s, what) is not None
+    ]
     parts += [(item, "grad") for mine in plain.values() for item in mine]
     grads = [sharded.local(getattr(owner, what)) for owner, what in parts]
     alone = optimizer._layerwise.stepping
@@ -129,7 +131,9 @@ def _plain(items: list[_Plain], group: dict[str, Any], skip: Tensor | None) -> N
             if w is not work:
                 w.copy_(work)
     else:
-        pairs = [_moments(item, w, torch.empty(0, dtype=dtype, device=w.device)) for item, w in zip(items, weights, strict=True)]
+        pairs = [
+            _moments(item, w, torch.empty(0, dtype=dtype, device=w.device)) for item, w in zip(items, weights, strict=True)
+        ]
         ms, vs = [m for m, _ in pairs], [v for _, v in pairs]
         for item, weight, grad, m, v in zip(items, weights, grads, ms, vs, strict=True):
             check_shape(grad, weight, item.name, "gradient")
