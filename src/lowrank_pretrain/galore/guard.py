@@ -16,6 +16,9 @@ from lowrank_pretrain.dtypes import at_least_32
 from lowrank_pretrain.galore import sharded
 
 
+_LARGE = 2.0**40  # no real gradient is as large: looked at again, exactly
+
+
 @dataclass
 class _Pending:
     flags: Tensor  # on the host, one per gradient: is it finite?
@@ -33,7 +36,7 @@ class Guard:
     told: bool = False
 
     def check(
-        self, grads: list[Tensor], names: list[str], params: list[Tensor], wait: bool, alone: bool = False
+        self, grads: list[Tensor], names: list[str], params: list[Tensor], wait: bool, alone: bool = False, matrices: int = 0
     ) -> Tensor | None:
         """Check all gradients of a step before anything is changed.
 
@@ -43,6 +46,7 @@ class Guard:
             params: the parameters of this step; if they are cut over ranks, the ranks agree.
             wait: read the answer now; needed where the update cannot be masked on the device.
             alone: layer-wise: other parameters have taken the step already.
+            matrices: how many of the gradients, the first ones, are projected.
 
         Returns:
             None where the answer is known to be good; else a device scalar: 1.0 if a gradient is not finite.
@@ -51,13 +55,13 @@ class Guard:
             FloatingPointError: a gradient is not finite (of this step, or of an earlier one whose answer has arrived).
         """
         self.raise_arrived()
-        self.spikes = []
-        self.norms = _norms(grads)
+        self.spikes, self.norms = [], _sizes(grads, len(grads) if alone else matrices)
         finite = self.norms.isfinite()
         now = wait or not finite.is_cuda
-        if now and not bool(finite.all()):
-            self.spikes = [i for i, ok in enumerate(finite.tolist()) if not ok and bool(grads[i].isfinite().all())]
-            finite[self.spikes] = True
+        if now and not bool((self.norms.abs() < _LARGE).all()):
+            norms, exact = _norms(grads), [bool(g.isfinite().all()) for g in grads]
+            self.spikes = [i for i, ok in enumerate(norms.isfinite().tolist()) if not ok and exact[i]]
+            finite = torch.tensor(exact, dtype=torch.bool, device=finite.device)
         finite = sharded.agree(finite, params)
         if now:
             applied = "its layer did not take this step; those behind it have" if alone else "nothing of this step was applied"
@@ -106,12 +110,23 @@ class Guard:
         return unit.mul_(most / norm)
 
 
+def _sizes(grads: list[Tensor], matrices: int) -> Tensor:
+    """One number for each gradient, one pass at memory speed, that carries every NaN and infinity.
+
+    It is the norm, infinite where a square overflows. For what is not projected a sum is enough on the CPU, and quicker:
+    there an infinite second moment does no more harm than in torch's AdamW.
+    """
+    if grads[0].is_cuda or matrices == len(grads):
+        return _norms(grads)
+    sums = torch.stack([g.sum(dtype=at_least_32(g.dtype)).to(torch.float32) for g in grads[matrices:]])
+    return sums if not matrices else torch.cat([_norms(grads[:matrices]), sums])
+
+
 def _norms(grads: list[Tensor]) -> Tensor:
-    """One norm for each gradient, one pass at memory speed; it carries every NaN and infinity, and every square's overflow."""
     wide = [at_least_32(g.dtype) for g in grads]
     if len(set(wide)) == 1:
         return torch.stack(torch._foreach_norm(grads, 2, dtype=wide[0]))  # on CUDA one kernel for all of them
-    return torch.stack([torch.linalg.vector_norm(g, dtype=torch.float64) for g in grads])
+    return torch.stack([torch.linalg.vector_norm(g, dtype=w).double() for g, w in zip(grads, wide, strict=True)])
 
 
 def _raise(finite: Tensor, names: list[str], consequence: str, what: str = "is not finite") -> None:

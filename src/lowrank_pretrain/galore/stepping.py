@@ -61,7 +61,8 @@ def _on_device(optimizer: "GaLoreAdamW", params: list[Tensor]) -> None:
     parts += [(item, "grad") for mine in plain.values() for item in mine]
     grads = [sharded.local(getattr(owner, what)) for owner, what in parts]
     alone = optimizer._layerwise.stepping
-    skip = optimizer._guard.check(grads, [owner.name for owner, _ in parts], params, wait, alone)
+    matrices = sum(isinstance(owner, Projected) for owner, _ in parts)
+    skip = optimizer._guard.check(grads, [owner.name for owner, _ in parts], params, wait, alone, matrices)
     for i in optimizer._guard.spikes:
         owner, what = parts[i]
         setattr(owner, what, optimizer._guard.limited(getattr(owner, what), owner))

@@ -178,5 +178,8 @@ def captured(matrix: Tensor, p: Tensor) -> Tensor:
 def unit(x: Tensor) -> Tensor:
     """``x`` scaled to Frobenius norm 1, in place; zero stays zero."""
     tiny = torch.finfo(x.dtype).tiny
-    x.div_(x.abs().max().clamp_min(tiny)) if x.numel() else x  # the squares of very small or large entries leave the range
-    return x.mul_(1 / torch.linalg.vector_norm(x).clamp_min(tiny))
+    norm = torch.linalg.vector_norm(x)
+    if x.is_cuda or not tiny**0.25 < norm < tiny**-0.25:  # the squares of very small and very large entries leave the range
+        x.div_(x.abs().max().clamp_min(tiny)) if x.numel() else x
+        norm = torch.linalg.vector_norm(x)
+    return x.mul_(1 / norm.clamp_min(tiny))
