@@ -149,10 +149,10 @@ def _settings(group: dict[str, Any], old: dict[str, Any], now: dict[str, Any], t
         new["param_names"] = group["param_names"]
     adopted = "ranks" in old
     for key in KEYS:
-        if key not in now or key in _FIXED or (key == "scale" and adopted):  # an adoption sets the scale itself
+        if key not in now or key in (*_FIXED, "seed") or (key == "scale" and adopted):  # an adoption sets the scale itself
             continue
         if then is None:
-            if key not in _RATES and key != "seed":
+            if key not in _RATES:
                 new[key] = group[key]
         elif key in then and then[key] != now[key]:
             new[key] = _rate(group, old, now[key], then[key], new) if key == "lr" else group[key]

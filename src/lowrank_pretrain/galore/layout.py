@@ -33,7 +33,7 @@ def fit(t: Tensor, like: Tensor, name: str, what: str) -> Tensor:
     Raises:
         ConfigError: another shape.
     """
-    if t.shape == like.shape and t.dtype is like.dtype and t.device == like.device:
+    if t.shape == like.shape and t.dtype is like.dtype and t.device == like.device and not t.is_neg():
         if t.stride() == like.stride() or (t.is_contiguous() and like.is_contiguous()):  # sizes of 1 may have any stride
             return t
     check_shape(t, like, name, what)
