@@ -260,7 +260,9 @@ def fsdp2_adopts(rank):
     for kind in ("std", "left", "right", "full"):
         one, two = net(), sharded(net())
         for model, ranks in ((one, [0, 1]), (two, [rank])):
-            optimizer = GaLoreAdamW(list(model.named_parameters()), lr=1e-2, weight_decay=0.1, proj_type=kind, update_proj_gap=2)
+            optimizer = GaLoreAdamW(
+                list(model.named_parameters()), lr=1e-2, weight_decay=0.1, proj_type=kind, update_proj_gap=2
+            )
             train(model, optimizer, range(3), ranks)
             optimizer.adopt({"0": RANK, "2": RANK}, model)
             train(model, optimizer, range(3, 7), ranks)

@@ -141,7 +141,12 @@ def test_a_parameter_that_was_resized_is_refused_until_its_state_is_dropped(grou
 @pytest.mark.parametrize("mode", [*MODES, None, {"moments": "8bit"}], ids=str)
 @pytest.mark.parametrize(
     "around",
-    [lambda: torch.autocast("cpu", dtype=torch.bfloat16), torch.enable_grad, lambda: torch.device("meta"), torch.inference_mode],
+    [
+        lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+        torch.enable_grad,
+        lambda: torch.device("meta"),
+        torch.inference_mode,
+    ],
     ids=["autocast", "grad", "default device", "inference"],
 )
 def test_a_step_does_not_notice_what_is_around_it(mode, around):
@@ -299,7 +304,9 @@ def test_changes_that_a_step_reads_by_itself():
         p.grad = draw((9, 7), 5)
         optimizer.step()
         assert torch.equal(before, p) == (change.get("scale") == 0.0)
-        assert torch.equal(basis, optimizer.state[p]["proj"]) == ("refresh" not in change and change.get("update_proj_gap") != 1)
+        assert torch.equal(basis, optimizer.state[p]["proj"]) == (
+            "refresh" not in change and change.get("update_proj_gap") != 1
+        )
 
 
 def test_parameters_replaced_in_a_groups_list_are_stepped():
@@ -383,7 +390,11 @@ def test_the_true_cause_is_named():
     tied.l.weight, tied.get_output_embeddings = tied.e.weight, lambda: tied.l
     with pytest.raises(ConfigError, match="shares its weight with e"):
         galore_param_groups(tied, 4, "head")
-    for spoil in (nn.utils.weight_norm, nn.utils.spectral_norm, lambda layer: nn.utils.prune.l1_unstructured(layer, "weight", 0.5)):
+    for spoil in (
+        nn.utils.weight_norm,
+        nn.utils.spectral_norm,
+        lambda layer: nn.utils.prune.l1_unstructured(layer, "weight", 0.5),
+    ):
         model = nn.Sequential(spoil(nn.Conv1d(8, 8, 3)), nn.Linear(8, 8), spoil(nn.Linear(8, 8)))
         assert names(galore_param_groups(model, 4, ["1"])) == ["1.weight"]  # another layer's norm is nothing to it
         with pytest.raises(ConfigError, match="targets='0': .*made anew"):

@@ -7,6 +7,7 @@ the code that wrote the file did, wins over the file's; one that the state's sha
 
 import copy
 import warnings
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -216,8 +217,9 @@ def _check_shapes(state: dict[str, Any], p: Tensor, group: dict[str, Any], adopt
         if (state[key].dtype == torch.uint8) != (f"{key}_scale" in shapes) or state[key].is_complex():
             raise ConfigError("ckpt_path", name, f"its {key} is {state[key].dtype} there: the file is damaged, or not ours")
     step = state.get("step", 0)
-    if isinstance(step, Tensor) and step.numel() != 1:
-        raise ConfigError("ckpt_path", name, f"its step is {tuple(step.shape)} there, but must be one number")
+    if not (step.numel() == 1 and not step.is_complex() if isinstance(step, Tensor) else isinstance(step, Real)):
+        shown = tuple(step.shape) if isinstance(step, Tensor) else repr(step)
+        raise ConfigError("ckpt_path", name, f"its step is {shown} there, but must be one number")
 
 
 def _tensors(state: dict[str, Any], p: Tensor, group: dict[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from torch import Tensor
 from lowrank_pretrain.dtypes import at_least_32
 from lowrank_pretrain.galore import sharded
 
-
 _LARGE = 2.0**40  # no real gradient is as large: looked at again, exactly
 
 

@@ -243,8 +243,8 @@ class Projected:
             if self.two_sided:
                 back = back @ self.state["proj_right"].to(weight.dtype).t()
             weight.addmm_(self.basis(self.p), back, alpha=eta)
-        if not self.viewable:
-            here = sharded.local(self.p)
+        here = sharded.local(self.p)
+        if weight.untyped_storage().data_ptr() != here.untyped_storage().data_ptr():  # a layout without a matrix view
             here.copy_((weight if self.left else weight.t()).reshape(here.shape))
 
     def _keys(self) -> list[str]:
