@@ -349,8 +349,8 @@ def test_a_refused_group_leaves_nothing_behind(wrong):
     optimizer.load_state_dict(optimizer.state_dict())
 
 
-@pytest.mark.parametrize("key, value", [("update_proj_gp", 5), ("projection_type", "std"), ("rotate_moment", False), ("scal", 1),
-                                        ("maximize", True), ("amsgrad", True), ("momentum", 0.9), ("", 1)])  # fmt: skip
+@pytest.mark.parametrize("key, value", [("update_proj_gp", 5), ("projection_type", "std"), ("rotate_moment", False),
+                                        ("scal", 1), ("maximize", True), ("amsgrad", True), ("momentum", 0.9), ("", 1)])  # fmt: skip
 def test_unknown_keys_of_a_group_are_named(key, value):
     model = nn.Linear(4, 4)
     with pytest.raises(ConfigError, match=f"^{key}="):
@@ -365,6 +365,10 @@ def test_keys_that_others_read_may_stand_in_a_group():
 
 
 # ---- which matrices ---------------------------------------------------------------------------------------------------
+
+
+def prune(layer):
+    return nn.utils.prune.l1_unstructured(layer, "weight", 0.5)
 
 
 def names(groups):
@@ -541,3 +545,27 @@ def test_thousands_of_groups_take_one_look_each(monkeypatch):
     optimizer.step()
     assert looks == [1] * 50
     torch.testing.assert_close(params[4].detach(), torch.full((2,), -5e-3), rtol=1e-2, atol=0)
+
+
+def test_a_model_with_a_rank_is_as_its_groups():
+    """As a HF Trainer hands it over: optimizer_cls_and_kwargs=(GaLoreAdamW, {"model": model, "rank": 4, ...})."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
+    kwargs = {"model": model, "rank": 4, "targets": ["0"], "lr": 1e-3, "weight_decay": 0.1, "refresh": "track"}
+    optimizer = GaLoreAdamW(kwargs.pop("model"), **kwargs)
+    assert [(g.get("rank"), g["weight_decay"], len(g["params"])) for g in optimizer.param_groups] == [
+        (4, 0.1, 1),
+        (None, 0.0, 3),
+    ]
+    for params in (
+        model.parameters(),
+        [{"params": list(model.parameters()), "weight_decay": 0.1}],
+        list(model.named_parameters()),
+    ):
+        with pytest.raises(ConfigError, match="rank=4: needs the model"):
+            GaLoreAdamW(params, rank=4)
+    with pytest.raises(ConfigError, match="targets='mlp': needs the model"):
+        GaLoreAdamW(model.parameters(), targets="mlp")
+    with pytest.raises(ConfigError, match="rank=None: is needed"):
+        GaLoreAdamW(model)
+    with pytest.warns(UserWarning, match="scale=2.0 has no effect yet"):
+        GaLoreAdamW(model.parameters(), scale=2.0)

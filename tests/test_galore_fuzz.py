@@ -9,7 +9,8 @@ import pytest
 
 def run(seed, draws):
     done = subprocess.run(
-        [sys.executable, "-m", "tests.galore_fuzz", str(seed), str(draws)], cwd=Path(__file__).parents[1], capture_output=True, text=True
+        [sys.executable, "-m", "tests.galore_fuzz", str(seed), str(draws)], cwd=Path(__file__).parents[1],
+        capture_output=True, text=True,
     )  # fmt: skip
     tail = "\n".join(done.stdout.splitlines()[-3:]) + done.stderr[-2000:]
     assert done.returncode == 0, f"code {done.returncode} after draw {tail}"

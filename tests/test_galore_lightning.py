@@ -341,11 +341,10 @@ def test_a_closure_with_several_backward_passes_is_one_step(mode):
     assert distance(*modules) < 1e-5
     module, optimizer = next(iter(pair_of_loops()))
     x, y = batches[0]
-    passes = [1, 1, 2]
-    for n in passes[:2]:
+    for _ in range(2):
         optimizer.step(lambda: (module.model(x) - y).square().mean().backward())
     with pytest.raises(ConfigError, match="same number of backward passes"):
-        optimizer.step(lambda: [(module.model(x) - y).square().mean().backward() for _ in range(passes[2])])
+        optimizer.step(lambda: [(module.model(x) - y).square().mean().backward() for _ in range(2)])
 
 
 @pytest.mark.parametrize("forget", ["optimizer", "module", "zeros"])

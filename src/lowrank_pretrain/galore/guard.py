@@ -102,7 +102,8 @@ class Guard:
         if not self.told:
             self.told = True
             warnings.warn(
-                f"the gradient of {owner.name} has the norm {float(peak) * norm:.1e}, whose square overflows: it is taken as {most:.1e}. "
+                f"the gradient of {owner.name} has the norm {float(peak) * norm:.1e}, whose square overflows: it is "
+                f"taken as {most:.1e}. "
                 "Clip gradients, or check the batch",
                 stacklevel=2,
             )

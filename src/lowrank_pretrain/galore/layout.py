@@ -49,6 +49,6 @@ def check_shape(t: Tensor, like: Tensor, name: str, what: str) -> None:
     if t.shape == like.shape:
         return
     raise ConfigError(
-        "params", name, f"has shape {tuple(like.shape)}, but its {what} has {tuple(t.shape)}: a parameter that was resized needs a "
-        "new optimizer, or no state (optimizer.state.pop(p)) and a new gradient"
+        "params", name, f"has shape {tuple(like.shape)}, but its {what} has {tuple(t.shape)}: a parameter that was resized "
+        "needs a new optimizer, or no state (optimizer.state.pop(p)) and a new gradient"
     )  # fmt: skip

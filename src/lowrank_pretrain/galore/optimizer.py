@@ -4,7 +4,9 @@ A drop-in for ``galore_torch.GaLoreAdamW``: same signature, same group keys. ``r
 stagger=False`` is that code step for step; the defaults are quicker and better.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+import inspect
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from lowrank_pretrain.errors import ConfigError
 from lowrank_pretrain.galore import adopt as transition
 from lowrank_pretrain.galore import checkpoint, memory, stepping
 from lowrank_pretrain.galore.clock import RefreshClock
-from lowrank_pretrain.galore.groups import asked, check_group, check_values
+from lowrank_pretrain.galore.groups import asked, check_group, check_values, galore_param_groups
 from lowrank_pretrain.galore.guard import Guard
 from lowrank_pretrain.galore.index import Entry, Snapshot, make_index, parameter_name, settings
 from lowrank_pretrain.galore.layerwise import Layerwise
@@ -25,6 +27,8 @@ from lowrank_pretrain.galore.projection import Projected, SharedBasis
 from lowrank_pretrain.galore.surroundings import closed, eager
 from lowrank_pretrain.seeds import run_seed
 
+_PROJECTED = ("update_proj_gap", "scale", "proj_type", "refresh", "residual", "variant")  # settings of projected groups alone
+
 
 class GaLoreAdamW(Optimizer):
     """AdamW with projected gradients for every group that has a ``rank``; plain AdamW for the others.
@@ -32,7 +36,7 @@ class GaLoreAdamW(Optimizer):
     Works through Lightning's plain ``configure_optimizers``. Group keys, all but ``rank`` with the defaults given here:
 
     Args:
-        params: parameters or groups, e.g. from :func:`galore_param_groups`.
+        params: parameters or groups, e.g. from :func:`galore_param_groups`; or a model, with ``rank`` and ``targets``.
         lr: learning rate; a projected matrix moves by ``lr * scale``. For matrices √(m/r) × AdamW's own is a good product.
         betas: decay of the moments.
         eps: added to √v before its bias correction, as published.
@@ -51,6 +55,10 @@ class GaLoreAdamW(Optimizer):
         residual: ``fira`` adds the scaled part of the gradient outside the subspace, with a limit on its growth.
         variant: ``apollo`` scales the whole gradient by what Adam does to a random projection of it (rank 1: APOLLO-Mini).
         seed: of the random parts; by default the run's.
+        rank: with a model for ``params``: its groups are ``galore_param_groups(model, rank, targets)``, and norms, biases and
+            embeddings have no weight decay. So a HF ``Trainer`` takes it as
+            ``optimizer_cls_and_kwargs=(GaLoreAdamW, {"model": model, "rank": 128, "lr": 1e-3})``.
+        targets: with ``rank``: which matrices.
 
     Raises:
         ConfigError: a wrong value.
@@ -59,7 +67,7 @@ class GaLoreAdamW(Optimizer):
 
     def __init__(
         self,
-        params: Iterable[Any],
+        params: Iterable[Any] | nn.Module,
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-6,
@@ -78,6 +86,8 @@ class GaLoreAdamW(Optimizer):
         residual: str | None = None,
         variant: str = "galore",
         seed: int | None = None,
+        rank: int | None = None,
+        targets: str | Sequence[str] = "all",
     ) -> None:
         defaults = {
             "lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay, "correct_bias": correct_bias,
@@ -85,12 +95,32 @@ class GaLoreAdamW(Optimizer):
             "rotate_moments": rotate_moments, "stagger": stagger, "layerwise": layerwise, "moments": moments,
             "residual": residual, "variant": variant, "seed": run_seed() if seed is None else seed,
         }  # fmt: skip
+        if isinstance(params, nn.Module):
+            if rank is None:
+                raise ConfigError("rank", None, "is needed with a model: GaLoreAdamW(model, rank=128)")
+            params = galore_param_groups(params, rank, targets, weight_decay=weight_decay)
+        elif rank is not None or targets != "all":
+            key, value = ("targets", targets) if rank is None else ("rank", rank)
+            cure = (
+                "needs the model: GaLoreAdamW(model, rank=…, targets=…), or groups of galore_param_groups(model, rank, targets)"
+            )
+            raise ConfigError(
+                key, value, f"{cure}; in a HF Trainer optimizer_cls_and_kwargs=(GaLoreAdamW, {{'model': model, …}})"
+            )
         self._setup({})
         self._asked: list[
             dict[str, Any]
         ] = []  # of each group what the code has asked for, whatever a schedule or file made of it
         check_values(defaults)
         super().__init__(params, defaults)
+        usual = inspect.signature(GaLoreAdamW).parameters
+        changed = [key for key in _PROJECTED if defaults[key] != usual[key].default]
+        if changed and not any(group.get("rank") for group in self.param_groups):
+            warnings.warn(
+                f"{changed[0]}={defaults[changed[0]]!r} has no effect yet: no parameter group has a rank, so all are plain "
+                "AdamW (until a plan projects some: PreLoRA with then=galore)",
+                stacklevel=2,
+            )
 
     def _setup(self, ranks: dict[Tensor, int]) -> None:
         self._ranks = ranks  # of adopted parameters, whose group has no rank
@@ -164,8 +194,8 @@ class GaLoreAdamW(Optimizer):
         if p.shape != slot.shape:
             if state:
                 raise ConfigError(
-                    "params", slot.name, f"had shape {tuple(slot.shape)} and has {tuple(p.shape)} now: a parameter that was resized "
-                    "needs a new optimizer, or no state (optimizer.state.pop(p))"
+                    "params", slot.name, f"had shape {tuple(slot.shape)} and has {tuple(p.shape)} now: a parameter that was "
+                    "resized needs a new optimizer, or no state (optimizer.state.pop(p))"
                 )  # fmt: skip
             self._index = None
             slot = self.lookup()[p].slot

@@ -27,7 +27,7 @@ class UsedGradient(Tensor):
     """
 
     @staticmethod
-    def __new__(cls, grad: Tensor, name: str, size: Tensor | None, applied: bool) -> "UsedGradient":
+    def __new__(cls: type["UsedGradient"], grad: Tensor, name: str, size: Tensor | None, applied: bool) -> "UsedGradient":
         """Make one in the place of ``grad``."""
         made = Tensor._make_wrapper_subclass(cls, grad.shape, strides=grad.stride(), dtype=grad.dtype, device=grad.device)
         made.of, made.length, made.applied = name, size, applied
@@ -60,15 +60,15 @@ class UsedGradient(Tensor):
             first.factor = first.factor * by
             return first
         raise ConfigError(
-            "layerwise", True, f"has used and freed the gradient of {_name(args)}, so {packet.__name__} has nothing to work on: "
-            "leave it out (clipping by value, or inside the closure), or use layerwise=False"
+            "layerwise", True, f"has used and freed the gradient of {_name(args)}, so {packet.__name__} has nothing to work "
+            "on: leave it out (clipping by value, or inside the closure), or use layerwise=False"
         )  # fmt: skip
 
     def _norm(self) -> Tensor:
         if self.length is None:
             raise ConfigError(
-                "layerwise", True, f"has freed the gradient of {self.of} micro-batch by micro-batch, so the norm of their sum is not "
-                "known: clip without gradient accumulation, set clipping to null, or use layerwise=False"
+                "layerwise", True, f"has freed the gradient of {self.of} micro-batch by micro-batch, so the norm of their sum "
+                "is not known: clip without gradient accumulation, set clipping to null, or use layerwise=False"
             )  # fmt: skip
         return self.length * self.factor
 
