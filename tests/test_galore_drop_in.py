@@ -349,8 +349,13 @@ def test_a_refused_group_leaves_nothing_behind(wrong):
     optimizer.load_state_dict(optimizer.state_dict())
 
 
-@pytest.mark.parametrize("key, value", [("update_proj_gp", 5), ("projection_type", "std"), ("rotate_moment", False),
-                                        ("scal", 1), ("maximize", True), ("amsgrad", True), ("momentum", 0.9), ("", 1)])  # fmt: skip
+WRONG_KEYS = [
+    ("update_proj_gp", 5), ("projection_type", "std"), ("rotate_moment", False), ("scal", 1), ("maximize", True),
+    ("amsgrad", True), ("momentum", 0.9), ("", 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("key, value", WRONG_KEYS)
 def test_unknown_keys_of_a_group_are_named(key, value):
     model = nn.Linear(4, 4)
     with pytest.raises(ConfigError, match=f"^{key}="):

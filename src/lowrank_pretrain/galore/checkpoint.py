@@ -45,8 +45,9 @@ def load(optimizer: "GaLoreAdamW", saved: dict[str, Any]) -> None:
     if not any(key in group for group in groups for key in _OURS) and any(len(group) > 1 for group in groups):
         raise ConfigError("ckpt_path", "optimizer state", "was written by another optimizer (galore_torch?): start afresh")
     for group in groups:
-        for key, default in optimizer.defaults.items():  # a version that did not have this key yet
-            group.setdefault(key, default)
+        for key in KEYS:  # a version that did not have this key yet
+            if key in optimizer.defaults:
+                group.setdefault(key, optimizer.defaults[key])
     pairs, sources = _pair(groups, optimizer.param_groups)
     asked = saved.get("asked") or []
     ranks, states, new_groups = {}, {}, []

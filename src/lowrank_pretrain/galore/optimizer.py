@@ -17,7 +17,7 @@ from lowrank_pretrain.errors import ConfigError
 from lowrank_pretrain.galore import adopt as transition
 from lowrank_pretrain.galore import checkpoint, memory, stepping
 from lowrank_pretrain.galore.clock import RefreshClock
-from lowrank_pretrain.galore.groups import asked, check_group, check_values, galore_param_groups
+from lowrank_pretrain.galore.groups import KEYS, asked, check_group, check_values, galore_param_groups
 from lowrank_pretrain.galore.guard import Guard
 from lowrank_pretrain.galore.index import Entry, Snapshot, make_index, parameter_name, settings
 from lowrank_pretrain.galore.layerwise import Layerwise
@@ -315,8 +315,9 @@ class GaLoreAdamW(Optimizer):
         self._setup(state.get("_ranks", getattr(self, "_ranks", {})))
         self.shared, self.local = shared, local
         for group in self.param_groups:
-            for key, default in self.defaults.items():  # pickled by a version that did not have this key yet
-                group.setdefault(key, default)
+            for key in KEYS:  # pickled by a version that did not have this key yet
+                if key in self.defaults:
+                    group.setdefault(key, self.defaults[key])
             if group["layerwise"]:
                 self._layerwise.install(group["params"])
         self._asked = state.get("_asked") or getattr(self, "_asked", None) or [asked(group) for group in self.param_groups]
