@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lowrank_pretrain.errors import ConfigError
 from lowrank_pretrain.galore import GaLoreAdamW, galore_param_groups
+from lowrank_pretrain.loop_state import LoopState
 
 SETTINGS = {"rank": 4, "update_proj_gap": 3, "scale": 0.5}
 
@@ -381,3 +382,30 @@ def test_layerwise_switched_off_in_the_middle():
         assert all((p.grad is None) == on for p in module.parameters())
         optimizer.zero_grad()
     assert {int(state["step"]) for state in optimizer.state.values()} == {4}
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_another_rate_wins_over_the_file_for_the_rest_of_the_schedule(nested, tmp_path):
+    class Rated(Regression):
+        def __init__(self, lr):
+            super().__init__()
+            self.lr, self.rates = lr, []
+
+        def on_before_optimizer_step(self, optimizer):
+            self.rates.append(optimizer.param_groups[0]["lr"])
+
+        def configure_optimizers(self):
+            optimizer = GaLoreAdamW(galore_param_groups(self, **self.settings), lr=self.lr)
+            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 40)
+            if nested:
+                warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 0.5, total_iters=3)
+                schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [warmup, schedule], [3])
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    whole, half, rest = Rated(1e-2), Rated(1e-2), Rated(4e-2)
+    fit(whole, max_epochs=3)
+    fit(half, max_epochs=1).save_checkpoint(tmp_path / "half.ckpt")
+    fit(rest, path=tmp_path / "half.ckpt", max_epochs=2, callbacks=[LoopState()]).save_checkpoint(tmp_path / "rest.ckpt")
+    last = Rated(4e-2)
+    fit(last, path=tmp_path / "rest.ckpt", max_epochs=3, callbacks=[LoopState()])  # and it is not asked a second time
+    assert rest.rates + last.rates == pytest.approx([4 * rate for rate in whole.rates[12:]], rel=1e-6)

@@ -50,9 +50,10 @@ def load(optimizer: "GaLoreAdamW", saved: dict[str, Any]) -> None:
                 group.setdefault(key, optimizer.defaults[key])
     pairs, sources = _pair(groups, optimizer.param_groups)
     asked = saved.get("asked") or []
-    ranks, states, new_groups = {}, {}, []
+    ranks, states, new_groups, shares = {}, {}, [], []
     for number, (group, source) in enumerate(zip(optimizer.param_groups, sources, strict=True)):
         then = asked[source] if len(asked) == len(groups) else None
+        shares.append(_asked_anew(then, optimizer._asked[number]))
         new_groups.append(_settings(group, groups[source], optimizer._asked[number], then))
     for p, key, adopted, source, number, name in pairs:
         if adopted:
@@ -71,6 +72,7 @@ def load(optimizer: "GaLoreAdamW", saved: dict[str, Any]) -> None:
     _say_unknown(groups, states)
     optimizer._ranks = ranks
     optimizer.__setstate__({"state": state, "param_groups": new_groups})
+    optimizer._rates = shares
     for hook in optimizer._optimizer_load_state_dict_post_hooks.values():
         hook(optimizer)
 
@@ -161,6 +163,23 @@ def _settings(group: dict[str, Any], old: dict[str, Any], now: dict[str, Any], t
     if new["seed"] != now.get("seed", new["seed"]) and (old.get("rank") or adopted):
         warnings.warn(f"seed={now['seed']}: the optimizer goes on with the checkpoint's {new['seed']}", stacklevel=5)
     return new
+
+
+def _asked_anew(then: dict[str, Any] | None, now: dict[str, Any]) -> float:
+    """Return by how much the rate that the code asks for differs from what it asked for when the file was written."""
+    return now["lr"] / then["lr"] if then is not None and then.get("lr") else 1.0
+
+
+def follow_rates(scheduler: Any) -> None:
+    """Let a schedule whose own state came from a file go on from the rates that the code asks for.
+
+    A scheduler restores its base rates after the optimizer's state; without this they would undo what was asked.
+    """
+    shares = getattr(getattr(scheduler, "optimizer", None), "_rates", [])
+    for one in (scheduler, *getattr(scheduler, "_schedulers", ())):
+        bases = getattr(one, "base_lrs", [])
+        if len(bases) == len(shares):
+            one.base_lrs = [base * share for base, share in zip(bases, shares, strict=True)]
 
 
 def _rate(group: dict[str, Any], old: dict[str, Any], now: float, then: float, new: dict[str, Any]) -> Any:

@@ -128,6 +128,7 @@ class GaLoreAdamW(Optimizer):
         self._layerwise = Layerwise(self)
         self._index: tuple[Snapshot, int, dict[Tensor, Entry]] | None = None
         self._clock = RefreshClock()
+        self._rates: list[float] = []  # by group, after a load: the rate asked for over the one asked for in the file
         self.shared: SharedBasis | None = None  # set by galore_ddp_hook, and by LTE for basis="shared"
         self.local: dict[Tensor, LocalUpdate] = {}  # set by LTE: matrices that this worker trains apart from the others
 
@@ -298,7 +299,8 @@ class GaLoreAdamW(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, hooks and all, but tensors have the mode's dtype, and ranks, shapes and names are compared first.
 
-        What the code asks for wins over the file, for each setting that may change between two runs.
+        What the code asks for wins over the file, for each setting that may change between two runs. A scheduler whose own
+        state is loaded afterwards sets its rates again: ``checkpoint.follow_rates`` puts that right.
 
         Raises:
             ConfigError: the state belongs to another model, grouping, rank or projection.
