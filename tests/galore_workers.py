@@ -255,6 +255,20 @@ def fsdp1_is_refused(rank):
     raise AssertionError("not refused when wrapped later")
 
 
+def fsdp2_adopts(rank):
+    """Wide and tall, from either side: whole moments enter the first basis as in one process."""
+    for kind in ("std", "left", "right", "full"):
+        one, two = net(), sharded(net())
+        for model, ranks in ((one, [0, 1]), (two, [rank])):
+            optimizer = GaLoreAdamW(
+                list(model.named_parameters()), lr=1e-2, weight_decay=0.1, proj_type=kind, update_proj_gap=2
+            )
+            train(model, optimizer, range(3), ranks)
+            optimizer.adopt({"0": RANK, "2": RANK}, model)
+            train(model, optimizer, range(3, 7), ranks)
+        assert_close(one, two)
+
+
 class Fsdp2(Lit):
     def configure_model(self):
         sharded(self.model)
@@ -412,7 +426,7 @@ def checkpoint_of_fsdp2(rank):
 
 SCENARIOS = [
     hook, hook_tracking, hook_fira, hook_two_sided, hook_refuses, fsdp2, fsdp2_left_and_right, fsdp2_tracking, fsdp2_two_sided,
-    fsdp2_published, fsdp2_layerwise, fsdp2_not_finite, fsdp2_refuses, checkpoint_of_ddp, checkpoint_of_fsdp2,
+    fsdp2_published, fsdp2_layerwise, fsdp2_adopts, fsdp2_not_finite, fsdp2_refuses, checkpoint_of_ddp, checkpoint_of_fsdp2,
     hook_in_lightning, layerwise_refuses_ddp, fsdp2_in_lightning, our_modules_under_fsdp2,
     fsdp1_is_refused, our_modules_under_fsdp2_resume_and_clip, our_modules_refuse_tensor_parallelism,
 ]  # fmt: skip

@@ -1,6 +1,7 @@
 """GaLoreAdamW in Lightning, through nothing but configure_optimizers; accumulation and layer-wise updates."""
 
 import copy
+import functools
 import gc
 
 import lightning.pytorch as pl
@@ -13,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lowrank_pretrain.errors import ConfigError
 from lowrank_pretrain.galore import GaLoreAdamW, galore_param_groups
+from lowrank_pretrain.loop_state import LoopState
 
 SETTINGS = {"rank": 4, "update_proj_gap": 3, "scale": 0.5}
 
@@ -31,7 +33,7 @@ class Regression(pl.LightningModule):
     def training_step(self, batch):
         loss = (self.model(batch[0]).float() - batch[1]).square().mean()
         self.losses.append(loss.item())
-        self.held.append(sum(p.grad is not None for p in self.parameters()))
+        self.held.append(sum(type(p.grad) is torch.Tensor for p in self.parameters()))
         if not self.automatic_optimization:
             for optimizer in self.optimizers():
                 optimizer.zero_grad()
@@ -250,3 +252,160 @@ def test_several_optimizers():
     module = Regression(optimizers=2, targets="all")
     fit(module)
     assert module.losses[-1] < 0.9 * module.losses[0]
+
+
+# ---- layer-wise updates outside Lightning's automatic path ------------------------------------------------------------
+
+
+def pair_of_loops(**settings):
+    for layerwise in (True, False):
+        module = Regression(layerwise=layerwise, **settings)
+        yield module, module.configure_optimizers()["optimizer"]
+
+
+@pytest.mark.parametrize("clip", [0.05, 1e6])
+@pytest.mark.parametrize("mode", [{}, {"refresh": "track"}, {"residual": "fira"}], ids=str)
+def test_clipping_by_norm_sees_gradients_that_were_freed(mode, clip):
+    modules, norms = [], []
+    for module, optimizer in pair_of_loops(**mode):
+        seen = []
+        for x, y in loader():
+            module.zero_grad()
+            (module.model(x) - y).square().mean().backward()
+            seen.append(nn.utils.clip_grad_norm_(module.parameters(), clip).item())  # as HF's Trainer, Fabric, Accelerate do
+            optimizer.step()
+        modules.append(module)
+        norms.append(seen)
+    torch.testing.assert_close(*norms, rtol=1e-4, atol=0)
+    assert distance(*modules) < 1e-5
+
+
+def test_what_clipping_cannot_do_to_freed_gradients_is_refused():
+    x, y = next(iter(loader()))
+    for clip in (
+        lambda module: nn.utils.clip_grad_value_(module.parameters(), 0.1),
+        lambda module: nn.utils.clip_grad_norm_(module.parameters(), 0.1, norm_type=1.0),
+        lambda module: nn.utils.clip_grad_norm_(module.parameters(), 0.1, norm_type=float("inf")),
+        lambda module: [p.grad.add_(1e-3 * torch.randn(p.shape)).clamp_(-1, 1) for p in module.parameters()],
+    ):
+        module, optimizer = next(iter(pair_of_loops(update_proj_gap=100)))
+        for step in range(2):
+            (module.model(x) - y).square().mean().backward()
+            if step:
+                with pytest.raises(ConfigError, match="layerwise=True.*weight.*layerwise=False"):
+                    clip(module)
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def test_the_norm_of_several_micro_batches_is_not_known():
+    module, optimizer = next(iter(pair_of_loops(update_proj_gap=100)))
+    x, y = next(iter(loader()))
+    for step in range(2):
+        for _ in range(2):
+            (module.model(x) - y).square().mean().backward()
+        if step:
+            with pytest.raises(ConfigError, match="gradient accumulation"):
+                nn.utils.clip_grad_norm_(module.parameters(), 0.1)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_clipping_inside_a_closure_is_refused():
+    module, optimizer = next(iter(pair_of_loops()))
+    x, y = next(iter(loader()))
+
+    def closure():
+        (module.model(x) - y).square().mean().backward()
+        nn.utils.clip_grad_norm_(module.parameters(), 0.1)
+
+    optimizer.step(closure)  # the first closure's gradients are kept to its end
+    with pytest.raises(ConfigError, match="inside the closure"):
+        optimizer.step(closure)
+
+
+@pytest.mark.parametrize("mode", [{}, {"refresh": "track"}, {"residual": "fira"}, {"stagger": False}], ids=str)
+def test_a_closure_with_several_backward_passes_is_one_step(mode):
+    modules = []
+    for module, optimizer in pair_of_loops(**mode):
+        batches = list(loader())
+        for first, second in zip(batches[::2], batches[1::2], strict=True):
+
+            def closure(module=module, pair=(first, second)):
+                module.zero_grad()
+                for x, y in pair:
+                    (module.model(x) - y).square().mean().backward()
+
+            optimizer.step(closure)
+        modules.append(module)
+        assert {int(state["step"]) for state in optimizer.state.values()} == {6}
+    assert distance(*modules) < 1e-5
+    module, optimizer = next(iter(pair_of_loops()))
+    x, y = batches[0]
+    for _ in range(2):
+        optimizer.step(lambda: (module.model(x) - y).square().mean().backward())
+    with pytest.raises(ConfigError, match="same number of backward passes"):
+        optimizer.step(lambda: [(module.model(x) - y).square().mean().backward() for _ in range(2)])
+
+
+@pytest.mark.parametrize("forget", ["optimizer", "module", "zeros"])
+def test_a_batch_that_is_left_out_is_forgotten(forget):
+    modules = []
+    for module, optimizer in pair_of_loops(update_proj_gap=100):
+        for number, (x, y) in enumerate(loader()):
+            loss = (module.model(x) - y).square().mean()
+            (loss * (1e3 if number == 4 else 1)).backward()
+            if number != 4:  # a loss that is too large, say
+                optimizer.step()
+            if forget == "zeros":
+                module.zero_grad(set_to_none=False)
+            else:
+                (optimizer if forget == "optimizer" else module).zero_grad()
+        modules.append(module)
+    assert distance(*modules) < 1e-5
+
+
+def test_a_closure_that_is_a_partial_of_a_module_without_a_trainer():
+    module, optimizer = next(iter(pair_of_loops()))
+    x, y = next(iter(loader()))
+    optimizer.step(functools.partial(lambda m: (m.model(x) - y).square().mean().backward(), module))
+    assert len(optimizer.state) == 6
+
+
+def test_layerwise_switched_off_in_the_middle():
+    module, optimizer = next(iter(pair_of_loops()))
+    x, y = next(iter(loader()))
+    for on in (True, True, False, True):
+        for group in optimizer.param_groups:
+            group["layerwise"] = on
+        optimizer.step(lambda: (module.model(x) - y).square().mean().backward())
+        assert all((p.grad is None) == on for p in module.parameters())
+        optimizer.zero_grad()
+    assert {int(state["step"]) for state in optimizer.state.values()} == {4}
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_another_rate_wins_over_the_file_for_the_rest_of_the_schedule(nested, tmp_path):
+    class Rated(Regression):
+        def __init__(self, lr):
+            super().__init__()
+            self.lr, self.rates = lr, []
+
+        def on_before_optimizer_step(self, optimizer):
+            self.rates.append(optimizer.param_groups[0]["lr"])
+
+        def configure_optimizers(self):
+            optimizer = GaLoreAdamW(galore_param_groups(self, **self.settings), lr=self.lr)
+            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 40)
+            if nested:
+                warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 0.5, total_iters=3)
+                schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [warmup, schedule], [3])
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    whole, half, rest = Rated(1e-2), Rated(1e-2), Rated(4e-2)
+    fit(whole, max_epochs=3)
+    fit(half, max_epochs=1).save_checkpoint(tmp_path / "half.ckpt")
+    fit(rest, path=tmp_path / "half.ckpt", max_epochs=2, callbacks=[LoopState()]).save_checkpoint(tmp_path / "rest.ckpt")
+    last = Rated(4e-2)
+    fit(last, path=tmp_path / "rest.ckpt", max_epochs=3, callbacks=[LoopState()])  # and it is not asked a second time
+    assert rest.rates + last.rates == pytest.approx([4 * rate for rate in whole.rates[12:]], rel=1e-6)

@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from .dtypes import at_least_32
 from .errors import ConfigError
+from .galore.used import UsedGradient
 
 PATIENCE_FP16 = 20  # a gradient scaler halves its scale 16 times before it is down to 1
 DECAY = 0.98  # of the running mean that a spike is measured against: about the last 50 batches
@@ -78,6 +79,7 @@ class FiniteGuard(Callback):
             name: p.grad
             for name, p in pl_module.named_parameters()
             if p.grad is not None and not p.grad.is_sparse and not hasattr(p.grad, "full_tensor")
+            if not isinstance(p.grad, UsedGradient)  # its optimizer has looked at it
         }
         if not held:
             return

@@ -7,6 +7,8 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler, WeightAve
 from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
+from .galore.checkpoint import follow_rates
+
 KEY = "loop_state"
 
 
@@ -67,6 +69,8 @@ class LoopState(Callback):
         if self._resuming:
             trainer.fit_loop.epoch_loop.max_steps = self._max_steps
             self._resuming, self._first_batch = False, True
+            for config in trainer.lr_scheduler_configs:
+                follow_rates(config.scheduler)
             if self._owed:  # the epoch is over, but for this
                 self._step(trainer, pl_module, trainer.current_epoch)
             self._resumed_inside = not self._owed and trainer.fit_loop.restarting

@@ -6,6 +6,7 @@ the same name in YAML, on the command line and in Python. An unknown key is an e
 
 import difflib
 import inspect
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -168,9 +169,11 @@ def _adopting() -> _Part:
 
         def make(module: Any, optim: Any) -> Any:
             betas = tuple(optim.betas)
-            return GaLoreAdamW(
-                optim.groups(module), lr=optim.lr, betas=betas, eps=optim.eps, weight_decay=optim.weight_decay, **arguments
-            )
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "(?s).*no parameter group has a rank")  # the plan will give them
+                return GaLoreAdamW(
+                    optim.groups(module), lr=optim.lr, betas=betas, eps=optim.eps, weight_decay=optim.weight_decay, **arguments
+                )
 
         galore_optimizer(**arguments)  # a wrong value shows now
         method.optimizer = make

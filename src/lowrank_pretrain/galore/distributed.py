@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lowrank_pretrain.errors import ConfigError
 from lowrank_pretrain.galore.optimizer import GaLoreAdamW
 from lowrank_pretrain.galore.projection import Projected
+from lowrank_pretrain.galore.surroundings import closed
 
 
 @dataclass
@@ -85,6 +86,7 @@ class _Rank0sBasis:
         return flag
 
 
+@closed
 @torch.no_grad()
 def _hook(state: HookState, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
     known = state.optimizer.lookup()

@@ -4,13 +4,18 @@ On the CPU the check is read at once. On a device one flag per step masks the up
 later, when its copy has arrived: training never waits for it.
 """
 
+import math
+import warnings
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lowrank_pretrain.dtypes import at_least_32
 from lowrank_pretrain.galore import sharded
+
+_LARGE = 2.0**40  # no real gradient is as large: looked at again, exactly
 
 
 @dataclass
@@ -25,9 +30,12 @@ class Guard:
     """Checks the gradients of each step."""
 
     pending: list[_Pending] = field(default_factory=list)
+    spikes: list[int] = field(default_factory=list)  # gradients of this check that are finite, but whose square is not
+    norms: Tensor | None = None  # of the last check's gradients
+    told: bool = False
 
     def check(
-        self, grads: list[Tensor], names: list[str], params: list[Tensor], wait: bool, alone: bool = False
+        self, grads: list[Tensor], names: list[str], params: list[Tensor], wait: bool, alone: bool = False, matrices: int = 0
     ) -> Tensor | None:
         """Check all gradients of a step before anything is changed.
 
@@ -37,6 +45,7 @@ class Guard:
             params: the parameters of this step; if they are cut over ranks, the ranks agree.
             wait: read the answer now; needed where the update cannot be masked on the device.
             alone: layer-wise: other parameters have taken the step already.
+            matrices: how many of the gradients, the first ones, are projected.
 
         Returns:
             None where the answer is known to be good; else a device scalar: 1.0 if a gradient is not finite.
@@ -45,8 +54,15 @@ class Guard:
             FloatingPointError: a gradient is not finite (of this step, or of an earlier one whose answer has arrived).
         """
         self.raise_arrived()
-        finite = sharded.agree(_sums(grads).isfinite(), params)
-        if wait or not finite.is_cuda:
+        self.spikes, self.norms = [], _sizes(grads, len(grads) if alone else matrices)
+        finite = self.norms.isfinite()
+        now = wait or not finite.is_cuda
+        if now and not bool((self.norms.abs() < _LARGE).all()):
+            norms, exact = _norms(grads), [bool(g.isfinite().all()) for g in grads]
+            self.spikes = [i for i, ok in enumerate(norms.isfinite().tolist()) if not ok and exact[i]]
+            finite = torch.tensor(exact, dtype=torch.bool, device=finite.device)
+        finite = sharded.agree(finite, params)
+        if now:
             applied = "its layer did not take this step; those behind it have" if alone else "nothing of this step was applied"
             _raise(finite, names, applied)
             return None
@@ -61,24 +77,65 @@ class Guard:
         while self.pending and (self.pending[0].event.query() or len(self.pending) > limit):
             first = self.pending.pop(0)
             first.event.synchronize()
-            _raise(first.flags, first.names, "its step was skipped: no weight, moment or basis took it in")
+            _raise(
+                first.flags,
+                first.names,
+                "its step was skipped: no weight, moment or basis took it in",
+                "is not finite, or its square is not",
+            )
+
+    def limited(self, grad: Tensor, owner: Any) -> Tensor:
+        """Return a gradient whose square would overflow, scaled down; said once.
+
+        Its norm becomes ten times what the second moment expects, so that the entries train on after a single such
+        gradient; before there is one, a size whose square the dtype can hold.
+        """
+        wide = at_least_32(grad.dtype)
+        most = math.sqrt(torch.finfo(wide).max) / 16
+        v = owner.second_moment()
+        if v is not None:
+            expected = 10 * float(v.sum(dtype=torch.float64)) ** 0.5
+            most = min(most, expected) if expected > 0 else most
+        peak = grad.abs().max()
+        unit = grad / peak
+        norm = float(torch.linalg.vector_norm(sharded.local(unit), dtype=torch.float64))
+        if not self.told:
+            self.told = True
+            warnings.warn(
+                f"the gradient of {owner.name} has the norm {float(peak) * norm:.1e}, whose square overflows: it is "
+                f"taken as {most:.1e}. "
+                "Clip gradients, or check the batch",
+                stacklevel=2,
+            )
+        return unit.mul_(most / norm)
 
 
-def _sums(grads: list[Tensor]) -> Tensor:
-    """One number for each gradient, one pass at memory speed; it carries every NaN and infinity."""
+def _sizes(grads: list[Tensor], matrices: int) -> Tensor:
+    """One number for each gradient, one pass at memory speed, that carries every NaN and infinity.
+
+    It is the norm, infinite where a square overflows. For what is not projected a sum is enough on the CPU, and quicker:
+    there an infinite second moment does no more harm than in torch's AdamW.
+    """
+    if grads[0].is_cuda or matrices == len(grads):
+        return _norms(grads)
+    sums = torch.stack([g.sum(dtype=at_least_32(g.dtype)).to(torch.float32) for g in grads[matrices:]])
+    return sums if not matrices else torch.cat([_norms(grads[:matrices]), sums])
+
+
+def _norms(grads: list[Tensor]) -> Tensor:
     wide = [at_least_32(g.dtype) for g in grads]
-    if grads[0].is_cuda and len(set(wide)) == 1:
-        return torch.stack(torch._foreach_norm(grads, 1, dtype=wide[0]))  # one kernel for all of them
-    return torch.stack([g.sum(dtype=dtype) for g, dtype in zip(grads, wide, strict=True)])
+    if len(set(wide)) == 1:
+        return torch.stack(torch._foreach_norm(grads, 2, dtype=wide[0]))  # on CUDA one kernel for all of them
+    return torch.stack([torch.linalg.vector_norm(g, dtype=w).double() for g, w in zip(grads, wide, strict=True)])
 
 
-def _raise(finite: Tensor, names: list[str], consequence: str) -> None:
+def _raise(finite: Tensor, names: list[str], consequence: str, what: str = "is not finite") -> None:
     finite = finite.cpu()
     if bool(finite.all()):
         return
     bad = [name for name, ok in zip(names, finite.tolist(), strict=True) if not ok]
     more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
     raise FloatingPointError(
-        f"the gradient of {bad[0]}{more} is not finite; {consequence}. "
+        f"the gradient of {bad[0]}{more} {what}; {consequence}. "
         "Lower the learning rate, lengthen the warm-up, clip gradients, or check the batch"
     )

@@ -16,6 +16,9 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lowrank_pretrain.errors import ConfigError
+from lowrank_pretrain.galore import sharded
+from lowrank_pretrain.galore.surroundings import closed
+from lowrank_pretrain.galore.used import UsedGradient
 
 if TYPE_CHECKING:
     from lowrank_pretrain.galore.optimizer import GaLoreAdamW
@@ -36,6 +39,8 @@ class Layerwise:
         self._optimizer = weakref.ref(optimizer)
         self.stepping = False
         self.low: dict[Tensor, Tensor] = {}
+        self._arrivals: dict[Tensor, int] = {}  # in this closure
+        self._expected: dict[Tensor, int] | None = None  # in the last one
 
     def install(self, params: Iterable[Tensor]) -> None:
         """Register the hooks."""
@@ -54,12 +59,31 @@ class Layerwise:
 
     @contextmanager
     def inside(self) -> Iterator[None]:
-        """Gradients that arrive within are applied at once."""
-        self.stepping = True
+        """Gradients that arrive within are applied at once, at the last of as many arrivals as in the last closure."""
+        self.stepping, self._arrivals = True, {}
         try:
             yield
         finally:
             self.stepping = False
+        if self._arrivals:
+            self._expected = self._arrivals
+
+    def waits(self, p: Tensor) -> bool:
+        """Return whether there is something to step with."""
+        if p.grad is None:  # after model.zero_grad() what is left in `low` is of a batch that was left out
+            return p in self.low and sharded.is_distributed(p)
+        return not isinstance(p.grad, UsedGradient) or (p in self.low and not p.grad.applied)
+
+    def gradient(self, p: Tensor) -> Tensor | None:
+        """Return the whole gradient, None where it was used."""
+        return None if isinstance(p.grad, UsedGradient) else p.grad
+
+    def taken(self, p: Tensor) -> Tensor | None:
+        """Return R of earlier micro-batches, scaled as its gradient was, and forget it."""
+        low = self.low.pop(p, None)
+        if low is None or not isinstance(p.grad, UsedGradient) or _is_one(p.grad.factor):
+            return low
+        return low.mul_(p.grad.factor)
 
     def clear(self, free: Iterable[Tensor] = ()) -> None:
         """Forget what was accumulated, and free the gradients of ``free``."""
@@ -78,13 +102,15 @@ class Layerwise:
             return
         # Lightning hands over a functools.partial with the LightningModule among its arguments
         for argument in getattr(closure, "args", ()):
-            clip = argument.trainer.gradient_clip_val if hasattr(type(argument), "trainer") else None
+            # `_trainer`: the property raises where a module is used without a Trainer
+            clip = getattr(getattr(argument, "_trainer", None), "gradient_clip_val", None)
             if clip:
                 raise ConfigError(
                     "gradient_clip_val", clip, "cannot clip gradients that layerwise has already used: set it to null, or "
                     "method.layerwise=false"
                 )  # fmt: skip
 
+    @closed
     @torch.no_grad()
     def _arrived(self, p: Tensor) -> None:
         optimizer = self._optimizer()
@@ -95,13 +121,57 @@ class Layerwise:
                 "layerwise", True, "steps before DDP has averaged the gradients: use FSDP2 (ModelParallelStrategy), or "
                 "layerwise=False with galore_ddp_hook"
             )  # fmt: skip
-        if self.stepping:
+        entry = optimizer.lookup()[p]
+        if not entry.group["layerwise"]:  # switched off since
+            return
+        before = p.grad if isinstance(p.grad, UsedGradient) else None
+        if before is not None:
+            p.grad = before.arrived.clone()  # autograd's own buffer, which other parameters may share
+        if self.stepping and self._last(p, entry.name):
+            if before is not None and p in self.low and not _is_one(before.factor):
+                self.low[p].mul_(before.factor)
             optimizer.update([p])
-            p.grad = None
+            p.grad = self._used(p, entry.name, optimizer._guard.norms[0], applied=True)
             return
         slot = optimizer.projected(p)
         if slot is None or slot.needs_gradient:
             return
-        low = slot.project(p.grad)
-        self.low[p] = low if p not in self.low else self.low[p].add_(low)
-        p.grad = None
+        if before is not None and p in self.low:
+            size = None
+        else:  # the first, or what there was has been forgotten by model.zero_grad()
+            size = torch.linalg.vector_norm(sharded.local(p.grad), dtype=torch.float32 if p.dtype != torch.float64 else None)
+            if not sharded.is_distributed(p):
+                self.low.pop(p, None)
+        low, kept = slot.project(p.grad), self.low.get(p)
+        if kept is not None and before is not None and not _is_one(before.factor):
+            kept.mul_(before.factor)
+        self.low[p] = low if kept is None else kept.add_(low)
+        p.grad = self._used(p, entry.name, size, applied=False)
+
+    def _last(self, p: Tensor, name: str) -> bool:
+        """Return whether this closure brings no further gradient of ``p``, as far as the last one tells.
+
+        The first closure's are all kept to its end on a CPU. On a device, where memory is what this mode is for, it is taken
+        to bring one.
+
+        Raises:
+            ConfigError: it has brought more than the last one.
+        """
+        arrived = self._arrivals[p] = self._arrivals.get(p, 0) + 1
+        if self._expected is None and p.device.type == "cpu":
+            return False
+        expected = (self._expected or {}).get(p, 1)
+        if arrived > expected:
+            raise ConfigError(
+                "layerwise", True, f"has applied the gradient of {name}, but another one has arrived in the same step: run the "
+                "same number of backward passes in each closure, the others before step, or use layerwise=False"
+            )  # fmt: skip
+        return arrived == expected
+
+    def _used(self, p: Tensor, name: str, size: Tensor | None, applied: bool) -> Tensor | None:
+        # FSDP2 adds to the local tensor of p.grad itself, and starts anew from None
+        return None if sharded.is_distributed(p) else UsedGradient(p.grad, name, size, applied)
+
+
+def _is_one(factor: float | Tensor) -> bool:
+    return isinstance(factor, float) and factor == 1.0

@@ -7,12 +7,13 @@ The published ε is added to √v before its bias correction; torch adds it afte
 
 import importlib
 import math
-from collections.abc import Sequence
+import threading
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw
 
 from lowrank_pretrain.dtypes import at_least_32
 from lowrank_pretrain.errors import ConfigError
@@ -20,6 +21,9 @@ from lowrank_pretrain.galore.sharded import local
 
 MOMENTS = ("auto", "float32", "grad", "8bit")
 BLOCK = 256  # elements per scale
+_ZERO = {True: 127, False: 0}  # the code of 0, signed and unsigned
+_NEAR_ZERO = {True: (123, 131), False: (0, 7)}  # the codes between which the library's CPU code looks up too coarsely
+_KEYS = ("exp_avg", "exp_avg_sq")
 SMALLEST = 4096  # smaller tensors stay in float32, as in bitsandbytes' own optimizers: their codes would save nothing
 
 
@@ -36,14 +40,24 @@ def moment_dtype(group: dict[str, Any], grad_dtype: torch.dtype) -> torch.dtype:
     return grad_dtype if kind(group) == "grad" else at_least_32(grad_dtype)
 
 
-def read(state: dict[str, Any], shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """First and second moment of a parameter, zeros if it has none yet. Unless kept in 8 bit they are the live state."""
+def read(
+    state: dict[str, Any], shape: Sequence[int], dtype: torch.dtype, device: torch.device, like: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return first and second moment of a parameter, zeros if it has none yet.
+
+    Unless kept in 8 bit they are the live state; ``dtype`` and ``like``'s layout are those of new ones.
+    """
     if "exp_avg" not in state:
-        return torch.zeros(*shape, dtype=dtype, device=device), torch.zeros(*shape, dtype=dtype, device=device)
+        if like is not None and like.dtype == dtype:
+            return torch.zeros_like(like), torch.zeros_like(like)
+        return torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device)
     if "exp_avg_scale" not in state:
         return local(state["exp_avg"]), local(state["exp_avg_sq"])
-    m = _decode(state["exp_avg"], state["exp_avg_scale"], signed=True)
-    return m.to(dtype), _decode(state["exp_avg_sq"], state["exp_avg_sq_scale"], signed=False).square_().to(dtype)
+    m, v = (
+        _decode(state[key].to(device), state[f"{key}_scale"].to(device), signed)
+        for key, signed in zip(_KEYS, (True, False), strict=True)
+    )
+    return m.to(dtype), v.square_().to(dtype)
 
 
 def write(state: dict[str, Any], m: Tensor, v: Tensor, eight_bit: bool) -> None:
@@ -53,14 +67,25 @@ def write(state: dict[str, Any], m: Tensor, v: Tensor, eight_bit: bool) -> None:
         state["exp_avg_sq"], state["exp_avg_sq_scale"] = _encode(v.sqrt(), signed=False)
     else:
         state["exp_avg"], state["exp_avg_sq"] = m, v
+        for key in _KEYS:  # left over from a larger tensor, or from 8-bit moments
+            state.pop(f"{key}_scale", None)
+
+
+def steps_taken(state: Mapping[str, Any]) -> int:
+    """Return how many steps a parameter has taken."""
+    return int(state["step"]) if "step" in state else 0
 
 
 def count(state: dict[str, Any]) -> None:
-    """One more step; the counter is a tensor on the CPU, as in torch's optimizers."""
-    if "step" in state:
-        state["step"].add_(1)
+    """Count one more step, in a tensor on the CPU as in torch's optimizers.
+
+    In float64 whatever the process' default: the refreshes go by this number, and float32 stops counting at 2^24.
+    """
+    step = state.get("step")
+    if isinstance(step, Tensor) and step.dtype == torch.float64:
+        step.add_(1)
     else:
-        state["step"] = torch.tensor(1.0)
+        state["step"] = torch.tensor(steps_taken(state) + 1.0, dtype=torch.float64, device="cpu")
 
 
 def directions(
@@ -77,7 +102,7 @@ def directions(
 
     Args:
         grads: gradients, of one dtype and device.
-        ms: first moments, same shapes and dtype.
+        ms: first moments; they agree with the gradients as ``layout.fit`` has it, and so do the others.
         vs: second moments.
         step: this step's number, from 1.
         group: its ``betas``, ``eps`` and ``correct_bias``.
@@ -86,20 +111,19 @@ def directions(
         lr: factor.
 
     Returns:
-        ``into``, or tensors that the next call may overwrite.
+        ``into``, or tensors that the next call of this thread may overwrite.
     """
     beta1, beta2 = group["betas"]
     correct = group["correct_bias"]
     out = _zeros(grads) if into is None else into
     # without bias correction the step is a number so large that 1−βᵗ is 1
-    steps = torch.full((len(grads),), float(step - 1) if correct else 1e9, device=grads[0].device)
+    steps = torch.full((len(grads),), float(step) if correct else 1e9, dtype=torch.float32, device=grads[0].device)
     eps = group["eps"] / math.sqrt(1 - beta2**step) if correct else group["eps"]
-    # fmt: off
-    adamw(
-        out, grads, ms, vs, [], list(steps.unbind()), fused=True, found_inf=skip,
+    # the kernel of torch.optim.AdamW(fused=True), without what is around it there
+    torch._fused_adamw_(
+        out, grads, ms, vs, [], list(steps.unbind()), found_inf=skip,
         amsgrad=False, beta1=beta1, beta2=beta2, lr=lr, weight_decay=0.0, eps=eps, maximize=False,
-    )
-    # fmt: on
+    )  # fmt: skip
     return out
 
 
@@ -109,7 +133,14 @@ def correction(step: int, group: dict[str, Any]) -> float:
     return math.sqrt(1 - beta2**step) / (1 - beta1**step) if group["correct_bias"] else 1.0
 
 
-_scratch: dict[torch.dtype, Tensor] = {}
+class _Scratch(threading.local):
+    """Memory kept from call to call, for each thread its own: two optimizers may step at the same time."""
+
+    def __init__(self) -> None:
+        self.kept: dict[torch.dtype, Tensor] = {}
+
+
+_scratch = _Scratch()
 
 
 def _zeros(like: list[Tensor]) -> list[Tensor]:
@@ -117,9 +148,10 @@ def _zeros(like: list[Tensor]) -> list[Tensor]:
     if like[0].device.type != "cpu":
         return [torch.zeros_like(t, memory_format=torch.contiguous_format) for t in like]
     sizes = [t.numel() for t in like]
-    kept = _scratch.get(like[0].dtype)
-    if kept is None or kept.numel() < sum(sizes):
-        kept = _scratch[like[0].dtype] = torch.empty(sum(sizes), dtype=like[0].dtype)
+    kept = _scratch.kept.get(like[0].dtype)
+    # memory made in inference mode cannot be written to outside it, nor the other way round without a trace
+    if kept is None or kept.numel() < sum(sizes) or kept.is_inference() != torch.is_inference_mode_enabled():
+        kept = _scratch.kept[like[0].dtype] = torch.empty(sum(sizes), dtype=like[0].dtype, device="cpu")
     return [flat.view(t.shape) for flat, t in zip(kept[: sum(sizes)].zero_().split(sizes), like, strict=True)]
 
 
@@ -132,7 +164,23 @@ def bitsandbytes() -> Any:
 
 
 def _encode(x: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
-    codes, scales = bitsandbytes().quantize_blockwise(x.float().contiguous(), code=_code(signed, x.device), blocksize=BLOCK)
+    """Return codes in x's shape, and a scale for each block.
+
+    On the CPU the library takes 0, and all that is less than about 1e-5 of its block, for 2e-5: weights that never had a
+    gradient would move at full rate. Those are looked up here.
+    """
+    x = x.float().contiguous()
+    code = _code(signed, x.device)
+    codes, scales = bitsandbytes().quantize_blockwise(x, code=code, blocksize=BLOCK)
+    if x.device.type != "cpu":
+        return codes.masked_fill_(x == 0, _ZERO[signed]), scales.absmax
+    flat = codes.view(-1)
+    low, high = _NEAR_ZERO[signed]
+    # by numpy, many times quicker on bytes; what is below `low` wraps to far above
+    found = torch.from_numpy(np.flatnonzero(flat.numpy() - np.uint8(low) <= high - low))
+    if found.numel():
+        share = x.view(-1)[found] / scales.absmax[found // BLOCK].clamp_min(torch.finfo(x.dtype).tiny)
+        flat[found] = torch.bucketize(share, (code[1:] + code[:-1]) / 2).to(codes.dtype)
     return codes, scales.absmax
 
 
@@ -145,5 +193,6 @@ _codes: dict[tuple[bool, torch.device], Tensor] = {}
 
 def _code(signed: bool, device: torch.device) -> Tensor:
     if (signed, device) not in _codes:
-        _codes[signed, device] = bitsandbytes().create_dynamic_map(signed=signed).to(device)
+        with torch.device("cpu"):  # whatever the process' default device is
+            _codes[signed, device] = bitsandbytes().create_dynamic_map(signed=signed).to(device)
     return _codes[signed, device]

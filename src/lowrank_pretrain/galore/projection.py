@@ -46,6 +46,7 @@ class Projected:
         step: steps taken before this one.
         local: what this worker has done since the last merge (LTE × GaLore), else None.
         shared: whoever makes one basis for several ranks, else None.
+        former: the slot of another rank or side that made the present state, until the next step; else None.
     """
 
     p: Tensor
@@ -59,11 +60,14 @@ class Projected:
     step: int = 0
     local: LocalUpdate | None = None
     shared: SharedBasis | None = None
+    former: "Projected | None" = None
     _blank: bool | None = None  # None: to be looked at
 
     def __post_init__(self) -> None:
         self.rows, self.cols = self.p.shape[0], self.p.numel() // self.p.shape[0]
-        self.left = subspace.project_left(self.rows, self.cols, self.group["proj_type"])
+        # what the state's shapes depend on is kept here: the group may be changed in the middle of a fit
+        self.shape, self.variant, self.proj_type = self.p.shape, self.group["variant"], self.group["proj_type"]
+        self.left = subspace.project_left(self.rows, self.cols, self.proj_type)
         self.shards = sharded.shard_group(self.p)
         self.distributed = sharded.is_distributed(self.p)
         sharded.check(self.p, self.group, self.name)
@@ -81,12 +85,17 @@ class Projected:
     @property
     def two_sided(self) -> bool:
         """Whether both sides are projected."""
-        return self.group["proj_type"] == "full"
+        return self.proj_type == "full"
+
+    @property
+    def form(self) -> tuple[Any, ...]:
+        """What decides the shapes and the meaning of the state."""
+        return self.rank, self.left, self.two_sided, self.variant
 
     @property
     def cold(self) -> bool:
         """Whether there is no basis yet, or one that no gradient has had a part in."""
-        return self.group["variant"] == "galore" and ("proj" not in self.state or self.blank)
+        return self.variant == "galore" and ("proj" not in self.state or self.former is not None or self.blank)
 
     @property
     def blank(self) -> bool:
@@ -105,7 +114,7 @@ class Projected:
     @property
     def due(self) -> bool:
         """Whether this step renews the basis: it then needs the whole gradient before anything else."""
-        if self.group["variant"] == "apollo":
+        if self.variant == "apollo":
             return False
         if self.local is not None:  # between two merges P must stay what D is told in, whatever the number of the step
             return self.cold or self.local.fresh
@@ -115,7 +124,7 @@ class Projected:
     @property
     def needs_gradient(self) -> bool:
         """Whether R alone is not enough for this step."""
-        return self.due or self.group["residual"] is not None or self.group["variant"] == "apollo"
+        return self.due or self.group["residual"] is not None or self.variant == "apollo"
 
     def matrix(self, t: Tensor) -> Tensor:
         """W or G as a d×k matrix (this rank's piece of it), a view wherever the layout allows one."""
@@ -143,13 +152,17 @@ class Projected:
 
     def basis(self, grad: Tensor) -> Tensor:
         """P in the gradient's dtype; of a matrix cut along its projected side, the rows of this rank."""
-        if self.group["variant"] == "apollo":
+        if self.variant == "apollo":
             since = self.step // self.group["update_proj_gap"]
             rng = self._generator("apollo", since)
             return residual.gaussian(self.matrix(grad).shape[0], self.rank, rng, grad.dtype).to(grad.device)
         p = self.state["proj"]
         if p.dtype != grad.dtype:
             p = p.to(grad.dtype)
+        return self._rows(p)
+
+    def _rows(self, p: Tensor) -> Tensor:
+        """P's rows that belong to this rank's piece of the matrix: all, unless it is cut along its projected side."""
         if self.shards is None or not self.left:
             return p
         start = sharded.first_row(self.p)
@@ -157,9 +170,21 @@ class Projected:
 
     def read_moments(self, grad: Tensor) -> tuple[Tensor, Tensor]:
         """First and second moment, r×k (or, just adopted, still of the whole matrix), this rank's piece."""
+        if self.former is not None:
+            return self.former.whole_moments(self.state, moments.moment_dtype(self.group, grad.dtype))
         shape = (self.rank, self.rank if self.two_sided else self.matrix(self.p).shape[1])
         dtype = moments.moment_dtype(self.group, grad.dtype)
         return moments.read(self.state, shape, dtype, sharded.local(self.p).device)
+
+    def second_moment(self) -> Tensor | None:
+        """v, None before the first step."""
+        return self.read_moments(self.p)[1] if "exp_avg" in self.state else None
+
+    def whole_moments(self, state: dict[str, Any], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return the moments outside the basis, m×n: P m and (P∘P) v, for a basis of another form to take them over."""
+        wide = [t.to(state["proj"].dtype) for t in moments.read(state, (), dtype, self.p.device)]
+        m, v = subspace.rotate(*wide, state["proj"], state.get("proj_right"))
+        return tuple((t if self.left else t.t()).to(dtype) for t in (m, v))
 
     def write_moments(self, m: Tensor, v: Tensor) -> None:
         """Keep them, and count the step."""
@@ -182,11 +207,15 @@ class Projected:
         keep = moments.kind(self.group)
         stored = subspace.at_least_32(matrix.dtype) if keep == "float32" else matrix.dtype
         if not old:
-            again = "proj" in self.state  # a blank one is made anew; its moments are those of a basis already
+            again = (
+                "proj" in self.state and self.former is None
+            )  # a blank one is made anew; its moments are those of a basis already
             for key, basis in zip(self._keys(), new, strict=True):
                 # one memory layout whatever made it: a distributed checkpoint keeps none, and products would round anew
                 self.state[key] = basis.to(stored).contiguous()
-            self._blank = None
+            if not self.two_sided:
+                self.state.pop("proj_right", None)
+            self._blank = self.former = None
             return (m, v, None) if again else (*self._enter(m, v, new), None)
         turns = [subspace.change_of_basis(after, before) for before, after in zip(old, new, strict=True)]
         if self.group["rotate_moments"]:
@@ -205,7 +234,7 @@ class Projected:
         weight = self.matrix(self.p)
         eta = float(group["lr"]) * group["scale"]
         c = moments.correction(self.step + 1, group)
-        if group["variant"] == "apollo":
+        if self.variant == "apollo":
             residual.apollo(weight, self.matrix(self.grad), low, minus_n, eta, c, self.state)
         elif group["residual"] == "fira":
             residual.fira(weight, self.matrix(self.grad), self.basis(self.p), low, minus_n, eta, c, self.state)
@@ -214,22 +243,22 @@ class Projected:
             if self.two_sided:
                 back = back @ self.state["proj_right"].to(weight.dtype).t()
             weight.addmm_(self.basis(self.p), back, alpha=eta)
-        if not self.viewable:
-            here = sharded.local(self.p)
+        here = sharded.local(self.p)
+        if weight.untyped_storage().data_ptr() != here.untyped_storage().data_ptr():  # a layout without a matrix view
             here.copy_((weight if self.left else weight.t()).reshape(here.shape))
 
     def _keys(self) -> list[str]:
         return ["proj", "proj_right"] if self.two_sided else ["proj"]
 
     def _generator(self, *words: object) -> torch.Generator:
-        seed = generator("galore", self.name, *words, seed=self.group["seed"]).initial_seed()
-        return torch.Generator(sharded.local(self.p).device).manual_seed(seed)
+        """On the CPU whatever the weight's device: a run that moves between devices draws the same."""
+        return generator("galore", self.name, *words, seed=self.group["seed"])
 
     def _new_basis(self, matrix: Tensor, old: list[Tensor], m: Tensor) -> list[Tensor]:
         how, beta1 = self.group["refresh"], self.group["betas"][0]
         if how == "svd":
             grad = matrix if self.left else matrix.t()
-            return subspace.svd_basis(grad, self.rank, self.group["proj_type"])
+            return subspace.svd_basis(grad, self.rank, self.proj_type)
         if not old:
             p = subspace.range_finder(matrix, self.rank, self._generator("cold"))
             return [p, torch.linalg.qr(subspace.product32(matrix.t(), p))[0]] if self.two_sided else [p]
@@ -251,7 +280,10 @@ class Projected:
         if "exp_avg" not in self.state:
             return m, v
         wide = [self.matrix(t).to(new[0].dtype) for t in (m, v)]
-        low_m, low_v = subspace.rotate(*wide, *[basis.t() for basis in new])
+        mine = [self._rows(new[0]), *new[1:]]
+        low_m, low_v = subspace.rotate(*wide, *[basis.t() for basis in mine])
+        if self.shards is not None and self.left:  # each rank has had its rows of the sum
+            low_m, low_v = (sharded.all_sum(t.contiguous(), self.shards) for t in (low_m, low_v))
         return low_m.to(m.dtype).contiguous(), low_v.to(v.dtype).contiguous()
 
 

@@ -55,7 +55,7 @@ def apollo(weight: Tensor, matrix: Tensor, low: Tensor, minus_n: Tensor, eta: fl
 
 def gaussian(d: int, rank: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
     """APOLLO's random projection d×r, entries N(0, 1/r); drawn again from its seed at each step, never stored."""
-    p = torch.randn(d, rank, generator=generator, device=generator.device)
+    p = torch.randn(d, rank, generator=generator, dtype=torch.float32, device=generator.device)
     return p.mul_(rank**-0.5).to(dtype)
 
 

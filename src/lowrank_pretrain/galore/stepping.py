@@ -3,6 +3,7 @@
 Matrices of one group go through together: project each, one fused Adam call over all R, project each back.
 """
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor
 from lowrank_pretrain.errors import ConfigError
 from lowrank_pretrain.galore import moments, sharded
 from lowrank_pretrain.galore.chunks import chunks, slices, split
+from lowrank_pretrain.galore.groups import check_rates
+from lowrank_pretrain.galore.layout import check_shape, dense, fit
 from lowrank_pretrain.galore.projection import Projected
 
 if TYPE_CHECKING:
@@ -21,13 +24,18 @@ def apply(optimizer: "GaLoreAdamW", params: list[Tensor]) -> None:
     """Step with the gradients of these parameters.
 
     Raises:
-        ConfigError: a sparse or complex gradient.
+        ConfigError: a sparse or complex gradient; a rate that is NaN or infinite; a parameter that was resized.
         FloatingPointError: a gradient that is not finite.
     """
     lookup = optimizer.lookup()
     by_device: dict[torch.device, list[Tensor]] = {}
+    rates: set[int] = set()
     for p in params:
-        _check_gradient(p, lookup[p].name)
+        group, name, _ = lookup[p]
+        if id(group) not in rates:
+            rates.add(id(group))
+            check_rates(group)
+        _check_gradient(p, name)
         by_device.setdefault(p.device, []).append(p)
     for some in by_device.values():
         _on_device(optimizer, some)
@@ -35,26 +43,35 @@ def apply(optimizer: "GaLoreAdamW", params: list[Tensor]) -> None:
 
 def _on_device(optimizer: "GaLoreAdamW", params: list[Tensor]) -> None:
     lookup = optimizer.lookup()
-    slots, plain = [], []
+    slots: list[Projected] = []
+    plain: dict[int, list[_Plain]] = {}  # by group: looked for group by group, thousands of groups would cost their square
     for p in params:
-        slot = optimizer._present(p, lookup[p].slot)
+        group, name, slot = lookup[p]
         if slot is None:
-            plain.append(p)
+            plain.setdefault(id(group), []).append(_Plain(p, name, p.grad, optimizer.state[p]))
         else:
-            slot.grad, slot.low = p.grad, optimizer._layerwise.low.pop(p, None)
+            slot = optimizer._present(p, slot)
+            slot.grad, slot.low = optimizer._layerwise.gradient(p), optimizer._layerwise.taken(p)
             slots.append(slot)
     # what writes the gradient itself into the weight, or starts from nothing, cannot be masked on the device
     wait = any(slot.cold or slot.group["residual"] or slot.group["variant"] == "apollo" for slot in slots)
-    parts = [(t, s.name) for s in slots for t in (s.grad, s.low) if t is not None]
-    parts += [(p.grad, lookup[p].name) for p in plain]
-    grads, names = [sharded.local(t) for t, _ in parts], [name for _, name in parts]
-    skip = optimizer._guard.check(grads, names, params, wait, alone=optimizer._layerwise.stepping)
+    parts: list[tuple[Projected | _Plain, str]] = [
+        (s, what) for s in slots for what in ("grad", "low") if getattr(s, what) is not None
+    ]
+    parts += [(item, "grad") for mine in plain.values() for item in mine]
+    grads = [sharded.local(getattr(owner, what)) for owner, what in parts]
+    alone = optimizer._layerwise.stepping
+    matrices = sum(isinstance(owner, Projected) for owner, _ in parts)
+    skip = optimizer._guard.check(grads, [owner.name for owner, _ in parts], params, wait, alone, matrices)
+    for i in optimizer._guard.spikes:
+        owner, what = parts[i]
+        setattr(owner, what, optimizer._guard.limited(getattr(owner, what), owner))
     for some in chunks(slots, params[0].device):
         _projected(optimizer, some, skip)
-    for group in optimizer.param_groups:
-        mine = [p for p in plain if lookup[p].group is group]
-        for same_step in split(mine, lambda p: (int(optimizer.state[p].get("step", 0)), p.dtype)):
-            _plain(optimizer, same_step, group, skip)
+    for mine in plain.values():
+        group = lookup[mine[0].p].group
+        for same in split(mine, lambda item: (moments.steps_taken(item.state), item.p.dtype, item.grad.dtype)):
+            _plain(same, group, skip)
 
 
 def _projected(optimizer: "GaLoreAdamW", slots: list[Projected], skip: Tensor | None) -> None:
@@ -71,8 +88,8 @@ def _projected(optimizer: "GaLoreAdamW", slots: list[Projected], skip: Tensor | 
         if slot.grad is not None:
             low = slot.project(slot.grad) if low is None else low.add_(slot.project(slot.grad))
         lows.append(low)
-        ms.append(m)
-        vs.append(v)
+        ms.append(fit(m, low, slot.name, "first moment"))
+        vs.append(fit(v, low, slot.name, "second moment"))
     minus_n = moments.directions(lows, ms, vs, step, group, skip)
     for slot, low, n, m, v in zip(slots, lows, minus_n, ms, vs, strict=True):
         if slot.local is None:
@@ -84,23 +101,60 @@ def _projected(optimizer: "GaLoreAdamW", slots: list[Projected], skip: Tensor | 
     _decay([slot.p for slot in slots if slot.local is None], group, skip)
 
 
-def _plain(optimizer: "GaLoreAdamW", params: list[Tensor], group: dict[str, Any], skip: Tensor | None) -> None:
-    states, grads = [optimizer.state[p] for p in params], [sharded.local(p.grad) for p in params]
-    step, dtype = int(states[0].get("step", 0)) + 1, moments.moment_dtype(group, grads[0].dtype)
-    weights, lr = [sharded.local(p) for p in params], float(group["lr"])
-    pairs = [moments.read(state, w.shape, dtype, w.device) for state, w in zip(states, weights, strict=True)]
-    ms, vs = [m for m, _ in pairs], [v for _, v in pairs]
-    if dtype == params[0].dtype:
-        moments.directions(grads, ms, vs, step, group, skip, into=weights, lr=lr)
+@dataclass
+class _Plain:
+    """A parameter of a group without a rank, in this step."""
+
+    p: Tensor
+    name: str
+    grad: Tensor
+    state: dict[str, Any]
+
+    def second_moment(self) -> Tensor | None:
+        """v, None before the first step."""
+        like = sharded.local(self.p)
+        return moments.read(self.state, like.shape, torch.float32, like.device)[1] if "exp_avg" in self.state else None
+
+
+def _plain(items: list[_Plain], group: dict[str, Any], skip: Tensor | None) -> None:
+    grads, weights = [sharded.local(item.grad) for item in items], [sharded.local(item.p) for item in items]
+    step, lr = moments.steps_taken(items[0].state) + 1, float(group["lr"])
+    dtype = moments.moment_dtype(group, grads[0].dtype)
+    if dtype == weights[0].dtype:
+        works, ms, vs = [dense(w) for w in weights], [], []
+        for i, (work, item) in enumerate(zip(works, items, strict=True)):
+            grads[i] = fit(grads[i], work, item.name, "gradient")
+            m, v = _moments(item, work, work)
+            ms.append(m)
+            vs.append(v)
+        moments.directions(grads, ms, vs, step, group, skip, into=works, lr=lr)
+        for w, work in zip(weights, works, strict=True):
+            if w is not work:
+                w.copy_(work)
     else:
-        for piece in zip(weights, grads, ms, vs, strict=True):
-            for weight, grad, m, v in zip(*(slices(t) for t in piece), strict=True):  # no full float32 copy
-                weight.add_(*moments.directions([grad.to(dtype)], [m], [v], step, group, skip, lr=lr))
-    for p, state, m, v in zip(params, states, ms, vs, strict=True):
-        m, v = sharded.wrap(m, p, p.shape, 0), sharded.wrap(v, p, p.shape, 0)
-        moments.write(state, m, v, moments.kind(group) == "8bit")
-        moments.count(state)
+        pairs = [
+            _moments(item, w, torch.empty(0, dtype=dtype, device=w.device)) for item, w in zip(items, weights, strict=True)
+        ]
+        ms, vs = [m for m, _ in pairs], [v for _, v in pairs]
+        for item, weight, grad, m, v in zip(items, weights, grads, ms, vs, strict=True):
+            check_shape(grad, weight, item.name, "gradient")
+            for w, g, some_m, some_v in zip(*(slices(t) for t in (weight, grad, m, v)), strict=True):  # no full float32 copy
+                w.add_(*moments.directions([g.to(dtype).contiguous()], [some_m], [some_v], step, group, skip, lr=lr))
+    for item, m, v in zip(items, ms, vs, strict=True):
+        m, v = sharded.wrap(m, item.p, item.p.shape, 0), sharded.wrap(v, item.p, item.p.shape, 0)
+        moments.write(item.state, m, v, moments.kind(group) == "8bit")
+        moments.count(item.state)
     _decay(weights, group, skip)
+
+
+def _moments(item: _Plain, weight: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the moments in the weight's shape; in like's dtype, and in its layout if it is the weight."""
+    m, v = moments.read(item.state, weight.shape, like.dtype, weight.device, like=weight)
+    if like is weight:
+        return fit(m, like, item.name, "first moment"), fit(v, like, item.name, "second moment")
+    for t, what in ((m, "first moment"), (v, "second moment")):
+        check_shape(t, weight, item.name, what)
+    return tuple(t.to(like.device, like.dtype).contiguous() for t in (m, v))
 
 
 def _check_gradient(p: Tensor, name: str) -> None:

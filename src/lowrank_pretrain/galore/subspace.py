@@ -84,13 +84,13 @@ def range_finder(matrix: Tensor, rank: int, generator: torch.Generator) -> Tenso
     """Cold start: basis d×r of the leading left singular space of M (d×k) by a randomized range finder (Halko et al. 2011)."""
     d, k = matrix.shape
     width = min(rank + OVERSAMPLE, d, k)
-    sketch = torch.randn(k, width, generator=generator, device=generator.device).to(matrix.device)
+    sketch = torch.randn(k, width, generator=generator, dtype=torch.float32, device=generator.device).to(matrix.device)
     q = _any_basis(product32(matrix, sketch))
     for _ in range(COLD_ITERATIONS):
         q = _any_basis(product32(matrix, _any_basis(product32(matrix.t(), q))))
     if width == rank:
         return q
-    b = product32(matrix.t(), q)  # k×width; the Rayleigh-Ritz step picks the best r directions of the width found
+    b = unit(product32(matrix.t(), q))  # k×width; the Rayleigh-Ritz step picks the best r directions of the width found
     return q @ torch.linalg.eigh(b.t() @ b)[1].flip(1)[:, :rank]
 
 
@@ -177,4 +177,9 @@ def captured(matrix: Tensor, p: Tensor) -> Tensor:
 
 def unit(x: Tensor) -> Tensor:
     """``x`` scaled to Frobenius norm 1, in place; zero stays zero."""
-    return x.mul_(1 / torch.linalg.vector_norm(x).clamp_min(torch.finfo(x.dtype).tiny))
+    tiny = torch.finfo(x.dtype).tiny
+    norm = torch.linalg.vector_norm(x)
+    if x.is_cuda or not tiny**0.25 < norm < tiny**-0.25:  # the squares of very small and very large entries leave the range
+        x.div_(x.abs().max().clamp_min(tiny)) if x.numel() else x
+        norm = torch.linalg.vector_norm(x)
+    return x.mul_(1 / norm.clamp_min(tiny))
