@@ -35,6 +35,7 @@ class Conversion(DDPStrategy):
     settings: Settings
     heads: HeadSet | ProjectedSet | None
     rest: rest.Rest | None
+    _ignored: set[str]
     _bare: list[BareGroups]
     _untied: list[Inherit]
     _workers: Workers | None
@@ -80,7 +81,8 @@ class Conversion(DDPStrategy):
         if sum(held) > 1:
             raise ConfigError("configure_optimizers", f"{sum(held)} optimizers", "LTE's targets must all be in one of them")
         heads.optimizers = [o for _, o in sorted(zip(held, self.optimizers, strict=True), key=lambda pair: not pair[0])]
-        self.rest = rest.Rest(module, owned, head_names(module, heads.layers), self._workers, self.sync_rest)
+        left_out = head_names(module, heads.layers) | self._ignored
+        self.rest = rest.Rest(module, owned, left_out, self._workers, self.sync_rest, lambda: self.model is not module)
         advise(heads, self.rest)
         stash, self._stash = self._stash, None
         if stash is not None:

@@ -11,6 +11,7 @@ batch, y = W x + (s/N) Σ B_n A_n x. ``sequential``: one head at a time, on the 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from lowrank_pretrain.errors import ConfigError
 from lowrank_pretrain.lora_function import Part, RestPart, lora_linear
 from lowrank_pretrain.lora_layer import Inherit, Reclassed, has_own_forward, keep_rows, swap_class
 from lowrank_pretrain.lte.heads_function import Layout, heads_linear
+from lowrank_pretrain.lte.written import leaf, leaf_name
 from lowrank_pretrain.seeds import generator
 from lowrank_pretrain.targets import Target, is_conv1d
 
@@ -85,6 +87,64 @@ class MultiheadLoRALinear(Reclassed):
         B = [f.permute(1, 0, 2).flatten(1) for f in factors]
         wide = [p._replace(a=heads * p.a, rank=heads * p.rank, scale=p.scale / self._shared.total) for p in self._parts]
         return A, B, tuple(wide)
+
+    @torch.no_grad()
+    def _beyond(self) -> list[tuple[Part, Tensor]]:
+        """Per part the mean over the heads here of what each has learnt and W does not hold, (O_part, D), float32 at least."""
+        found = []
+        for index, part in enumerate(self._parts):
+            pairs = [(self.lora_A, self.lora_B[part.name], 1.0)]
+            if self.has_prev:
+                pairs.append((self.prev_A, self.prev_B[index], -1.0))
+            total = 0.0
+            for A, B, sign in pairs:  # one by one: equal factors give exactly nothing
+                A, B = A[:, part.a : part.a + part.rank], B
+                wide = torch.promote_types(A.dtype, torch.float32)
+                product = torch.mm(B.permute(1, 0, 2).flatten(1).to(wide), A.flatten(0, 1).to(wide))
+                total = total + product.mul_(sign * part.scale / len(A))
+            found.append((part, total))
+        return found
+
+    def _rows_of(self, weight: Tensor, part: Part) -> Tensor:
+        """A part's rows of a tensor that lies as W does, an (O_part, D) view."""
+        return (weight.t() if is_conv1d(self) else weight)[part.start : part.start + part.rows]
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Return the plain layer's: W with what this worker's heads have learnt in it, as they would merge alone.
+
+        It asks no other worker, so one may call it alone; at a merge it is the merged W on all of them.
+        """
+        result = super().state_dict(*args, **kwargs)
+        prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
+        for key in [k for k in result if k.startswith(tuple(prefix + own for own in ("lora_", "rest_weight.", "rest_bias.")))]:
+            del result[key]
+        name, keep_vars = prefix + leaf_name(self), kwargs.get("keep_vars", args[2] if len(args) > 2 else False)
+        if not self._shared.viewing and not keep_vars and name in result:
+            merged = result[name].clone()
+            for part, delta in self._beyond():
+                rows = self._rows_of(merged, part)
+                rows.copy_(rows + delta)
+            result[name] = merged
+        return result
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        # A plain state dict is the merged model: W is what is left of it without what the heads here hold beyond W.
+        name = prefix + leaf_name(self)
+        plain, given = f"{prefix}lora_A" not in state_dict, state_dict.get(name)
+        if plain and given is not None and given.shape == leaf(self).shape:
+            if not self._shared.viewing:
+                weight = given.detach().to(leaf(self)).clone()
+                for part, delta in self._beyond():
+                    rows = self._rows_of(weight, part)
+                    rows.copy_(rows - delta)
+                state_dict[name] = weight
+        if plain:
+            state_dict[f"{prefix}lora_A"] = self.lora_A.detach()
+            state_dict |= {f"{prefix}lora_B.{key}": B.detach() for key, B in self.lora_B.items()}
+            for part in self._rest if given is not None else ():
+                dim = 1 if is_conv1d(self) else 0
+                state_dict.setdefault(f"{prefix}rest_weight.{part.name}", given.narrow(dim, part.start, part.rows))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @property
     def has_prev(self) -> bool:

@@ -18,6 +18,7 @@ class ViewHooks(DDPStrategy):
 
     heads: HeadSet | None
     rest: Rest | None
+    _ignored: set[str]
     _workers: Workers | None
 
     def _look(self) -> None:
@@ -29,6 +30,18 @@ class ViewHooks(DDPStrategy):
         if self.heads is not None and self.heads.worn:
             self.heads.view.look_away()
             self.rest.look_away()
+
+    def _look_to_write(self) -> None:
+        """Like ``_look``, on worker 0 alone, which writes; no other holds more than a few matrices' factors meanwhile."""
+        writes = self._workers.rank == 0
+        self.rest.look_to_write(writes)
+        self.heads.view.look(piecemeal=True, writes=writes)
+
+    def _look_away_with_care(self) -> None:
+        """Like ``_look_away``; what a callback wrote into the weights that it saw joins those that train."""
+        if self.heads is not None and self.heads.worn:
+            self.heads.view.look_away_with_care()
+            self.rest.look_away_with_care()
 
     def on_train_start(self) -> None:
         """Random states of a resumed run, behind everything that draws; and the view off (``lr_find`` leaves it on)."""
@@ -43,7 +56,7 @@ class ViewHooks(DDPStrategy):
 
     def on_validation_end(self) -> None:
         """Go on with the heads as they were."""
-        self._look_away()
+        self._look_away_with_care()
 
     def on_test_start(self) -> None:
         """Score the merged model."""
@@ -51,7 +64,7 @@ class ViewHooks(DDPStrategy):
 
     def on_test_end(self) -> None:
         """Go on with the heads as they were."""
-        self._look_away()
+        self._look_away_with_care()
 
     def on_predict_start(self) -> None:
         """Score the merged model."""
@@ -59,7 +72,7 @@ class ViewHooks(DDPStrategy):
 
     def on_predict_end(self) -> None:
         """Go on with the heads as they were."""
-        self._look_away()
+        self._look_away_with_care()
 
     def on_train_end(self) -> None:
         """From here on the module is the merged model."""
@@ -79,5 +92,5 @@ class ViewHooks(DDPStrategy):
             self.heads.take_off()
             self.rest.settle()
             lora.switch_fast_path(self.lightning_module, off=False)
-            self.lightning_module._ddp_params_and_buffers_to_ignore = []
+            self.lightning_module._ddp_params_and_buffers_to_ignore = sorted(self._ignored)
         super().teardown()

@@ -35,6 +35,12 @@ from lowrank_pretrain.lte.sharding import check_batches_differ, check_sampler, e
 from lowrank_pretrain.lte.workers import Workers, make_group, same_weights
 
 
+DRIFTED = (
+    "each worker changed gradients or weights in its own way; if it clips by hand, use gradient_clip_val or "
+    "self.clip_gradients(optimizer, …): a norm over self.parameters() takes this worker's own heads along"
+)
+
+
 class LTEStrategy(Conversion, CheckpointHooks, ViewHooks):
     """Workers train heads apart and merge them every so many optimizer steps.
 
@@ -99,6 +105,7 @@ class LTEStrategy(Conversion, CheckpointHooks, ViewHooks):
         """As before a fit."""
         self.heads: HeadSet | ProjectedSet | None = None
         self.rest: rest.Rest | None = None
+        self._ignored: set[str] = set()  # what the module itself keeps from DDP
         self._bare: list[BareGroups] = []
         self._untied: list[Inherit] = []
         self._stash: Mapping[str, Any] | None = None
@@ -132,6 +139,7 @@ class LTEStrategy(Conversion, CheckpointHooks, ViewHooks):
             self._forget()
             self._stash = stash
             self._workers = self._make_workers()
+            self._ignored = set(getattr(self.lightning_module, "_ddp_params_and_buffers_to_ignore", ()))
         self._holding = True
         super().setup(trainer)
         self._holding = False
@@ -201,6 +209,8 @@ class LTEStrategy(Conversion, CheckpointHooks, ViewHooks):
             changed = heads.after_step()
             if self.settings.mode != "joint" and heads.clock % self.settings.merge_every == 0:
                 self.rest.merge()
+                if not self.rest.agrees():
+                    self._hash()
             if changed:
                 self._log()
         return output
@@ -208,10 +218,12 @@ class LTEStrategy(Conversion, CheckpointHooks, ViewHooks):
     def _clip_grad_by_norm(self, optimizer: Optimizer, clip_val: float) -> None:
         module = self.lightning_module
         apart = [] if self.heads is None or not self.heads.left_out(module) else list(self.heads.factors().values())
-        owned = {id(p) for p in apart}
+        alone = [p for name, p in module.named_parameters() if name in self._ignored and p.grad is not None]
+        owned = {id(p) for p in (*apart, *alone)}
         mine = {id(p): p for group in optimizer.param_groups for p in group["params"]}
         own = [p for p in apart if id(p) in mine]
         clip_norms((p for n, p in mine.items() if n not in owned), own, clip_val, stacked=self.update == "lora")
+        clip_norms([], [p for p in alone if id(p) in mine], clip_val, stacked=False)
 
     def _log(self) -> None:
         """A merge's cost, and a hash of what all workers hold alike behind it."""
@@ -222,12 +234,17 @@ class LTEStrategy(Conversion, CheckpointHooks, ViewHooks):
             return
         metrics = self.metrics()
         if self._workers.size > 1 and self.settings.mode != "joint":
-            apart = head_names(self.lightning_module, self.heads.layers)
-            if self.rest.apart and self.settings.overlap:  # the rest was averaged when the merge began, and has moved since
-                apart |= set(self.rest.parameters)
-            metrics["lte/hash"] = float(agreed_hash(self, self.lightning_module, f"after the merge at step {step + 1}", apart))
+            metrics["lte/hash"] = float(self._hash())
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=step)
+
+    def _hash(self) -> int:
+        """A hash of what all workers hold alike at a merge; ends the run if they do not."""
+        apart = head_names(self.lightning_module, self.heads.layers) | self._ignored
+        if self.rest.apart and self.settings.overlap:  # the rest was averaged when the merge began, and has moved since
+            apart |= set(self.rest.parameters)
+        when = f"after the merge at step {self.lightning_module.trainer.global_step + 1}"
+        return agreed_hash(self, self.lightning_module, when, apart, DRIFTED)
 
     def all_heads(self) -> Iterator[tuple[str, Tensor, dict[str, Tensor], tuple[Part, ...]]]:
         """Per layer its name, A (N, ΣR, D), B (N, O, R) per part, and the parts: over all workers, which must all call it."""
@@ -258,7 +275,7 @@ class LTEStrategy(Conversion, CheckpointHooks, ViewHooks):
         if self._holding:
             return
         module = self.lightning_module
-        ignored = set() if self.heads is None else self.heads.left_out(module)
+        ignored = self._ignored | (set() if self.heads is None else self.heads.left_out(module))
         module._ddp_params_and_buffers_to_ignore = sorted(ignored)
         synced = [name for name, p in module.named_parameters() if p.requires_grad and name not in ignored]
         apart = self.heads is not None and self.settings.mode != "joint" and self.sync_rest == "merge"
