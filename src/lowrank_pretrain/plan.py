@@ -1,11 +1,14 @@
 """Plan = {target: rank}. The only thing that is decided, saved and broadcast."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
+from torch import nn
+
 from lowrank_pretrain.errors import ConfigError
-from lowrank_pretrain.targets import Target
+from lowrank_pretrain.targets import Target, families, first_named
 
 
 class Plan(dict[str, int]):
@@ -21,9 +24,9 @@ class Plan(dict[str, int]):
     def __init__(self, ranks: Mapping[str, int] | None = None) -> None:
         ranks = ranks or {}
         for name, rank in ranks.items():
-            if not isinstance(rank, int) or isinstance(rank, bool) or rank < 0:
+            if not is_integer(rank) or rank < 0:
                 raise ConfigError("plan", {name: rank}, "a rank must be an integer of 0 or more")
-        super().__init__(sorted(ranks.items()))
+        super().__init__((name, int(ranks[name])) for name in sorted(ranks))
 
     def to_json(self) -> str:
         """The plan as JSON text, the same text for equal plans."""
@@ -64,3 +67,39 @@ def check_rank(name: str, rank: int, target: Target, key: str = "rank") -> None:
         raise ConfigError(
             key, rank, f"{name} is {target.rows} x {target.cols}: at most {target.max_rank} = min(D, O) is allowed"
         )
+
+
+def fit_ranks(
+    module: nn.Module, patterns: str | Sequence[str], targets: Mapping[str, Target], rank: int, key: str = "rank"
+) -> tuple[dict[str, int], str | None]:
+    """Cut a rank down to min(D, O) where a target is narrower.
+
+    Args:
+        module: that the targets' names count from.
+        patterns: what chose the targets.
+        targets: by name.
+        rank: the largest one that any of them may get.
+        key: the argument's name.
+
+    Returns:
+        The largest rank of each target, and one line that names those that were cut down, or ``None``.
+
+    Raises:
+        ConfigError: a target that the patterns name (``targets.select``) is narrower.
+    """
+    narrow = {name: target for name, target in targets.items() if target.max_rank < rank}
+    named = first_named(module, patterns, narrow) if narrow else None
+    if named is not None:
+        check_rank(named, rank, targets[named], key)
+    cut: dict[str, int] = {}
+    family_of = families(module, narrow)
+    for name, target in narrow.items():
+        line = f"{family_of[name]} ({target.rows} x {target.cols})"
+        cut[line] = target.max_rank
+    said = ", ".join(f"{line} gets at most {most}" for line, most in cut.items())
+    return {name: min(rank, target.max_rank) for name, target in targets.items()}, f"{key}={rank}: {said}" if cut else None
+
+
+def is_integer(value: Any) -> bool:
+    """Whether a value is an integer, numpy's included, and no truth value."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
