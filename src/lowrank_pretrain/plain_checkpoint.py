@@ -16,6 +16,8 @@ from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
+from torch import nn
 
 from lowrank_pretrain import lora
 
@@ -30,7 +32,7 @@ def wrap(pl_module: pl.LightningModule) -> None:
         pl_module.on_save_checkpoint = partial(_write, pl_module, present)
 
 
-def restore_plain(pl_module: pl.LightningModule) -> None:
+def restore_plain(pl_module: nn.Module) -> None:
     """Merge and eject the adapters, restore the original ``requires_grad``: the module as the user made it, trained on."""
     lora.eject(pl_module)
     flags = pl_module.__dict__.pop("_lowrank_requires_grad", {})
@@ -43,6 +45,31 @@ def restore_plain(pl_module: pl.LightningModule) -> None:
     unwrap(pl_module)
 
 
+def merge(module: nn.Module) -> nn.Module:
+    """Give the plain module back: adapters merged into the weights, plain classes, ``requires_grad`` as before the fit.
+
+    After a fit the module is plain by itself. This is for a copy of it in the middle of one (to script, quantize or share it),
+    and for the module itself where a fit was interrupted::
+
+        plain = lowrank_pretrain.merge(copy.deepcopy(module))
+
+    Args:
+        module: a LightningModule that was trained, or any module given to ``lora.inject``; changed in place.
+
+    Returns:
+        The same module.
+
+    Raises:
+        RuntimeError: the module is being trained.
+        ValueError: the adapters hold NaN or infinite numbers.
+    """
+    trainer = getattr(module, "_trainer", None)
+    if trainer is not None and trainer.state.fn == TrainerFn.FITTING and trainer.state.status == TrainerStatus.RUNNING:
+        raise RuntimeError("the module is being trained: merge a copy of it, lowrank_pretrain.merge(copy.deepcopy(module))")
+    restore_plain(module)
+    return module
+
+
 def note_plain(pl_module: pl.LightningModule) -> None:
     """Before the first change: which parameters train, which keys a state dict has, and which of them are one tensor."""
     state = pl_module.state_dict(keep_vars=True)
@@ -52,7 +79,7 @@ def note_plain(pl_module: pl.LightningModule) -> None:
     pl_module.__dict__["_lowrank_tied"] = [name for name, value in state.items() if tensors.count(id(value)) > 1]
 
 
-def unwrap(pl_module: pl.LightningModule) -> None:
+def unwrap(pl_module: nn.Module) -> None:
     """Undo ``wrap``."""
     wrapper = pl_module.__dict__.get("on_save_checkpoint")
     if isinstance(wrapper, partial) and wrapper.func is _write:
