@@ -8,7 +8,7 @@ Without reset the updates telescope: W − W₀ has rank N·R at most, however m
 ``sequential`` adds one head's update a window, so W₀ moves on with every merge there too.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -81,6 +81,8 @@ class HeadSet:
         self._was_trained: dict[str, bool] = {}
         self._stamps: list[int] = []  # of every piece's rows, as the last merge left them
         self._told: set[str] = set()
+        self.left_out_names: list[str] = []  # targets that turned out to be none in the first step
+        self._gone: dict[str, dict[str, Tensor]] = {}
         self._written: dict[str, Tensor] = {}  # after a fit
         self.last_cost = self._cost = (0.0, 0.0)  # of a merge: bytes sent from here, seconds waited
         self.worn = True  # whether the layers still have their heads
@@ -150,19 +152,34 @@ class HeadSet:
             self._apply(self.exchange())
         return [] if self.settings.reset else inherited
 
+    def leave_out(self, names: Collection[str]) -> dict[str, nn.Module]:
+        """Give some layers their plain classes back before anything of them was merged; returns them by name."""
+        gone = {name: self.layers.pop(name) for name in names}
+        self._gone = {name: record.factors({name: layer}) | dict(_rest_weights(name, layer)) for name, layer in gone.items()}
+        self.pieces = [piece for piece in self.pieces if piece.layer_name not in names]
+        for name, layer in gone.items():
+            take_heads(layer)
+            leaf(layer).requires_grad_(self._was_trained.pop(name))
+        self.mark()
+        return gone
+
+    def parameters_of(self, names: Collection[str]) -> set[int]:
+        """Ids of the parameters that layers had which were left out."""
+        return {id(p) for name in names for p in self._gone[name].values()}
+
     def take_off(self) -> None:
         """Give the layers their plain classes back, with W as it is (merged, if the view is on); heads stay here."""
         self._written = {self.pieces[i].name: self.view.training_rows(self.pieces[i]).clone() for i in self.view.touched}
         for piece in self.pieces:
             if piece.base is None:
                 piece.base = self.view.training_rows(piece).clone()
+        self.worn = False  # whatever comes: a second try would meet layers that have none
         for name, layer in self.layers.items():
             held = self.layers[name] = take_heads(layer)
             leaf(layer).requires_grad_(self._was_trained[name])
             for piece in self.pieces:
                 if piece.layer is layer:
                     piece.layer = held
-        self.worn = False
         self.view.settle()
 
     # -- the clock --------------------------------------------------------------------------------------------------
@@ -361,6 +378,11 @@ class HeadSet:
     def left_out(self, module: nn.Module) -> set[str]:
         """What DDP must neither broadcast nor average."""
         return set() if self.settings.mode == "joint" else head_names(module, self.layers)
+
+
+def _rest_weights(name: str, layer: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """(name, parameter) of the row blocks that train in full next to heads."""
+    return ((f"{name}.rest_weight.{part}", p) for part, p in getattr(layer, "rest_weight", {}).items())
 
 
 def prev_of(piece: Piece) -> Factors:

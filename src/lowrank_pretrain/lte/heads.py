@@ -56,15 +56,16 @@ class MultiheadLoRALinear(Reclassed):
         shared = self._shared
         if shared.viewing or shared.batch is None:
             return self._plain_class.forward(self, x)
+        weight = self.weight.detach() if self.weight.requires_grad else self.weight  # in the first step only
         rest_weight = tuple(self.rest_weight[part.name] for part in self._rest)
         factors = [self.lora_B[part.name] for part in self._parts]
         if shared.mode == "joint":
             A, B, parts = self._side_by_side(factors)
-            return lora_linear(x, self.weight, self.bias, A, B, parts, is_conv1d(self), self._rest, rest_weight)
+            return lora_linear(x, weight, self.bias, A, B, parts, is_conv1d(self), self._rest, rest_weight)
         prev_A, prev_B = (self.prev_A, self.prev_B) if self.has_prev else (None, [])
         layout = Layout(self._parts, self._rest, is_conv1d(self))
         spans = self._spans(x)
-        return heads_linear(x, self.weight, self.bias, self.lora_A, factors, prev_A, prev_B, spans, layout, rest_weight)
+        return heads_linear(x, weight, self.bias, self.lora_A, factors, prev_A, prev_B, spans, layout, rest_weight)
 
     def _spans(self, x: Tensor) -> tuple[tuple[int, int], ...]:
         """Per head its first row and the one after its last; the first heads get one sample more if it does not divide."""

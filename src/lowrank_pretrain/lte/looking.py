@@ -8,6 +8,7 @@ from contextlib import suppress
 from lightning.pytorch.strategies import DDPStrategy
 
 from lowrank_pretrain import lora, random_state
+from lowrank_pretrain.lte.first_step import FirstStep
 from lowrank_pretrain.lte.head_set import HeadSet
 from lowrank_pretrain.lte.rest import Rest
 from lowrank_pretrain.lte.workers import Workers
@@ -18,6 +19,7 @@ class ViewHooks(DDPStrategy):
 
     heads: HeadSet | None
     rest: Rest | None
+    rehearsal: FirstStep | None
     _ignored: set[str]
     _workers: Workers | None
 
@@ -85,12 +87,15 @@ class ViewHooks(DDPStrategy):
         """
         with suppress(AttributeError):
             del self.precision_plugin.clip_grad_by_norm
-        if self.rest is not None and self.heads.worn:
+        if self.rehearsal is not None:
+            self.rehearsal.stop()
+        if self.heads is not None and self.heads.worn:
             together = self.heads.workers.size == 1 or not self.lightning_module.trainer.interrupted
-            if not self.heads.shared.viewing and together:
+            if self.rest is not None and not self.heads.shared.viewing and together:
                 self._look()
             self.heads.take_off()
-            self.rest.settle()
+            if self.rest is not None:
+                self.rest.settle()
             lora.switch_fast_path(self.lightning_module, off=False)
             self.lightning_module._ddp_params_and_buffers_to_ignore = sorted(self._ignored)
         super().teardown()

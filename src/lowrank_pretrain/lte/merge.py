@@ -21,7 +21,7 @@ from lowrank_pretrain.dtypes import at_least_32
 from lowrank_pretrain.lora_function import Part
 from lowrank_pretrain.lte.workers import Workers
 from lowrank_pretrain.lte.written import leaf
-from lowrank_pretrain.targets import is_conv1d
+from lowrank_pretrain.targets import WHOLE, is_conv1d
 
 ROUTES = ("factors", "dense")
 
@@ -43,6 +43,11 @@ class Piece:
     part: Part
     base: Tensor | None = field(default=None, repr=False)
     route: str = "factors"
+
+    @property
+    def layer_name(self) -> str:
+        """The name of the layer that it is a part of."""
+        return self.name if self.part.name == WHOLE else self.name.rpartition(".")[0]
 
     def rows(self) -> Tensor:
         """W's rows, an (O, D) view."""

@@ -4,7 +4,7 @@ LTE moves parameters about: W leaves its group, heads join it. A checkpoint says
 groups in their order, W among them without moments. Heads' moments are told by name, all N heads stacked.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +39,31 @@ class BareGroups:
         """The numbers that ``state_dict`` gives to those of these parameters that were there before."""
         position = {id(p): n for n, p in enumerate(p for group in self.groups for p in group)}
         return {position[id(p)] for p in params if id(p) in position}
+
+    def put_back(self, weights: Mapping[int, Tensor], gone: Collection[int]) -> None:
+        """Give the optimizer weights back where they were, in place of parameters that are gone.
+
+        Args:
+            weights: by id.
+            gone: ids of what had taken their place.
+        """
+        spare = next((g for g in self.optimizer.param_groups if any(id(p) in gone for p in g["params"])), None)
+        for group, was in zip(self.optimizer.param_groups, self.groups, strict=True):
+            names = dict(zip(map(id, group["params"]), group.get("param_names", ()), strict=False))
+            stays = [p for p in group["params"] if id(p) not in gone]
+            held = {id(p) for p in stays}
+            old = [p for p in was if id(p) in held or id(p) in weights]
+            known = {id(p) for p in old}
+            group["params"][:] = [*old, *(p for p in stays if id(p) not in known)]
+            if "param_names" in group:
+                group["param_names"][:] = [names.get(id(p), f"param_{n}") for n, p in enumerate(group["params"])]
+        placed = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        for key, p in weights.items():  # a tied head that came untied was in no group: it joins where its heads were
+            if key not in placed and spare is not None:
+                spare["params"].append(p)
+        for p in [p for p in self.optimizer.state if id(p) in gone]:
+            del self.optimizer.state[p]
+        self.inherited = [i for i in self.inherited if id(i.new) not in gone]
 
     def state_dict(self) -> dict[str, Any]:
         """What ``optimizer.state_dict()`` of the bare model would be."""

@@ -51,7 +51,9 @@ class Rest:
         self._kept: dict[str, Tensor] | None = None
         self._own: dict[str, Tensor] | None = None  # after a fit
         self._seen: dict[str, int] = {}  # stamps of the averages while they are in place
-        self._buffer_bytes = 0  # that the last merge averaged
+        self._buffer_bytes = 0  # that the last merge averaged; before the first, what it may
+        if self.apart:
+            self._buffer_bytes = sum(b.numel() * at_least_32(b.dtype).itemsize for b in self._buffers().values())
 
     def _parameters(self) -> dict[str, Tensor]:
         """What is averaged of the parameters: looked up by name, because moving a module replaces storages."""

@@ -51,6 +51,7 @@ def collect(heads: HeadSet) -> dict[str, Any] | None:
         "turn": heads.turn, "at_merge": heads.clock % settings.merge_every == 0 and heads.pending is None,
         "record": {"|".join(key): _stack(values) for key, values in everyone.items()},
         "missing": {key: workers for key, workers in missing.items() if workers},
+        "left_out": list(heads.left_out_names),
         "written": {name: _differing(values) for name, values in written.items()},
         "base": {p.name: (heads.view.training_rows(p) if p.base is None else p.base).cpu().clone() for p in heads.pieces},
         "pending": None if heads.pending is None else heads.pending[1],

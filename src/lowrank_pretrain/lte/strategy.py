@@ -26,6 +26,7 @@ from lowrank_pretrain.lte import record, rest
 from lowrank_pretrain.lte.checkpointing import CheckpointHooks
 from lowrank_pretrain.lte.clipping import clip_norms, share_overflow
 from lowrank_pretrain.lte.conversion import Conversion
+from lowrank_pretrain.lte.first_step import FirstStep
 from lowrank_pretrain.lte.head_set import HeadSet, Settings, head_names
 from lowrank_pretrain.lte.looking import ViewHooks
 from lowrank_pretrain.lte.optimizer_state import BareGroups
@@ -33,7 +34,6 @@ from lowrank_pretrain.lte.projected import ProjectedSet
 from lowrank_pretrain.lte.settings import check
 from lowrank_pretrain.lte.sharding import check_batches_differ, check_sampler, equal_lengths, known_to_share
 from lowrank_pretrain.lte.workers import Workers, make_group, same_weights
-
 
 DRIFTED = (
     "each worker changed gradients or weights in its own way; if it clips by hand, use gradient_clip_val or "
@@ -105,6 +105,7 @@ class LTEStrategy(Conversion, CheckpointHooks, ViewHooks):
         """As before a fit."""
         self.heads: HeadSet | ProjectedSet | None = None
         self.rest: rest.Rest | None = None
+        self.rehearsal: FirstStep | None = None
         self._ignored: set[str] = set()  # what the module itself keeps from DDP
         self._bare: list[BareGroups] = []
         self._untied: list[Inherit] = []
@@ -153,6 +154,8 @@ class LTEStrategy(Conversion, CheckpointHooks, ViewHooks):
                 "rank, targets", (self.rank, self.targets), "the phase callback's plan decides them: leave them out"
             )
         self.configure_ddp()
+        if self.rehearsal is not None:
+            self.rehearsal.start()
         scaler = getattr(self.precision_plugin, "scaler", None)
         if scaler is not None and self._workers.size > 1:
             share_overflow(scaler, self._workers.group)
@@ -184,6 +187,9 @@ class LTEStrategy(Conversion, CheckpointHooks, ViewHooks):
             self._first_batch = True
             if self._looks_at_batches:
                 check_batches_differ(args[0] if args else kwargs, self._workers.size)
+        if self.rehearsal is not None and self.rehearsal.waits:
+            with self.rehearsal.forward():
+                return super().training_step(*args, **kwargs)
         return super().training_step(*args, **kwargs)
 
     def _batch_size(self, batch: Any) -> int:
@@ -198,6 +204,8 @@ class LTEStrategy(Conversion, CheckpointHooks, ViewHooks):
     def post_backward(self, closure_loss: Tensor) -> None:
         """Forward passes outside a training step see W as it is."""
         super().post_backward(closure_loss)
+        if self.rehearsal is not None and self.rehearsal.waits:
+            self._rehearsed()
         if self.heads is not None and self.lightning_module.automatic_optimization:
             self.heads.shared.batch = None
 
@@ -206,7 +214,11 @@ class LTEStrategy(Conversion, CheckpointHooks, ViewHooks):
         output = super().optimizer_step(optimizer, closure, model, **kwargs)
         heads = self.heads
         if heads is not None and heads.optimizers and optimizer is heads.optimizers[0]:
+            if self.rehearsal is not None and self.rehearsal.waits:  # this worker left its first batch out
+                self._rehearsed()
             changed = heads.after_step()
+            if changed and self.rehearsal is not None and self.rehearsal.watches:
+                self._rehearsed()
             if self.settings.mode != "joint" and heads.clock % self.settings.merge_every == 0:
                 self.rest.merge()
                 if not self.rest.agrees():
@@ -214,6 +226,12 @@ class LTEStrategy(Conversion, CheckpointHooks, ViewHooks):
             if changed:
                 self._log()
         return output
+
+    def _rehearsed(self) -> None:
+        """Leave out, or refuse, targets that the first step showed to be none."""
+        reasons = self.rehearsal.finish()
+        if reasons:
+            self._leave_out(reasons)
 
     def _clip_grad_by_norm(self, optimizer: Optimizer, clip_val: float) -> None:
         module = self.lightning_module
