@@ -20,7 +20,7 @@ from lowrank_pretrain.lte.advice import advise
 from lowrank_pretrain.lte.first_step import FirstStep
 from lowrank_pretrain.lte.head_set import HeadSet, Settings, head_names
 from lowrank_pretrain.lte.matrix import check_group
-from lowrank_pretrain.lte.optimizer_state import BareGroups
+from lowrank_pretrain.lte.optimizer_state import BareGroups, check_stacked
 from lowrank_pretrain.lte.projected import ProjectedSet
 from lowrank_pretrain.lte.workers import Workers
 from lowrank_pretrain.plan import Plan, fit_ranks
@@ -131,6 +131,9 @@ class Conversion(DDPStrategy):
         held = [any(id(p) in owned for group in o.param_groups for p in group["params"]) for o in self.optimizers]
         if sum(held) > 1:
             raise ConfigError("configure_optimizers", f"{sum(held)} optimizers", "LTE's targets must all be in one of them")
+        for optimizer, holds in zip(self.optimizers, held, strict=True):
+            if holds and self.update == "lora":
+                check_stacked(optimizer, next(iter(heads.factors().values())))
         heads.optimizers = [o for _, o in sorted(zip(held, self.optimizers, strict=True), key=lambda pair: not pair[0])]
         left_out = head_names(module, heads.layers) | self._ignored
         self.rest = rest.Rest(module, owned, left_out, self._workers, self.sync_rest, lambda: self.model is not module)
@@ -148,6 +151,12 @@ class Conversion(DDPStrategy):
 
     def check_adopt(self, names: Iterable[str], module: pl.LightningModule) -> None:
         """Before training: can the switch hand the targets on?"""
+        if self.update == "lora":  # here and not at the freeze, which comes after days
+            weights = {id(target.layer.weight): target.layer.weight for target in all_targets(module).values()}
+            for optimizer in self.optimizers:
+                held = [weights[id(p)] for group in optimizer.param_groups for p in group["params"] if id(p) in weights]
+                if held:
+                    check_stacked(optimizer, held[0])
         if self.update == "galore":
             targets, names = all_targets(module), list(names)
             for optimizer in self._adopters():

@@ -14,8 +14,18 @@ import torch
 from torch import Tensor
 
 from lowrank_pretrain.lora_function import (
-    Part, RestPart, add_low_rank, affine, effective_weight, for_autocast, forms_merged_weight, is_ordinary, merged, own_memory,
-    times_B, wants_graph,
+    Part,
+    RestPart,
+    add_low_rank,
+    affine,
+    effective_weight,
+    for_autocast,
+    forms_merged_weight,
+    is_ordinary,
+    merged,
+    own_memory,
+    times_B,
+    wants_graph,
 )  # fmt: skip
 
 
@@ -79,7 +89,7 @@ def _by_autograd(
         A, B, wide = _beside_prev(A, B, old_A, old_B, parts)
         return effective_weight(weight, A[0], [f[0] for f in B], wide, transposed, rest, rest_weight)
 
-    if len(spans) == 1:
+    if len(spans) == 1 or not x.numel():
         return affine(x, of_head(0, 1), bias, transposed)
     flat = x.reshape(-1, x.shape[-1])  # (n, D)
     shares = [(k, i, j) for k, (i, j) in enumerate(spans) if j > i]
