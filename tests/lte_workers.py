@@ -176,7 +176,8 @@ def saved(world, folder, save_at, **kwargs):
     """A run that writes checkpoints; what it ends with."""
     module, run, strategy = fit(world, folder=folder, save_at=save_at, exact=True, **kwargs)
     heads = {name: p.detach().clone() for name, p in strategy.heads.factors().items()}
-    moments = [v.clone() for o in run.optimizers for s in o.state.values() for v in s.values()]
+    owned = [(o, p) for o in run.optimizers for group in o.param_groups for p in group["params"]]
+    moments = [v.clone() for o, p in owned for v in o.state.get(p, {}).values()]
     return {"weights": weights(module), "losses": module.losses, "heads": heads, "moments": moments,
             "clock": (strategy.heads.clock, strategy.heads.merges)}  # fmt: skip
 
@@ -315,3 +316,39 @@ def hashed(world, drift=None, **kwargs):
     callbacks = [Drift(*drift)] if drift else []
     fit(world, trainer={"logger": rows, "log_every_n_steps": 1, "callbacks": callbacks}, **kwargs)
     return [(step, row["lte/hash"]) for step, row in rows.rows if "lte/hash" in row]
+
+
+def resumed(world, folder, save_at, steps, crossed=None, **kwargs):
+    """A run and its resumes from each file it wrote: by file, what does not end to the bit as in the whole run."""
+    folder = Path(folder)
+
+    def saved_(*args, **more):
+        module = None if crossed is None else Crossed(crossed)
+        return saved(world, *args, steps=steps, module=module, **kwargs, **more)
+
+    whole = saved_(folder, save_at)
+    unlike = {}
+    for at in save_at:
+        again = saved_(folder / "again", [], ckpt=str(folder / f"step={at}.ckpt"))
+        unlike[at] = [k for k in ("weights", "heads") for n, v in whole[k].items() if not torch.equal(v, again[k][n])]
+        unlike[at] += ["losses"] if whole["losses"][at:] != again["losses"] else []
+        unlike[at] += ["clock"] if whole["clock"] != again["clock"] else []
+        same = len(whole["moments"]) == len(again["moments"]) and all(map(torch.equal, whole["moments"], again["moments"]))
+        unlike[at] += [] if same else ["moments"]
+    return unlike
+
+
+class Crossed(Net):
+    """Its layers are used in another order than they are registered in, and one of them only now and then."""
+
+    def __init__(self, sometimes=False):
+        super().__init__(dtype=torch.float32)
+        self.last, self.first = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.sometimes = sometimes
+
+    def training_step(self, batch, batch_idx):
+        index, x, y = batch
+        x = self.first(x.float())
+        if not self.sometimes or batch_idx % 2:
+            x = self.last(x)
+        return super().training_step((index, x, y), batch_idx)

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from lowrank_pretrain import transition
 from lowrank_pretrain.agreement import agreed_hash
+from lowrank_pretrain.buckets import settle_buckets
 from lowrank_pretrain.errors import ConfigError
 from lowrank_pretrain.lora_function import Part
 from lowrank_pretrain.lora_layer import Inherit
@@ -265,3 +266,4 @@ class LTEStrategy(Conversion, CheckpointHooks, ViewHooks):
         if not synced or apart or self._workers.size == 1:
             return  # DDP refuses a model without anything to reduce
         super().configure_ddp()
+        settle_buckets(self.model)
