@@ -352,3 +352,76 @@ class Crossed(Net):
         if not self.sometimes or batch_idx % 2:
             x = self.last(x)
         return super().training_step((index, x, y), batch_idx)
+
+
+class Manual(Net):
+    """Steps by hand: Lightning's optimizer, the raw one, the raw one with a closure, or two raw ones."""
+
+    def __init__(self, way="raw"):
+        super().__init__(dtype=torch.float64)
+        self.automatic_optimization, self.way = False, way
+
+    def configure_optimizers(self):
+        if self.way != "two":
+            return super().configure_optimizers()
+        own = list(self.net.parameters())
+        return [torch.optim.AdamW(self.out.parameters(), lr=1e-2), torch.optim.AdamW(own, lr=1e-2)]
+
+    def training_step(self, batch, batch_idx):
+        found = self.optimizers(use_pl_optimizer=self.way == "lightnings")
+        optimizers = found if isinstance(found, list) else [found]
+
+        def closure():
+            loss = super(Manual, self).training_step(batch, batch_idx)
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            self.manual_backward(loss)
+            return loss
+
+        if self.way == "closure":
+            optimizers[0].step(closure)
+            return
+        closure()
+        for optimizer in optimizers:
+            optimizer.step()
+
+
+class SaveByClock(pl.Callback):
+    """Writes clock=N.ckpt: Lightning counts no steps of a raw optimizer."""
+
+    def __init__(self, folder, at):
+        self.folder, self.at, self.merged = folder, at, []
+
+    def on_train_batch_end(self, trainer, module, *_):
+        heads = trainer.strategy.heads
+        self.merged.append(heads.merges)
+        if heads.clock == self.at:
+            trainer.save_checkpoint(self.folder / f"clock={self.at}.ckpt")
+
+
+def by_hand(world, folder, way, ckpt=None, at=5, epochs=2, **kwargs):
+    """A fit with manual optimization: merges after each step, and what it ends with."""
+    save, rows = SaveByClock(Path(folder), at), Rows()
+    options = {"max_epochs": epochs, "callbacks": [save], "logger": rows, "log_every_n_steps": 1}
+    module, _, strategy = fit(
+        world, steps=-1, module=Manual(way), exact=True, folder=folder, ckpt=ckpt, trainer=options, merge_every=3, **kwargs
+    )
+    logged = [step for step, row in rows.rows if "lte/merge_mib" in row]
+    return {"merged": save.merged, "weights": weights(module), "clock": strategy.heads.clock, "logged": logged}
+
+
+def patience(world, **kwargs):
+    """Seconds that the default group waits during a fit, and after it."""
+    import torch.distributed as dist
+
+    def now():
+        backend = dist.distributed_c10d._get_default_group()._get_backend(torch.device("cpu"))
+        return backend.options._timeout.total_seconds()
+
+    class Look(pl.Callback):
+        def on_train_start(self, *_):
+            found.append(now())
+
+    found = []
+    _, run, strategy = fit(world, steps=1, strategy=LTEStrategy(rank=2, heads=2, **kwargs), trainer={"callbacks": [Look()]})
+    return found[0], now(), strategy.merge_timeout

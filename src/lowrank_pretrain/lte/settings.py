@@ -76,8 +76,8 @@ def check_ddp(given: Mapping[str, Any], own: Iterable[str]) -> None:
             near = get_close_matches(key, [*own, *taken], 1, 0.5)
             hint = f"did you mean {near[0]}?" if near else f"its own are {', '.join(own)}"
             raise ConfigError(key, value, f"is no argument of LTEStrategy, nor of DDP: {hint}")
-    timeout = given.get("timeout", timedelta(1))
-    if not isinstance(timeout, timedelta) or timeout <= timedelta(0):
+    timeout = given.get("timeout")
+    if timeout is not None and (not isinstance(timeout, timedelta) or timeout <= timedelta(0)):
         raise ConfigError("timeout", timeout, "must be a datetime.timedelta above 0")
 
 

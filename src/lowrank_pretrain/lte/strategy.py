@@ -17,6 +17,7 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
+from torch.distributed.constants import default_pg_timeout
 from torch.optim import Optimizer
 
 from lowrank_pretrain import transition
@@ -242,7 +243,7 @@ class LTEStrategy(Conversion, CheckpointHooks, ViewHooks):
             self._injects = None
         super().teardown()
         if self._patience is None and self._workers is not None and self._workers.size > 1 and dist.is_initialized():
-            set_patience(self._timeout)
+            set_patience(self._timeout or default_pg_timeout)
 
     def _clip_grad_by_norm(self, optimizer: Optimizer, clip_val: float) -> None:
         module = self.lightning_module
