@@ -111,7 +111,8 @@ def bypassed(world, targets="all", how="linear", folder=None, ckpt=None, exact=F
     module = Bypassed()
     module.how = how
     more = {"folder": folder, "save_at": (3,)} if folder else {}
-    module, run, strategy = fit(world, module=module, targets=targets, ckpt=ckpt, exact=exact or bool(folder or ckpt), **more, **kwargs)
+    more["exact"] = exact or bool(folder or ckpt)
+    module, _, strategy = fit(world, module=module, targets=targets, ckpt=ckpt, **more, **kwargs)
     return {"weights": weights(module), "losses": module.losses, "targets": [p.name for p in strategy.heads.pieces]}
 
 

@@ -193,3 +193,35 @@ def sharded(world):
     run = trainer(Path("."), steps(), devices=world, strategy=ModelParallelStrategy(), use_distributed_sampler=False)
     data = Pairs(48)
     run.fit(Sharded(), EpochLoader(data, EpochBatches(48, 4, True, int(os.environ["RANK"]), world, seed=0)))
+
+
+def resumed(world, folder, save_at, **how):
+    """A run and its resumes from each file it wrote: by file, what does not end to the bit as in the whole run."""
+    folder = Path(folder)
+    whole = fit(world, folder, save_at=save_at, **how)
+    unlike = {}
+    for at in save_at:
+        again = fit(world, folder / "again", ckpt=str(folder / f"step={at}.ckpt"), **how)
+        unlike[at] = [name for name, p in whole["model"].items() if not torch.equal(p, again["model"][name])]
+        unlike[at] += ["losses"] if whole["losses"][at:] != again["losses"] else []
+        unlike[at] += [] if all(map(torch.equal, whole["optimizer"], again["optimizer"])) else ["moments"]
+        unlike[at] += ["state"] if whole["state"] != again["state"] else []
+    return unlike
+
+
+def plain(world, folder, save_at):
+    """Likewise without a method of ours: only what the suite's own runs have against Lightning's resumes."""
+
+    def go(ckpt=None, save_at=()):
+        module = Exact().float()
+        run = trainer(
+            Path(folder), LoopState(), Save(folder, save_at), devices=world, strategy=DDPStrategy(bucket_cap_mb=1e-4),
+            max_epochs=2, use_distributed_sampler=False,
+        )  # fmt: skip
+        batches = EpochBatches(48, 12 // world, True, int(os.environ["RANK"]), world, seed=0)
+        run.fit(module, EpochLoader(Pairs(48), batches), ckpt_path=ckpt)
+        return module.state_dict()
+
+    whole = go(save_at=save_at)
+    again = {at: go(ckpt=str(Path(folder) / f"step={at}.ckpt")) for at in save_at}
+    return {at: [n for n, v in whole.items() if not torch.equal(v, state[n])] for at, state in again.items()}

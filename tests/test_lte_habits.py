@@ -415,7 +415,7 @@ class Forward(Net):
 @pytest.mark.parametrize("how", [{"heads": 1}, {"heads": 1, "reset": True}, {"heads": 2}], ids=str)
 def test_models_that_differentiate_twice_or_forward_train(model, how):
     if model is PerSample and how["heads"] > 1:
-        with pytest.raises(ConfigError, match="heads=1"):
+        with pytest.raises(ConfigError, match="at least one per head"):
             fit(module=model(), steps=2, **how)
         return
     module, _, strategy = fit(module=model(), steps=6, **how)

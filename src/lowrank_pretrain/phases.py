@@ -20,6 +20,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lowrank_pretrain import adapter_groups, adoption, averaging, lora, plain_checkpoint, refusals, transition
 from lowrank_pretrain.agreement import agreed_hash
+from lowrank_pretrain.buckets import settle_buckets
 from lowrank_pretrain.errors import ConfigError
 from lowrank_pretrain.monitor import PHASES, count_parameters
 from lowrank_pretrain.plain_checkpoint import FORMAT, SIDE
@@ -204,6 +205,7 @@ class PhaseCallback(Callback):
         if self._groups is not None and self._groups != transition.group_names(trainer.optimizers, pl_module):
             held = "its optimizer groups hold other parameters, or another order"
             raise ConfigError("ckpt_path", str(trainer.ckpt_path), held)
+        settle_buckets(trainer.strategy.model)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Optimizer states are restored by now: look whether they fit, and whether every rank read the same file."""

@@ -31,6 +31,7 @@ class FirstStep:
     def __init__(self, module: nn.Module, targets: Mapping[str, Target], workers: Workers) -> None:
         self._rehearsal = Rehearsal(module, targets, adapters=False)
         self._workers = workers
+        self.unfit: dict[str, str] = {}  # layers whose input cannot be shared out among heads, and why
         self.waits = True  # for the first backward pass
 
     def start(self) -> None:
@@ -50,11 +51,16 @@ class FirstStep:
         rehearsal = self._rehearsal
         rehearsal.after_backward()
         penalised = [n for n, layer in rehearsal.layers.items() if n in rehearsal.touched and layer.weight.grad is not None]
-        mine = rehearsal.evidence()
+        mine = [[*flags, int(name in self.unfit)] for name, flags in zip(rehearsal.layers, rehearsal.evidence(), strict=True)]
         width = len(mine[0])
         flat = everyones([flag for flags in mine for flag in flags], self._workers)
         most = [max(flags) for flags in zip(*flat, strict=True)]
-        reasons = rehearsal.finish([most[at : at + width] for at in range(0, len(most), width)])
+        found = dict(zip(rehearsal.layers, (most[at : at + width] for at in range(0, len(most), width)), strict=True))
+        reasons = rehearsal.finish([flags[:-1] for flags in found.values()])
+        for target in rehearsal.targets.values():
+            if found[target.layer_name][-1]:
+                other = "has an input on another worker that cannot be shared out among its heads: leave it out"
+                reasons.setdefault(target.name, self.unfit.get(target.layer_name, other))
         named = {target.layer_name for name, target in rehearsal.targets.items() if name in reasons}
         for name, layer in rehearsal.layers.items():
             if name in rehearsal.called and name not in named:

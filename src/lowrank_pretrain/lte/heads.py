@@ -9,8 +9,8 @@ batch, y = W x + (s/N) Σ B_n A_n x. ``sequential``: one head at a time, on the 
 """
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,14 +34,52 @@ class Shared:
     Attributes:
         mode: one of ``MODES``.
         total: N, the heads over which a merge averages (in ``sequential``: the workers).
-        batch: samples in the batch that is being trained on; ``None`` outside a training step.
+        batch: samples in the batch that is being trained on; 0: not known; ``None`` outside a training step.
         viewing: W holds the merged weights for looking at: heads stay out of the way.
+        seen: per layer the largest dim 0 of its inputs in the first training step; ``None`` after it.
+        refused: why a layer's input cannot be shared out, as the first training step showed.
     """
 
     mode: str
     total: int
     batch: int | None = None
     viewing: bool = False
+    seen: dict[str, int] | None = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+
+    def check_seen(self, heads: int, families: Callable[[Iterable[str]], Mapping[str, str]]) -> dict[str, str]:
+        """After the first forward pass: has each layer at least one sample for each head?
+
+        A layer passes with its family (experts, of which one or the other may see few tokens).
+
+        Args:
+            heads: on this worker.
+            families: names to families (``targets.families``).
+
+        Returns:
+            Why a layer cannot have heads, by its name.
+
+        Raises:
+            ConfigError: no layer sees as many samples as there are heads.
+        """
+        seen, self.seen = self.seen, None
+        if heads == 1 or not (seen or self.refused):
+            return {}
+        reasons = dict(self.refused)
+        if not seen:
+            return reasons
+        if max(seen.values()) < heads:
+            raise ConfigError(
+                "heads", heads, f"a batch holds {max(seen.values())} samples on this worker: at least one per head is needed"
+            )
+        of = families(seen)
+        for name in seen:
+            size = max(n for other, n in seen.items() if of[other] == of[name])
+            if size < heads:
+                reasons[name] = (
+                    f"its input has {size} in dim 0, fewer than the {heads} heads: leave it out of the targets, or use heads=1"
+                )
+        return reasons
 
 
 class MultiheadLoRALinear(Reclassed):
@@ -64,20 +102,44 @@ class MultiheadLoRALinear(Reclassed):
             return lora_linear(x, weight, self.bias, A, B, parts, is_conv1d(self), self._rest, rest_weight)
         prev_A, prev_B = (self.prev_A, self.prev_B) if self.has_prev else (None, [])
         layout = Layout(self._parts, self._rest, is_conv1d(self))
+        if self.weight.requires_grad and self._cannot_share(x):
+            return self._plain_class.forward(self, x)
         spans = self._spans(x)
         return heads_linear(x, weight, self.bias, self.lora_A, factors, prev_A, prev_B, spans, layout, rest_weight)
 
+    def _cannot_share(self, x: Tensor) -> bool:
+        """In the first step, in which W takes gradients: x has not a sample for each head, so that W itself is what learns."""
+        if len(self.lora_A) == 1:
+            return False
+        try:
+            self._spans(x)
+        except ConfigError as error:
+            self._shared.refused[self._name] = error.allowed
+            return True
+        return x.shape[0] < len(self.lora_A)
+
     def _spans(self, x: Tensor) -> tuple[tuple[int, int], ...]:
-        """Per head its first row and the one after its last; the first heads get one sample more if it does not divide."""
-        heads, batch, rows = self.lora_A.shape[0], self._shared.batch, x.numel() // x.shape[-1]
+        """Per head its first row and the one after its last; the first heads get one sample more if it does not divide.
+
+        Samples are what dim 0 counts, be it the batch or a part of it. Where dim 0 is several times the batch (windows of an
+        image), a sample's rows stay together.
+        """
+        heads, batch = self.lora_A.shape[0], self._shared.batch
         if heads == 1:
-            return ((0, rows),)
-        if x.ndim < 2 or x.shape[0] % batch:
+            return ((0, x.numel() // x.shape[-1]),)
+        size = x.shape[0] if x.ndim > 1 else 0
+        if x.ndim < 2 or (x.ndim > 2 and batch and size % batch and x.shape[1] == batch):
             raise ConfigError(
-                "targets", self._name, f"its input {tuple(x.shape)} does not have the batch of {batch} first: "
-                "leave it out of the targets, or use heads=1"
+                "targets", self._name, f"its input {tuple(x.shape)} does not have the batch{f' of {batch}' if batch else ''} "
+                "first: leave it out of the targets, or use heads=1"
             )  # fmt: skip
-        per_sample, share, more = rows // batch, batch // heads, batch % heads
+        if not torch.compiler.is_compiling() and self._shared.seen is not None:
+            self._shared.seen[self._name] = max(size, self._shared.seen.get(self._name, 0))
+        if not batch or batch < heads or size % batch:
+            batch = size
+        if not size:  # an expert that no token was sent to
+            return ((0, 0),) * heads
+        per_sample, share, more = x[..., 0].numel() // batch, batch // heads, batch % heads
         ends = [per_sample * (k * share + min(k, more)) for k in range(heads + 1)]
         return tuple(zip(ends[:-1], ends[1:], strict=True))
 

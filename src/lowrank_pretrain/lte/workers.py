@@ -1,6 +1,7 @@
 """The processes that train together: their group, what they send one another, and that they start from the same weights."""
 
 import math
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
@@ -62,6 +63,8 @@ class Workers:
         try:
             return call()
         except RuntimeError as error:
+            if not lost(error):
+                raise
             within = "" if self.timeout is None else f" within {self.timeout:g} s"
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise RuntimeError(
@@ -182,15 +185,30 @@ def _unflatten(flat: Tensor, tensors: Sequence[Tensor]) -> None:
 
 
 def make_group(timeout: float) -> Any:
-    """A process group for merges, of its own: they must not queue before DDP's buckets.
+    """A process group for merges, of its own: they must not queue before DDP's buckets."""
+    return dist.new_group(timeout=timedelta(seconds=timeout))
 
-    What runs on the default group (DDP's averages, Lightning's word to all at each batch) waits no longer than ``timeout``
-    seconds from now on either. That is set here, behind the rendezvous, which a short timeout would bound too.
+
+def set_patience(limit: timedelta) -> None:
+    """How long what runs on the default group waits from now on (DDP's averages, Lightning's word to all at each batch).
+
+    Not before the rendezvous, which a short limit would bound too.
     """
-    limit = timedelta(seconds=timeout)
-    group = dist.new_group(timeout=limit)
     getattr(dist, "set_timeout", dist.distributed_c10d._set_pg_timeout)(limit)
-    return group
+
+
+# What gloo and NCCL say of a worker that is gone or too late. All else (sizes that do not fit, a full device) is another matter
+LOST = re.compile(
+    r"gloo/transport|pair closure|Connection (closed|reset|refused|timed out)|Broken pipe|[Tt]imed? ?out|Socket|"
+    r"remote process exited|unhandled (system|nccl) error|NCCL communicator was aborted|store->"
+)
+
+
+def lost(error: BaseException) -> bool:
+    """Whether a failed collective call means that another process died or did not answer."""
+    mismatch = "EnforceNotMet" in str(error) or "enforce fail" in str(error)  # gloo: sizes that do not fit
+    full = isinstance(error, torch.OutOfMemoryError)
+    return isinstance(error, RuntimeError) and not (mismatch or full) and LOST.search(str(error)) is not None
 
 
 def same_weights(module: nn.Module, workers: Workers) -> None:
