@@ -257,13 +257,25 @@ class HeadSet:
     def mark(self) -> None:
         """W is what it should be: whatever differs at the next merge was written by others."""
         if self.settings.mode != "joint":
-            self._stamps = stamps([self.view.training_rows(piece) for piece in self.pieces])
+            self._stamps = self._stamp()
+
+    def _stamp(self) -> list[int]:
+        """By piece a stamp of its W, which all row blocks of a layer share where all of them are targets."""
+        held: dict[tuple[int, int], Tensor] = {}
+        keys = []
+        for index, piece in enumerate(self.pieces):
+            whole = not piece.layer._rest
+            keys.append((id(piece.layer), -1 if whole else index))
+            if keys[-1] not in held:
+                held[keys[-1]] = self.view.training_weight(piece) if whole else self.view.training_rows(piece)
+        found = dict(zip(held, stamps(list(held.values())), strict=True))
+        return [found[key] for key in keys]
 
     def touched(self) -> list[int]:
         """Numbers of the pieces that anyone has written into since the last merge, on any worker. All together."""
         if self.settings.mode == "joint":
             return []
-        everyone = everyones(stamps([self.view.training_rows(piece) for piece in self.pieces]), self.workers)
+        everyone = everyones(self._stamp(), self.workers)
         self._apart = {i for i in range(len(self.pieces)) if any(theirs[i] != everyone[0][i] for theirs in everyone)}
         return [i for i, was in enumerate(self._stamps) if any(theirs[i] != was for theirs in everyone)]
 

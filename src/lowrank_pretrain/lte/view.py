@@ -122,12 +122,15 @@ class MergedView:
         self._stamps = []
         self._heads.shared.viewing = False
 
+    def training_weight(self, piece: Piece) -> Tensor:
+        """A piece's whole layer's W as training has it, also while the merged weights are in place."""
+        if not self._heads.shared.viewing:
+            return leaf(piece.layer).detach()
+        return self._kept[next(name for name, layer in self._heads.layers.items() if layer is piece.layer)]
+
     def training_rows(self, piece: Piece) -> Tensor:
         """W's rows as training has them, (O, D), also while the merged weights are in place."""
-        if not self._heads.shared.viewing:
-            return piece.rows()
-        name = next(name for name, layer in self._heads.layers.items() if layer is piece.layer)
-        return piece.rows_of(self._kept[name])
+        return piece.rows_of(self.training_weight(piece))
 
 
 def _chunks(sizes: list[int], limit: int | None) -> Iterator[list[int]]:

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
-from lowrank_pretrain.bits import stamp
+from lowrank_pretrain import bits
 from lowrank_pretrain.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def stamps(tensors: Sequence[Tensor]) -> list[int]:
     """Return every tensor's stamp; one read of the device."""
     if not tensors or tensors[0].is_meta:  # of what has shapes only (``traffic``) nobody writes into
         return [0] * len(tensors)
-    return torch.stack([stamp(t).to(tensors[0].device) for t in tensors]).tolist()
+    return bits.stamps(tensors).tolist()
 
 
 def everyones(mine: Sequence[int], workers: "Workers") -> list[list[int]]:
