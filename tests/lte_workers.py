@@ -410,7 +410,7 @@ def by_hand(world, folder, way, ckpt=None, at=5, epochs=2, **kwargs):
     return {"merged": save.merged, "weights": weights(module), "clock": strategy.heads.clock, "logged": logged}
 
 
-def patience(world, **kwargs):
+def patience(world, how):
     """Seconds that the default group waits during a fit, and after it."""
     import torch.distributed as dist
 
@@ -423,5 +423,5 @@ def patience(world, **kwargs):
             found.append(now())
 
     found = []
-    _, run, strategy = fit(world, steps=1, strategy=LTEStrategy(rank=2, heads=2, **kwargs), trainer={"callbacks": [Look()]})
+    _, run, strategy = fit(world, steps=1, strategy=LTEStrategy(rank=2, heads=2, **how), trainer={"callbacks": [Look()]})
     return found[0], now(), strategy.merge_timeout

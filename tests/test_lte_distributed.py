@@ -181,11 +181,11 @@ def test_whoever_calls_the_optimizers_step_the_clock_goes_on(ranks, tmp_path, wa
 
 
 def test_the_patience_that_was_asked_for_is_kept_and_ours_ends_with_the_fit(ranks):
-    asked, usual = timedelta(hours=3), 1800.0
-    assert ranks(2, workers.patience, 2) == [(600.0, usual, 600.0)] * 2
-    assert ranks(2, workers.patience, 2, merge_timeout=20) == [(20.0, usual, 20)] * 2
-    assert ranks(2, workers.patience, 2, timeout=asked) == [(10800.0, 10800.0, 10800.0)] * 2
-    assert ranks(2, workers.patience, 2, timeout=asked, merge_timeout=20) == [(10800.0, 10800.0, 20)] * 2
+    usual, asked = 1800.0, timedelta(hours=3)
+    assert ranks(2, workers.patience, 2, {}) == [(600.0, usual, 600.0)] * 2
+    assert ranks(2, workers.patience, 2, {"merge_timeout": 20}) == [(20.0, usual, 20)] * 2
+    assert ranks(2, workers.patience, 2, {"timeout": asked}) == [(10800.0, 10800.0, 10800.0)] * 2
+    assert ranks(2, workers.patience, 2, {"timeout": asked, "merge_timeout": 20}) == [(10800.0, 10800.0, 20)] * 2
 
 
 LOST = [
