@@ -211,3 +211,12 @@ def test_only_what_a_lost_worker_causes_is_put_down_to_one(text, dead):
         Workers(timeout=8)._call(fail)
     assert ("another worker died or did not answer within 8 s" in str(error.value)) == dead == lost(RuntimeError(text))
     assert not lost(torch.OutOfMemoryError("Socket Timeout"))
+
+
+def test_a_step_that_one_worker_leaves_out_is_counted_or_named(ranks):
+    first, second = ranks(2, workers.skipping, 2, "merge")
+    assert first["clock"] == second["clock"] == 8 and first["merges"] == second["merges"] == 2
+    same([first, second])
+    outcomes = ranks.outcomes(2, workers.skipping, 2, "step", grace=30)
+    assert not outcomes[1][0] and outcomes[1][1].startswith("ConfigError: training_step=None: is what worker 1 returned")
+    assert not outcomes[0][0]

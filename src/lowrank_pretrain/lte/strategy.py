@@ -192,6 +192,11 @@ class LTEStrategy(Conversion, CheckpointHooks, ViewHooks):
         shares = self.settings.heads > 1 and self.settings.mode == "parallel"
         self.heads.shared.batch = batch_size(args[0] if args else kwargs) if shares else 1
         output = super().training_step(*args, **kwargs)
+        if output is None and self.model is not self.lightning_module and self.lightning_module.automatic_optimization:
+            raise ConfigError(
+                "training_step", None, f"is what worker {self._workers.rank} returned, and the others would wait for its "
+                "gradients: leave such batches out in the loader, or return the loss times 0"
+            )  # fmt: skip
         if self.heads.shared.seen is not None:
             self.heads.shared.check_seen(self.settings.heads if shares else 1, partial(families, self.lightning_module))
         return output
