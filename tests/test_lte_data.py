@@ -313,3 +313,5 @@ def test_on_one_device_a_batch_sampler_of_ones_own_runs_as_it_is():
     _, run = feed(look, DataLoader(Samples(16), batch_sampler=Batches()))
     assert seen == list(range(8)) and run.strategy.heads.clock == 2
     assert run._accelerator_connector.use_distributed_sampler  # as it was asked for
+    run.test(Net(dtype=torch.float64), DataLoader(Samples(16), batch_sampler=Batches()), verbose=False)
+    assert run._accelerator_connector.use_distributed_sampler  # as it was asked for
