@@ -411,7 +411,7 @@ def by_hand(world, folder, way, ckpt=None, at=5, epochs=2, **kwargs):
     return {"merged": save.merged, "weights": weights(module), "clock": strategy.heads.clock, "logged": logged}
 
 
-def patience(world, **kwargs):
+def patience(world, how):
     """Seconds that the default group waits during a fit, and after it."""
     import torch.distributed as dist
 
@@ -424,5 +424,18 @@ def patience(world, **kwargs):
             found.append(now())
 
     found = []
-    _, run, strategy = fit(world, steps=1, strategy=LTEStrategy(rank=2, heads=2, **kwargs), trainer={"callbacks": [Look()]})
+    _, run, strategy = fit(world, steps=1, strategy=LTEStrategy(rank=2, heads=2, **how), trainer={"callbacks": [Look()]})
     return found[0], now(), strategy.merge_timeout
+
+
+class Skips(Net):
+    """On one rank a training step gives nothing."""
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        return None if int(os.environ["RANK"]) == 1 and batch_idx == 2 else loss
+
+
+def skipping(world, sync_rest):
+    module, _, strategy = fit(world, steps=8, module=Skips(), sync_rest=sync_rest, merge_timeout=8)
+    return {"weights": weights(module), "clock": strategy.heads.clock, "merges": strategy.heads.merges}

@@ -259,8 +259,10 @@ def test_an_unknown_argument_is_one_line_before_anything_starts(wrong, hint):
 
 
 def test_arguments_of_ddp_are_welcome():
-    known = {"find_unused_parameters": True, "static_graph": False, "bucket_cap_mb": 5, "gradient_as_bucket_view": True,
-             "broadcast_buffers": False, "process_group_backend": "gloo", "timeout": timedelta(hours=1), "start_method": "spawn"}  # fmt: skip
+    known = {
+        "find_unused_parameters": True, "static_graph": False, "bucket_cap_mb": 5, "gradient_as_bucket_view": True,
+        "broadcast_buffers": False, "process_group_backend": "gloo", "timeout": timedelta(hours=1), "start_method": "spawn",
+    }  # fmt: skip
     assert LTEStrategy(**known).merge_timeout == 3600
     assert LTEStrategy(timeout=None).merge_timeout == 600
     for wrong in (3600, timedelta(0)):

@@ -106,7 +106,8 @@ def test_any_container_is_looked_into(name):
 KINDS = {
     "0-d": lambda t: t[0, 0], "bfloat16": lambda t: t.bfloat16(), "bool": lambda t: t > 0, "int": lambda t: (9 * t).long(),
     "complex": lambda t: torch.complex(t, -t), "conjugate": lambda t: torch.complex(t, -t).conj(), "empty": lambda t: t[:0],
-    "negated": lambda t: torch.complex(t, t).conj().imag, "strided": lambda t: t.t()[::2], "expanded": lambda t: t[:1].expand(9, 6),
+    "negated": lambda t: torch.complex(t, t).conj().imag, "strided": lambda t: t.t()[::2],
+    "expanded": lambda t: t[:1].expand(9, 6),
     "sparse": lambda t: t.to_sparse(), "csr": lambda t: t.to_sparse_csr(), "csc": lambda t: t.to_sparse_csc(),
     "bsr": lambda t: t.to_sparse_bsr((2, 2)), "uncoalesced": lambda t: torch.sparse_coo_tensor([[0, 0]], t[0, :2], (4,)),
     "nested": lambda t: torch.nested.nested_tensor([t, t[:2]]),
@@ -314,4 +315,6 @@ def test_on_one_device_a_batch_sampler_of_ones_own_runs_as_it_is():
 
     _, run = feed(look, DataLoader(Samples(16), batch_sampler=Batches()))
     assert seen == list(range(8)) and run.strategy.heads.clock == 2
+    assert run._accelerator_connector.use_distributed_sampler  # as it was asked for
+    run.test(Net(dtype=torch.float64), DataLoader(Samples(16), batch_sampler=Batches()), verbose=False)
     assert run._accelerator_connector.use_distributed_sampler  # as it was asked for

@@ -181,11 +181,11 @@ def test_whoever_calls_the_optimizers_step_the_clock_goes_on(ranks, tmp_path, wa
 
 
 def test_the_patience_that_was_asked_for_is_kept_and_ours_ends_with_the_fit(ranks):
-    asked, usual = timedelta(hours=3), 1800.0
-    assert ranks(2, workers.patience, 2) == [(600.0, usual, 600.0)] * 2
-    assert ranks(2, workers.patience, 2, merge_timeout=20) == [(20.0, usual, 20)] * 2
-    assert ranks(2, workers.patience, 2, timeout=asked) == [(10800.0, 10800.0, 10800.0)] * 2
-    assert ranks(2, workers.patience, 2, timeout=asked, merge_timeout=20) == [(10800.0, 10800.0, 20)] * 2
+    usual, asked = 1800.0, timedelta(hours=3)
+    assert ranks(2, workers.patience, 2, {}) == [(600.0, usual, 600.0)] * 2
+    assert ranks(2, workers.patience, 2, {"merge_timeout": 20}) == [(20.0, usual, 20)] * 2
+    assert ranks(2, workers.patience, 2, {"timeout": asked}) == [(10800.0, 10800.0, 10800.0)] * 2
+    assert ranks(2, workers.patience, 2, {"timeout": asked, "merge_timeout": 20}) == [(10800.0, 10800.0, 20)] * 2
 
 
 LOST = [
@@ -211,3 +211,12 @@ def test_only_what_a_lost_worker_causes_is_put_down_to_one(text, dead):
         Workers(timeout=8)._call(fail)
     assert ("another worker died or did not answer within 8 s" in str(error.value)) == dead == lost(RuntimeError(text))
     assert not lost(torch.OutOfMemoryError("Socket Timeout"))
+
+
+def test_a_step_that_one_worker_leaves_out_is_counted_or_named(ranks):
+    first, second = ranks(2, workers.skipping, 2, "merge")
+    assert first["clock"] == second["clock"] == 8 and first["merges"] == second["merges"] == 2
+    same([first, second])
+    outcomes = ranks.outcomes(2, workers.skipping, 2, "step", grace=30)
+    assert not outcomes[1][0] and outcomes[1][1].startswith("ConfigError: training_step=None: is what worker 1 returned")
+    assert not outcomes[0][0]

@@ -7,7 +7,7 @@ traffic, ``state`` the checkpoint.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from datetime import timedelta
 from functools import partial
 from inspect import signature
@@ -107,6 +107,7 @@ class LTEStrategy(Conversion, CheckpointHooks, ViewHooks):
         )
         super().__init__(**ddp_kwargs)
         self._patience = ddp_kwargs.get("timeout")
+        self._injects: bool | None = None  # what use_distributed_sampler was before the fit
         if merge_timeout is None:
             merge_timeout = 600.0 if self._patience is None else self._patience.total_seconds()
         self.rank, self.targets = rank, targets if isinstance(targets, str) else [str(t) for t in targets]
@@ -129,7 +130,6 @@ class LTEStrategy(Conversion, CheckpointHooks, ViewHooks):
         self._holding = False
         self._inside_step = False
         self._ticks: Any = None
-        self._injects: bool | None = None
 
     # -- putting on -------------------------------------------------------------------------------------------------
 
@@ -156,9 +156,10 @@ class LTEStrategy(Conversion, CheckpointHooks, ViewHooks):
             self._stash = stash
             self._workers = self._make_workers()
             self._ignored = set(getattr(self.lightning_module, "_ddp_params_and_buffers_to_ignore", ()))
-            if self._workers.size == 1:  # nothing to share out: a loader that Lightning could not take apart runs as it is
-                connector = trainer._accelerator_connector
-                self._injects, connector.use_distributed_sampler = connector.use_distributed_sampler, False
+        if self.world_size == 1 and self._injects is None:
+            # nothing to share out: a loader that Lightning cannot take apart runs
+            connector = trainer._accelerator_connector
+            self._injects, connector.use_distributed_sampler = connector.use_distributed_sampler, False
         self._holding = True
         super().setup(trainer)
         self._holding = False
@@ -206,6 +207,11 @@ class LTEStrategy(Conversion, CheckpointHooks, ViewHooks):
         watching = self.rehearsal is not None and self.rehearsal.waits
         with self.rehearsal.forward() if watching else nullcontext():
             output = super().training_step(*args, **kwargs)
+        if output is None and self.model is not self.lightning_module and self.lightning_module.automatic_optimization:
+            raise ConfigError(
+                "training_step", None, f"is what worker {self._workers.rank} returned, and the others would wait for its "
+                "gradients: leave such batches out in the loader, or return the loss times 0"
+            )  # fmt: skip
         if self.heads.shared.seen is not None:
             unfit = self.heads.shared.check_seen(self.settings.heads if shares else 1, partial(families, self.lightning_module))
             if watching:
@@ -227,7 +233,8 @@ class LTEStrategy(Conversion, CheckpointHooks, ViewHooks):
         """With the heads comes their clock: it hangs on the optimizer itself, whoever calls its step."""
         super().after_transition()
         if self.heads is not None and self.heads.optimizers and self._ticks is None:
-            self._ticks = self.heads.optimizers[0].register_step_post_hook(self._after_raw_step)
+            with suppress(AttributeError):  # an optimizer that is none of torch's: Lightning's own call of its step remains
+                self._ticks = self.heads.optimizers[0].register_step_post_hook(self._after_raw_step)
 
     def optimizer_step(self, optimizer: Optimizer, closure: Any, model: Any = None, **kwargs: Any) -> Any:
         """The step, then the clock: it counts attempts, as Lightning does, so that a step skipped for fp16 is one."""
