@@ -176,7 +176,8 @@ def saved(world, folder, save_at, **kwargs):
     """A run that writes checkpoints; what it ends with."""
     module, run, strategy = fit(world, folder=folder, save_at=save_at, exact=True, **kwargs)
     heads = {name: p.detach().clone() for name, p in strategy.heads.factors().items()}
-    moments = [v.clone() for o in run.optimizers for s in o.state.values() for v in s.values()]
+    owned = [(o, p) for o in run.optimizers for group in o.param_groups for p in group["params"]]
+    moments = [v.clone() for o, p in owned for v in o.state.get(p, {}).values()]
     return {"weights": weights(module), "losses": module.losses, "heads": heads, "moments": moments,
             "clock": (strategy.heads.clock, strategy.heads.merges)}  # fmt: skip
 
@@ -247,7 +248,8 @@ def counted(world, **kwargs):
     gather, reduce = dist.all_gather_into_tensor, dist.all_reduce
 
     def counting_gather(out, tensor, *args, **kw):
-        seen["gather"] += (world - 1) * tensor.numel() * tensor.itemsize
+        if tensor.dtype != torch.int64:  # stamps: one number a target
+            seen["gather"] += (world - 1) * tensor.numel() * tensor.itemsize
         return gather(out, tensor, *args, **kw)
 
     def counting_reduce(tensor, *args, **kw):
@@ -315,3 +317,125 @@ def hashed(world, drift=None, **kwargs):
     callbacks = [Drift(*drift)] if drift else []
     fit(world, trainer={"logger": rows, "log_every_n_steps": 1, "callbacks": callbacks}, **kwargs)
     return [(step, row["lte/hash"]) for step, row in rows.rows if "lte/hash" in row]
+
+
+def resumed(world, folder, save_at, steps, crossed=None, **kwargs):
+    """A run and its resumes from each file it wrote: by file, what does not end to the bit as in the whole run."""
+    folder = Path(folder)
+
+    def saved_(*args, **more):
+        module = None if crossed is None else Crossed(crossed)
+        return saved(world, *args, steps=steps, module=module, **kwargs, **more)
+
+    whole = saved_(folder, save_at)
+    unlike = {}
+    for at in save_at:
+        again = saved_(folder / "again", [], ckpt=str(folder / f"step={at}.ckpt"))
+        unlike[at] = [k for k in ("weights", "heads") for n, v in whole[k].items() if not torch.equal(v, again[k][n])]
+        unlike[at] += ["losses"] if whole["losses"][at:] != again["losses"] else []
+        unlike[at] += ["clock"] if whole["clock"] != again["clock"] else []
+        same = len(whole["moments"]) == len(again["moments"]) and all(map(torch.equal, whole["moments"], again["moments"]))
+        unlike[at] += [] if same else ["moments"]
+    return unlike
+
+
+class Crossed(Net):
+    """Its layers are used in another order than they are registered in, and one of them only now and then."""
+
+    def __init__(self, sometimes=False):
+        super().__init__(dtype=torch.float32)
+        self.last, self.first = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.sometimes = sometimes
+
+    def training_step(self, batch, batch_idx):
+        index, x, y = batch
+        x = self.first(x.float())
+        if not self.sometimes or batch_idx % 2:
+            x = self.last(x)
+        return super().training_step((index, x, y), batch_idx)
+
+
+class Manual(Net):
+    """Steps by hand: Lightning's optimizer, the raw one, the raw one with a closure, or two raw ones."""
+
+    def __init__(self, way="raw"):
+        super().__init__(dtype=torch.float64)
+        self.automatic_optimization, self.way = False, way
+
+    def configure_optimizers(self):
+        if self.way != "two":
+            return super().configure_optimizers()
+        own = list(self.net.parameters())
+        return [torch.optim.AdamW(self.out.parameters(), lr=1e-2), torch.optim.AdamW(own, lr=1e-2)]
+
+    def training_step(self, batch, batch_idx):
+        found = self.optimizers(use_pl_optimizer=self.way == "lightnings")
+        optimizers = found if isinstance(found, list) else [found]
+
+        def closure():
+            loss = super(Manual, self).training_step(batch, batch_idx)
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            self.manual_backward(loss)
+            return loss
+
+        if self.way == "closure":
+            optimizers[0].step(closure)
+            return
+        closure()
+        for optimizer in optimizers:
+            optimizer.step()
+
+
+class SaveByClock(pl.Callback):
+    """Writes clock=N.ckpt: Lightning counts no steps of a raw optimizer."""
+
+    def __init__(self, folder, at):
+        self.folder, self.at, self.merged = folder, at, []
+
+    def on_train_batch_end(self, trainer, module, *_):
+        heads = trainer.strategy.heads
+        self.merged.append(heads.merges)
+        if heads.clock == self.at:
+            trainer.save_checkpoint(self.folder / f"clock={self.at}.ckpt")
+
+
+def by_hand(world, folder, way, ckpt=None, at=5, epochs=2, **kwargs):
+    """A fit with manual optimization: merges after each step, and what it ends with."""
+    save, rows = SaveByClock(Path(folder), at), Rows()
+    options = {"max_epochs": epochs, "callbacks": [save], "logger": rows, "log_every_n_steps": 1}
+    module, _, strategy = fit(
+        world, steps=-1, module=Manual(way), exact=True, folder=folder, ckpt=ckpt, trainer=options, merge_every=3, **kwargs
+    )
+    logged = [step for step, row in rows.rows if "lte/merge_mib" in row]
+    return {"merged": save.merged, "weights": weights(module), "clock": strategy.heads.clock, "logged": logged}
+
+
+def patience(world, how):
+    """Seconds that the default group waits during a fit, and after it."""
+    import torch.distributed as dist
+
+    def now():
+        backend = dist.distributed_c10d._get_default_group()._get_backend(torch.device("cpu"))
+        return backend.options._timeout.total_seconds()
+
+    class Look(pl.Callback):
+        def on_train_start(self, *_):
+            found.append(now())
+
+    found = []
+    _, run, strategy = fit(world, steps=1, strategy=LTEStrategy(rank=2, heads=2, **how), trainer={"callbacks": [Look()]})
+    return found[0], now(), strategy.merge_timeout
+
+
+class Skips(Net):
+    """On one rank a training step gives nothing."""
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        return None if int(os.environ["RANK"]) == 1 and batch_idx == 2 else loss
+
+
+def skipping(world, sync_rest):
+    module, _, strategy = fit(world, steps=8, module=Skips(), sync_rest=sync_rest, merge_timeout=8)
+    return {"weights": weights(module), "clock": strategy.heads.clock, "merges": strategy.heads.merges}

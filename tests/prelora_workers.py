@@ -203,25 +203,4 @@ def sharded(world):
     run.fit(Sharded(), EpochLoader(data, EpochBatches(48, 4, True, int(os.environ["RANK"]), world, seed=0)))
 
 
-class Routed(Exact):
-    """Each rank uses an expert of its own, another one by its weight alone, and none uses the last."""
-
-    def __init__(self):
-        super().__init__()
-        self.experts = torch.nn.ModuleList(torch.nn.Linear(12, 12, dtype=torch.float64) for _ in range(4))
-
-    def forward(self, x):
-        x = x.to(self.embed.weight.dtype)
-        return super().forward(self.experts[self.global_rank](x) + x @ self.experts[2].weight)
-
-
-def routed(world, folder):
-    """What the ranks find out in the first step, each from its own batches."""
-    module, callback = Routed(), steps()
-    run = trainer(
-        Path(folder), callback, devices=world, max_epochs=4, use_distributed_sampler=False,
-        strategy=DDPStrategy(find_unused_parameters=True),
-    )  # fmt: skip
-    data = Pairs(48)
-    run.fit(module, EpochLoader(data, EpochBatches(48, 4, True, int(os.environ["RANK"]), world, seed=0)))
-    return callback.phase, dict(callback.plan), dict(callback.left_out), [p.detach().clone() for p in module.parameters()]
+@

@@ -370,7 +370,7 @@ def test_a_wrong_argument_is_one_line(wrong, key):
 
 def test_a_wrong_use_is_one_line():
     with pytest.raises(ConfigError, match="at most 8"):
-        fit(rank=9)
+        fit(rank=9, targets="net.0")
     with pytest.raises(ConfigError, match="at least one per head"):
         fit(heads=9)
     with pytest.raises(ConfigError, match="matches no target"):
@@ -383,7 +383,7 @@ def test_a_wrong_use_is_one_line():
     module = Net()
     module.net[0] = Own(WIDTH, WIDTH).double()
     with pytest.raises(ConfigError, match="forward of its own"):
-        fit(module=module)
+        fit(module=module, targets="net.0")
 
 
 def test_a_phase_callback_decides_targets_and_ranks():

@@ -1,6 +1,7 @@
 """LTE from the command line's side: every experiment with each of its methods composes and builds; the sweeps; bad values."""
 
 import inspect
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -240,3 +241,30 @@ def test_one_device_may_sweep(composed, tmp_path):
     trainer = build_trainer(config["trainer"], tmp_path, [], [], build_method(config["method"]).strategy)
     assert trainer.world_size == 1
     refuse_popen_sweep(trainer, multirun=True)
+
+
+UNKNOWN = [
+    ({"merge_evry": 5}, "did you mean merge_every"), ({"hedas": 8}, "did you mean heads"), ({"sync": "step"}, "sync_rest"),
+    ({"find_unused_params": True}, "did you mean find_unused_parameters"), ({"device_ids": [0]}, "is no argument"),
+    ({"zzz": 1}, "its own are rank, heads"), ({"module": None}, "is no argument"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("wrong", "hint"), UNKNOWN, ids=str)
+def test_an_unknown_argument_is_one_line_before_anything_starts(wrong, hint):
+    """DDP, which would refuse it, is not even built on one device."""
+    with pytest.raises(ConfigError) as error:
+        LTEStrategy(rank=2, **wrong)
+    assert error.value.key == next(iter(wrong)) and hint in str(error.value) and "\n" not in str(error.value)
+
+
+def test_arguments_of_ddp_are_welcome():
+    known = {
+        "find_unused_parameters": True, "static_graph": False, "bucket_cap_mb": 5, "gradient_as_bucket_view": True,
+        "broadcast_buffers": False, "process_group_backend": "gloo", "timeout": timedelta(hours=1), "start_method": "spawn",
+    }  # fmt: skip
+    assert LTEStrategy(**known).merge_timeout == 3600
+    assert LTEStrategy(timeout=None).merge_timeout == 600
+    for wrong in (3600, timedelta(0)):
+        with pytest.raises(ConfigError, match="timeout=.*must be a datetime.timedelta above 0"):
+            LTEStrategy(timeout=wrong)

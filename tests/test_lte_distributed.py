@@ -1,9 +1,12 @@
 """LTE on two and four gloo processes: what must be equal on all of them, what must not, and what it costs on the wire."""
 
+from datetime import timedelta
+
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping
 
+from lowrank_pretrain.lte.workers import Workers, lost
 from tests import lte_workers as workers
 
 
@@ -161,3 +164,59 @@ def test_a_worker_that_drifts_is_named_at_the_next_merge(ranks):
     assert all(
         not fine and "ranks disagree after the merge at step 8: out.weight on rank 1" in text for fine, text, _ in outcomes
     )
+
+
+@pytest.mark.parametrize("way", ["raw", "closure", "lightnings", "two"])
+def test_whoever_calls_the_optimizers_step_the_clock_goes_on(ranks, tmp_path, way):
+    one = workers.by_hand(1, tmp_path, way, heads=2, batch=8)
+    two = ranks(2, workers.by_hand, 2, tmp_path, way, heads=1, batch=8)
+    assert one["merged"] == [n // 3 for n in range(1, 17)] and one["clock"] == 16  # two epochs of eight batches
+    assert len(one["logged"]) == 5 and one["logged"] == sorted(set(one["logged"]))
+    same(two)
+    for result in two:
+        assert result["merged"] == one["merged"] and result["logged"] == one["logged"]
+    again = ranks(2, workers.by_hand, 2, tmp_path, way, heads=1, batch=8, ckpt=str(tmp_path / "clock=5.ckpt"), at=-1)
+    for a, b in zip(two, again, strict=True):
+        assert a["clock"] == b["clock"] and all(torch.equal(a["weights"][k], b["weights"][k]) for k in a["weights"])
+
+
+def test_the_patience_that_was_asked_for_is_kept_and_ours_ends_with_the_fit(ranks):
+    usual, asked = 1800.0, timedelta(hours=3)
+    assert ranks(2, workers.patience, 2, {}) == [(600.0, usual, 600.0)] * 2
+    assert ranks(2, workers.patience, 2, {"merge_timeout": 20}) == [(20.0, usual, 20)] * 2
+    assert ranks(2, workers.patience, 2, {"timeout": asked}) == [(10800.0, 10800.0, 10800.0)] * 2
+    assert ranks(2, workers.patience, 2, {"timeout": asked, "merge_timeout": 20}) == [(10800.0, 10800.0, 20)] * 2
+
+
+LOST = [
+    "[../gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1234",
+    "[../gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 8000ms for recv operation to complete",
+    "NCCL error in: ProcessGroupNCCL.cpp:1, remote process exited or there was a network error, NCCL version 2.21",
+    "Application timeout caused pair closure",
+]
+OTHERS = [
+    "[enforce fail at ../gloo/transport/tcp/pair.cc:456] op.preamble.length <= op.nbytes. 3108 vs 2588",
+    "The size of tensor a (7) must match the size of tensor b (5) at non-singleton dimension 0",
+    "CUDA out of memory. Tried to allocate 2.00 GiB",
+    "NCCL error in: ProcessGroupNCCL.cpp:1, invalid usage, NCCL version 2.21\nDuplicate GPU detected",
+]
+
+
+@pytest.mark.parametrize(("text", "dead"), [*[(t, True) for t in LOST], *[(t, False) for t in OTHERS]])
+def test_only_what_a_lost_worker_causes_is_put_down_to_one(text, dead):
+    def fail():
+        raise RuntimeError(text)
+
+    with pytest.raises(RuntimeError) as error:
+        Workers(timeout=8)._call(fail)
+    assert ("another worker died or did not answer within 8 s" in str(error.value)) == dead == lost(RuntimeError(text))
+    assert not lost(torch.OutOfMemoryError("Socket Timeout"))
+
+
+def test_a_step_that_one_worker_leaves_out_is_counted_or_named(ranks):
+    first, second = ranks(2, workers.skipping, 2, "merge")
+    assert first["clock"] == second["clock"] == 8 and first["merges"] == second["merges"] == 2
+    same([first, second])
+    outcomes = ranks.outcomes(2, workers.skipping, 2, "step", grace=30)
+    assert not outcomes[1][0] and outcomes[1][1].startswith("ConfigError: training_step=None: is what worker 1 returned")
+    assert not outcomes[0][0]

@@ -53,6 +53,24 @@ def test_resume_is_exact_on_two_workers(ranks, tmp_path, how):
             identical(a, b, step)
 
 
+SMALL = {"bucket_cap_mb": 1e-4, "batch": 12, "steps": 9}  # several buckets; three workers or four
+MORE = [
+    {"net": {"dtype": torch.float32}},
+    {"net": {"dtype": torch.float32}, "sync_rest": "merge"},
+    {"net": {"dtype": torch.float32}, "mode": "joint", "static_graph": True},
+    {"crossed": False, "gradient_as_bucket_view": True, "overlap": 1},
+    {"crossed": True, "find_unused_parameters": True},
+]
+
+
+@pytest.mark.parametrize("how", MORE, ids=lambda how: "-".join(how))
+@pytest.mark.parametrize("world", [3, 4])
+def test_resume_is_exact_on_more_than_two_workers(ranks, tmp_path, world, how):
+    """A sum of three numbers depends on who adds first: a wrapper's first step must add as all later ones do."""
+    for unlike in ranks(world, workers.resumed, world, tmp_path, [3, 4, 6], **SMALL, **how):
+        assert unlike == {3: [], 4: [], 6: []}
+
+
 def merged_loss(path):
     """What the file's model scores, loaded without LTE."""
     plain, data = Net(), Samples(16)

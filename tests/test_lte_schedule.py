@@ -233,3 +233,27 @@ def test_what_cannot_be_pruned_is_said():
     optimizer.state[parameters[1]]["exp_avg"] = torch.zeros(6, 7, dtype=torch.uint8)
     with pytest.raises(ConfigError, match="stored as torch.uint8"):
         prune_moments(optimizer, parameters, 0.5)
+
+
+def test_ramps_follow_the_merges_of_each_fit(tmp_path):
+    """A second fit with one trainer goes on with Lightning's steps, and begins the merges' clock anew."""
+
+    class Look(pl.Callback):
+        def __init__(self):
+            self.merges, self.rates = [], []
+
+        def on_train_start(self, fit, pl_module):
+            fit.optimizers[0].register_step_pre_hook(lambda o, *_: self.rates.append(o.param_groups[0]["lr"]))
+
+        def on_train_batch_end(self, fit, *_):
+            self.merges.append(fit.strategy.heads.merges)
+
+    look, module = Look(), toy()
+    strategy = LTEStrategy(rank=2, heads=2, merge_every=4, reset=True, targets=["*.fc1"])
+    fit = trainer(tmp_path, JaggedRestarts(warmup=2), look, strategy=strategy, max_epochs=-1, max_steps=6)
+    fit.fit(module, loader())
+    fit.fit_loop.epoch_loop.max_steps = 15
+    fit.fit(module, loader())
+    assert look.merges == [0, 0, 0, 1, 1, 1] + [0, 0, 0, 1, 1, 1, 1, 2, 2]
+    factors = slow_factors(6, 4, 2, 0) + slow_factors(9, 4, 2, 0)
+    assert look.rates == pytest.approx([0.01 * f for f in factors])

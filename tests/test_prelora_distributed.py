@@ -67,6 +67,23 @@ def test_resume_is_bit_exact_and_everything_that_trains_moves(ranks, tmp_path):
             assert b["start"] and not b["unmoved"]  # Lightning #21901
 
 
+MORE = [{}, {"strategy": {"find_unused_parameters": True}}, {"ema": True, "gradient_clip_val": 0.05}]
+
+
+@pytest.mark.parametrize("how", MORE, ids=lambda how: "-".join(how) or "default")
+@pytest.mark.parametrize("world", [3, 4])
+def test_resume_is_exact_on_more_than_two_processes(ranks, tmp_path, world, how):
+    """From full, joint and low-rank training; each transition wraps the model anew, and so does a resume."""
+    how = {"batch": 12, "hook": None, **how, "strategy": {"bucket_cap_mb": 1e-3, **how.get("strategy", {})}}
+    for unlike in ranks(world, workers.resumed, world, tmp_path, [5, 11, 15], **how):
+        assert unlike == {5: [], 11: [], 15: []}
+
+
+def test_a_run_without_a_method_resumes_exactly_on_three_processes(ranks, tmp_path):
+    for unlike in ranks(3, workers.plain, 3, tmp_path, [3, 6]):
+        assert unlike == {3: [], 6: []}
+
+
 @pytest.mark.parametrize("at", [5, 11, 19])
 def test_one_process_goes_on_where_two_were_and_two_where_one_was(ranks, tmp_path, at):
     two = ranks(2, workers.fit, 2, tmp_path / "2", save_at=[at])

@@ -9,8 +9,10 @@ import os
 import random
 import shutil
 import signal
+import socket
 import sys
 import warnings
+from datetime import timedelta
 from types import SimpleNamespace
 
 import numpy as np
@@ -648,3 +650,35 @@ def test_a_process_cannot_own_a_directory_twice(tmp_path):
         pass
     with owned(tmp_path):
         pass
+
+
+def test_a_launcher_that_started_another_number_of_processes_names_the_devices(composed, tmp_path, monkeypatch):
+    from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+
+    for key, value in {"WORLD_SIZE": "2", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_JOB_NAME": "run"}.items():
+        monkeypatch.setenv(key, value)
+    for environment in (TorchElasticEnvironment, SLURMEnvironment):
+        with pytest.raises(ValueError) as ended:
+            environment().validate_settings(num_devices=1, num_nodes=1)
+        line, code = failures.describe(ended.value, composed(), tmp_path)
+        assert code == 2 and line.startswith("error: trainer.devices=1: You set `devices=1`") and "\n" not in line
+    monkeypatch.delenv("SLURM_NTASKS_PER_NODE")
+    with pytest.raises(RuntimeError) as ended:
+        SLURMEnvironment._validate_srun_variables()
+    line, code = failures.describe(ended.value, composed(), tmp_path)
+    assert code == 2 and "--ntasks=2" in line and "\n" not in line
+
+
+def test_a_port_that_another_job_has_is_named(composed, tmp_path):
+    with socket.socket() as holder:
+        holder.bind(("", 0))
+        holder.listen()
+        port = holder.getsockname()[1]
+        with pytest.raises(torch.distributed.DistError) as ended:
+            torch.distributed.TCPStore("127.0.0.1", port, 1, is_master=True, timeout=timedelta(seconds=5))
+    line, code = failures.describe(ended.value, composed(), tmp_path)
+    assert code == 2 and line.startswith(f"error: MASTER_PORT={port}: is in use") and "\n" not in line
+    with pytest.raises(torch.distributed.DistError) as ended:  # nobody is there
+        torch.distributed.TCPStore("127.0.0.1", port, 2, is_master=False, timeout=timedelta(milliseconds=100))
+    line, code = failures.describe(ended.value, composed(), tmp_path)
+    assert code == 1 and line.startswith("error: another process died or did not answer") and "\n" not in line

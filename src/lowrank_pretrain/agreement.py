@@ -30,7 +30,7 @@ def fingerprint(p: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def agreed_hash(strategy: Any, module: nn.Module, when: str, apart: Collection[str] | None = None) -> int:
+def agreed_hash(strategy: Any, module: nn.Module, when: str, apart: Collection[str] | None = None, cause: str = "") -> int:
     """A hash of all parameters, of which every rank has made sure that the others hold the same.
 
     Args:
@@ -39,6 +39,7 @@ def agreed_hash(strategy: Any, module: nn.Module, when: str, apart: Collection[s
         when: for the message, e.g. ``after the switch at step 8``.
         apart: names of those that may differ; ``None``: what DDP was told to leave apart
             (``_ddp_params_and_buffers_to_ignore``).
+        cause: what is likely to have made them drift, for the message.
 
     Returns:
         32 bits, the same on every rank.
@@ -56,8 +57,8 @@ def agreed_hash(strategy: Any, module: nn.Module, when: str, apart: Collection[s
         others = [rank for rank, theirs in enumerate(everyone) if theirs[i] != everyone[0][i]]
         if others:
             raise Disagreement(
-                f"ranks disagree {when}: {name} on rank {', '.join(map(str, others))} is not that of rank 0; "
-                "go on from a checkpoint written before they drifted apart"
+                f"ranks disagree {when}: {name} on rank {', '.join(map(str, others))} is not that of rank 0"
+                f"{f' ({cause})' if cause else ''}; go on from a checkpoint written before they drifted apart"
             )
     total = 0
     for value in everyone[0]:

@@ -1,6 +1,8 @@
 """Which failures are the user's to mend, as one line and an exit code; all others keep their traceback."""
 
 import errno
+import os
+import re
 import traceback
 from pathlib import Path
 
@@ -14,12 +16,17 @@ from .checkpoints import NotWritten
 from .errors import ConfigError
 from .finite import Diverged
 from .interrupts import Interrupted
+from .lte.workers import lost
 from .stall import Stalled
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)  # full, over quota or a limit, read-only
 
 # What parts of a checkpoint that are missing or of another kind raise in whoever takes them up
 RESTORING = (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError)
+
+# Modules whose complaints are about the Trainer's arguments
+LIGHTNINGS = ("lightning.pytorch.trainer", "lightning.pytorch.loops")
+ENVIRONMENTS = "lightning.fabric.plugins.environments"  # torchrun's, SLURM's: what was started does not fit the arguments
 
 # Where an error that names a bare key comes from: the first of these modules in its traceback, from the inside out.
 ROOMS = {
@@ -40,6 +47,8 @@ def describe(error: BaseException, cfg: DictConfig, run_dir: Path) -> tuple[str,
     """
     if isinstance(error, ConfigError):
         return f"error: {with_group(error, cfg)}", 2
+    if (port := _port_in_use(error)) is not None:
+        return f"error: MASTER_PORT={port}: is in use, perhaps by another job on this machine: give this one another", 2
     if _is_another_process(error):
         return f"error: another process died or did not answer ({one_line(error)[:200]}); {last_good(run_dir)}", 1
     if isinstance(error, RESTORING) and _while_restoring(error):
@@ -69,12 +78,18 @@ def _while_restoring(error: BaseException) -> bool:
     return "lightning.pytorch.trainer.connectors.checkpoint_connector" in modules
 
 
+def _port_in_use(error: BaseException) -> str | None:
+    """The port at which the processes were to meet, if another program has it."""
+    if not isinstance(error, torch.distributed.DistError) or "EADDRINUSE" not in str(error):
+        return None
+    found = re.search(r"port: ?(\d+)", str(error))
+    return found[1] if found else os.environ.get("MASTER_PORT", "")
+
+
 def _is_another_process(error: BaseException) -> bool:
-    """Whether a collective call failed: NCCL's errors have a class, gloo's only words, ours begin with LTE."""
-    if isinstance(error, torch.distributed.DistError):
-        return True
-    words = ("LTE: another worker", "gloo/transport", "Connection closed by peer", "Connection reset by peer", "pair closure")
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    """Whether another process is gone or never came: to a collective call (NCCL, gloo, ours), or to the meeting before it."""
+    meeting = (torch.distributed.DistNetworkError, torch.distributed.DistStoreError)
+    return isinstance(error, meeting) or "LTE: another worker" in str(error) or lost(error)
 
 
 def _trainers(text: str, cfg: DictConfig) -> str:
@@ -109,11 +124,12 @@ def with_group(error: ConfigError, cfg: DictConfig) -> ConfigError:
 
 
 def _is_lightnings(error: BaseException) -> bool:
-    """A ValueError or TypeError that Lightning's own code raises is about the Trainer's arguments."""
-    if not isinstance(error, (ValueError, TypeError)) or error.__traceback__ is None:
+    """What Lightning's own code raises so is about the Trainer's arguments, or about those of torchrun or srun."""
+    if not isinstance(error, (ValueError, TypeError, RuntimeError)) or error.__traceback__ is None:
         return False
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    return frame.f_globals.get("__name__", "").startswith(("lightning.pytorch.trainer", "lightning.pytorch.loops"))
+    module = frame.f_globals.get("__name__", "")
+    return module.startswith(ENVIRONMENTS) or (not isinstance(error, RuntimeError) and module.startswith(LIGHTNINGS))
 
 
 def _farewell(error: Interrupted) -> str:

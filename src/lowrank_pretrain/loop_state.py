@@ -7,6 +7,8 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler, WeightAve
 from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
+from lowrank_pretrain.buckets import settle_buckets
+
 from .galore.checkpoint import follow_rates
 
 KEY = "loop_state"
@@ -33,6 +35,8 @@ class LoopState(Callback):
     A scheduler that goes by a metric (``ReduceLROnPlateau``) is stepped behind the last hook of an epoch; a file written in
     that hook is without the step, and Lightning leaves the step out in an epoch that is resumed in its middle, for it does
     not save metrics.
+
+    DDP adds gradients up in another order in the first step after a start than in all others: see ``buckets``.
     """
 
     def __init__(self) -> None:
@@ -66,6 +70,7 @@ class LoopState(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        settle_buckets(trainer.strategy.model)
         if self._resuming:
             trainer.fit_loop.epoch_loop.max_steps = self._max_steps
             self._resuming, self._first_batch = False, True

@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from lowrank_pretrain import adapter_groups, adoption, averaging, lora, plain_checkpoint, refusals, transition
 from lowrank_pretrain.adapter_watch import AdapterWatch, check_optimizers
 from lowrank_pretrain.agreement import agreed_hash
+from lowrank_pretrain.buckets import settle_buckets
 from lowrank_pretrain.errors import ConfigError
 from lowrank_pretrain.first_step import FirstStep
 from lowrank_pretrain.monitor import PHASES, count_parameters
@@ -247,6 +248,7 @@ class PhaseCallback(Callback):
         if self._groups is not None and self._groups != transition.group_names(trainer.optimizers, pl_module):
             held = "its optimizer groups hold other parameters, or another order"
             raise ConfigError("ckpt_path", str(trainer.ckpt_path), held)
+        settle_buckets(trainer.strategy.model)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Optimizer states are restored by now: look whether they fit, and whether every rank read the same file."""

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from lowrank_pretrain import averaging, compiled
 from lowrank_pretrain.agreement import agreed_hash
+from lowrank_pretrain.buckets import settle_buckets
 from lowrank_pretrain.errors import ConfigError
 from lowrank_pretrain.lora import Inherit
 from lowrank_pretrain.memory import give_back
@@ -79,6 +80,7 @@ def apply(
         agreed = agreed_hash(strategy, module, f"at a change of the model behind step {trainer.global_step}")
     if wrapped:
         strategy.configure_ddp()
+        settle_buckets(strategy.model)  # before the hooks, which would take made-up gradients for real ones
         _keep_hooks(strategy.model, hooks)
     return agreed
 

@@ -108,6 +108,18 @@ SCENARIOS = {
             {**CHANGES, "exchange": 3, "merge": 3},
             workers=2,
         ),
+        Scenario(
+            "lte three",
+            [*SHORT, *VIT, *LTE, "trainer.devices=3", "data.batch_size=12", "method.heads=1", "save_every=1"],
+            {"exchange": 4, "merge": 4},
+            workers=3,
+        ),
+        Scenario(
+            "prelora ddp three",
+            [*SHORT, *VIT, *PHASES, "trainer.devices=3", "data.batch_size=12", "trainer.strategy=ddp", "save_every=2"],
+            CHANGES,
+            workers=3,
+        ),
         Scenario("lte sequential", [*SHORT, *VIT, *LTE, "method.mode=sequential", "save_every=1"], {"exchange": 4, "merge": 4}),
     )
 }  # fmt: skip

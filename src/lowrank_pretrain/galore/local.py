@@ -1,9 +1,12 @@
-"""What one worker has done to one matrix since the workers last agreed on it (LTE × GaLore): W = C·W_base + P·D, always.
+"""What one worker has done to one matrix since the workers last agreed on it (LTE × GaLore): W = C·W_base + P·D + X, always.
 
 A GaLore step with decoupled weight decay is W ← (W + η·P·(−N))(1 − ηλ). With P fixed between two merges this keeps the form
 C·W_base + P·D: D ← (D − η·N)(1 − ηλ), C ← C(1 − ηλ). W is formed anew from the right-hand side at every step instead of being
 updated: that costs what the update and the decay cost, a resumed worker finds its W to the bit from r(m+n) numbers, and
 weights in half precision lose no small update.
+
+X is what others than the optimizer wrote into W (clamps, masks, ``load_state_dict``); where nobody does there is none. It is
+seen by W's version counter, and on a CPU, as on any device before the first merge, by its bits, for ``.data`` counts nothing.
 
 Shapes: W m×n; in the layout of ``Projected.matrix`` d×k, P d×r, D r×k (two-sided: D r×r, and Q k×r).
 """
@@ -13,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lowrank_pretrain.bits import stamp
 from lowrank_pretrain.dtypes import at_least_32
 
 if TYPE_CHECKING:
@@ -29,6 +33,7 @@ class LocalUpdate:
         base: W_base, in p's shape.
         D: the update in the basis; ``None`` before the first step.
         C: what weight decay has left of W_base.
+        X: what others added since the last merge, in p's shape; ``None``: nothing.
         fresh: the next step renews the basis; only then is D zero.
     """
 
@@ -36,11 +41,38 @@ class LocalUpdate:
         self.base = p.detach().to(at_least_32(p.dtype), copy=True)
         self.D: Tensor | None = None
         self.C = 1.0
+        self.X: Tensor | None = None
         self.fresh = True
+        self._reads_bits = not p.is_meta
+        self.mark(p)
+
+    def mark(self, p: Tensor) -> None:
+        """W is what it should be: whatever differs from now on was written by others."""
+        self._version = p._version
+        self._stamp = int(stamp(p)) if self._reads_bits else None
+
+    @torch.no_grad()
+    def absorb(self, slot: "Projected", weight: Tensor | None = None) -> None:
+        """Take what others wrote into W since the last step into X; W stays what it is.
+
+        Args:
+            slot: the matrix' projection.
+            weight: W as training has it, if something else is in its place now.
+        """
+        p = slot.p if weight is None else weight
+        if slot.p._version == self._version if self._stamp is None else int(stamp(p)) == self._stamp:
+            return
+        added = (p.detach() - self.formed(slot).to(p.dtype)).to(self.base.dtype)
+        if self.X is not None or added.any():
+            self.X = added if self.X is None else self.X.add_(added)
+        self._version, self._stamp = slot.p._version, int(stamp(p)) if self._reads_bits else None
 
     @torch.no_grad()
     def take(self, slot: "Projected", minus_n: Tensor, rate: float) -> None:
         """One step: −N in the basis, and ``rate`` = ηλ of decay."""
+        self.absorb(slot)
+        if self.X is not None:
+            self.X.mul_(1 - rate)
         if self.D is None:
             self.D = torch.zeros_like(minus_n, dtype=self.base.dtype)
         self.D.add_(minus_n.to(self.D.dtype), alpha=float(slot.group["lr"]) * slot.group["scale"]).mul_(1 - rate)
@@ -49,15 +81,21 @@ class LocalUpdate:
 
     @torch.no_grad()
     def form(self, slot: "Projected") -> None:
-        """Write C·W_base + P·D into the weight."""
-        if self.D is None:
-            return slot.p.copy_(self.base * self.C)
-        matrix = slot.matrix(self.base)
-        if slot.viewable and slot.p.dtype == self.base.dtype:
-            torch.addmm(matrix, *self.factors(slot.state), beta=self.C, out=slot.matrix(slot.p))
+        """Write C·W_base + P·D + X into the weight."""
+        if self.D is not None and self.X is None and slot.viewable and slot.p.dtype == self.base.dtype:
+            torch.addmm(slot.matrix(self.base), *self.factors(slot.state), beta=self.C, out=slot.matrix(slot.p))
         else:
-            new = torch.addmm(matrix, *self.factors(slot.state), beta=self.C)
-            slot.p.copy_((new if slot.left else new.t()).reshape(slot.p.shape))
+            slot.p.copy_(self.formed(slot))
+        self.mark(slot.p)
+
+    def formed(self, slot: "Projected") -> Tensor:
+        """C·W_base + P·D + X in the weight's shape, a new tensor."""
+        if self.D is None:
+            new = self.base * self.C
+        else:
+            new = torch.addmm(slot.matrix(self.base), *self.factors(slot.state), beta=self.C)
+            new = (new if slot.left else new.t()).reshape(slot.p.shape)
+        return new if self.X is None else new + self.X
 
     def factors(self, state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """P d×r, and D (two-sided: D Qᵀ) r×k."""
@@ -71,4 +109,6 @@ class LocalUpdate:
         p.copy_(self.base)
         if self.D is not None:
             self.D.zero_()
-        self.C, self.fresh = 1.0, True
+        self.C, self.X, self.fresh = 1.0, None, True
+        self._reads_bits = p.device.type == "cpu"  # elsewhere reading them stalls the device at each step
+        self.mark(p)

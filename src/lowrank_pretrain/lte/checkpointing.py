@@ -34,19 +34,24 @@ class CheckpointHooks(DDPStrategy):
     _moments: dict
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """The merged model under the plain names. All workers must call it together."""
+        """The merged model under the plain names, on worker 0, which writes; the others' W is as of the last merge.
+
+        All workers must call it together.
+        """
         if self.heads is None or not self.heads.worn:
             return super().lightning_module_state_dict()
-        looking = self.heads.shared.viewing
-        self._look()
-        dropped = head_names(self.lightning_module, self.heads.layers)
-        plain = {
-            k: v for k, v in super().lightning_module_state_dict().items() if k not in dropped and ".rest_weight." not in k
-        }
-        if not looking:
-            if self.rest.apart:
-                plain = lora.clone_state(plain)
-            self._look_away()
+        if self.heads.shared.viewing:
+            return super().lightning_module_state_dict()
+        self._look_to_write()
+        shared = self.heads.shared
+        viewing, shared.viewing = shared.viewing, True  # heads add nothing of their own to what they are asked for
+        try:
+            plain = super().lightning_module_state_dict()
+        finally:
+            shared.viewing = viewing
+        if self.rest.averaged:
+            plain = lora.clone_state(plain)
+        self._look_away()
         return plain
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
@@ -57,12 +62,13 @@ class CheckpointHooks(DDPStrategy):
         return super().optimizer_state(optimizer)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Add ``lte_state``; a file of weights only needs none."""
+        """Add ``lte_state`` to what worker 0 writes; a file of weights only needs none."""
         if self.heads is not None and "optimizer_states" in checkpoint:
             entry = _keeper(self.heads).collect(self.heads)
-            entry["rest"] = self.rest.collect(self._bare)
-            entry["random"] = random_state.capture_all(self._workers.size, self._workers.group)
-            checkpoint[state.KEY] = entry
+            rest = self.rest.collect(self._bare)
+            random = random_state.capture_all(self._workers.size, self._workers.group)
+            if entry is not None:
+                checkpoint[state.KEY] = {**entry, "rest": rest, "random": random}
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
@@ -77,11 +83,14 @@ class CheckpointHooks(DDPStrategy):
                 self._random = None if stash is None else stash["random"]
             return
         self._look_away()
+        if stash is None:
+            super().load_model_state_dict(checkpoint, strict)
+            return
         names = head_names(self.lightning_module, self.heads.layers)
-        own = {k: v for k, v in self.lightning_module.state_dict().items() if k in names}
+        module = self.lightning_module
+        own = {k: v.detach() for k, v in (*module.named_parameters(), *module.named_buffers()) if k in names}
         super().load_model_state_dict({**checkpoint, "state_dict": own | checkpoint["state_dict"]}, strict=False)
-        if stash is not None:
-            self._take_stash(stash)
+        self._take_stash(stash)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """The bare model's states for the rest, the heads' own for the heads."""

@@ -8,7 +8,7 @@ Without reset the updates telescope: W − W₀ has rank N·R at most, however m
 ``sequential`` adds one head's update a window, so W₀ moves on with every merge there too.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +24,7 @@ from lowrank_pretrain.lte.merge import Exchange, Factors, Piece
 from lowrank_pretrain.lte.record import Record
 from lowrank_pretrain.lte.view import MergedView
 from lowrank_pretrain.lte.workers import Workers
+from lowrank_pretrain.lte.written import everyones, leaf, mean_of, stamps, tell
 from lowrank_pretrain.targets import Target, parts
 
 
@@ -78,6 +79,11 @@ class HeadSet:
         self.parked: dict[int, Record] = {}  # `sequential`: this worker's heads whose turn it is not
         self.view = MergedView(self)
         self._was_trained: dict[str, bool] = {}
+        self._stamps: list[int] = []  # of every piece's rows, as the last merge left them
+        self._told: set[str] = set()
+        self.left_out_names: list[str] = []  # targets that turned out to be none in the first step
+        self._gone: dict[str, dict[str, Tensor]] = {}
+        self._written: dict[str, Tensor] = {}  # after a fit
         self.last_cost = self._cost = (0.0, 0.0)  # of a merge: bytes sent from here, seconds waited
         self.worn = True  # whether the layers still have their heads
 
@@ -121,6 +127,7 @@ class HeadSet:
                     piece.base = piece.rows().to(wide, copy=True)
                 piece.choose_route(self.settings.route, self.workers.size)
                 self.pieces.append(piece)
+        self.mark()
         return inherited
 
     @torch.no_grad()
@@ -145,18 +152,34 @@ class HeadSet:
             self._apply(self.exchange())
         return [] if self.settings.reset else inherited
 
+    def leave_out(self, names: Collection[str]) -> dict[str, nn.Module]:
+        """Give some layers their plain classes back before anything of them was merged; returns them by name."""
+        gone = {name: self.layers.pop(name) for name in names}
+        self._gone = {name: record.factors({name: layer}) | dict(_rest_weights(name, layer)) for name, layer in gone.items()}
+        self.pieces = [piece for piece in self.pieces if piece.layer_name not in names]
+        for name, layer in gone.items():
+            take_heads(layer)
+            leaf(layer).requires_grad_(self._was_trained.pop(name))
+        self.mark()
+        return gone
+
+    def parameters_of(self, names: Collection[str]) -> set[int]:
+        """Ids of the parameters that layers had which were left out."""
+        return {id(p) for name in names for p in self._gone[name].values()}
+
     def take_off(self) -> None:
         """Give the layers their plain classes back, with W as it is (merged, if the view is on); heads stay here."""
+        self._written = {self.pieces[i].name: self.view.training_rows(self.pieces[i]).clone() for i in self.view.touched}
         for piece in self.pieces:
             if piece.base is None:
                 piece.base = self.view.training_rows(piece).clone()
+        self.worn = False  # whatever comes: a second try would meet layers that have none
         for name, layer in self.layers.items():
             held = self.layers[name] = take_heads(layer)
-            layer.weight.requires_grad_(self._was_trained[name])
+            leaf(layer).requires_grad_(self._was_trained[name])
             for piece in self.pieces:
                 if piece.layer is layer:
                     piece.layer = held
-        self.worn = False
         self.view.settle()
 
     # -- the clock --------------------------------------------------------------------------------------------------
@@ -202,6 +225,13 @@ class HeadSet:
     @torch.no_grad()
     def _apply(self, exchange: Exchange) -> None:
         """The merge itself: W, then the heads."""
+        touched = self.touched()
+        tell([self.pieces[index].name for index in touched], self._told)
+        for index, (base, _) in self.bases(touched).items():
+            if self.pieces[index].base is not None:
+                self.pieces[index].base.copy_(base)
+            else:
+                self.pieces[index].rows().copy_(base)
         self.write(exchange)
         self.merges += 1
         if self.settings.reset:
@@ -220,6 +250,86 @@ class HeadSet:
             piece.rows().copy_(new)
             if self.settings.accumulates and piece.base is not None:
                 piece.base.copy_(new)
+        self.mark()
+
+    # -- who else writes into W -------------------------------------------------------------------------------------
+
+    def mark(self) -> None:
+        """W is what it should be: whatever differs at the next merge was written by others."""
+        if self.settings.mode != "joint":
+            self._stamps = self._stamp()
+
+    def _stamp(self) -> list[int]:
+        """By piece a stamp of its W, which all row blocks of a layer share where all of them are targets."""
+        held: dict[tuple[int, int], Tensor] = {}
+        keys = []
+        for index, piece in enumerate(self.pieces):
+            whole = not piece.layer._rest
+            keys.append((id(piece.layer), -1 if whole else index))
+            if keys[-1] not in held:
+                held[keys[-1]] = self.view.training_weight(piece) if whole else self.view.training_rows(piece)
+        found = dict(zip(held, stamps(list(held.values())), strict=True))
+        return [found[key] for key in keys]
+
+    def touched(self) -> list[int]:
+        """Numbers of the pieces that anyone has written into since the last merge, on any worker. All together."""
+        if self.settings.mode == "joint":
+            return []
+        everyone = everyones(self._stamp(), self.workers)
+        self._apart = {i for i in range(len(self.pieces)) if any(theirs[i] != everyone[0][i] for theirs in everyone)}
+        return [i for i, was in enumerate(self._stamps) if any(theirs[i] != was for theirs in everyone)]
+
+    def written(self) -> dict[str, Tensor]:
+        """By target W as it stands, (O, D), where others wrote into it since the last merge. All together."""
+        if not self.worn:
+            return self._written
+        return {self.pieces[i].name: self.view.training_rows(self.pieces[i]) for i in self.touched()}
+
+    @torch.no_grad()
+    def bases(self, touched: Sequence[int]) -> dict[int, tuple[Tensor, Tensor]]:
+        """Of pieces that were written into what merges add to from now on, W₀, and W as it is now. All together.
+
+        W is the workers' mean where they wrote different things.
+        """
+        if not touched:
+            return {}
+        now = {}
+        for index in touched:
+            rows = self.view.training_rows(self.pieces[index])
+            now[index] = mean_of(rows, self.workers) if index in self._apart else rows
+        chosen = [index for index in touched if self.pieces[index].base is not None]
+        then = dict(zip(chosen, self._as_merged([self.pieces[index] for index in chosen]), strict=True))
+        result = {}
+        for index in touched:
+            piece, W = self.pieces[index], now[index]
+            if piece.base is None:
+                base = W.to(at_least_32(W.dtype))
+            else:
+                base = piece.base + (W.to(piece.base) - then[index].to(W.dtype))  # what was added since, exactly 0 elsewhere
+            result[index] = base, W
+        return result
+
+    def _as_merged(self, pieces: Sequence[Piece]) -> list[Tensor]:
+        """What the last merge made of these pieces, by the sum that made it; of W₀ if there was none."""
+        if self.settings.accumulates or not any(piece.layer.has_prev for piece in pieces):
+            return [piece.base for piece in pieces]
+        sent = self.workers.sent
+        exchange = Exchange(pieces, [prev_of(piece) for piece in pieces], self.workers, self.total)
+        self.workers.sent = sent
+        return [exchange.updated(index) for index in range(len(pieces))]
+
+    def still(self, touched: Sequence[int]) -> set[int]:
+        """Which of these pieces no head of any worker has learnt anything of since the last merge. All together."""
+        if not touched:
+            return set()
+        flags = []
+        for index in touched:
+            piece = self.pieces[index]
+            A, B = piece.factors()
+            old = prev_of(piece) if piece.layer.has_prev else None
+            flags.append(int(not B.any() if old is None else torch.equal(A, old[0]) and torch.equal(B, old[1])))
+        everyone = everyones(flags, self.workers)
+        return {index for at, index in enumerate(touched) if all(theirs[at] for theirs in everyone)}
 
     def _own(self, exchange: Exchange, layer: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
         """What this worker's heads of a layer gave to a merge: A (H, ΣR, D) and B per part."""
@@ -280,6 +390,11 @@ class HeadSet:
     def left_out(self, module: nn.Module) -> set[str]:
         """What DDP must neither broadcast nor average."""
         return set() if self.settings.mode == "joint" else head_names(module, self.layers)
+
+
+def _rest_weights(name: str, layer: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """(name, parameter) of the row blocks that train in full next to heads."""
+    return ((f"{name}.rest_weight.{part}", p) for part, p in getattr(layer, "rest_weight", {}).items())
 
 
 def prev_of(piece: Piece) -> Factors:

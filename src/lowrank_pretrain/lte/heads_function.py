@@ -12,9 +12,21 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from lowrank_pretrain.lora_function import Part, RestPart, add_low_rank, affine, forms_merged_weight, merged, times_B
+from lowrank_pretrain.lora_function import (
+    Part,
+    RestPart,
+    add_low_rank,
+    affine,
+    effective_weight,
+    for_autocast,
+    forms_merged_weight,
+    is_ordinary,
+    merged,
+    own_memory,
+    times_B,
+    wants_graph,
+)  # fmt: skip
 
 
 class Layout(NamedTuple):
@@ -55,7 +67,34 @@ def heads_linear(
         (B, …, O). Each head's gradient is that of the mean over its own samples: it is multiplied by n / n_k, as
         if it were alone on a worker with them.
     """
-    return _HeadsLinear.apply(x, weight, bias, lora_A, prev_A, spans, layout, *lora_B, *prev_B, *rest_weight)
+    if not is_ordinary(x):
+        return _by_autograd(x, weight, bias, lora_A, lora_B, prev_A, prev_B, spans, layout, rest_weight)
+    # autograd casts, not the function: what the function keeps for backward is then its input, which second derivatives need
+    return _HeadsLinear.apply(for_autocast(x), weight, bias, lora_A, prev_A, spans, layout, *lora_B, *prev_B, *rest_weight)
+
+
+def _by_autograd(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: list[Tensor], prev_A: Tensor | None,
+    prev_B: list[Tensor], spans: tuple[tuple[int, int], ...], layout: Layout, rest_weight: tuple[Tensor, ...],
+) -> Tensor:  # fmt: skip
+    """Return the same by operations that torch.func, forward-mode derivatives and tracers can follow."""
+    parts, rest, transposed = layout
+
+    def of_head(k: int, share: float) -> Tensor:
+        """Wₑ of head k, whose factors' gradients are multiplied by ``share``."""
+        A, B = lora_A[k : k + 1], [f[k : k + 1] for f in lora_B]
+        if share != 1:
+            A, *B = (f.detach() + (f - f.detach()) * share for f in (A, *B))
+        old_A, old_B = (None, []) if prev_A is None else (prev_A[k : k + 1], [f[k : k + 1] for f in prev_B])
+        A, B, wide = _beside_prev(A, B, old_A, old_B, parts)
+        return effective_weight(weight, A[0], [f[0] for f in B], wide, transposed, rest, rest_weight)
+
+    if len(spans) == 1 or not x.numel():
+        return affine(x, of_head(0, 1), bias, transposed)
+    flat = x.reshape(-1, x.shape[-1])  # (n, D)
+    shares = [(k, i, j) for k, (i, j) in enumerate(spans) if j > i]
+    y = torch.cat([affine(flat[i:j], of_head(k, len(flat) / (j - i)), bias, transposed) for k, i, j in shares])
+    return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def _beside_prev(
@@ -85,39 +124,36 @@ class _HeadsLinear(torch.autograd.Function):
                 spans: tuple[tuple[int, int], ...], layout: Layout, *factors: Tensor) -> Tensor:  # fmt: skip
         parts, p = layout.parts, len(layout.parts)
         lora_B, prev_B = list(factors[:p]), list(factors[p : 2 * p]) if prev_A is not None else []
-        device = x.device.type
-        autocast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
-        dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
-        with torch.autocast(device, enabled=False):
-            xc = x.to(dtype)
-            flat = xc.reshape(-1, x.shape[-1])  # (n, D)
+        dtype = x.dtype
+        with torch.autocast(x.device.type, enabled=False):
+            flat = x.reshape(-1, x.shape[-1])  # (n, D)
             forms = _forms(flat.shape[0] // len(spans), weight)
             A, B, wide = _beside_prev(lora_A, lora_B, prev_A, prev_B, parts)
             b = None if bias is None else bias.to(dtype)
             if forms:
                 out = weight.shape[1 if layout.transposed else 0]
-                y = xc.new_empty(*x.shape[:-1], out)
+                y = x.new_empty(*x.shape[:-1], out)
                 for k, (i, j) in enumerate(spans):
                     w = merged(weight, A[k], [f[k] for f in B], wide, layout.transposed).to(dtype)
                     y.view(-1, out)[i:j] = affine(flat[i:j], w, b, layout.transposed)
             else:
-                y = affine(xc, weight.to(dtype), b, layout.transposed)
+                y = own_memory(affine(x, weight.to(dtype), b, layout.transposed))
                 for k, (i, j) in enumerate(spans):
                     add_low_rank(y.view(-1, y.shape[-1])[i:j], flat[i:j] @ A[k].to(dtype).t(), [f[k] for f in B], wide, dtype)
-        ctx.save_for_backward(xc, weight, lora_A, prev_A, *lora_B, *prev_B)
-        ctx.layout, ctx.spans, ctx.forms, ctx.dtype = layout, spans, forms, dtype
-        ctx.x_dtype, ctx.x_shape = x.dtype, x.shape
+        ctx.save_for_backward(x, weight, lora_A, prev_A, *factors)
+        ctx.layout, ctx.spans, ctx.forms, ctx.dtype, ctx.x_shape = layout, spans, forms, dtype, x.shape
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.rest_dtypes = [f.dtype for f in factors[p + len(prev_B) :]]
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple:
+        if wants_graph(dy):
+            return _gradients(ctx, dy)
         x, weight, lora_A, prev_A, *factors = ctx.saved_tensors
         (parts, rest, transposed), dtype, needs = ctx.layout, ctx.dtype, ctx.needs_input_grad
         p = len(parts)
-        lora_B, prev_B = factors[:p], factors[p:]
+        lora_B, prev_B = factors[:p], factors[p : 2 * p] if prev_A is not None else []
         dy, x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])  # (n, O), (n, D)
         n, total = dy.shape[0], lora_A.shape[1]
         A, B, wide = _beside_prev(lora_A, lora_B, prev_A, prev_B, parts)
@@ -155,8 +191,29 @@ class _HeadsLinear(torch.autograd.Function):
             if needs[first + index]:
                 d = dy[:, span.start : span.start + span.rows].t() @ x
                 d_rest[index] = (d.t() if transposed else d).to(ctx.rest_dtypes[index])
-        dx = None if dx is None else dx.to(ctx.x_dtype).view(ctx.x_shape)
+        dx = None if dx is None else dx.view(ctx.x_shape)
         return dx, None, db, dA, None, None, None, *dB, *[None] * len(prev_B), *d_rest
+
+
+def _gradients(ctx: Any, dy: Tensor) -> tuple:
+    """Return what ``_HeadsLinear.backward`` does, by operations that can be differentiated and batched themselves."""
+    x, weight, lora_A, prev_A, *factors = ctx.saved_tensors
+    p, needs, graph = len(ctx.layout.parts), ctx.needs_input_grad, torch.is_grad_enabled()
+    lora_B, prev_B = factors[:p], factors[p : 2 * p] if prev_A is not None else []
+    rest_weight = tuple(factors[p + len(prev_B) :])
+    wanted = [x, lora_A, *lora_B, *rest_weight]
+    needed = [needs[0], needs[3], *needs[7 : 7 + p], *needs[7 + p + len(prev_B) :]]
+    with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
+        y = _by_autograd(
+            x, weight.to(ctx.dtype), None, lora_A.to(ctx.dtype), [f.to(ctx.dtype) for f in lora_B],
+            None if prev_A is None else prev_A.to(ctx.dtype), [f.to(ctx.dtype) for f in prev_B], ctx.spans, ctx.layout,
+            tuple(f.to(ctx.dtype) for f in rest_weight),
+        )  # fmt: skip
+        chosen = [t for t, need in zip(wanted, needed, strict=True) if need]
+        found = iter(torch.autograd.grad(y, chosen, dy, create_graph=graph, allow_unused=True) if chosen else ())
+    dx, dA, *others = (next(found) if need else None for need in needed)
+    db = dy.reshape(-1, dy.shape[-1]).sum(0).to(ctx.bias_dtype) if needs[2] else None
+    return dx, None, db, dA, None, None, None, *others[:p], *[None] * len(prev_B), *others[p:]
 
 
 def _live(dz: Tensor, parts: tuple[Part, ...]) -> Tensor:

@@ -15,6 +15,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
 from lowrank_pretrain.errors import ConfigError
+from lowrank_pretrain.lte.strategy import LTEStrategy
 from lowrank_pretrain.rewarm import LRFactor
 
 
@@ -40,8 +41,8 @@ class JaggedRestarts(Callback):
     """Cut the learning rate after every merge and ramp it up linearly to what the scheduler says.
 
     It acts on all groups of all optimizers, beneath whatever scheduler there is; ``group["lr"]``, what loggers show and what
-    schedulers compute from, stays the schedule's own. The factor follows from the trainer's step alone, so a resumed run has
-    the same.
+    schedulers compute from, stays the schedule's own. The factor follows from the strategy's clock alone (from the trainer's
+    step under a strategy that never merges), so a resumed run has the same.
 
     Example::
 
@@ -50,7 +51,7 @@ class JaggedRestarts(Callback):
     Args:
         every: optimizer steps between two restarts; ``None``: the strategy's ``merge_every``.
         warmup: optimizer steps of the ramp, fewer than `every`.
-        start: optimizer steps before the first cycle begins, where merges do not begin at step 0.
+        start: optimizer steps before the first cycle begins, under another strategy; under ours the merges' clock says it.
 
     Raises:
         ConfigError: a wrong value; at the start of fit, an `every` that is not the strategy's ``merge_every``, or none at all.
@@ -97,9 +98,14 @@ class JaggedRestarts(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Lay the ramps over the optimizers, behind the hooks that others have."""
-        self._hooks = LRFactor(
-            trainer.optimizers, lambda: jagged_factor(trainer.global_step, self._cycle, self.warmup, self.start)
-        )
+        self._hooks = LRFactor(trainer.optimizers, lambda: self._factor(trainer))
+
+    def _factor(self, trainer: pl.Trainer) -> float:
+        """By the clock of the merges where there is one: it begins anew with a fit, and at a phase callback's freeze."""
+        if not isinstance(trainer.strategy, LTEStrategy):
+            return jagged_factor(trainer.global_step, self._cycle, self.warmup, self.start)
+        heads = trainer.strategy.heads
+        return 1.0 if heads is None else jagged_factor(heads.clock, self._cycle, self.warmup)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leave the optimizers as they were."""

@@ -8,6 +8,7 @@ from contextlib import suppress
 from lightning.pytorch.strategies import DDPStrategy
 
 from lowrank_pretrain import lora, random_state
+from lowrank_pretrain.lte.first_step import FirstStep
 from lowrank_pretrain.lte.head_set import HeadSet
 from lowrank_pretrain.lte.rest import Rest
 from lowrank_pretrain.lte.workers import Workers
@@ -18,6 +19,8 @@ class ViewHooks(DDPStrategy):
 
     heads: HeadSet | None
     rest: Rest | None
+    rehearsal: FirstStep | None
+    _ignored: set[str]
     _workers: Workers | None
 
     def _look(self) -> None:
@@ -29,6 +32,18 @@ class ViewHooks(DDPStrategy):
         if self.heads is not None and self.heads.worn:
             self.heads.view.look_away()
             self.rest.look_away()
+
+    def _look_to_write(self) -> None:
+        """Like ``_look``, on worker 0 alone, which writes; no other holds more than a few matrices' factors meanwhile."""
+        writes = self._workers.rank == 0
+        self.rest.look_to_write(writes)
+        self.heads.view.look(piecemeal=True, writes=writes)
+
+    def _look_away_with_care(self) -> None:
+        """Like ``_look_away``; what a callback wrote into the weights that it saw joins those that train."""
+        if self.heads is not None and self.heads.worn:
+            self.heads.view.look_away_with_care()
+            self.rest.look_away_with_care()
 
     def on_train_start(self) -> None:
         """Random states of a resumed run, behind everything that draws; and the view off (``lr_find`` leaves it on)."""
@@ -43,7 +58,7 @@ class ViewHooks(DDPStrategy):
 
     def on_validation_end(self) -> None:
         """Go on with the heads as they were."""
-        self._look_away()
+        self._look_away_with_care()
 
     def on_test_start(self) -> None:
         """Score the merged model."""
@@ -51,7 +66,7 @@ class ViewHooks(DDPStrategy):
 
     def on_test_end(self) -> None:
         """Go on with the heads as they were."""
-        self._look_away()
+        self._look_away_with_care()
 
     def on_predict_start(self) -> None:
         """Score the merged model."""
@@ -59,7 +74,7 @@ class ViewHooks(DDPStrategy):
 
     def on_predict_end(self) -> None:
         """Go on with the heads as they were."""
-        self._look_away()
+        self._look_away_with_care()
 
     def on_train_end(self) -> None:
         """From here on the module is the merged model."""
@@ -72,12 +87,15 @@ class ViewHooks(DDPStrategy):
         """
         with suppress(AttributeError):
             del self.precision_plugin.clip_grad_by_norm
-        if self.rest is not None and self.heads.worn:
+        if self.rehearsal is not None:
+            self.rehearsal.stop()
+        if self.heads is not None and self.heads.worn:
             together = self.heads.workers.size == 1 or not self.lightning_module.trainer.interrupted
-            if not self.heads.shared.viewing and together:
+            if self.rest is not None and not self.heads.shared.viewing and together:
                 self._look()
             self.heads.take_off()
-            self.rest.settle()
+            if self.rest is not None:
+                self.rest.settle()
             lora.switch_fast_path(self.lightning_module, off=False)
-            self.lightning_module._ddp_params_and_buffers_to_ignore = []
+            self.lightning_module._ddp_params_and_buffers_to_ignore = sorted(self._ignored)
         super().teardown()

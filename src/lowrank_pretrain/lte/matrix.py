@@ -29,6 +29,7 @@ class Matrix:
     def __init__(self, name: str, p: nn.Parameter, optimizer: GaLoreAdamW) -> None:
         self.name, self.p, self.optimizer = name, p, optimizer
         self.local: LocalUpdate | None = None
+        self.exact: Tensor | None = None  # W from a checkpoint, where others had written into it
         self.route = "factors"
         self.share = 1.0  # of W_base in the merge that is being formed: the workers' mean of C
         self.shape = tuple(self.slot.matrix(p).shape)  # d, k

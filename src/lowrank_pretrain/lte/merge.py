@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from lowrank_pretrain.dtypes import at_least_32
 from lowrank_pretrain.lora_function import Part
 from lowrank_pretrain.lte.workers import Workers
-from lowrank_pretrain.targets import weight_rows
+from lowrank_pretrain.lte.written import leaf
+from lowrank_pretrain.targets import WHOLE, is_conv1d
 
 ROUTES = ("factors", "dense")
 
@@ -43,9 +44,19 @@ class Piece:
     base: Tensor | None = field(default=None, repr=False)
     route: str = "factors"
 
+    @property
+    def layer_name(self) -> str:
+        """The name of the layer that it is a part of."""
+        return self.name if self.part.name == WHOLE else self.name.rpartition(".")[0]
+
     def rows(self) -> Tensor:
         """W's rows, an (O, D) view."""
-        return weight_rows(self.layer).detach()[self.part.start : self.part.start + self.part.rows]
+        return self.rows_of(leaf(self.layer).detach())
+
+    def rows_of(self, weight: Tensor) -> Tensor:
+        """The piece's rows of a tensor that lies as its layer's W does, an (O, D) view."""
+        rows = weight.t() if is_conv1d(self.layer) else weight
+        return rows[self.part.start : self.part.start + self.part.rows]
 
     def factors(self) -> "Factors":
         """The heads' live A (H, R, D), a view, and B (H, O, R)."""
@@ -82,34 +93,39 @@ class Exchange:
         self, pieces: Sequence[Piece], snapshot: Sequence[Factors], workers: Workers, divisor: int, overlap: bool = False
     ) -> None:
         self.pieces, self.snapshot, self.workers, self.divisor = pieces, snapshot, workers, divisor
-        self._at: list[int] = []
-        factors, dense = [], []
-        sizes = {"factors": 0, "dense": 0}
+        self._at: list[tuple[torch.dtype, int]] = []  # per piece its buffer and its place there
+        factors: dict[torch.dtype, list[Tensor]] = {}
+        dense: dict[torch.dtype, list[int]] = {}
+        sizes: dict[tuple[str, torch.dtype], int] = {}
         for index, (piece, (A, B)) in enumerate(zip(pieces, snapshot, strict=True)):
             route = piece.route if workers.size > 1 else "factors"
-            self._at.append(sizes[route])
+            dtype = A.dtype if route == "factors" else at_least_32(A.dtype)
+            at = sizes.get((route, dtype), 0)
+            self._at.append((dtype, at))
             if route == "factors":
-                factors += [A.reshape(-1), B.reshape(-1)]
-                sizes[route] += A.numel() + B.numel()
+                factors.setdefault(dtype, []).extend((A.reshape(-1), B.reshape(-1)))
+                sizes[route, dtype] = at + A.numel() + B.numel()
             else:
-                dense.append(index)
-                sizes[route] += piece.part.rows * A.shape[2]
-        self._gathered = self._summed = None
+                dense.setdefault(dtype, []).append(index)
+                sizes[route, dtype] = at + piece.part.rows * A.shape[2]
+        self._gathered: dict[torch.dtype, Tensor] = {}
+        self._summed: dict[torch.dtype, Tensor] = {}
         self._works = []
-        if factors:
-            self._gathered, work = workers.gather(torch.cat(factors), async_op=overlap)
+        for dtype, flat in factors.items():
+            self._gathered[dtype], work = workers.gather(torch.cat(flat), async_op=overlap)
             self._works.append(work)
-        if dense:
-            wide = at_least_32(snapshot[dense[0]][0].dtype)
-            self._summed = torch.empty(sizes["dense"], dtype=wide, device=snapshot[dense[0]][0].device)
-            for index in dense:
+        for dtype, indices in dense.items():
+            device = snapshot[indices[0]][0].device
+            self._summed[dtype] = torch.empty(sizes["dense", dtype], dtype=dtype, device=device)
+            for index in indices:
                 self._sum(pieces[index], *snapshot[index], out=self._summed_of(index))
-            self._works.append(workers.add(self._summed, async_op=overlap))
+            self._works.append(workers.add(self._summed[dtype], async_op=overlap))
 
     def _summed_of(self, index: int) -> Tensor:
         """A piece's place in the dense buffer, (O, D)."""
         rows, cols = self.pieces[index].part.rows, self.snapshot[index][0].shape[2]
-        return self._summed[self._at[index] : self._at[index] + rows * cols].view(rows, cols)
+        dtype, at = self._at[index]
+        return self._summed[dtype][at : at + rows * cols].view(rows, cols)
 
     def wait(self) -> None:
         """Until all have answered."""
@@ -118,19 +134,24 @@ class Exchange:
             if not isinstance(work, Tensor):
                 self.workers.wait(work)
 
-    def updated(self, index: int) -> Tensor:
-        """W₀ + (s/N) Σ BₙAₙ of one piece, (O, D) in float32 at least. Ask once, and copy what is to be kept."""
+    def updated(self, index: int, base: Tensor | None = None) -> Tensor:
+        """W₀ + (s/N) Σ BₙAₙ of one piece, (O, D) in float32 at least. Ask once, and copy what is to be kept.
+
+        Args:
+            index: the piece's.
+            base: another W₀ than the piece's own.
+        """
         self.wait()
         piece, (A, B) = self.pieces[index], self.snapshot[index]
-        base = piece.base
+        base = piece.base if base is None else base
         if base is None:
             base = piece.rows().to(at_least_32(A.dtype))
-        at = self._at[index]
         if piece.route == "dense" and self.workers.size > 1:
             return self._summed_of(index).add_(base)
-        n = A.numel()
-        A = self._gathered[:, at : at + n].reshape(-1, *A.shape[1:])  # (N, R, D)
-        B = self._gathered[:, at + n : at + n + B.numel()].reshape(-1, *B.shape[1:])  # (N, O, R)
+        (dtype, at), n = self._at[index], A.numel()
+        gathered = self._gathered[dtype]
+        A = gathered[:, at : at + n].reshape(-1, *A.shape[1:])  # (N, R, D)
+        B = gathered[:, at + n : at + n + B.numel()].reshape(-1, *B.shape[1:])  # (N, O, R)
         return self._sum(piece, A, B, base)
 
     def _sum(self, piece: Piece, A: Tensor, B: Tensor, base: Tensor | None = None, out: Tensor | None = None) -> Tensor:

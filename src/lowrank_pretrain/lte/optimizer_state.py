@@ -4,10 +4,14 @@ LTE moves parameters about: W leaves its group, heads join it. A checkpoint says
 groups in their order, W among them without moments. Heads' moments are told by name, all N heads stacked.
 """
 
-from collections.abc import Iterable, Mapping
+import copy
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -39,6 +43,31 @@ class BareGroups:
         """The numbers that ``state_dict`` gives to those of these parameters that were there before."""
         position = {id(p): n for n, p in enumerate(p for group in self.groups for p in group)}
         return {position[id(p)] for p in params if id(p) in position}
+
+    def put_back(self, weights: Mapping[int, Tensor], gone: Collection[int]) -> None:
+        """Give the optimizer weights back where they were, in place of parameters that are gone.
+
+        Args:
+            weights: by id.
+            gone: ids of what had taken their place.
+        """
+        spare = next((g for g in self.optimizer.param_groups if any(id(p) in gone for p in g["params"])), None)
+        for group, was in zip(self.optimizer.param_groups, self.groups, strict=True):
+            names = dict(zip(map(id, group["params"]), group.get("param_names", ()), strict=False))
+            stays = [p for p in group["params"] if id(p) not in gone]
+            held = {id(p) for p in stays}
+            old = [p for p in was if id(p) in held or id(p) in weights]
+            known = {id(p) for p in old}
+            group["params"][:] = [*old, *(p for p in stays if id(p) not in known)]
+            if "param_names" in group:
+                group["param_names"][:] = [names.get(id(p), f"param_{n}") for n, p in enumerate(group["params"])]
+        placed = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        for key, p in weights.items():  # a tied head that came untied was in no group: it joins where its heads were
+            if key not in placed and spare is not None:
+                spare["params"].append(p)
+        for p in [p for p in self.optimizer.state if id(p) in gone]:
+            del self.optimizer.state[p]
+        self.inherited = [i for i in self.inherited if id(i.new) not in gone]
 
     def state_dict(self) -> dict[str, Any]:
         """What ``optimizer.state_dict()`` of the bare model would be."""
@@ -95,6 +124,73 @@ class BareGroups:
         live = self.optimizer.state_dict()["param_groups"]
         groups = [{**g, "params": mine["params"]} for g, mine in zip(saved["param_groups"], live, strict=True)]
         self.optimizer.load_state_dict({**saved, "state": {n: s for n, s in state.items() if s}, "param_groups": groups})
+
+
+_PLAIN = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)  # known to treat every number by itself
+
+
+def check_stacked(optimizer: Optimizer, like: Tensor) -> None:
+    """Find out by a step on a toy parameter whether an optimizer can train heads, which are stacked (H, R, D).
+
+    The optimizer holds its own parameters and states again afterwards.
+
+    Args:
+        optimizer: it.
+        like: a head's factor, for dtype and device.
+
+    Raises:
+        ConfigError: it takes matrices only, or keeps state in which heads cannot be told apart.
+    """
+    kind = type(optimizer).__name__
+    if type(optimizer) in _PLAIN or hasattr(optimizer, "optim") or type(optimizer).__module__.startswith("lowrank_pretrain"):
+        return
+    both = torch.linspace(-1, 1, 128).square().view(2, 8, 8) - torch.eye(8)
+    alone = [_trial(optimizer, matrix, like) for matrix in both]
+    if any(isinstance(found, Exception) for found in alone):
+        return  # it wants more than gradients (a closure, a mode): nothing can be told here
+    found = _trial(optimizer, both, like)
+    if isinstance(found, Exception):
+        first = str(found).strip().splitlines()[0] if str(found).strip() else type(found).__name__
+        raise ConfigError("optimizer", kind, f"cannot train heads, which are stacked in three dimensions ({first}): use AdamW")
+    p, state = found
+    for key, value in state.items():
+        check_moment(kind, key, value, p)
+    if not all(torch.allclose(p[k], alone[k][0], rtol=1e-3, atol=1e-5) for k in range(2)):
+        rank_zero_warn(
+            f"LTE: {kind} takes all heads of a matrix together (a norm over the whole parameter?), so a head depends "
+            "on which heads share its device: AdamW keeps them independent"
+        )
+
+
+def check_moment(kind: str, key: str, value: Any, p: Tensor) -> None:
+    """Refuse optimizer state that cannot be cut into heads.
+
+    Raises:
+        ConfigError: it has neither the parameter's shape nor one number.
+    """
+    if isinstance(value, (int, float)) or (isinstance(value, Tensor) and (value.shape == p.shape or value.ndim == 0)):
+        return
+    raise ConfigError("optimizer", kind, f"keeps {key}, in which heads cannot be told apart: use AdamW or SGD")
+
+
+def _trial(optimizer: Optimizer, value: Tensor, like: Tensor) -> tuple[Tensor, dict[str, Any]] | Exception:
+    """What the optimizer's step makes of one parameter, and what it keeps of it."""
+    p = nn.Parameter(value.to(like).clone())
+    p.grad = value.flip(-1).to(like)
+    kept = dict(optimizer.__dict__)
+    group = {key: copy.copy(held) for key, held in optimizer.param_groups[0].items() if key != "param_names"}
+    devices = [p.device] if p.device.type == "cuda" else []
+    step = type(optimizer).step
+    try:
+        optimizer.__dict__ |= {"param_groups": [{**group, "params": [p]}], "state": defaultdict(dict)}
+        with torch.random.fork_rng(devices=devices):
+            getattr(step, "__wrapped__", step)(optimizer)  # without hooks: no step was taken
+        return p.detach().clone(), dict(optimizer.state[p])
+    except Exception as error:
+        return error
+    finally:
+        optimizer.__dict__.clear()
+        optimizer.__dict__ |= kept
 
 
 def _numbered(optimizer: Optimizer) -> Iterable[tuple[int, Tensor]]:

@@ -24,6 +24,7 @@ from lowrank_pretrain.lte.heads import Shared
 from lowrank_pretrain.lte.matrix import Matrix, check_group
 from lowrank_pretrain.lte.merge import Exchange, cheaper_route
 from lowrank_pretrain.lte.workers import Workers
+from lowrank_pretrain.lte.written import everyones, mean_of, stamps, tell
 
 BASES = ("own", "shared")
 
@@ -67,6 +68,7 @@ class ProjectedSet:
             raise ConfigError("update", "galore", "needs GaLoreAdamW with a projected group from configure_optimizers")
         for piece in self.pieces:
             check_group(piece.slot.group)
+        self._told: set[str] = set()
         self.keep_time()
         self.view = MergedView(self)
         if workers.size == 1:
@@ -132,6 +134,11 @@ class ProjectedSet:
 
     def merged(self) -> Iterator[tuple[Matrix, Tensor]]:
         """What a merge makes of every target, d×k, one after the other. All workers call it together."""
+        for piece in self.pieces:
+            piece.local.absorb(piece.slot, self.view.training_weight(piece))
+        everyone = everyones([int(piece.local.X is not None) for piece in self.pieces], self.workers)
+        touched = [any(theirs[index] for theirs in everyone) for index in range(len(self.pieces))]
+        tell([piece.name for piece, added in zip(self.pieces, touched, strict=True) if added], self._told)
         sent, C = self.send()
         for index, (piece, share) in enumerate(zip(self.pieces, C.tolist(), strict=True)):
             piece.share = share
@@ -140,6 +147,9 @@ class ProjectedSet:
             else:
                 new = torch.addmm(piece.base, piece.factors()[1][0], sent[index])
             piece.share = 1.0
+            if touched[index]:
+                added = torch.zeros_like(piece.local.base) if piece.local.X is None else piece.local.X
+                new = new + piece.slot.matrix(mean_of(added, self.workers))
             yield piece, new
 
     # -- the end ----------------------------------------------------------------------------------------------------
@@ -161,6 +171,10 @@ class ProjectedSet:
         for piece in self.pieces:
             if piece.local is not None:
                 piece.local.form(piece.slot)
+                exact, piece.exact = piece.exact, None
+                if exact is not None:
+                    piece.p.detach().copy_(exact)
+                    piece.local.mark(piece.p)
 
 
 class MergedView:
@@ -173,22 +187,40 @@ class MergedView:
     def __init__(self, targets: ProjectedSet) -> None:
         self._targets = targets
         self._kept: list[Tensor] = []
+        self._stamps: list[int] = []
 
-    def look(self) -> None:
-        """Put them in place. All workers must call it together."""
+    def training_weight(self, piece: Matrix) -> Tensor | None:
+        """This worker's own W where something else is in its place, else ``None``."""
+        if not self._kept:
+            return None
+        return next(kept for of, kept in zip(self._targets.pieces, self._kept, strict=True) if of is piece)
+
+    def look(self, piecemeal: bool = False, writes: bool = True) -> None:
+        """Put them in place. All workers must call it together.
+
+        Args:
+            piecemeal: for a checkpoint, of which nobody writes into what is in place.
+            writes: ``False``: only help the worker that writes; here W stays what it is.
+        """
         of = self._targets
         if of.shared.viewing:
             return
         if of.workers.size > 1:
             before = of.workers.sent, of.workers.seconds
             with torch.inference_mode(False), torch.no_grad():
-                # in the parameter's own memory layout: behind the fit they stay
-                merged = [torch.empty_like(piece.p).copy_(piece.whole(new)) for piece, new in of.merged()]
+                merged = []
+                for piece, new in of.merged():  # in the parameter's own memory layout: after the fit they stay
+                    if writes:
+                        merged.append(torch.empty_like(piece.p).copy_(piece.whole(new)))
+                if not writes:
+                    of.workers.sent, of.workers.seconds = before
+                    return
                 self._kept = [piece.p.data for piece in of.pieces]
                 for piece, new in zip(of.pieces, merged, strict=True):
                     piece.p.data = new
             of.workers.sent, of.workers.seconds = before  # looking is no merge
         of.shared.viewing = True
+        self._stamps = [] if piecemeal else stamps([piece.p for piece in of.pieces])
 
     def look_away(self) -> None:
         """Undo ``look``."""
@@ -197,8 +229,30 @@ class MergedView:
                 piece.p.data = kept
             self.settle()
 
+    @torch.no_grad()
+    def look_away_with_care(self) -> None:
+        """Undo ``look``, and keep what anyone wrote into the weights meanwhile. All workers must call it together."""
+        of = self._targets
+        if not of.shared.viewing or of.workers.size == 1:
+            self.look_away()
+            return
+        now = everyones(stamps([piece.p for piece in of.pieces]), of.workers)
+        touched = [i for i, was in enumerate(self._stamps) if any(theirs[i] != was for theirs in now)]
+        seen = {index: of.pieces[index].p.detach().clone() for index in touched}
+        self.look_away()
+        if not touched:
+            return
+        with torch.inference_mode(False):
+            added = {}
+            for index, (piece, new) in enumerate(of.merged()):
+                if index in seen:
+                    added[index] = seen[index] - piece.whole(new).to(seen[index].dtype)
+            for index, what in added.items():
+                of.pieces[index].p.add_(what)
+
     def settle(self) -> None:
         """What is in place stays."""
+        self._stamps = []
         self._kept = []
         self._targets.shared.viewing = False
 

@@ -19,8 +19,11 @@ from lowrank_pretrain.lte.projected import ProjectedSet
 from lowrank_pretrain.lte.state import FORMAT
 
 
-def collect(targets: ProjectedSet) -> dict[str, Any]:
-    """The targets' part of ``lte_state``, plain types and tensors. All workers must call it together."""
+def collect(targets: ProjectedSet) -> dict[str, Any] | None:
+    """The targets' part of ``lte_state``, plain types and tensors, on the worker that writes; ``None`` on the others.
+
+    All workers must call it together.
+    """
     workers, settings = targets.workers, targets.settings
     alone = workers.size == 1
     entry = {
@@ -36,21 +39,25 @@ def collect(targets: ProjectedSet) -> dict[str, Any]:
         found = {k: v for k, v in piece.optimizer.state.get(piece.p, {}).items() if isinstance(v, Tensor)}
         if piece.local.D is not None:
             found["D"] = piece.local.D
+        if targets.worn:
+            own = targets.view.training_weight(piece)
+            piece.local.absorb(piece.slot, own)
+        if piece.local.X is not None:
+            found["X"] = piece.local.X
+            if targets.worn:
+                found["W"] = piece.p.detach() if own is None else own
         mine |= {f"{piece.name}|{key}": value for key, value in found.items()}
         told[piece.name] = {"keys": list(found), "C": piece.local.C, "fresh": piece.local.fresh}
-    shapes: list[Any] = [None] * workers.size
-    dist.all_gather_object(shapes, ({key: (tuple(v.shape), v.dtype) for key, v in mine.items()}, told), group=workers.group)
-    like = {key: shape for of, _ in reversed(shapes) for key, shape in of.items()}  # a worker may have taken no step yet
-    device = targets.pieces[0].p.device
-    stacked = workers.all_heads(
-        [
-            mine[k][None] if k in mine else torch.zeros(1, *shape, dtype=dtype, device=device)
-            for k, (shape, dtype) in sorted(like.items())
-        ]
-    )
-    entry["record"] = dict(zip(sorted(like), stacked, strict=True))
-    entry["told"] = [told for _, told in shapes]
-    entry["base"] = {piece.name: piece.local.base.clone() for piece in targets.pieces}
+    everyones: list[Any] = [None] * workers.size
+    dist.all_gather_object(everyones, told, group=workers.group)
+    everyone = workers.to_first(mine)
+    if everyone is None:
+        return None
+    for key in sorted(everyone):
+        like = next(value for value in everyone[key] if value is not None)  # a worker may have taken no step yet
+        entry["record"][key] = torch.stack([torch.zeros_like(like) if value is None else value for value in everyone[key]])
+    entry["told"] = everyones
+    entry["base"] = {piece.name: piece.local.base.cpu().clone() for piece in targets.pieces}
     return entry
 
 
@@ -91,12 +98,13 @@ def restore(state: Mapping[str, Any], targets: ProjectedSet) -> tuple[dict[str, 
         for name, kept in state["told"][of].items():
             moments[name] = {key: state["record"][f"{name}|{key}"][of].clone() for key in kept["keys"]}
     for piece in targets.pieces:
-        D = moments.get(piece.name, {}).pop("D", None)
+        D, X, W = (moments.get(piece.name, {}).pop(key, None) for key in "DXW")
         if there == here and piece.local is not None:
             kept = state["told"][targets.workers.rank][piece.name]
             piece.local.base.copy_(state["base"][piece.name])
             piece.local.D = None if D is None else D.to(piece.local.base)
             piece.local.C, piece.local.fresh = kept["C"], kept["fresh"]
+            piece.local.X, piece.exact = None if X is None else X.to(piece.local.base), W
         elif piece.local is not None:
             piece.local.restart(piece.p, piece.p.detach())
     if there != here and not state["at_merge"]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lowrank_pretrain.errors import ConfigError
+from lowrank_pretrain.lte.optimizer_state import check_moment
 
 Record = dict[tuple[str, str, str], Tensor]
 
@@ -50,11 +51,9 @@ def of_moments(layers: Mapping[str, nn.Module], optimizers: Iterable[Optimizer])
             for key, value in optimizer.state.get(p, {}).items():
                 if isinstance(value, Tensor) and value.shape == p.shape:
                     found["moment", name, key] = value
-                elif isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.ndim == 0):
-                    found["moment", name, key] = torch.as_tensor(value).repeat(len(p))
                 else:
-                    kind = type(optimizer).__name__
-                    raise ConfigError("optimizer", kind, f"keeps {key}, in which heads cannot be told apart: use AdamW or SGD")
+                    check_moment(type(optimizer).__name__, key, value, p)
+                    found["moment", name, key] = torch.as_tensor(value).repeat(len(p))
     return found
 
 

@@ -1,19 +1,27 @@
-"""The rest: every trainable parameter that belongs to no head (norms, embeddings, biases, the output head).
+"""The rest: every trainable parameter that belongs to no head (norms, embeddings, biases, the output head), and buffers.
 
 ``step``: DDP averages its gradients at every step. ``merge``: nothing is sent in between, every worker's rest goes its own
-way and is averaged when heads merge, floating buffers (BatchNorm's) too. Then its optimizer state differs between workers as
-well; it is never averaged in training, and a checkpoint keeps each worker's.
+way and is averaged when heads merge. Then its optimizer state differs between workers as well; it is never averaged in
+training, and a checkpoint keeps each worker's.
+
+Of buffers only what training changes is averaged, and only where no DDP wrapper hands worker 0's to all: floating ones that
+the model saves (``persistent``) and that differ between workers, as BatchNorm's statistics do. Masks, tables, constants and
+equal counters stay bit for bit; so do caches, whatever length they have on each worker.
 """
 
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from lowrank_pretrain.bits import stamp
 from lowrank_pretrain.dtypes import at_least_32
 from lowrank_pretrain.lte.optimizer_state import BareGroups
 from lowrank_pretrain.lte.workers import Workers
+from lowrank_pretrain.lte.written import everyones, stamps
 
 SYNC = ("step", "merge")
 
@@ -24,24 +32,57 @@ class Rest:
     Args:
         module: it.
         heads: ids of the heads' parameters.
-        left_out: names of the heads' buffers.
+        left_out: names of the heads' buffers, and of what the module keeps from DDP.
         workers: who merges with whom.
         sync: one of ``SYNC``.
+        wrapped: says whether DDP broadcasts buffers at every step.
     """
 
-    def __init__(self, module: nn.Module, heads: set[int], left_out: set[str], workers: Workers, sync: str) -> None:
-        self.parameters = {n: p for n, p in module.named_parameters() if p.requires_grad and id(p) not in heads}
+    def __init__(
+        self, module: nn.Module, heads: set[int], left_out: Collection[str], workers: Workers, sync: str,
+        wrapped: Callable[[], bool] = lambda: False,
+    ) -> None:  # fmt: skip
+        self._left_out = set(left_out)
+        self.parameters = {
+            n: p for n, p in module.named_parameters() if p.requires_grad and id(p) not in heads and n not in self._left_out
+        }
         self.workers, self.apart = workers, sync == "merge" and workers.size > 1
-        self._tensors = {n: p.data for n, p in self.parameters.items()}
-        self._tensors |= {n: b for n, b in module.named_buffers() if b.is_floating_point() and n not in left_out}
-        self._module = module
-        self._kept: list[Tensor] | None = None
-        self._own: list[Tensor] | None = None  # behind a fit
+        self._module, self._wrapped = module, wrapped
+        self._kept: dict[str, Tensor] | None = None
+        self._own: dict[str, Tensor] | None = None  # after a fit
+        self._seen: dict[str, int] = {}  # stamps of the averages while they are in place
+        self._buffer_bytes = 0  # that the last merge averaged; before the first, what it may
+        if self.apart:
+            self._buffer_bytes = sum(b.numel() * at_least_32(b.dtype).itemsize for b in self._buffers().values())
 
-    def _live(self) -> list[Tensor]:
-        """What differs between workers: looked up by name, because moving a module replaces storages."""
-        parameters, buffers = dict(self._module.named_parameters()), dict(self._module.named_buffers())
-        return [parameters[n].data if n in parameters else buffers[n] for n in self._tensors]
+    def _parameters(self) -> dict[str, Tensor]:
+        """What is averaged of the parameters: looked up by name, because moving a module replaces storages."""
+        live = dict(self._module.named_parameters()) if self.apart else {}
+        return {name: live[name].data for name in self.parameters if name in live}
+
+    def _buffers(self) -> dict[str, Tensor]:
+        """Floating buffers that the model saves, as they are now."""
+        if self.workers.size == 1 or (self._wrapped() and not self.apart):
+            return {}
+        return {n: b for n, b in saved_buffers(self._module) if b.is_floating_point() and n not in self._left_out}
+
+    def _moving(self) -> dict[str, Tensor]:
+        """The buffers that training changes: same shape on all workers, other numbers. All workers call it together."""
+        if self.workers.size == 1 or (self._wrapped() and not self.apart):
+            return {}
+        mine = dict(sorted(self._buffers().items()))
+        kinds = {n: (tuple(b.shape), str(b.dtype)) for n, b in mine.items()}
+        digest = hashlib.sha256(repr(kinds).encode()).digest()
+        if len({tuple(theirs) for theirs in everyones([int.from_bytes(digest[:7], "big")], self.workers)}) > 1:
+            everyone: list[Any] = [None] * self.workers.size
+            dist.all_gather_object(everyone, kinds, group=self.workers.group)
+            mine = {n: b for n, b in mine.items() if all(theirs.get(n) == kinds[n] for theirs in everyone)}
+        gathered = everyones(stamps(list(mine.values())), self.workers)
+        return {n: b for i, (n, b) in enumerate(mine.items()) if any(theirs[i] != gathered[0][i] for theirs in gathered)}
+
+    def _live(self) -> dict[str, Tensor]:
+        """What differs between workers and has a mean. All workers call it together."""
+        return self._parameters() | self._moving()
 
     def bytes(self) -> int:
         """Size of the trainable rest."""
@@ -51,49 +92,117 @@ class Rest:
         """Bytes that a worker sends for the rest in a window of so many steps (rings)."""
         share = 2 * (self.workers.size - 1) / self.workers.size
         if self.apart:
-            return share * sum(t.numel() * at_least_32(t.dtype).itemsize for t in self._tensors.values())
-        return share * self.bytes() * steps
+            own = sum(p.numel() * at_least_32(p.dtype).itemsize for p in self.parameters.values())
+            return share * (own + self._buffer_bytes)
+        return share * (self.bytes() * steps + self._buffer_bytes)
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Average it, if it goes its own way."""
-        if self.apart:
-            self.workers.average(self._live())
+        """Average what goes its own way."""
+        moving = self._moving()
+        self._buffer_bytes = sum(b.numel() * at_least_32(b.dtype).itemsize for b in moving.values())
+        self.workers.average([*self._parameters().values(), *moving.values()])
+
+    @torch.no_grad()
+    def agrees(self) -> bool:
+        """Return whether all workers hold the same rest, which they must where it is averaged at every step. Together."""
+        live = [] if self.apart or self.workers.size == 1 else [p.detach() for p in self.parameters.values() if p.numel()]
+        if not live:
+            return True
+        sizes = torch.stack([size.double().to(live[0].device) for size in torch._foreach_norm(live)])
+        return len({theirs[0] for theirs in everyones([int(stamp(sizes))], self.workers)}) == 1
+
+    # -- looking ----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def look(self) -> None:
         """Put the average in its place, to be looked at."""
-        if self.apart and self._kept is None:
-            self._kept = [t.clone() for t in self._live()]
-            sent = self.workers.sent
-            self.workers.average(self._live())
-            self.workers.sent = sent  # looking is no merge
+        if self._kept is None:
+            live = self._live()
+            self._kept = {name: t.clone() for name, t in live.items()}
+            self.workers.average(list(live.values()), counted=False)
+            self._seen = dict(zip(live, stamps(list(live.values())), strict=True))
+
+    @torch.no_grad()
+    def look_to_write(self, writes: bool) -> None:
+        """Put the average in its place on the worker that writes; the others only help, a tensor at a time. Together."""
+        if self._kept is not None:
+            return
+        self._kept = {}
+        for name, t in self._live().items():
+            mean = t.clone()
+            self.workers.average([mean], counted=False)
+            if writes:
+                self._kept[name] = t.clone()
+                t.copy_(mean)
+
+    @property
+    def averaged(self) -> bool:
+        """Whether averages are in place."""
+        return bool(self._kept)
 
     @torch.no_grad()
     def look_away(self) -> None:
         """Undo ``look``."""
         if self._kept is not None:
-            for t, kept in zip(self._live(), self._kept, strict=True):
+            for t, kept in self._pairs():
                 t.copy_(kept)
-            self._kept = None
+            self._kept, self._seen = None, {}
+
+    @torch.no_grad()
+    def look_away_with_care(self) -> None:
+        """Undo ``look``, and keep what anyone wrote into the averages meanwhile. All workers must call it together."""
+        if self._kept is None:
+            return
+        live = self._held()
+        same = {name: t for name, t in live.items() if t.shape == self._kept[name].shape}
+        now = [stamps([same[name]])[0] if name in same else 0 for name in self._seen]
+        everyone = everyones(now, self.workers)
+        touched = [n for i, (n, was) in enumerate(self._seen.items()) if all(e[i] for e in everyone)
+                   and any(e[i] != was for e in everyone)]  # fmt: skip
+        seen = {name: same[name].clone() for name in touched}
+        means = {name: self._kept[name].clone() for name in touched}
+        self.workers.average(list(means.values()), counted=False)
+        self.look_away()
+        for name, t in self._held(touched).items():
+            t.add_(seen[name] - means[name])
+
+    def _held(self, names: Collection[str] | None = None) -> dict[str, Tensor]:
+        """The live tensors of the names that were averaged; a buffer may be gone."""
+        every = {n: p.data for n, p in self._module.named_parameters()} | dict(self._module.named_buffers())
+        return {n: every[n] for n in (self._kept if names is None else names) if n in every}
+
+    def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Live tensors and what is kept of them; one that has another shape by now stays as it is."""
+        for name, t in self._held().items():
+            if t.shape == self._kept[name].shape:
+                yield t, self._kept[name]
 
     def settle(self) -> None:
         """What is in place stays; a checkpoint that is written later has each worker's own all the same."""
-        self._own, self._kept = self._kept, None
+        self._own, self._kept, self._seen = self._kept, None, {}
 
     # -- checkpoints ------------------------------------------------------------------------------------------------
 
     def collect(self, bare: Sequence[BareGroups]) -> dict[str, Any] | None:
-        """Every worker's rest, {name: (w, …)}, and its moments; ``None`` where they are equal. All workers together."""
-        if not self.apart:
+        """Every worker's rest, {name: [w tensors]}, and its moments, on the worker that writes. All workers together.
+
+        ``None`` where they are equal.
+        """
+        mine = self._parameters() | self._buffers()
+        mine |= {n: t for n, t in (self._own or self._kept or {}).items() if n in mine}
+        if not self.apart and not any(theirs[0] for theirs in everyones([len(mine)], self.workers)):
             return None
-        mine = dict(zip(self._tensors, self._own or self._kept or self._live(), strict=True))
-        moments = {(n, key): v for n, key, v in self._moments(bare)}
-        stacked = self.workers.all_heads([t[None] for t in (*mine.values(), *moments.values())])
-        tensors = dict(zip(mine, stacked, strict=False))
-        entry: dict[str, Any] = {"tensors": tensors, "moments": {}}
-        for (name, key), value in zip(moments, stacked[len(mine) :], strict=True):
-            entry["moments"].setdefault(name, {})[key] = value
+        flat = {("tensor", name): t for name, t in mine.items()}
+        flat |= {("moment", name, key): v for name, key, v in self._moments(bare)} if self.apart else {}
+        everyone = self.workers.to_first(flat)
+        entry: dict[str, Any] = {"tensors": {}, "moments": {}, "workers": self.workers.size}
+        for key, values in (everyone or {}).items():
+            values = [None if value is None else value.clone() for value in values]
+            if key[0] == "tensor":
+                entry["tensors"][key[1]] = values
+            else:
+                entry["moments"].setdefault(key[1], {})[key[2]] = values
         return entry
 
     def _moments(self, bare: Sequence[BareGroups]) -> list[tuple[str, str, Tensor]]:
@@ -107,7 +216,9 @@ class Rest:
 
     @torch.no_grad()
     def averaged_moments(self, saved: dict[str, Any], own: set[int]) -> dict[str, Any]:
-        """An optimizer's state dict with the workers' mean of every tensor, for a run of another make. All together.
+        """An optimizer's state dict with the mean of every tensor over the workers that have it, for a run of another make.
+
+        All together; the worker that writes gets it, a tensor at a time.
 
         Args:
             saved: the state dict.
@@ -115,24 +226,63 @@ class Rest:
         """
         if not self.apart:
             return saved
-        state = {n: {k: v.clone() if isinstance(v, Tensor) else v for k, v in s.items()} for n, s in saved["state"].items()}
-        values = [v for n, s in state.items() if n not in own for v in s.values()]
-        self.workers.average([v for v in values if isinstance(v, Tensor) and v.is_floating_point()], counted=False)
+        mine = {
+            (n, k): v for n, s in saved["state"].items() if n not in own for k, v in s.items()
+            if isinstance(v, Tensor) and v.is_floating_point()
+        }  # fmt: skip
+        kinds: list[Any] = [None] * self.workers.size
+        dist.all_gather_object(kinds, {key: (tuple(v.shape), v.dtype) for key, v in mine.items()}, group=self.workers.group)
+        state = {n: dict(s) for n, s in saved["state"].items()}
+        device = next((v.device for v in mine.values() if v.ndim), torch.device("cpu"))
+        for key in sorted(set().union(*kinds), key=str):
+            holders = [kind[key] for kind in kinds if key in kind]
+            if any(held != holders[0] for held in holders):
+                continue  # of two shapes there is no mean: the writer's own stays
+            shape, dtype = holders[0]
+            mean = mine[key].clone() if key in mine else torch.zeros(shape, dtype=dtype, device=device)
+            self.workers.average([mean], counted=False)
+            if self.workers.rank == 0:
+                state.setdefault(key[0], {})[key[1]] = mean if len(holders) == len(kinds) else mean * len(kinds) / len(holders)
         return {**saved, "state": state}
 
     @torch.no_grad()
     def restore(self, entry: Mapping[str, Any] | None) -> None:
         """This worker's own rest, if the checkpoint is of as many; else it goes on from their average, as loaded."""
         if self._fits(entry):
-            for name, t in zip(self._tensors, self._live(), strict=True):
-                t.copy_(entry["tensors"][name][self.workers.rank])
+            live = {n: p.data for n, p in self._module.named_parameters()} | dict(self._module.named_buffers())
+            for name, values in entry["tensors"].items():
+                value = values[self.workers.rank]
+                if value is not None and name in live and live[name].shape == value.shape:
+                    live[name].copy_(value)
 
     @torch.no_grad()
     def restore_moments(self, entry: Mapping[str, Any] | None, bare: Sequence[BareGroups]) -> None:
         """Likewise its moments, once the optimizers hold some."""
-        if self._fits(entry):
-            for name, key, value in self._moments(bare):
-                value.copy_(entry["moments"][name][key][self.workers.rank])
+        if not (self._fits(entry) and self.apart):
+            return
+        for name, p in self.parameters.items():
+            kept = entry["moments"].get(name, {})
+            for groups in bare:
+                state = groups.optimizer.state.get(p)
+                if state is None:
+                    continue
+                for key in [key for key, values in kept.items() if key in state]:
+                    value = kept[key][self.workers.rank]
+                    if value is None:  # this worker never trained it
+                        groups.optimizer.state.pop(p, None)
+                        break
+                    state[key].copy_(value)
 
     def _fits(self, entry: Mapping[str, Any] | None) -> bool:
-        return self.apart and entry is not None and len(next(iter(entry["tensors"].values()), ())) == self.workers.size
+        there = None if entry is None else entry.get("workers", len(next(iter(entry["tensors"].values()), ())))
+        return self.workers.size > 1 and there == self.workers.size
+
+
+def saved_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(name, buffer) of every buffer that ``state_dict`` holds."""
+    lost = {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, child in module.named_modules()
+        for name in child._non_persistent_buffers_set
+    }
+    return ((name, b) for name, b in module.named_buffers() if name not in lost)

@@ -1,8 +1,14 @@
 """``LTEStrategy``'s arguments: what is allowed, said in one line."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from datetime import timedelta
+from difflib import get_close_matches
+from inspect import signature
 from typing import Any
+
+from lightning.pytorch.strategies import DDPStrategy
+from torch.nn.parallel import DistributedDataParallel
 
 from lowrank_pretrain.errors import ConfigError
 from lowrank_pretrain.lte.heads import MODES
@@ -33,8 +39,8 @@ def check(given: Mapping[str, Any]) -> None:
     alpha, timeout, prune = given["alpha"], given["merge_timeout"], given["prune"]
     if alpha is not None and not (_number(alpha) and alpha > 0):
         raise ConfigError("alpha", alpha, "must be a number above 0, or null for alpha = rank")
-    if not (_number(timeout) and timeout > 0):
-        raise ConfigError("merge_timeout", timeout, "must be a number of seconds above 0")
+    if timeout is not None and not (_number(timeout) and timeout > 0):
+        raise ConfigError("merge_timeout", timeout, "must be a number of seconds above 0, or null for timeout, else 600")
     if prune is not None and not (_number(prune) and 0 <= prune <= 1):
         raise ConfigError("prune", prune, "must be a share from 0 to 1, or null to delete the optimizer state")
     if prune is not None and not given["reset"]:
@@ -50,6 +56,29 @@ def check(given: Mapping[str, Any]) -> None:
     if given["mode"] == "joint" and (given["reset"] or given["sync_rest"] == "merge"):
         key = "reset" if given["reset"] else "sync_rest"
         raise ConfigError(key, given[key], "has no meaning in mode=joint, which never merges")
+
+
+def check_ddp(given: Mapping[str, Any], own: Iterable[str]) -> None:
+    """Look at the arguments that are meant for DDP, which is not even built on one device.
+
+    Args:
+        given: them.
+        own: names of ``LTEStrategy``'s arguments, for a hint.
+
+    Raises:
+        ConfigError: one is an argument of neither ``DDPStrategy`` nor ``DistributedDataParallel``; or ``timeout`` is no time.
+    """
+    taken = {name for kind in (DDPStrategy, DistributedDataParallel) for name in signature(kind.__init__).parameters}
+    # what Lightning hands over itself
+    taken -= {"self", "kwargs", "module", "device_ids", "output_device", "dim"}
+    for key, value in given.items():
+        if key not in taken:
+            near = get_close_matches(key, [*own, *taken], 1, 0.5)
+            hint = f"did you mean {near[0]}?" if near else f"its own are {', '.join(own)}"
+            raise ConfigError(key, value, f"is no argument of LTEStrategy, nor of DDP: {hint}")
+    timeout = given.get("timeout")
+    if timeout is not None and (not isinstance(timeout, timedelta) or timeout <= timedelta(0)):
+        raise ConfigError("timeout", timeout, "must be a datetime.timedelta above 0")
 
 
 def _check_galore(given: Mapping[str, Any]) -> None:

@@ -1,7 +1,10 @@
 """What a checkpoint holds of LTE, in the form "one process that holds all N heads"; resume, also on other numbers of workers.
 
     checkpoint["lte_state"] = {format, mode, reset, alpha, merge_every, targets {name: rank}, heads (of a worker), workers,
-        clock, merges, turn, at_merge, record {"kind|name|key": (N, …)}, base {target: (O, D)}, pending, …}
+        clock, merges, turn, at_merge, record {"kind|name|key": (N, …)}, missing {"kind|name|key": [workers without it]},
+        base {target: (O, D)}, written {target: (1 or w, O, D)}, pending, …}
+
+``written``: W as it stands, of targets into which others than the heads wrote since the last merge.
 
 At a merge nothing of a head is outside W, so heads may be left out or added and the function stays what it is. Between
 merges another number of heads merges first: the checkpoint's ``state_dict`` is that merge.
@@ -24,8 +27,11 @@ FORMAT = 1
 KEY = "lte_state"
 
 
-def collect(heads: HeadSet) -> dict[str, Any]:
-    """The heads' part of ``lte_state``, plain types and tensors. All workers must call it together."""
+def collect(heads: HeadSet) -> dict[str, Any] | None:
+    """The heads' part of ``lte_state``, plain types and tensors, on the worker that writes; ``None`` on the others.
+
+    All workers must call it together.
+    """
     settings = heads.settings
     local = heads.record()
     if settings.mode == "sequential":
@@ -33,18 +39,36 @@ def collect(heads: HeadSet) -> dict[str, Any]:
     if heads.pending is not None:
         for piece, (A, B) in zip(heads.pieces, heads.pending[0].snapshot, strict=True):
             local["pending", piece.name, "A"], local["pending", piece.name, "B"] = A.contiguous(), B
-    keys = list(local)
-    everyone = dict(zip(keys, heads.workers.all_heads([local[key] for key in keys]), strict=True))
+    written = heads.workers.to_first(heads.written())
+    everyone = heads.workers.to_first(local)
+    if everyone is None:
+        return None
+    missing = {"|".join(k): [w for w, t in enumerate(v) if t is None] for k, v in everyone.items()}
     return {
         "format": FORMAT, "mode": settings.mode, "reset": settings.reset, "alpha": settings.alpha,
         "merge_every": settings.merge_every, "targets": {p.name: p.part.rank for p in heads.pieces},
         "heads": settings.heads, "workers": heads.workers.size, "clock": heads.clock, "merges": heads.merges,
         "turn": heads.turn, "at_merge": heads.clock % settings.merge_every == 0 and heads.pending is None,
-        "record": {"|".join(key): value for key, value in everyone.items()},
-        "base": {p.name: (heads.view.training_rows(p) if p.base is None else p.base).clone() for p in heads.pieces},
+        "record": {"|".join(key): _stack(values) for key, values in everyone.items()},
+        "missing": {key: workers for key, workers in missing.items() if workers},
+        "left_out": list(heads.left_out_names),
+        "written": {name: _differing(values) for name, values in written.items()},
+        "base": {p.name: (heads.view.training_rows(p) if p.base is None else p.base).cpu().clone() for p in heads.pieces},
         "pending": None if heads.pending is None else heads.pending[1],
         "sent": [heads._cost[0], heads.last_cost[0]],  # the same on every worker
     }  # fmt: skip
+
+
+def _stack(values: list[Tensor | None]) -> Tensor:
+    """All workers' heads below one another; zeros for those of a worker that has none of it."""
+    like = next(value for value in values if value is not None)
+    return torch.cat([torch.zeros_like(like) if value is None else value for value in values])
+
+
+def _differing(values: list[Tensor]) -> Tensor:
+    """(w, O, D), or (1, O, D) where all workers hold the same."""
+    same = all(torch.equal(value, values[0]) for value in values)
+    return torch.stack(values[:1] if same else values)
 
 
 def _all_turns(heads: HeadSet, live: Record) -> Record:
@@ -95,14 +119,18 @@ def restore(state: Mapping[str, Any], heads: HeadSet) -> tuple[Record, str | Non
     heads._cost, heads.last_cost = (sent, 0.0), (last, 0.0)
     same = (settings.heads, heads.workers.size) == (state["heads"], state["workers"])
     # 1 × 4 and 4 × 1 hold the same heads; in `sequential` a turn is a worker's, so only the same layout goes on in mid-window
+    layout = same
     same = same or (settings.mode == "parallel" and settings.heads * heads.workers.size == there)
     if settings.mode == "joint":
         same = settings.heads == state["heads"]
         everyone = record.choose(everyone, 0, state["heads"])  # every worker had the same
     pending = {key: everyone.pop(key) for key in list(everyone) if key[0] == "pending"}
     if same:
-        return _moments_only(_restore_same(state, heads, everyone, pending)), None
+        moments = _moments_only(_restore_same(state, heads, everyone, pending))
+        lost = state.get("missing", {}) if layout and settings.mode == "parallel" else {}
+        return {k: v for k, v in moments.items() if heads.workers.rank not in lost.get("|".join(k), ())}, None
     mine, told = _restore_other(state, heads, everyone)
+    heads.mark()
     return _moments_only(mine), told
 
 
@@ -141,8 +169,16 @@ def _restore_same(state: Mapping[str, Any], heads: HeadSet, everyone: Record, pe
     if heads.settings.mode == "parallel" and not heads.settings.reset and has_prev:
         # W as of the last merge, by the sum that made it: bit for bit what the run that saved it trained on
         sent = heads.workers.sent
-        heads.write(Exchange(heads.pieces, [prev_of(piece) for piece in heads.pieces], heads.workers, heads.total))
+        before = [prev_of(piece) for piece in heads.pieces]
+        exchange = Exchange(heads.pieces, before, heads.workers, heads.total)
+        for index, piece in enumerate(heads.pieces):
+            piece.rows().copy_(exchange.updated(index))
         heads.workers.sent = sent
+    heads.mark()
+    for piece in heads.pieces:  # what others wrote since: it joins at the next merge, as it would have
+        rows = state.get("written", {}).get(piece.name)
+        if rows is not None:
+            piece.rows().copy_(rows[heads.workers.rank if len(rows) == heads.workers.size else 0])
     if state["pending"] is not None:
         mine_pending = _mine(heads, pending)
         snapshot = [tuple(mine_pending["pending", p.name, k].to(p.layer.lora_A) for k in "AB") for p in heads.pieces]

@@ -7,18 +7,23 @@ traffic, ``state`` the checkpoint.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext, suppress
+from datetime import timedelta
+from functools import partial
+from inspect import signature
 from typing import Any
 
 import lightning.pytorch as pl
 import torch.distributed as dist
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.data import extract_batch_size
 from torch import Tensor
+from torch.distributed.constants import default_pg_timeout
 from torch.optim import Optimizer
 
 from lowrank_pretrain import transition
 from lowrank_pretrain.agreement import agreed_hash
+from lowrank_pretrain.buckets import settle_buckets
 from lowrank_pretrain.errors import ConfigError
 from lowrank_pretrain.lora_function import Part
 from lowrank_pretrain.lora_layer import Inherit
@@ -26,13 +31,21 @@ from lowrank_pretrain.lte import record, rest
 from lowrank_pretrain.lte.checkpointing import CheckpointHooks
 from lowrank_pretrain.lte.clipping import clip_norms, share_overflow
 from lowrank_pretrain.lte.conversion import Conversion
+from lowrank_pretrain.lte.first_step import FirstStep
 from lowrank_pretrain.lte.head_set import HeadSet, Settings, head_names
+from lowrank_pretrain.lte.leaves import batch_size
 from lowrank_pretrain.lte.looking import ViewHooks
 from lowrank_pretrain.lte.optimizer_state import BareGroups
 from lowrank_pretrain.lte.projected import ProjectedSet
-from lowrank_pretrain.lte.settings import check
-from lowrank_pretrain.lte.sharding import check_batches_differ, check_sampler, equal_lengths, known_to_share
-from lowrank_pretrain.lte.workers import Workers, make_group, same_weights
+from lowrank_pretrain.lte.settings import check, check_ddp
+from lowrank_pretrain.lte.sharding import shared_out
+from lowrank_pretrain.lte.workers import Workers, make_group, same_weights, set_patience
+from lowrank_pretrain.targets import families
+
+DRIFTED = (
+    "each worker changed gradients or weights in its own way; if it clips by hand, use gradient_clip_val or "
+    "self.clip_gradients(optimizer, …): a norm over self.parameters() takes this worker's own heads along"
+)
 
 
 class LTEStrategy(Conversion, CheckpointHooks, ViewHooks):
@@ -60,8 +73,9 @@ class LTEStrategy(Conversion, CheckpointHooks, ViewHooks):
         basis: with ``update="galore"``, every worker's ``own`` or one ``shared`` by all.
         overlap: apply a merge this many steps after it was begun, ``< merge_every``; needs ``reset=False``.
         prune: with ``reset``, share of the heads' moments to zero instead of deleting their optimizer state (ReLoRA).
-        merge_timeout: seconds after which a worker that does not answer ends the job.
-        ddp_kwargs: further arguments of ``DDPStrategy``.
+        merge_timeout: seconds after which a worker that does not answer at a merge ends the job; ``None``: `timeout` if that
+            is given, else 600. Without `timeout` it bounds all other waiting of a fit too.
+        ddp_kwargs: further arguments of ``DDPStrategy`` and of DDP (``timeout``, ``find_unused_parameters``, …).
 
     Raises:
         ConfigError: a wrong value.
@@ -84,11 +98,18 @@ class LTEStrategy(Conversion, CheckpointHooks, ViewHooks):
         prune: float | None = None,
         update: str = "lora",
         basis: str = "own",
-        merge_timeout: float = 600.0,
+        merge_timeout: float | None = None,
         **ddp_kwargs: Any,
     ) -> None:
         check(locals())
+        check_ddp(
+            ddp_kwargs, [name for name in signature(LTEStrategy.__init__).parameters if name not in ("self", "ddp_kwargs")]
+        )
         super().__init__(**ddp_kwargs)
+        self._patience = ddp_kwargs.get("timeout")
+        self._injects: bool | None = None  # what use_distributed_sampler was before the fit
+        if merge_timeout is None:
+            merge_timeout = 600.0 if self._patience is None else self._patience.total_seconds()
         self.rank, self.targets = rank, targets if isinstance(targets, str) else [str(t) for t in targets]
         self.sync_rest, self.merge_timeout = sync_rest, merge_timeout
         self.update, self.basis = update, basis
@@ -99,14 +120,16 @@ class LTEStrategy(Conversion, CheckpointHooks, ViewHooks):
         """As before a fit."""
         self.heads: HeadSet | ProjectedSet | None = None
         self.rest: rest.Rest | None = None
+        self.rehearsal: FirstStep | None = None
+        self._ignored: set[str] = set()  # what the module itself keeps from DDP
         self._bare: list[BareGroups] = []
         self._untied: list[Inherit] = []
         self._stash: Mapping[str, Any] | None = None
         self._workers: Workers | None = None
         self._moments: dict = {}
         self._holding = False
-        self._first_batch = False
-        self._looks_at_batches = False
+        self._inside_step = False
+        self._ticks: Any = None
 
     # -- putting on -------------------------------------------------------------------------------------------------
 
@@ -132,6 +155,11 @@ class LTEStrategy(Conversion, CheckpointHooks, ViewHooks):
             self._forget()
             self._stash = stash
             self._workers = self._make_workers()
+            self._ignored = set(getattr(self.lightning_module, "_ddp_params_and_buffers_to_ignore", ()))
+        if self.world_size == 1 and self._injects is None:
+            # nothing to share out: a loader that Lightning cannot take apart runs
+            connector = trainer._accelerator_connector
+            self._injects, connector.use_distributed_sampler = connector.use_distributed_sampler, False
         self._holding = True
         super().setup(trainer)
         self._holding = False
@@ -145,6 +173,8 @@ class LTEStrategy(Conversion, CheckpointHooks, ViewHooks):
                 "rank, targets", (self.rank, self.targets), "the phase callback's plan decides them: leave them out"
             )
         self.configure_ddp()
+        if self.rehearsal is not None:
+            self.rehearsal.start()
         scaler = getattr(self.precision_plugin, "scaler", None)
         if scaler is not None and self._workers.size > 1:
             share_overflow(scaler, self._workers.group)
@@ -155,6 +185,8 @@ class LTEStrategy(Conversion, CheckpointHooks, ViewHooks):
             return Workers()
         if not hasattr(self, "_group"):
             self._group = make_group(self.merge_timeout)
+        if self._patience is None:
+            set_patience(timedelta(seconds=self.merge_timeout))
         return Workers(self._group, self.merge_timeout)
 
     # -- a step -----------------------------------------------------------------------------------------------------
@@ -164,70 +196,126 @@ class LTEStrategy(Conversion, CheckpointHooks, ViewHooks):
         trainer = self.lightning_module.trainer
         if not trainer.training or self._workers is None:
             return dataloader
-        check_sampler(dataloader, self._workers.size)
-        self._looks_at_batches |= not known_to_share(dataloader, self._workers.size)
-        return equal_lengths(dataloader, self._workers.size)
+        return shared_out(dataloader, self._workers.size)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Tell the heads how large the batch is that they share."""
-        if self.heads is not None:
-            self.heads.shared.batch = self._batch_size(args[0] if args else kwargs)
-        if not self._first_batch:
-            self._first_batch = True
-            if self._looks_at_batches:
-                check_batches_differ(args[0] if args else kwargs, self._workers.size)
-        return super().training_step(*args, **kwargs)
-
-    def _batch_size(self, batch: Any) -> int:
-        heads = self.settings.heads
-        if heads == 1 or self.settings.mode != "parallel":
-            return 1
-        size = extract_batch_size(batch)
-        if size < heads and not self._first_batch:
-            raise ConfigError("heads", heads, f"a batch holds {size} samples on this worker: at least one per head is needed")
-        return size
+        if self.heads is None:
+            return super().training_step(*args, **kwargs)
+        shares = self.settings.heads > 1 and self.settings.mode == "parallel"
+        self.heads.shared.batch = batch_size(args[0] if args else kwargs) if shares else 1
+        watching = self.rehearsal is not None and self.rehearsal.waits
+        with self.rehearsal.forward() if watching else nullcontext():
+            output = super().training_step(*args, **kwargs)
+        if output is None and self.model is not self.lightning_module and self.lightning_module.automatic_optimization:
+            raise ConfigError(
+                "training_step", None, f"is what worker {self._workers.rank} returned, and the others would wait for its "
+                "gradients: leave such batches out in the loader, or return the loss times 0"
+            )  # fmt: skip
+        if self.heads.shared.seen is not None:
+            unfit = self.heads.shared.check_seen(self.settings.heads if shares else 1, partial(families, self.lightning_module))
+            if watching:
+                self.rehearsal.unfit |= unfit
+            elif unfit:
+                name, reason = next(iter(unfit.items()))
+                raise ConfigError("targets", name, reason)
+        return output
 
     def post_backward(self, closure_loss: Tensor) -> None:
         """Forward passes outside a training step see W as it is."""
         super().post_backward(closure_loss)
+        if self.rehearsal is not None and self.rehearsal.waits:
+            self._rehearsed()
         if self.heads is not None and self.lightning_module.automatic_optimization:
             self.heads.shared.batch = None
 
+    def after_transition(self) -> None:
+        """With the heads comes their clock: it hangs on the optimizer itself, whoever calls its step."""
+        super().after_transition()
+        if self.heads is not None and self.heads.optimizers and self._ticks is None:
+            with suppress(AttributeError):  # an optimizer that is none of torch's: Lightning's own call of its step remains
+                self._ticks = self.heads.optimizers[0].register_step_post_hook(self._after_raw_step)
+
     def optimizer_step(self, optimizer: Optimizer, closure: Any, model: Any = None, **kwargs: Any) -> Any:
-        """The step, then the clock: it counts attempts, so that a step skipped on one worker (fp16) leaves none waiting."""
-        output = super().optimizer_step(optimizer, closure, model, **kwargs)
-        heads = self.heads
-        if heads is not None and heads.optimizers and optimizer is heads.optimizers[0]:
-            changed = heads.after_step()
-            if self.settings.mode != "joint" and heads.clock % self.settings.merge_every == 0:
-                self.rest.merge()
-            if changed:
-                self._log()
+        """The step, then the clock: it counts attempts, as Lightning does, so that a step skipped for fp16 is one."""
+        self._inside_step = True
+        try:
+            output = super().optimizer_step(optimizer, closure, model, **kwargs)
+        finally:
+            self._inside_step = False
+        if self.heads is not None and self.heads.optimizers and optimizer is self.heads.optimizers[0]:
+            self._tick()
         return output
+
+    def _after_raw_step(self, *_: Any) -> None:
+        """A step that did not come through Lightning (manual optimization with the raw optimizer)."""
+        if not self._inside_step:
+            self._tick()
+
+    def _tick(self) -> None:
+        """The clock goes on by an optimizer step, and what is due is merged."""
+        heads, rehearsal = self.heads, self.rehearsal
+        if rehearsal is not None and rehearsal.waits:  # this worker left its first batch out
+            self._rehearsed()
+        changed = heads.after_step()
+        if changed and rehearsal is not None and rehearsal.watches:
+            self._rehearsed()
+        if self.settings.mode != "joint" and heads.clock % self.settings.merge_every == 0:
+            self.rest.merge()
+            if not self.rest.agrees():
+                self._hash()
+        if changed:
+            self._log()
+
+    def _rehearsed(self) -> None:
+        """Leave out, or refuse, targets that the first step showed to be none."""
+        reasons = self.rehearsal.finish()
+        if reasons:
+            self._leave_out(reasons)
+
+    def teardown(self) -> None:
+        """Stop the clock, give the module back, and the process group its own patience."""
+        if self._ticks is not None:
+            self._ticks.remove()
+            self._ticks = None
+        if self._injects is not None:
+            self.lightning_module.trainer._accelerator_connector.use_distributed_sampler = self._injects
+            self._injects = None
+        super().teardown()
+        if self._patience is None and self._workers is not None and self._workers.size > 1 and dist.is_initialized():
+            set_patience(self._timeout or default_pg_timeout)
 
     def _clip_grad_by_norm(self, optimizer: Optimizer, clip_val: float) -> None:
         module = self.lightning_module
         apart = [] if self.heads is None or not self.heads.left_out(module) else list(self.heads.factors().values())
-        owned = {id(p) for p in apart}
+        alone = [p for name, p in module.named_parameters() if name in self._ignored and p.grad is not None]
+        owned = {id(p) for p in (*apart, *alone)}
         mine = {id(p): p for group in optimizer.param_groups for p in group["params"]}
         own = [p for p in apart if id(p) in mine]
         clip_norms((p for n, p in mine.items() if n not in owned), own, clip_val, stacked=self.update == "lora")
+        clip_norms([], [p for p in alone if id(p) in mine], clip_val, stacked=False)
 
     def _log(self) -> None:
         """A merge's cost, and a hash of what all workers hold alike behind it."""
         trainer, every = self.lightning_module.trainer, self.settings.merge_every
-        step, often = trainer.global_step, max(1, trainer.log_every_n_steps)
+        # Lightning counts the steps it sees: none of a raw optimizer's
+        step, often = max(trainer.global_step, self.heads.clock - 1), max(1, trainer.log_every_n_steps)
         # by the step alone, so that a resumed run logs at the same merges
         if step // often == (step - every) // often and self.heads.merges > 1:
             return
         metrics = self.metrics()
         if self._workers.size > 1 and self.settings.mode != "joint":
-            apart = head_names(self.lightning_module, self.heads.layers)
-            if self.rest.apart and self.settings.overlap:  # the rest was averaged when the merge began, and has moved since
-                apart |= set(self.rest.parameters)
-            metrics["lte/hash"] = float(agreed_hash(self, self.lightning_module, f"after the merge at step {step + 1}", apart))
+            metrics["lte/hash"] = float(self._hash())
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=step)
+
+    def _hash(self) -> int:
+        """A hash of what all workers hold alike at a merge; ends the run if they do not."""
+        apart = head_names(self.lightning_module, self.heads.layers) | self._ignored
+        if self.rest.apart and self.settings.overlap:  # the rest was averaged when the merge began, and has moved since
+            apart |= set(self.rest.parameters)
+        when = f"after the merge at step {self.lightning_module.trainer.global_step + 1}"
+        return agreed_hash(self, self.lightning_module, when, apart, DRIFTED)
 
     def all_heads(self) -> Iterator[tuple[str, Tensor, dict[str, Tensor], tuple[Part, ...]]]:
         """Per layer its name, A (N, ΣR, D), B (N, O, R) per part, and the parts: over all workers, which must all call it."""
@@ -258,10 +346,11 @@ class LTEStrategy(Conversion, CheckpointHooks, ViewHooks):
         if self._holding:
             return
         module = self.lightning_module
-        ignored = set() if self.heads is None else self.heads.left_out(module)
+        ignored = self._ignored | (set() if self.heads is None else self.heads.left_out(module))
         module._ddp_params_and_buffers_to_ignore = sorted(ignored)
         synced = [name for name, p in module.named_parameters() if p.requires_grad and name not in ignored]
         apart = self.heads is not None and self.settings.mode != "joint" and self.sync_rest == "merge"
         if not synced or apart or self._workers.size == 1:
             return  # DDP refuses a model without anything to reduce
         super().configure_ddp()
+        settle_buckets(self.model)

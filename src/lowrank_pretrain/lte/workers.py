@@ -1,7 +1,9 @@
 """The processes that train together: their group, what they send one another, and that they start from the same weights."""
 
+import math
+import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -61,6 +63,8 @@ class Workers:
         try:
             return call()
         except RuntimeError as error:
+            if not lost(error):
+                raise
             within = "" if self.timeout is None else f" within {self.timeout:g} s"
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise RuntimeError(
@@ -89,6 +93,42 @@ class Workers:
         self.sent = before
         return [result[i] for i in range(len(tensors))]
 
+    def to_first(self, mine: Mapping[Any, Tensor]) -> dict[Any, list[Tensor | None]] | None:
+        """Bring every worker's tensors to worker 0's main memory, a few at a time; not counted as merge traffic.
+
+        Workers may hold different sets of tensors, of different shapes: sizes travel before data.
+
+        Returns:
+            By key one tensor per worker, ``None`` where a worker has none of it; ``None`` on the other workers.
+        """
+        if self.size == 1:
+            return {key: [t.detach()] for key, t in mine.items()}
+        kinds: list[Any] = [None] * self.size
+        own = {key: (tuple(t.shape), t.dtype) for key, t in mine.items()}
+        self._call(lambda: dist.all_gather_object(kinds, own, group=self.group))
+        device = self._device or torch.device("cpu")
+        first, result = dist.get_global_rank(self.group, 0), {}
+        if self.rank == 0:
+            result = {key: [None] * self.size for kind in kinds for key in kind}
+            for key, t in mine.items():
+                result[key][0] = t.detach().cpu()
+        for sender in range(1, self.size):
+            for keys, dtype, count in _parcels(kinds[sender]):
+                if self.rank == sender:
+                    held = [mine[key].detach().reshape(-1).to(device) for key in keys]
+                    flat = held[0].contiguous() if len(held) == 1 else torch.cat(held)
+                    self._call(lambda flat=flat: dist.send(flat, first, group=self.group))
+                elif self.rank == 0:
+                    flat, source = torch.empty(count, dtype=dtype, device=device), dist.get_global_rank(self.group, sender)
+                    self._call(lambda flat=flat, source=source: dist.recv(flat, source, group=self.group))
+                    shapes = [kinds[sender][key][0] for key in keys]
+                    for key, shape, piece in zip(keys, shapes, flat.cpu().split([math.prod(s) for s in shapes]), strict=True):
+                        result[key][sender] = piece.view(shape) if len(keys) == 1 else piece.view(shape).clone()
+            for key, (shape, dtype) in kinds[sender].items() if self.rank == 0 else ():
+                if not math.prod(shape):
+                    result[key][sender] = torch.empty(shape, dtype=dtype)
+        return result if self.rank == 0 else None
+
     def average(self, tensors: Sequence[Tensor], counted: bool = True) -> None:
         """The mean of each tensor over the workers, in place; float32 at least, one flat buffer for each width of number.
 
@@ -102,8 +142,10 @@ class Workers:
         for dtype in dict.fromkeys(at_least_32(t.dtype) for t in tensors):
             chosen = [t for t in tensors if at_least_32(t.dtype) == dtype]
             flat = self._flat(chosen, dtype)
-            self.add(flat)
-            flat /= self.size
+            power = 2.0 ** (self.size - 1).bit_length()
+            self.add(flat.div_(power))  # by a power of two, which rounds nothing: the sum of huge numbers stays finite
+            if power != self.size:
+                flat.div_(self.size).mul_(power)
             _unflatten(flat, chosen)
         if not counted:
             self.sent = before
@@ -118,6 +160,24 @@ class Workers:
         _unflatten(flat, tensors)
 
 
+def _parcels(kinds: Mapping[Any, tuple[tuple[int, ...], torch.dtype]], most: int = 2**20) -> Iterator[tuple[list, Any, int]]:
+    """Keys that travel together, their dtype and how many numbers: one tensor, or several of together ``most`` at most."""
+    for dtype in dict.fromkeys(dtype for _, dtype in kinds.values()):
+        keys: list[Any] = []
+        count = 0
+        for key, (shape, of) in kinds.items():
+            size = math.prod(shape)
+            if of != dtype or not size:
+                continue
+            if keys and count + size > most:
+                yield keys, dtype, count
+                keys, count = [], 0
+            keys.append(key)
+            count += size
+        if keys:
+            yield keys, dtype, count
+
+
 def _unflatten(flat: Tensor, tensors: Sequence[Tensor]) -> None:
     """Write a flat tensor back."""
     for t, piece in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
@@ -125,15 +185,30 @@ def _unflatten(flat: Tensor, tensors: Sequence[Tensor]) -> None:
 
 
 def make_group(timeout: float) -> Any:
-    """A process group for merges, of its own: they must not queue before DDP's buckets.
+    """A process group for merges, of its own: they must not queue before DDP's buckets."""
+    return dist.new_group(timeout=timedelta(seconds=timeout))
 
-    What runs on the default group (DDP's averages, Lightning's word to all at each batch) waits no longer than ``timeout``
-    seconds from now on either. That is set here, behind the rendezvous, which a short timeout would bound too.
+
+def set_patience(limit: timedelta) -> None:
+    """How long what runs on the default group waits from now on (DDP's averages, Lightning's word to all at each batch).
+
+    Not before the rendezvous, which a short limit would bound too.
     """
-    limit = timedelta(seconds=timeout)
-    group = dist.new_group(timeout=limit)
     getattr(dist, "set_timeout", dist.distributed_c10d._set_pg_timeout)(limit)
-    return group
+
+
+# What gloo and NCCL say of a worker that is gone or too late. All else (sizes that do not fit, a full device) is another matter
+LOST = re.compile(
+    r"gloo/transport|pair closure|Connection (closed|reset|refused|timed out)|Broken pipe|[Tt]imed? ?out|Socket|"
+    r"remote process exited|unhandled (system|nccl) error|NCCL communicator was aborted|store->"
+)
+
+
+def lost(error: BaseException) -> bool:
+    """Whether a failed collective call means that another process died or did not answer."""
+    mismatch = "EnforceNotMet" in str(error) or "enforce fail" in str(error)  # gloo: sizes that do not fit
+    full = isinstance(error, torch.OutOfMemoryError)
+    return isinstance(error, RuntimeError) and not (mismatch or full) and LOST.search(str(error)) is not None
 
 
 def same_weights(module: nn.Module, workers: Workers) -> None:
@@ -152,7 +227,9 @@ def same_weights(module: nn.Module, workers: Workers) -> None:
 
 
 def _checksums(module: nn.Module, workers: Workers) -> list[float]:
-    mine = sum(p.detach().double().nan_to_num().abs().sum().item() for p in module.parameters())
+    ignored = set(getattr(module, "_ddp_params_and_buffers_to_ignore", ()))
+    shared = [p.detach() for name, p in module.named_parameters() if name not in ignored]
+    mine = sum(p.double().nan_to_num().abs().sum().item() for p in shared)
     sums: list[Any] = [None] * workers.size
     dist.all_gather_object(sums, mine, group=workers.group)
     return sums

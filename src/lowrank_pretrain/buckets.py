@@ -1,0 +1,107 @@
+"""The order in which DDP adds up gradients, settled before the first step that counts.
+
+DDP sends gradients in buckets. It lays them out when it wraps a model, and once more after the first backward pass, in the
+order in which the gradients came. Where three or more processes add up, a number's place in its bucket decides who adds
+first: the first step after a wrapping rounds otherwise than all later ones. A resumed run wraps anew, so that its first step
+would differ in its last bits from the same step of the run that was never interrupted.
+
+``settle_buckets`` has DDP do its second layout at once: one backward pass of a made-up graph, whose gradients come in the
+reversed order of the parameters, about that of most models. From then on nothing moves. It costs one average of gradients at
+each wrapping, and reads nothing of the model but its trainable parameters.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.overrides.distributed import prepare_for_backward
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+_SETTLED = "_lowrank_pretrain_settled"
+
+
+def settle_buckets(wrapper: Any) -> None:
+    """Lay DDP's buckets out for good. All processes must call it together, between two optimizer steps.
+
+    Nothing is done for a wrapper of another kind, one that is settled already, one that never lays out twice
+    (``find_unused_parameters``), and one with a communication hook, which would take the made-up gradients for real ones;
+    nor for fewer than three processes, of whom nobody can add first.
+
+    Args:
+        wrapper: what the strategy made of the model.
+    """
+    if not isinstance(wrapper, DistributedDataParallel) or getattr(wrapper, _SETTLED, False):
+        return
+    setattr(wrapper, _SETTLED, True)
+    if getattr(wrapper, "_comm_hooks", None) or not wrapper.require_backward_grad_sync:
+        return
+    if dist.get_world_size(wrapper.process_group) < 3:
+        return
+    if wrapper.static_graph:
+        _settle_static(wrapper)
+        return
+    if wrapper.find_unused_parameters or getattr(wrapper, "mixed_precision", None) is not None:
+        return
+    parameters = _reduced(wrapper)
+    if not parameters:
+        return
+    for p in parameters:
+        p.grad = None
+    with torch.enable_grad(), torch.inference_mode(False), _without_hooks(parameters):
+        loss = _made_up_loss(wrapper.module, parameters)
+        prepare_for_backward(wrapper, loss)
+        loss.backward()
+        for p in parameters:
+            p.grad = None  # it may be a view of the old layout's bucket
+        wrapper.reducer._rebuild_buckets()  # what DDP's next forward pass would begin with
+
+
+def _settle_static(wrapper: DistributedDataParallel) -> None:
+    """A static graph is learnt from its first real backward pass, so a made-up one must not be shown.
+
+    The order of the parameters is taken instead. Then no bucket is full before the backward pass is over: on a GPU, where
+    sending overlaps with computing and the last bits are not promised, DDP's own layout stays.
+    """
+    if wrapper.device_type == "cpu":
+        wrapper.reducer._push_all_rebuilt_params()
+        wrapper.reducer._rebuild_buckets()
+
+
+def _reduced(wrapper: DistributedDataParallel) -> list[nn.Parameter]:
+    """The parameters whose gradients the wrapper averages, each once, in the module's order."""
+    left_out = wrapper.parameters_to_ignore
+    named = wrapper.module.named_parameters()
+    return [p for name, p in named if p.requires_grad and name not in left_out]
+
+
+def _made_up_loss(module: nn.Module, parameters: list[nn.Parameter]) -> Tensor:
+    """A sum over all parameters whose backward pass reaches the last one first.
+
+    Autograd runs what was made later first, and hands a gradient over before it goes on.
+    """
+    sparse = {id(m.weight) for m in module.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.sparse}
+    total = parameters[0].new_zeros((), dtype=torch.float32)
+    for p in parameters:
+        if id(p) in sparse:  # DDP expects a sparse gradient here
+            term = nn.functional.embedding(torch.zeros(1, dtype=torch.long, device=p.device), p, sparse=True).sum()
+        else:
+            term = torch.view_as_real(p).sum() if p.is_complex() else p.sum()
+        total = total.to(p.device) + term.float()
+    return total
+
+
+@contextmanager
+def _without_hooks(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """No hook on a parameter's gradient (a user's, or one that steps an optimizer) sees the made-up gradients."""
+    names = ("_backward_hooks", "_post_accumulate_grad_hooks")
+    held = [(hooks, dict(hooks)) for p in parameters for name in names if (hooks := getattr(p, name, None))]
+    for hooks, _ in held:
+        hooks.clear()
+    try:
+        yield
+    finally:
+        for hooks, kept in held:
+            hooks.update(kept)
