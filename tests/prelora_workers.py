@@ -203,4 +203,57 @@ def sharded(world):
     run.fit(Sharded(), EpochLoader(data, EpochBatches(48, 4, True, int(os.environ["RANK"]), world, seed=0)))
 
 
-@
+class Routed(Exact):
+    """Each rank uses an expert of its own, another one by its weight alone, and none uses the last."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = torch.nn.ModuleList(torch.nn.Linear(12, 12, dtype=torch.float64) for _ in range(4))
+
+    def forward(self, x):
+        x = x.to(self.embed.weight.dtype)
+        return super().forward(self.experts[self.global_rank](x) + x @ self.experts[2].weight)
+
+
+def routed(world, folder):
+    """What the ranks find out in the first step, each from its own batches."""
+    module, callback = Routed(), steps()
+    run = trainer(
+        Path(folder), callback, devices=world, max_epochs=4, use_distributed_sampler=False,
+        strategy=DDPStrategy(find_unused_parameters=True),
+    )  # fmt: skip
+    data = Pairs(48)
+    run.fit(module, EpochLoader(data, EpochBatches(48, 4, True, int(os.environ["RANK"]), world, seed=0)))
+    return callback.phase, dict(callback.plan), dict(callback.left_out), [p.detach().clone() for p in module.parameters()]
+
+
+def resumed(world, folder, save_at, **how):
+    """A run and its resumes from each file it wrote: by file, what does not end to the bit as in the whole run."""
+    folder = Path(folder)
+    whole = fit(world, folder, save_at=save_at, **how)
+    unlike = {}
+    for at in save_at:
+        again = fit(world, folder / "again", ckpt=str(folder / f"step={at}.ckpt"), **how)
+        unlike[at] = [name for name, p in whole["model"].items() if not torch.equal(p, again["model"][name])]
+        unlike[at] += ["losses"] if whole["losses"][at:] != again["losses"] else []
+        unlike[at] += [] if all(map(torch.equal, whole["optimizer"], again["optimizer"])) else ["moments"]
+        unlike[at] += ["state"] if whole["state"] != again["state"] else []
+    return unlike
+
+
+def plain(world, folder, save_at):
+    """Likewise without a method of ours: only what the suite's own runs have against Lightning's resumes."""
+
+    def go(ckpt=None, save_at=()):
+        module = Exact().float()
+        run = trainer(
+            Path(folder), LoopState(), Save(folder, save_at), devices=world, strategy=DDPStrategy(bucket_cap_mb=1e-4),
+            max_epochs=2, use_distributed_sampler=False,
+        )  # fmt: skip
+        batches = EpochBatches(48, 12 // world, True, int(os.environ["RANK"]), world, seed=0)
+        run.fit(module, EpochLoader(Pairs(48), batches), ckpt_path=ckpt)
+        return module.state_dict()
+
+    whole = go(save_at=save_at)
+    again = {at: go(ckpt=str(Path(folder) / f"step={at}.ckpt")) for at in save_at}
+    return {at: [n for n, v in whole.items() if not torch.equal(v, state[n])] for at, state in again.items()}
