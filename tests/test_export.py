@@ -411,7 +411,7 @@ def test_truncated_and_foreign_checkpoints_are_one_line(tmp_path):
     path.write_text("not a checkpoint")
     wrong(lambda: export(path, None, tmp_path / "out"), "cannot be read")
     torch.save({"model": Foreign()}, path)  # would run code of the file's choosing
-    wrong(lambda: export(path, None, tmp_path / "out"), "cannot be read")
+    wrong(lambda: export(path, None, tmp_path / "out"), "no Lightning checkpoint")
     torch.save({"weight": torch.zeros(2)}, path)
     wrong(lambda: export(path, None, tmp_path / "out"), "no Lightning checkpoint")
     torch.save({"state_dict": {"model.x": torch.zeros(2)}, "hyper_parameters": dict(make("gpt2").hparams)}, path)
