@@ -147,3 +147,9 @@ def test_ranks_that_read_different_files_are_told_before_training(ranks, tmp_pat
 def test_fsdp2_is_refused_before_anything_is_sharded(ranks):
     for fine, value, _ in ranks.outcomes(2, workers.sharded, 2):
         assert not fine and value.startswith("ConfigError: strategy='ModelParallelStrategy': PreLoRA") and "use ddp" in value
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_buckets_are_settled_without_a_trace(ranks, sparse):
+    """The made-up gradients come to no hook of the user's, and none is left; sparse ones are of the kind that DDP expects."""
+    assert ranks(3, workers.settled, 3, sparse) == [([], 6, [True, True])] * 3
