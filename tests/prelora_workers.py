@@ -257,3 +257,24 @@ def plain(world, folder, save_at):
     whole = go(save_at=save_at)
     again = {at: go(ckpt=str(Path(folder) / f"step={at}.ckpt")) for at in save_at}
     return {at: [n for n, v in whole.items() if not torch.equal(v, state[n])] for at, state in again.items()}
+
+
+def settled(world, sparse):
+    """Gradients of the same step three times under a settled wrapper, and how often a hook saw a made-up one."""
+    from lowrank_pretrain.buckets import settle_buckets
+
+    torch.distributed.init_process_group("gloo")
+    rank, seen = torch.distributed.get_rank(), []
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Embedding(10, 7, sparse=sparse), torch.nn.Linear(7, 33), torch.nn.Linear(33, 7))
+    net[1].weight.register_hook(lambda grad: seen.append("hook"))
+    net[1].bias.register_post_accumulate_grad_hook(lambda p: seen.append("post"))
+    wrapper = torch.nn.parallel.DistributedDataParallel(net, bucket_cap_mb=1e-4)
+    settle_buckets(wrapper)
+    early, grads = list(seen), []
+    assert all(p.grad is None for p in net.parameters())
+    for _ in range(3):
+        net.zero_grad()
+        wrapper(torch.randint(10, (5,), generator=torch.Generator().manual_seed(rank))).square().mean().backward()
+        grads.append([p.grad.to_dense().clone() for p in net.parameters()])
+    return early, len(seen), [all(map(torch.equal, grads[0], other)) for other in grads[1:]]

@@ -156,3 +156,9 @@ def test_ranks_agree_on_what_the_first_step_showed_and_on_who_was_called(ranks, 
     assert {name for name in plan if "experts" in name} == {"experts.0", "experts.1"}
     assert "is never called" in left_out["experts.2"] and "in any of the 8 optimizer steps" in left_out["experts.3"]
     assert all(torch.equal(a, b) for a, b in zip(weights, other[3], strict=True))
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_buckets_are_settled_without_a_trace(ranks, sparse):
+    """The made-up gradients come to no hook of the user's, and none is left; sparse ones are of the kind that DDP expects."""
+    assert ranks(3, workers.settled, 3, sparse) == [([], 6, [True, True])] * 3
