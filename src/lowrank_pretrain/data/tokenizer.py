@@ -174,7 +174,7 @@ def _of_hub(name: str, file: str) -> Path | None:
 
 
 def _converted(folder: Path) -> "Tokenizer | None":
-    """Load a tokenizer that transformers makes of other files (WordPiece's ``vocab.txt``, sentencepiece's ``tokenizer.model``)."""
+    """Load a tokenizer from WordPiece's ``vocab.txt`` or sentencepiece's ``tokenizer.model``, through transformers."""
     if not any((folder / name).is_file() for name in ("vocab.txt", "tokenizer.model", "spiece.model")):
         return None
     from transformers import AutoTokenizer
