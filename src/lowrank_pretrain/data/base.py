@@ -107,7 +107,7 @@ class PretrainData(L.LightningDataModule):
         self.tokenizer_file, self.tokenizer_folder = found.file, found.folder
 
     def count_classes(self) -> int | None:
-        """The number of classes of an image set, for a model that is to have as many; None where there are no classes."""
+        """Return the number of classes of an image set, for a model with as many; None where there are none."""
         return getattr(self, "num_classes", None)
 
     def train_dataloader(self) -> EpochLoader | StreamLoader:

@@ -57,11 +57,11 @@ class Documents(Protocol):
     bad: list[str]  # rows that were left out and are not yet told
 
     def share(self, reader: int, readers: int) -> "Documents | None":
-        """One reader's share; None: there is too little to divide."""
+        """Return one reader's share; None: there is too little to divide."""
         ...
 
     def read(self, place: dict[str, Any] | None) -> Iterator[Piece]:
-        """All pieces from ``place`` on, None: from the beginning."""
+        """Read all pieces from ``place`` on, None: from the beginning."""
         ...
 
 
@@ -77,7 +77,7 @@ class _Rows:
         self._good, self._left_out, self._first = 0, 0, ""
 
     def _pieces(self, row: Row, unit: int, skip: int, shift: int, where: str, places: tuple[dict, dict]) -> Iterator[Piece]:
-        """This reader's parts of a row; ``places`` are before and after it."""
+        """Cut this reader's parts from a row; ``places`` are before and after it."""
         parts = max(1, -(-row.size // BLOCK))
         mine = [(unit + j + shift) % self.readers == self.reader for j in range(parts)]
         if not any(mine):
@@ -137,7 +137,7 @@ class FileDocuments(_Rows):
         self._mine: set[int] | None = None  # numbers of files, None: by rows or blocks
 
     def share(self, reader: int, readers: int) -> "FileDocuments | None":
-        """One reader's share; None: there is too little to divide."""
+        """Return one reader's share; None: there is too little to divide."""
         if sum(self.sizes) < readers * SMALL:
             return None
         part = copy.copy(self)
@@ -150,7 +150,7 @@ class FileDocuments(_Rows):
         return part
 
     def read(self, place: dict[str, Any] | None) -> Iterator[Piece]:
-        """All pieces from ``place`` on."""
+        """Read all pieces from ``place`` on."""
         place = place or {"file": 0}
         self._begin_pass()
         for number in range(place["file"], len(self.files)):
@@ -219,7 +219,7 @@ class SavedDocuments(_Rows):
         self.rows, self.files, self.folder = rows, [], folder
 
     def share(self, reader: int, readers: int) -> "SavedDocuments | None":
-        """One reader's share; None: there is too little to divide."""
+        """Return one reader's share; None: there is too little to divide."""
         if self.rows.data.nbytes < readers * SMALL:
             return None
         part = copy.copy(self)
@@ -227,7 +227,7 @@ class SavedDocuments(_Rows):
         return part
 
     def read(self, place: dict[str, Any] | None) -> Iterator[Piece]:
-        """All pieces from ``place`` on."""
+        """Read all pieces from ``place`` on."""
         place = place or {"row": 0, "unit": 0}
         self._begin_pass()
         unit, skip = place["unit"], place.get("part", 0)
@@ -257,7 +257,7 @@ class HubDocuments(_Rows):
         self.stream, self.name, self.files = stream, name, []
 
     def share(self, reader: int, readers: int) -> "HubDocuments":
-        """One reader's share: files of its own where there are enough of them, else every so-many-th document."""
+        """Return one reader's share: files of its own where there are enough of them, else every so-many-th document."""
         part = copy.copy(self)
         part.bad = []
         if self.stream.num_shards >= readers:
@@ -269,7 +269,7 @@ class HubDocuments(_Rows):
         return part
 
     def read(self, place: dict[str, Any] | None) -> Iterator[Piece]:
-        """All pieces from ``place`` on."""
+        """Read all pieces from ``place`` on."""
         place = place or {"documents": None}
         self._begin_pass()
         self.stream.load_state_dict(place["documents"])
@@ -286,7 +286,7 @@ class HubDocuments(_Rows):
 
 
 def in_parts(text: str, count: int) -> list[str]:
-    """The text in ``count`` parts of about the same length, cut at ends of lines, else before spaces, else anywhere."""
+    """Cut the text into ``count`` parts of about the same length, cut at ends of lines, else before spaces, else anywhere."""
     cuts = [0]
     for i in range(1, count):
         at = len(text) * i // count
@@ -297,7 +297,7 @@ def in_parts(text: str, count: int) -> list[str]:
 
 
 def _deal(sizes: list[int], readers: int) -> list[set[int]] | None:
-    """Numbers of files for each reader, the largest first to whoever has least; None where that is not fair."""
+    """Deal numbers of files to each reader, the largest first to whoever has least; None where that is not fair."""
     if len(sizes) < readers:
         return None
     hands: list[set[int]] = [set() for _ in range(readers)]
@@ -322,7 +322,7 @@ def open_documents(
     split_key: str,
     text_key: str,
 ) -> Documents:
-    """The documents of a part.
+    """Open the documents of a part.
 
     Args:
         root: folder of local files, or one that `datasets` saved with ``save_to_disk``; not used with ``dataset``.
@@ -357,7 +357,7 @@ def open_documents(
 
 
 def saved_folder(root: str | None, split: str) -> Path | None:
-    """The folder below ``root`` that ``save_to_disk`` wrote, if one did."""
+    """Find the folder below ``root`` that ``save_to_disk`` wrote, if one did."""
     if root is None:
         return None
     folders = (Path(root), Path(root) / split)
@@ -384,7 +384,7 @@ def _load_saved(folder: Path, split: str, split_key: str) -> "Dataset":
 
 
 def find_files(root: str | None, patterns: str | list[str], key: str) -> list[Path]:
-    """The local files that match, sorted.
+    """Find the local files that match, sorted.
 
     Args:
         root: folder.
@@ -442,7 +442,7 @@ def check_utf8(path: Path, key: str, limit: int | None = None) -> None:
 
 
 def read_error(error: Exception, key: str, paths: list[Path]) -> ConfigError:
-    """What to say when reading broke off: the local file to blame if one can be found."""
+    """Return what to say when reading broke off: the local file to blame if one can be found."""
     if isinstance(error, ConfigError):
         return error
     for path in paths:

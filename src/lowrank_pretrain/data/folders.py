@@ -56,7 +56,7 @@ class Folder:
         return {**self.__dict__, "_zip": None}  # an open archive cannot go to another process
 
     def open(self, i: int) -> BinaryIO:
-        """The file of picture ``i``."""
+        """Return the file of picture ``i``."""
         member = self.members[i]
         if member.place is not None:
             with self.root.open("rb") as file:
@@ -72,11 +72,11 @@ class Folder:
         return (self.root / member.path).open("rb")
 
     def load(self, i: int) -> tuple[BinaryIO, int]:
-        """The file of picture ``i``, and its class."""
+        """Return the file of picture ``i``, and its class."""
         return self.open(i), self.members[i].label
 
     def filename(self, i: int) -> str:
-        """The picture's whole path."""
+        """Return the picture's whole path."""
         return str(self.root / self.members[i].path)
 
 
@@ -88,7 +88,7 @@ class Split(NamedTuple):
 
 
 def image_endings() -> frozenset[str]:
-    """The endings of the files that Pillow opens by itself, in small letters."""
+    """Return the endings of the files that Pillow opens by itself, in small letters."""
     Image.init()
     opened = {kind for kind in Image.OPEN if kind not in STUBS}
     return frozenset(ending for ending, kind in Image.registered_extensions().items() if kind in opened)
@@ -202,7 +202,7 @@ def _by_class(path: Path, below: list, inside: dict[tuple[str, ...], int], where
 
 
 def hold_out(whole: Folder, fraction: float, seed: int) -> tuple[Folder, Folder, str]:
-    """Training and validation parts, ``fraction`` of each class being held out, and the sentence that says so.
+    """Return training and validation parts, ``fraction`` of each class being held out, and the sentence that says so.
 
     Raises:
         ConfigError: a class has a single picture, or none is left on one side.
@@ -219,7 +219,7 @@ def hold_out(whole: Folder, fraction: float, seed: int) -> tuple[Folder, Folder,
 
 
 def held_out(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """Which samples are for validation: the same share of each class, at least one of any class with two or more; (N,) bool."""
+    """Choose samples for validation: the same share of each class, at least one where there are two or more; (N,) bool."""
     chosen = np.zeros(len(labels), bool)
     for label in np.unique(labels):
         places = np.flatnonzero(labels == label)
@@ -232,12 +232,12 @@ def held_out(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
 
 
 def natural(names: set[str]) -> list[str]:
-    """The names in natural order."""
+    """Sort the names in natural order."""
     return sorted(names, key=natural_key)
 
 
 def natural_key(name: str) -> list:
-    """A sorting key under which ``img10`` follows ``img9``."""
+    """Return a sorting key under which ``img10`` follows ``img9``."""
     from timm.utils.misc import natural_key
 
     return natural_key(name)
@@ -252,7 +252,7 @@ def _walk(root: Path) -> Iterator[tuple[str, None]]:
 
 
 def _archive(path: Path) -> Iterator[tuple[str, tuple[int, int] | None]]:
-    """Files of a .tar or .zip with their places.
+    """List the files of a .tar or .zip with their places.
 
     Raises:
         ConfigError: it is neither, or packed so that single files cannot be read.
@@ -271,7 +271,7 @@ def _archive(path: Path) -> Iterator[tuple[str, tuple[int, int] | None]]:
 
 
 def _common_top(pictures: list) -> int:
-    """How many folders hold all of an archive, such as the one it is named after."""
+    """Count the folders that hold all of an archive, such as the one it is named after."""
     top = 0
     while pictures and all(len(parts) > top + 2 for parts, _, _ in pictures):
         names = {parts[top].lower() for parts, _, _ in pictures}
@@ -282,7 +282,7 @@ def _common_top(pictures: list) -> int:
 
 
 def _part_folder(name: str, tops: list[str]) -> str | None:
-    """The folder of a part: of that name, or of another word for it."""
+    """Return the folder of a part: of that name, or of another word for it."""
     if name in tops:
         return name
     words = next((group for group in (TRAIN, VALIDATION) if name in group), (name,))

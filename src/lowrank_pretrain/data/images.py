@@ -130,7 +130,7 @@ class ImageData(PretrainData):
         self._bases: dict[str, Any] | None = None  # the opened sets, by key
 
     def count_classes(self) -> int:
-        """The number of classes, counted in the training part where it was not given.
+        """Return the number of classes, counted in the training part where it was not given.
 
         Raises:
             ConfigError: data that are missing, or a stream, which does not say.
@@ -164,7 +164,7 @@ class ImageData(PretrainData):
         return {key: split for key, split in splits.items() if split is not None}
 
     def _open_all(self) -> dict[str, Any]:
-        """The parts by key, opened once; says on one process what was left out or held out."""
+        """Open the parts by key, once; say on one process what was left out or held out."""
         if self._bases is not None:
             return self._bases
         remarks: list[str] = []

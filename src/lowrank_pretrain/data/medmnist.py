@@ -109,7 +109,7 @@ class MedMNIST(PretrainData):
         dataset(split="train", root=str(self.root), size=self.size, download=True)
 
     def count_classes(self) -> int:
-        """The number of classes: as given, or the set's own, or for a set of the user's counted in all its labels.
+        """Return the number of classes: as given, or the set's own, or for a set of the user's counted in all its labels.
 
         Raises:
             ConfigError: the file has to be read for it, and cannot be.
@@ -138,7 +138,7 @@ class MedMNIST(PretrainData):
 
 
 def _class_names(flag: str, num_classes: int) -> list[str] | None:
-    """The names of the labels, where the package ``medmnist`` is there to tell."""
+    """Return the names of the labels, where the package ``medmnist`` is there to tell."""
     try:
         from medmnist import INFO
     except ImportError:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch.utils.data import IterableDataset, get_worker_info
 
 from lowrank_pretrain.data.arrays import with_channels
@@ -29,12 +29,17 @@ def upright_rgb(image: Image.Image) -> Image.Image:
 
     Pillow's own ``convert("RGB")`` cuts pixels of 16 or 32 bits off at 255 and turns most of such a picture white.
     """
-    image = ImageOps.exif_transpose(image)
+    try:
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+    except UNREADABLE:  # damaged remarks next to a picture that may be whole
+        turned = False
+    image = ImageOps.exif_transpose(image) if turned else image
     if image.mode.startswith(("I", "F")):
         image = _eight_bits(image)
     elif "transparency" in image.info and image.mode == "P":
         image = image.convert("RGBA")  # as Pillow asks for
-    return image.convert("RGB")
+    image.load()  # `convert` would copy what is RGB already
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

@@ -34,15 +34,15 @@ class HubImages:
         return len(self.reader)
 
     def load(self, i: int) -> tuple[BinaryIO, Any]:
-        """The file of picture ``i``, and its label."""
+        """Return the file of picture ``i``, and its label."""
         return self.reader[i][:2]
 
     def filename(self, i: int) -> str:
-        """The picture's name."""
+        """Return the picture's name."""
         return str(self.reader.filename(i, absolute=True))
 
     def labels(self) -> np.ndarray:
-        """All labels, (N,)."""
+        """Return all labels, (N,)."""
         return np.asarray(self.reader.dataset[self.reader.label_key])
 
 
@@ -63,11 +63,11 @@ class TorchvisionImages:
         return len(self.base)
 
     def load(self, i: int) -> tuple[Any, Any]:
-        """Picture ``i``, opened, and its label."""
+        """Return picture ``i``, opened, and its label."""
         return self.base[i][:2]
 
     def filename(self, i: int) -> str:
-        """The picture's name, or its number where the set has no files."""
+        """Return the picture's name, or its number where the set has no files."""
         samples = getattr(self.base, "samples", None)
         return str(samples[i][0]) if samples else f"{type(self.base).__name__}[{i}]"
 
@@ -87,16 +87,16 @@ class Part:
         return len(self.places)
 
     def load(self, i: int) -> tuple[BinaryIO, Any]:
-        """The file of picture ``i`` of this part, and its label."""
+        """Return the file of picture ``i`` of this part, and its label."""
         return self.whole.load(self.places[i])
 
     def filename(self, i: int) -> str:
-        """The picture's name."""
+        """Return the picture's name."""
         return self.whole.filename(self.places[i])
 
 
 def open_images(name: str, root: str | None, split: str, split_key: str, download: bool = False, **kwargs: Any) -> Any:
-    """A set of images, with ``load(i)``, ``filename(i)`` and ``classes``, or (``hfids/``, ``wds/``, ``tfds/``) a stream.
+    """Open a set of images, with ``load(i)``, ``filename(i)`` and ``classes``, or (``hfids/``, ``wds/``, ``tfds/``) a stream.
 
     Args:
         name: ``torch/<torchvision set>``, ``hfds/<name>``, or a stream: ``hfids/<name>``, ``wds/``, ``tfds/<name>``. A name of
@@ -144,7 +144,7 @@ def open_images(name: str, root: str | None, split: str, split_key: str, downloa
 
 
 def hold_out_of_hub(train: HubImages, val_split: str, fraction: float, seed: int, error: ConfigError) -> tuple[Part, Part, str]:
-    """Training and validation parts of a hub set that has no part for validation, and the sentence that says so.
+    """Return training and validation parts of a hub set that has no part for validation, and the sentence that says so.
 
     Raises:
         ConfigError: ``error``, where a part was asked for that is not simply "the validation part".

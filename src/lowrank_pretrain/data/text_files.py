@@ -47,7 +47,7 @@ class Row(NamedTuple):
 
 
 def kind_of(path: Path, key: str) -> str:
-    """``json``, ``parquet``, ``csv`` or ``text``, by the file's name."""
+    """Return ``json``, ``parquet``, ``csv`` or ``text``, by the file's name."""
     name = path.name.lower()
     name = name[: -len(Path(name).suffix)] if name.endswith(PACKED) else name
     kind = KINDS.get(Path(name).suffix)
@@ -58,7 +58,7 @@ def kind_of(path: Path, key: str) -> str:
 
 
 def open_bytes(path: Path) -> BinaryIO:
-    """The file's bytes, unpacked.
+    """Open the file's bytes, unpacked.
 
     Raises:
         ConfigError: ``.zst`` without its package.
@@ -80,7 +80,7 @@ def open_bytes(path: Path) -> BinaryIO:
 
 
 def is_packed(path: Path) -> bool:
-    """Whether the file's own bytes are others than those of its text."""
+    """Return whether the file's own bytes are others than those of its text."""
     return path.suffix.lower() in PACKED
 
 
@@ -104,11 +104,11 @@ class Blocks:
         self._buffer, self._base = b"", 0  # of a packed file, which is read forwards only
 
     def count(self) -> int | None:
-        """The number of blocks, None for a packed file."""
+        """Return the number of blocks, None for a packed file."""
         return None if is_packed(self.path) else -(-self.path.stat().st_size // self.block)
 
     def begin(self, k: int) -> int | None:
-        """The first byte of block ``k``, None at the end of the file."""
+        """Return the first byte of block ``k``, None at the end of the file."""
         at = k * self.block
         window = self._read(at, self.block)
         if not window or k == 0:
@@ -122,7 +122,7 @@ class Blocks:
         return at + (space if space >= 0 else next((i for i, byte in enumerate(window[:4]) if byte & 0xC0 != 0x80), 0))
 
     def text(self, k: int) -> tuple[str, bool] | None:
-        """Block ``k`` and whether it is the last; None after the last.
+        """Read block ``k`` and whether it is the last; None after the last.
 
         Raises:
             ConfigError: it is not UTF-8.
@@ -157,7 +157,7 @@ class Blocks:
 
 
 def not_utf8(path: Path, key: str, error: UnicodeDecodeError, begin: int) -> ConfigError:
-    """The error that names file and byte."""
+    """Return the error that names file and byte."""
     wrong = f"byte 0x{error.object[error.start]:02x} near position {begin + error.start}"
     return ConfigError(key, str(path), f"must be UTF-8 text, {wrong} is not; convert it with iconv")
 
@@ -166,7 +166,7 @@ def not_utf8(path: Path, key: str, error: UnicodeDecodeError, begin: int) -> Con
 
 
 def rows_of(path: Path, kind: str, text_key: str, key: str, place: Any = None) -> Iterator[Row]:
-    """The rows of a file of the kind ``json``, ``csv`` or ``parquet``, from ``place`` on.
+    """Read the rows of a file of the kind ``json``, ``csv`` or ``parquet``, from ``place`` on.
 
     Args:
         path: the file.
@@ -186,7 +186,7 @@ def rows_of(path: Path, kind: str, text_key: str, key: str, place: Any = None) -
 
 
 def text_of(row: Any, text_key: str) -> str:
-    """The text of a row.
+    """Return the text of a row.
 
     Raises:
         BadRow: it has none.
@@ -225,7 +225,7 @@ def _parsed(line: bytes) -> Any:
 
 
 def _is_array(path: Path) -> bool:
-    """Whether a JSON file is one array or one object over several lines, not an object a line."""
+    """Return whether a JSON file is one array or one object over several lines, not an object a line."""
     with open_bytes(path) as raw:
         head = raw.read(1 << 16).removeprefix(BOM).lstrip()
     first = head.partition(b"\n")[0]
@@ -235,7 +235,7 @@ def _is_array(path: Path) -> bool:
 
 
 def _json_array(path: Path, text_key: str, place: Any) -> Iterator[Row]:
-    """Objects of an array, or one after another; the file is read from its beginning again to go on."""
+    """Read the objects of an array, or one after another; the file is read from its beginning again to go on."""
     done = place or 0
     decoder, buffer, number, at = json.JSONDecoder(), "", 0, 0
     with open_bytes(path) as raw:
@@ -290,7 +290,7 @@ def _csv(path: Path, text_key: str, key: str, place: Any) -> Iterator[Row]:
 
 
 def _header(path: Path, line: bytes, text_key: str) -> tuple[str, list[str]]:
-    """The delimiter and the columns: the delimiter is the one that makes a column of ``text_key``."""
+    """Return the delimiter and the columns: the delimiter is the one that makes a column of ``text_key``."""
     try:
         text = line.decode()
     except UnicodeDecodeError as error:

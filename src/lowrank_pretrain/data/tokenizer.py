@@ -48,7 +48,7 @@ class Special(NamedTuple):
 
 
 def load_tokenizer(name: str, key: str = "tokenizer", end_token: str | None = None) -> tuple["Tokenizer", int]:
-    """A tokenizer and the id that ends a document.
+    """Load a tokenizer and the id that ends a document.
 
     Truncation and padding, which a ``tokenizer.json`` may ask for, are switched off: they are for batches of a model, and would
     cut documents.
@@ -97,7 +97,7 @@ def load_tokenizer(name: str, key: str = "tokenizer", end_token: str | None = No
 
 
 def special_tokens(name: str, tokenizer: "Tokenizer") -> Special:
-    """Where the tokenizer ``name`` lies on this machine, and its other special ids."""
+    """Return where the tokenizer ``name`` lies on this machine, and its other special ids."""
     path = SAMPLES / "kjv_tokenizer.json" if name == "kjv" else Path(name)
     folder = path if path.is_dir() else path.parent if path.is_file() and name != "kjv" else None
     if path.is_dir():
@@ -109,7 +109,7 @@ def special_tokens(name: str, tokenizer: "Tokenizer") -> Special:
 
 
 def vocabulary(tokenizer: "Tokenizer") -> int:
-    """The vocabulary size that a model needs: above every id, though some ids below may stand for nothing."""
+    """Return the vocabulary size that a model needs: above every id, though some ids below may stand for nothing."""
     return 1 + max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
 
 
@@ -134,7 +134,7 @@ class DocumentEncoder:
             self.after = [*self.after, end]
 
     def _ids(self, probe: str) -> tuple[list[int], list[int]] | None:
-        """Ids without and with what the tokenizer adds; None for a word that it does not know."""
+        """Return the ids without and with what the tokenizer adds; None for a word that it does not know."""
         try:
             bare, whole = (self.tokenizer.encode(probe, add_special_tokens=added).ids for added in (False, True))
         except Exception:  # the library's only class: a vocabulary of words that has none for others
@@ -142,13 +142,13 @@ class DocumentEncoder:
         return (bare, whole) if bare else None
 
     def __call__(self, text: str, begins: bool = True, ends: bool = True) -> list[int]:
-        """Ids of a piece of a document that is the first of it, the last, or both."""
+        """Return the ids of a piece of a document that is the first of it, the last, or both."""
         ids = self.tokenizer.encode(text, add_special_tokens=False).ids
         return [*(self.before if begins else ()), *ids, *(self.after if ends else ())]
 
 
 def _named(name: str, which: str) -> str | None:
-    """The special token ``which`` by the files next to the tokenizer ``name``."""
+    """Return the special token ``which`` by the files next to the tokenizer ``name``."""
     path = Path(name)
     folder = path if path.is_dir() else path.parent if path.is_file() else None
     for file in ("tokenizer_config.json", "special_tokens_map.json"):
@@ -164,7 +164,7 @@ def _named(name: str, which: str) -> str | None:
 
 
 def _of_hub(name: str, file: str) -> Path | None:
-    """A file of a tokenizer on the hub, from the cache or the network; None where it has none."""
+    """Fetch a file of a tokenizer on the hub, from the cache or the network; None where it has none."""
     from huggingface_hub import hf_hub_download
 
     try:
@@ -174,7 +174,7 @@ def _of_hub(name: str, file: str) -> Path | None:
 
 
 def _converted(folder: Path) -> "Tokenizer | None":
-    """A tokenizer that transformers makes of other files (WordPiece's ``vocab.txt``, sentencepiece's ``tokenizer.model``)."""
+    """Load a tokenizer from WordPiece's ``vocab.txt`` or sentencepiece's ``tokenizer.model``, through transformers."""
     if not any((folder / name).is_file() for name in ("vocab.txt", "tokenizer.model", "spiece.model")):
         return None
     from transformers import AutoTokenizer

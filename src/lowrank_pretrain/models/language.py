@@ -255,7 +255,7 @@ def _about_attention(error: Exception, attention: str) -> bool:
 
 
 def config_of(path: Path, name: str) -> dict[str, Any]:
-    """What the ``config.json`` next to local weights says of the network; {} where there is none.
+    """Read what the ``config.json`` next to local weights says of the network; {} where there is none.
 
     Raises:
         ConfigError: nothing is there, or it is the configuration of another kind of model than ``name``.
@@ -287,7 +287,7 @@ def config_of(path: Path, name: str) -> dict[str, Any]:
 
 
 def load_weights(model: nn.Module, path: Path) -> nn.Module:
-    """The same network with local weights, every one of them and no other.
+    """Return the same network with local weights, every one of them and no other.
 
     Args:
         model: the network, with random weights.
@@ -325,7 +325,7 @@ def load_weights(model: nn.Module, path: Path) -> nn.Module:
 
 
 def _weights(path: Path) -> tuple[str | None, dict[str, Tensor] | None]:
-    """A folder for transformers to read, or the weights themselves.
+    """Return a folder for transformers to read, or the weights themselves.
 
     Raises:
         ConfigError: there are none, or they cannot be read.
@@ -360,7 +360,7 @@ def _tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _check_loaded(info: dict[str, Any], model: nn.Module, path: Path) -> None:
-    """Raises :class:`ConfigError` for weights that stayed random, or that the network has no place for."""
+    """Refuse weights that stayed random, or that the network has no place for."""
     if info["mismatched_keys"]:
         embedding = next(name for name, m in model.named_modules() if m is model.get_input_embeddings())
         mismatched = sorted((str(k), tuple(a), tuple(b)) for k, a, b in info["mismatched_keys"])
