@@ -14,6 +14,7 @@ from lowrank_pretrain import PreLoRA, averaging
 from lowrank_pretrain.data.loaders import EpochBatches, EpochLoader
 from lowrank_pretrain.galore import GaLoreAdamW, galore_ddp_hook
 from lowrank_pretrain.loop_state import LoopState
+from lowrank_pretrain.lora import own_tensors
 from tests.toy import Pairs, Toy, trainer
 
 
@@ -84,6 +85,13 @@ class Watch(pl.Callback):
             self.sent.append(self.bytes)
             self.bytes = 0
 
+    def on_train_end(self, trainer, module):
+        """While the module has its adapters: behind the fit it is plain."""
+        self.model = {name: p.detach().clone() for name, p in module.named_parameters()}
+        self.trainable = {name for name, p in module.named_parameters() if p.requires_grad}
+        found = averaging.averages(trainer.callbacks)
+        self.average = {k: v.detach().clone() for _, m, _ in found for k, v in own_tensors(m).items()}
+
 
 class Save(pl.Callback):
     """Writes step=N.ckpt behind the steps named. Behind PreLoRA: a file of the switch's step holds the new phase."""
@@ -139,11 +147,11 @@ def fit(
     state["loss"] = None  # of this rank's batches
     return {
         "weights": watch.weights, "sent": watch.sent, "trained": watch.trained, "state": state, "rows": logger.rows,
-        "model": {name: p.detach().clone() for name, p in module.named_parameters()}, "losses": module.losses,
-        "unmoved": [name for name, p in module.named_parameters() if name in watch.start and torch.equal(p, watch.start[name])],
-        "trainable": {name for name, p in module.named_parameters() if p.requires_grad}, "start": set(watch.start),
+        "model": watch.model, "losses": module.losses,
+        "unmoved": [name for name, p in watch.model.items() if name in watch.start and torch.equal(p, watch.start[name])],
+        "trainable": watch.trainable, "start": set(watch.start),
         "optimizer": [v for s in run.optimizers[0].state.values() for v in s.values()],
-        "average": {k: v.clone() for _, m, _ in averaging.averages(extra) for k, v in m.state_dict().items()},
+        "average": watch.average,
         "metrics": {k: float(v) for k, v in run.callback_metrics.items()},
     }  # fmt: skip
 

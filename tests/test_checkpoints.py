@@ -222,3 +222,50 @@ def test_a_file_without_a_whole_header_is_as_good_as_none(tmp_path, left):
     path.write_text(left)
     csv_log.forget_after(path, 5)
     assert not path.exists()
+
+
+# -- other file systems ---------------------------------------------------------------------------------------------------
+
+
+def test_another_file_system_is_written_by_its_own_means_and_a_resume_reads_it(tmp_path):
+    fsspec = pytest.importorskip("fsspec", reason="Lightning brings it")
+    saver = ModelCheckpoint("memory://runs", "{step}", every_n_train_steps=3, save_top_k=-1)
+    first = toy()
+    trainer(tmp_path, saver, plugins=[WholeCheckpointIO()], max_epochs=1).fit(first, loader())
+    memory = fsspec.filesystem("memory")
+    assert {path.rpartition("/")[2] for path in memory.ls("/runs", detail=False)} == {"step=3.ckpt", "step=6.ckpt"}
+    assert not list(tmp_path.glob("memory*")) and not Path("memory:").exists()  # no local folder of that name
+    again = toy()
+    run = trainer(tmp_path, plugins=[WholeCheckpointIO()], max_epochs=1)
+    run.fit(again, loader(), ckpt_path="memory://runs/step=3.ckpt")
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
+    memory.rm("/runs", recursive=True)
+
+
+def test_a_file_system_that_refuses_is_one_line(tmp_path):
+    with pytest.raises(NotWritten, match="nosuch://x/y.ckpt could not be written: ") as error:
+        WholeCheckpointIO().save_checkpoint({"a": 1}, "nosuch://x/y.ckpt")
+    assert "\n" not in str(error.value)
+
+
+def test_a_local_path_may_have_its_scheme(tmp_path):
+    WholeCheckpointIO().save_checkpoint({"a": 1}, f"file://{tmp_path}/new/x.ckpt")
+    assert WholeCheckpointIO().load_checkpoint(tmp_path / "new" / "x.ckpt") == {"a": 1}
+
+
+def test_what_must_replace_files_in_place_refuses_another_file_system(tmp_path):
+    from lowrank_pretrain import DivergenceGuard
+    from lowrank_pretrain.checkpoints import LastCheckpoint
+    from lowrank_pretrain.errors import ConfigError
+    from lowrank_pretrain.export import export
+
+    with pytest.raises(ConfigError, match="^directory='s3://bucket/run': must be on a file system of this machine"):
+        LastCheckpoint("s3://bucket/run")
+    with pytest.raises(ConfigError, match="^out='s3://bucket/out': must be"):
+        export(tmp_path / "x.ckpt", None, "s3://bucket/out")
+    with pytest.raises(ConfigError, match="^ckpt='gs://bucket/x.ckpt': must be"):
+        export("gs://bucket/x.ckpt", None, tmp_path / "out")
+    guard = DivergenceGuard(on_divergence="rewind")
+    run = trainer(tmp_path, guard, ModelCheckpoint("memory://runs"), max_epochs=1)
+    with pytest.raises(ConfigError, match="^dirpath='memory://runs': must be"):
+        guard.fit(run, toy(), loader())

@@ -348,6 +348,37 @@ def test_what_is_slow_but_no_loader_is_no_stall(tmp_path):
     assert not any(thread.name == "stall guard" for thread in threading.enumerate())
 
 
+HOOKS = (
+    "on_train_start", "on_train_epoch_start", "on_train_batch_start", "on_train_batch_end", "on_train_epoch_end",
+    "on_validation_start", "on_validation_epoch_start", "on_validation_batch_start", "on_validation_batch_end",
+    "on_validation_epoch_end", "on_validation_end", "on_save_checkpoint", "on_before_zero_grad", "on_after_backward",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("later", [True, False])
+def test_no_hook_of_a_user_is_a_loader_that_hangs(tmp_path, later):
+    """Of a callback before or after the guard, and of the module, whose hooks come last."""
+
+    def slowly(*_):
+        time.sleep(0.12)
+
+    class Module(Plain):
+        pass
+
+    class Hooks(Callback):
+        pass
+
+    for hook in HOOKS:
+        setattr(Hooks, hook, slowly)
+        setattr(Module, hook, slowly)
+    callbacks = [StallGuard(0.1), Hooks()]
+    saver = ModelCheckpoint(tmp_path, every_n_epochs=1)
+    run = trainer(tmp_path, *callbacks[:: 1 if later else -1], saver, max_epochs=2, limit_val_batches=1, limit_train_batches=1)
+    profiler = run.profiler
+    run.fit(Module(), loader(), loader())
+    assert run.global_step == 2 and "start" not in vars(profiler) and "stop" not in vars(profiler)
+
+
 @pytest.mark.parametrize("wrong", [0, -1, "soon", True, float("nan"), float("inf")])
 def test_a_timeout_that_is_none_is_refused(wrong):
     with pytest.raises(ConfigError, match="stall_timeout"):

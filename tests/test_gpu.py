@@ -8,7 +8,7 @@ from torch import nn
 
 from lowrank_pretrain import PreLoRA, lora
 from lowrank_pretrain.targets import find_targets
-from tests.toy import loader, toy, trainer
+from tests.toy import adapters, loader, toy, trainer
 
 pytestmark = [
     pytest.mark.gpu,
@@ -27,7 +27,7 @@ def test_three_phases_in_every_precision(tmp_path, precision):
     trainer(tmp_path, callback, max_epochs=4, accelerator="cuda", devices=1, precision=precision).fit(module, loader())
     assert (callback.phase, callback.switch_step, callback.freeze_step) == ("lowrank", 8, 14)
     assert all(torch.isfinite(p).all() for p in module.parameters())
-    assert all(layer.lora_B[part.name].any() for _, layer in lora.lora_layers(module) for part in layer._parts)
+    assert adapters(module) and all(factor.any() for factor in adapters(module).values())
     dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32
     assert {p.dtype for p in module.parameters()} == {dtype}
 

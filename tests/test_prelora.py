@@ -16,7 +16,7 @@ from lowrank_pretrain.prelora.convergence import Window, check_convergence, rela
 from lowrank_pretrain.prelora.ranks import assign_ranks
 from lowrank_pretrain.targets import families
 from tests.reference import prelora as reference
-from tests.toy import Toy, loader, toy, trainer
+from tests.toy import AtEnd, Toy, adapted, adapters, loader, toy, trained, trainer
 
 FAMILIES = {f"blocks.{i}.{leaf}": f"blocks.*.{leaf}" for i in range(4) for leaf in ("qkv.q", "fc1", "fc2")}
 
@@ -103,11 +103,11 @@ def steps(**kwargs) -> PreLoRA:
 
 def test_three_phases_by_steps(tmp_path):
     module, callback = toy(), steps()
-    trainer(tmp_path, callback, max_epochs=4).fit(module, loader())
+    end = AtEnd(trained)
+    trainer(tmp_path, callback, end, max_epochs=4).fit(module, loader())
     assert (callback.phase, callback.switch_step, callback.freeze_step) == ("lowrank", 8, 14)
     assert len(module.losses) == 24
-    trained = {name for name, p in module.named_parameters() if p.requires_grad}
-    assert {n for n in trained if "lora_" not in n} == {
+    assert {n for n in end.found if "lora_" not in n} == {
         "head.weight", "head.bias", *(f"blocks.{i}.norm.{w}" for i in (0, 1) for w in ("weight", "bias"))
     }  # fmt: skip
     assert set(callback.plan.values()) <= {2, 4, 8} and len(callback.plan) == 11
@@ -144,33 +144,39 @@ def test_accumulation_counts_optimizer_steps_and_switches_between_them(tmp_path)
 
 def test_rank_0_targets_freeze_without_an_adapter(tmp_path):
     module, callback = toy(), steps(ranks=(0, 4))
-    trainer(tmp_path, callback, max_epochs=4).fit(module, loader())
+    end = AtEnd(trained)
+    trainer(tmp_path, callback, end, max_epochs=4).fit(module, loader())
     zero = [name for name, rank in callback.plan.items() if rank == 0]
     assert zero and any(rank == 4 for rank in callback.plan.values())
     for name in zero:
-        layer = module.get_submodule(name.removesuffix(".q").removesuffix(".k").removesuffix(".v"))
-        assert not layer.weight.requires_grad and not layer.bias.requires_grad
-    names = {name for name, _ in lora.adapter_parameters(module)}
-    assert not any(name + ".lora_A" in names for name in zero)
+        layer = name.removesuffix(".q").removesuffix(".k").removesuffix(".v")
+        assert not {f"{layer}.weight", f"{layer}.bias"} & end.found
+    assert not any(name + ".lora_A" in adapters(module) for name in zero)
 
 
 def test_freeze_rest_leaves_only_adapters(tmp_path):
     module, callback = toy(), steps(freeze_rest=True)
-    fit = trainer(tmp_path, callback, max_epochs=4)
+    end = AtEnd(trained)
+    fit = trainer(tmp_path, callback, end, max_epochs=4)
     fit.fit(module, loader())
-    assert all("lora_" in name for name, p in module.named_parameters() if p.requires_grad)
+    assert end.found and all("lora_" in name for name in end.found)
     held = [p for group in fit.optimizers[0].param_groups for p in group["params"]]
-    assert {id(p) for p in held} == {id(p) for _, p in lora.adapter_parameters(module)}
+    assert {id(p) for p in held} == {id(p) for p in adapters(module).values()}
 
 
 def test_frozen_parameters_have_no_gradient_and_no_optimizer_state(tmp_path):
     module, callback = toy(), steps()
-    fit = trainer(tmp_path, callback, max_epochs=4)
-    fit.fit(module, loader())
-    frozen = [p for p in module.parameters() if not p.requires_grad]
-    assert frozen and all(p.grad is None for p in frozen)
-    assert not {id(p) for p in frozen} & {id(p) for p in fit.optimizers[0].state}
-    assert {id(p) for p in fit.optimizers[0].state} == {id(p) for p in module.parameters() if p.requires_grad}
+
+    def look(fit, module):
+        frozen = [p for p in module.parameters() if not p.requires_grad]
+        assert frozen and all(p.grad is None for p in frozen)
+        assert not {id(p) for p in frozen} & {id(p) for p in fit.optimizers[0].state}
+        assert {id(p) for p in fit.optimizers[0].state} == {id(p) for p in module.parameters() if p.requires_grad}
+        return len(frozen)
+
+    end = AtEnd(look)
+    trainer(tmp_path, callback, end, max_epochs=4).fit(module, loader())
+    assert end.found and all(p.requires_grad for p in module.parameters())  # as the user made it
 
 
 def test_train_A_false_moves_b_alone(tmp_path):
@@ -183,7 +189,8 @@ def test_train_A_false_moves_b_alone(tmp_path):
                 drawn.update({n: layer.lora_A.clone() for n, layer in lora.lora_layers(pl_module)})
 
     trainer(tmp_path, callback, Note(), max_epochs=4).fit(module, loader())
-    for name, layer in lora.lora_layers(module):
+    assert adapted(module)
+    for name, layer in adapted(module):
         assert torch.equal(layer.lora_A, drawn[name]) and not layer.lora_A.requires_grad
         assert all(factor.any() for factor in layer.lora_B.values())
 
@@ -223,7 +230,7 @@ def test_bf16_mixed_goes_through_all_phases(tmp_path):
     module, callback = toy(), steps()
     trainer(tmp_path, callback, max_epochs=4, precision="bf16-mixed").fit(module, loader())
     assert callback.phase == "lowrank" and all(p.dtype == torch.float32 for p in module.parameters())
-    assert all(layer.lora_B[part.name].any() for _, layer in lora.lora_layers(module) for part in layer._parts)
+    assert all(factor.any() for factor in adapters(module).values())
 
 
 @pytest.mark.parametrize(
@@ -307,8 +314,8 @@ def test_the_optimizers_memory_falls_at_the_freeze(tmp_path):
     run = trainer(tmp_path, monitor, callback, max_epochs=4, logger=Rows(), log_every_n_steps=1)
     run.fit(module, loader())
     full, joint, low = (record.optimizer_gib for record in monitor.records)
-    adapters = sum(2 * p.nbytes + 4 for _, p in lora.adapter_parameters(module)) / GIB  # two moments and a step each
-    assert low == pytest.approx(adapters) and joint == pytest.approx(full + adapters)
+    moments = sum(2 * p.nbytes + 4 for p in adapters(module).values()) / GIB  # two moments and a step each
+    assert low == pytest.approx(moments) and joint == pytest.approx(full + moments)
     assert low < 0.6 * full
     logged = {step: metrics["memory/optimizer_gib"] for step, metrics in rows if "memory/optimizer_gib" in metrics}
     assert logged[max(logged)] == pytest.approx(low) and logged[min(logged)] == pytest.approx(full)

@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.precision import MixedPrecision
 
 from lowrank_pretrain import LoRA, PreLoRA, lora
-from tests.toy import Toy, loader, toy, trainer
+from tests.toy import AtEnd, Toy, loader, toy, trainer
 
 VARIANTS = {
     "default": {},
@@ -220,9 +220,11 @@ def pl_callback():
 def test_a_second_fit_goes_on_where_the_first_ended(tmp_path):
     """Two fits of 3 and 2 epochs through one trainer, against a resume from the file between them."""
     module, callback = toy(), steps()
-    fit = trainer(tmp_path, callback, max_epochs=3)
+    end = AtEnd(lambda fit, module: lora.clone_state(lora.exact_state(module)))
+    fit = trainer(tmp_path, callback, end, max_epochs=3)
     fit.fit(module, loader())
-    exact = lora.clone_state(lora.exact_state(module))
+    assert type(module.embed) is torch.nn.Linear  # behind a fit the module is plain
+    exact = end.found
     fit.fit_loop.max_epochs = 5
     configure = module.configure_optimizers
     seen = {}
@@ -329,5 +331,6 @@ def test_weights_that_should_move_do_move_after_a_resume(tmp_path):
         def on_train_start(self, trainer, pl_module):
             before.update({n: p.detach().clone() for n, p in pl_module.named_parameters() if p.requires_grad})
 
-    trainer(tmp_path / "x", steps(), First(), max_epochs=4).fit(module, loader(), ckpt_path=tmp_path / "step=20.ckpt")
-    assert before and all(not torch.equal(before[n], p) for n, p in module.named_parameters() if p.requires_grad)
+    end = AtEnd(lambda fit, module: {n: p.detach().clone() for n, p in module.named_parameters() if p.requires_grad})
+    trainer(tmp_path / "x", steps(), First(), end, max_epochs=4).fit(module, loader(), ckpt_path=tmp_path / "step=20.ckpt")
+    assert before and all(not torch.equal(before[n], p) for n, p in end.found.items())

@@ -9,11 +9,11 @@ from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
-from lowrank_pretrain import LoRA, PhaseCallback, Plan, PreLoRA, lora, transition
+from lowrank_pretrain import LoRA, PhaseCallback, Plan, PreLoRA, lora
 from lowrank_pretrain.agreement import fingerprint
 from lowrank_pretrain.errors import ConfigError
 from lowrank_pretrain.targets import find_targets
-from tests.toy import Toy, loader, toy, trainer
+from tests.toy import AtEnd, Toy, adapters, loader, toy, trainer
 
 
 def steps(**kwargs) -> PreLoRA:
@@ -45,11 +45,11 @@ def test_adapters_follow_the_group_of_their_weight_and_no_schedule_notices(tmp_p
     plain, _, _ = lr_trace(tmp_path, None, lr_groups=3, scheduler=scheduler)
     switched, module, fit = lr_trace(tmp_path, steps(), lr_groups=3, scheduler=scheduler)
     assert switched == plain  # three groups, the same rates at every step, to the bit
-    owner = {name: i for i, names in enumerate(transition.group_names(fit.optimizers, module)[0]) for name in names}
+    owner = {id(p): i for i, group in enumerate(fit.optimizers[0].param_groups) for p in group["params"]}
     start = [name for name, p in toy().named_parameters()]
-    for name, _ in lora.adapter_parameters(module):
+    for name, p in adapters(module).items():
         weight = name.partition(".lora_")[0] + ".weight"
-        assert owner[name] == start.index(weight) % 3
+        assert owner[id(p)] == start.index(weight) % 3
 
 
 def test_moments_of_what_goes_on_training_are_kept_or_reset(tmp_path):
@@ -82,8 +82,8 @@ def test_adapters_with_a_rate_of_their_own_follow_their_weights_group(tmp_path, 
         assert b == pytest.approx(expected + [3.0 * rate for rate in expected] if t >= 8 else expected, rel=1e-12), t
     groups = fit.optimizers[0].param_groups
     assert [group["weight_decay"] for group in groups] == [0.01] * 3 + [0.0] * 3
-    adapters = {id(p) for _, p in lora.adapter_parameters(module)}
-    assert {id(p) for group in groups[3:] for p in group["params"]} == adapters
+    own = {id(p) for p in adapters(module).values()}
+    assert {id(p) for group in groups[3:] for p in group["params"]} == own
 
 
 @pytest.mark.parametrize("adapter_lr", [1.0, 2.0])
@@ -116,14 +116,16 @@ def test_partial_targets_of_a_fused_layer_keep_the_other_rows_training_with_thei
                 snapshots["inherited"] = state[layer.rest_weight["k"]]["exp_avg"].clone()
                 snapshots["step"] = int(state[layer.rest_weight["k"]]["step"])
 
-    trainer(tmp_path, callback, Spy(), max_epochs=4).fit(module, loader())
-    layer = module.blocks[0].qkv
-    assert not layer.weight.requires_grad
-    assert torch.equal(layer.weight[:16], snapshots[14][:16]) and torch.equal(layer.weight[32:], snapshots[14][32:])
-    assert not torch.equal(layer.weight[16:32], snapshots[14][16:32])
+    def look(fit, module):
+        layer = module.blocks[0].qkv
+        assert not layer.weight.requires_grad
+        assert torch.equal(layer.weight[:16], snapshots[14][:16]) and torch.equal(layer.weight[32:], snapshots[14][32:])
+        assert not torch.equal(layer.weight[16:32], snapshots[14][16:32])
+        assert torch.equal(layer.rest_weight["k"], layer.weight[16:32])
+        assert module.blocks[0].fc1.weight.requires_grad  # no target: rest
+
+    trainer(tmp_path, callback, Spy(), AtEnd(look), max_epochs=4).fit(module, loader())
     assert snapshots["inherited"].shape == (16, 16) and snapshots["step"] == 14
-    assert torch.equal(layer.rest_weight["k"], layer.weight[16:32])
-    assert module.blocks[0].fc1.weight.requires_grad  # no target: rest
 
 
 def test_named_parameters_in_the_optimizer_stay_in_line(tmp_path):
@@ -131,7 +133,7 @@ def test_named_parameters_in_the_optimizer_stay_in_line(tmp_path):
     module.configure_optimizers = lambda: torch.optim.AdamW(module.named_parameters(), lr=1e-3)
     fit = trainer(tmp_path, steps(), max_epochs=4)
     fit.fit(module, loader())
-    names = {id(p): name for name, p in module.named_parameters()}
+    names = {id(p): name for name, p in [*module.named_parameters(), *adapters(module).items()]}
     for group in fit.optimizers[0].param_groups:
         assert [names[id(p)] for p in group["params"]] == group["param_names"]
 
@@ -195,7 +197,7 @@ def test_a_schedule_of_ones_own_takes_twenty_lines(tmp_path):
     trainer(tmp_path, callback, max_epochs=2).fit(module, loader())
     assert (callback.switch_step, callback.freeze_step, callback.phase) == (5, 5, "lowrank")
     assert set(callback.plan) == {f"blocks.{i}.fc{j}" for i in (0, 1) for j in (1, 2)}
-    assert all(layer.lora_B["W"].any() for _, layer in lora.lora_layers(module))
+    assert adapters(module) and all(factor.any() for factor in adapters(module).values())
 
 
 @pytest.mark.parametrize("resume_at", [None, 4, 9, 15])
@@ -226,9 +228,12 @@ def test_then_galore_wants_an_optimizer_that_adopts(tmp_path):
 def test_lora_from_the_first_step(tmp_path):
     module, callback = toy(), LoRA(rank=4, targets="mlp", alpha=8)
     before = module.blocks[0].fc1.weight.detach().clone()
-    trainer(tmp_path, callback, max_epochs=2).fit(module, loader())
-    assert torch.equal(module.blocks[0].fc1.weight, before) and module.blocks[0].fc1.lora_B["W"].any()
-    assert module.blocks[0].fc1._parts[0].scale == 2.0
+
+    def look(fit, module):
+        assert torch.equal(module.blocks[0].fc1.weight, before) and module.blocks[0].fc1.lora_B["W"].any()
+        assert module.blocks[0].fc1._parts[0].scale == 2.0
+
+    trainer(tmp_path, callback, AtEnd(look), max_epochs=2).fit(module, loader())
     assert (callback.phase, callback.switch_step, callback.freeze_step) == ("lowrank", 0, 0)
 
 

@@ -1,5 +1,6 @@
 """A LightningModule that the package knows nothing of, its data, and a Trainer that says nothing: shared by the tests."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,34 @@ def trainer(tmp: Path, *callbacks: Any, every: int | None = None, **kwargs: Any)
         enable_model_summary=False,
         **{**defaults, **kwargs},
     )
+
+
+class AtEnd(pl.Callback):
+    """Calls a function with trainer and module when training has ended: behind the fit the module is a plain one again."""
+
+    def __init__(self, look: Callable[[pl.Trainer, pl.LightningModule], Any]) -> None:
+        self.look = look
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.found = self.look(trainer, pl_module)
+
+
+def trained(trainer: pl.Trainer, module: pl.LightningModule) -> set[str]:
+    """Names of the parameters that train; for ``AtEnd``."""
+    return {name for name, p in module.named_parameters() if p.requires_grad}
+
+
+def adapted(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The layers that had adapters when the fit ended: their factors are still readable."""
+    return [(name, layer) for name, layer in module.named_modules() if "lora_A" in layer.__dict__]
+
+
+def adapters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Their factors by name."""
+    found = {}
+    for name, layer in adapted(module):
+        found |= {f"{name}.lora_A": layer.lora_A} | {f"{name}.lora_B.{part}": B for part, B in layer.lora_B.items()}
+    return found
 
 
 def toy(**kwargs: Any) -> Toy:

@@ -10,6 +10,7 @@ from lowrank_pretrain.lora_callback import LoRA
 from lowrank_pretrain.lora_layer import LoRALinear
 from lowrank_pretrain.lte import EffectiveRank, HeadOrthogonality, JaggedRestarts, LTEStrategy
 from lowrank_pretrain.phases import PhaseCallback
+from lowrank_pretrain.plain_checkpoint import merge
 from lowrank_pretrain.plan import Plan
 from lowrank_pretrain.prelora.callback import PreLoRA
 from lowrank_pretrain.rank_check import RanksAgree
@@ -33,4 +34,5 @@ __all__ = [
     "WholeCheckpointIO",
     "galore_ddp_hook",
     "galore_param_groups",
+    "merge",
 ]

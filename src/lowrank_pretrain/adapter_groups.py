@@ -47,11 +47,13 @@ def separate(trainer: pl.Trainer, module: pl.LightningModule, lr_ratio: float, w
     """
     adapters = {id(p) for _, p in lora.adapter_parameters(module)}
     for optimizer in trainer.optimizers:
+        identities = _identities(optimizer)  # before the first follower joins
         for index, source in enumerate(list(optimizer.param_groups)):
             mine = [id(p) in adapters for p in source["params"]]
             if not any(mine):
                 continue
             follower = {key: value for key, value in source.items() if key not in ("params", "param_names")}
+            follower |= {key: f"{source[key]}/adapters" for key in identities if isinstance(source.get(key), str)}
             follower |= {"follows": index, "lr_ratio": lr_ratio, "lr": source["lr"] * lr_ratio}
             if weight_decay is not None:
                 follower["weight_decay"] = weight_decay
@@ -63,6 +65,17 @@ def separate(trainer: pl.Trainer, module: pl.LightningModule, lr_ratio: float, w
         optimizer.register_step_pre_hook(_follow)
         for config in trainer.lr_scheduler_configs:
             _hide(config.scheduler, optimizer)
+
+
+def _identities(optimizer: Optimizer) -> set[str]:
+    """Return the keys by which groups are told from one another: ``name``, and any text that no two groups share."""
+    groups = optimizer.param_groups
+    found = {"name"}
+    for key in {key for group in groups for key, value in group.items() if isinstance(value, str)}:
+        values = [group[key] for group in groups if key in group]
+        if 1 < len(values) == len(set(map(str, values))):
+            found.add(key)
+    return found
 
 
 def _follow(optimizer: Optimizer, *_: Any) -> None:

@@ -13,10 +13,12 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from torch import nn
 
 from lowrank_pretrain.errors import ConfigError
+from lowrank_pretrain.lora import own_tensors
 
 
 def averages(callbacks: Iterable[pl.Callback]) -> Iterator[tuple[str, nn.Module, pl.Callback]]:
@@ -35,16 +37,17 @@ def follow(callbacks: Iterable[pl.Callback], module: pl.LightningModule) -> None
         ConfigError: two of the module's parameters are views of one another: averaging both would average twice.
     """
     for _, averaged, callback in averages(callbacks):
-        old = averaged.state_dict()
-        if list(old) == list(module.state_dict()):
+        old = own_tensors(averaged)
+        if list(old) == list(own_tensors(module)):
             continue
         storages = [p.untyped_storage().data_ptr() for p in module.parameters()]
         if len(set(storages)) < len(storages):
             refuse_views(callback)
         _replace(callback, copy.deepcopy(module).to(next(averaged.parameters()).device))
         new = next(model for _, model, owner in averages([callback]))
-        state = new.state_dict()
-        new.load_state_dict({name: old.get(name, value) for name, value in state.items()})
+        with torch.no_grad():
+            for name, value in own_tensors(new).items():
+                value.copy_(old.get(name, value))
 
 
 def restart(callbacks: Iterable[pl.Callback], module: pl.LightningModule) -> None:

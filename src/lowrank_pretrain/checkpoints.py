@@ -12,10 +12,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from typing_extensions import override
 
-from .checkpoint_io import NotWritten, WholeCheckpointIO, replace
+from .checkpoint_io import NotWritten, WholeCheckpointIO, local_path, replace
 from .errors import ConfigError
 from .interrupts import Interrupted, Interrupts
 from .plain_checkpoint import FORMAT, SIDE
+from .safe_load import safe_load
 
 __all__ = ["LastCheckpoint", "NotWritten", "WholeCheckpointIO"]
 
@@ -44,7 +45,7 @@ class LastCheckpoint(Checkpoint):
     def __init__(self, directory: str | os.PathLike, every_n_steps: int = 0, interrupts: Interrupts | None = None) -> None:
         if not isinstance(every_n_steps, int) or isinstance(every_n_steps, bool) or every_n_steps < 0:
             raise ConfigError("save_every", every_n_steps, "must be 0 (only at epochs' ends) or more optimizer steps")
-        self.path = Path(directory) / "last.ckpt"
+        self.path = Path(local_path(directory, "directory")) / "last.ckpt"
         self._waiting = self.path.with_name(".last.ckpt.part")  # written, but its step is not logged yet
         self.every_n_steps = every_n_steps
         self.interrupts = interrupts
@@ -162,7 +163,7 @@ def inspect(path: Path) -> dict[str, Any]:
     try:
         if not zipfile.is_zipfile(path):  # the directory of a zip file is its end: a truncated one has none
             raise ConfigError("ckpt_path", str(path), "is truncated or not a checkpoint; must be a whole one, or last")
-        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        checkpoint = safe_load(path, mmap=True)
     except ConfigError:
         raise
     except Exception as error:  # torch raises half a dozen kinds here; all mean the same to whoever named the file

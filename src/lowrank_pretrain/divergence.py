@@ -7,6 +7,7 @@ phase and across a switch, and a process that is killed behind a rewind goes on 
 """
 
 import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
-from .checkpoint_io import WholeCheckpointIO
+from .checkpoint_io import WholeCheckpointIO, local_path
 from .checkpoints import newest_whole
 from .errors import ConfigError
 from .finite import Diverged, FiniteGuard
@@ -118,7 +119,10 @@ class DivergenceGuard(FiniteGuard):
         good = newest_whole(directory)
         if good is None:
             return None
-        checkpoint = torch.load(good, map_location="cpu", weights_only=True)
+        try:
+            checkpoint = torch.load(good, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError:  # hyper-parameters of any type, to be written again whole; the file is this run's own
+            checkpoint = torch.load(good, map_location="cpu", weights_only=False)
         skipped = moved_on(checkpoint, here)
         self.rewinds, self.skipped = self.rewinds + 1, self.skipped + skipped
         mean = checkpoint["callbacks"].get(self.state_key, {}).get("mean", [0.0, 0.0])
@@ -140,17 +144,19 @@ class DivergenceGuard(FiniteGuard):
         Raises:
             Diverged: and no rewind is left, or no checkpoint was written yet.
         """
+        if self.on_divergence == "rewind":  # now rather than when training has diverged
+            saver = trainer.checkpoint_callback
+            local_path(getattr(saver, "dirpath", None) or trainer.default_root_dir, "dirpath")
         while True:
             try:
                 return trainer.fit(model, *args, ckpt_path=ckpt_path, **kwargs)
             except (Diverged, FloatingPointError) as error:
                 saver = trainer.checkpoint_callback
-                directory = Path(getattr(saver, "dirpath", None) or trainer.default_root_dir)
+                directory = Path(local_path(getattr(saver, "dirpath", None) or trainer.default_root_dir, "dirpath"))
                 line = self.rewind(directory, directory / "rewound.ckpt")
                 if line is None:
                     raise
                 print(f"{error}; {line}", flush=True)
-            _make_finite(model)
             ckpt_path = directory / "rewound.ckpt"
 
     @override
@@ -161,14 +167,6 @@ class DivergenceGuard(FiniteGuard):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self.rewinds, self.skipped = state_dict.get("rewinds", 0), state_dict.get("skipped", 0)
-
-
-@torch.no_grad()
-def _make_finite(module: torch.nn.Module) -> None:
-    """The next fit merges adapters before it loads the checkpoint, and nobody merges NaN."""
-    for tensor in (*module.parameters(), *module.buffers()):
-        if tensor.is_floating_point():
-            tensor.nan_to_num_(0.0, 0.0, 0.0)
 
 
 def _data_state(trainer: pl.Trainer) -> dict[str, Any]:

@@ -28,12 +28,14 @@ from torch import Tensor
 
 from lowrank_pretrain import model_card
 from lowrank_pretrain.arguments import key_values
+from lowrank_pretrain.checkpoint_io import local_path
 from lowrank_pretrain.errors import ConfigError
 from lowrank_pretrain.export_peft import adapted_layers, write_adapters
 from lowrank_pretrain.facts import KEY as FACTS
 from lowrank_pretrain.facts import Facts
 from lowrank_pretrain.lora import plain_state
 from lowrank_pretrain.models.wording import one_line
+from lowrank_pretrain.safe_load import safe_load, unread
 
 log = logging.getLogger("lowrank_pretrain.export")  # as a command, __name__ is another
 
@@ -83,7 +85,7 @@ def export(ckpt: str | Path, format: str | None, out: str | Path) -> Path:
     """
     if format is not None and format not in FORMATS:
         raise ConfigError("format", format, f"must be one of {', '.join(FORMATS)}")
-    out = Path(out)
+    out, ckpt = Path(local_path(out, "out")), local_path(ckpt, "ckpt")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError("out", str(out), "must be a new or an empty folder")
     source = read(Path(ckpt))
@@ -113,7 +115,7 @@ def export_module(module: torch.nn.Module, out: str | Path, facts: Facts | None 
     Raises:
         ValueError: the adapters hold numbers that are not finite.
     """
-    state = {key: value.detach().cpu() for key, value in _tensors(plain_state(module, module.state_dict())).items()}
+    state = {key: value.detach().cpu() for key, value in _tensors(plain_state(module)).items()}
     hparams = dict(getattr(module, "hparams", {}))
     return _write(Source(state, hparams, {}, type(module).__name__, facts or Facts()), Path(out))
 
@@ -127,7 +129,7 @@ def read(path: Path) -> Source:
     if not path.is_file():
         raise ConfigError("ckpt", str(path), "no such file; give a Lightning checkpoint such as checkpoints/last.ckpt")
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        found = safe_load(path)
     except Exception as error:  # torch raises a dozen kinds for files that are cut off or of another format
         raise ConfigError("ckpt", str(path), f"cannot be read (truncated, or foreign): {one_line(error, 160)}") from error
     state = found.get("state_dict") if isinstance(found, dict) else None
@@ -136,8 +138,8 @@ def read(path: Path) -> Source:
     lowrank = found.get("lowrank_pretrain", {})
     if lowrank.get("format", 1) != 1:
         raise ConfigError("ckpt", str(path), f"was written in format {lowrank['format']}; this version reads 1")
-    facts = Facts.from_state(lowrank.get(FACTS))
-    return Source(_tensors(state), dict(found.get("hyper_parameters", {})), lowrank, str(path), facts)
+    hparams, facts = found.get("hyper_parameters", {}), Facts.from_state(lowrank.get(FACTS))
+    return Source(_tensors(state), dict(hparams) if isinstance(hparams, Mapping) else {}, lowrank, str(path), facts)
 
 
 def _tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -240,6 +242,12 @@ def _network(source: Source) -> torch.nn.Module:
         from lowrank_pretrain.models.language import CausalLM as Module
 
     known = inspect.signature(Module).parameters
+    for key in known.keys() & source.hparams.keys():
+        if unread(source.hparams[key]) is not None:
+            raise ConfigError(
+                "ckpt", source.label, f"its hyper-parameter {key} is a {unread(source.hparams[key])}, which is not read from a "
+                "file: give the module plain values (numbers, text, lists, dicts); the weights are in its state_dict"
+            )  # fmt: skip
     module = Module(**{key: value for key, value in source.hparams.items() if key in known})
     module.on_load_checkpoint({"state_dict": source.state})
     dtypes = {value.dtype for value in source.state.values() if value.is_floating_point()}

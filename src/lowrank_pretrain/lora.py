@@ -3,6 +3,7 @@
 import copy
 import warnings
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,7 @@ def inject(
         if ranked or len(group) < len(parts(layer_name, layer)):
             give_adapters(layer, [(t, plan[t.name]) for t in ranked], alpha, train_A, seed)
     switch_fast_path(module, off=True)
+    _merge_where_shared(module)
     return untied
 
 
@@ -76,7 +78,11 @@ def freeze(module: nn.Module, plan: Mapping[str, int], freeze_rest: bool = False
 
 
 def merge(module: nn.Module) -> None:
-    """Fold the adapters into W and set B = 0. The function stays the same to rounding; merging again changes nothing."""
+    """Fold the adapters into W and set B = 0. The function stays the same to rounding; merging again changes nothing.
+
+    Raises:
+        ValueError: the adapters hold NaN or infinite numbers.
+    """
     with torch.no_grad():
         for _, layer in lora_layers(module):
             layer.weight.copy_(layer.merged_weight())
@@ -84,12 +90,30 @@ def merge(module: nn.Module) -> None:
                 factor.zero_()
 
 
-def eject(module: nn.Module) -> None:
-    """Merge, then give every layer its plain class back. Frozen parameters stay frozen."""
-    merge(module)
-    for _, layer in list(lora_layers(module)):
-        take_adapters(layer)
+def eject(module: nn.Module, check: bool = True) -> None:
+    """Merge, then give every layer its plain class back. Frozen parameters stay frozen.
+
+    Args:
+        module: is changed.
+        check: refuse adapters that are NaN or infinite; without it W becomes so too.
+
+    Raises:
+        ValueError: they are.
+    """
+    with torch.no_grad():
+        for _, layer in list(lora_layers(module)):
+            layer.weight.copy_(layer.merged_weight(check))
+            take_adapters(layer)  # the factors keep their values: who holds them can go on exactly
     switch_fast_path(module, off=False)
+    for child in module.modules():
+        for key, hook in list(child._state_dict_hooks.items()):
+            if isinstance(hook, _Shared):
+                del child._state_dict_hooks[key]
+
+
+def is_finite(module: nn.Module) -> bool:
+    """Return whether no adapter holds NaN or infinite numbers."""
+    return all(bool(torch.isfinite(p).all()) for _, p in adapter_parameters(module))
 
 
 def lora_layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -105,36 +129,30 @@ def adapter_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
                 yield f"{name}.{own}", p
 
 
-def plain_state(module: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict as the plain model would write it: merged weights under the bare names, no adapter keys.
+def plain_state(module: nn.Module) -> dict[str, Tensor]:
+    """Return the state dict of the plain model with merged weights, which is that of the module with adapters too.
 
-    Args:
-        module: the module that made ``state_dict``, or one of the same shape.
-        state_dict: as ``module.state_dict()`` gave it; not changed.
+    Raises:
+        ValueError: the adapters hold NaN or infinite numbers.
     """
-    plain = dict(state_dict)
-    for name, layer in lora_layers(module):
-        held = {key: plain[f"{name}.{key}"] for key in layer.state_dict()}
-        for key in held:
-            if key.startswith(("lora_", "rest_")):
-                del plain[f"{name}.{key}"]
-        plain[f"{name}.weight"] = layer.merged_weight(held)
-    return plain
+    for _, layer in lora_layers(module):
+        layer.merged_weight()  # looks
+    return dict(module.state_dict())
 
 
-def exact_state(module: nn.Module, state_dict: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """The unmerged W and the factors of every layer with adapters: what a bit-exact resume needs beside ``plain_state``.
-
-    Args:
-        module: says which layers have adapters.
-        state_dict: of a module of the same shape; default: the module's own.
-    """
-    held = module.state_dict() if state_dict is None else state_dict
+def exact_state(module: nn.Module) -> dict[str, Tensor]:
+    """The unmerged W and the factors of every layer with adapters: what a bit-exact resume needs beside the state dict."""
     exact = {}
     for name, layer in lora_layers(module):
-        exact[f"{name}.weight"] = held[f"{name}.weight"].detach()
-        exact |= {f"{name}.{own}": held[f"{name}.{own}"] for own, _ in layer.named_parameters() if own.startswith("lora_")}
+        exact[f"{name}.weight"] = layer.weight.detach()
+        exact |= {f"{name}.{own}": p.detach() for own, p in layer.named_parameters() if own.startswith("lora_")}
     return exact
+
+
+def own_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Return every parameter and buffer under each of its names, adapters and unmerged weights included."""
+    named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    return {name: tensor.detach() for name, tensor in named}
 
 
 @torch.no_grad()
@@ -144,7 +162,7 @@ def load_exact(module: nn.Module, exact: Mapping[str, Tensor]) -> None:
     Raises:
         ConfigError: the names or shapes differ.
     """
-    state = module.state_dict()
+    state = own_tensors(module)
     missing = sorted(exact_state(module).keys() - exact.keys()) or sorted(exact.keys() - state.keys())
     if missing:
         raise ConfigError("ckpt_path", missing[0], "adapters of the checkpoint and of this model differ: was it another model?")
@@ -174,6 +192,28 @@ class Adapters:
     def release(self) -> list[Inherit]:
         """The freeze: targets' W and b train no more."""
         return freeze(self.module, self.plan, self.freeze_rest)
+
+
+class _Shared:
+    """A hook on a module that holds a layer's W as a parameter of its own: its state dict has the merged weight too."""
+
+    _from_public_api = True  # torch looks for it where a hook is no function
+
+    def __init__(self, layer: nn.Module, name: str) -> None:
+        self.layer, self.name = layer, name
+
+    def __call__(self, owner: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
+        if not isinstance(state_dict.get(prefix + self.name, self.layer.weight), nn.Parameter):  # keep_vars: as it is
+            state_dict[prefix + self.name] = self.layer.merged_weight(check=False)
+
+
+def _merge_where_shared(module: nn.Module) -> None:
+    """Have the state dict hold merged weights also where a ParameterList or another module holds W itself."""
+    layers = {id(layer.weight): layer for _, layer in lora_layers(module)}
+    for child in module.modules():
+        for name, p in child._parameters.items():
+            if id(p) in layers and not isinstance(child, LoRALinear):
+                child.register_state_dict_post_hook(_Shared(layers[id(p)], name))
 
 
 def _by_layer(targets: Mapping[str, Target], plan: Mapping[str, int]) -> dict[str, list[Target]]:

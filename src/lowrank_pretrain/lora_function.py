@@ -7,14 +7,21 @@ dzᵀ x, dyᵀ z), all of them thin and bound by memory. Forming Wₑ costs one 
 batch of N ≫ R rows, and leaves four; while W trains too, dWₑ = dyᵀ x gives both factors' gradients without any
 (dA = Bᵀ dWₑ, dB = dWₑ Aᵀ). Nothing is kept for backward but x: Wₑ is formed again.
 With few rows, or weights stored in half precision (W + BA would round the small update away), the two-step form is used.
+
+That function serves ordinary training. Whatever must look inside (tracers, exporters, functorch's transforms, forward-mode AD,
+nested tensors) gets the same linear layer as plain operations on ``effective_weight``; second derivatives come from
+``_gradients``, which are plain operations too.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
 from torch.nn import functional as F
+
+_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)  # since torch 2.7
 
 
 class Part(NamedTuple):
@@ -65,7 +72,83 @@ def lora_linear(
     Returns:
         (..., O), in autocast's dtype under autocast.
     """
-    return _LoRALinear.apply(x, weight, bias, lora_A, parts, transposed, rest, *lora_B, *rest_weight, *rest_bias)
+    if not is_ordinary(x):
+        return affine(
+            x,
+            effective_weight(weight, lora_A, lora_B, parts, transposed, rest, rest_weight),
+            effective_bias(bias, rest, rest_bias),
+            transposed,
+        )
+    # autograd casts, not the function: what the function keeps for backward is then its input, which second derivatives need
+    return _LoRALinear.apply(for_autocast(x), weight, bias, lora_A, parts, transposed, rest, *lora_B, *rest_weight, *rest_bias)
+
+
+def is_ordinary(x: Any) -> bool:
+    """Return whether a function of our own may take ``x``: a plain tensor that nothing but autograd's backward follows."""
+    if torch.compiler.is_dynamo_compiling():
+        return not _is_exporting()
+    return (
+        (type(x) is Tensor or type(x) is torch.nn.Parameter)
+        and not x.is_nested
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+        and not torch._C._is_tracing()
+        and not _is_exporting()
+    )
+
+
+def for_autocast(x: Tensor) -> Tensor:
+    """Return x in the dtype that autocast gives to products; without autocast, x itself."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) and x.dtype != torch.float64 else x
+
+
+def effective_weight(
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: list[Tensor],
+    parts: tuple[Part, ...],
+    transposed: bool,
+    rest: tuple[RestPart, ...] = (),
+    rest_weight: tuple[Tensor, ...] = (),
+) -> Tensor:
+    """Return Wₑ as an expression in W, A, B and the rest blocks, in the layout and dtype of ``weight``; bits as ``merged``.
+
+    Nothing here looks at a size or a dtype that a tracer could not tell.
+    """
+    if isinstance(weight, Tensor) and torch.is_autocast_enabled(weight.device.type):
+        with torch.autocast(weight.device.type, enabled=False):  # it would form B A in half precision
+            return effective_weight(weight, lora_A, lora_B, parts, transposed, rest, rest_weight)
+    rows = weight.t() if transposed else weight  # (O, D)
+    real = isinstance(weight, Tensor)  # torch.fx's stand-ins tell no dtype
+    half = real and weight.dtype in (torch.float16, torch.bfloat16)
+    inner = torch.float32 if half else weight.dtype
+    blocks = {
+        (span.start, span.rows): block.t() if transposed else block for span, block in zip(rest, rest_weight, strict=True)
+    }
+    for part, B in zip(parts, lora_B, strict=True):
+        terms = rows[part.start : part.start + part.rows], B, lora_A[part.a : part.a + part.rank]
+        block = torch.addmm(*(t.to(inner) for t in terms) if real else terms, alpha=part.scale)
+        blocks[part.start, part.rows] = block.to(weight.dtype) if half else block
+    out = _in_order(rows, blocks)
+    return out.t() if transposed else out
+
+
+def effective_bias(bias: Tensor | None, rest: tuple[RestPart, ...], rest_bias: tuple[Tensor, ...]) -> Tensor | None:
+    """Return the bias as an expression in b and the rest blocks' own."""
+    if bias is None or not rest_bias:
+        return bias
+    return _in_order(bias, {(span.start, span.rows): block for span, block in zip(rest, rest_bias, strict=True)})
+
+
+def _in_order(whole: Tensor, blocks: dict[tuple[int, int], Tensor]) -> Tensor:
+    """Return ``whole`` with some of its row blocks, by (first row, number of rows), replaced."""
+    pieces, at = [], 0
+    for (start, rows), block in sorted(blocks.items(), key=lambda item: item[0]):
+        pieces += [whole[at:start], block] if start > at else [block]
+        at = start + rows
+    pieces.append(whole[at:])  # may have no rows: a tracer cannot tell
+    return torch.cat(pieces)
 
 
 def merged(weight: Tensor, lora_A: Tensor, lora_B: list[Tensor], parts: tuple[Part, ...], transposed: bool) -> Tensor:
@@ -95,39 +178,36 @@ class _LoRALinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, parts: tuple[Part, ...],
                 transposed: bool, rest: tuple[RestPart, ...], *factors: Tensor) -> Tensor:  # fmt: skip
         lora_B = list(factors[: len(parts)])
-        device = x.device.type
-        autocast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
-        # in-place products after an autocast op fail ("BFloat16 and Float"), so all casts are made here
-        dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
+        device, dtype, cols = x.device.type, x.dtype, x.shape[-1]
+        # in-place products after an autocast op fail ("BFloat16 and Float"), so all casts are made here and before
         with torch.autocast(device, enabled=False):
-            xc = x.to(dtype)
-            n = x.numel() // x.shape[-1]
-            use_merged = forms_merged_weight(n, weight)
+            use_merged = forms_merged_weight(x.numel() // cols, weight)
             w = (merged(weight, lora_A, lora_B, parts, transposed) if use_merged else weight).to(dtype)
             b = None if bias is None else bias.to(dtype)
-            y = affine(xc, w, b, transposed)
+            y = own_memory(affine(x, w, b, transposed))
             z = None
             if not use_merged:
-                z = xc.reshape(n, -1) @ lora_A.to(dtype).t()  # (N, ΣR)
-                add_low_rank(y.view(n, -1), z, lora_B, parts, dtype)
+                z = x.reshape(-1, cols) @ lora_A.to(dtype).t()  # (N, ΣR)
+                add_low_rank(y.view(-1, y.shape[-1]), z, lora_B, parts, dtype)
 
         needs = ctx.needs_input_grad
         full_rows = any(needs[7 + len(parts) :])
         needs_x = needs[1] or needs[3] or full_rows  # W, A or a rest block trains
         if not needs_x and z is None and any(needs[7:]):
             with torch.autocast(device, enabled=False):
-                z = xc.reshape(n, -1) @ lora_A.to(dtype).t()
+                z = x.reshape(-1, cols) @ lora_A.to(dtype).t()
         # x if something needs it, else only the R-wide z (LoRA-FA); never both
-        ctx.save_for_backward(weight, lora_A, xc if needs_x else None, z if not needs_x else None, *lora_B)
+        ctx.save_for_backward(weight, lora_A, x if needs_x else None, z if not needs_x else None, *lora_B)
         ctx.parts, ctx.rest, ctx.transposed, ctx.use_merged = parts, rest, transposed, use_merged
-        ctx.dtype, ctx.x_dtype, ctx.x_shape = dtype, x.dtype, x.shape
+        ctx.dtype, ctx.x_shape = dtype, x.shape
         ctx.factor_dtypes = [f.dtype for f in factors]
         ctx.bias_dtype = None if bias is None else bias.dtype
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple:
+        if wants_graph(dy):
+            return _gradients(ctx, dy)
         weight, lora_A, x, z, *lora_B = ctx.saved_tensors
         parts, needs, dtype, transposed = ctx.parts, ctx.needs_input_grad, ctx.dtype, ctx.transposed
         dy = dy.reshape(-1, dy.shape[-1])  # (N, O)
@@ -168,7 +248,7 @@ class _LoRALinear(torch.autograd.Function):
             dx = dy @ (w.t() if transposed else w)
             if not ctx.use_merged:
                 dx.addmm_(dz, lora_A.to(dtype))
-            dx = dx.to(ctx.x_dtype).view(ctx.x_shape)
+            dx = dx.view(ctx.x_shape)
         if needs[2]:
             db = dy.sum(0).to(ctx.bias_dtype)
 
@@ -182,6 +262,74 @@ class _LoRALinear(torch.autograd.Function):
             if j < len(d_rest) and needs[7 + len(parts) + j]:
                 d_rest[j] = rows.sum(0).to(ctx.factor_dtypes[len(parts) + j])
         return dx, dW, db, dA, None, None, None, *dB, *d_rest
+
+
+def wants_graph(dy: Tensor) -> bool:
+    """Return whether a backward pass is itself followed: by autograd (``create_graph=True``) or by a batch of gradients."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return torch.is_grad_enabled()
+    return torch._C._are_functorch_transforms_active() or torch._C._functorch.is_legacy_batchedtensor(dy)
+
+
+def _gradients(ctx: Any, dy: Tensor) -> tuple:
+    """Return what ``_LoRALinear.backward`` does, by operations that can be differentiated and batched.
+
+    ``narrow`` and not ``[:, a:b]``: of a slice that is the whole, the old kind of vmap (``is_grads_batched``) makes an error.
+    """
+    weight, lora_A, x, z, *lora_B = ctx.saved_tensors
+    parts, needs, dtype, transposed = ctx.parts, ctx.needs_input_grad, ctx.dtype, ctx.transposed
+    dy = dy.reshape(-1, dy.shape[-1])  # (N, O)
+    if z is not None and needs[0] and torch.is_grad_enabled():
+        z = _end_here(z)
+    dx = dW = dA = None
+    if needs[0]:
+        W = weight.to(dtype)
+        dx = dy @ (W.t() if transposed else W)
+        for p, B in zip(parts, lora_B, strict=True):
+            dz = dy.narrow(1, p.start, p.rows) @ B.to(dtype) * p.scale
+            dx = dx + dz @ lora_A.narrow(0, p.a, p.rank).to(dtype)
+        dx = dx.reshape(ctx.x_shape)
+    G = None if x is None else dy.t() @ x.reshape(-1, x.shape[-1])  # (O, D)
+    if needs[1]:
+        dW = (G.t() if transposed else G).to(weight.dtype)
+    dB: list[Tensor | None] = [None] * len(parts)
+    d_ranks = []
+    for i, (p, B) in enumerate(zip(parts, lora_B, strict=True)):
+        rows = None if G is None else G.narrow(0, p.start, p.rows).to(B.dtype)
+        if needs[3]:
+            d_ranks.append(B.t() @ rows * p.scale)
+        if needs[7 + i]:
+            A, thin = lora_A.narrow(0, p.a, p.rank).to(B.dtype), dy.narrow(1, p.start, p.rows)
+            block = thin.t() @ z.narrow(1, p.a, p.rank) if G is None else rows @ A.t()
+            dB[i] = (block * p.scale).to(B.dtype)
+    if needs[3]:
+        dA = torch.cat(d_ranks).to(lora_A.dtype)
+    db = dy.sum(0).to(ctx.bias_dtype) if needs[2] else None
+    d_rest: list[Tensor | None] = [None] * (len(needs) - 7 - len(parts))
+    for j in range(len(d_rest)):
+        if needs[7 + len(parts) + j]:
+            p = ctx.rest[j % len(ctx.rest)]  # rest weights come first, then rest biases (if any)
+            of_bias = j >= len(ctx.rest)
+            block = dy.narrow(1, p.start, p.rows).sum(0) if of_bias else G.narrow(0, p.start, p.rows)
+            d_rest[j] = (block.t() if transposed and not of_bias else block).to(ctx.factor_dtypes[len(parts) + j])
+    return dx, dW, db, dA, None, None, None, *dB, *d_rest
+
+
+def _end_here(z: Tensor) -> Tensor:
+    """Return z = A x as a leaf: it was kept in place of x, so a second derivative that goes through it cannot reach x."""
+
+    def refuse(_: Tensor) -> None:
+        raise RuntimeError("a second derivative through the gradient of lora_B needs x, which train_A=False does not keep")
+
+    z = z.detach().requires_grad_()
+    z.register_hook(refuse)
+    return z
+
+
+def own_memory(y: Tensor) -> Tensor:
+    """Return y, contiguous and not as a view: autograd forbids to write into a view that a function of our own returns."""
+    y = y.contiguous()
+    return y.data if not torch.compiler.is_compiling() and y._is_view() else y
 
 
 def affine(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:

@@ -8,18 +8,17 @@ the same names, so optimizer state, hooks, aliases and checkpoint keys survive. 
 block of a fused layer, ``lora_B.<part>`` (O_part, R_part); a layer that is not fused has the one part ``W``.
 """
 
+import inspect
 import math
 import sys
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from lowrank_pretrain.lora_function import Part, RestPart, lora_linear, merged
+from lowrank_pretrain.lora_function import Part, RestPart, effective_bias, effective_weight, lora_linear, merged
 from lowrank_pretrain.seeds import generator
-from lowrank_pretrain.targets import Target, is_conv1d, weight_rows
+from lowrank_pretrain.targets import Target, is_conv1d
 
 
 class Inherit(NamedTuple):
@@ -74,53 +73,102 @@ def has_own_forward(layer: nn.Module) -> bool:
     return getattr(layer, "_plain_class", type(layer)).forward not in _known_forwards()
 
 
+def with_weight(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
+    """Return the layer as its plain class sees it, but with another weight: for one call of the plain class's forward.
+
+    It shares the layer's ``__dict__``, so what the forward reads and writes on itself (buffers, counters, children) is the
+    layer's. The layer itself is not touched: other threads, and hooks that look at its weight, notice nothing.
+    """
+    twin_class = _twin_of(layer._plain_class)
+    twin = twin_class.__new__(twin_class)
+    object.__setattr__(twin, "__dict__", layer.__dict__)
+    twin_class._lowrank_weight.__set__(twin, weight)
+    twin_class._lowrank_bias.__set__(twin, bias)
+    return twin
+
+
+_ADDED = ("lora_A", "lora_B", "rest_weight", "rest_bias")  # what adapters register on a layer
+
+
 class LoRALinear(Reclassed):
     """What a layer's class gains by injection (mixed in before ``nn.Linear``, ``Conv1D`` or a user's subclass of them)."""
 
     _parts: tuple[Part, ...]
+    _own_forward: bool
+    _transposed: bool
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(.., D) -> (.., O)."""
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """(.., D) -> (.., O), called like the plain class's forward and equal to it with W + scale · B A for W.
+
+        A class with a forward of its own may do anything with its weight (mask it, scale what comes out, take more
+        arguments), so its own forward runs, and finds the effective weight under the weight's name.
+        """
+        if self._own_forward:
+            return self._forward_of_its_own(args, kwargs)
+        if len(args) != 1 or kwargs:
+            x = _only_argument(self, *args, **kwargs)
+        else:
+            x = args[0]
         factors = [self.lora_B[part.name] for part in self._parts]
-        if has_own_forward(self):
-            # a user's subclass with a forward of its own: add to whatever it computes
-            return self._plain_class.forward(self, x) + self._low_rank_output(x, factors)
         rest_weight = tuple(self.rest_weight[part.name] for part in self._rest)
         rest_bias = tuple(self.rest_bias[part.name] for part in self._rest) if self.bias is not None else ()
         return lora_linear(
-            x, self.weight, self.bias, self.lora_A, factors, self._parts, is_conv1d(self), self._rest, rest_weight, rest_bias
+            x, self.weight, self.bias, self.lora_A, factors, self._parts, self._transposed, self._rest, rest_weight, rest_bias
         )
 
-    def _low_rank_output(self, x: Tensor, factors: list[Tensor]) -> Tensor:
-        """Scale · B (A x) by plain autograd, (.., O); zeros for row blocks without an adapter."""
-        delta = x.new_zeros(*x.shape[:-1], weight_rows(self).shape[0])
-        for part, factor in zip(self._parts, factors, strict=True):
-            z = functional.linear(x, self.lora_A[part.a : part.a + part.rank])
-            after = delta.shape[-1] - part.start - part.rows
-            delta = delta + functional.pad(functional.linear(z, factor) * part.scale, (part.start, after))
-        return delta
+    @torch.compiler.disable  # dynamo knows no object that borrows another one's attributes
+    def _forward_of_its_own(self, args: tuple, kwargs: dict) -> Any:
+        factors = [self.lora_B[part.name] for part in self._parts]
+        rest_weight = tuple(self.rest_weight[part.name] for part in self._rest)
+        rest_bias = tuple(self.rest_bias[part.name] for part in self._rest) if self.bias is not None else ()
+        weight = effective_weight(self.weight, self.lora_A, factors, self._parts, self._transposed, self._rest, rest_weight)
+        bias = effective_bias(self.bias, self._rest, rest_bias)
+        return self._plain_class.forward(with_weight(self, weight, bias), *args, **kwargs)
 
-    def merged_weight(self, held: Mapping[str, Tensor] | None = None) -> Tensor:
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Refuse ``torch.jit.script``, which cannot compile what was registered at run time, with the cure.
+
+        Giving it a plain layer here would not do: it puts what it is given into the model that it was called on.
+        """
+        raise RuntimeError(
+            "adapters cannot be scripted: script a plain copy, lowrank_pretrain.merge(copy.deepcopy(module)), in place of it"
+        )
+
+    def merged_weight(self, check: bool = True) -> Tensor:
         """W + scale · B A in the layer's own layout, a new tensor.
 
         Args:
-            held: ``weight``, ``lora_A`` and ``lora_B.<part>`` to merge in place of the layer's own (a copy's, an average's).
+            check: refuse what is NaN or infinite.
 
         Raises:
             ValueError: a factor holds a number that is not finite.
         """
-        held = held or dict(self.named_parameters())
-        factors = [held[f"lora_B.{part.name}"] for part in self._parts]
-        if not all(torch.isfinite(f).all() for f in (held["lora_A"], *factors)):
+        factors = [self.lora_B[part.name] for part in self._parts]
+        if check and not all(torch.isfinite(f).all() for f in (self.lora_A, *factors)):
             raise ValueError("adapters hold numbers that are not finite: refusing to merge them into the weights")
-        return merged(held["weight"], held["lora_A"], factors, self._parts, is_conv1d(self))
+        return merged(self.weight, self.lora_A, factors, self._parts, self._transposed)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the plain layer with the merged weight returns, whoever asks and under whatever name it is registered.
+
+        So a state dict is the trained model for a file, an average, a teacher and another process alike. The factors are among
+        ``named_parameters()``; ``lora.exact_state`` has what goes on training exactly.
+        """
+        if kwargs.get("keep_vars", False):  # who wants the parameters themselves (torch.jit.trace does) gets them all
+            return super().state_dict(*args, **kwargs)
+        plain = self._plain_class.__new__(self._plain_class)
+        own = {name: p for name, p in self._parameters.items() if name != "lora_A"}
+        own["weight"] = self.merged_weight(check=False)
+        children = {name: child for name, child in self._modules.items() if name not in _ADDED}
+        object.__setattr__(plain, "__dict__", {**self.__dict__, "_parameters": own, "_modules": children})
+        return plain.state_dict(*args, **kwargs)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         # A plain state dict (no adapter keys) is the merged model: then B = 0, and nothing is missing.
         plain = f"{prefix}lora_A" not in state_dict
-        for name, own in self.state_dict().items():
+        for name, own in self.named_parameters():
             if name.startswith("lora_") and plain:
-                state_dict[prefix + name] = torch.zeros_like(own) if name.startswith("lora_B") else own
+                state_dict[prefix + name] = torch.zeros_like(own) if name.startswith("lora_B") else own.detach()
             elif name.startswith("rest_"):
                 group, _, part = name.partition(".")
                 span = next(p for p in self._rest if p.name == part)
@@ -179,7 +227,7 @@ def keep_rows(layer: nn.Module, rest: list[RestPart], bias: bool = True) -> list
 
 def take_adapters(layer: nn.Module) -> None:
     """Give the layer its plain class back; what the adapters hold is lost unless it was merged."""
-    for name in ("lora_A", "lora_B", "rest_weight", "rest_bias"):
+    for name in _ADDED:
         if hasattr(layer, name):
             delattr(layer, name)
     layer.__class__ = layer._plain_class
@@ -197,8 +245,39 @@ _classes: dict[tuple[type, type], type] = {}
 def _class_of(mixin: type, plain: type) -> type:
     if (mixin, plain) not in _classes:
         name = mixin.__name__.removesuffix("Linear") + plain.__name__
-        _classes[mixin, plain] = type(name, (mixin, plain), {"_plain_class": plain, "_mixin": mixin})
+        hf = sys.modules.get("transformers.pytorch_utils")
+        known = {
+            "_plain_class": plain,
+            "_mixin": mixin,
+            "_own_forward": plain.forward not in _known_forwards(),
+            "_transposed": hf is not None and issubclass(plain, hf.Conv1D),
+        }
+        _classes[mixin, plain] = type(name, (mixin, plain), known)
     return _classes[mixin, plain]
+
+
+_twins: dict[type, type] = {}
+
+
+def _twin_of(plain: type) -> type:
+    """Return the class of ``with_weight``: ``weight`` and ``bias`` are its own, all else lies in the shared ``__dict__``."""
+    if plain not in _twins:
+        body = {
+            "__slots__": ("_lowrank_weight", "_lowrank_bias"),
+            "weight": property(lambda self: self._lowrank_weight),
+            "bias": property(lambda self: self._lowrank_bias),
+        }
+        _twins[plain] = type(plain.__name__, (plain,), body)
+    return _twins[plain]
+
+
+def _only_argument(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Return the input, also where it came by the name that the plain class gives it.
+
+    Raises:
+        TypeError: as the plain class would.
+    """
+    return inspect.signature(type(layer)._plain_class.forward).bind(layer, *args, **kwargs).args[1]
 
 
 def _blank(mixin: type, plain: type) -> nn.Module:

@@ -10,6 +10,7 @@ Lightning restores the optimizers.
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
@@ -17,14 +18,17 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch.optim import Optimizer
 
 from lowrank_pretrain import adapter_groups, adoption, averaging, lora, plain_checkpoint, refusals, transition
+from lowrank_pretrain.adapter_watch import AdapterWatch, check_optimizers
 from lowrank_pretrain.agreement import agreed_hash
 from lowrank_pretrain.errors import ConfigError
 from lowrank_pretrain.monitor import PHASES, count_parameters
 from lowrank_pretrain.plain_checkpoint import FORMAT, SIDE
 from lowrank_pretrain.plan import Plan
 from lowrank_pretrain.rewarm import Rewarm
+from lowrank_pretrain.targets import find_targets
 
 
 class PhaseCallback(Callback):
@@ -86,8 +90,11 @@ class PhaseCallback(Callback):
         self._exact: dict[str, torch.Tensor] | None = None
         self._averages: dict[str, dict[str, torch.Tensor]] = {}
         self._groups: list | None = None
+        self._noted_settings: dict[str, Any] = {}  # of a checkpoint that is being resumed
         self._restoring = True
         self._rewarm: Rewarm | None = None
+        self._diverged = False  # the module came with adapters that are NaN, and no file has replaced them
+        self._held: dict[str, Any] | None = None  # behind a fit: its adapters, which the module no longer has
         self._reset()
 
     def _reset(self) -> None:
@@ -98,6 +105,7 @@ class PhaseCallback(Callback):
         self.freeze_step: int | None = None
         self._unchecked = False
         self._adopter: Any = None
+        self._moving: AdapterWatch | None = None  # adapters that no step has moved yet
 
     # -- transitions ------------------------------------------------------------------------------------------------
 
@@ -125,8 +133,11 @@ class PhaseCallback(Callback):
         agreed = transition.apply(
             trainer, pl_module, lambda: self._adopter.adopt(plan, pl_module), self.optimizer_state, replay
         )
+        if isinstance(self._adopter, Optimizer):
+            plain_checkpoint.note_added(pl_module)
         if self.has_own_groups():
             adapter_groups.separate(trainer, pl_module, self.adapter_lr, self.adapter_weight_decay)
+        self._moving = AdapterWatch(pl_module)
         self.phase, self.plan = "joint", plan
         self._unchecked = not replay
         self._note(pl_module)
@@ -171,22 +182,35 @@ class PhaseCallback(Callback):
             return
         refusals.check_run(self, trainer, pl_module)
         self._groups = None
-        if "_lowrank" in pl_module.__dict__:
-            continues = self.phase != "full" and pl_module.__dict__["_lowrank"]["plan"] == dict(self.plan or {})
-            self._exact = lora.clone_state(lora.exact_state(pl_module)) if continues else None
-            plain_checkpoint.restore_plain(pl_module)
-            averaging.restart(trainer.callbacks, pl_module)  # those set up before us copied the adapters too
-            if not continues:
-                self._reset()
+        held, self._held = self._held, None
+        known = held is not None and held["model"].module() is pl_module
+        plan = held["note"]["plan"] if known else pl_module.__dict__.get("_lowrank", {}).get("plan")
+        continues = self.phase != "full" and plan is not None and plan == dict(self.plan or {})
+        self._exact, self._diverged = None, False
+        if continues:
+            self._exact = lora.clone_state(held["model"].exact() if known else lora.exact_state(pl_module))
         else:
-            self._exact = None
             self._reset()
+        if "_lowrank" in pl_module.__dict__:  # a fit that was interrupted left it so, or an optimizer that took the plan
+            # a file may be about to replace the weights, which Lightning does not say yet: `on_fit_start` knows
+            self._diverged = not lora.is_finite(pl_module)
+            plain_checkpoint.restore_plain(pl_module, check=False)
+            averaging.restart(trainer.callbacks, pl_module)  # those set up before us copied the adapters too
+        plain_checkpoint.forget_held(pl_module)
         self._averages = {}
-        plain_checkpoint.wrap(pl_module)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Replay the transitions of a resumed run; the optimizers are still empty and are restored after this."""
+        if self._diverged:
+            raise ValueError(
+                "the module's adapters held numbers that are not finite when its last fit ended: give a good file as "
+                "ckpt_path, or load good weights first"
+            )
         adoption.check_adopter(self, trainer, pl_module)
+        check_optimizers(trainer.optimizers)
+        if self._noted_settings:
+            self._check_settings(self._noted_settings, pl_module)
+            self._noted_settings = {}
         if self.phase != "full":
             phase, plan, unchecked = self.phase, self.plan, self._unchecked
             self._switch(trainer, pl_module, plan, replay=True)
@@ -212,7 +236,14 @@ class PhaseCallback(Callback):
             agreed_hash(trainer.strategy, pl_module, "at the start of training")
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
-        """After the first backward behind a transition: an adapter without a gradient would silently never train."""
+        """Look whether the last step moved the adapters that it should have moved, as long as one never has.
+
+        After the first backward behind a transition: an adapter without a gradient would silently never train.
+        """
+        if self._moving is not None:
+            self._moving.before_step(optimizer)
+            if self._moving.over:
+                self._moving = None
         if self._unchecked:
             self._unchecked = False
             dead = [name for name, p in lora.adapter_parameters(pl_module) if p.requires_grad and p.grad is None]
@@ -225,6 +256,8 @@ class PhaseCallback(Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Where processes are spawned, this callback stays behind in its own; metrics are what Lightning brings back."""
+        if self._moving is not None and trainer.optimizers:
+            self._moving.after_step(trainer.optimizers[0])
         found = {"phase": PHASES.index(self.phase), "switch_step": self.switch_step, "freeze_step": self.freeze_step}
         found |= {f"rank/{name}": rank for name, rank in (self.plan or {}).items()}
         trainer.callback_metrics.update({f"lowrank/{k}": torch.tensor(float(v)) for k, v in found.items() if v is not None})
@@ -235,10 +268,29 @@ class PhaseCallback(Callback):
             if self._rewarm is not None:
                 self._rewarm.remove()
                 self._rewarm = None
-            if refusals.spawned(trainer):  # the process that called fit has the plain module, and takes what has a plain name
-                lora.merge(pl_module)
-            if "_lowrank" not in pl_module.__dict__:
-                plain_checkpoint.unwrap(pl_module)
+            self._take_off(trainer, pl_module)
+
+    def _take_off(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Make the module plain; keep what ``trainer.save_checkpoint`` and a second fit need for going on exactly."""
+        if "_lowrank" not in pl_module.__dict__:
+            return
+        if not any(True for _ in lora.lora_layers(pl_module)):  # strategy or optimizer took the plan
+            plain_checkpoint.restore_flags(pl_module)
+            return
+        self._held = {
+            "note": pl_module.__dict__["_lowrank"],
+            "groups": transition.group_names(trainer.optimizers, pl_module),
+            "averages": {
+                where: plain_checkpoint.Held(averaged, pl_module)
+                for where, averaged, _ in averaging.averages(trainer.callbacks)
+            },
+            "model": plain_checkpoint.Held(pl_module),
+        }
+        plain_checkpoint.restore_plain(pl_module)
+        self._held["model"].show()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_held": None}
 
     # -- state ------------------------------------------------------------------------------------------------------
 
@@ -262,8 +314,27 @@ class PhaseCallback(Callback):
         self._unchecked = state_dict["unchecked"]
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Note the optimizers' parameters by name: their states are stored by position."""
-        checkpoint.setdefault(SIDE, {})["groups"] = transition.group_names(trainer.optimizers, pl_module)
+        """Write the side entry: what an exact resume needs beside the plain model.
+
+        The optimizers' parameters are noted by name, for their states are stored by position.
+        """
+        side, held = checkpoint.setdefault(SIDE, {}), self._held
+        side["settings"] = self._settings()
+        if held is not None and held["model"].module() is pl_module:
+            side |= {"format": FORMAT, **held["note"], "groups": held["groups"], "exact": held["model"].exact()}
+            side["averages"] = {where: averaged.exact() for where, averaged in held["averages"].items()}
+            return
+        side["groups"] = transition.group_names(trainer.optimizers, pl_module)
+        note = pl_module.__dict__.get("_lowrank")
+        if note is not None:
+            exact = plain_checkpoint.exact_values(pl_module)
+            if self._adopter is trainer.strategy:  # its workers may hold values of their own: those of the file count
+                exact |= {name: checkpoint["state_dict"][name] for name in exact if name in pl_module.__dict__["_lowrank_tied"]}
+            averages = {
+                where: plain_checkpoint.exact_values(averaged, pl_module)
+                for where, averaged, _ in averaging.averages(trainer.callbacks)
+            }
+            side |= {"format": FORMAT, **note, "exact": exact, "averages": averages}
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep the side entry for the replay. Testing with a file from another phase must not touch this run's state."""
@@ -276,8 +347,38 @@ class PhaseCallback(Callback):
         if side.get("alpha", self.alpha) != self.alpha:
             raise ConfigError("alpha", self.alpha, f"the checkpoint's adapters were trained with {side['alpha']}")
         self._exact = side.get("exact")
+        self._diverged = False
         self._averages = side.get("averages", {})
         self._groups = side.get("groups")
+        self._noted_settings = side.get("settings", {})
+
+    def _settings(self) -> dict[str, Any]:
+        """Arguments that a resumed run must have again, as plain types."""
+        names = ("train_A", "adapter_lr", "adapter_weight_decay", "freeze_rest", "targets", "ranks")
+        found = {name: getattr(self, name) for name in names if hasattr(self, name)}
+        return {name: [*value] if isinstance(value, tuple) else value for name, value in found.items()}
+
+    def _check_settings(self, noted: Mapping[str, Any], pl_module: pl.LightningModule) -> None:
+        """Compare the arguments with those of the run that the checkpoint is of. Before its switch all but targets may change.
+
+        Raises:
+            ConfigError: naming each that differs.
+        """
+        bound = {"full": ("targets",), "joint": [name for name in noted if name != "freeze_rest"]}.get(self.phase, list(noted))
+        now, differing = self._settings(), []
+        for name in bound:
+            if name not in noted or name not in now or now[name] == noted[name]:
+                continue
+            if name == "targets":
+                known = self.plan or find_targets(pl_module, noted["targets"])
+                if set(find_targets(pl_module, now["targets"])) == set(known):
+                    continue  # other words for the same layers
+            differing.append(name)
+        if differing:
+            more = "".join(f"; {name}={now[name]!r}, there {noted[name]!r}" for name in differing[1:])
+            first = differing[0]
+            allowed = f"the checkpoint's run has {noted[first]!r}{more}: give the same, or start afresh from its weights alone"
+            raise ConfigError(first, now[first], allowed)
 
     def has_own_groups(self) -> bool:
         """Whether adapters have a learning rate or weight decay of their own."""

@@ -16,6 +16,7 @@ from typing_extensions import override
 from .errors import ConfigError
 
 GRACE = 30.0  # seconds that the main thread has to hear of it, before the process is ended from outside
+ASKED = "_next"  # how the names end that Lightning gives to asking a loader for a batch
 STDLIB = sysconfig.get_paths()["stdlib"]
 
 
@@ -39,6 +40,9 @@ class Stalled(BaseException):
 class StallGuard(Callback):
     """Watches the time between asking a loader for a batch and getting it, from a thread of its own: a step costs nothing.
 
+    That time is what Lightning measures for its profiler: what hooks, validation or the writing of a checkpoint take does not
+    count.
+
     It interrupts the main thread by SIGALRM, whatever Python is waiting for there: a worker process, a file, a lock. Where
     that is not heard, inside of a library's own loop, the process ends with exit code 1 after half a minute.
 
@@ -58,10 +62,12 @@ class StallGuard(Callback):
         self._thread: threading.Thread | None = None
         self._over = threading.Event()
         self._before: Any = None
+        self._profiler: Any = None
         self._stalled: Stalled | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"timeout": self.timeout, "_waiting": None, "_thread": None, "_before": None, "_stalled": None}
+        nothing = dict.fromkeys(("_waiting", "_thread", "_before", "_profiler", "_stalled"))
+        return {"timeout": self.timeout, **nothing}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -81,6 +87,9 @@ class StallGuard(Callback):
 
     def _end(self) -> None:
         self._waiting = None
+        if self._profiler is not None:
+            del self._profiler.start, self._profiler.stop
+            self._profiler = None
         if self._thread is not None:
             self._over.set()
             self._thread.join()
@@ -108,37 +117,31 @@ class StallGuard(Callback):
         if callable(self._before):  # somebody else's alarm
             self._before(number, frame)
 
-    def _wait(self, loader: str) -> None:
-        self._waiting = (loader, time.monotonic())
-
     # -- Lightning's hooks ------------------------------------------------------------------------------------------
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._begin()
+        if self._thread is not None:
+            self._listen(trainer.profiler)
 
-    def _train(self, *_: Any) -> None:
-        self._wait("the training loader")
+    def _listen(self, profiler: Any) -> None:
+        """Hear when Lightning asks a loader and when it has its answer: it tells its profiler, also one that is off."""
+        start, stop = profiler.start, profiler.stop
 
-    def _validate(self, *_: Any) -> None:
-        self._wait("the validation loader")
+        def asked(action_name: str) -> None:
+            start(action_name)
+            if action_name.endswith(ASKED):
+                kind = "training" if ".train" in action_name else "validation"
+                self._waiting = (f"the {kind} loader", time.monotonic())
 
-    def _got(self, *_: Any) -> None:
-        self._waiting = None
+        def answered(action_name: str) -> None:
+            if action_name.endswith(ASKED):
+                self._waiting = None
+            stop(action_name)
 
-    on_train_start = on_train_epoch_start = on_train_batch_end = _train
-    on_validation_start = on_validation_batch_end = _validate
-    on_train_batch_start = on_validation_batch_start = on_validation_epoch_end = on_train_epoch_end = _got
-
-    @override
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.training:
-            self._wait("the training loader")
-
-    @override
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        if self._waiting is not None:
-            self._wait(self._waiting[0])  # writing is not waiting: begin to count again
+        profiler.start, profiler.stop = asked, answered
+        self._profiler = profiler
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

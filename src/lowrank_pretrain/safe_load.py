@@ -1,0 +1,160 @@
+"""Reading a checkpoint without executing anything that it may hold, and without giving up on what is harmless.
+
+``torch.load(weights_only=True)`` refuses a whole file for one hyper-parameter of a type that it does not know (a path, a
+configuration, a numpy number). Here such a value becomes a stand-in, and the weights are read.
+"""
+
+import argparse
+import collections
+import datetime
+import decimal
+import fractions
+import io
+import pathlib
+import pickle
+import uuid
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
+from collections.abc import Callable
+from os import PathLike
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+
+class Unread:
+    """Stands for a value of a type that is not read: nothing of the type's own is imported or called.
+
+    Attributes:
+        kind: its type, ``module.name``.
+    """
+
+    kind = "?"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Take anything; keep nothing."""
+
+    def __setstate__(self, state: Any) -> None:
+        """Keep nothing."""
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        """Keep nothing."""
+
+    def append(self, item: Any) -> None:
+        """Keep nothing."""
+
+    def extend(self, items: Any) -> None:
+        """Keep nothing."""
+
+    def add(self, item: Any) -> None:
+        """Keep nothing."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> "Unread":
+        """Stand for what it would have made."""
+        return self
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def __repr__(self) -> str:
+        return f"<a {self.kind}, not read>"
+
+
+def _harmless() -> dict[str, Any]:
+    """What may be made by name: values that hold data and do nothing when they are made."""
+    kinds: list[Any] = [
+        argparse.Namespace, collections.OrderedDict, collections.Counter, collections.deque, datetime.date, datetime.datetime,
+        datetime.time, datetime.timedelta, datetime.timezone, decimal.Decimal, fractions.Fraction, uuid.UUID, SimpleNamespace,
+        pathlib.PurePath, pathlib.PurePosixPath, pathlib.PureWindowsPath, set, frozenset, complex, bytearray, slice, range,
+        int, float, str, bool, bytes, list, dict, tuple,
+    ]  # fmt: skip
+    found = {f"{kind.__module__}.{kind.__qualname__}": kind for kind in kinds}
+    # as a file of another system names it, and where newer Pythons keep it: a path is only its words here
+    for module in ("pathlib", "pathlib._local"):
+        found |= {f"{module}.{name}": pathlib.PurePosixPath for name in ("Path", "PosixPath", "PurePath", "PurePosixPath")}
+        found |= {f"{module}.{name}": pathlib.PureWindowsPath for name in ("WindowsPath", "PureWindowsPath")}
+    found |= {f"torch.{name}": value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
+    return found | _numpy() | _torch_own()
+
+
+def _torch_own() -> dict[str, Any]:
+    """What torch itself finds harmless (tensors, parameters, devices, …); its list has no public name."""
+    from torch._weights_only_unpickler import _get_allowed_globals, _get_user_allowed_globals
+
+    return {**_get_allowed_globals(), **_get_user_allowed_globals()}
+
+
+def _numpy() -> dict[str, Any]:
+    try:
+        import numpy as np
+        from numpy._core.multiarray import _reconstruct, scalar  # where numpy's own pickles find them
+    except ImportError:  # no numpy, or one before 2.0
+        return {}
+    found: dict[str, Any] = {"numpy.ndarray": np.ndarray, "numpy.dtype": np.dtype}
+    for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
+        found |= {f"{module}._reconstruct": _reconstruct, f"{module}.scalar": scalar}
+    found |= {f"numpy.dtypes.{kind.__name__}": kind for kind in vars(np.dtypes).values() if isinstance(kind, type)}
+    return found
+
+
+class _Reader:
+    """Has the shape of the module ``pickle``, as ``torch.load`` wants it."""
+
+    __name__ = "pickle"
+
+    def __init__(self) -> None:
+        known = _harmless()
+
+        class Unpickler(pickle.Unpickler):
+            def find_class(self, module: str, name: str) -> Any:
+                module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
+                full = f"{module}.{name}"  # torch writes the names that Python 2 had
+                if full in known:
+                    return known[full]
+                return type(name.rpartition(".")[2] or "Unread", (Unread,), {"kind": full})
+
+        self.Unpickler = Unpickler
+
+    def load(self, file: Any, **kwargs: Any) -> Any:
+        """Like ``pickle.load``."""
+        return self.Unpickler(file, **kwargs).load()
+
+    def loads(self, data: bytes, **kwargs: Any) -> Any:
+        """Like ``pickle.loads``."""
+        return self.load(io.BytesIO(data), **kwargs)
+
+
+def safe_load(path: str | PathLike, mmap: bool = False) -> Any:
+    """Read a checkpoint onto the CPU; nothing that it may hold is executed.
+
+    Args:
+        path: of the file.
+        mmap: map its tensors, do not read them.
+
+    Returns:
+        What was saved. Values of types that are no plain data are ``Unread``.
+
+    Raises:
+        Exception: of one of the many kinds that torch has for files that are cut off or of another format.
+    """
+    load: Callable[..., Any] = torch.load
+    try:
+        return load(path, map_location="cpu", mmap=mmap, weights_only=True)
+    except pickle.UnpicklingError:
+        if not _is_archive(path):
+            raise
+        return load(path, map_location="cpu", mmap=mmap, weights_only=False, pickle_module=_Reader())
+
+
+def _is_archive(path: str | PathLike) -> bool:
+    """Whether it is a zip file, as torch writes; older formats it reads in other ways."""
+    with open(path, "rb") as file:
+        return file.read(4) == b"PK\x03\x04"
+
+
+def unread(value: Any) -> str | None:
+    """Return the type of the first ``Unread`` in a value made of dicts and lists, or ``None``."""
+    if isinstance(value, Unread) or (isinstance(value, type) and issubclass(value, Unread)):
+        return value.kind
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple, set)) else ()
+    return next((found for item in items if (found := unread(item))), None)
