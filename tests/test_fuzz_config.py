@@ -49,7 +49,7 @@ OFF_OR_SHARE, FLAG, COUNT_FROM_0 = (0, 0.5), (True,), (0, HUGE)
 LEGAL = {
     "seed": (0,), "ckpt_path": (None,), "save_every": COUNT_FROM_0, "max_rewinds": COUNT_FROM_0,
     "loss_spike": (HUGE, None), "stall_timeout": (0.5, HUGE, None), "agree_every": COUNT_FROM_0,
-    "trainer": ({},), "logger": ({},),
+    "trainer": ({},), "logger": ({}, None),
     # images are mixed, tokens are not; the embedded samples ask for no file names
     "data.root": (None,), "data.num_workers": (0,), "data.flip": FLAG, "data.seed": (-1, 0, HUGE, None),
     "data.num_classes": (None,), "model.num_classes": (None,),  # as many as the set has

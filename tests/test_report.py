@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from lowrank_pretrain.report import find_runs, render, write_report
+from lowrank_pretrain.report import charts, find_runs, render, write_report
 from lowrank_pretrain.report.__main__ import main
+from lowrank_pretrain.report.runs import best, by_seed
 from lowrank_pretrain.report.sections import shortened, smooth
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
@@ -105,7 +106,7 @@ class Page(HTMLParser):
     def handle_data(self, data):
         if self.stack and self.stack[-1] == "text":
             self.svgs[-1][1].append(data)
-        if self.stack and self.stack[-1] in ("td", "th", "small"):
+        if self.stack and self.stack[-1] in ("td", "th", "small", "b"):
             self.cells.append(data.strip())
 
 
@@ -140,14 +141,181 @@ def test_a_sweeps_failed_and_killed_jobs_are_there_with_their_reasons(sweep, tex
     assert "4 runs: 2 finished, 1 failed, 1 unfinished." in text
 
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Charts are chosen but not drawn, which is nearly all of a page's time."""
+    for kind in ("lines", "bars", "heat_map"):
+        monkeypatch.setattr(charts, kind, lambda *args, **kwargs: "<svg></svg>")
+
+
+def rows(text: str) -> dict[str, list[str]]:
+    """{first cell: all cells} of the table of runs; a ratio is a cell of its own."""
+    table = text[text.index("<h2>Runs, with ratios to the first</h2>") :]
+    table = table[: table.index("</table>")]
+    found = [[cell for cell in Page(row).cells if cell] for row in re.findall("<tr>.*?</tr>", table)]
+    return {row[0]: row for row in found}
+
+
 def test_ratios_are_to_the_first_run_and_to_the_full_phase(text):
+    found = rows(text)
+    assert found["run"][:5] == ["run", "val/loss", "val/acc1", "train/loss", "optimizer steps"], "losses and accuracy first"
+    assert found["prelora"][:6] == ["prelora", "0.1", "0.95", "0.1", "20", "15.0"], "equal steps need no ratio"
+    assert found["prelora"][6] == "1.00×" and "10.67" in found["prelora"], "20 steps in 10/8 + 10/16 units of time"
     cells = Page(text).cells
-    i = cells.index("prelora")
-    row = cells[i : cells.index("lte, rank=99")]
-    assert row[:3] == ["prelora", "20", "15.0"], "equal steps need no ratio"
-    assert row[row.index("0.1") + 1] == "2.00×", "twice the first run's loss"
-    assert "10.67" in row, "20 steps in 10/8 + 10/16 units of time"
     assert ["100", "0.10×", "1,000"] == [c for c in cells if c in ("1,000", "100", "0.10×")][-3:], "of the last phase"
+
+
+def test_the_best_of_each_column_is_marked_and_named_above(text):
+    found = rows(text)
+    assert found["full"][1] == "0.05 ★" and found["prelora"][1] == "0.1", "the lowest loss"
+    assert not any("★" in cell for cell in found["prelora"]) and found["full"][2] == "0.95", "equal ones are not marked"
+    assert "Best val/loss: <b>full</b>, 0.05." in text
+
+
+@pytest.mark.parametrize(("metric", "values", "expected"), [
+    ("val/loss", [2.0, 1.0, None], 1.0), ("val/acc1", [0.5, 0.75], 0.75), ("test/ppl", [9.0, 8.0], 8.0),
+    ("val/loss", [1.0, 1.0], None), ("val/loss", [1.0], None), ("val/loss", [], None), ("lowrank/phase", [1.0, 2.0], None),
+])  # fmt: skip
+def test_which_is_the_best_depends_on_the_metric(metric, values, expected):
+    assert best(values, metric) == expected
+
+
+def test_what_failed_is_folded_after_the_results_and_no_row_of_the_table(text):
+    assert "lte, rank=99" not in rows(text) and "unfinished" in rows(text)["galore"]
+    fold = text.index('<details class="unwell">')
+    assert text.index("Runs, with ratios") < fold < text.index("<b>lte, rank=99</b>") < text.index("Side by side")
+    assert "Failed, damaged or unfinished: 2" in text
+
+
+def seeds(top: Path) -> Path:
+    """Two methods, three seeds each, and one seed of a third."""
+    jobs = [(m, seed) for m in ("full", "lora") for seed in range(3)] + [("galore", 0)]
+    for job, (name, seed) in enumerate(jobs):
+        made = make(top / f"{job}", job, (f"method={name}", f"seed={seed}"), loss=1.0 + seed + 10 * (name == "lora"))
+        (made / ".hydra" / "config.yaml").write_text(f"method: {{name: {name}}}\nseed: {seed}\nckpt_path: null\n")
+    return top
+
+
+def test_runs_that_differ_by_their_seed_only_have_a_mean_and_a_deviation(undrawn, tmp_path):
+    runs = find_runs([seeds(tmp_path / "sweep")])
+    groups = by_seed(runs)
+    assert [(group.label, len(group.runs)) for group in groups] == [("full", 3), ("lora", 3)]
+    assert groups[0].mean("val/loss") == pytest.approx(2 / 20) and groups[0].deviation("val/loss") == pytest.approx(0.05)
+    text = render(runs, "sweep")
+    assert "Mean ± standard deviation over seeds" in text and "0.1 ★</b> <small>± 0.05</small>" in text
+    runs[0].failure = "error: x"
+    assert [len(group.runs) for group in by_seed(runs)] == [2, 3], "a failed run is in no mean"
+
+
+def test_other_differences_than_the_seed_make_no_mean(tmp_path):
+    for job, extra in enumerate(["optim.lr=1", "optim.lr=2"]):
+        make(tmp_path / extra, job, (f"seed={job}", extra))
+    assert by_seed(find_runs([tmp_path])) == []
+    for job in range(2):  # the same seed twice is no sample of two
+        make(tmp_path / "again" / f"{job}", None, ("seed=0",))
+    assert by_seed(find_runs([tmp_path / "again"])) == []
+
+
+def test_a_directory_that_somebody_named_is_the_label_and_its_path_is_in_the_fold(undrawn, tmp_path):
+    many = [f"model.model_kwargs.key{i}" for i in range(9)]
+    for i in range(12):
+        make(tmp_path / f"my run {i}", None, ("~model.config.x", *(f"{key}={i}" for key in many)), loss=1 + i)
+    runs = find_runs([tmp_path])
+    assert sorted(run.label for run in runs) == sorted(f"my run {i}" for i in range(12))
+    text = render(runs, "named")
+    assert "~model.config.x" in text and f"key8={3}" in text and "my run 3</code>" in text
+
+
+@pytest.mark.parametrize(("overrides", "expected"), [
+    ([("method=full",), ("method=lora", "method.rank=4")], ["full", "lora, rank=4"]),
+    ([("~model.config.x",), ("seed=1",)], ["without x", "seed=1"]),
+    ([("++a.b=1", "+c=2"), ("++a.b=2", "+c=2")], ["b=1", "b=2"]),
+    ([(f"a.b={'1' * 60}",), (f"a.b={'1' * 59}2",)], None),
+    ([tuple(f"a.key{i}={i + j}" for i in range(9)) for j in range(3)], None),
+])  # fmt: skip
+def test_labels_are_short_and_unique(tmp_path, overrides, expected):
+    for job, some in enumerate(overrides):
+        make(tmp_path / f"job{job}", job, some)
+    found = [run.label for run in find_runs([tmp_path])]
+    assert len(set(found)) == len(found) and max(map(len, found)) <= 40 and (expected is None or found == expected)
+
+
+def test_runs_of_one_name_in_two_places_are_told_apart(tmp_path):
+    for place in "ab":
+        make(tmp_path / place / "run", None, ("seed=1",))
+    assert [run.label for run in find_runs([tmp_path])] == ["a/run", "b/run"]
+
+
+DAMAGE = {
+    "summary.json": [
+        "{",
+        "[]",
+        '"x"',
+        '{"phases": [1]}',
+        '{"phases": [{"phase": "full"}]}',
+        '{"plan": 3}',
+        "\0",
+        '{"switch_step": "x"}',
+    ],
+    "metrics.csv": ["", "no header at all", "step,train/loss\n1,abc\n2", "\0\0"],
+    ".hydra/config.yaml": ["a: [", "- 1", "just words", "\0"],
+    ".hydra/overrides.yaml": ["a: [", "3", "\0"],
+    ".hydra/hydra.yaml": ["a: [", "- 1", ""],
+    "failure.txt": [""],
+}
+
+
+@pytest.mark.parametrize(("name", "text"), [(name, text) for name, texts in DAMAGE.items() for text in texts])
+def test_a_damaged_run_is_listed_and_the_others_are_shown(undrawn, tmp_path, name, text):
+    make(tmp_path / "sound", None, ("seed=0",))
+    (make(tmp_path / "hurt", None, ("seed=1",)) / name).write_text(text)
+    runs = find_runs([tmp_path])
+    page = render(runs, "runs")
+    assert {run.path.name for run in runs} == {"sound", "hurt"} and "0.05" in page
+    if name == "summary.json":
+        hurt = next(run for run in runs if run.path.name == "hurt")
+        assert hurt.state == "damaged" and "summary.json is damaged: " in page and "Failed, damaged or unfinished: 1" in page
+
+
+def test_binary_files_and_a_folder_where_a_file_should_be_are_damage(tmp_path):
+    hurt = make(tmp_path / "hurt", None)
+    (hurt / "summary.json").write_bytes(b"\xff\xfe\x00")
+    other = make(tmp_path / "other", None)
+    (other / "metrics.csv").unlink()
+    (other / "metrics.csv").mkdir()
+    assert {run.path.name: run.state for run in find_runs([tmp_path])} == {"hurt": "damaged", "other": "damaged"}
+
+
+@pytest.mark.parametrize(("out", "written"), [
+    ("page.html", "page.html"), ("new/page.html", "new/page.html"), ("folder", "folder/report.html"),
+    ("there", "there/report.html"), ("there.d", "there.d/report.html"), ("a.b/c.htm", "a.b/c.htm"),
+])  # fmt: skip
+@pytest.mark.parametrize("style", ["--out=", "out="])
+def test_out_is_a_file_or_a_folder(undrawn, tmp_path, monkeypatch, out, written, style):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there.d").mkdir()
+    make(tmp_path / "run")
+    assert main(["run", f"{style}{out}"]) == 0 and (tmp_path / written).is_file()
+
+
+def test_out_that_cannot_be_written_is_one_line(undrawn, tmp_path, capsys):
+    make(tmp_path / "run")
+    (tmp_path / "file").write_text("")
+    assert main([str(tmp_path / "run"), "--out", str(tmp_path / "file" / "page.html")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: --out=") and error.count("\n") == 1
+
+
+def test_a_run_that_is_still_going_can_be_looked_at(undrawn, tmp_path):
+    going = make(tmp_path / "going", rows=7)
+    (going / "summary.json").unlink()
+    longer = make(tmp_path / "longer", rows=30)  # finished after 20 steps, then made longer
+    states = {run.path.name: (run.state, run.reason) for run in find_runs([tmp_path])}
+    assert states["going"] == ("unfinished", "no summary.json and no reason: still running, or killed after step 7")
+    assert states["longer"] == ("unfinished", "goes on after its end: still running, or killed after step 30")
+    (longer / "metrics.csv").unlink()
+    assert render(find_runs([tmp_path]), "x")
 
 
 def test_time_comes_from_the_run_or_from_its_phases(tmp_path):

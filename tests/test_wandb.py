@@ -37,7 +37,7 @@ def offline(tmp_path_factory):
 
 def records(run_dir: Path) -> list[dict]:
     """Everything in the newest offline run's log, by wandb's own reader."""
-    reader = [Path(sys.executable).with_name("wandb"), "leet", "inspect", "--json", run_dir / "wandb" / "latest-run"]
+    reader = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", run_dir / "wandb" / "latest-run"]
     done = subprocess.run(reader, capture_output=True, text=True, check=True)
     return [json.loads(line) for line in done.stdout.splitlines()]
 

@@ -60,7 +60,8 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("project", metavar="ENTITY/PROJECT", help="as in the address of the project's page")
     parser.add_argument("--name", default="lowrank_pretrain", help="of the saved view")
-    given = parser.parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    given = parser.parse_args([f"--{word}" if word.startswith("name=") else word for word in words])  # as Hydra has it
     entity, _, project = given.project.partition("/")
     try:
         if not entity or not project or "/" in project:

@@ -75,7 +75,7 @@ def note_failure(run_dir: Path, error: BaseException, line: str | None) -> None:
         error: what ended it; a run refused because of another one's files leaves that one alone.
         line: words for it; None: the error's own.
     """
-    if isinstance(error, ConfigError) and error.key == "hydra.run.dir":
+    if isinstance(error, ConfigError) and error.key in ("hydra.run.dir", "hydra.sweep.dir"):
         return
     line = line or f"{type(error).__name__}: {error}".strip().splitlines()[0]
     with suppress(OSError):  # a full disk, perhaps: then it is that which must be told, not this

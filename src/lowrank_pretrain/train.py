@@ -17,13 +17,13 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
 from hydra.types import RunMode
-from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
 
 from . import failures, method, summary
-from .build import build, find_class, plain
+from .build import build, plain
 from .checkpoints import BestCheckpoint, LastCheckpoint, check_fits, take_states
 from .closing_loss import ClosingLoss
+from .command_line import prepare_process
 from .csv_log import RunCSVLogger, final_metrics, forget_after
 from .divergence import DivergenceGuard
 from .errors import ConfigError
@@ -43,6 +43,7 @@ from .random_state import RandomState
 from .rank_check import RanksAgree
 from .run_dir import start_from
 from .stall import StallGuard
+from .sweeps import named_lines, show_end
 from .trainer import build_trainer, check_values, refuse_popen_sweep
 from .versions import version_line
 
@@ -71,6 +72,8 @@ def train(cfg: DictConfig, run_dir: Path, multirun: bool = False) -> dict[str, A
         Disagreement: the ranks' weights are no longer the same.
     """
     for key in GROUPS:  # before other groups' interpolations refer to it
+        if key == "logger" and cfg.get(key) is None:  # logger=null, ~logger: metrics.csv alone
+            continue
         if not isinstance(cfg.get(key), DictConfig) or (key in NEEDED and not cfg[key]):
             raise ConfigError(key, cfg.get(key), f"must be the name of a file in conf/{key}, or a group of keys")
     config = plain(cfg)
@@ -80,7 +83,7 @@ def train(cfg: DictConfig, run_dir: Path, multirun: bool = False) -> dict[str, A
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
         raise ConfigError("seed", seed, "must be an integer from 0 to 4294967295")
     with owned(run_dir):
-        ckpt = start_from(run_dir, config["ckpt_path"])
+        ckpt = start_from(run_dir, config["ckpt_path"], multirun)
         summary.forget_failure(run_dir)
         return attempts(config, run_dir, ckpt, multirun)
 
@@ -120,9 +123,7 @@ def attempt(config: dict[str, Any], run_dir: Path, ckpt: Path | None, guard: Div
     if hasattr(module, "try_out"):
         module.try_out()
 
-    if config["logger"].get("_target_") is not None:
-        find_class("logger", config["logger"]["_target_"], Logger)
-    loggers = [RunCSVLogger(run_dir), *more_loggers(config["logger"], run_dir, config, multirun)]
+    loggers = [RunCSVLogger(run_dir), *more_loggers(config.get("logger") or {}, run_dir, config, multirun)]
     grouped = torch.distributed.is_initialized()
     try:
         with Interrupts() as interrupts:
@@ -212,6 +213,13 @@ def announce(trainer: pl.Trainer, line: str) -> None:
 class JobFailed(CompactHydraException):
     """A job of a sweep failed for a reason that has been printed; Hydra shows no traceback and runs the other jobs."""
 
+    def __init__(self, line: str, code: int) -> None:
+        super().__init__(line, code)
+        self.line, self.code = line, code
+
+    def __str__(self) -> str:
+        return self.line
+
 
 _exit_codes: list[int] = []  # of a sweep's failed jobs
 _composed = False  # whether a configuration was ever complete enough for a job to start
@@ -224,6 +232,11 @@ def _job(cfg: DictConfig) -> float | None:
     _composed = True
     hydra_cfg = HydraConfig.get()
     run_dir, multirun = Path(hydra_cfg.runtime.output_dir), hydra_cfg.mode == RunMode.MULTIRUN
+    with named_lines(hydra_cfg.launcher.get("_target_", "") if multirun else "", run_dir.name):
+        return _run(cfg, run_dir, multirun)
+
+
+def _run(cfg: DictConfig, run_dir: Path, multirun: bool) -> float | None:
     try:
         return train(cfg, run_dir, multirun)["final"].get("val/loss")
     except BaseException as error:
@@ -236,7 +249,7 @@ def _job(cfg: DictConfig) -> float | None:
         if not multirun or code > 2:  # an interrupt ends a sweep too
             sys.exit(code)
         _exit_codes.append(code)
-        raise JobFailed(line) from None
+        raise JobFailed(line, code) from None
 
 
 def main() -> None:
@@ -247,10 +260,16 @@ def main() -> None:
         return
     _composed = False
     _exit_codes.clear()
+    prepare_process()
     try:
         _job()
     except SystemExit as end:
         if end.code != 1:
             raise
+        if isinstance(end.__context__, JobFailed):  # of a job in another process, whose list of codes is its own
+            _exit_codes.append(end.__context__.code)
+            _composed = True
         # Hydra ends everything with 1: what it could not compose (an unknown experiment, say) is a wrong configuration
         sys.exit(max(_exit_codes, default=1) if _composed else 2)
+    finally:
+        show_end()

@@ -1,6 +1,8 @@
 """Weights & Biases: metrics in sections over defined axes, phases as events, ranks as a map, one run across interruptions."""
 
 import csv
+import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,9 @@ from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from typing_extensions import override
+
+from .errors import ConfigError
+from .interrupts import Interrupted
 
 STEP, TIME = "trainer/global_step", "time/train_seconds"
 RANK = "lowrank/rank/"
@@ -65,13 +70,24 @@ class RunWandbLogger(WandbLogger):
     An offline run that resumes begins with the rows of metrics.csv: wandb cannot continue an offline run, and syncing a
     second directory of the same run replaces the first. So the newest directory always holds the whole run.
 
+    A server that does not answer, or refuses, makes an offline run of it, with one warning.
+
     Args:
         save_dir: the run directory.
+        init_timeout: seconds that the server may take to answer; W&B's own 90 hold up a cluster's job.
         **kwargs: see Lightning's logger.
     """
 
-    def __init__(self, save_dir: str, **kwargs: Any) -> None:
+    def __init__(self, save_dir: str, init_timeout: float = 15, **kwargs: Any) -> None:
+        if not isinstance(init_timeout, (int, float)) or isinstance(init_timeout, bool) or init_timeout <= 0:
+            raise ConfigError("init_timeout", init_timeout, "must be a number of seconds above 0")
+        if "settings" not in kwargs and "WANDB_INIT_TIMEOUT" not in os.environ:
+            kwargs["settings"] = {"init_timeout": float(init_timeout)}
+        if kwargs.get("offline"):
+            kwargs["mode"] = "offline"
         super().__init__(save_dir=save_dir, **kwargs)
+        if self._wandb_init.get("anonymous") is None:
+            self._wandb_init.pop("anonymous", None)  # newer versions warn of it, even of None
         self._seconds: float | None = None
         self._events: list[list[Any]] = []
 
@@ -80,12 +96,38 @@ class RunWandbLogger(WandbLogger):
     @rank_zero_experiment
     def experiment(self) -> Any:
         fresh = self._experiment is None and getattr(self, "_attach_id", None) is None
-        run = super().experiment
+        run = self._begin() if fresh else super().experiment
         if fresh:
             define(run)
             if self._offline:
                 self._repeat(Path(self.save_dir) / "metrics.csv")
         return run
+
+    def _begin(self) -> Any:
+        """Begin W&B's run; offline where its server does not let us."""
+        try:
+            return self._init()
+        except Interrupted:
+            raise
+        except Exception as error:
+            if self._offline:
+                raise
+            why = " ".join(str(error).split())[:200]
+            later = f"upload it later with: wandb sync {os.path.relpath(Path(self.save_dir) / 'wandb' / 'latest-run')}"
+            warnings.warn(f"wandb: {type(error).__name__}: {why}; writing an offline run; {later}", stacklevel=1)
+        import wandb
+
+        wandb.teardown(exit_code=1)  # its service still holds the run under this id
+        self._offline, self._wandb_init["mode"] = True, "offline"
+        return self._init()
+
+    def _init(self) -> Any:
+        """Lightning's own way, but for the environment: it would set ``WANDB_MODE`` for all later runs of the process."""
+        offline, self._offline = self._offline, False
+        try:
+            return super().experiment
+        finally:
+            self._offline = offline
 
     @override
     @rank_zero_only

@@ -1,6 +1,6 @@
 """Run directories -> one HTML page that needs nothing else: no network, no script.
 
-python -m lowrank_pretrain.report RUN_DIR... [--out FILE]
+python -m lowrank_pretrain.report RUN_DIR... [--out FILE|DIR]
 """
 
 from .page import render, write_report

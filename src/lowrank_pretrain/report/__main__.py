@@ -1,4 +1,4 @@
-"""``python -m lowrank_pretrain.report RUN_DIR... [--out FILE]``: one page from one run, several, or a multirun's directory."""
+"""``python -m lowrank_pretrain.report RUN_DIR... [--out FILE|DIR]``: a page from one run, several, or a sweep's directory."""
 
 import argparse
 import os
@@ -16,8 +16,11 @@ def main(arguments: list[str] | None = None) -> int:
         description="Turn runs into one HTML page with curves and tables; ratios are to the first run.",
     )
     parser.add_argument("run_dir", nargs="+", type=Path, help="a run directory, or one that holds runs (a multirun's)")
-    parser.add_argument("--out", type=Path, help="default: report.html in the directory, or here if there are several")
-    given = parser.parse_args(arguments)
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE|DIR", help="default: report.html in the directory, or here if there are several"
+    )
+    words = sys.argv[1:] if arguments is None else arguments
+    given = parser.parse_args([f"--{word}" if word.startswith("out=") else word for word in words])  # as Hydra has it
     try:
         print(f"report: {os.path.relpath(write_report(given.run_dir, given.out))}")
     except ConfigError as error:

@@ -7,9 +7,11 @@ from html import escape
 from importlib.resources import files
 from pathlib import Path
 
-from .runs import Run, find_runs
+from ..digits import digits
+from ..errors import ConfigError
+from .runs import METRICS, Run, best, by_seed, find_runs
 from .sections import Chart, of_one, over_steps, side_by_side
-from .tables import phases_table, runs_table
+from .tables import phases_table, runs_table, seeds_table
 
 
 def write_report(paths: list[Path], out: Path | None = None) -> Path:
@@ -17,20 +19,28 @@ def write_report(paths: list[Path], out: Path | None = None) -> Path:
 
     Args:
         paths: run directories, or directories that hold some (a multirun's).
-        out: the file; None: ``report.html`` in the directory, or in the present one if there are several.
+        out: the file, or a folder for ``report.html``; None: in the directory, or in the present one if there are several.
 
     Returns:
         The file.
 
     Raises:
-        ConfigError: no such directory, no run in it, or a damaged summary.json.
+        ConfigError: no such directory, no run in it that can be read, or nothing can be written to `out`.
     """
     runs = find_runs(paths)
     out = out or (paths[0] if len(paths) == 1 else Path()) / "report.html"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    beside = out.with_name(f".{out.name}.part")
-    beside.write_text(render(runs, title(paths, runs)), encoding="utf-8")
-    os.replace(beside, out)
+    if out.is_dir() or not out.suffix:
+        out = out / "report.html"
+    text = render(runs, title(paths, runs))
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        beside = out.with_name(f".{out.name}.part")
+        beside.write_text(text, encoding="utf-8")
+        os.replace(beside, out)
+    except OSError as error:
+        raise ConfigError(
+            "--out", str(out), f"cannot be written: {error.strerror}; give a file or a folder with --out"
+        ) from error
     return out
 
 
@@ -42,17 +52,35 @@ def title(paths: list[Path], runs: list[Run]) -> str:
 def render(runs: list[Run], title: str) -> str:
     """The page as HTML text."""
     several = len(runs) > 1
-    unwell = [run for run in runs if run.state != "finished"]
+    shown = [run for run in runs if run.series or run.phases] or runs
     parts = [f"<h1>{escape(title)}</h1>", intro(runs)]
-    if unwell:
-        items = "".join(f"<li><b>{escape(run.label)}</b> · {escape(run.reason)}</li>" for run in unwell)
-        parts.append(f'<section class="unwell"><h2>Failed or unfinished</h2><ul>{items}</ul></section>')
-    parts.append(f"<section><h2>{'Runs, with ratios to the first' if several else 'The run'}</h2>{runs_table(runs)}</section>")
+    if groups := by_seed(runs):
+        parts.append(f"<section><h2>Mean ± standard deviation over seeds</h2>{seeds_table(groups)}</section>")
+    heading = "Runs, with ratios to the first" if several else "The run"
+    parts.append(f"<section><h2>{heading}</h2>{runs_table(shown)}</section>")
+    parts.append(unwell(runs))
     charts = list(side_by_side(runs))
     if charts:
         parts.append(f"<section><h2>{'Side by side' if several else 'Curves and phases'}</h2>{grid(charts)}</section>")
     parts += [one(run, several) for run in runs if run.config or run.series or run.phases]
-    return page(title, "\n".join(parts) + f"\n{NOTES}")
+    return page(title, "\n".join(part for part in parts if part) + f"\n{NOTES}")
+
+
+def unwell(runs: list[Run]) -> str:
+    """Runs without an end or with files that cannot be read, and why; folded where there are several runs."""
+    found = [run for run in runs if run.state != "finished" or run.damage]
+    if not found:
+        return ""
+    items = []
+    for run in found:
+        reasons = [run.reason, run.damage] if run.damage != run.reason else [run.reason]
+        words = " · ".join(escape(reason) for reason in reasons if reason)
+        items.append(f"<li><b>{escape(run.label)}</b> · {words}</li>")
+    listed = f"<ul>{''.join(items)}</ul>"
+    if len(runs) == 1:
+        return f'<section class="unwell"><h2>{found[0].state.capitalize()}</h2>{listed}</section>'
+    heading = f"<h2>Failed, damaged or unfinished: {len(found)}</h2>"
+    return f'<section><details class="unwell"><summary>{heading}</summary>{listed}</details></section>'
 
 
 def page(title: str, body: str) -> str:
@@ -75,11 +103,27 @@ NOTES = (
 
 def intro(runs: list[Run]) -> str:
     """How many runs, and how they ended."""
-    counts = {state: sum(run.state == state for run in runs) for state in ("finished", "failed", "unfinished")}
+    counts = {state: sum(run.state == state for run in runs) for state in ("finished", "failed", "damaged", "unfinished")}
     if len(runs) == 1:
-        return f"<p>{command(runs[0])}</p>"
+        return f"<p>{command(runs[0])}</p><p>{where(runs[0])}</p>"
     words = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
-    return f"<p>{len(runs)} runs: {words}.</p>"
+    return f"<p>{len(runs)} runs: {words}.{winner(runs)}</p>"
+
+
+def winner(runs: list[Run]) -> str:
+    """Which run is the best by the first metric that several have."""
+    for metric in METRICS:
+        values = [run.last(metric) for run in runs]
+        found = best(values, metric)
+        if found is not None:
+            label = next(run.label for run, value in zip(runs, values, strict=True) if value == found)
+            return f" Best {escape(metric)}: <b>{escape(label)}</b>, {digits(found)}."
+    return ""
+
+
+def where(run: Run) -> str:
+    """The run's directory."""
+    return f"<code>{escape(os.path.relpath(run.path))}</code>"
 
 
 def command(run: Run) -> str:
@@ -93,7 +137,7 @@ def one(run: Run, several: bool) -> str:
     charts = [*of_one(run, several), *([] if several else over_steps([run]))]
     parts = []
     if several:
-        parts.append(f"<p>{command(run)}</p>")
+        parts.append(f"<p>{where(run)}</p><p>{command(run)}</p>")
     if run.phases:
         parts.append(phases_table(run))
     events = [f"{word} after step {step:,}" for word in ("switch", "freeze") if (step := run.summary.get(f"{word}_step"))]

@@ -1,8 +1,12 @@
 """Run directories as they lie there: finished, stopped, failed or still running. Nothing of torch is needed to read them."""
 
 import csv
+import dataclasses
 import json
 import math
+import os
+import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +16,14 @@ from omegaconf import OmegaConf
 
 from ..errors import ConfigError
 
+# what a run is judged by, most telling first, and which end is the best; any other metric is neither
+LOWEST, HIGHEST = min, max
+METRICS = {
+    "val/loss": LOWEST, "val/acc1": HIGHEST, "val/ppl": LOWEST, "train/loss": LOWEST,
+    "test/loss": LOWEST, "test/acc1": HIGHEST, "test/ppl": LOWEST,
+}  # fmt: skip
+HIDDEN = ("hydra.", "hydra/", "ckpt_path", "experiment=", "sweep=")  # overrides that tell nothing about a run
+MODEST_LABEL, LONGEST_LABEL = 24, 40  # characters: one line on a phone, two on a desk
 MARKS = ("metrics.csv", "summary.json", "failure.txt", ".hydra/config.yaml")  # any of these: a run directory
 Series = list[tuple[float, float]]
 
@@ -27,6 +39,8 @@ class Run:
         config: as composed; {} where ``.hydra`` is gone.
         summary: contents of summary.json; {} where the run has not finished.
         failure: why it ended, in one line; None where nothing went wrong that it could tell.
+        damage: which of its files cannot be read, in one line; None where all can.
+        job: Hydra's number of it in a sweep; None for a run of its own, whose directory has a name that somebody chose.
         series: {metric: [(optimizer steps taken, value), …]}; values that are no finite number are left out.
     """
 
@@ -36,23 +50,46 @@ class Run:
     config: dict[str, Any] = field(default_factory=dict)
     summary: dict[str, Any] = field(default_factory=dict)
     failure: str | None = None
+    damage: str | None = None
+    job: int | None = None
     series: dict[str, Series] = field(default_factory=dict)
 
     @property
     def state(self) -> str:
-        """``finished``, ``failed`` or ``unfinished``."""
-        return "failed" if self.failure else "finished" if self.summary else "unfinished"
+        """``finished``, ``failed``, ``damaged`` or ``unfinished``."""
+        if self.failure:
+            return "failed"
+        if self.damage:
+            return "damaged"
+        return "finished" if self.summary and not self._goes_on() else "unfinished"
+
+    def _goes_on(self) -> bool:
+        """Whether it was finished and has been made longer: there are rows after its summary's last step."""
+        steps = sum(phase["steps"] for phase in self.phases)
+        return bool(self.phases) and max((points[-1][0] for points in self.series.values()), default=0) > steps + 1
 
     @property
     def reason(self) -> str:
         """Why there is no end to show; empty where there is one."""
-        if self.failure:
-            return self.failure
-        if self.summary:
+        if self.failure or self.damage:
+            return self.failure or self.damage or ""
+        if self.state == "finished":
             return ""
         last = max((points[-1][0] for points in self.series.values() if points), default=0)
         where = f"after step {last:.0f}" if last else "before its first logged step"
+        if self.summary:
+            return f"goes on after its end: still running, or killed {where}"
         return f"no summary.json and no reason: still running, or killed {where}"
+
+    @property
+    def name(self) -> str:
+        """The directory's name."""
+        return self.path.resolve().name
+
+    @property
+    def told(self) -> list[str]:
+        """The overrides that say something about the run."""
+        return [override.removeprefix("++").removeprefix("+") for override in self.overrides if not override.startswith(HIDDEN)]
 
     @property
     def phases(self) -> list[dict[str, Any]]:
@@ -105,42 +142,86 @@ def find_runs(paths: list[Path]) -> list[Run]:
         if not path.is_dir():
             raise ConfigError("RUN_DIR", str(path), "no such directory; give one that a run or a multirun wrote")
         if _is_run(path):
-            directories = [path]
+            here = [read_run(path)]
         else:
             candidates = {mark.parent.parent if mark.parent.name == ".hydra" else mark.parent for mark in _marks(path)}
-            directories = sorted(candidates, key=lambda d: (_job_number(d), str(d)))
-        if not directories:
+            here = sorted(map(read_run, candidates), key=_job_number)
+        if not here:
             raise ConfigError("RUN_DIR", str(path), "holds no run: no metrics.csv, summary.json or .hydra in it or below")
-        for directory in directories:
-            found.setdefault(directory.resolve(), read_run(directory))
+        for run in here:
+            found.setdefault(run.path.resolve(), run)
     runs = list(found.values())
-    for run, label in zip(runs, _labels(runs), strict=True):
+    if all(run.damage and not (run.series or run.summary or run.config) for run in runs):
+        raise ConfigError("RUN_DIR", str(runs[0].path), runs[0].damage or "")
+    for run, label in zip(runs, labels(runs), strict=True):
         run.label = label
     return runs
 
 
 def read_run(directory: Path) -> Run:
-    """One run directory, whatever of it is there.
-
-    Raises:
-        ConfigError: a file in it that cannot be read.
-    """
+    """One run directory: what of it is there and can be read; what cannot is told by `Run.damage`."""
     run = Run(directory)
     hydra, failure = directory / ".hydra", directory / "failure.txt"
-    if (hydra / "config.yaml").is_file():
-        run.config = OmegaConf.to_container(OmegaConf.load(hydra / "config.yaml"), resolve=False)
-    if (hydra / "overrides.yaml").is_file():
-        run.overrides = list(OmegaConf.load(hydra / "overrides.yaml"))
-    if failure.is_file():
-        run.failure = failure.read_text(errors="replace").strip() or "failed without a word"
-    if (directory / "summary.json").is_file():
-        try:
-            run.summary = json.loads((directory / "summary.json").read_text())
-        except ValueError as error:
-            raise ConfigError("RUN_DIR", str(directory / "summary.json"), f"is damaged: {error}") from error
-    if (directory / "metrics.csv").is_file():
-        run.series = read_series(directory / "metrics.csv")
+    with _readable(run, hydra / "config.yaml") as file:
+        run.config = _mapping(OmegaConf.to_container(OmegaConf.load(file), resolve=False))
+    with _readable(run, hydra / "overrides.yaml") as file:
+        run.overrides = [str(override) for override in OmegaConf.to_container(OmegaConf.load(file))]
+    with _readable(run, hydra / "hydra.yaml") as file:
+        number = OmegaConf.select(OmegaConf.load(file), "hydra.job.num", default=None)
+        run.job = number if isinstance(number, int) else None
+    with _readable(run, failure) as file:
+        run.failure = file.read_text(errors="replace").strip() or "failed without a word"
+    with _readable(run, directory / "metrics.csv") as file:
+        run.series = read_series(file)
+    with _readable(run, directory / "summary.json") as file:
+        run.summary = _summary(_mapping(json.loads(file.read_text())))
     return run
+
+
+class _readable:  # noqa: N801
+    """``with _readable(run, file) as file``: skipped where there is no such file, noted where it cannot be understood."""
+
+    def __init__(self, run: Run, file: Path) -> None:
+        self.run, self.file = run, file
+
+    def __enter__(self) -> Path:
+        return self.file
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
+        if isinstance(error, FileNotFoundError):
+            return True
+        if isinstance(error, Exception):
+            words = " ".join(str(error).split())[:120]
+            self.run.damage = self.run.damage or f"{self.file.name} is damaged: {words or type(error).__name__}"
+            return True
+        return False
+
+
+def _mapping(found: Any) -> dict[str, Any]:
+    if not isinstance(found, dict):
+        raise ValueError("holds no keys")
+    return found
+
+
+def _summary(found: dict[str, Any]) -> dict[str, Any]:
+    """A summary with phases that have a name, steps and seconds, and otherwise numbers only."""
+    phases = []
+    for phase in found.get("phases") or []:
+        numbers = {key: value for key, value in _mapping(phase).items() if _is_number(value)}
+        phases.append(
+            {**numbers, "phase": str(phase["phase"]), "steps": int(phase["steps"]), "seconds": float(phase["seconds"])}
+        )
+    steps = {f"{word}_step": found.get(f"{word}_step") for word in ("switch", "freeze")}
+    for key, value in steps.items():
+        if value is not None and not _is_number(value):
+            raise ValueError(f"{key} is no number")
+    plan = found.get("plan")
+    ranks = None if plan is None else {str(target): int(rank) for target, rank in _mapping(plan).items()}
+    return {**found, **steps, "phases": phases, "plan": ranks}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def read_series(path: Path) -> dict[str, Series]:
@@ -176,28 +257,107 @@ def _marks(directory: Path) -> list[Path]:
     return [path for mark in MARKS for path in directory.rglob(mark)]
 
 
-def _job_number(directory: Path) -> int:
-    """Hydra's number of the job; jobs without one come last."""
-    file = directory / ".hydra" / "hydra.yaml"
-    if not file.is_file():
-        return 10**9
-    number = OmegaConf.select(OmegaConf.load(file), "hydra.job.num", default=None)
-    return number if isinstance(number, int) else 10**9
+def _job_number(run: Run) -> tuple[int, str]:
+    """Hydra's number of the job; runs without one come last, by name."""
+    return 10**9 if run.job is None else run.job, str(run.path)
 
 
-def _labels(runs: list[Run]) -> list[str]:
-    """Per run the overrides that not all runs share, shortened; directory names where these do not tell runs apart."""
-    hidden = ("hydra.", "hydra/", "ckpt_path", "experiment=", "sweep=")
-    shared = set.intersection(*(set(run.overrides) for run in runs))
-    own = [[o.lstrip("+") for o in run.overrides if o not in shared and not o.startswith(hidden)] for run in runs]
-    short = [", ".join(_short(override) for override in overrides) for overrides in own]
-    for some in (short, [", ".join(overrides) for overrides in own], [run.path.resolve().name for run in runs]):
-        if all(some) and len(set(some)) == len(runs):
+def labels(runs: list[Run], without: str = "hydra.") -> list[str]:
+    """A short name per run: a job's from the overrides that not all have, a run's own from its directory; unique.
+
+    Args:
+        runs: those on one page.
+        without: overrides that begin so are left out (``seed=``, for what stands for several seeds).
+    """
+    told = [[override for override in run.told if not override.startswith(without)] for run in runs]
+    shared = set.intersection(*map(set, told)) if told else set()
+    own = [[override for override in some if override not in shared] for some in told]
+    values: dict[str, set[str]] = {}
+    for override in {override for some in own for override in some}:
+        values.setdefault(override.partition("=")[0], set()).add(override)
+    # keys with several values tell runs apart; a key that some runs merely lack, only where the others do not
+    differ = [", ".join(short_override(o) for o in some if len(values[o.partition("=")[0]]) > 1) for some in own]
+    brief = [", ".join(map(short_override, some)) for some in own]
+    if max(map(len, brief), default=0) > MODEST_LABEL and all(differ) and len(set(differ)) == len(runs):
+        brief = differ
+    names = [run.name for run in runs]
+    # of a sweep: what differs; else the directory's name, which somebody chose
+    first = [text if run.job is not None else name for run, text, name in zip(runs, brief, names, strict=True)]
+    top = os.path.commonpath([run.path.resolve().parent for run in runs])
+    below = [os.path.relpath(run.path.resolve(), top) for run in runs]
+    for some in (first, below, brief, [", ".join(overrides) for overrides in own], names):
+        if all(some) and len(set(some)) == len(runs) and max(map(len, some)) <= LONGEST_LABEL:
             return some
-    return [str(run.path) for run in runs]
+    cut = [_cut(text or name) for text, name in zip(first, names, strict=True)]
+    if len(set(cut)) == len(runs):
+        return cut
+    return [f"{_cut(text or name, LONGEST_LABEL - 5)} #{i}" for i, (text, name) in enumerate(zip(first, names, strict=True), 1)]
 
 
-def _short(override: str) -> str:
-    """``method.rank=4`` -> ``rank=4``, ``method=full`` -> ``full``."""
-    key, _, value = override.partition("=")
-    return value if key == "method" else f"{key.rsplit('.', 1)[-1]}={value}"
+def short_override(override: str) -> str:
+    """``method.rank=4`` -> ``rank=4``, ``method=full`` -> ``full``, ``~model.config.x`` -> ``without x``."""
+    key, equals, value = override.partition("=")
+    if key.startswith("~"):
+        return f"without {key[1:].rsplit('.', 1)[-1]}"
+    if not equals:
+        return override
+    return value if key == "method" else f"{key.rsplit('.', 1)[-1]}={_cut(value, 24)}"
+
+
+def _cut(text: str, most: int = LONGEST_LABEL) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def best(values: Sequence[float | None], metric: str) -> float | None:
+    """The best of what `metric` is in several runs; None where all are the same, or there is one."""
+    known = [value for value in values if value is not None]
+    return METRICS[metric](known) if metric in METRICS and len(set(known)) > 1 else None
+
+
+@dataclass
+class Seeds:
+    """Finished runs that differ in nothing but their seed.
+
+    Attributes:
+        label: short, unique among its kind.
+        runs: two or more, with different seeds.
+    """
+
+    label: str
+    runs: list[Run]
+
+    def values(self, metric: str) -> list[float]:
+        """The last values of `metric`."""
+        return [value for run in self.runs if (value := run.last(metric)) is not None]
+
+    def mean(self, metric: str) -> float | None:
+        """Their mean; None where not every run has one."""
+        values = self.values(metric)
+        return statistics.fmean(values) if len(values) == len(self.runs) else None
+
+    def deviation(self, metric: str) -> float:
+        """Their sample standard deviation, two digits of it."""
+        return float(f"{statistics.stdev(self.values(metric)):.2g}")
+
+
+def by_seed(runs: list[Run]) -> list[Seeds]:
+    """The groups of finished runs that differ by their seed only, in order; runs alone of their kind are in none."""
+    groups: dict[str, dict[Any, Run]] = {}
+    for run in runs:
+        if run.state != "finished":
+            continue
+        config = {key: value for key, value in run.config.items() if key not in ("seed", "ckpt_path", "logger")}
+        told = sorted(override for override in run.told if not override.startswith(("seed=", "logger")))
+        seed = run.config.get("seed", next((override for override in run.told if override.startswith("seed=")), None))
+        groups.setdefault(json.dumps([config, told], sort_keys=True, default=str), {}).setdefault(seed, run)
+    found = [list(group.values()) for group in groups.values() if len(group) > 1]
+    # directories of several seeds have no name in common; what differs between groups has
+    numbered = [dataclasses.replace(group[0], job=0) for group in found]
+    names = (
+        labels(numbered, without="seed=") if len(found) > 1 else [", ".join(map(short_override, _method(g[0]))) for g in found]
+    )
+    return [Seeds(name or "all", group) for name, group in zip(names, found, strict=True)]
+
+
+def _method(run: Run) -> list[str]:
+    return [override for override in run.told if override.startswith("method=")]

@@ -68,9 +68,10 @@ class Chart(NamedTuple):
 
 def side_by_side(runs: list[Run]) -> Iterator[Chart]:
     """Curves of all runs over steps and over time, then bars by phase."""
-    shown = [run for run in runs if run.series][:DRAWN]
+    drawn = sorted((run for run in runs if run.series), key=lambda run: run.state != "finished")[:DRAWN]
+    shown = [run for run in runs if any(run is other for other in drawn)]  # those with an end first, in the page's order
     left_out = sum(bool(run.series) for run in runs) - len(shown)
-    remark = f"The first {DRAWN} runs; {left_out} more are in the table." if left_out else ""
+    remark = f"{DRAWN} runs; {left_out} more are in the table." if left_out else ""
     marks = marks_of(shown[0]) if len(shown) == 1 else {}
     for metric, (title, axis) in CURVES.items():
         series = {run.label: smooth(run.series[metric], metric) for run in shown if run.series.get(metric)}

@@ -5,37 +5,76 @@ from html import escape
 from typing import Any
 
 from ..digits import digits
-from .runs import Run
+from .runs import METRICS, Run, Seeds, best
 
 STEPS = "optimizer steps"
+STAR = "★"
 Value = Callable[[Any], float | None]
 Form = Callable[[float], str]
 
 
 def runs_table(runs: list[Run]) -> str:
-    """A row per run; ratios are to the first run that has a value."""
+    """A row per run: losses and accuracies first, the best of each marked; what it cost with ratios to the first run."""
+    measured = [metric for metric in METRICS if any(run.last(metric) is not None for run in runs)]
     columns: list[tuple[str, Value, Form]] = [
         (STEPS, lambda r: _sum(r, "steps"), "{:,.0f}".format),
         ("training, s", lambda r: _sum(r, "seconds"), "{:,.1f}".format),
         ("samples/s", overall_rate, digits),
         ("samples/s, last phase", lambda r: _of_last(r, "samples_per_sec"), digits),
-        ("peak memory, GiB", lambda r: max((p["peak_gib"] for p in r.phases), default=None), "{:.3g}".format),
+        (
+            "peak memory, GiB",
+            lambda r: max((p["peak_gib"] for p in r.phases if "peak_gib" in p), default=None),
+            "{:.3g}".format,
+        ),
         ("peak, last phase, GiB", lambda r: _of_last(r, "peak_gib"), "{:.3g}".format),
         ("trainable, last phase", lambda r: _of_last(r, "trainable"), "{:,.0f}".format),
         ("parameters", lambda r: _of_last(r, "total"), "{:,.0f}".format),
     ]
-    metrics = ("train/loss", "val/loss", "val/acc1", "val/ppl", "test/loss", "test/acc1", "test/ppl")
-    columns += [(f"{metric}, last", lambda r, m=metric: r.last(m), digits) for metric in metrics]
     columns = [column for column in columns if any(column[1](run) is not None for run in runs)]
-    head = ["run", "state", *(name for name, *_ in columns)]
+    finest = {metric: best([run.last(metric) for run in runs], metric) for metric in measured}
+    bases = [next((v for other in runs if (v := value(other)) is not None), None) for _, value, _ in columns]
     rows = []
     for run in runs:
-        cells = [escape(run.label), _state(run)]
-        for name, value, form in columns:
-            base = next((value(other) for other in runs if value(other) is not None), None)
+        cells = [_head(run, len(runs) > 1)]
+        cells += [measure(run.last(metric), finest[metric]) for metric in measured]
+        for (name, value, form), base in zip(columns, bases, strict=True):
             cells.append(cell(value(run), form, None if run is runs[0] or name == STEPS else base))
         rows.append(cells)
-    return table(head, rows)
+    note = f'<p class="note">Losses and accuracies are the last logged ones; {STAR} is the best of a column.</p>'
+    return table(["run", *measured, *(name for name, *_ in columns)], rows) + (note if measured and len(runs) > 1 else "")
+
+
+def _head(run: Run, several: bool) -> str:
+    """The run's label; under it, its directory's own name where the label lacks it, and its state where it has no end."""
+    lines = [escape(run.label)]
+    if several and run.job is None and run.name not in run.label:
+        lines.append(f'<small class="name">{escape(run.name)}</small>')
+    if run.state != "finished":
+        lines.append(f'<small class="{run.state}">{run.state}</small>')
+    return "".join(lines)
+
+
+def seeds_table(groups: list[Seeds]) -> str:
+    """A row per group of runs that differ by their seed: mean and sample standard deviation, the best mean marked."""
+    measured = [metric for metric in METRICS if any(group.mean(metric) is not None for group in groups)]
+    finest = {metric: best([group.mean(metric) for group in groups], metric) for metric in measured}
+    rows = []
+    for group in groups:
+        cells = [escape(group.label)]
+        for metric in measured:
+            mean = group.mean(metric)
+            cells.append(
+                measure(mean, finest[metric], "" if mean is None else f" <small>± {digits(group.deviation(metric))}</small>")
+            )
+        rows.append([*cells, f"{len(group.runs)}"])
+    return table(["runs", *measured, "seeds"], rows)
+
+
+def measure(value: float | None, finest: float | None, more: str = "") -> str:
+    """A loss or an accuracy, marked where it is the best."""
+    if value is None:
+        return "–"
+    return f'<b class="best">{digits(value)} {STAR}</b>{more}' if value == finest else digits(value) + more
 
 
 def phases_table(run: Run) -> str:
@@ -88,10 +127,6 @@ def overall_rate(run: Run) -> float | None:
     known = [(p["steps"], p["samples_per_sec"]) for p in run.phases if p["steps"] and p.get("samples_per_sec")]
     seconds = sum(steps / rate for steps, rate in known)
     return sum(steps for steps, _ in known) / seconds if seconds else None
-
-
-def _state(run: Run) -> str:
-    return f'<span class="{run.state}">{run.state}</span>'
 
 
 def _sum(run: Run, key: str) -> float | None:

@@ -1,0 +1,72 @@
+"""The command line before Hydra reads it: paths that its grammar refuses, the home directory, logger=null."""
+
+import os
+
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from lowrank_pretrain.command_line import prepare
+from lowrank_pretrain.errors import ConfigError
+from tests.test_cli import ONE_STEP, cli  # noqa: F401  a fixture
+
+
+def value(argument: str) -> object:
+    """What Hydra makes of it."""
+    return OverridesParser.create().parse_override(argument).value()
+
+
+@pytest.mark.parametrize("path", [
+    "a=b", "/x/method=full,seed=0/checkpoints/last.ckpt", "/a~b", "/x/~old/y", "runs/lr=1e-3", "C:\\data=x", "/a(1)/b=c",
+    "ü=日", "a = b", "s3://bucket/key=1",
+])  # fmt: skip
+@pytest.mark.parametrize("key", ["ckpt_path", "hydra.run.dir", "data.root", "+data.extra"])
+def test_a_path_that_hydra_wants_in_quotes_gets_them(key, path):
+    (found,) = prepare([f"{key}={path}"])
+    assert value(found) == path
+    assert prepare([found]) == [found], "processes that Lightning starts prepare it once more"
+
+
+@pytest.mark.parametrize(("written", "meant"), [("~/x", "x"), ("~", ""), ("~/a=b", "a=b"), ("~/a~b", "a~b")])
+def test_a_home_directory_is_one(monkeypatch, written, meant):
+    monkeypatch.setenv("HOME", "/home/me")
+    (found,) = prepare([f"data.root={written}"])
+    assert value(found) == os.path.join("/home/me", meant).rstrip("/")
+
+
+@pytest.mark.parametrize("argument", [
+    "method=full", "data.root=/a/b", "seed=0,1", "method.targets=[attention,mlp]", "x={a: 1}", "data.root='a=b'", 'x="a=b"',
+    "~logger",
+    "~method.rank=4", "+trainer.callbacks=[{_target_: a.b, step: 2}]", "--cfg", "job", "-m", "--config-dir=a=b", "data.root=",
+    "hydra.run.dir=a b", "seed=range(0,4)", "optim.lr=tag(log, interval(1e-4, 1e-2))", "seed=choice(0,1)", "logger=[csv,wandb]",
+    "trainer.max_epochs=[1", "model.name=${x}", "method=null",
+])  # fmt: skip
+def test_everything_else_stays_as_it_is(argument):
+    assert prepare([argument]) == [argument]
+
+
+def test_the_word_for_a_sweep_may_stand_anywhere():
+    assert prepare(["method=full", "-m", "seed=0,1"]) == ["-m", "method=full", "seed=0,1"]
+
+
+@pytest.mark.parametrize("nothing", ["null", "None", "none", "false", "''"])
+def test_a_logger_that_is_nothing_is_the_group_for_nothing(nothing):
+    assert prepare([f"logger={nothing}", "seed=1"]) == ["logger=none", "seed=1"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["-m", "data.root=a=b,c=d"], ["data.root=[a=b"], ["x='a=b"], ["--multirun", "ckpt_path=x/method=full,seed=0/l"]],
+)
+def test_what_could_mean_several_things_is_one_line_with_the_quotes_to_write(arguments):
+    with pytest.raises(ConfigError, match="wants in quotes") as error:
+        prepare(arguments)
+    assert "\n" not in str(error.value) and f'="{error.value.value}"\'' in str(error.value)
+
+
+def test_a_run_writes_to_and_goes_on_from_a_directory_with_an_equals_sign(cli, tmp_path):  # noqa: F811
+    code, _, err = cli(*ONE_STEP, "hydra.run.dir=runs/lr=1")
+    assert code == 0 and (tmp_path / "runs" / "lr=1" / "summary.json").is_file(), err
+    code, out, err = cli(*ONE_STEP, "hydra.run.dir=again", "ckpt_path=runs/lr=1/checkpoints/last.ckpt")
+    assert code == 0 and "going on from runs/lr=1/checkpoints/last.ckpt" in out, err
+    code, _, err = cli(*ONE_STEP, "data.root=[a=b")
+    assert code == 2 and err.startswith("error: data.root='[a=b': ") and err.count("\n") == 1
