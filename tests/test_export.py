@@ -410,7 +410,7 @@ def test_truncated_and_foreign_checkpoints_are_one_line(tmp_path):
         wrong(lambda: export(path, None, tmp_path / "out"), "ckpt=", "last.ckpt", "cannot be read")
     path.write_text("not a checkpoint")
     wrong(lambda: export(path, None, tmp_path / "out"), "cannot be read")
-    torch.save({"model": Foreign()}, path)  # would run code of the file's choosing
+    torch.save({"model": Foreign()}, path)  # a class of the file's choosing is not read, and nothing else is there
     wrong(lambda: export(path, None, tmp_path / "out"), "no Lightning checkpoint")
     torch.save({"weight": torch.zeros(2)}, path)
     wrong(lambda: export(path, None, tmp_path / "out"), "no Lightning checkpoint")

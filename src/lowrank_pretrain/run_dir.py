@@ -25,6 +25,8 @@ def job_dir(overrides: str) -> str:
     It has no slashes, every key is in it, values are cut where it would be too long, and what was changed or cut is told
     apart by a hash of the whole.
     """
+    if not overrides:  # a sweep of one job, over no key
+        return "job"
     parts = [[_plain(word) for word in part.partition("=")[::2]] for part in _split(overrides)]
     name = ",".join("=".join(part) for part in parts) or "job"
     if name == overrides and len(name.encode()) <= LONGEST_NAME:
