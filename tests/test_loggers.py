@@ -29,11 +29,21 @@ ONE = [*SHORT, *VIT, "method=full", "trainer.max_epochs=1", "trainer.limit_train
 def _alone(monkeypatch, tmp_path):
     """No account, no settings and no server of the machine's."""
     for key in [key for key in os.environ if key.startswith(("WANDB_", "MLFLOW_", "COMET_"))]:
-        monkeypatch.delenv(key)
+        if "SERVICE" not in key:  # where the process's own W&B service listens; put back later, it would be another's
+            monkeypatch.delenv(key)
     monkeypatch.setenv("NETRC", os.devnull)
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "no-settings"))
     monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "wandb-data"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forgotten():
+    """W&B keeps the first settings that a process had, and its service: those of these tests end here."""
+    yield
+    import wandb
+
+    wandb.teardown()
 
 
 class Broken(DummyLogger):
