@@ -29,11 +29,21 @@ ONE = [*SHORT, *VIT, "method=full", "trainer.max_epochs=1", "trainer.limit_train
 def _alone(monkeypatch, tmp_path):
     """No account, no settings and no server of the machine's."""
     for key in [key for key in os.environ if key.startswith(("WANDB_", "MLFLOW_", "COMET_"))]:
-        monkeypatch.delenv(key)
+        if "SERVICE" not in key:  # where the process's own W&B service listens; put back later, it would be another's
+            monkeypatch.delenv(key)
     monkeypatch.setenv("NETRC", os.devnull)
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "no-settings"))
     monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "wandb-data"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forgotten():
+    """W&B keeps the first settings that a process had, and its service: those of these tests end here."""
+    yield
+    import wandb
+
+    wandb.teardown()
 
 
 class Broken(DummyLogger):
@@ -373,6 +383,7 @@ def test_a_page_or_a_farewell_that_cannot_be_sent_is_a_warning(tmp_path, monkeyp
 # -- by class -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow  # MLflow makes its tables
 def test_mlflow_by_its_class(run, tmp_path):
     pytest.importorskip("mlflow", reason="mlflow-skinny is not installed (the extra `dev`)")
     pytest.importorskip("sqlalchemy", reason="MLflow's own store needs sqlalchemy")
@@ -399,6 +410,14 @@ def test_a_store_that_mlflow_refuses_is_one_warning(composed, tmp_path, monkeypa
     target = "logger._target_=lightning.pytorch.loggers.MLFlowLogger"
     with pytest.warns(UserWarning, match="logger MLFlowLogger: left out .MlflowException: The filesystem .*training goes on"):
         assert made(composed, tmp_path, target, f"+logger.save_dir={tmp_path}/mlruns") == []
+
+
+def test_a_server_of_mlflows_that_does_not_answer_is_one_warning(run):
+    pytest.importorskip("mlflow", reason="mlflow-skinny is not installed (the extra `dev`)")
+    target = "logger._target_=lightning.pytorch.loggers.MLFlowLogger"
+    with pytest.warns(UserWarning, match="logger MLFlowLogger: experiment failed .*; it is not used from here on"):
+        _, summary = run("run", target, "+logger.tracking_uri=http://127.0.0.1:9", base=ONE)
+    assert summary["final"] and os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "1"
 
 
 def test_mlflows_own_place_is_the_default(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import itertools
+import logging
 import re
 import sys
 from importlib import metadata
@@ -179,6 +180,12 @@ def test_no_two_jobs_have_one_name():
 
 
 def test_lines_of_jobs_side_by_side_begin_with_their_names(capsys):
+    log, handler = logging.getLogger("tests.sweeps"), logging.StreamHandler(sys.stderr)
+    log.addHandler(handler)
+    with named_lines("x.JoblibLauncher", "seed=1"):
+        log.warning("logged")
+    log.removeHandler(handler)
+    assert capsys.readouterr().err == "[seed=1] logged\n" and handler.stream is sys.stderr
     with named_lines("hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher", "seed=1"):
         print("one")
         print("two", end=" ")

@@ -23,6 +23,10 @@ OFFLINE = ("offline", "dryrun")
 NAMES = {"project": "project", "entity": "entity", "name": "run_name", "group": "run_group", "tags": "run_tags"}
 
 
+# MLflow's own seven tries of two minutes each hold up the start of training where its server does not answer
+MLFLOW_WAITS = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "15", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
+
+
 def more_loggers(values: dict[str, Any], run_dir: Path, config: dict[str, Any], multirun: bool = False) -> list[Logger]:
     """Return what the ``logger`` group asks for besides metrics.csv.
 
@@ -102,6 +106,8 @@ def _one(group: str, values: dict[str, Any], run_dir: Path, config: dict[str, An
 
 def _mlflow(values: dict[str, Any], run_dir: Path) -> dict[str, Any]:
     """Take MLflow's own place for runs where none is given: Lightning's is a store that MLflow 3 no longer writes to."""
+    for key, value in MLFLOW_WAITS.items():
+        os.environ.setdefault(key, value)
     values = {"run_name": run_dir.name, **values}
     if not any(values.get(key) for key in ("tracking_uri", "save_dir")):
         try:

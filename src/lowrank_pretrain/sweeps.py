@@ -1,5 +1,6 @@
 """What a sweep adds to its jobs: short directory names, checks before the first job, lines with names, a closing table."""
 
+import logging
 import re
 import sys
 from collections.abc import Iterator
@@ -139,12 +140,23 @@ def named_lines(launcher: str, name: str) -> Iterator[None]:
         yield
         return
     out, err = _Named(sys.stdout, name), _Named(sys.stderr, name)
+    held = [handler for handler in _handlers() if handler.stream in (out.stream, err.stream)]
     with redirect_stdout(out), redirect_stderr(err):  # type: ignore[type-var]
+        for handler in held:  # Lightning's and Hydra's have kept the streams that there were
+            handler.setStream(out if handler.stream is out.stream else err)
         try:
             yield
         finally:
+            for handler in held:
+                handler.setStream(handler.stream.stream)
             out.end()
             err.end()
+
+
+def _handlers() -> list[Any]:
+    known = [logging.root, *(item for item in logging.root.manager.loggerDict.values() if isinstance(item, logging.Logger))]
+    found = {id(handler): handler for logger in known for handler in logger.handlers}
+    return [handler for handler in found.values() if "stream" in vars(handler)]  # others ask for sys.stderr each time
 
 
 def show_end() -> None:
