@@ -32,10 +32,12 @@ class FirstStep:
         self._rehearsal = Rehearsal(module, targets, adapters=False)
         self._workers = workers
         self.unfit: dict[str, str] = {}  # layers whose input cannot be shared out among heads, and why
+        self._started = False
         self.waits = True  # for the first backward pass
 
-    def start(self) -> None:
-        """Before the first step, and after DDP has wrapped what it averages."""
+    def _start(self) -> None:
+        """At the first step, when DDP has wrapped what it averages and the model's summary is printed."""
+        self._started = True
         self._rehearsal.start()
         for name, layer in self._rehearsal.layers.items():
             if name not in self._rehearsal.called:
@@ -43,6 +45,8 @@ class FirstStep:
 
     def forward(self) -> AbstractContextManager:
         """Watch a training step's forward pass."""
+        if self.waits and not self._started:
+            self._start()
         return self._rehearsal.forward() if self.waits else nullcontext()
 
     @torch.no_grad()

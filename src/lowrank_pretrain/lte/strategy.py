@@ -52,8 +52,11 @@ class LTEStrategy(Conversion, CheckpointHooks, ViewHooks):
     """Workers train heads apart and merge them every so many optimizer steps.
 
     With several heads on a device targets must see the batch as dim 0 of their input, and the loss must be a mean over it:
-    head k trains on the k-th share of the batch. A model that puts time first would share out time (it is refused only where
-    the sizes show it). BatchNorm and contrastive losses look across the shares.
+    head k trains on the k-th share of the batch. In the first step each target is looked at: one that is never called, or sees
+    no batch, trains in full instead (a preset chose it) or is refused (it was named). In the middle of a fit
+    ``module.state_dict()`` is a plain model's: W with what this worker's heads have learnt, as they would merge alone; who
+    writes into W adds to it for good. Checkpoints hold the merge of all workers. A model that puts time first would share out
+    time (it is refused only where the sizes show it). BatchNorm and contrastive losses look across the shares.
 
     Args:
         rank: R of every head.
@@ -173,8 +176,6 @@ class LTEStrategy(Conversion, CheckpointHooks, ViewHooks):
                 "rank, targets", (self.rank, self.targets), "the phase callback's plan decides them: leave them out"
             )
         self.configure_ddp()
-        if self.rehearsal is not None:
-            self.rehearsal.start()
         scaler = getattr(self.precision_plugin, "scaler", None)
         if scaler is not None and self._workers.size > 1:
             share_overflow(scaler, self._workers.group)
