@@ -67,7 +67,7 @@ def data(part, device):
         train, held = slice(0, -2000), slice(-2000, None)  # the dev split comes out of the training images
         x, y = arrays["train_images"], arrays["train_labels"]
         return prepare(x[train], y[train]), prepare(x[held], y[held]), prepare(arrays["test_images"], arrays["test_labels"])
-    from lowrank_pretrain.data.bins import open_bin
+    from lowrank_pretrain.data.text.bins import open_bin
 
     train, val = (
         torch.from_numpy(open_bin(SAMPLES / f"kjv_{name}.bin")[0].astype(np.int64)).to(device) for name in ("train", "val")

@@ -24,8 +24,8 @@ import timm
 import torch
 from torch import nn
 
-from lowrank_pretrain import lora
-from lowrank_pretrain.targets import find_targets
+from lowrank_pretrain.core.targets import find_targets
+from lowrank_pretrain.lora import model as lora
 
 RANK = 16
 

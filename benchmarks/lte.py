@@ -33,11 +33,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lowrank_pretrain.lte.head_set import HeadSet, Settings
+from lowrank_pretrain.core.targets import find_targets, weight_rows
+from lowrank_pretrain.lte.heads.head_set import HeadSet, Settings
 from lowrank_pretrain.lte.merge import ROUTES
 from lowrank_pretrain.lte.traffic import traffic
 from lowrank_pretrain.lte.workers import Workers
-from lowrank_pretrain.targets import find_targets, weight_rows
 
 RANK, EVERY, BUCKET = 16, 10, 25 * 2**20
 # limits that the rows are held against

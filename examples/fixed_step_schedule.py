@@ -3,7 +3,7 @@
 import lightning.pytorch as pl
 
 from lowrank_pretrain import PhaseCallback, Plan
-from lowrank_pretrain.targets import find_targets
+from lowrank_pretrain.core.targets import find_targets
 
 
 class SwitchAt(PhaseCallback):
@@ -24,7 +24,7 @@ if __name__ == "__main__":
     import timm
     import torch
 
-    from lowrank_pretrain.data.fashion_mnist import FashionMNIST
+    from lowrank_pretrain.data.images.fashion_mnist import FashionMNIST
 
     class Net(pl.LightningModule):
         def __init__(self):

@@ -2,7 +2,7 @@
 
 import torch
 
-from lowrank_pretrain.targets import all_targets
+from lowrank_pretrain.core.targets import all_targets
 
 
 class RowSparseAdamW(torch.optim.AdamW):
@@ -36,7 +36,7 @@ if __name__ == "__main__":
     import timm
 
     from lowrank_pretrain import PreLoRA
-    from lowrank_pretrain.data.fashion_mnist import FashionMNIST
+    from lowrank_pretrain.data.images.fashion_mnist import FashionMNIST
 
     class Net(pl.LightningModule):
         def __init__(self):

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from lowrank_pretrain.data.arrays import ArrayImages
-from lowrank_pretrain.data.fashion_mnist import MEAN, STD, FashionMNIST, read_sample
-from lowrank_pretrain.data.tokens import TokenData, TokenSet
+from lowrank_pretrain.data.images.arrays import ArrayImages
+from lowrank_pretrain.data.images.fashion_mnist import MEAN, STD, FashionMNIST, read_sample
+from lowrank_pretrain.data.text.tokens import TokenData, TokenSet
 
 
 class Images(FashionMNIST):

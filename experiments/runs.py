@@ -25,7 +25,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-PRELOAD = ["lightning.pytorch", "timm", "transformers", "torchmetrics", "lowrank_pretrain.train", "experiments.held_out"]
+PRELOAD = ["lightning.pytorch", "timm", "transformers", "torchmetrics", "lowrank_pretrain.run.train", "experiments.held_out"]
 PRELOAD += ["experiments.mixers"]
 
 
@@ -185,9 +185,9 @@ def _train(rank: int, overrides: list[str], run_dir: Path) -> dict[str, Any]:
     import torch
     from lightning.fabric.utilities.rank_zero import rank_zero_only
 
-    import lowrank_pretrain.train as command
-    from lowrank_pretrain.finite import Diverged
-    from lowrank_pretrain.memory import GIB, optimizer_bytes
+    import lowrank_pretrain.run.train as command
+    from lowrank_pretrain.core.memory import GIB, optimizer_bytes
+    from lowrank_pretrain.guards.finite import Diverged
 
     rank_zero_only.rank = rank
     torch.set_num_threads(1)

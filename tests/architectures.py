@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from lowrank_pretrain import ConfigError, LTEStrategy, PreLoRA
-from lowrank_pretrain.data.fetching import Fetched
-from lowrank_pretrain.data.loaders import EpochBatches, EpochLoader
+from lowrank_pretrain.data.loaders.batch import Fetched
+from lowrank_pretrain.data.loaders.epoch import EpochBatches, EpochLoader
 
 SIDE, CLASSES, VOCABULARY, TOKENS = 64, 4, 128, 16
 PLAIN = {"depth": 2, "embed_dim": 48, "num_heads": 3, "img_size": SIDE}  # of a Vision Transformer's kin

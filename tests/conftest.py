@@ -13,7 +13,7 @@ from hydra import compose, initialize_config_module
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from omegaconf import DictConfig
 
-from lowrank_pretrain.data import fashion_mnist
+from lowrank_pretrain.data.images import fashion_mnist
 from tests.ranks import Ranks
 
 torch.set_num_threads(1)
@@ -121,7 +121,7 @@ def run(composed, tmp_path, monkeypatch):
 
     ``base`` replaces the tiny run's own overrides.
     """
-    from lowrank_pretrain.train import train
+    from lowrank_pretrain.run.train import train
 
     monkeypatch.chdir(tmp_path)
 

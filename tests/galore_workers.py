@@ -18,12 +18,12 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from lowrank_pretrain.errors import ConfigError
+from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.memory import optimizer_bytes
 from lowrank_pretrain.galore import GaLoreAdamW, galore_ddp_hook, galore_param_groups
-from lowrank_pretrain.memory import optimizer_bytes
-from lowrank_pretrain.method import galore_optimizer
 from lowrank_pretrain.models.optim import Optim
-from lowrank_pretrain.monitor import Monitor
+from lowrank_pretrain.observe.monitor import Monitor
+from lowrank_pretrain.run.method import galore_optimizer
 
 RANK, GAP, STEPS, WIDTH = 4, 4, 10, 16
 

@@ -6,11 +6,11 @@ import lightning.pytorch as pl
 import torch
 from omegaconf import OmegaConf
 
-from lowrank_pretrain import method
 from lowrank_pretrain.galore import GaLoreAdamW, galore_param_groups
-from lowrank_pretrain.galore.distributed import galore_ddp_hook
+from lowrank_pretrain.galore.ddp_hook import galore_ddp_hook
 from lowrank_pretrain.lte import LTEStrategy
 from lowrank_pretrain.models.optim import Optim
+from lowrank_pretrain.run import method
 from tests import lte_workers
 from tests.lte_workers import Net, Watch, weights
 

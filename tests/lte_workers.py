@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from lowrank_pretrain.data.fetching import Fetched
-from lowrank_pretrain.data.loaders import EpochBatches, EpochLoader
-from lowrank_pretrain.loop_state import LoopState
+from lowrank_pretrain.checkpoints.loop_state import LoopState
+from lowrank_pretrain.data.loaders.batch import Fetched
+from lowrank_pretrain.data.loaders.epoch import EpochBatches, EpochLoader
 from lowrank_pretrain.lte import LTEStrategy
 
 WIDTH = 8

@@ -10,11 +10,12 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.strategies import DDPStrategy
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 
-from lowrank_pretrain import PreLoRA, averaging
-from lowrank_pretrain.data.loaders import EpochBatches, EpochLoader
+from lowrank_pretrain import PreLoRA
+from lowrank_pretrain.checkpoints.loop_state import LoopState
+from lowrank_pretrain.data.loaders.epoch import EpochBatches, EpochLoader
 from lowrank_pretrain.galore import GaLoreAdamW, galore_ddp_hook
-from lowrank_pretrain.loop_state import LoopState
-from lowrank_pretrain.lora import own_tensors
+from lowrank_pretrain.lora.model import own_tensors
+from lowrank_pretrain.phases import averaging
 from tests.toy import Pairs, Toy, trainer
 
 
@@ -261,7 +262,7 @@ def plain(world, folder, save_at):
 
 def settled(world, sparse):
     """Gradients of the same step three times under a settled wrapper, and how often a hook saw a made-up one."""
-    from lowrank_pretrain.buckets import settle_buckets
+    from lowrank_pretrain.core.buckets import settle_buckets
 
     torch.distributed.init_process_group("gloo")
     rank, seen = torch.distributed.get_rank(), []

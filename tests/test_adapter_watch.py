@@ -10,8 +10,8 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch.optim import SGD, AdamW, Optimizer
 
 from lowrank_pretrain import LoRA
-from lowrank_pretrain.adapter_watch import PATIENCE, check_optimizers
-from lowrank_pretrain.errors import ConfigError
+from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.phases.adapter_watch import PATIENCE, check_optimizers
 from tests.test_after_fit import steps
 from tests.toy import adapters, loader, toy, trainer
 
@@ -137,8 +137,8 @@ def test_no_false_alarm_where_a_scaler_skips_steps(tmp_path):
 
 
 def test_what_never_has_a_gradient_is_watched_for_some_steps_only():
-    from lowrank_pretrain import lora
-    from lowrank_pretrain.adapter_watch import AdapterWatch
+    from lowrank_pretrain.lora import model as lora
+    from lowrank_pretrain.phases.adapter_watch import AdapterWatch
 
     module = toy()
     lora.inject(module, {"embed": 2})

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 import lowrank_pretrain
-from lowrank_pretrain import LoRA, PreLoRA, lora
-from lowrank_pretrain.errors import ConfigError
-from lowrank_pretrain.export import export_module
+from lowrank_pretrain import LoRA, PreLoRA
+from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.export.weights import export_module
+from lowrank_pretrain.lora import model as lora
 from tests.toy import AtEnd, Toy, adapters, loader, toy, trainer
 
 

@@ -4,8 +4,8 @@ import argparse
 
 import pytest
 
-from lowrank_pretrain.arguments import as_flags, key_values
-from lowrank_pretrain.errors import ConfigError
+from lowrank_pretrain.core.arguments import as_flags, key_values
+from lowrank_pretrain.core.errors import ConfigError
 
 WANTED = {"ckpt": "a.ckpt", "out": "b=c"}
 
@@ -51,8 +51,8 @@ def test_argparse_commands_take_keys_too_and_leave_directories_alone():
 
 @pytest.mark.parametrize("style", ["keys", "flags"])
 def test_each_command(tmp_path, style, capsys):
-    from lowrank_pretrain import export
     from lowrank_pretrain.data import prepare
+    from lowrank_pretrain.export import weights as export
 
     def call(command, **arguments):
         pairs = arguments.items()

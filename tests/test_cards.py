@@ -105,9 +105,9 @@ def draw(folder, n=3):
 @pytest.fixture(scope="module")
 def told(tmp_path_factory, composed):
     """What the cards' lines say: ({name: told}, {name: summary}, {name: folder})."""
-    from lowrank_pretrain.data.bins import open_bin
-    from lowrank_pretrain.export import export
-    from lowrank_pretrain.train import train
+    from lowrank_pretrain.data.text.bins import open_bin
+    from lowrank_pretrain.export.weights import export
+    from lowrank_pretrain.run.train import train
 
     home = tmp_path_factory.mktemp("cards")
     draw(home / "pets")
@@ -193,7 +193,7 @@ def test_the_card_names_the_set_and_no_path_of_this_machine(told):
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_a_language_model_generates_with_the_runs_tokenizer(told, name):
-    from lowrank_pretrain.data.tokenizer import load_tokenizer
+    from lowrank_pretrain.data.text.tokenizer import load_tokenizer
 
     said, summaries, _ = told
     tokenizer, end = load_tokenizer("kjv")

@@ -13,10 +13,12 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lowrank_pretrain import WholeCheckpointIO, checkpoint_io, csv_log
-from lowrank_pretrain.checkpoint_io import NotWritten
-from lowrank_pretrain.checkpoints import inspect
-from lowrank_pretrain.run_dir import RefuseOldRun
+from lowrank_pretrain import WholeCheckpointIO
+from lowrank_pretrain.checkpoints import io as checkpoint_io
+from lowrank_pretrain.checkpoints.files import inspect
+from lowrank_pretrain.checkpoints.io import NotWritten
+from lowrank_pretrain.loggers import csv as csv_log
+from lowrank_pretrain.run.run_dir import RefuseOldRun
 from tests.chaos.compare import differences
 from tests.conftest import SHORT, VIT
 from tests.toy import loader, toy, trainer
@@ -135,7 +137,7 @@ def test_the_best_file_of_a_trainer_of_ones_own_survives_a_full_disk(tmp_path):
 
 
 def test_a_run_whose_disk_fills_up_names_its_last_good_checkpoint_and_goes_on_from_there(run, composed, tmp_path):
-    from lowrank_pretrain import failures
+    from lowrank_pretrain.run import failures
 
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     full = "+trainer.callbacks=[{_target_: tests.test_checkpoints.DiskFull, step: 6}]"
@@ -255,9 +257,9 @@ def test_a_local_path_may_have_its_scheme(tmp_path):
 
 def test_what_must_replace_files_in_place_refuses_another_file_system(tmp_path):
     from lowrank_pretrain import DivergenceGuard
-    from lowrank_pretrain.checkpoints import LastCheckpoint
-    from lowrank_pretrain.errors import ConfigError
-    from lowrank_pretrain.export import export
+    from lowrank_pretrain.checkpoints.files import LastCheckpoint
+    from lowrank_pretrain.core.errors import ConfigError
+    from lowrank_pretrain.export.weights import export
 
     with pytest.raises(ConfigError, match="^directory='s3://bucket/run': must be on a file system of this machine"):
         LastCheckpoint("s3://bucket/run")

@@ -19,8 +19,8 @@ from lightning.pytorch import Callback
 from omegaconf import OmegaConf
 
 import lowrank_pretrain
-from lowrank_pretrain import method
-from lowrank_pretrain.build import plain
+from lowrank_pretrain.run import method
+from lowrank_pretrain.run.build import plain
 from tests.conftest import SHORT, TINY, VIT
 
 ROOT = Path(__file__).parents[1]
@@ -36,7 +36,7 @@ def cli(monkeypatch, tmp_path, capfd):
     level = root.level
 
     def call(*args: str) -> tuple[int, str, str]:
-        from lowrank_pretrain.train import main
+        from lowrank_pretrain.run.train import main
 
         GlobalHydra.instance().clear()
         monkeypatch.setattr(sys, "argv", ["lowrank-pretrain", *args])
@@ -79,7 +79,7 @@ def test_every_key_of_every_group_is_an_argument_of_what_it_builds(composed, gro
     import lightning.pytorch as pl
     from hydra.utils import get_class
 
-    from lowrank_pretrain.build import check_arguments
+    from lowrank_pretrain.run.build import check_arguments
 
     values = OmegaConf.to_container(composed("experiment=none", f"{group}={name}")[group], resolve=False)
     target = get_class(values.pop("_target_")) if "_target_" in values else pl.Trainer
@@ -221,7 +221,7 @@ def test_a_second_signal_ends_the_process_at_once(composed, tmp_path):
 
 
 def _slow_run(cfg, directory):
-    from lowrank_pretrain.train import train
+    from lowrank_pretrain.run.train import train
 
     sys.stdout = sys.stderr = (directory / "log").open("w", buffering=1)
     train(cfg, directory / "run")
@@ -249,7 +249,7 @@ assert not heavy & (set(sys.modules) - before), heavy & (set(sys.modules) - befo
 assert ours < 0.1 * lightning, (ours, lightning)
 import lowrank_pretrain.conf as conf
 print(lowrank_pretrain.__file__, conf.__file__)
-from lowrank_pretrain.train import main
+from lowrank_pretrain.run.train import main
 main()
 """
 
@@ -278,7 +278,7 @@ def test_the_wheel_holds_everything_a_run_needs_and_imports_for_a_tenth_of_light
     assert done.stdout.split()[:2] == [str(target / "lowrank_pretrain" / name) for name in ("__init__.py", "conf/__init__.py")]
     assert (elsewhere / "run" / "summary.json").is_file()
     scripts = next(target.glob("*.dist-info")) / "entry_points.txt"
-    assert "lowrank-pretrain = lowrank_pretrain.train:main" in scripts.read_text()
+    assert "lowrank-pretrain = lowrank_pretrain.run.train:main" in scripts.read_text()
 
 
 def test_every_folder_of_ours_is_a_package_of_the_wheel():

@@ -5,8 +5,8 @@ import os
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from lowrank_pretrain.command_line import prepare
-from lowrank_pretrain.errors import ConfigError
+from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.run.command_line import prepare
 from tests.test_cli import ONE_STEP, cli  # noqa: F401  a fixture
 
 

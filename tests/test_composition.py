@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from lowrank_pretrain import GaLoreAdamW, LTEStrategy, Plan, PreLoRA
-from lowrank_pretrain.errors import ConfigError
+from lowrank_pretrain.core.errors import ConfigError
 from tests import lte_galore_workers as workers
 from tests import lte_workers
 

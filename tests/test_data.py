@@ -13,18 +13,18 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from PIL import Image
 
+from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.data import SAMPLES
-from lowrank_pretrain.data.bins import open_bin, write_bin
-from lowrank_pretrain.data.fashion_mnist import FashionMNIST
-from lowrank_pretrain.data.images import ImageData
+from lowrank_pretrain.data.images.datasets import ImageData
+from lowrank_pretrain.data.images.fashion_mnist import FashionMNIST
+from lowrank_pretrain.data.images.medmnist import MedMNIST
 from lowrank_pretrain.data.make_samples import PER_CLASS
-from lowrank_pretrain.data.medmnist import MedMNIST
 from lowrank_pretrain.data.prepare import main as prepare_main
 from lowrank_pretrain.data.prepare import prepare
-from lowrank_pretrain.data.text import TextData
-from lowrank_pretrain.data.tokenizer import load_tokenizer, train_bpe
-from lowrank_pretrain.data.tokens import TokenData
-from lowrank_pretrain.errors import ConfigError
+from lowrank_pretrain.data.text.bins import open_bin, write_bin
+from lowrank_pretrain.data.text.stream import TextData
+from lowrank_pretrain.data.text.tokenizer import load_tokenizer, train_bpe
+from lowrank_pretrain.data.text.tokens import TokenData
 from tests.data_helpers import cifar10, image_folder, jsonl_gz, medmnist_npz, picture, sentences, write_idx
 
 CONF = SAMPLES.parents[3] / "conf" / "data"
@@ -391,7 +391,7 @@ def test_token_files_refused(tmp_path):
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_large_token_file_is_checked_batch_by_batch(tmp_path, monkeypatch, num_workers):
-    monkeypatch.setattr("lowrank_pretrain.data.bins.SCAN_LIMIT", 10)
+    monkeypatch.setattr("lowrank_pretrain.data.text.bins.SCAN_LIMIT", 10)
     token_folder(tmp_path)
     whole = (tmp_path / "train.bin").read_bytes()
     (tmp_path / "train.bin").write_bytes(whole[:-2] + b"\xff\x00")
@@ -459,7 +459,7 @@ def test_text_that_is_not_utf8(tmp_path, monkeypatch, num_workers):
     (tmp_path / "train02.txt").write_bytes("Wo bist du? Über allen Gipfeln".encode("latin-1"))
     said = r"train_files='.*train02.txt': must be UTF-8 text, byte 0xdc near position 12 is not; convert it with iconv"
     refuses(said, text(tmp_path).setup)
-    monkeypatch.setattr("lowrank_pretrain.data.documents.PEEK", 5)  # as if it were beyond what is looked at first
+    monkeypatch.setattr("lowrank_pretrain.data.text.documents.PEEK", 5)  # as if it were beyond what is looked at first
     refuses(said, batches, text(tmp_path, num_workers=num_workers))
 
 

@@ -11,13 +11,13 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from lowrank_pretrain.data.fashion_mnist import FashionMNIST
-from lowrank_pretrain.data.folders import held_out, image_endings, split_folder
-from lowrank_pretrain.data.images import ImageData
-from lowrank_pretrain.data.medmnist import CLASSES, MedMNIST
-from lowrank_pretrain.data.pictures import upright_rgb
-from lowrank_pretrain.data.sources import open_images, take_dropped
-from lowrank_pretrain.errors import ConfigError
+from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.data.images.datasets import ImageData
+from lowrank_pretrain.data.images.fashion_mnist import FashionMNIST
+from lowrank_pretrain.data.images.files import upright_rgb
+from lowrank_pretrain.data.images.folders import held_out, image_endings, split_folder
+from lowrank_pretrain.data.images.medmnist import CLASSES, MedMNIST
+from lowrank_pretrain.data.images.sources import open_images, take_dropped
 from tests.data_helpers import cifar10, fit, image_folder, medmnist_npz, picture
 
 
@@ -335,7 +335,7 @@ def test_a_damaged_member_of_an_archive_is_named(tmp_path):
 
 
 def test_warnings_of_unreadable_pictures_are_ours_and_bounded(tmp_path, capsys):
-    from lowrank_pretrain.data import fetching
+    from lowrank_pretrain.data.loaders import batch as fetching
 
     root = image_folder(tmp_path, per_class=40)
     for i in range(30):

@@ -7,12 +7,12 @@ import lightning as L
 import pytest
 import torch
 
-from lowrank_pretrain.data.fashion_mnist import FashionMNIST
-from lowrank_pretrain.data.images import ImageData
-from lowrank_pretrain.data.loaders import EpochBatches
-from lowrank_pretrain.data.text import TextData
-from lowrank_pretrain.data.tokens import TokenData
-from lowrank_pretrain.errors import ConfigError
+from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.data.images.datasets import ImageData
+from lowrank_pretrain.data.images.fashion_mnist import FashionMNIST
+from lowrank_pretrain.data.loaders.epoch import EpochBatches
+from lowrank_pretrain.data.text.stream import TextData
+from lowrank_pretrain.data.text.tokens import TokenData
 from tests.data_helpers import SaveAt, fingerprint, fit, image_folder, jsonl_gz, sentences
 
 PER_EPOCH = 6  # batches

@@ -14,17 +14,19 @@ import numpy as np
 import pytest
 import torch
 
-from lowrank_pretrain.data import SAMPLES, documents, text_files
-from lowrank_pretrain.data.bins import open_bin
-from lowrank_pretrain.data.documents import FileDocuments, find_files, in_parts
-from lowrank_pretrain.data.packing import Packer
+from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.data import SAMPLES
 from lowrank_pretrain.data.prepare import main as prepare_main
 from lowrank_pretrain.data.prepare import prepare
-from lowrank_pretrain.data.text import TextData
-from lowrank_pretrain.data.text_files import Blocks
-from lowrank_pretrain.data.tokenizer import DocumentEncoder, load_tokenizer, special_tokens, train_bpe
-from lowrank_pretrain.data.tokens import TokenData
-from lowrank_pretrain.errors import ConfigError
+from lowrank_pretrain.data.text import documents
+from lowrank_pretrain.data.text import files as text_files
+from lowrank_pretrain.data.text.bins import open_bin
+from lowrank_pretrain.data.text.documents import FileDocuments, find_files, in_parts
+from lowrank_pretrain.data.text.files import Blocks
+from lowrank_pretrain.data.text.packing import Packer
+from lowrank_pretrain.data.text.stream import TextData
+from lowrank_pretrain.data.text.tokenizer import DocumentEncoder, load_tokenizer, special_tokens, train_bpe
+from lowrank_pretrain.data.text.tokens import TokenData
 from tests.data_helpers import fingerprint, fit, sentences
 
 KJV, END = load_tokenizer("kjv")

@@ -9,15 +9,16 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load_file
 
-from lowrank_pretrain import GaLoreAdamW, LoRA, LTEStrategy, PreLoRA, failures, galore_param_groups
-from lowrank_pretrain.agreement import Disagreement
-from lowrank_pretrain.data.fetching import Fetched
-from lowrank_pretrain.data.loaders import EpochBatches, EpochLoader
-from lowrank_pretrain.divergence import DivergenceGuard
-from lowrank_pretrain.errors import ConfigError
-from lowrank_pretrain.finite import Diverged
-from lowrank_pretrain.rank_check import RanksAgree
-from lowrank_pretrain.stall import Stalled, StallGuard
+from lowrank_pretrain import GaLoreAdamW, LoRA, LTEStrategy, PreLoRA, galore_param_groups
+from lowrank_pretrain.core.agreement import Disagreement
+from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.data.loaders.batch import Fetched
+from lowrank_pretrain.data.loaders.epoch import EpochBatches, EpochLoader
+from lowrank_pretrain.guards.divergence import DivergenceGuard
+from lowrank_pretrain.guards.finite import Diverged
+from lowrank_pretrain.guards.ranks import RanksAgree
+from lowrank_pretrain.guards.stall import Stalled, StallGuard
+from lowrank_pretrain.run import failures
 from tests.conftest import SHORT, TINY, VIT
 from tests.test_train import rows
 from tests.toy import Pairs, Toy, loader, trainer

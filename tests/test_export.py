@@ -18,13 +18,13 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lowrank_pretrain.errors import ConfigError
-from lowrank_pretrain.export import export, export_module, main
-from lowrank_pretrain.facts import Facts
-from lowrank_pretrain.lora_callback import LoRA
+from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.export.facts import Facts
+from lowrank_pretrain.export.weights import export, export_module, main
 from lowrank_pretrain.models.language import CausalLM
 from lowrank_pretrain.models.optim import Optim
 from lowrank_pretrain.models.vision import VisionClassifier
+from lowrank_pretrain.phases.lora import LoRA
 
 VIT = {"embed_dim": 16, "depth": 2, "num_heads": 2, "patch_size": 4}
 STOCK_VIT = {"num_classes": 7, "img_size": 8, "in_chans": 1, **VIT}
@@ -258,7 +258,7 @@ def test_gpt2_export_keeps_the_tie_and_the_cache(tmp_path):
 
 @pytest.mark.parametrize("kind", ["vit", "gpt2"])
 def test_live_module_is_exported_merged_and_left_alone(tmp_path, kind):
-    from lowrank_pretrain import lora
+    from lowrank_pretrain.lora import model as lora
 
     module = make(kind)
     plan = {"model.blocks.0.attn.qkv.q": 2} if kind == "vit" else {"model.transformer.h.0.attn.c_attn.v": 2}

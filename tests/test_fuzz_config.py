@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
-from lowrank_pretrain import failures
-from lowrank_pretrain.data import fashion_mnist
-from lowrank_pretrain.train import train
+from lowrank_pretrain.data.images import fashion_mnist
+from lowrank_pretrain.run import failures
+from lowrank_pretrain.run.train import train
 from tests.conftest import VIT, Started
 from tests.data_helpers import write_idx
 

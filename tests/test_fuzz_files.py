@@ -17,18 +17,19 @@ import numpy as np
 import pytest
 import torch
 
-from lowrank_pretrain import export, failures
-from lowrank_pretrain.checkpoints import inspect, newest_whole
-from lowrank_pretrain.data.bins import write_bin
-from lowrank_pretrain.data.fashion_mnist import FashionMNIST
-from lowrank_pretrain.data.images import ImageData
-from lowrank_pretrain.data.medmnist import MedMNIST
-from lowrank_pretrain.data.text import TextData
-from lowrank_pretrain.data.tokenizer import load_tokenizer
-from lowrank_pretrain.data.tokens import TokenData
-from lowrank_pretrain.errors import ConfigError
-from lowrank_pretrain.run_dir import start_from
-from lowrank_pretrain.train import train
+from lowrank_pretrain.checkpoints.files import inspect, newest_whole
+from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.data.images.datasets import ImageData
+from lowrank_pretrain.data.images.fashion_mnist import FashionMNIST
+from lowrank_pretrain.data.images.medmnist import MedMNIST
+from lowrank_pretrain.data.text.bins import write_bin
+from lowrank_pretrain.data.text.stream import TextData
+from lowrank_pretrain.data.text.tokenizer import load_tokenizer
+from lowrank_pretrain.data.text.tokens import TokenData
+from lowrank_pretrain.export import weights as export
+from lowrank_pretrain.run import failures
+from lowrank_pretrain.run.run_dir import start_from
+from lowrank_pretrain.run.train import train
 from tests.conftest import TINY, Started
 from tests.data_helpers import image_folder, jsonl_gz, medmnist_npz, sentences, write_idx
 

@@ -10,9 +10,9 @@ import torch
 from lightning.fabric.utilities.optimizer import _optimizer_to_device
 from torch import nn
 
-from lowrank_pretrain.errors import ConfigError
+from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.memory import optimizer_bytes
 from lowrank_pretrain.galore import GaLoreAdamW, chunks, clock, galore_param_groups, subspace
-from lowrank_pretrain.memory import optimizer_bytes
 from tests.reference.galore import Twin
 
 PUBLISHED = {"refresh": "svd", "rotate_moments": False, "stagger": False}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lowrank_pretrain.build import plain
+from lowrank_pretrain.run.build import plain
 
 NAMES = sorted(path.stem for path in (Path(__file__).parents[1] / "conf" / "experiment").glob("galore_*.yaml"))
 LLAMAS = {  # the paper's Table 5: hidden, intermediate, layers, heads; its Table 2: rank, steps

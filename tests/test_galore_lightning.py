@@ -12,9 +12,9 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lowrank_pretrain.errors import ConfigError
+from lowrank_pretrain.checkpoints.loop_state import LoopState
+from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.galore import GaLoreAdamW, galore_param_groups
-from lowrank_pretrain.loop_state import LoopState
 
 SETTINGS = {"rank": 4, "update_proj_gap": 3, "scale": 0.5}
 

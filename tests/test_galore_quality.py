@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from lowrank_pretrain.data import SAMPLES
-from lowrank_pretrain.data.bins import open_bin
+from lowrank_pretrain.data.text.bins import open_bin
 from lowrank_pretrain.galore import GaLoreAdamW, galore_param_groups, subspace
 
 RANK, GAP, STEPS = 24, 40, 200

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from lowrank_pretrain.errors import ConfigError
+from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.galore import GaLoreAdamW, galore_param_groups
 
 

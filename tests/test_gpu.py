@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from lowrank_pretrain import PreLoRA, lora
-from lowrank_pretrain.targets import find_targets
+from lowrank_pretrain import PreLoRA
+from lowrank_pretrain.core.targets import find_targets
+from lowrank_pretrain.lora import model as lora
 from tests.toy import adapters, loader, toy, trainer
 
 pytestmark = [

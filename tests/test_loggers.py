@@ -10,17 +10,18 @@ import pytest
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 
-from lowrank_pretrain import loggers, wandb_sections
-from lowrank_pretrain.build import plain
-from lowrank_pretrain.errors import ConfigError
-from lowrank_pretrain.guarded_logger import TRIES, give_up, guard
-from lowrank_pretrain.interrupts import Interrupted
-from lowrank_pretrain.wandb_sections import RunWandbLogger
+from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.loggers import wandb as wandb_sections
+from lowrank_pretrain.loggers.guarded import TRIES, give_up, guard
+from lowrank_pretrain.loggers.wandb import RunWandbLogger
+from lowrank_pretrain.run import loggers
+from lowrank_pretrain.run.build import plain
+from lowrank_pretrain.run.interrupts import Interrupted
 from tests.conftest import SHORT, VIT
 from tests.test_cli import ONE_STEP, cli  # noqa: F401  a fixture
 
 KEY = "k" * 40
-OURS = "lowrank_pretrain.wandb_sections.RunWandbLogger"
+OURS = "lowrank_pretrain.loggers.wandb.RunWandbLogger"
 BROKEN = "tests.test_loggers.Broken"
 ONE = [*SHORT, *VIT, "method=full", "trainer.max_epochs=1", "trainer.limit_train_batches=2"]
 
@@ -371,7 +372,7 @@ def test_a_page_or_a_farewell_that_cannot_be_sent_is_a_warning(tmp_path, monkeyp
 
     monkeypatch.setattr(wandb_sections, "publish", refuse)
     monkeypatch.setattr(wandb, "finish", refuse)
-    monkeypatch.setattr("lowrank_pretrain.model_card.write", lambda *args: None)
+    monkeypatch.setattr("lowrank_pretrain.export.card.write", lambda *args: None)
     first, second = (guard(WandbLogger.__new__(WandbLogger), "wandb") for _ in range(2))
     first._experiment = second._experiment = object()
     with pytest.warns(UserWarning, match="publishing the report and the weights failed .CommError: no way"):

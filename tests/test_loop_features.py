@@ -10,9 +10,11 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, GradientAccumulation
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch.utils.checkpoint import checkpoint
 
-from lowrank_pretrain import GaLoreAdamW, LTEStrategy, PreLoRA, averaging, galore_param_groups, lora
-from lowrank_pretrain.errors import ConfigError
-from lowrank_pretrain.loop_state import LoopState
+from lowrank_pretrain import GaLoreAdamW, LTEStrategy, PreLoRA, galore_param_groups
+from lowrank_pretrain.checkpoints.loop_state import LoopState
+from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.lora import model as lora
+from lowrank_pretrain.phases import averaging
 from tests.test_resume import assert_equal
 from tests.toy import Toy, adapters, loader, trainer
 

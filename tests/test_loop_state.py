@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lowrank_pretrain.loop_state import LoopState
+from lowrank_pretrain.checkpoints.loop_state import LoopState
 from tests.data_helpers import SaveAt
 from tests.test_resume import assert_equal
 from tests.toy import Toy, loader, trainer

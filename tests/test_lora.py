@@ -5,10 +5,10 @@ import pytest
 import torch
 from torch import nn
 
-from lowrank_pretrain import lora
-from lowrank_pretrain.errors import ConfigError
-from lowrank_pretrain.lora_function import forms_merged_weight
-from lowrank_pretrain.targets import find_targets, is_conv1d, weight_rows
+from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.targets import find_targets, is_conv1d, weight_rows
+from lowrank_pretrain.lora import model as lora
+from lowrank_pretrain.lora.function import forms_merged_weight
 from tests.reference.lora import ReferenceLoRA
 from tests.toy import toy
 

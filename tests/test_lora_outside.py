@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import lowrank_pretrain
-from lowrank_pretrain import lora
+from lowrank_pretrain.lora import model as lora
 from tests.test_lora import conv1d, randomise
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated:FutureWarning", "ignore::DeprecationWarning")
@@ -363,7 +363,7 @@ def test_onnx_by_the_exporter_that_traces(fused, n):
 
 
 def test_second_derivatives_leave_ordinary_training_on_its_own_path(monkeypatch):
-    from lowrank_pretrain import lora_function
+    from lowrank_pretrain.lora import function as lora_function
 
     def never(*_):
         raise AssertionError("ordinary training must not come here")

@@ -10,11 +10,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from lowrank_pretrain import ConfigError, PreLoRA
+from lowrank_pretrain.core.targets import all_targets
 from lowrank_pretrain.lte import LTEStrategy
-from lowrank_pretrain.lte.head_set import HeadSet, Settings
-from lowrank_pretrain.lte.heads import draw_A
+from lowrank_pretrain.lte.heads.head_set import HeadSet, Settings
+from lowrank_pretrain.lte.heads.layer import draw_A
 from lowrank_pretrain.lte.workers import Workers
-from lowrank_pretrain.targets import all_targets
 from tests.lte_workers import WIDTH, Net, Samples, fit, layout, weights
 from tests.reference import lte as reference
 
@@ -74,7 +74,7 @@ def test_equals_the_papers_algorithm(how):
 
 def test_the_twin_would_notice_double_counting(monkeypatch):
     """A head that forgets what W holds of it counts its update twice: visibly another run."""
-    monkeypatch.setattr("lowrank_pretrain.lte.heads.MultiheadLoRALinear.has_prev", False)
+    monkeypatch.setattr("lowrank_pretrain.lte.heads.layer.MultiheadLoRALinear.has_prev", False)
     wrong = layout(1, steps=14)["weights"]
     monkeypatch.undo()
     assert (wrong["net.0.weight"] - twin(steps=14)["net.0.weight"]).abs().max() > 1e-4

@@ -10,12 +10,13 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
 from lowrank_pretrain import LoRA, PreLoRA
-from lowrank_pretrain.errors import ConfigError
-from lowrank_pretrain.lora_function import Part
-from lowrank_pretrain.lte import LTEStrategy, spectra
-from lowrank_pretrain.lte.analysis import EffectiveRank, HeadOrthogonality, local_heads, present_matrices
-from lowrank_pretrain.lte.figures import plot_analysis, read_series
-from lowrank_pretrain.targets import find_targets
+from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.targets import find_targets
+from lowrank_pretrain.lora.function import Part
+from lowrank_pretrain.lte import LTEStrategy
+from lowrank_pretrain.observe import spectra
+from lowrank_pretrain.observe.figures import plot_analysis, read_series
+from lowrank_pretrain.observe.rank_analysis import EffectiveRank, HeadOrthogonality, local_heads, present_matrices
 from tests.test_resume import assert_equal
 from tests.toy import loader, toy, trainer
 

@@ -10,16 +10,16 @@ import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from lowrank_pretrain.build import build, plain
-from lowrank_pretrain.data.sources import open_images
-from lowrank_pretrain.errors import ConfigError
+from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.targets import find_targets, output_heads
+from lowrank_pretrain.data.images.sources import open_images
 from lowrank_pretrain.lte import LTEStrategy
-from lowrank_pretrain.lte.analysis import EffectiveRank, HeadOrthogonality
-from lowrank_pretrain.lte.jagged import JaggedRestarts
-from lowrank_pretrain.method import build as build_method
+from lowrank_pretrain.lte.restarts import JaggedRestarts
 from lowrank_pretrain.models.vision import VisionClassifier
-from lowrank_pretrain.targets import find_targets, output_heads
-from lowrank_pretrain.trainer import build_trainer, refuse_popen_sweep
+from lowrank_pretrain.observe.rank_analysis import EffectiveRank, HeadOrthogonality
+from lowrank_pretrain.run.build import build, plain
+from lowrank_pretrain.run.method import build as build_method
+from lowrank_pretrain.run.trainer import build_trainer, refuse_popen_sweep
 
 CONF = Path(__file__).parents[1] / "conf"
 METHODS = ["lte", "lte_sequential", "mhlora", "relora"]
@@ -202,7 +202,7 @@ def test_the_models_of_the_scaling_studies(composed, model, width, depth):
 
 
 def test_a_mixer_of_the_smallest_width_trains_and_exports_under_timms_names(tmp_path):
-    from lowrank_pretrain.export import export_module
+    from lowrank_pretrain.export.weights import export_module
 
     module = VisionClassifier("mixer_ti16_224", num_classes=7, img_size=32, model_kwargs={"drop_path_rate": 0.1})
     assert all(name.partition(".blocks.")[2] for name in find_targets(module, "all"))

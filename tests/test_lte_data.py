@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from lowrank_pretrain.errors import ConfigError
+from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.lte import LTEStrategy
 from lowrank_pretrain.lte.leaves import batch_size, digest, leaves
 from tests import lte_data_workers as workers

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lowrank_pretrain.errors import ConfigError
+from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.galore import GaLoreAdamW
 from lowrank_pretrain.galore.local import LocalUpdate
 from lowrank_pretrain.lte.traffic import traffic

@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from lowrank_pretrain import ConfigError
-from lowrank_pretrain.lora_function import Part, RestPart
-from lowrank_pretrain.lte.heads_function import Layout, heads_linear
+from lowrank_pretrain.lora.function import Part, RestPart
+from lowrank_pretrain.lte.heads.function import Layout, heads_linear
 from tests import lte_habits_workers as workers
 from tests.lte_workers import WIDTH, Net, fit, weights
 

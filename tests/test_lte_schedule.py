@@ -5,10 +5,10 @@ import pytest
 import torch
 from torch import nn
 
-from lowrank_pretrain.errors import ConfigError
+from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.lte import LTEStrategy
-from lowrank_pretrain.lte.jagged import JaggedRestarts, jagged_factor
-from lowrank_pretrain.lte.prune import prune_moments, reset_moments
+from lowrank_pretrain.lte.heads.prune import prune_moments, reset_moments
+from lowrank_pretrain.lte.restarts import JaggedRestarts, jagged_factor
 from tests.test_resume import assert_equal
 from tests.test_transition import lr_trace
 from tests.toy import loader, toy, trainer

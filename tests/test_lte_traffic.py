@@ -10,12 +10,12 @@ from experiments.runs import by_socket
 from torch import nn
 
 from lowrank_pretrain import ConfigError
-from lowrank_pretrain.lte import record
-from lowrank_pretrain.lte.head_set import HeadSet, Settings, head_names
+from lowrank_pretrain.core.targets import find_targets
+from lowrank_pretrain.lte.heads import record
+from lowrank_pretrain.lte.heads.head_set import HeadSet, Settings, head_names
 from lowrank_pretrain.lte.rest import Rest
 from lowrank_pretrain.lte.traffic import traffic
 from lowrank_pretrain.lte.workers import Workers
-from lowrank_pretrain.targets import find_targets
 
 
 def model(name):

@@ -5,9 +5,9 @@ import torch
 from omegaconf import OmegaConf
 
 from lowrank_pretrain import LoRA, PreLoRA
-from lowrank_pretrain.errors import ConfigError
-from lowrank_pretrain.method import build
+from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.models.optim import Optim
+from lowrank_pretrain.run.method import build
 from tests.toy import toy
 
 CONF = Path(__file__).parents[1] / "conf" / "method"

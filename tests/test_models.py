@@ -16,12 +16,12 @@ from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
-from lowrank_pretrain.errors import ConfigError
-from lowrank_pretrain.models import parallel
+from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.models import fsdp as parallel
+from lowrank_pretrain.models.checks import name_fused_experts
 from lowrank_pretrain.models.language import CausalLM
 from lowrank_pretrain.models.optim import Optim
 from lowrank_pretrain.models.vision import VisionClassifier
-from lowrank_pretrain.models.wording import name_fused_experts
 
 CONF = Path(__file__).parent.parent / "conf"
 TINY = {"embed_dim": 16, "depth": 2, "num_heads": 2, "patch_size": 4}

@@ -14,12 +14,15 @@ import torch
 from lightning.pytorch import Callback
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from lowrank_pretrain import flops, lora, memory, step_clock
-from lowrank_pretrain.csv_log import RunCSVLogger
-from lowrank_pretrain.digits import digits
-from lowrank_pretrain.flops import FlopCount, peak_flops
-from lowrank_pretrain.memory import PeakMemory, formula_bytes, optimizer_bytes
-from lowrank_pretrain.monitor import (
+from lowrank_pretrain.core import memory
+from lowrank_pretrain.core.memory import PeakMemory, formula_bytes, optimizer_bytes
+from lowrank_pretrain.core.plan import Plan
+from lowrank_pretrain.core.text import digits
+from lowrank_pretrain.loggers.csv import RunCSVLogger
+from lowrank_pretrain.lora import model as lora
+from lowrank_pretrain.observe import flops, step_clock
+from lowrank_pretrain.observe.flops import FlopCount, peak_flops
+from lowrank_pretrain.observe.monitor import (
     Monitor,
     PhaseRecord,
     batch_size_of,
@@ -28,10 +31,9 @@ from lowrank_pretrain.monitor import (
     optimizer_metrics,
     phase_of,
 )
-from lowrank_pretrain.plan import Plan
-from lowrank_pretrain.progress import quiet_lightning
-from lowrank_pretrain.step_clock import Step, StepClock, Thinned
-from lowrank_pretrain.summary import phase_table, show, summarize
+from lowrank_pretrain.observe.step_clock import Step, StepClock, Thinned
+from lowrank_pretrain.run.progress import quiet_lightning
+from lowrank_pretrain.run.summary import phase_table, show, summarize
 from tests.toy import loader, toy, trainer
 
 CPU = torch.device("cpu")
@@ -503,8 +505,8 @@ def test_counting_changes_no_number():
 
 
 def test_a_row_block_that_trains_on_is_counted_once():
-    from lowrank_pretrain import lora
-    from lowrank_pretrain.plan import Plan
+    from lowrank_pretrain.core.plan import Plan
+    from lowrank_pretrain.lora import model as lora
     from tests.toy import toy
 
     module = toy()

@@ -8,13 +8,14 @@ from lightning.pytorch import strategies
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook import PostLocalSGDState
 
-from lowrank_pretrain import LoRA, PreLoRA, lora
-from lowrank_pretrain.errors import ConfigError
-from lowrank_pretrain.memory import GIB
-from lowrank_pretrain.monitor import Monitor
+from lowrank_pretrain import LoRA, PreLoRA
+from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.memory import GIB
+from lowrank_pretrain.core.targets import families
+from lowrank_pretrain.lora import model as lora
+from lowrank_pretrain.observe.monitor import Monitor
 from lowrank_pretrain.prelora.convergence import Window, check_convergence, relative_change
 from lowrank_pretrain.prelora.ranks import assign_ranks
-from lowrank_pretrain.targets import families
 from tests.reference import prelora as reference
 from tests.toy import AtEnd, Toy, adapted, adapters, loader, toy, trained, trainer
 

@@ -16,12 +16,13 @@ from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from lowrank_pretrain import LoRA, PreLoRA, lora
-from lowrank_pretrain.errors import ConfigError
+from lowrank_pretrain import LoRA, PreLoRA
+from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.targets import find_targets
+from lowrank_pretrain.lora import model as lora
+from lowrank_pretrain.phases.rehearsal import Rehearsal
+from lowrank_pretrain.phases.teachers import teachers
 from lowrank_pretrain.prelora import callback as prelora_callback
-from lowrank_pretrain.rehearsal import Rehearsal
-from lowrank_pretrain.targets import find_targets
-from lowrank_pretrain.teachers import teachers
 from tests.toy import trainer as make_trainer
 
 X, Y = torch.randn(32, 16, generator=torch.Generator().manual_seed(0)), torch.arange(32) % 4

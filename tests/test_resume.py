@@ -8,7 +8,8 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.precision import MixedPrecision
 
-from lowrank_pretrain import LoRA, PreLoRA, lora
+from lowrank_pretrain import LoRA, PreLoRA
+from lowrank_pretrain.lora import model as lora
 from tests.toy import AtEnd, Toy, loader, toy, trainer
 
 VARIANTS = {

@@ -15,10 +15,10 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from lowrank_pretrain.checkpoints import inspect, newest_whole
-from lowrank_pretrain.errors import ConfigError
-from lowrank_pretrain.export import export, main
-from lowrank_pretrain.safe_load import safe_load, unread
+from lowrank_pretrain.checkpoints.files import inspect, newest_whole
+from lowrank_pretrain.checkpoints.safe_load import safe_load, unread
+from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.export.weights import export, main
 from tests.test_after_fit import steps
 from tests.toy import Toy, loader, trainer
 

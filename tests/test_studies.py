@@ -13,7 +13,7 @@ from experiments import claims, figures, mixers, rates  # noqa: F401  mixers reg
 from experiments.runs import Job, done
 from experiments.tables import Missing, fill, need, series, spread
 
-from lowrank_pretrain import method
+from lowrank_pretrain.run import method
 
 STUDIES = ("prelora_vit", "lte_vit", "cs744_gpt2", "cs744_galore", "cs744_pathmnist", "composition")
 FAMILIES = ("model.blocks.*.attn.qkv.q", "model.blocks.*.mlp.fc1")
@@ -240,7 +240,7 @@ def test_made_images_have_the_formats_keys_types_and_shapes(tmp_path, monkeypatc
     import numpy as np
     from experiments.cs744_pathmnist import made
 
-    from lowrank_pretrain.data.medmnist import MedMNIST
+    from lowrank_pretrain.data.images.medmnist import MedMNIST
 
     monkeypatch.setattr(made, "COUNTS", {"train": 40, "val": 12, "test": 12})
     for folder in ("a", "b"):
@@ -263,8 +263,8 @@ def test_norms_of_base_and_adapters_are_told_apart(monkeypatch):
     import torch
     from lightning.pytorch.trainer.states import TrainerFn
 
-    from lowrank_pretrain import norms
-    from lowrank_pretrain.lora import inject
+    from lowrank_pretrain.lora.model import inject
+    from lowrank_pretrain.observe import norms
 
     model = torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.Linear(4, 3))
     inject(model, {"0": 2}, seed=0)

@@ -15,13 +15,13 @@ from hydra import compose, initialize_config_module
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from lowrank_pretrain import method, sweeps
-from lowrank_pretrain.build import plain
-from lowrank_pretrain.errors import ConfigError
+from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.report import find_runs, render
 from lowrank_pretrain.report.closing import show
-from lowrank_pretrain.run_dir import job_dir
-from lowrank_pretrain.sweeps import named_lines
+from lowrank_pretrain.run import method, sweeps
+from lowrank_pretrain.run.build import plain
+from lowrank_pretrain.run.run_dir import job_dir
+from lowrank_pretrain.run.sweeps import named_lines
 from tests.conftest import SHORT, VIT
 from tests.test_cli import ONE_STEP, ROOT, cli, names  # noqa: F401  cli is a fixture
 from tests.test_report import make

@@ -6,9 +6,9 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-from lowrank_pretrain.errors import ConfigError
-from lowrank_pretrain.plan import Plan, fit_ranks
-from lowrank_pretrain.targets import all_targets, check_patterns, families, find_targets, select
+from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.plan import Plan, fit_ranks
+from lowrank_pretrain.core.targets import all_targets, check_patterns, families, find_targets, select
 from tests.toy import toy
 
 

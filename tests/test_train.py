@@ -20,15 +20,17 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from lowrank_pretrain import csv_log, failures, random_state
-from lowrank_pretrain.checkpoints import NotWritten, WholeCheckpointIO, inspect, newest_whole
-from lowrank_pretrain.closing_loss import ClosingLoss
-from lowrank_pretrain.data.text import TextData
-from lowrank_pretrain.errors import ConfigError
-from lowrank_pretrain.finite import Diverged
-from lowrank_pretrain.interrupts import Interrupted
-from lowrank_pretrain.longer_run import LongerRun
-from lowrank_pretrain.ownership import owned
+from lowrank_pretrain.checkpoints import random_state
+from lowrank_pretrain.checkpoints.files import NotWritten, WholeCheckpointIO, inspect, newest_whole
+from lowrank_pretrain.checkpoints.longer_run import LongerRun
+from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.data.text.stream import TextData
+from lowrank_pretrain.guards.finite import Diverged
+from lowrank_pretrain.loggers import csv as csv_log
+from lowrank_pretrain.observe.closing_loss import ClosingLoss
+from lowrank_pretrain.run import failures
+from lowrank_pretrain.run.interrupts import Interrupted
+from lowrank_pretrain.run.ownership import owned
 from tests.conftest import PHASES, SHORT, TINY, VIT
 from tests.toy import loader, toy, trainer
 
@@ -94,7 +96,7 @@ def weights(directory):
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, composed):
     """One uninterrupted run: (directory, summary)."""
-    from lowrank_pretrain.train import train
+    from lowrank_pretrain.run.train import train
 
     directory = tmp_path_factory.mktemp("whole") / "run"
     return directory, train(composed(*TINY), directory)
@@ -193,7 +195,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint_and_writes_no_row_twice(r
 
 def test_a_finished_run_is_not_trained_again_but_reported_again(run, monkeypatch):
     looks = itertools.count(2**30, 2**20)  # each look at the memory finds more of it in use
-    monkeypatch.setattr("lowrank_pretrain.memory.PeakMemory.peak", lambda self: next(looks))
+    monkeypatch.setattr("lowrank_pretrain.core.memory.PeakMemory.peak", lambda self: next(looks))
     directory, first = run("done")
     before = rows(directory)
     _, second = run("done", "ckpt_path=last")
@@ -328,7 +330,7 @@ def test_a_signal_outside_of_steps_ends_the_run_at_once(run, monkeypatch):
         os.kill(os.getpid(), signal.SIGINT)
         raise AssertionError("the signal was not heard")
 
-    monkeypatch.setattr("lowrank_pretrain.train.finish_run", interrupted)
+    monkeypatch.setattr("lowrank_pretrain.run.train.finish_run", interrupted)
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(Interrupted) as stopped:
         run("late", "trainer.max_epochs=1")
@@ -375,7 +377,7 @@ def test_rows_behind_the_checkpoint_and_half_a_row_are_forgotten(tmp_path):
     ],
 )
 def test_a_sweeps_jobs_have_directories_of_their_own(overrides, name):
-    from lowrank_pretrain.run_dir import job_dir
+    from lowrank_pretrain.run.run_dir import job_dir
 
     assert job_dir(overrides).startswith(name)
     assert "/" not in job_dir(overrides) and len(job_dir(overrides)) < 140

@@ -9,10 +9,11 @@ from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
-from lowrank_pretrain import LoRA, PhaseCallback, Plan, PreLoRA, lora
-from lowrank_pretrain.agreement import fingerprint
-from lowrank_pretrain.errors import ConfigError
-from lowrank_pretrain.targets import find_targets
+from lowrank_pretrain import LoRA, PhaseCallback, Plan, PreLoRA
+from lowrank_pretrain.core.agreement import fingerprint
+from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.targets import find_targets
+from lowrank_pretrain.lora import model as lora
 from tests.toy import AtEnd, Toy, adapters, loader, toy, trainer
 
 

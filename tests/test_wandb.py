@@ -10,13 +10,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lowrank_pretrain import dashboard, loggers, model_card
-from lowrank_pretrain.errors import ConfigError
-from lowrank_pretrain.wandb_sections import SECTIONS, STEP, TIME
+from lowrank_pretrain import dashboard
+from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.export import card as model_card
+from lowrank_pretrain.loggers.wandb import SECTIONS, STEP, TIME
+from lowrank_pretrain.run import loggers
 from tests.conftest import TINY
 
 WANDB = {
-    "_target_": "lowrank_pretrain.wandb_sections.RunWandbLogger",
+    "_target_": "lowrank_pretrain.loggers.wandb.RunWandbLogger",
     "project": "p",
     "name": None,
     "offline": None,
@@ -54,7 +56,7 @@ def rows(found: list[dict]) -> list[dict]:
 @pytest.fixture(scope="module")
 def resumed(offline, composed, tmp_path_factory):
     """A run of two epochs that then goes on to three: (directory, records of its newest log)."""
-    from lowrank_pretrain.train import train
+    from lowrank_pretrain.run.train import train
 
     directory = tmp_path_factory.mktemp("sweep") / "job"
     train(composed(*TINY, "logger=wandb", "trainer.max_epochs=2"), directory, multirun=True)

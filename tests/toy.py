@@ -9,8 +9,8 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
-from lowrank_pretrain.data.fetching import Fetched
-from lowrank_pretrain.data.loaders import EpochBatches, EpochLoader
+from lowrank_pretrain.data.loaders.batch import Fetched
+from lowrank_pretrain.data.loaders.epoch import EpochBatches, EpochLoader
 
 
 class Block(nn.Module):

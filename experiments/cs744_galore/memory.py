@@ -77,7 +77,7 @@ def live(facts: dict[str, Any], _: Path | None = None) -> dict[str, Any]:
     Args:
         facts: ``network``, ``rank``, ``batch``, ``steps``; ``tokens`` of a LLaMA.
     """
-    from lowrank_pretrain.memory import PeakMemory, optimizer_bytes
+    from lowrank_pretrain.core.memory import PeakMemory, optimizer_bytes
 
     torch.manual_seed(0)
     meter = PeakMemory(torch.device("cpu"))

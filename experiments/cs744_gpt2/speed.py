@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank_pretrain.lte.head_set import HeadSet, Settings
+from lowrank_pretrain.core.targets import find_targets, weight_rows
+from lowrank_pretrain.lte.heads.head_set import HeadSet, Settings
 from lowrank_pretrain.lte.workers import Workers
-from lowrank_pretrain.targets import find_targets, weight_rows
 
 
 class OneByOne(nn.Module):

@@ -20,9 +20,9 @@ def live(facts: dict[str, Any], _: Path | None = None) -> dict[str, Any]:
     """
     import timm
 
-    from lowrank_pretrain.lora import freeze, inject
-    from lowrank_pretrain.memory import PeakMemory, optimizer_bytes
-    from lowrank_pretrain.targets import find_targets
+    from lowrank_pretrain.core.memory import PeakMemory, optimizer_bytes
+    from lowrank_pretrain.core.targets import find_targets
+    from lowrank_pretrain.lora.model import freeze, inject
 
     torch.manual_seed(0)
     meter = PeakMemory(torch.device("cpu"))

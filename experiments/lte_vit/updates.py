@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowrank_pretrain.lte.head_set import HeadSet, Settings
+from lowrank_pretrain.core.targets import find_targets
+from lowrank_pretrain.lte.heads.head_set import HeadSet, Settings
 from lowrank_pretrain.lte.workers import Workers
-from lowrank_pretrain.targets import find_targets
 
 BATCH, RATE = 512, 1e-3
 

@@ -1,6 +1,6 @@
 """``python -m lowrank_pretrain``."""
 
-from .train import main
+from lowrank_pretrain.run.train import main
 
 if __name__ == "__main__":
     main()

@@ -8,9 +8,9 @@ import argparse
 import sys
 from typing import Any
 
-from .errors import ConfigError
-from .loggers import has_wandb_key
-from .wandb_sections import SECTIONS, STEP, TIME
+from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.loggers.wandb import SECTIONS, STEP, TIME
+from lowrank_pretrain.run.loggers import has_wandb_key
 
 AXES = {STEP: "optimizer steps", TIME: "seconds of training"}
 

@@ -29,7 +29,7 @@ def be(args: Sequence[str], directory: Path, rank: int, environment: dict[str, s
     import lightning.pytorch as pl
     from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-    from lowrank_pretrain.train import main
+    from lowrank_pretrain.run.train import main
     from tests.chaos import place
 
     log = os.open(directory / f"log.{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)

@@ -127,11 +127,15 @@ def watch(here: Here) -> None:
     from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
     from lightning.pytorch.strategies import Strategy
 
-    from lowrank_pretrain import checkpoints, csv_log, export, summary, train, transition
+    from lowrank_pretrain.checkpoints import files as checkpoints
+    from lowrank_pretrain.export import weights as export
     from lowrank_pretrain.galore.optimizer import GaLoreAdamW
     from lowrank_pretrain.galore.projection import Projected
-    from lowrank_pretrain.lte.head_set import HeadSet
-    from lowrank_pretrain.phases import PhaseCallback
+    from lowrank_pretrain.loggers import csv as csv_log
+    from lowrank_pretrain.lte.heads.head_set import HeadSet
+    from lowrank_pretrain.phases import transition
+    from lowrank_pretrain.phases.callback import PhaseCallback
+    from lowrank_pretrain.run import summary, train
 
     def place(owner: Any, name: str, word: str | Callable[..., str | None]) -> None:
         inner = getattr(owner, name)

@@ -12,6 +12,6 @@ import torchmetrics  # noqa: E402, F401
 
 import lowrank_pretrain.export  # noqa: E402, F401
 import lowrank_pretrain.models.vision  # noqa: E402, F401
-import lowrank_pretrain.train  # noqa: E402, F401
+import lowrank_pretrain.run.train  # noqa: E402, F401
 
 torch.set_num_threads(1)

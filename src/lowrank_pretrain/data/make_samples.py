@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 
 from lowrank_pretrain.data import SAMPLES
-from lowrank_pretrain.data.bins import write_bin
-from lowrank_pretrain.data.idx import read_idx
-from lowrank_pretrain.data.tokenizer import EOT, train_bpe
+from lowrank_pretrain.data.images.idx import read_idx
+from lowrank_pretrain.data.text.bins import write_bin
+from lowrank_pretrain.data.text.tokenizer import EOT, train_bpe
 
 PER_CLASS = {"train": 1200, "t10k": 200}  # 12,000 and 2,000 images of 10 classes
 VOCAB_SIZE = 2048

@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lowrank_pretrain.arguments import as_flags
-from lowrank_pretrain.data.bins import open_bin, write_bin
-from lowrank_pretrain.data.documents import Piece, open_documents, read_error
-from lowrank_pretrain.data.fetching import BadInputs
-from lowrank_pretrain.data.tokenizer import DocumentEncoder, load_tokenizer, special_tokens, train_bpe, vocabulary
-from lowrank_pretrain.errors import ConfigError
+from lowrank_pretrain.core.arguments import as_flags
+from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.data.loaders.batch import BadInputs
+from lowrank_pretrain.data.text.bins import open_bin, write_bin
+from lowrank_pretrain.data.text.documents import Piece, open_documents, read_error
+from lowrank_pretrain.data.text.tokenizer import DocumentEncoder, load_tokenizer, special_tokens, train_bpe, vocabulary
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -49,7 +49,7 @@ def prepare(
 
     Args:
         out: folder, made if missing.
-        tokenizer: see :func:`~lowrank_pretrain.data.tokenizer.load_tokenizer`; this or ``train_bpe_vocab``.
+        tokenizer: see :func:`~lowrank_pretrain.data.text.tokenizer.load_tokenizer`; this or ``train_bpe_vocab``.
         train_bpe_vocab: train a tokenizer of so many tokens on the text first.
         root: folder of local files.
         files: glob(s) below it. Each ``.txt`` or ``.md`` is one document.
@@ -58,7 +58,7 @@ def prepare(
         split: its split.
         text_key: column with the text.
         val_every: every so-many-th document goes to ``val.bin``; of fewer documents, the last share of the tokens.
-        end_token: the token after each document; None: see :func:`~lowrank_pretrain.data.tokenizer.load_tokenizer`.
+        end_token: the token after each document; None: see :func:`~lowrank_pretrain.data.text.tokenizer.load_tokenizer`.
 
     Returns:
         The number of tokens by split.

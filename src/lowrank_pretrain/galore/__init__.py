@@ -1,6 +1,6 @@
 """GaLore: full weights, projected gradients."""
 
-from lowrank_pretrain.galore.distributed import galore_ddp_hook
+from lowrank_pretrain.galore.ddp_hook import galore_ddp_hook
 from lowrank_pretrain.galore.groups import galore_param_groups
 from lowrank_pretrain.galore.optimizer import GaLoreAdamW
 

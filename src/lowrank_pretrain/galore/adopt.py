@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from lowrank_pretrain.errors import ConfigError
+from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.targets import all_targets, plain_name
 from lowrank_pretrain.galore.groups import check_rank_value, largest_rank
-from lowrank_pretrain.targets import all_targets, plain_name
 
 if TYPE_CHECKING:
     from lowrank_pretrain.galore.optimizer import GaLoreAdamW

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lowrank_pretrain.dtypes import at_least_32
-from lowrank_pretrain.errors import ConfigError
+from lowrank_pretrain.core.dtypes import at_least_32
+from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.targets import plain_name
 from lowrank_pretrain.galore import moments
 from lowrank_pretrain.galore.groups import KEYS, check_group, known_key, largest_rank
 from lowrank_pretrain.galore.index import parameter_name
 from lowrank_pretrain.galore.subspace import project_left
-from lowrank_pretrain.targets import plain_name
 
 if TYPE_CHECKING:
     from lowrank_pretrain.galore.optimizer import GaLoreAdamW

@@ -10,11 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lowrank_pretrain.errors import ConfigError
-from lowrank_pretrain.galore.moments import MOMENTS, bitsandbytes
-from lowrank_pretrain.galore.subspace import PROJ_TYPES, REFRESHES
-from lowrank_pretrain.models.optim import undecayed_names
-from lowrank_pretrain.targets import (
+from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.targets import (
     PRESETS,
     Target,
     all_targets,
@@ -25,6 +22,9 @@ from lowrank_pretrain.targets import (
     plain_name,
     tied_layers,
 )
+from lowrank_pretrain.galore.moments import MOMENTS, bitsandbytes
+from lowrank_pretrain.galore.subspace import PROJ_TYPES, REFRESHES
+from lowrank_pretrain.models.optim import undecayed_names
 
 RESIDUALS = (None, "fira")
 VARIANTS = ("galore", "apollo")

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowrank_pretrain.dtypes import at_least_32
-from lowrank_pretrain.galore import sharded
+from lowrank_pretrain.core.dtypes import at_least_32
+from lowrank_pretrain.galore import dtensor as sharded
 
 _LARGE = 2.0**40  # no real gradient is as large: looked at again, exactly
 

@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from lowrank_pretrain.errors import ConfigError
-from lowrank_pretrain.galore import sharded
+from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.galore import dtensor as sharded
 from lowrank_pretrain.galore.surroundings import closed
 from lowrank_pretrain.galore.used import UsedGradient
 

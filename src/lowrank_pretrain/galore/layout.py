@@ -7,7 +7,7 @@ expanded one would be read past its end. What does not agree is copied into the 
 import torch
 from torch import Tensor
 
-from lowrank_pretrain.errors import ConfigError
+from lowrank_pretrain.core.errors import ConfigError
 
 
 def is_dense(t: Tensor) -> bool:

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lowrank_pretrain.bits import stamp
-from lowrank_pretrain.dtypes import at_least_32
+from lowrank_pretrain.core.bits import stamp
+from lowrank_pretrain.core.dtypes import at_least_32
 
 if TYPE_CHECKING:
     from lowrank_pretrain.galore.projection import Projected

@@ -2,8 +2,9 @@
 
 from typing import TYPE_CHECKING
 
-from lowrank_pretrain.dtypes import at_least_32
-from lowrank_pretrain.galore import moments, sharded
+from lowrank_pretrain.core.dtypes import at_least_32
+from lowrank_pretrain.galore import dtensor as sharded
+from lowrank_pretrain.galore import moments
 
 if TYPE_CHECKING:
     from lowrank_pretrain.galore.optimizer import GaLoreAdamW

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lowrank_pretrain.dtypes import at_least_32
-from lowrank_pretrain.errors import ConfigError
-from lowrank_pretrain.galore.sharded import local
+from lowrank_pretrain.core.dtypes import at_least_32
+from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.galore.dtensor import local
 
 MOMENTS = ("auto", "float32", "grad", "8bit")
 BLOCK = 256  # elements per scale

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lowrank_pretrain.errors import ConfigError
+from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.seeds import run_seed
 from lowrank_pretrain.galore import adopt as transition
 from lowrank_pretrain.galore import checkpoint, memory, stepping
 from lowrank_pretrain.galore.clock import RefreshClock
@@ -25,7 +26,6 @@ from lowrank_pretrain.galore.local import LocalUpdate
 from lowrank_pretrain.galore.moments import steps_taken
 from lowrank_pretrain.galore.projection import Projected, SharedBasis
 from lowrank_pretrain.galore.surroundings import closed, eager
-from lowrank_pretrain.seeds import run_seed
 
 _PROJECTED = ("update_proj_gap", "scale", "proj_type", "refresh", "residual", "variant")  # settings of projected groups alone
 

@@ -12,9 +12,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lowrank_pretrain.galore import moments, residual, sharded, subspace
+from lowrank_pretrain.core.seeds import generator
+from lowrank_pretrain.galore import dtensor as sharded
+from lowrank_pretrain.galore import moments, residual, subspace
 from lowrank_pretrain.galore.local import LocalUpdate
-from lowrank_pretrain.seeds import generator
 
 
 class SharedBasis(Protocol):

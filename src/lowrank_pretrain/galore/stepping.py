@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lowrank_pretrain.errors import ConfigError
-from lowrank_pretrain.galore import moments, sharded
+from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.galore import dtensor as sharded
+from lowrank_pretrain.galore import moments
 from lowrank_pretrain.galore.chunks import chunks, slices, split
 from lowrank_pretrain.galore.groups import check_rates
 from lowrank_pretrain.galore.layout import check_shape, dense, fit

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lowrank_pretrain.dtypes import at_least_32
+from lowrank_pretrain.core.dtypes import at_least_32
 
 PROJ_TYPES = ("std", "reverse_std", "right", "left", "full")
 REFRESHES = ("svd", "subspace", "track")

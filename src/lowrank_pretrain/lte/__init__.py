@@ -2,9 +2,9 @@
 
 from lightning.pytorch.strategies import StrategyRegistry
 
-from lowrank_pretrain.lte.analysis import EffectiveRank, HeadOrthogonality
-from lowrank_pretrain.lte.jagged import JaggedRestarts
+from lowrank_pretrain.lte.restarts import JaggedRestarts
 from lowrank_pretrain.lte.strategy import LTEStrategy
+from lowrank_pretrain.observe.rank_analysis import EffectiveRank, HeadOrthogonality
 
 __all__ = ["EffectiveRank", "HeadOrthogonality", "JaggedRestarts", "LTEStrategy"]
 

@@ -2,7 +2,7 @@
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lowrank_pretrain.lte.head_set import HeadSet
+from lowrank_pretrain.lte.heads.head_set import HeadSet
 from lowrank_pretrain.lte.projected import ProjectedSet
 from lowrank_pretrain.lte.rest import Rest
 

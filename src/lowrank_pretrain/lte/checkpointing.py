@@ -12,11 +12,13 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.optim import Optimizer
 
-from lowrank_pretrain import lora, random_state
-from lowrank_pretrain.lora_layer import Inherit
-from lowrank_pretrain.lte import projected_state, state
-from lowrank_pretrain.lte.head_set import HeadSet, head_names
-from lowrank_pretrain.lte.optimizer_state import BareGroups
+from lowrank_pretrain.checkpoints import random_state
+from lowrank_pretrain.lora import model as lora
+from lowrank_pretrain.lora.layer import Inherit
+from lowrank_pretrain.lte import projected_state
+from lowrank_pretrain.lte.bare_groups import BareGroups
+from lowrank_pretrain.lte.heads import checkpoint as state
+from lowrank_pretrain.lte.heads.head_set import HeadSet, head_names
 from lowrank_pretrain.lte.projected import ProjectedSet
 from lowrank_pretrain.lte.rest import Rest
 from lowrank_pretrain.lte.workers import Workers

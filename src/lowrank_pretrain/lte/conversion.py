@@ -11,20 +11,20 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lowrank_pretrain import lora
-from lowrank_pretrain.adoption import ADAPTERS
-from lowrank_pretrain.errors import ConfigError
-from lowrank_pretrain.lora_layer import Inherit, has_own_forward
+from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.plan import Plan, fit_ranks
+from lowrank_pretrain.core.targets import Target, all_targets, first_named, say_left_out, select
+from lowrank_pretrain.lora import model as lora
+from lowrank_pretrain.lora.layer import Inherit, has_own_forward
 from lowrank_pretrain.lte import rest
 from lowrank_pretrain.lte.advice import advise
+from lowrank_pretrain.lte.bare_groups import BareGroups, check_stacked
 from lowrank_pretrain.lte.first_step import FirstStep
-from lowrank_pretrain.lte.head_set import HeadSet, Settings, head_names
+from lowrank_pretrain.lte.heads.head_set import HeadSet, Settings, head_names
 from lowrank_pretrain.lte.matrix import check_group
-from lowrank_pretrain.lte.optimizer_state import BareGroups, check_stacked
 from lowrank_pretrain.lte.projected import ProjectedSet
 from lowrank_pretrain.lte.workers import Workers
-from lowrank_pretrain.plan import Plan, fit_ranks
-from lowrank_pretrain.targets import Target, all_targets, first_named, say_left_out, select
+from lowrank_pretrain.phases.adoption import ADAPTERS
 
 
 class Conversion(DDPStrategy):

@@ -13,10 +13,10 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
+from lowrank_pretrain.core.targets import Target
 from lowrank_pretrain.lte.workers import Workers
 from lowrank_pretrain.lte.written import everyones
-from lowrank_pretrain.rehearsal import Rehearsal
-from lowrank_pretrain.targets import Target
+from lowrank_pretrain.phases.rehearsal import Rehearsal
 
 
 class FirstStep:

@@ -7,9 +7,10 @@ from contextlib import suppress
 
 from lightning.pytorch.strategies import DDPStrategy
 
-from lowrank_pretrain import lora, random_state
+from lowrank_pretrain.checkpoints import random_state
+from lowrank_pretrain.lora import model as lora
 from lowrank_pretrain.lte.first_step import FirstStep
-from lowrank_pretrain.lte.head_set import HeadSet
+from lowrank_pretrain.lte.heads.head_set import HeadSet
 from lowrank_pretrain.lte.rest import Rest
 from lowrank_pretrain.lte.workers import Workers
 

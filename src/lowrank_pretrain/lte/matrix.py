@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank_pretrain.errors import ConfigError
+from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.galore import GaLoreAdamW
 from lowrank_pretrain.galore.local import LocalUpdate
 from lowrank_pretrain.galore.projection import Projected
-from lowrank_pretrain.lora_function import Part
+from lowrank_pretrain.lora.function import Part
 from lowrank_pretrain.lte.merge import Factors
 
 

@@ -17,11 +17,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from lowrank_pretrain.dtypes import at_least_32
-from lowrank_pretrain.lora_function import Part
+from lowrank_pretrain.core.dtypes import at_least_32
+from lowrank_pretrain.core.targets import WHOLE, is_conv1d
+from lowrank_pretrain.lora.function import Part
 from lowrank_pretrain.lte.workers import Workers
 from lowrank_pretrain.lte.written import leaf
-from lowrank_pretrain.targets import WHOLE, is_conv1d
 
 ROUTES = ("factors", "dense")
 

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lowrank_pretrain.errors import ConfigError
+from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.galore import GaLoreAdamW
 from lowrank_pretrain.galore.local import LocalUpdate
-from lowrank_pretrain.lte.head_set import Settings
-from lowrank_pretrain.lte.heads import Shared
+from lowrank_pretrain.lte.heads.head_set import Settings
+from lowrank_pretrain.lte.heads.layer import Shared
 from lowrank_pretrain.lte.matrix import Matrix, check_group
 from lowrank_pretrain.lte.merge import Exchange, cheaper_route
 from lowrank_pretrain.lte.workers import Workers

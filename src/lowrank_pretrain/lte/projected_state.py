@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lowrank_pretrain.errors import ConfigError
+from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.lte.heads.checkpoint import FORMAT
 from lowrank_pretrain.lte.projected import ProjectedSet
-from lowrank_pretrain.lte.state import FORMAT
 
 
 def collect(targets: ProjectedSet) -> dict[str, Any] | None:

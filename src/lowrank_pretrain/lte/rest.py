@@ -17,9 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lowrank_pretrain.bits import stamp
-from lowrank_pretrain.dtypes import at_least_32
-from lowrank_pretrain.lte.optimizer_state import BareGroups
+from lowrank_pretrain.core.bits import stamp
+from lowrank_pretrain.core.dtypes import at_least_32
+from lowrank_pretrain.lte.bare_groups import BareGroups
 from lowrank_pretrain.lte.workers import Workers
 from lowrank_pretrain.lte.written import everyones, stamps
 

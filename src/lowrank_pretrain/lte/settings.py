@@ -10,8 +10,8 @@ from typing import Any
 from lightning.pytorch.strategies import DDPStrategy
 from torch.nn.parallel import DistributedDataParallel
 
-from lowrank_pretrain.errors import ConfigError
-from lowrank_pretrain.lte.heads import MODES
+from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.lte.heads.layer import MODES
 from lowrank_pretrain.lte.merge import ROUTES
 from lowrank_pretrain.lte.projected import BASES
 from lowrank_pretrain.lte.rest import SYNC

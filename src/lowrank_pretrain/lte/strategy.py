@@ -21,26 +21,27 @@ from torch import Tensor
 from torch.distributed.constants import default_pg_timeout
 from torch.optim import Optimizer
 
-from lowrank_pretrain import transition
-from lowrank_pretrain.agreement import agreed_hash
-from lowrank_pretrain.buckets import settle_buckets
-from lowrank_pretrain.errors import ConfigError
-from lowrank_pretrain.lora_function import Part
-from lowrank_pretrain.lora_layer import Inherit
-from lowrank_pretrain.lte import record, rest
+from lowrank_pretrain.core.agreement import agreed_hash
+from lowrank_pretrain.core.buckets import settle_buckets
+from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.targets import families
+from lowrank_pretrain.lora.function import Part
+from lowrank_pretrain.lora.layer import Inherit
+from lowrank_pretrain.lte import rest
+from lowrank_pretrain.lte.bare_groups import BareGroups
+from lowrank_pretrain.lte.batches import shared_out
 from lowrank_pretrain.lte.checkpointing import CheckpointHooks
 from lowrank_pretrain.lte.clipping import clip_norms, share_overflow
 from lowrank_pretrain.lte.conversion import Conversion
 from lowrank_pretrain.lte.first_step import FirstStep
-from lowrank_pretrain.lte.head_set import HeadSet, Settings, head_names
+from lowrank_pretrain.lte.heads import record
+from lowrank_pretrain.lte.heads.head_set import HeadSet, Settings, head_names
 from lowrank_pretrain.lte.leaves import batch_size
 from lowrank_pretrain.lte.looking import ViewHooks
-from lowrank_pretrain.lte.optimizer_state import BareGroups
 from lowrank_pretrain.lte.projected import ProjectedSet
 from lowrank_pretrain.lte.settings import check, check_ddp
-from lowrank_pretrain.lte.sharding import shared_out
 from lowrank_pretrain.lte.workers import Workers, make_group, same_weights, set_patience
-from lowrank_pretrain.targets import families
+from lowrank_pretrain.phases import transition
 
 DRIFTED = (
     "each worker changed gradients or weights in its own way; if it clips by hand, use gradient_clip_val or "

@@ -12,17 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank_pretrain import lora
-from lowrank_pretrain.errors import ConfigError
+from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.plan import check_rank
+from lowrank_pretrain.core.targets import all_targets, find_targets
 from lowrank_pretrain.galore import GaLoreAdamW, galore_param_groups
-from lowrank_pretrain.lte.head_set import HeadSet, Settings, head_names
+from lowrank_pretrain.lora import model as lora
+from lowrank_pretrain.lte.heads.head_set import HeadSet, Settings, head_names
 from lowrank_pretrain.lte.merge import ROUTES
 from lowrank_pretrain.lte.projected import BASES, ProjectedSet
 from lowrank_pretrain.lte.rest import SYNC, Rest
 from lowrank_pretrain.lte.settings import UPDATES
 from lowrank_pretrain.lte.workers import Workers
-from lowrank_pretrain.plan import check_rank
-from lowrank_pretrain.targets import all_targets, find_targets
 
 
 class Imagined(Workers):

@@ -13,7 +13,7 @@ from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
-from lowrank_pretrain.dtypes import at_least_32
+from lowrank_pretrain.core.dtypes import at_least_32
 
 
 class Workers:

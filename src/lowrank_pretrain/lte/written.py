@@ -12,8 +12,8 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
-from lowrank_pretrain import bits
-from lowrank_pretrain.errors import ConfigError
+from lowrank_pretrain.core import bits
+from lowrank_pretrain.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from lowrank_pretrain.lte.workers import Workers

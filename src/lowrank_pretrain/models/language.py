@@ -17,10 +17,10 @@ from torchmetrics import Metric
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from lowrank_pretrain.errors import ConfigError
+from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.models.checks import check_count, check_layers, closest, one_line, plain, run_once
+from lowrank_pretrain.models.fsdp import shard
 from lowrank_pretrain.models.optim import Optim
-from lowrank_pretrain.models.parallel import shard
-from lowrank_pretrain.models.wording import check_count, check_layers, closest, one_line, plain, run_once
 
 log = logging.getLogger(__name__)
 

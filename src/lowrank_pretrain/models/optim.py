@@ -14,8 +14,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from lowrank_pretrain.errors import ConfigError
-from lowrank_pretrain.models.wording import plain
+from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.models.checks import plain
 
 SCHEDULES = ("cosine", "constant")
 

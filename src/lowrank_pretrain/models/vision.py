@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
 import lowrank_pretrain.models.mixer  # noqa: F401  registers a network with timm
-from lowrank_pretrain.errors import ConfigError
+from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.models.checks import check_count, check_layers, closest, one_line, plain, run_once
+from lowrank_pretrain.models.fsdp import shard
 from lowrank_pretrain.models.optim import Optim
-from lowrank_pretrain.models.parallel import shard
-from lowrank_pretrain.models.wording import check_count, check_layers, closest, one_line, plain, run_once
 
 log = logging.getLogger(__name__)
 

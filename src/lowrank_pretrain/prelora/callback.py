@@ -10,14 +10,14 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from lowrank_pretrain import adoption
-from lowrank_pretrain.errors import ConfigError
-from lowrank_pretrain.first_step import FirstStep
-from lowrank_pretrain.phases import PATIENCE, PhaseCallback
-from lowrank_pretrain.plan import Plan, is_integer
+from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.plan import Plan, is_integer
+from lowrank_pretrain.core.targets import Target, all_targets, check_patterns, families, obstacles
+from lowrank_pretrain.phases import adoption
+from lowrank_pretrain.phases.callback import PATIENCE, PhaseCallback
+from lowrank_pretrain.phases.first_step import FirstStep
 from lowrank_pretrain.prelora.convergence import Verdict, Window, check_convergence
 from lowrank_pretrain.prelora.ranks import assign_ranks, check_ranks
-from lowrank_pretrain.targets import Target, all_targets, check_patterns, families, obstacles
 
 
 class PreLoRA(PhaseCallback):

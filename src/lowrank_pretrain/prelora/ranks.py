@@ -8,8 +8,8 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from lowrank_pretrain.errors import ConfigError
-from lowrank_pretrain.plan import Plan, is_integer
+from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.plan import Plan, is_integer
 from lowrank_pretrain.prelora.convergence import relative_change
 
 

@@ -5,8 +5,8 @@ import os
 import sys
 from pathlib import Path
 
-from ..errors import ConfigError
-from .page import write_report
+from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.report.page import write_report
 
 
 def main(arguments: list[str] | None = None) -> int:

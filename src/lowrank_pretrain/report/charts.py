@@ -10,7 +10,7 @@ from html import escape
 from textwrap import fill
 from typing import Any
 
-from .runs import Series
+from lowrank_pretrain.report.runs import Series
 
 WIDTH = 4.0  # inches: text of 9 points is still read on a phone, where a chart is as wide as the screen
 DASHES = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 2, 4, 2)))

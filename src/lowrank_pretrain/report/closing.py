@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..digits import digits
-from .runs import METRICS, Run, best, by_seed
+from lowrank_pretrain.core.text import digits
+from lowrank_pretrain.report.runs import METRICS, Run, best, by_seed
 
 WIDTH = 120  # characters, where stdout is no terminal
 MOST = 30  # rows; the page has them all

@@ -7,11 +7,11 @@ from html import escape
 from importlib.resources import files
 from pathlib import Path
 
-from ..digits import digits
-from ..errors import ConfigError
-from .runs import METRICS, Run, best, by_seed, find_runs
-from .sections import Chart, of_one, over_steps, side_by_side
-from .tables import phases_table, runs_table, seeds_table
+from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.text import digits
+from lowrank_pretrain.report.runs import METRICS, Run, best, by_seed, find_runs
+from lowrank_pretrain.report.sections import Chart, of_one, over_steps, side_by_side
+from lowrank_pretrain.report.tables import phases_table, runs_table, seeds_table
 
 
 def write_report(paths: list[Path], out: Path | None = None) -> Path:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from omegaconf import OmegaConf
 
-from ..errors import ConfigError
+from lowrank_pretrain.core.errors import ConfigError
 
 # what a run is judged by, most telling first, and which end is the best; any other metric is neither
 LOWEST, HIGHEST = min, max

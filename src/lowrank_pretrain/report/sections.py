@@ -4,9 +4,9 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from ..digits import digits
-from . import charts
-from .runs import Run, Series
+from lowrank_pretrain.core.text import digits
+from lowrank_pretrain.report import charts
+from lowrank_pretrain.report.runs import Run, Series
 
 STEPS, SECONDS = "optimizer steps", "seconds of training"
 DRAWN = 16  # runs in one chart; more are no longer told apart

@@ -4,8 +4,8 @@ from collections.abc import Callable, Sequence
 from html import escape
 from typing import Any
 
-from ..digits import digits
-from .runs import METRICS, Run, Seeds, best
+from lowrank_pretrain.core.text import digits
+from lowrank_pretrain.report.runs import METRICS, Run, Seeds, best
 
 STEPS = "optimizer steps"
 STAR = "★"

@@ -1,0 +1,1 @@
+"""Write, find and read checkpoint files, and what Lightning leaves out of them."""

@@ -1,0 +1,58 @@
+"""A run that goes on for longer than the checkpoint's, under a schedule of a module's own: say that it may have ended."""
+
+import math
+import warnings
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from typing_extensions import override
+
+from lowrank_pretrain.models.optim import Schedule
+from lowrank_pretrain.phases.plain_checkpoint import SIDE
+
+KEY = "steps"  # in a checkpoint's side entry
+ENDS = ("T_max", "total_steps", "total_iters", "_milestones", "milestones", "lr_lambdas")  # what torch's schedulers know of it
+
+
+class LongerRun(Callback):
+    """Compares the run's length with the checkpoint's where the schedule is not ours.
+
+    Torch's schedulers take all that they know from the file, the length of the run too.
+    """
+
+    def __init__(self) -> None:
+        self._before: int | None = None
+
+    @override
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        steps = _length(trainer)
+        if steps is not None:
+            checkpoint.setdefault(SIDE, {})[KEY] = steps
+
+    @override
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._before = checkpoint.get(SIDE, {}).get(KEY)
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        before, self._before, now = self._before, None, _length(trainer)
+        if before is None or now is None or now == before:
+            return
+        for config in trainer.lr_scheduler_configs:
+            if not isinstance(config.scheduler, Schedule) and any(hasattr(config.scheduler, name) for name in ENDS):
+                name = type(config.scheduler).__name__
+                warnings.warn(
+                    f"the schedule ({name}) is the checkpoint's, whose run was of {before:,} steps; this one is of {now:,}: "
+                    "the rate may come to its end on the way; start afresh, or have the optim group make the optimizer",
+                    stacklevel=2,
+                )
+
+
+def _length(trainer: Trainer) -> int | None:
+    """Optimizer steps of the whole run; None where they are not known."""
+    try:
+        steps = trainer.estimated_stepping_batches
+    except MisconfigurationException:  # batches per step that change on the way
+        return None
+    return None if math.isinf(steps) else int(steps)

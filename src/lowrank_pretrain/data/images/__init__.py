@@ -1,0 +1,1 @@
+"""Read images: arrays, files, named data sets."""

@@ -1,0 +1,1 @@
+"""Load batches, and go on in the middle of an epoch."""

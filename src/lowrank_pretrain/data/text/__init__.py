@@ -1,0 +1,1 @@
+"""Read text: token files, streamed documents, tokenizers."""

@@ -1,0 +1,454 @@
+"""Documents piece by piece, from local files, from a saved set or from the hub; a place in them; shares for many readers.
+
+A piece is a whole document, or a part of a long one, so that memory holds no more than that. Errors are one line.
+"""
+
+import codecs
+import copy
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.data.images.sources import first_line
+from lowrank_pretrain.data.text.files import (
+    BLOCK,
+    BadRow,
+    Blocks,
+    Row,
+    is_packed,
+    kind_of,
+    not_utf8,
+    open_bytes,
+    rows_of,
+    text_of,
+)
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+
+PEEK = 1 << 20  # bytes of each local file that are checked for UTF-8 when it is opened
+SMALL = 4 * BLOCK  # bytes for each reader; of less, every reader reads all, and they divide the packed sequences
+HOPELESS = 1000  # rows without text at the beginning: then it is the wrong column
+SAVED = ("state.json", "dataset_dict.json")  # of `datasets`' save_to_disk
+
+
+class Piece(NamedTuple):
+    """A part of a document.
+
+    Attributes:
+        text: not empty.
+        begins: it is the document's first, or the text before it is another reader's.
+        ends: it is the document's last, or the text after it is another reader's.
+        after: where reading goes on.
+    """
+
+    text: str
+    begins: bool
+    ends: bool
+    after: dict[str, Any]
+
+
+class Documents(Protocol):
+    """What texts are read from."""
+
+    files: list[Path]  # local ones, to find the one to blame
+    bad: list[str]  # rows that were left out and are not yet told
+
+    def share(self, reader: int, readers: int) -> "Documents | None":
+        """Return one reader's share; None: there is too little to divide."""
+        ...
+
+    def read(self, place: dict[str, Any] | None) -> Iterator[Piece]:
+        """Read all pieces from ``place`` on, None: from the beginning."""
+        ...
+
+
+class _Rows:
+    """What sets of rows have in common: a long row in parts, rows for one reader of several, rows without text."""
+
+    def __init__(self, key: str, text_key: str) -> None:
+        self.key, self.text_key = key, text_key
+        self.bad: list[str] = []
+        self.reader, self.readers = 0, 1
+
+    def _begin_pass(self) -> None:
+        self._good, self._left_out, self._first = 0, 0, ""
+
+    def _pieces(self, row: Row, unit: int, skip: int, shift: int, where: str, places: tuple[dict, dict]) -> Iterator[Piece]:
+        """Cut this reader's parts from a row; ``places`` are before and after it."""
+        parts = max(1, -(-row.size // BLOCK))
+        mine = [(unit + j + shift) % self.readers == self.reader for j in range(parts)]
+        if not any(mine):
+            return
+        try:
+            texts = in_parts(row.text(), parts)
+        except BadRow as error:
+            if mine[0]:
+                self._leave_out(f"{where}, row {row.number}, {error}")
+            return
+        self._good += 1
+        if parts == 1 and not texts[0].strip():
+            return
+        for j, text in enumerate(texts):
+            if mine[j] and j >= skip and text:
+                begins, ends = j == 0 or not mine[j - 1], j == parts - 1 or not mine[j + 1]
+                yield Piece(text, begins, ends, places[1] if j == parts - 1 else {**places[0], "part": j + 1})
+
+    def _leave_out(self, line: str) -> None:
+        self._left_out += 1
+        self._first = self._first or line
+        if len(self.bad) < HOPELESS:  # what is told of more is their number
+            self.bad.append(line)
+        if not self._good and self._left_out >= HOPELESS:
+            raise self._hopeless()
+
+    def _end_pass(self) -> None:
+        if not self._good and self._left_out:
+            raise self._hopeless()
+
+    def _hopeless(self) -> ConfigError:
+        head, has, names = self._first.partition(", it has: ")
+        if has:
+            return ConfigError(
+                "text_key", self.text_key, f"must name a column of text, there are: {names} ({head.split(',')[0]})"
+            )
+        allowed = f"must name a column of text; none is in the first {self._left_out} rows: {self._first}"
+        return ConfigError("text_key", self.text_key, allowed)
+
+
+class FileDocuments(_Rows):
+    """Local files of one kind. A text file is one document, in any other each row is one.
+
+    Readers share a text file by blocks that follow one another. Other files are dealt out whole where that is fair, else row by
+    row.
+
+    Args:
+        files: the files.
+        key: the configuration key that held them.
+        text_key: the column with the text.
+    """
+
+    def __init__(self, files: list[Path], key: str, text_key: str) -> None:
+        super().__init__(key, text_key)
+        self.files, self.kind = files, kind_of(files[0], key)
+        self.sizes = [path.stat().st_size for path in files]
+        self._mine: set[int] | None = None  # numbers of files, None: by rows or blocks
+
+    def share(self, reader: int, readers: int) -> "FileDocuments | None":
+        """Return one reader's share; None: there is too little to divide."""
+        if sum(self.sizes) < readers * SMALL:
+            return None
+        part = copy.copy(self)
+        part.bad = []
+        dealt = _deal(self.sizes, readers) if self.kind != "text" else None
+        if dealt is not None:
+            part._mine = dealt[reader]
+        else:
+            part.reader, part.readers = reader, readers
+        return part
+
+    def read(self, place: dict[str, Any] | None) -> Iterator[Piece]:
+        """Read all pieces from ``place`` on."""
+        place = place or {"file": 0}
+        self._begin_pass()
+        for number in range(place["file"], len(self.files)):
+            if self._mine is None or number in self._mine:
+                at = place if number == place["file"] else {"file": number}
+                yield from (self._blocks if self.kind == "text" else self._file)(at)
+        self._end_pass()
+
+    def _blocks(self, place: dict[str, Any]) -> Iterator[Piece]:
+        number = place["file"]
+        blocks = Blocks(self.files[number], self.key)
+        count = blocks.count()
+
+        def is_mine(k: int) -> bool:
+            shared = k if count is None else k * self.readers // count  # neighbours where that can be known
+            return (shared + number) % self.readers == self.reader
+
+        try:
+            k = place.get("block", 0)
+            while count is None or k < count:
+                if not is_mine(k):
+                    if count is None and blocks.begin(k) is None:
+                        return
+                    k += 1
+                    continue
+                found = blocks.text(k)
+                if found is None:
+                    return
+                text, last = found
+                ends = last or not is_mine(k + 1)
+                after = {"file": number + 1} if last else {"file": number, "block": k + 1}
+                if text:
+                    yield Piece(text, k == 0 or not is_mine(k - 1), ends, after)
+                if last:
+                    return
+                k += 1
+        finally:
+            blocks.close()
+
+    def _file(self, place: dict[str, Any]) -> Iterator[Piece]:
+        number, unit, skip = place["file"], place.get("unit", 0), place.get("part", 0)
+        path = self.files[number]
+        before = {"file": number, "at": place.get("at"), "unit": unit}
+        for row in rows_of(path, self.kind, self.text_key, self.key, before["at"]):
+            unit += max(1, -(-row.size // BLOCK))
+            after = {"file": number, "at": row.after, "unit": unit}
+            yield from self._pieces(row, before["unit"], skip, number, str(path), (before, after))
+            before, skip = after, 0
+
+
+class SavedDocuments(_Rows):
+    """A set that `datasets` saved with ``save_to_disk``.
+
+    Args:
+        rows: the set.
+        folder: where it lies.
+        key: the configuration key that named it.
+        text_key: the column with the text.
+    """
+
+    def __init__(self, rows: "Dataset", folder: Path, key: str, text_key: str) -> None:
+        super().__init__(key, text_key)
+        if text_key not in rows.column_names:
+            names = ", ".join(sorted(rows.column_names))
+            raise ConfigError("text_key", text_key, f"must name a column of text, there are: {names} (in {folder})")
+        self.rows, self.files, self.folder = rows, [], folder
+
+    def share(self, reader: int, readers: int) -> "SavedDocuments | None":
+        """Return one reader's share; None: there is too little to divide."""
+        if self.rows.data.nbytes < readers * SMALL:
+            return None
+        part = copy.copy(self)
+        part.bad, part.reader, part.readers = [], reader, readers
+        return part
+
+    def read(self, place: dict[str, Any] | None) -> Iterator[Piece]:
+        """Read all pieces from ``place`` on."""
+        place = place or {"row": 0, "unit": 0}
+        self._begin_pass()
+        unit, skip = place["unit"], place.get("part", 0)
+        for i in range(place["row"], len(self.rows)):
+            content = {self.text_key: self.rows[i][self.text_key]}
+            size = len(content[self.text_key]) if isinstance(content[self.text_key], str) else 0
+            row = Row(i + 1, size, lambda content=content: text_of(content, self.text_key), None)
+            before = {"row": i, "unit": unit}
+            unit += max(1, -(-size // BLOCK))
+            after = {"row": i + 1, "unit": unit}
+            yield from self._pieces(row, before["unit"], skip, 0, str(self.folder), (before, after))
+            skip = 0
+        self._end_pass()
+
+
+class HubDocuments(_Rows):
+    """A set on the hub, in streaming mode.
+
+    Args:
+        stream: the set.
+        name: its name.
+        text_key: the column with the text.
+    """
+
+    def __init__(self, stream: "IterableDataset", name: str, text_key: str) -> None:
+        super().__init__("dataset", text_key)
+        self.stream, self.name, self.files = stream, name, []
+
+    def share(self, reader: int, readers: int) -> "HubDocuments":
+        """Return one reader's share: files of its own where there are enough of them, else every so-many-th document."""
+        part = copy.copy(self)
+        part.bad = []
+        if self.stream.num_shards >= readers:
+            part.stream = self.stream.shard(readers, reader, contiguous=False)
+        else:
+            from datasets.distributed import split_dataset_by_node
+
+            part.stream = split_dataset_by_node(self.stream, rank=reader, world_size=readers)
+        return part
+
+    def read(self, place: dict[str, Any] | None) -> Iterator[Piece]:
+        """Read all pieces from ``place`` on."""
+        place = place or {"documents": None}
+        self._begin_pass()
+        self.stream.load_state_dict(place["documents"])
+        before, skip = place["documents"], place.get("part", 0)
+        # through `iter`, which leaves the sharding among workers to us
+        for number, batch in enumerate(self.stream.iter(batch_size=1), 1):
+            after = self.stream.state_dict()
+            content = {key: values[0] for key, values in batch.items()}
+            text = content.get(self.text_key)
+            row = Row(number, len(text) if isinstance(text, str) else 0, lambda c=content: text_of(c, self.text_key), None)
+            yield from self._pieces(row, 0, skip, 0, self.name, ({"documents": before}, {"documents": after}))
+            before, skip = after, 0
+        self._end_pass()
+
+
+def in_parts(text: str, count: int) -> list[str]:
+    """Cut the text into ``count`` parts of about the same length, cut at ends of lines, else before spaces, else anywhere."""
+    cuts = [0]
+    for i in range(1, count):
+        at = len(text) * i // count
+        window = text[at : at + max(1, len(text) // (2 * count))]
+        line = next((j + 1 for j in range(len(window) - 1) if window[j] == "\n" and not window[j + 1].isspace()), 0)
+        cuts.append(at + (line or max(0, window.find(" "))))
+    return [text[a:b] for a, b in zip(cuts, [*cuts[1:], len(text)], strict=True)]
+
+
+def _deal(sizes: list[int], readers: int) -> list[set[int]] | None:
+    """Deal numbers of files to each reader, the largest first to whoever has least; None where that is not fair."""
+    if len(sizes) < readers:
+        return None
+    hands: list[set[int]] = [set() for _ in range(readers)]
+    loads = [0] * readers
+    for number in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        least = loads.index(min(loads))
+        hands[least].add(number)
+        loads[least] += sizes[number]
+    return hands if min(loads) >= 0.7 * max(loads) else None
+
+
+# ---- opening
+
+
+def open_documents(
+    root: str | None,
+    files: str | list[str],
+    files_key: str,
+    dataset: str | None,
+    config: str | None,
+    split: str,
+    split_key: str,
+    text_key: str,
+) -> Documents:
+    """Open the documents of a part.
+
+    Args:
+        root: folder of local files, or one that `datasets` saved with ``save_to_disk``; not used with ``dataset``.
+        files: glob(s) below ``root``: json lines, csv, parquet, txt or md (a file is one document), packed or not.
+        files_key: the configuration key that held ``files``.
+        dataset: a set on the hub, e.g. ``allenai/c4``, or a saved folder; None: local files.
+        config: its configuration, e.g. ``en``.
+        split: its split.
+        split_key: the configuration key that held ``split``.
+        text_key: the column with the text.
+
+    Raises:
+        ConfigError: nothing there, not readable, or a package that is not installed.
+    """
+    folder = saved_folder(root if dataset is None else dataset, split)
+    if folder is not None:
+        return SavedDocuments(_load_saved(folder, split, split_key), folder, "root" if dataset is None else "dataset", text_key)
+    if dataset is None:
+        return FileDocuments(find_files(root, files, files_key), files_key, text_key)
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise ConfigError("dataset", dataset, "needs the package datasets: pip install datasets") from error
+    try:
+        return HubDocuments(load_dataset(dataset, config, split=split, streaming=True), dataset, text_key)
+    except Exception as error:
+        message = first_line(error)
+        if "split" in message.lower():
+            raise ConfigError(split_key, split, message) from error
+        hint = "; zstandard is missing: pip install zstandard" if "zstd" in message else ""
+        raise ConfigError("dataset", dataset, f"cannot be opened: {message}{hint}") from error
+
+
+def saved_folder(root: str | None, split: str) -> Path | None:
+    """Find the folder below ``root`` that ``save_to_disk`` wrote, if one did."""
+    if root is None:
+        return None
+    folders = (Path(root), Path(root) / split)
+    return next((folder for folder in folders if any((folder / name).is_file() for name in SAVED)), None)
+
+
+def _load_saved(folder: Path, split: str, split_key: str) -> "Dataset":
+    try:
+        from datasets import DatasetDict, load_from_disk
+    except ImportError as error:
+        raise ConfigError("root", str(folder), "needs the package datasets: pip install datasets") from error
+    try:
+        found = load_from_disk(str(folder))
+    except Exception as error:  # pyarrow's and others' classes
+        raise ConfigError("root", str(folder), f"cannot be read as a saved set: {first_line(error)}") from error
+    if isinstance(found, DatasetDict):
+        if split not in found:
+            raise ConfigError(split_key, split, f"must be a split of the saved set, there are: {', '.join(found)}")
+        return found[split]
+    if folder.name != split:
+        cure = "save a DatasetDict, as Dataset.train_test_split makes one"
+        raise ConfigError(split_key, split, f"is not told apart in {folder}, a saved set without splits: {cure}")
+    return found
+
+
+def find_files(root: str | None, patterns: str | list[str], key: str) -> list[Path]:
+    """Find the local files that match, sorted.
+
+    Args:
+        root: folder.
+        patterns: one glob below it or several.
+        key: the configuration key that held the patterns.
+
+    Raises:
+        ConfigError: no folder, no match, an unknown or a second kind of file, or a text file that is not UTF-8.
+    """
+    if root is None or not Path(root).is_dir():
+        raise ConfigError("root", root, "must be an existing folder of text files (or give data.dataset, a set on the hub)")
+    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+    if not all(patterns) or any(Path(pattern).is_absolute() for pattern in patterns):
+        raise ConfigError(key, patterns, f"must be globs for files below {root}, such as train*")
+    files = sorted({path for pattern in patterns for path in Path(root).glob(pattern) if path.is_file()})
+    files = [path for path in files if not path.name.startswith(".")]  # what an operating system or an editor leaves
+    if not files:
+        there = sorted(path.name for path in Path(root).iterdir() if not path.name.startswith("."))
+        names = f"; there are: {', '.join(there[:10])}{'…' if len(there) > 10 else ''}" if there else ", the folder is empty"
+        cure = "; `python -m lowrank_pretrain.data.prepare` holds a part out" if key == "val_files" else ""
+        raise ConfigError(key, patterns, f"must match files under {root}, matches none{names}{cure}")
+    kinds = {kind_of(path, key) for path in files}
+    if len(kinds) > 1:
+        raise ConfigError(key, patterns, f"must match one kind of file, matches {' and '.join(sorted(kinds))}")
+    for path in files:
+        check_utf8(path, key, limit=PEEK)
+    return files
+
+
+def check_utf8(path: Path, key: str, limit: int | None = None) -> None:
+    """Raise a ConfigError that names file and byte if the file is empty or not UTF-8, as far as it is looked at.
+
+    Rows of JSON are not looked at here: a bad one is left out and counted.
+    """
+    if path.stat().st_size == 0:
+        raise ConfigError(key, str(path), "must not be empty")
+    kind = kind_of(path, key)
+    if kind == "parquet":
+        return
+    decoder, position = codecs.getincrementaldecoder("utf-8")(), 0
+    try:
+        with open_bytes(path) as file:
+            while (limit is None or position < limit) and (chunk := file.read(PEEK)):
+                if kind != "json":
+                    decoder.decode(chunk)
+                position += len(chunk)
+    except UnicodeDecodeError as error:
+        raise not_utf8(path, key, error, position) from error
+    except ConfigError:
+        raise
+    except Exception as error:  # gzip, bz2, lzma and zstandard have their own; an I/O error is of one kind
+        if is_packed(path) or isinstance(error, (OSError, EOFError, zlib.error)):
+            raise ConfigError(key, str(path), f"cannot be unpacked: {first_line(error)}") from error
+        raise
+
+
+def read_error(error: Exception, key: str, paths: list[Path]) -> ConfigError:
+    """Return what to say when reading broke off: the local file to blame if one can be found."""
+    if isinstance(error, ConfigError):
+        return error
+    for path in paths:
+        try:
+            check_utf8(path, key)
+        except ConfigError as found:
+            return found
+    names = ", ".join(str(path) for path in paths[:3]) + ("…" if len(paths) > 3 else "")
+    return ConfigError(key, names or None, f"cannot be read: {first_line(error)}")

@@ -1,0 +1,114 @@
+"""Token files as language-modelling batches. Shapes: B batch, T tokens (``seq_len``)."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.seeds import generator
+from lowrank_pretrain.data import SAMPLES
+from lowrank_pretrain.data.loaders.base import PretrainData, public_name
+from lowrank_pretrain.data.loaders.batch import Fetched
+from lowrank_pretrain.data.text.bins import check_ids, open_bin
+from lowrank_pretrain.data.text.tokenizer import load_tokenizer
+
+
+class TokenSet:
+    """Consecutive pieces of T tokens; the text is a ring, so pieces can begin anywhere.
+
+    Args:
+        tokens: ids, (count,), any unsigned type; a memmap is read only where it is asked for.
+        seq_len: T.
+        vocab_size: every id must be below it.
+        path: the file to name in errors.
+        jitter: begin every epoch at another token, so that pieces are cut elsewhere.
+        seed: the run's seed; None: the one given to ``seed_everything``.
+
+    Raises:
+        ConfigError: ``seq_len`` longer than the text.
+    """
+
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        seq_len: int,
+        vocab_size: int,
+        path: str | Path,
+        jitter: bool = False,
+        seed: int | None = None,
+    ) -> None:
+        if not isinstance(seq_len, int) or not 2 <= seq_len <= len(tokens):
+            raise ConfigError("seq_len", seq_len, f"must be from 2 to {len(tokens)}, the tokens in {path}")
+        self.tokens, self.seq_len, self.vocab_size, self.path = tokens, seq_len, vocab_size, path
+        self.jitter, self.seed = jitter, seed
+
+    def __len__(self) -> int:
+        return len(self.tokens) // self.seq_len
+
+    def fetch(self, epoch: int, indices: list[int]) -> Fetched:
+        """``{"input_ids": (B, T) int64}``."""
+        start = np.asarray(indices) * self.seq_len
+        if self.jitter:
+            draw = torch.randint(len(self.tokens), (), generator=generator("jitter", epoch, seed=self.seed))
+            start = start + draw.item()
+        ids = self.tokens[(start[:, None] + np.arange(self.seq_len)) % len(self.tokens)]  # (B, T)
+        check_ids(ids, self.vocab_size, self.path)
+        return Fetched({"input_ids": torch.from_numpy(ids.astype(np.int64))}, [])
+
+
+class TokenData(PretrainData):
+    """Language-modelling batches from token files (:mod:`lowrank_pretrain.data.text.bins`).
+
+    Args:
+        root: folder with ``train.bin`` and ``val.bin``, or ``kjv`` for the embedded King James text.
+        batch_size: sequences per batch and process.
+        num_workers: loading processes; 0 is the fastest from a local disk.
+        seq_len: tokens per sequence, T.
+        vocab_size: of the model; at least that of the files.
+        train_file: training tokens, a path under ``root``.
+        val_file: validation tokens, a path under ``root``; testing uses them too.
+        seed: None: the run's.
+
+    Raises:
+        ConfigError: a wrong value, or (from ``setup``) a file that is missing or does not fit.
+    """
+
+    def __init__(
+        self,
+        root: str | None = None,
+        batch_size: int = 16,
+        num_workers: int = 0,
+        seq_len: int = 1024,
+        vocab_size: int = 50257,
+        train_file: str = "train.bin",
+        val_file: str = "val.bin",
+        seed: int | None = None,
+    ) -> None:
+        super().__init__(batch_size, num_workers, seed)
+        self.root, self.seq_len, self.vocab_size = root, seq_len, vocab_size
+        self.train_file, self.val_file = train_file, val_file
+        self.dataset_name = "King James Bible" if root == "kjv" else public_name(root or "tokens")
+
+    def setup(self, stage: str | None = None) -> None:
+        """Open the files, once."""
+        if self.train_set is not None:
+            return
+        if self.root == "kjv":
+            train, val = SAMPLES / "kjv_train.bin", SAMPLES / "kjv_val.bin"
+        else:
+            if not self.root or not Path(self.root).is_dir():
+                files = f"{self.train_file} and {self.val_file}"
+                allowed = f"must be a folder with {files}, written by `python -m lowrank_pretrain.data.prepare`"
+                raise ConfigError("root", self.root, allowed)
+            train, val = Path(self.root) / self.train_file, Path(self.root) / self.val_file
+        sets = []
+        for key, path in (("train_file", train), ("val_file", val)):
+            tokens, _ = open_bin(path, self.vocab_size, key)
+            args = tokens, self.seq_len, self.vocab_size, path
+            sets.append(TokenSet(*args, jitter=key == "train_file", seed=self.seed))
+        self.train_set, self.val_set = sets
+        self.test_set = self.val_set
+        tokenizer = "kjv" if self.root == "kjv" else str(Path(self.root) / "tokenizer.json")
+        if self.root == "kjv" or Path(tokenizer).is_file():  # left there by prepare
+            self.remember_tokenizer(tokenizer, *load_tokenizer(tokenizer))

@@ -1,0 +1,1 @@
+"""End a run that has gone wrong, and name the cause."""

@@ -1,0 +1,56 @@
+"""Now and then, whether all ranks still hold the same weights: replicas that drift apart do not crash by themselves."""
+
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from typing_extensions import override
+
+from lowrank_pretrain.core.agreement import agreed_hash
+from lowrank_pretrain.core.errors import ConfigError
+
+
+class RanksAgree(Callback):
+    """Compares the ranks' weights every so many optimizer steps and before each checkpoint; one pass over them, one wait.
+
+    What LTE keeps apart is left out: its heads, its rest where that is averaged at merges only. Weights that are cut over
+    the ranks (FSDP2) have nothing to be compared with.
+
+    Args:
+        every_n_steps: optimizer steps between two looks; 0: only before checkpoints.
+
+    Raises:
+        ConfigError: `every_n_steps` is not a whole number of 0 or more.
+    """
+
+    def __init__(self, every_n_steps: int = 500) -> None:
+        if not isinstance(every_n_steps, int) or isinstance(every_n_steps, bool) or every_n_steps < 0:
+            raise ConfigError("agree_every", every_n_steps, "must be 0 (only before checkpoints) or more optimizer steps")
+        self.every_n_steps = every_n_steps
+        self._seen_step = 0
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._seen_step = trainer.global_step
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        if step == self._seen_step:  # gradients still accumulate
+            return
+        self._seen_step = step
+        if self.every_n_steps and step % self.every_n_steps == 0:
+            self._look(trainer, pl_module)
+
+    @override
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._look(trainer, pl_module)
+
+    def _look(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        rest = getattr(trainer.strategy, "rest", None)
+        if trainer.world_size == 1 or getattr(rest, "apart", False):
+            return
+        if any(hasattr(p, "full_tensor") for p in pl_module.parameters()):
+            return
+        agreed_hash(trainer.strategy, pl_module, f"at step {trainer.global_step}")

@@ -1,0 +1,166 @@
+"""A data loader that hands out nothing more ends the run, instead of holding its devices until somebody looks."""
+
+import math
+import os
+import signal
+import sys
+import sysconfig
+import threading
+import time
+from types import FrameType
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from typing_extensions import override
+
+from lowrank_pretrain.core.errors import ConfigError
+
+GRACE = 30.0  # seconds that the main thread has to hear of it, before the process is ended from outside
+ASKED = "_next"  # how the names end that Lightning gives to asking a loader for a batch
+STDLIB = sysconfig.get_paths()["stdlib"]
+
+
+class Stalled(BaseException):
+    """A loader has not handed out a batch for too long. No Exception: readers that forgive those must not forgive this.
+
+    Args:
+        loader: which, e.g. ``"the training loader"``.
+        seconds: for how long.
+        place: where the process waits, ``file:line in function``.
+    """
+
+    def __init__(self, loader: str, seconds: float, place: str) -> None:
+        super().__init__(loader, seconds, place)
+        self.loader, self.seconds, self.place = loader, seconds, place
+
+    def __str__(self) -> str:
+        return f"{self.loader} has handed out nothing for {self.seconds:g} s (stall_timeout); it waits at {self.place}"
+
+
+class StallGuard(Callback):
+    """Watches the time between asking a loader for a batch and getting it, from a thread of its own: a step costs nothing.
+
+    That time is what Lightning measures for its profiler: what hooks, validation or the writing of a checkpoint take does not
+    count.
+
+    It interrupts the main thread by SIGALRM, whatever Python is waiting for there: a worker process, a file, a lock. Where
+    that is not heard, inside of a library's own loop, the process ends with exit code 1 after half a minute.
+
+    Args:
+        timeout: seconds; None: any time.
+
+    Raises:
+        ConfigError: `timeout` is not a number above 0.
+    """
+
+    def __init__(self, timeout: float | None = 1800.0) -> None:
+        number = isinstance(timeout, (int, float)) and not isinstance(timeout, bool)
+        if timeout is not None and not (number and 0 < timeout < math.inf):
+            raise ConfigError("stall_timeout", timeout, "must be a number of seconds above 0, or null for any time")
+        self.timeout = timeout
+        self._waiting: tuple[str, float] | None = None  # for whom, since when
+        self._thread: threading.Thread | None = None
+        self._over = threading.Event()
+        self._before: Any = None
+        self._profiler: Any = None
+        self._stalled: Stalled | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        nothing = dict.fromkeys(("_waiting", "_thread", "_before", "_profiler", "_stalled"))
+        return {"timeout": self.timeout, **nothing}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._over = threading.Event()
+
+    # -- the watch --------------------------------------------------------------------------------------------------
+
+    def _begin(self) -> None:
+        main = threading.main_thread()
+        if self.timeout is None or threading.current_thread() is not main or not hasattr(signal, "pthread_kill"):
+            return
+        self._end()
+        self._over.clear()
+        self._before = signal.signal(signal.SIGALRM, self._hear)
+        self._thread = threading.Thread(target=self._watch, args=(main.ident,), name="stall guard", daemon=True)
+        self._thread.start()
+
+    def _end(self) -> None:
+        self._waiting = None
+        if self._profiler is not None:
+            del self._profiler.start, self._profiler.stop
+            self._profiler = None
+        if self._thread is not None:
+            self._over.set()
+            self._thread.join()
+            self._thread = None
+            signal.signal(signal.SIGALRM, self._before)
+
+    def _watch(self, main: int) -> None:
+        while not self._over.wait(min(5.0, self.timeout / 4)):
+            waiting = self._waiting
+            if waiting is None or time.monotonic() - waiting[1] < self.timeout:
+                continue
+            self._stalled = Stalled(waiting[0], self.timeout, _place(main))
+            signal.pthread_kill(main, signal.SIGALRM)
+            if self._over.wait(min(GRACE, 10 * self.timeout)):
+                return
+            if self._waiting is waiting:
+                print(f"error: {self._stalled}; it does not answer", file=sys.stderr, flush=True)
+                os._exit(1)
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        stalled, self._stalled = self._stalled, None
+        if stalled is not None and self._waiting is not None:
+            self._waiting = None
+            raise stalled
+        if callable(self._before):  # somebody else's alarm
+            self._before(number, frame)
+
+    # -- Lightning's hooks ------------------------------------------------------------------------------------------
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._begin()
+        if self._thread is not None:
+            self._listen(trainer.profiler)
+
+    def _listen(self, profiler: Any) -> None:
+        """Hear when Lightning asks a loader and when it has its answer: it tells its profiler, also one that is off."""
+        start, stop = profiler.start, profiler.stop
+
+        def asked(action_name: str) -> None:
+            start(action_name)
+            if action_name.endswith(ASKED):
+                kind = "training" if ".train" in action_name else "validation"
+                self._waiting = (f"the {kind} loader", time.monotonic())
+
+        def answered(action_name: str) -> None:
+            if action_name.endswith(ASKED):
+                self._waiting = None
+            stop(action_name)
+
+        profiler.start, profiler.stop = asked, answered
+        self._profiler = profiler
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._end()
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._end()
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._end()
+
+
+def _place(thread: int) -> str:
+    """Where a thread is, by the innermost frame that is not Python's own library."""
+    frame = sys._current_frames().get(thread)
+    innermost = frame
+    while frame is not None and frame.f_code.co_filename.startswith(STDLIB) and "site-packages" not in frame.f_code.co_filename:
+        frame = frame.f_back
+    frame = frame or innermost
+    return "?" if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}"

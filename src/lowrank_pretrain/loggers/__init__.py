@@ -1,0 +1,1 @@
+"""Log a run: CSV and W&B."""

@@ -1,0 +1,222 @@
+"""Weights & Biases: metrics in sections over defined axes, phases as events, ranks as a map, one run across interruptions."""
+
+import csv
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+from typing_extensions import override
+
+from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.run.interrupts import Interrupted
+
+STEP, TIME = "trainer/global_step", "time/train_seconds"
+RANK = "lowrank/rank/"
+
+# section -> (its panels: (title, metrics or a regular expression of them, axis, unit)), in the order of a reader's questions
+SECTIONS: dict[str, list[tuple[str, str | list[str], str, str]]] = {
+    "Loss": [
+        ("Training loss by step", ["train/loss"], STEP, "nats"),
+        ("Training loss by time", ["train/loss"], TIME, "nats"),
+        ("Validation loss by step", ["val/loss"], STEP, "nats"),
+        ("Validation loss by time", ["val/loss"], TIME, "nats"),
+        ("Validation accuracy", ["val/acc1", "val/acc5"], STEP, "fraction"),
+        ("Validation perplexity", ["val/ppl"], STEP, "per token"),
+    ],
+    "Throughput": [
+        ("Samples per second", ["throughput/samples_per_sec"], STEP, "samples / s"),
+        ("Tokens per second", ["throughput/tokens_per_sec"], STEP, "tokens / s"),
+        ("Operations per second", ["throughput/flops_per_sec"], STEP, "FLOP / s"),
+        ("Model FLOPs utilisation", ["throughput/mfu"], STEP, "share of peak"),
+    ],
+    "Memory and parameters": [
+        ("Peak memory of the phase", ["memory/peak_gib"], STEP, "GiB"),
+        ("Optimizer states", ["memory/optimizer_gib"], STEP, "GiB"),
+        ("Parameters", ["params/trainable", "params/adapters", "params/total"], STEP, "parameters"),
+    ],
+    "Low rank": [
+        ("Phase: 0 full, 1 joint, 2 lowrank", ["lowrank/phase"], STEP, "phase"),
+        ("Weight norms by family", "lowrank/weight_norm/.*", STEP, "Frobenius norm"),
+        ("Adapter norms by family", "lowrank/adapter_norm/.*", STEP, "Frobenius norm"),
+        ("Change of weight norms per window", "lowrank/weight_change/.*", STEP, "fraction"),
+    ],
+    "LTE": [
+        ("Effective rank of gradients", "lte/effective_rank/gradient.*", STEP, "effective rank"),
+        ("Effective rank of the update", "lte/effective_rank/update.*", STEP, "effective rank"),
+        ("Sent per merge", ["lte/merge_mib", "lte/rest_mib"], STEP, "MiB per worker"),
+        ("Waited for a merge", ["lte/merge_ms"], STEP, "ms"),
+        ("Heads' orthogonality", "lte/orthogonality.*", STEP, "|cosine|"),
+    ],
+    "GaLore": [
+        ("Refresh of the subspace", ["galore/refresh_ms"], STEP, "ms"),
+        ("Overlap of old and new subspace", ["galore/overlap"], STEP, "fraction"),
+    ],
+}
+COUNTS = ("trainable", "adapters", "total")
+BEST = {"val/loss": "min", "val/ppl": "min", "val/acc1": "max", "val/acc5": "max"}
+
+
+class RunWandbLogger(WandbLogger):
+    """Lightning's logger with defined axes, and with what a run directory knows besides curves.
+
+    Each row carries the seconds trained so far, so that any metric can be drawn over time. Behind a switch the plan is
+    there as a table and as a map of layer by family; each phase is a row of ``events/phases``.
+
+    An offline run that resumes begins with the rows of metrics.csv: wandb cannot continue an offline run, and syncing a
+    second directory of the same run replaces the first. So the newest directory always holds the whole run.
+
+    A server that does not answer, or refuses, makes an offline run of it, with one warning.
+
+    Args:
+        save_dir: the run directory.
+        init_timeout: seconds that the server may take to answer; W&B's own 90 hold up a cluster's job.
+        **kwargs: see Lightning's logger.
+    """
+
+    def __init__(self, save_dir: str, init_timeout: float = 15, **kwargs: Any) -> None:
+        if not isinstance(init_timeout, (int, float)) or isinstance(init_timeout, bool) or init_timeout <= 0:
+            raise ConfigError("init_timeout", init_timeout, "must be a number of seconds above 0")
+        if "settings" not in kwargs and "WANDB_INIT_TIMEOUT" not in os.environ:
+            kwargs["settings"] = {"init_timeout": float(init_timeout)}
+        if kwargs.get("offline"):
+            kwargs["mode"] = "offline"
+        super().__init__(save_dir=save_dir, **kwargs)
+        if self._wandb_init.get("anonymous") is None:
+            self._wandb_init.pop("anonymous", None)  # newer versions warn of it, even of None
+        self._seconds: float | None = None
+        self._events: list[list[Any]] = []
+
+    @property
+    @override
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        fresh = self._experiment is None and getattr(self, "_attach_id", None) is None
+        run = self._begin() if fresh else super().experiment
+        if fresh:
+            define(run)
+            if self._offline:
+                self._repeat(Path(self.save_dir) / "metrics.csv")
+        return run
+
+    def _begin(self) -> Any:
+        """Begin W&B's run; offline where its server does not let us."""
+        try:
+            return self._init()
+        except Interrupted:
+            raise
+        except Exception as error:
+            if self._offline:
+                raise
+            why = " ".join(str(error).split())[:200]
+            later = f"upload it later with: wandb sync {os.path.relpath(Path(self.save_dir) / 'wandb' / 'latest-run')}"
+            warnings.warn(f"wandb: {type(error).__name__}: {why}; writing an offline run; {later}", stacklevel=1)
+        import wandb
+
+        wandb.teardown(exit_code=1)  # its service still holds the run under this id
+        self._offline, self._wandb_init["mode"] = True, "offline"
+        return self._init()
+
+    def _init(self) -> Any:
+        """Lightning's own way, but for the environment: it would set ``WANDB_MODE`` for all later runs of the process."""
+        offline, self._offline = self._offline, False
+        try:
+            return super().experiment
+        finally:
+            self._offline = offline
+
+    @override
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        if TIME in metrics:
+            self._seconds = metrics[TIME]
+        elif self._seconds is not None:
+            metrics = {**metrics, TIME: self._seconds}
+        super().log_metrics(metrics, step)
+        ranks = {key[len(RANK) :]: int(value) for key, value in metrics.items() if key.startswith(RANK)}
+        if ranks:
+            self._log_ranks(ranks, step)
+
+    @rank_zero_only
+    def log_phase(self, phase: str, step: int, counts: Mapping[str, int]) -> None:
+        """A phase begins, or goes on after a resume.
+
+        Args:
+            phase: its name.
+            step: optimizer steps before it.
+            counts: of parameters, by name.
+        """
+        import wandb
+
+        self._events.append([step, phase, *(counts[key] for key in COUNTS)])
+        self.experiment.log({"events/phases": wandb.Table(columns=["step", "phase", *COUNTS], data=self._events), STEP: step})
+
+    def _log_ranks(self, ranks: dict[str, int], step: int | None) -> None:
+        import wandb
+
+        from lowrank_pretrain.report.page import page
+        from lowrank_pretrain.report.sections import rank_map, split
+
+        rows = [[*split(target), rank] for target, rank in ranks.items()]
+        shown = page("Ranks", f"<figure>{rank_map(ranks, 'ranks')}</figure>")
+        self.experiment.log(
+            {
+                "lowrank/ranks": wandb.Table(columns=["layer", "family", "rank"], data=rows),
+                "lowrank/rank_map": wandb.Html(shown, inject=False, data_is_not_path=True),
+                **({} if step is None else {STEP: step}),
+            }
+        )
+
+    def _repeat(self, path: Path) -> None:
+        if not path.is_file():
+            return
+        with path.open(newline="") as file:
+            for row in csv.DictReader(file):
+                metrics = {key: float(text) for key, text in row.items() if text and key not in ("step", "epoch")}
+                self.log_metrics(metrics, int(row["step"]))
+
+
+def define(run: Any) -> None:
+    """The axis of every section's metrics, and which of their values is the best."""
+    run.define_metric(TIME)
+    for panels in SECTIONS.values():
+        for _, metrics, _, _ in panels:
+            for metric in [metrics.replace(".*", "*")] if isinstance(metrics, str) else metrics:
+                run.define_metric(metric, step_metric=STEP, step_sync=True, summary=BEST.get(metric))
+    for pattern in ("events/*", "lowrank/*", "test/*"):
+        run.define_metric(pattern, step_metric=STEP, step_sync=True)
+
+
+def publish(run: Any, summary: dict[str, Any], run_dir: Path) -> None:
+    """What a finished run leaves: all its phases as events, the report's page, the exported weights and their card.
+
+    Args:
+        run: W&B's.
+        summary: the contents of summary.json.
+        run_dir: the run directory, with ``export/`` in it.
+    """
+    import wandb
+
+    from lowrank_pretrain.report import find_runs, render
+
+    events, step = [], 0
+    for phase in summary["phases"]:
+        events.append([step, phase["phase"], *(phase[key] for key in COUNTS)])
+        step += phase["steps"]
+    steps = {key: summary[key] for key in ("switch_step", "freeze_step") if summary[key] is not None}
+    run.summary.update({**steps, "phases": summary["phases"]})
+    page = render(find_runs([run_dir]), run_dir.name)
+    run.log(
+        {
+            "events/phases": wandb.Table(columns=["step", "phase", *COUNTS], data=events),
+            "report": wandb.Html(page, inject=False, data_is_not_path=True),
+            STEP: step,
+        }
+    )
+    artifact = wandb.Artifact(f"model-{run.id}", type="model", metadata={"final": summary["final"], **steps})
+    artifact.add_dir(str(run_dir / "export"), policy="immutable")  # no second copy on this disk
+    run.log_artifact(artifact)

@@ -1,0 +1,285 @@
+"""The LoRA layer: what a linear layer becomes when it is given adapters (LoRA: arXiv 2106.09685).
+
+        x (.., D) ──────────── W (O, D) ──(+)── y (.., O)        y = W x + b + scale · B (A x)
+              └── A (R, D) ── B (O, R) ──┘                       A kaiming-uniform(√5), B = 0, scale = alpha / R
+
+Giving adapters swaps the *class* of a layer and registers the factors on it: the module, W and b stay the same objects under
+the same names, so optimizer state, hooks, aliases and checkpoint keys survive. Adapters are ``lora_A`` (ΣR, D) and, per row
+block of a fused layer, ``lora_B.<part>`` (O_part, R_part); a layer that is not fused has the one part ``W``.
+"""
+
+import inspect
+import math
+import sys
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lowrank_pretrain.core.seeds import generator
+from lowrank_pretrain.core.targets import Target, is_conv1d
+from lowrank_pretrain.lora.function import Part, RestPart, effective_bias, effective_weight, lora_linear, merged
+
+
+class Inherit(NamedTuple):
+    """A new parameter that takes over rows ``start … start+rows`` (along ``dim``) of an old one, optimizer state and all."""
+
+    new: nn.Parameter
+    old: nn.Parameter
+    dim: int
+    start: int
+    rows: int
+
+
+class Reclassed:
+    """A layer whose class was swapped for one that is made at run time, and which may hold rows of W as parameters.
+
+    What ``LoRALinear`` and LTE's ``MultiheadLoRALinear`` share: copying, pickling and moving to a device.
+    """
+
+    _plain_class: type[nn.Module]
+    _mixin: type
+    _rest: tuple[RestPart, ...]
+
+    def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
+        super()._apply(*args, **kwargs)
+        self._tie_rest()
+        return self
+
+    def _tie_rest(self) -> None:
+        """Make the rest blocks views of W and b again (moving or copying a module makes tensors of their own)."""
+        dim = 1 if is_conv1d(self) else 0
+        for part in self._rest:
+            self.rest_weight[part.name].data = self.weight.data.narrow(dim, part.start, part.rows)
+            if part.name in self.rest_bias:
+                self.rest_bias[part.name].data = self.bias.data.narrow(0, part.start, part.rows)
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._tie_rest()
+
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        # the class has no importable name: rebuild it from the plain one
+        return _blank, (self._mixin, self._plain_class), self.__dict__
+
+
+def swap_class(layer: nn.Module, mixin: type[Reclassed]) -> None:
+    """Give the layer a class of its own: ``mixin`` before the class that it has."""
+    layer.__class__ = _class_of(mixin, type(layer))
+
+
+def has_own_forward(layer: nn.Module) -> bool:
+    """Whether the layer (or what it was before its class was swapped) computes something else than its parent class."""
+    return getattr(layer, "_plain_class", type(layer)).forward not in _known_forwards()
+
+
+def with_weight(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
+    """Return the layer as its plain class sees it, but with another weight: for one call of the plain class's forward.
+
+    It shares the layer's ``__dict__``, so what the forward reads and writes on itself (buffers, counters, children) is the
+    layer's. The layer itself is not touched: other threads, and hooks that look at its weight, notice nothing.
+    """
+    twin_class = _twin_of(layer._plain_class)
+    twin = twin_class.__new__(twin_class)
+    object.__setattr__(twin, "__dict__", layer.__dict__)
+    twin_class._lowrank_weight.__set__(twin, weight)
+    twin_class._lowrank_bias.__set__(twin, bias)
+    return twin
+
+
+_ADDED = ("lora_A", "lora_B", "rest_weight", "rest_bias")  # what adapters register on a layer
+
+
+class LoRALinear(Reclassed):
+    """What a layer's class gains by injection (mixed in before ``nn.Linear``, ``Conv1D`` or a user's subclass of them)."""
+
+    _parts: tuple[Part, ...]
+    _own_forward: bool
+    _transposed: bool
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """(.., D) -> (.., O), called like the plain class's forward and equal to it with W + scale · B A for W.
+
+        A class with a forward of its own may do anything with its weight (mask it, scale what comes out, take more
+        arguments), so its own forward runs, and finds the effective weight under the weight's name.
+        """
+        if self._own_forward:
+            return self._forward_of_its_own(args, kwargs)
+        if len(args) != 1 or kwargs:
+            x = _only_argument(self, *args, **kwargs)
+        else:
+            x = args[0]
+        factors = [self.lora_B[part.name] for part in self._parts]
+        rest_weight = tuple(self.rest_weight[part.name] for part in self._rest)
+        rest_bias = tuple(self.rest_bias[part.name] for part in self._rest) if self.bias is not None else ()
+        return lora_linear(
+            x, self.weight, self.bias, self.lora_A, factors, self._parts, self._transposed, self._rest, rest_weight, rest_bias
+        )
+
+    @torch.compiler.disable  # dynamo knows no object that borrows another one's attributes
+    def _forward_of_its_own(self, args: tuple, kwargs: dict) -> Any:
+        factors = [self.lora_B[part.name] for part in self._parts]
+        rest_weight = tuple(self.rest_weight[part.name] for part in self._rest)
+        rest_bias = tuple(self.rest_bias[part.name] for part in self._rest) if self.bias is not None else ()
+        weight = effective_weight(self.weight, self.lora_A, factors, self._parts, self._transposed, self._rest, rest_weight)
+        bias = effective_bias(self.bias, self._rest, rest_bias)
+        return self._plain_class.forward(with_weight(self, weight, bias), *args, **kwargs)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Refuse ``torch.jit.script``, which cannot compile what was registered at run time, with the cure.
+
+        Giving it a plain layer here would not do: it puts what it is given into the model that it was called on.
+        """
+        raise RuntimeError(
+            "adapters cannot be scripted: script a plain copy, lowrank_pretrain.merge(copy.deepcopy(module)), in place of it"
+        )
+
+    def merged_weight(self, check: bool = True) -> Tensor:
+        """W + scale · B A in the layer's own layout, a new tensor.
+
+        Args:
+            check: refuse what is NaN or infinite.
+
+        Raises:
+            ValueError: a factor holds a number that is not finite.
+        """
+        factors = [self.lora_B[part.name] for part in self._parts]
+        if check and not all(torch.isfinite(f).all() for f in (self.lora_A, *factors)):
+            raise ValueError("adapters hold numbers that are not finite: refusing to merge them into the weights")
+        return merged(self.weight, self.lora_A, factors, self._parts, self._transposed)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the plain layer with the merged weight returns, whoever asks and under whatever name it is registered.
+
+        So a state dict is the trained model for a file, an average, a teacher and another process alike. The factors are among
+        ``named_parameters()``; ``lora.exact_state`` has what goes on training exactly.
+        """
+        if kwargs.get("keep_vars", False):  # who wants the parameters themselves (torch.jit.trace does) gets them all
+            return super().state_dict(*args, **kwargs)
+        plain = self._plain_class.__new__(self._plain_class)
+        own = {name: p for name, p in self._parameters.items() if name != "lora_A"}
+        own["weight"] = self.merged_weight(check=False)
+        children = {name: child for name, child in self._modules.items() if name not in _ADDED}
+        object.__setattr__(plain, "__dict__", {**self.__dict__, "_parameters": own, "_modules": children})
+        return plain.state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        # A plain state dict (no adapter keys) is the merged model: then B = 0, and nothing is missing.
+        plain = f"{prefix}lora_A" not in state_dict
+        for name, own in self.named_parameters():
+            if name.startswith("lora_") and plain:
+                state_dict[prefix + name] = torch.zeros_like(own) if name.startswith("lora_B") else own.detach()
+            elif name.startswith("rest_"):
+                group, _, part = name.partition(".")
+                span = next(p for p in self._rest if p.name == part)
+                source = state_dict.get(prefix + group.removeprefix("rest_"))
+                if source is not None:
+                    dim = 1 if is_conv1d(self) and source.ndim == 2 else 0
+                    state_dict.setdefault(prefix + name, source.narrow(dim, span.start, span.rows))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        """The plain layer's line, and each part's rank."""
+        ranks = ", ".join(f"{part.name}={part.rank}" for part in self._parts)
+        return f"{super().extra_repr()}, lora_rank({ranks})"
+
+
+def give_adapters(
+    layer: nn.Module, ranked: list[tuple[Target, int]], alpha: float | None, train_A: bool, seed: int | None
+) -> None:
+    """Swap the layer's class and register factors for its ranked targets; ``lora.inject`` explains the arguments."""
+    weight = layer.weight
+    # under AMP W is float32 and so are the adapters; under bf16-true they follow W
+    like = {"dtype": weight.dtype, "device": weight.device}
+    total = sum(rank for _, rank in ranked)
+    cols = weight.shape[0] if is_conv1d(layer) else weight.shape[1]
+    A = torch.empty(total, cols)
+    spans, factors, at = [], {}, 0
+    for target, rank in ranked:
+        bound = math.sqrt(3.0) * math.sqrt(2.0 / (1 + 5)) / math.sqrt(cols)  # kaiming-uniform, a = √5
+        A[at : at + rank].uniform_(-bound, bound, generator=generator("lora_A", target.name, seed=seed))
+        scale = 1.0 if alpha is None else alpha / rank
+        spans.append(Part(target.part, target.start, target.rows, at, rank, scale))
+        factors[target.part] = nn.Parameter(torch.zeros(target.rows, rank, **like))
+        at += rank
+    swap_class(layer, LoRALinear)
+    layer._parts, layer._rest = tuple(spans), ()
+    layer.lora_A = nn.Parameter(A.to(**like), requires_grad=train_A and total > 0)
+    layer.lora_B = nn.ParameterDict(factors)
+
+
+def keep_rows(layer: nn.Module, rest: list[RestPart], bias: bool = True) -> list[Inherit]:
+    """Make row blocks of W (and of b, where all of it freezes) parameters of their own that are views, to train on."""
+    layer._rest = tuple(rest)
+    layer.rest_weight, layer.rest_bias = nn.ParameterDict(), nn.ParameterDict()
+    dim = 1 if is_conv1d(layer) else 0
+    inherited = []
+    for part in rest:
+        rows = nn.Parameter(layer.weight.data.narrow(dim, part.start, part.rows))
+        layer.rest_weight[part.name] = rows
+        inherited.append(Inherit(rows, layer.weight, dim, part.start, part.rows))
+        if bias and layer.bias is not None:
+            rows = nn.Parameter(layer.bias.data.narrow(0, part.start, part.rows), requires_grad=layer.bias.requires_grad)
+            layer.rest_bias[part.name] = rows
+            inherited.append(Inherit(rows, layer.bias, 0, part.start, part.rows))
+    return inherited
+
+
+def take_adapters(layer: nn.Module) -> None:
+    """Give the layer its plain class back; what the adapters hold is lost unless it was merged."""
+    for name in _ADDED:
+        if hasattr(layer, name):
+            delattr(layer, name)
+    layer.__class__ = layer._plain_class
+    del layer._parts, layer._rest
+
+
+def _known_forwards() -> tuple:
+    hf = sys.modules.get("transformers.pytorch_utils")
+    return (nn.Linear.forward, hf.Conv1D.forward) if hf else (nn.Linear.forward,)
+
+
+_classes: dict[tuple[type, type], type] = {}
+
+
+def _class_of(mixin: type, plain: type) -> type:
+    if (mixin, plain) not in _classes:
+        name = mixin.__name__.removesuffix("Linear") + plain.__name__
+        hf = sys.modules.get("transformers.pytorch_utils")
+        known = {
+            "_plain_class": plain,
+            "_mixin": mixin,
+            "_own_forward": plain.forward not in _known_forwards(),
+            "_transposed": hf is not None and issubclass(plain, hf.Conv1D),
+        }
+        _classes[mixin, plain] = type(name, (mixin, plain), known)
+    return _classes[mixin, plain]
+
+
+_twins: dict[type, type] = {}
+
+
+def _twin_of(plain: type) -> type:
+    """Return the class of ``with_weight``: ``weight`` and ``bias`` are its own, all else lies in the shared ``__dict__``."""
+    if plain not in _twins:
+        body = {
+            "__slots__": ("_lowrank_weight", "_lowrank_bias"),
+            "weight": property(lambda self: self._lowrank_weight),
+            "bias": property(lambda self: self._lowrank_bias),
+        }
+        _twins[plain] = type(plain.__name__, (plain,), body)
+    return _twins[plain]
+
+
+def _only_argument(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Return the input, also where it came by the name that the plain class gives it.
+
+    Raises:
+        TypeError: as the plain class would.
+    """
+    return inspect.signature(type(layer)._plain_class.forward).bind(layer, *args, **kwargs).args[1]
+
+
+def _blank(mixin: type, plain: type) -> nn.Module:
+    cls = _class_of(mixin, plain)
+    return cls.__new__(cls)

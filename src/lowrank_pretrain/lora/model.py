@@ -1,0 +1,262 @@
+"""LoRA over a whole model: inject, freeze, merge, eject, and the adapters' state (pure torch)."""
+
+import copy
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.plan import Plan
+from lowrank_pretrain.core.targets import Target, all_targets, output_heads, parts, plain_name, tied_layers
+from lowrank_pretrain.lora.function import RestPart
+from lowrank_pretrain.lora.layer import Inherit, LoRALinear, give_adapters, keep_rows, take_adapters
+
+
+def inject(
+    module: nn.Module, plan: Mapping[str, int], alpha: float | None = None, train_A: bool = True, seed: int | None = None
+) -> list[Inherit]:
+    """Give every target of the plan an adapter of its rank. Outputs do not change by one bit (B = 0).
+
+    Args:
+        module: names in ``plan`` count from here.
+        plan: target -> rank; rank 0 gets no adapter (and is frozen by ``freeze``).
+        alpha: scale = alpha / rank; ``None``: alpha = rank, scale 1.
+        train_A: ``False`` keeps A as drawn and trains B alone (LoRA-FA, arXiv 2308.03303), which saves activations.
+        seed: of the private generators that draw A; default: the run's seed.
+
+    Returns:
+        For each output head that was tied to the embedding and is a target now: its own weight, a copy.
+
+    Raises:
+        ConfigError: a name that is no target, a rank above min(D, O), or a tied weight that is no output head.
+    """
+    targets = all_targets(module)
+    plan = Plan(plan).check(targets)
+    if any(True for _ in lora_layers(module)):
+        raise RuntimeError("adapters are there already: call lora.eject first")
+    untied = untie(module, {targets[name].layer_name for name in plan if plan[name] > 0})
+    for layer_name, group in _by_layer(targets, plan).items():
+        layer = group[0].layer
+        ranked = [t for t in group if plan[t.name] > 0]
+        if ranked or len(group) < len(parts(layer_name, layer)):
+            give_adapters(layer, [(t, plan[t.name]) for t in ranked], alpha, train_A, seed)
+    switch_fast_path(module, off=True)
+    _merge_where_shared(module)
+    return untied
+
+
+def freeze(module: nn.Module, plan: Mapping[str, int], freeze_rest: bool = False) -> list[Inherit]:
+    """Freeze W and b of the plan's targets; with ``freeze_rest`` all else but the adapters too.
+
+    A fused layer of which only some row blocks are targets (say q and v) goes on training the others: they become
+    parameters ``rest_weight.<part>`` of their own that are views of W.
+
+    Returns:
+        For those views, whose rows and optimizer state they take over.
+    """
+    inherited: list[Inherit] = []
+    targets = all_targets(module)
+    for layer_name, group in _by_layer(targets, plan).items():
+        layer = group[0].layer
+        chosen = {t.part for t in group}
+        others = [p for p in parts(layer_name, layer) if p[0] not in chosen]
+        trained = layer.weight.requires_grad
+        if others and trained and not freeze_rest:
+            inherited += keep_rows(layer, [RestPart(*other) for other in others])
+        layer.weight.requires_grad_(False)
+        if layer.bias is not None:
+            layer.bias.requires_grad_(False)
+    if freeze_rest:
+        adapters = {id(p) for _, p in adapter_parameters(module)}
+        for p in module.parameters():
+            if id(p) not in adapters:
+                p.requires_grad_(False)
+    return inherited
+
+
+def merge(module: nn.Module) -> None:
+    """Fold the adapters into W and set B = 0. The function stays the same to rounding; merging again changes nothing.
+
+    Raises:
+        ValueError: the adapters hold NaN or infinite numbers.
+    """
+    with torch.no_grad():
+        for _, layer in lora_layers(module):
+            layer.weight.copy_(layer.merged_weight())
+            for factor in layer.lora_B.values():
+                factor.zero_()
+
+
+def eject(module: nn.Module, check: bool = True) -> None:
+    """Merge, then give every layer its plain class back. Frozen parameters stay frozen.
+
+    Args:
+        module: is changed.
+        check: refuse adapters that are NaN or infinite; without it W becomes so too.
+
+    Raises:
+        ValueError: they are.
+    """
+    with torch.no_grad():
+        for _, layer in list(lora_layers(module)):
+            layer.weight.copy_(layer.merged_weight(check))
+            take_adapters(layer)  # the factors keep their values: who holds them can go on exactly
+    switch_fast_path(module, off=False)
+    for child in module.modules():
+        for key, hook in list(child._state_dict_hooks.items()):
+            if isinstance(hook, _Shared):
+                del child._state_dict_hooks[key]
+
+
+def is_finite(module: nn.Module) -> bool:
+    """Return whether no adapter holds NaN or infinite numbers."""
+    return all(bool(torch.isfinite(p).all()) for _, p in adapter_parameters(module))
+
+
+def lora_layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(name, layer) of every layer with adapters, in the module's order."""
+    return ((name, layer) for name, layer in module.named_modules() if isinstance(layer, LoRALinear))
+
+
+def adapter_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """(name, parameter) of every adapter factor."""
+    for name, layer in lora_layers(module):
+        for own, p in layer.named_parameters():
+            if own.startswith("lora_"):
+                yield f"{name}.{own}", p
+
+
+def plain_state(module: nn.Module) -> dict[str, Tensor]:
+    """Return the state dict of the plain model with merged weights, which is that of the module with adapters too.
+
+    Raises:
+        ValueError: the adapters hold NaN or infinite numbers.
+    """
+    for _, layer in lora_layers(module):
+        layer.merged_weight()  # looks
+    return dict(module.state_dict())
+
+
+def exact_state(module: nn.Module) -> dict[str, Tensor]:
+    """The unmerged W and the factors of every layer with adapters: what a bit-exact resume needs beside the state dict."""
+    exact = {}
+    for name, layer in lora_layers(module):
+        exact[f"{name}.weight"] = layer.weight.detach()
+        exact |= {f"{name}.{own}": p.detach() for own, p in layer.named_parameters() if own.startswith("lora_")}
+    return exact
+
+
+def own_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Return every parameter and buffer under each of its names, adapters and unmerged weights included."""
+    named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    return {name: tensor if is_lazy(tensor) else tensor.detach() for name, tensor in named}
+
+
+@torch.no_grad()
+def load_exact(module: nn.Module, exact: Mapping[str, Tensor]) -> None:
+    """Put what ``exact_state`` gave back into a module changed by the same plan.
+
+    Raises:
+        ConfigError: the names or shapes differ.
+    """
+    state = own_tensors(module)
+    missing = sorted(exact_state(module).keys() - exact.keys()) or sorted(exact.keys() - state.keys())
+    if missing:
+        raise ConfigError("ckpt_path", missing[0], "adapters of the checkpoint and of this model differ: was it another model?")
+    for name, tensor in exact.items():
+        if state[name].shape != tensor.shape:
+            shapes = f"{tuple(tensor.shape)} there and {tuple(state[name].shape)} in this model"
+            raise ConfigError("ckpt_path", name, f"has shape {shapes}")
+        state[name].copy_(tensor)
+
+
+def clone_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A copy that no later step changes."""
+    return {name: tensor.clone() for name, tensor in state.items()}
+
+
+class Adapters:
+    """Takes a plan as LoRA adapters: what a phase callback falls back on if neither strategy nor optimizer offers ``adopt``."""
+
+    def __init__(self, alpha: float | None = None, train_A: bool = True, freeze_rest: bool = False) -> None:
+        self.alpha, self.train_A, self.freeze_rest = alpha, train_A, freeze_rest
+
+    def adopt(self, plan: Plan, module: nn.Module) -> list[Inherit]:
+        """The switch: give every target of the plan an adapter."""
+        self.plan, self.module = plan, module
+        return inject(module, plan, self.alpha, self.train_A)
+
+    def release(self) -> list[Inherit]:
+        """The freeze: targets' W and b train no more."""
+        return freeze(self.module, self.plan, self.freeze_rest)
+
+
+class _Shared:
+    """A hook on a module that holds a layer's W as a parameter of its own: its state dict has the merged weight too."""
+
+    _from_public_api = True  # torch looks for it where a hook is no function
+
+    def __init__(self, layer: nn.Module, name: str) -> None:
+        self.layer, self.name = layer, name
+
+    def __call__(self, owner: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
+        if not isinstance(state_dict.get(prefix + self.name, self.layer.weight), nn.Parameter):  # keep_vars: as it is
+            state_dict[prefix + self.name] = self.layer.merged_weight(check=False)
+
+
+def _merge_where_shared(module: nn.Module) -> None:
+    """Have the state dict hold merged weights also where a ParameterList or another module holds W itself."""
+    layers = {id(layer.weight): layer for _, layer in lora_layers(module)}
+    for child in module.modules():
+        for name, p in child._parameters.items():
+            if id(p) in layers and not isinstance(child, LoRALinear):
+                child.register_state_dict_post_hook(_Shared(layers[id(p)], name))
+
+
+def _by_layer(targets: Mapping[str, Target], plan: Mapping[str, int]) -> dict[str, list[Target]]:
+    groups: dict[str, list[Target]] = {}
+    for name, target in targets.items():  # the module's order, never the plan's: optimizer state is restored by index
+        if name in plan:
+            groups.setdefault(target.layer_name, []).append(target)
+    return groups
+
+
+def untie(module: nn.Module, layer_names: set[str]) -> list[Inherit]:
+    """Give tied output heads among the layers a weight of their own."""
+    heads, tied = output_heads(module), tied_layers(module)
+    untied = []
+    for name, layer in module.named_modules():
+        if plain_name(name) in layer_names and plain_name(name) in tied:
+            if id(layer) not in heads:
+                raise ConfigError("targets", plain_name(name), f"shares its weight with {', '.join(tied[plain_name(name)])}")
+            shared = layer.weight
+            layer.weight = nn.Parameter(shared.detach().clone(), requires_grad=shared.requires_grad)
+            untied.append(Inherit(layer.weight, shared, 0, 0, shared.shape[0]))
+            warnings.warn(
+                f"{plain_name(name)} is a target and no longer shares its weight with {', '.join(tied[plain_name(name)])}: "
+                f"{shared.numel():,} parameters more",
+                stacklevel=2,
+            )
+    if untied:
+        for child in module.modules():
+            config = getattr(child, "config", None)
+            if getattr(config, "tie_word_embeddings", False):
+                child.config = copy.copy(config)
+                child.config.tie_word_embeddings = False
+    return untied
+
+
+def switch_fast_path(module: nn.Module, off: bool) -> None:
+    """``nn.TransformerEncoderLayer`` in eval reads the weights of linear1/2 itself and would skip their adapters."""
+    for child in module.modules():
+        if isinstance(child, nn.TransformerEncoderLayer):
+            if off:
+                child._lora_activation = child.activation_relu_or_gelu
+                child.activation_relu_or_gelu = 0  # "activation was not relu or gelu": the layer takes its slow path
+            elif hasattr(child, "_lora_activation"):
+                child.activation_relu_or_gelu = child._lora_activation
+                del child._lora_activation

@@ -1,0 +1,198 @@
+"""Optimizer states as a run without LTE would have them, and the heads' own apart.
+
+LTE moves parameters about: W leaves its group, heads join it. A checkpoint says what the bare model's optimizer would: its
+groups in their order, W among them without moments. Heads' moments are told by name, all N heads stacked.
+"""
+
+import copy
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.lora.layer import Inherit
+
+
+@dataclass
+class BareGroups:
+    """What an optimizer's groups were before the model was converted.
+
+    Attributes:
+        optimizer: it.
+        groups: its parameters, group by group.
+        inherited: parameters that are row blocks of a converted layer's W and train in full beside heads.
+    """
+
+    optimizer: Optimizer
+    groups: list[list[nn.Parameter]]
+    inherited: list[Inherit]
+
+    @classmethod
+    def of(cls, optimizer: Optimizer, leave_out: Iterable[Tensor] = ()) -> "BareGroups":
+        """As they are now, without ``leave_out``."""
+        out = {id(p) for p in leave_out}
+        return cls(optimizer, [[p for p in g["params"] if id(p) not in out] for g in optimizer.param_groups], [])
+
+    def numbers(self, params: Iterable[Tensor]) -> set[int]:
+        """The numbers that ``state_dict`` gives to those of these parameters that were there before."""
+        position = {id(p): n for n, p in enumerate(p for group in self.groups for p in group)}
+        return {position[id(p)] for p in params if id(p) in position}
+
+    def put_back(self, weights: Mapping[int, Tensor], gone: Collection[int]) -> None:
+        """Give the optimizer weights back where they were, in place of parameters that are gone.
+
+        Args:
+            weights: by id.
+            gone: ids of what had taken their place.
+        """
+        spare = next((g for g in self.optimizer.param_groups if any(id(p) in gone for p in g["params"])), None)
+        for group, was in zip(self.optimizer.param_groups, self.groups, strict=True):
+            names = dict(zip(map(id, group["params"]), group.get("param_names", ()), strict=False))
+            stays = [p for p in group["params"] if id(p) not in gone]
+            held = {id(p) for p in stays}
+            old = [p for p in was if id(p) in held or id(p) in weights]
+            known = {id(p) for p in old}
+            group["params"][:] = [*old, *(p for p in stays if id(p) not in known)]
+            if "param_names" in group:
+                group["param_names"][:] = [names.get(id(p), f"param_{n}") for n, p in enumerate(group["params"])]
+        placed = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        for key, p in weights.items():  # a tied head that came untied was in no group: it joins where its heads were
+            if key not in placed and spare is not None:
+                spare["params"].append(p)
+        for p in [p for p in self.optimizer.state if id(p) in gone]:
+            del self.optimizer.state[p]
+        self.inherited = [i for i in self.inherited if id(i.new) not in gone]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What ``optimizer.state_dict()`` of the bare model would be."""
+        order = [p for group in self.groups for p in group]
+        live = self.optimizer.state_dict()
+        numbers = {id(p): n for n, p in _numbered(self.optimizer)}
+        state = {n: live["state"][numbers[id(p)]] for n, p in enumerate(order) if numbers.get(id(p)) in live["state"]}
+        position = {id(p): n for n, p in enumerate(order)}
+        for new, old, dim, start, rows in self.inherited:
+            if numbers.get(id(new)) in live["state"] and id(old) in position:
+                whole = state.setdefault(position[id(old)], {})
+                for key, value in live["state"][numbers[id(new)]].items():
+                    if isinstance(value, Tensor) and value.shape == new.shape:
+                        whole.setdefault(key, value.new_zeros(old.shape)).narrow(dim, start, rows).copy_(value)
+                    else:
+                        whole[key] = value
+        groups, at = [], 0
+        for group, params in zip(live["param_groups"], self.groups, strict=True):
+            groups.append({**group, "params": list(range(at, at + len(params)))})
+            at += len(params)
+        return {**live, "state": state, "param_groups": groups}
+
+    def load(self, saved: Mapping[str, Any], heads: Mapping[int, dict[str, Any]]) -> None:
+        """Load a bare state and the heads' own.
+
+        Args:
+            saved: as ``state_dict`` gave it, or as the bare model's optimizer would.
+            heads: id of a live head parameter -> its state here.
+
+        Raises:
+            ConfigError: its groups are not those of this model.
+        """
+        there = [len(group["params"]) for group in saved["param_groups"]]
+        here = [len(group) for group in self.groups]
+        if there != here:
+            raise ConfigError("ckpt_path", f"groups of {there} parameters", f"this model's optimizer has groups of {here}")
+        order = [p for group in self.groups for p in group]
+        position = {id(p): n for n, p in enumerate(order)}
+        inherited = {id(i.new): i for i in self.inherited}
+        state: dict[int, Any] = {}
+        for number, p in _numbered(self.optimizer):
+            if id(p) in heads:
+                state[number] = heads[id(p)]
+            elif id(p) in inherited:
+                _, old, dim, start, rows = inherited[id(p)]
+                whole = saved["state"].get(position.get(id(old)))
+                if whole:
+                    state[number] = {
+                        k: v.narrow(dim, start, rows).clone() if isinstance(v, Tensor) and v.shape == old.shape else v
+                        for k, v in whole.items()
+                    }
+            elif position.get(id(p)) in saved["state"]:
+                state[number] = saved["state"][position[id(p)]]
+        live = self.optimizer.state_dict()["param_groups"]
+        groups = [{**g, "params": mine["params"]} for g, mine in zip(saved["param_groups"], live, strict=True)]
+        self.optimizer.load_state_dict({**saved, "state": {n: s for n, s in state.items() if s}, "param_groups": groups})
+
+
+_PLAIN = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)  # known to treat every number by itself
+
+
+def check_stacked(optimizer: Optimizer, like: Tensor) -> None:
+    """Find out by a step on a toy parameter whether an optimizer can train heads, which are stacked (H, R, D).
+
+    The optimizer holds its own parameters and states again afterwards.
+
+    Args:
+        optimizer: it.
+        like: a head's factor, for dtype and device.
+
+    Raises:
+        ConfigError: it takes matrices only, or keeps state in which heads cannot be told apart.
+    """
+    kind = type(optimizer).__name__
+    if type(optimizer) in _PLAIN or hasattr(optimizer, "optim") or type(optimizer).__module__.startswith("lowrank_pretrain"):
+        return
+    both = torch.linspace(-1, 1, 128).square().view(2, 8, 8) - torch.eye(8)
+    alone = [_trial(optimizer, matrix, like) for matrix in both]
+    if any(isinstance(found, Exception) for found in alone):
+        return  # it wants more than gradients (a closure, a mode): nothing can be told here
+    found = _trial(optimizer, both, like)
+    if isinstance(found, Exception):
+        first = str(found).strip().splitlines()[0] if str(found).strip() else type(found).__name__
+        raise ConfigError("optimizer", kind, f"cannot train heads, which are stacked in three dimensions ({first}): use AdamW")
+    p, state = found
+    for key, value in state.items():
+        check_moment(kind, key, value, p)
+    if not all(torch.allclose(p[k], alone[k][0], rtol=1e-3, atol=1e-5) for k in range(2)):
+        rank_zero_warn(
+            f"LTE: {kind} takes all heads of a matrix together (a norm over the whole parameter?), so a head depends "
+            "on which heads share its device: AdamW keeps them independent"
+        )
+
+
+def check_moment(kind: str, key: str, value: Any, p: Tensor) -> None:
+    """Refuse optimizer state that cannot be cut into heads.
+
+    Raises:
+        ConfigError: it has neither the parameter's shape nor one number.
+    """
+    if isinstance(value, (int, float)) or (isinstance(value, Tensor) and (value.shape == p.shape or value.ndim == 0)):
+        return
+    raise ConfigError("optimizer", kind, f"keeps {key}, in which heads cannot be told apart: use AdamW or SGD")
+
+
+def _trial(optimizer: Optimizer, value: Tensor, like: Tensor) -> tuple[Tensor, dict[str, Any]] | Exception:
+    """What the optimizer's step makes of one parameter, and what it keeps of it."""
+    p = nn.Parameter(value.to(like).clone())
+    p.grad = value.flip(-1).to(like)
+    kept = dict(optimizer.__dict__)
+    group = {key: copy.copy(held) for key, held in optimizer.param_groups[0].items() if key != "param_names"}
+    devices = [p.device] if p.device.type == "cuda" else []
+    step = type(optimizer).step
+    try:
+        optimizer.__dict__ |= {"param_groups": [{**group, "params": [p]}], "state": defaultdict(dict)}
+        with torch.random.fork_rng(devices=devices):
+            getattr(step, "__wrapped__", step)(optimizer)  # without hooks: no step was taken
+        return p.detach().clone(), dict(optimizer.state[p])
+    except Exception as error:
+        return error
+    finally:
+        optimizer.__dict__.clear()
+        optimizer.__dict__ |= kept
+
+
+def _numbered(optimizer: Optimizer) -> Iterable[tuple[int, Tensor]]:
+    """(number, parameter) in the order in which ``state_dict`` numbers them."""
+    return enumerate(p for group in optimizer.param_groups for p in group["params"])

@@ -1,0 +1,290 @@
+"""Do the workers see different data, and equally much of it? Checked, because neither shows in any loss curve.
+
+Lightning gives a map-style loader a ``DistributedSampler``. All else (a sampler or a batch sampler of one's own, a data set
+that was split beforehand, a stream) is judged by what arrives: the first batches of all workers are compared. Workers with
+more batches than the others would wait for ever at the next merge: where a loader may not have as many as it says, the
+workers ask one another before every batch.
+"""
+
+import itertools
+import warnings
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler, default_collate
+from torch.utils.data.distributed import DistributedSampler
+
+from lowrank_pretrain.checkpoints import random_state
+from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.data.loaders.epoch import EpochLoader
+from lowrank_pretrain.data.loaders.stream import StreamLoader
+from lowrank_pretrain.lte.leaves import digest
+
+LOOKED_AT = 4  # first batches that must all be equal before two workers are said to share their data
+_END = object()
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a worker tells the others of its training loader.
+
+    Attributes:
+        length: batches; ``None``: it does not know.
+        name: of the kind of sampler, for messages.
+        share: (workers, rank, seed) of the sampler that shares the samples out; ``None``: there is none.
+        trusted: whether the batches are what the sampler says, so that they need not be compared.
+        exact: whether it surely has as many batches as it says.
+        first: a hash of the data set's first sample, where a sampler would give it to every worker.
+    """
+
+    length: int | None
+    name: str
+    share: tuple[int, int, Any] | None = None
+    trusted: bool = False
+    exact: bool = False
+    first: str | None = None
+
+
+def shared_out(loader: Any, workers: int) -> Any:
+    """The training loader, made safe: its data are this worker's own, and it ends when that of any worker ends.
+
+    All workers must call it together. One that is known to be right is returned as it is.
+
+    Args:
+        loader: a training loader; anything that can be iterated.
+        workers: how many.
+
+    Raises:
+        ConfigError: on all workers: a ``DistributedSampler`` of another number of workers, or of one rank twice; workers
+            without a batch.
+    """
+    if workers == 1:
+        return loader
+    everyone: list[Any] = [None] * workers
+    dist.all_gather_object(everyone, _facts(loader))
+    _check_samplers(everyone, workers)
+    lengths = [facts.length for facts in everyone]
+    known = None if None in lengths else min(lengths)
+    if known == 0 and max(lengths) > 0:
+        raise ConfigError("train_dataloader", "0 batches", f"is what worker {lengths.index(0)} has; each needs at least one")
+    shares = all(facts.trusted for facts in everyone)
+    exact = known is not None and all(facts.exact for facts in everyone)
+    if exact and shares and max(lengths) == known:
+        return loader
+    if known is not None and max(lengths) > known and dist.get_rank() == 0:
+        warnings.warn(f"workers have {sorted(lengths)} batches: all stop after {known}", stacklevel=2)
+    stateful = callable(getattr(loader, "state_dict", None)) and callable(getattr(loader, "load_state_dict", None))
+    kind = _KINDS[known is not None, stateful]
+    return kind(loader, workers, known, compared=not shares, asks=not exact)
+
+
+def _facts(loader: Any) -> Facts:
+    try:
+        length = len(loader)
+    except (TypeError, NotImplementedError):
+        length = None
+    name = type(loader).__name__
+    if isinstance(loader, (EpochLoader, StreamLoader)):  # ours: shared out by rank, and sure of their length
+        owner = loader.batch_sampler if isinstance(loader, EpochLoader) else loader
+        return Facts(length, name, (owner.world_size, owner.rank, getattr(owner, "seed", None)), trusted=True, exact=True)
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        return Facts(length, name)
+    whole = type(loader.batch_sampler) in (BatchSampler, type(None))  # it takes what the sampler gives, in that order
+    sampler = loader.sampler if whole else loader.batch_sampler
+    dealt = sampler if whole else getattr(sampler, "sampler", None)
+    share, trusted = None, False
+    if isinstance(dealt, DistributedSampler):
+        _check_shared_once(dealt)
+        share = dealt.num_replicas, dealt.rank, dealt.seed if dealt.shuffle else None
+        trusted = whole and type(dealt) in (DistributedSampler, DistributedSamplerWrapper)
+    alike = type(sampler) in (RandomSampler, SequentialSampler)
+    # a collate of one's own may give None for a bad batch, a sampler of one's own may be short
+    exact = (trusted or alike) and loader.collate_fn is default_collate
+    return Facts(length, type(sampler).__name__, share, trusted, exact, _first_sample(loader) if alike else None)
+
+
+def _first_sample(loader: DataLoader) -> str | None:
+    """A hash of the data set's first sample, drawn without a trace in the random generators."""
+    drawn = random_state.capture()
+    try:
+        return digest(loader.dataset[0])
+    except (IndexError, KeyError, TypeError):  # it counts otherwise
+        return None
+    finally:
+        random_state.restore(drawn)
+
+
+def _check_shared_once(sampler: DistributedSampler) -> None:
+    """Lightning lays a sampler that shares out already over one of its own: a worker would see a part of its part."""
+    if not isinstance(sampler, DistributedSamplerWrapper):
+        return
+    inner = getattr(sampler.dataset, "_sampler", None)
+    if any(isinstance(n := getattr(inner, key, 1), int) and n > 1 for key in ("num_replicas", "world_size")):
+        raise ConfigError(
+            "sampler", type(inner).__name__, "shares the samples out already, and Lightning would do so once more: set "
+            "Trainer(use_distributed_sampler=False)"
+        )  # fmt: skip
+
+
+def _check_samplers(everyone: list[Facts], workers: int) -> None:
+    """Those that say whose part they give must give each worker a part of its own, and no part to nobody."""
+    cure = "leave Trainer(use_distributed_sampler=True), or give DistributedSampler the right rank and num_replicas"
+    firsts = {(facts.first, facts.length) for facts in everyone}
+    if len(firsts) == 1 and everyone[0].first is not None:
+        raise ConfigError("sampler", everyone[0].name, f"gives each of {workers} workers the same samples: {cure}")
+    shares = [facts.share for facts in everyone]
+    if None in shares:
+        return
+    for facts in everyone:
+        if facts.share[0] != workers:
+            raise ConfigError(
+                "sampler", facts.name, f"shares the samples out among {facts.share[0]} workers, and there are {workers}: {cure}"
+            )
+    ranks = [rank for _, rank, _ in shares]
+    if len(set(ranks)) < workers:
+        twice = next(rank for rank in ranks if ranks.count(rank) > 1)
+        others = [n for n, rank in enumerate(ranks) if rank == twice]
+        raise ConfigError(
+            "sampler", everyone[0].name, f"gives workers {' and '.join(map(str, others))} the same samples, those of rank "
+            f"{twice}: {cure}"
+        )  # fmt: skip
+    seeds = list(dict.fromkeys(seed for *_, seed in shares))
+    if len(seeds) > 1:
+        raise ConfigError(
+            "sampler", everyone[0].name, f"is shuffled by other seeds on other workers ({seeds[0]}, {seeds[1]}), so that their "
+            "parts overlap: give all the same seed"
+        )  # fmt: skip
+
+
+class _Shared:
+    """A loader in every respect but when it ends.
+
+    Args:
+        loader: it.
+        workers: how many there are.
+        length: batches after which all end; ``None``: nobody knows.
+        compared: whether its first batches are compared with the other workers'.
+        asks: whether the workers ask one another before every batch.
+    """
+
+    def __init__(self, loader: Any, workers: int, length: int | None, compared: bool, asks: bool) -> None:
+        self._loader, self._workers, self._length = loader, workers, length
+        self._compared, self._asks = compared, asks
+        self._told = False
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_loader":
+            raise AttributeError(name)
+        return getattr(self._loader, name)
+
+    def __iter__(self) -> Iterator[Any]:
+        # a generator: the first `next` begins, after Lightning has set the epoch
+        batches: Iterator[Any] = iter(self._loader)
+        ahead: deque[Any] = deque()
+        if self._compared:
+            self._compare(batches, ahead)
+        for _ in itertools.count() if self._length is None else range(self._length):
+            batch = ahead.popleft() if ahead else self._next(batches)
+            if self._asks:
+                ended = _who_ended(batch is _END, self._workers)
+                if ended:
+                    if batch is not _END:
+                        self._say(f"worker {ended[0]} has no more batches: this one stops too")
+                    return
+            if batch is _END:
+                return
+            yield batch
+
+    def _next(self, batches: Iterator[Any]) -> Any:
+        """The next batch that is one. A worker that left a step out would leave the others waiting for it."""
+        batch = next(batches, _END)
+        while batch is None and self._asks:
+            self._say("the training loader gave None: this worker takes its next batch instead")
+            batch = next(batches, _END)
+        return batch
+
+    def _say(self, text: str) -> None:
+        if not self._told:
+            self._told = True
+            warnings.warn(text, stacklevel=2)
+
+    def _compare(self, batches: Iterator[Any], ahead: deque[Any]) -> None:
+        """Refuse two workers with the same batches. What was looked at is handed out afterwards.
+
+        One batch suffices where they differ; equal ones may be chance (a constant, a label), so that some more are looked at.
+        """
+        same: set[tuple[int, int]] | None = None
+        for looked in range(1, LOOKED_AT + 1):
+            batch = self._next(batches) if self._length is None or looked <= self._length else _END
+            ended = _who_ended(batch is _END, self._workers)
+            if batch is not _END:
+                ahead.append(batch)
+            if ended:
+                ahead.extend([_END] if batch is _END else [])
+                break
+            seen: list[Any] = [None] * self._workers
+            dist.all_gather_object(seen, digest(batch), group=_cpu_group())
+            pairs = {pair for pair in itertools.combinations(range(self._workers), 2) if seen[pair[0]] == seen[pair[1]]}
+            same = pairs if same is None else same & pairs
+            if not same:
+                return
+        if same:
+            one, other = min(same)
+            raise ConfigError(
+                "train_dataloader", "the same first batch", f"came to two of {self._workers} workers, {one} and {other}: share "
+                "the data out by rank (a DistributedSampler; datasets.distributed.split_dataset_by_node; or "
+                "torch.distributed.get_rank() where samples are chosen)"
+            )  # fmt: skip
+
+
+class _Sized(_Shared):
+    """With a length, which Lightning asks for by type."""
+
+    def __len__(self) -> int:
+        return self._length
+
+
+class _State:
+    """With a position in a checkpoint, which Lightning asks for by type."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The loader's own."""
+        return self._loader.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Hand it on."""
+        self._loader.load_state_dict(state)
+
+
+class _StatefulShared(_State, _Shared):
+    """Both."""
+
+
+class _StatefulSized(_State, _Sized):
+    """All three."""
+
+
+# by whether it has a length, and whether it has a state
+_KINDS = {(False, False): _Shared, (True, False): _Sized, (False, True): _StatefulShared, (True, True): _StatefulSized}
+
+
+def _who_ended(mine: bool, workers: int) -> list[int]:
+    """The workers that have no more batches."""
+    # numbers on the CPU, also where gradients go over NCCL: a device sync per batch would cost more
+    ended = torch.zeros(workers, dtype=torch.int32)
+    ended[dist.get_rank()] = mine
+    dist.all_reduce(ended, group=_cpu_group())
+    return ended.nonzero().flatten().tolist()
+
+
+def _cpu_group() -> Any:
+    if dist.get_backend() == "gloo":
+        return dist.group.WORLD
+    if getattr(_cpu_group, "world", None) is not dist.group.WORLD:  # another world than the one it was made in
+        _cpu_group.made, _cpu_group.world = dist.new_group(backend="gloo"), dist.group.WORLD
+    return _cpu_group.made

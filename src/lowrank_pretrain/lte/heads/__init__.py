@@ -1,0 +1,1 @@
+"""Give layers heads, and keep what is known of them."""

@@ -1,0 +1,43 @@
+"""FSDP2 for our modules: what their ``configure_model`` does when Lightning's ModelParallelStrategy gives them a mesh."""
+
+from collections.abc import Iterator
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+from lowrank_pretrain.core.errors import ConfigError
+
+
+def shard(model: nn.Module, mesh: DeviceMesh | None) -> None:
+    """Cut the parameters of ``model`` over the ranks of ``mesh``, block by block, then what is left. Twice is as once.
+
+    Args:
+        model: the network; its names stay as they are.
+        mesh: the strategy's, with dimensions ``data_parallel`` and ``tensor_parallel``; None: nothing happens.
+
+    Raises:
+        ConfigError: ``tensor_parallel`` is more than one rank, as it is when ModelParallelStrategy is left to itself.
+    """
+    if mesh is None or isinstance(model, FSDPModule):
+        return
+    if mesh["tensor_parallel"].size() > 1:
+        ranks = mesh.size()
+        raise ConfigError(
+            "tensor_parallel_size", mesh["tensor_parallel"].size(),
+            f"must be 1: use ModelParallelStrategy(data_parallel_size={ranks}, tensor_parallel_size=1)",
+        )  # fmt: skip
+    data_parallel = mesh["data_parallel"]
+    for block in blocks(model):
+        fully_shard(block, mesh=data_parallel)
+    fully_shard(model, mesh=data_parallel)
+
+
+def blocks(model: nn.Module) -> Iterator[nn.Module]:
+    """The repeated layers: children of the outermost lists whose children are all of one class."""
+    for child in model.children():
+        layers = list(child.children()) if isinstance(child, (nn.ModuleList, nn.Sequential)) else []
+        if len(layers) > 1 and len({type(layer) for layer in layers}) == 1 and list(child.parameters()):
+            yield from layers
+        else:
+            yield from blocks(child)

@@ -1,0 +1,1 @@
+"""Measure a run: throughput, memory, FLOPs, norms, ranks and spectra."""

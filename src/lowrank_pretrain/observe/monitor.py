@@ -1,0 +1,242 @@
+"""What a run costs, phase by phase: throughput, memory, parameters. Costs microseconds a step and never syncs a device.
+
+The words are the package's: a run is in phase ``full``, ``joint`` or ``lowrank``; any callback with an attribute
+``phase`` says which.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from typing_extensions import override
+
+from lowrank_pretrain.core.memory import GIB, PeakMemory, formula_bytes, optimizer_bytes
+from lowrank_pretrain.observe.flops import FlopCount, peak_flops
+from lowrank_pretrain.observe.phase_record import PhaseRecord
+from lowrank_pretrain.observe.step_clock import StepClock
+
+PHASES = ("full", "joint", "lowrank")
+RECENT = 50  # steps whose median is the throughput shown while training
+
+
+def low_rank_callback(trainer: Trainer) -> Callback | None:
+    """The callback that knows the run's phase; None where all weights train from first to last."""
+    return next((callback for callback in trainer.callbacks if getattr(callback, "phase", None) in PHASES), None)
+
+
+def phase_of(trainer: Trainer) -> str:
+    """``"full"``, ``"joint"`` or ``"lowrank"``: a callback's word, else the strategy's (LTE trains heads from the start)."""
+    callback = low_rank_callback(trainer)
+    return callback.phase if callback is not None else getattr(getattr(trainer, "strategy", None), "phase", "full")
+
+
+def count_parameters(module: torch.nn.Module) -> dict[str, int]:
+    """Numbers of parameters: ``trainable``, ``adapters`` (part of ``total``, trainable or not) and ``total``."""
+    counts = {"trainable": 0, "adapters": 0, "total": 0}
+    for name, parameter in module.named_parameters():
+        # a row block that trains on beside adapters is a view of a weight that is counted already
+        counts["total"] += parameter.numel() * {"rest_weight", "rest_bias"}.isdisjoint(name.split("."))
+        counts["trainable"] += parameter.numel() * parameter.requires_grad
+        counts["adapters"] += parameter.numel() * any(part in ("lora_A", "lora_B") for part in name.split("."))
+    return counts
+
+
+def optimizer_metrics(optimizers: Iterable[torch.optim.Optimizer]) -> dict[str, float]:
+    """What the optimizers that offer ``metrics()`` say of themselves; the second with a name gets ``<name>-1``, and so on."""
+    found: dict[str, float] = {}
+    for optimizer in optimizers:
+        for key, value in optimizer.metrics().items() if hasattr(optimizer, "metrics") else ():
+            taken = sum(name == key or name.startswith(f"{key}-") for name in found)
+            found[f"{key}-{taken}" if taken else key] = value
+    return found
+
+
+def batch_size_of(batch: Any) -> tuple[int, int]:
+    """(samples, tokens) in a batch; tokens is 0 but for text, ``{"input_ids": (B, T)}``."""
+    if isinstance(batch, Mapping) and isinstance(batch.get("input_ids"), torch.Tensor):
+        samples, length = batch["input_ids"].shape[:2]
+        return samples, samples * length
+    if isinstance(batch, torch.Tensor):
+        return (len(batch) if batch.ndim else 1), 0
+    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else ()
+    return next((found for found in map(batch_size_of, parts) if found[0]), (0, 0))
+
+
+class Monitor(Callback):
+    """Logs what training costs and keeps one record per phase, across interruptions too.
+
+    Logged at every `log_every_n_steps`: ``throughput/samples_per_sec`` and, for text, ``throughput/tokens_per_sec``
+    (median of the last steps of this phase, all processes), ``throughput/flops_per_sec`` and ``throughput/mfu`` where they can
+    be known (FLOPs are counted anew at each phase's first batch), ``time/train_seconds`` (of optimizer steps so far, without
+    validation and checkpoints), ``memory/peak_gib`` (of this phase), ``memory/optimizer_gib`` (live storages),
+    ``params/trainable``, ``params/adapters``, ``params/total`` and ``lowrank/phase`` (0, 1, 2); and what an optimizer with a
+    method ``metrics()`` says of itself, such as ``galore/overlap``.
+    """
+
+    def __init__(self) -> None:
+        self.records: list[PhaseRecord] = []
+        self._clock: StepClock | None = None
+        self._memory: PeakMemory | None = None
+        self._live = False  # whether the last record belongs to this process and not only to a restored one
+        self._look = False  # whether this phase's optimizer is still to be looked at
+        self._samples = self._tokens = 0
+        self._seen_step = 0
+        self._kept_step = -1  # the step of the last checkpoint
+        self._said: dict[str, float] = {}  # what optimizers said last; they forget it with their process
+        self._flops = FlopCount()
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return "Monitor"
+
+    @property
+    def record(self) -> PhaseRecord | None:
+        """The record of the running phase."""
+        return self.records[-1] if self.records else None
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._clock = StepClock(pl_module.device)
+        self._memory = PeakMemory(pl_module.device)
+        self._live, self._seen_step, self._kept_step = False, trainer.global_step, -1
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        phase = phase_of(trainer)
+        if not self._live or self.record.phase != phase:
+            self._begin(phase, trainer, pl_module)
+            if self.record.flops_per_sample is None:  # else counted before an interruption
+                self._flops.begin(pl_module)
+        samples, tokens = batch_size_of(batch)
+        self._samples, self._tokens = self._samples + samples, self._tokens + tokens
+        self._clock.start()
+
+    def _begin(self, phase: str, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A phase begins, or goes on after a resume: its memory is a new process's, its steps are added up."""
+        self._collect()
+        if self.record is None or self.record.phase != phase:
+            self.records.append(PhaseRecord(phase))
+        self._live = self._look = True
+        self.record.world_size = trainer.world_size
+        counts = count_parameters(pl_module)
+        vars(self.record).update(counts)
+        for logger in trainer.loggers:
+            if hasattr(logger, "log_phase"):  # one that shows events
+                logger.log_phase(phase, trainer.global_step, counts)
+        self.record.peak_flops = peak_flops(pl_module.device, trainer.precision)
+        self._memory.restart()
+        self._clock.interrupt()
+
+    @override
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        self._count()  # what the optimizer does is not the model's
+
+    def _count(self) -> None:
+        counted = self._flops.end()
+        if counted and self._samples:
+            self.record.flops_per_sample = counted / self._samples
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._flops.end()
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._count()  # gradients accumulate: there was no optimizer step
+        self._clock.end_batch()
+        if trainer.global_step == self._seen_step:  # gradients still accumulate
+            return
+        self._seen_step = trainer.global_step
+        self._clock.end_step(self.record.phase, self._samples, self._tokens)
+        self._samples = self._tokens = 0
+        self._memory.sample()
+        if self._look and phase_of(trainer) == self.record.phase:  # early in the phase: a short one may see no other look
+            self._look = False
+            self._collect(trainer)
+        if trainer.log_every_n_steps and trainer.global_step % trainer.log_every_n_steps == 0:
+            self._collect(trainer)
+            self._said |= optimizer_metrics(trainer.optimizers)
+            metrics = self._metrics() | self._said
+            self.log_dict({key: float(value) for key, value in metrics.items()}, on_step=True, on_epoch=False)
+
+    def _collect(self, trainer: Trainer | None = None, wait: bool = False, memory: bool = True) -> None:
+        """Bring the records up to date: times that are known by now, memory of the running phase unless `memory` is false."""
+        by_name = {record.phase: record for record in self.records}
+        for step in self._clock.drain(wait):
+            record = by_name[step.phase]
+            record.steps += 1
+            record.seconds += step.seconds
+            if step.samples:
+                record.seconds_per_sample.append(step.seconds / step.samples)
+                record.tokens_per_sample = step.tokens / step.samples
+        if self._live and memory:
+            self.record.peak_gib = max(self.record.peak_gib, self._memory.peak() / GIB)
+            if trainer is not None:
+                held = optimizer_bytes(trainer.optimizers) / GIB
+                if held >= self.record.optimizer_gib:  # a phase's last look comes after the freeze has released what it held
+                    said = formula_bytes(trainer.optimizers)
+                    self.record.optimizer_gib, self.record.formula_gib = held, said if said is None else said / GIB
+
+    def _metrics(self) -> dict[str, float]:
+        record = self.record
+        rate = record.samples_per_sec(last=RECENT)
+        rates = {
+            "throughput/samples_per_sec": rate,
+            "throughput/tokens_per_sec": rate * record.tokens_per_sample if rate and record.tokens_per_sample else None,
+            "throughput/flops_per_sec": record.flops_per_sec(last=RECENT),
+            "throughput/mfu": record.mfu(last=RECENT),
+        }
+        return {key: value for key, value in rates.items() if value is not None} | {
+            "time/train_seconds": sum(record.seconds for record in self.records),
+            "memory/peak_gib": record.peak_gib,
+            "memory/optimizer_gib": record.optimizer_gib,
+            "params/trainable": record.trainable,
+            "params/adapters": record.adapters,
+            "params/total": record.total,
+            "lowrank/phase": PHASES.index(record.phase),
+        }
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._pause(trainer)
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._pause(trainer)
+
+    @override
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._pause(trainer)
+        self._said |= optimizer_metrics(trainer.optimizers)
+        # Lightning has asked for the state before this hook, which has looked once more
+        records = [record.state_dict() for record in self.records]
+        checkpoint["callbacks"][self.state_key] = {"records": records, "said": dict(self._said)}
+        self._kept_step = self._seen_step
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._clock is not None:
+            # after the last checkpoint only the writing of it could raise the peak: a run that is over keeps the record
+            # that its checkpoint holds, and says the same whenever it is reported again
+            self._collect(trainer, wait=True, memory=self._kept_step != self._seen_step)
+            self._live = False
+
+    def _pause(self, trainer: Trainer) -> None:
+        if self._live:  # what follows is no part of a step
+            self._collect(trainer)
+            self._clock.interrupt()
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        if self._live:
+            self._collect(wait=True)  # a checkpoint waits for the device anyway
+        return {"records": [record.state_dict() for record in self.records]}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.records = [PhaseRecord.from_state(state) for state in state_dict["records"]]
+        self._said = dict(state_dict.get("said", {}))

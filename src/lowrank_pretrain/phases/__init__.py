@@ -1,0 +1,1 @@
+"""Change a model in the middle of a fit: full, joint, low-rank."""

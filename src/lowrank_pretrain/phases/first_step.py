@@ -1,0 +1,105 @@
+"""The rehearsal of a Lightning fit: from its first batch to its first optimizer step, agreed on by all processes."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from lowrank_pretrain.core.targets import Target
+from lowrank_pretrain.phases.rehearsal import Rehearsal
+from lowrank_pretrain.phases.teachers import CURE, Pairing, teachers
+
+SKIPPED = 3  # so many steps without any gradient are waited for
+
+
+class FirstStep:
+    """Wraps ``training_step`` until the first optimizer step, and asks a ``Rehearsal`` what it saw.
+
+    Args:
+        trainer: its strategy gathers what every process saw.
+        pl_module: the module, whose ``training_step`` is watched.
+        targets: by name.
+        adapters: as for ``Rehearsal``.
+    """
+
+    def __init__(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, targets: Mapping[str, Target], adapters: bool = True
+    ) -> None:
+        self._trainer, self._module = trainer, pl_module
+        self._rehearsal = Rehearsal(pl_module, targets, adapters)
+        self._before: Any = None  # a training_step that the module itself holds, not its class
+        trained = {id(p) for o in trainer.optimizers for g in o.param_groups for p in g["params"] if p.requires_grad}
+        pairs = teachers(pl_module, targets, trained)
+        for student, teacher in pairs:
+            rank_zero_warn(f"{teacher} looks like a frozen copy of {student}, whose layers become low-rank: {CURE}")
+        self._pairing = Pairing(pl_module, pairs) if pairs else None
+        self.looking = False
+        self.steps = 0  # optimizer steps over which layers that nobody calls were watched
+
+    def start(self) -> None:
+        """Begin to watch."""
+        self._rehearsal.start()
+        if self._pairing is not None:
+            self._pairing.start()
+        step = self._module.training_step
+        self._before = self._module.__dict__.get("training_step")
+        self.looking = True
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            with self._rehearsal.forward():
+                return step(*args, **kwargs)
+
+        watched.__wrapped__ = getattr(step, "__wrapped__", step)  # Lightning reads the arguments there, one level deep
+        self._module.__dict__["training_step"] = watched
+
+    def look(self) -> dict[str, str] | None:
+        """After the backward pass of the first optimizer step: why targets cannot have an adapter. Later: ``None``.
+
+        All processes must call it, and get the same.
+        """
+        self.steps += 1
+        if not self.looking:
+            if self._pairing is not None:  # what users do after a step is over by now
+                self._pairing.stop()
+                self._pairing = None
+            return None
+        self._rehearsal.after_backward()
+        agreed, stepped = self._agreed()
+        if not stepped and self.steps < SKIPPED:
+            return None
+        self._unwrap()
+        return self._rehearsal.finish(agreed)
+
+    def late(self) -> tuple[dict[str, str], list[str]]:
+        """At any later step: reasons against layers that were called only after the first step, and targets never called.
+
+        All processes must call it, and get the same.
+        """
+        return self._rehearsal.finish(self._agreed()[0]), self._rehearsal.unseen()
+
+    def stop(self) -> None:
+        """Stop watching."""
+        self._unwrap()
+        self._rehearsal.stop()
+        if self._pairing is not None:
+            self._pairing.stop()
+            self._pairing = None
+
+    def _agreed(self) -> tuple[list[list[int]], bool]:
+        """What any process saw, and whether any gradient is there (a ``training_step`` may return ``None``)."""
+        seen = self._rehearsal.evidence()
+        stepped = any(p.grad is not None for p in self._module.parameters())
+        table = torch.tensor([[int(stepped)] * len(seen[0]), *seen], device=self._module.device)
+        if self._trainer.world_size > 1:
+            table = self._trainer.strategy.all_gather(table).amax(0)
+        rows = table.tolist()
+        return rows[1:], bool(rows[0][0])
+
+    def _unwrap(self) -> None:
+        if self.looking:
+            self.looking = False
+            del self._module.__dict__["training_step"]
+            if self._before is not None:
+                self._module.__dict__["training_step"] = self._before

@@ -1,0 +1,423 @@
+"""Look at every target during the first training step, so that nothing is found only when the model changes after days.
+
+An adapter adds B A x where its layer is *called*. So a layer that is never called gives a dead adapter; a weight that is also
+used somewhere else (``x @ fc.weight``) makes the merged model another one than the trained one; so does a class that computes
+something else than W x + b. All three are seen in one step:
+
+* hooks on the targets say which were called;
+* a ``TorchFunctionMode`` sees the targets' weights in products outside of their layer. A penalty (``weight.pow(2).sum()``) is
+  no such use;
+* after backward, a weight that has a gradient though its layer was not called (and no penalty explains it) was used outside;
+* a layer whose class has a forward of its own is called three times more, on copies, without autograd and with the random
+  state put back: with W, with an adapter, and with the adapter merged.
+
+Nothing of this changes a number of the training, and nothing is left after the step, but for one hook on each layer that was
+not called yet: one step is no evidence against a layer (experts, LayerDrop, one task a batch). That hook removes itself.
+
+Code under ``torch.compile`` is not watched (hooks and modes would be compiled in): its layers count as called.
+Pure torch: ``start``, ``forward`` around each training forward, ``after_backward`` before the optimizer's step, ``finish``.
+"""
+
+import copy
+import sys
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from lowrank_pretrain.core.seeds import generator
+from lowrank_pretrain.core.targets import Target
+from lowrank_pretrain.lora.layer import LoRALinear, give_adapters, has_own_forward
+from lowrank_pretrain.lora.model import adapter_parameters, lora_layers
+
+_PRODUCTS = {
+    "linear", "matmul", "mm", "bmm", "mv", "addmm", "addmv", "addbmm", "baddbmm", "einsum", "tensordot", "inner", "outer",
+    "dot", "vdot", "bilinear", "multi_dot", "chain_matmul", "kron", "cdist", "cosine_similarity", "embedding", "embedding_bag",
+    "index_select", "gather", "take", "take_along_dim", "conv1d", "conv2d", "conv3d", "multi_head_attention_forward",
+    "scaled_dot_product_attention",
+}  # fmt: skip
+_ARITHMETIC = {"add", "sub", "mul", "div", "truediv", "radd", "rsub", "rmul", "rtruediv", "multiply", "subtract", "divide"}
+_CALLS = ("forward", "_call_impl", "_wrapped_call_impl")
+_FOLLOWED = _PRODUCTS | _ARITHMETIC | {
+    "t", "transpose", "permute", "view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "expand", "contiguous",
+    "clone", "to", "type", "type_as", "half", "bfloat16", "float", "double", "cat", "concat", "stack", "chunk", "split",
+    "unbind", "narrow", "select", "getitem", "normalize", "dropout", "where", "masked_fill", "neg", "alias", "view_as", "get",
+    "rearrange", "movedim", "swapaxes", "mT", "T",
+}  # fmt: skip
+
+
+class Rehearsal:
+    """Watches targets through one training step.
+
+    Args:
+        module: names of the targets count from it.
+        targets: by name.
+        adapters: look whether layers with a forward of their own compute the same with an adapter and merged.
+    """
+
+    def __init__(self, module: nn.Module, targets: Mapping[str, Target], adapters: bool = True) -> None:
+        self.targets = dict(targets)
+        self.layers: dict[str, nn.Module] = {target.layer_name: target.layer for target in targets.values()}
+        compiled = _compiled_parts(module)
+        self._watched = {name: layer for name, layer in self.layers.items() if id(layer) not in compiled}
+        self._adapters = adapters
+        # a mode would be compiled in, or would take nn.MultiheadAttention in eval off its fast path
+        self._has_mode = not compiled and not any(
+            isinstance(child, (nn.MultiheadAttention, nn.TransformerEncoderLayer)) and not child.training
+            for child in module.modules()
+        )
+        self.called = {name for name in self.layers if name not in self._watched}
+        self.elsewhere: set[str] = set()  # in a product outside of its layer
+        self.touched: set[str] = set()  # in any other operation outside of its layer
+        self.has_grad: set[str] = set()
+        self.other: dict[str, str] = {}  # layer name -> what its class computes
+        self._handles: dict[str, list[Any]] = {}
+
+    def start(self) -> None:
+        """Begin to watch."""
+        for name, layer in self._watched.items():
+            if "forward" in layer.__dict__:
+                self.other[name] = "has a forward that was replaced on the layer itself, and would never call an adapter"
+            self._handles[name] = [layer.register_forward_pre_hook(_Seen(self, name), with_kwargs=True)]
+            if self._adapters and has_own_forward(layer):
+                self._handles[name].append(layer.register_forward_pre_hook(_Compare(self, name), with_kwargs=True))
+
+    @contextmanager
+    def forward(self) -> Iterator[None]:
+        """Watch what a forward pass does with the targets' weights."""
+        if self._has_mode:
+            with _Outside(self):
+                yield
+        else:
+            yield
+
+    def after_backward(self) -> None:
+        """Note which layers have a gradient without having been called. Before the gradients are dropped."""
+        for name, layer in self.layers.items():
+            grad = layer.weight.grad
+            if name not in self.called and grad is not None and grad.any():
+                self.has_grad.add(name)
+
+    def evidence(self) -> list[list[int]]:
+        """What was seen, by layer: called, in a product elsewhere, touched elsewhere, has a gradient, computes another thing.
+
+        Where several processes train, take the maximum over all of them, and give it to ``finish``.
+        """
+        sets = (self.called, self.elsewhere, self.touched, self.has_grad, self.other)
+        return [[int(name in seen) for seen in sets] for name in self.layers]
+
+    def finish(self, evidence: list[list[int]] | None = None) -> dict[str, str]:
+        """Stop watching all but layers that nobody has seen yet.
+
+        May be asked again, after layers that nobody had seen were called.
+
+        Args:
+            evidence: of all processes; default: this one's.
+
+        Returns:
+            Why a target cannot have an adapter, by name of the target.
+        """
+        reasons: dict[str, str] = {}
+        for name, found in zip(self.layers, evidence or self.evidence(), strict=True):
+            called, elsewhere, touched, has_grad, other = found
+            if called:
+                self.called.add(name)
+            if other:
+                reasons[name] = self.other.get(name, _OTHER)
+            elif elsewhere and called:
+                reasons[name] = (
+                    "its weight is also used outside of its layer, where an adapter has no effect: leave it out, or call the "
+                    "layer there"
+                )
+            elif not called and (elsewhere or (has_grad and not touched)):
+                reasons[name] = (
+                    "is never called: its weight is used outside of it, where an adapter has no effect. Leave it out, or call "
+                    "the layer"
+                )
+            for handle in self._handles.pop(name, []) if called or name in reasons else ():
+                handle.remove()
+        return {name: reasons[target.layer_name] for name, target in self.targets.items() if target.layer_name in reasons}
+
+    def unseen(self) -> list[str]:
+        """Targets whose layers nobody has called, so far."""
+        return [name for name, target in self.targets.items() if target.layer_name not in self.called]
+
+    def stop(self) -> None:
+        """Stop watching."""
+        for handles in self._handles.values():
+            for handle in handles:
+                handle.remove()
+        self._handles.clear()
+
+
+_OTHER = "computes something else than W x + b, which an adapter cannot follow: leave it out"
+
+
+class _Hook:
+    """A hook that copies and pickles of the layer do not keep alive."""
+
+    def __init__(self, watcher: Any, name: str) -> None:
+        self._watcher, self._name = weakref.ref(watcher), name
+
+    def __deepcopy__(self, memo: dict) -> Callable[..., None]:
+        return _nothing
+
+    def __reduce__(self) -> tuple:
+        return _inert, ()
+
+
+def _nothing(*_: Any) -> None:
+    """What a copied layer has in place of a hook."""
+
+
+def _inert() -> Callable[..., None]:
+    return _nothing
+
+
+class _Seen(_Hook):
+    """Notes that the layer was called, and is gone."""
+
+    def __call__(self, layer: nn.Module, args: tuple, kwargs: dict) -> None:
+        rehearsal = self._watcher()
+        if rehearsal is not None:
+            rehearsal.called.add(self._name)
+            if len(rehearsal._handles.get(self._name, ())) == 1:
+                rehearsal._handles.pop(self._name)[0].remove()
+
+
+class _Compare(_Hook):
+    """At the first call of a layer with a forward of its own: does it compute the same with an adapter and merged?"""
+
+    def __call__(self, layer: nn.Module, args: tuple, kwargs: dict) -> None:
+        rehearsal = self._watcher()
+        if rehearsal is None or self._name not in rehearsal._handles:
+            return
+        for handle in rehearsal._handles.pop(self._name):
+            handle.remove()
+        targets = [target for target in rehearsal.targets.values() if target.layer is layer]
+        reason = differs(layer, targets, args, kwargs)
+        if reason is not None:
+            rehearsal.other[self._name] = reason
+
+
+class _Outside(TorchFunctionMode):
+    """Sees the targets' weights in operations outside of their layers, and what is made of them there."""
+
+    def __init__(self, rehearsal: Rehearsal) -> None:
+        super().__init__()
+        self.rehearsal = rehearsal
+        self._of: dict[int, tuple[weakref.ref, frozenset[str]]] = {}  # id of a tensor -> itself, and of which layers it is
+        for name, layer in rehearsal._watched.items():
+            self._add(layer.weight, frozenset({name}))
+
+    def _add(self, tensor: Tensor, names: frozenset[str]) -> None:
+        known = self._of.get(id(tensor))
+        if known is not None and known[0]() is tensor:
+            names = names | known[1]
+        self._of[id(tensor)] = weakref.ref(tensor), names
+
+    def _layers(self, tensor: Tensor) -> frozenset[str]:
+        found = self._of.get(id(tensor))
+        return found[1] if found is not None and found[0]() is tensor else frozenset()
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if not torch.compiler.is_compiling():
+            self._look(func, args, kwargs, out)
+        return out
+
+    def _look(self, func: Any, args: tuple, kwargs: dict | None, out: Any) -> None:
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        names = frozenset().union(*(self._layers(tensor) for tensor in tensors)) if tensors else frozenset()
+        if not names:
+            return
+        word = getattr(func, "__name__", "").strip("_")
+        made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        if not made or word in ("set", "requires_grad"):
+            return
+        names -= {name for name in names if _inside(self.rehearsal.layers[name], self.rehearsal, name)}
+        if not names:
+            return
+        others = [t for t in tensors if t.ndim and not self._layers(t) and not isinstance(t, nn.Parameter)]
+        mine = max(t.numel() for t in tensors if self._layers(t))
+        indexed = word == "getitem" and any(not t.is_floating_point() and t.dtype != torch.bool for t in others)
+        wider = word in _ARITHMETIC and max(t.numel() for t in made) > mine
+        meets_data = bool(others) and (word in _PRODUCTS or indexed or wider)
+        if torch.is_grad_enabled() or _in_function():  # else it is looked at, and adds nothing to the loss
+            (self.rehearsal.elsewhere if meets_data else self.rehearsal.touched).update(names)
+        if word in _FOLLOWED and not meets_data:
+            for tensor in made:
+                if tensor.is_floating_point() and tensor.ndim:
+                    self._add(tensor, names)
+
+
+def _inside(layer: nn.Module, rehearsal: Rehearsal, name: str) -> bool:
+    """Whether the layer's own forward is running, called as it should be or by its name."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        if frame.f_code.co_name in _CALLS and frame.f_locals.get("self") is layer:
+            rehearsal.called.add(name)
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _in_function() -> bool:
+    """Whether the forward of an ``autograd.Function`` is running, which has no autograd of its own."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        if frame.f_code.co_name == "forward" and isinstance(frame.f_locals.get("ctx"), FunctionCtx):
+            return True
+        frame = frame.f_back
+    return False
+
+
+@torch.no_grad()
+def differs(layer: nn.Module, targets: list[Target], args: tuple, kwargs: dict) -> str | None:
+    """Say so if a layer with an adapter would compute something else than with the adapter merged into its weight.
+
+    Args:
+        layer: plain, or with adapters; not changed.
+        targets: its own.
+        args: what it is called with.
+        kwargs: likewise.
+
+    Returns:
+        The reason, or ``None``.
+    """
+    try:
+        adapted = _copy(layer)
+        if not isinstance(adapted, LoRALinear):
+            give_adapters(adapted, [(target, 1) for target in targets], None, True, seed=0)
+        for part in adapted._parts:
+            _draw(adapted, part)
+        merged, plain = _copy(layer), _copy(layer)
+        merged.weight.copy_(adapted.merged_weight())
+        y, with_adapter, with_merged = (_call(copied, args, kwargs) for copied in (plain, adapted, merged))
+        dtypes = {tensor.dtype for tensor in y}
+        effect = sum(_norm(b.float() - a.float()) for a, b in zip(y, with_merged, strict=True))
+        off = sum(_norm(b.float() - a.float()) for a, b in zip(with_adapter, with_merged, strict=True))
+        size = sum(_norm(a.float()) for a in with_merged)
+    except Exception as error:
+        first = (str(error) or type(error).__name__).splitlines()[0]
+        return f"has a forward of its own, which failed with an adapter ({first[:120]}): leave it out"
+    rounding = max(torch.finfo(dtype).eps for dtype in (layer.weight.dtype, *dtypes))
+    if off <= 0.05 * effect + 4 * rounding * size:
+        return None
+    return f"has a forward of its own ({type(layer).__name__}) and {_OTHER}"
+
+
+def _norm(tensor: Tensor) -> float:
+    return float(torch.linalg.vector_norm(tensor))
+
+
+def _draw(layer: nn.Module, part: Any) -> None:
+    """Give a part a B with which its update is a third of W."""
+    B, A = layer.lora_B[part.name], layer.lora_A[part.a : part.a + part.rank]
+    B.copy_(torch.randn(B.shape, generator=generator("rehearsal", part.name, seed=0)))
+    weight = torch.linalg.vector_norm(layer.weight.float()) / layer.weight.numel() ** 0.5
+    update = torch.linalg.vector_norm((B @ A).float()) / (part.rows * A.shape[1]) ** 0.5
+    B.mul_((0.3 * weight if weight > 0 else 1.0) / (part.scale * update).clamp_min(1e-12))
+
+
+def _copy(layer: nn.Module) -> nn.Module:
+    """A layer of the same class with tensors of its own and without hooks."""
+    twin = copy.copy(layer)
+    for kind in ("_parameters", "_buffers"):
+        own = {}
+        for name, tensor in layer.__dict__[kind].items():
+            own[name] = tensor if tensor is None else tensor.detach().clone()
+            if kind == "_parameters" and tensor is not None:
+                own[name] = nn.Parameter(own[name], requires_grad=False)
+        twin.__dict__[kind] = own
+    twin.__dict__["_modules"] = {name: copy.deepcopy(child) for name, child in layer._modules.items()}
+    for name, held in layer.__dict__.items():
+        if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")) and isinstance(held, dict):
+            twin.__dict__[name] = type(held)()
+    return twin
+
+
+def _call(layer: nn.Module, args: tuple, kwargs: dict) -> list[Tensor]:
+    """The layer's floating outputs, on copies of its arguments; the random state is put back."""
+    args, kwargs = torch.utils._pytree.tree_map(lambda a: a.detach().clone() if isinstance(a, Tensor) else a, (args, kwargs))
+    devices = {t.device for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.device.type == "cuda"}
+    with torch.random.fork_rng(devices=sorted(devices, key=str)):
+        out = layer.forward(*args, **kwargs)
+    return [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def _compiled_parts(module: nn.Module) -> set[int]:
+    """Ids of all modules that are compiled, or inside of one that is."""
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is None:
+        return set()
+    found: set[int] = set()
+    for child in module.modules():
+        whole = getattr(child, "_compiler_ctx", None) is not None  # Lightning's note on a compiled LightningModule
+        if whole or getattr(child, "_compiled_call_impl", None) is not None or isinstance(child, dynamo.OptimizedModule):
+            found |= {id(part) for part in child.modules()}
+    return found
+
+
+class GradientWatch:
+    """Looks whether a gradient reaches every adapter after the model changed: one that none reaches never trains.
+
+    One step without a gradient is no evidence (experts, LayerDrop, one task a batch, a loss that begins later), but for
+    activations that are checkpointed with ``use_reentrant=True``: where nothing below a block trains any more, its input needs
+    no gradient, and the block is never run again with autograd.
+
+    Args:
+        module: has adapters.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.steps, self._module = 0, module
+        self.without = {name: p for name, p in adapter_parameters(module) if p.requires_grad}
+        self.every = len(self.without)
+        self._only_cut_off: dict[str, bool] = {}  # by layer that was called: only inside of a checkpoint, without autograd
+        compiled = _compiled_parts(module)
+        self._handles = [
+            layer.register_forward_pre_hook(_CutOff(self, name), with_kwargs=True)
+            for name, layer in lora_layers(module)
+            if id(layer) not in compiled
+        ]
+
+    def look(self) -> list[str]:
+        """After a backward pass: forget the adapters that have a gradient.
+
+        Returns:
+            Names of the layers that reentrant checkpointing cuts off from the loss (after the first backward pass only).
+        """
+        if not any(p.grad is not None for p in self._module.parameters()):  # the step was skipped
+            return []
+        self.steps += 1
+        self.without = {name: p for name, p in self.without.items() if p.grad is None}
+        cut_off, self._only_cut_off = self._only_cut_off, {}
+        self.stop()
+        return [layer for layer in self.layers() if cut_off.get(layer)]
+
+    def layers(self) -> list[str]:
+        """Names of the layers whose adapters had no gradient so far."""
+        return list(dict.fromkeys(name.partition(".lora_")[0] for name in self.without))
+
+    def stop(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+
+class _CutOff(_Hook):
+    """Notes whether a layer is called inside of a reentrant checkpoint only, and without autograd."""
+
+    def __call__(self, layer: nn.Module, args: tuple, kwargs: dict) -> None:
+        watch = self._watcher()
+        if watch is not None:
+            cut_off = not torch.is_grad_enabled() and _in_function()
+            watch._only_cut_off[self._name] = cut_off and watch._only_cut_off.get(self._name, True)

@@ -1,0 +1,1 @@
+"""Compose and train one run from its configuration."""
