@@ -16,7 +16,7 @@ from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.lora import model as lora
 from lowrank_pretrain.phases import averaging
 from tests.test_resume import assert_equal
-from tests.toy import Toy, adapters, loader, trainer
+from tests.toy import AtEnd, Toy, adapters, loader, trainer
 
 METHODS = ("prelora", "galore", "lte")
 
@@ -279,16 +279,18 @@ def test_swa_averages_the_epochs_and_its_file_goes_on(tmp_path, method):
     def swa():
         return StochasticWeightAveraging(swa_lrs=5e-3, swa_epoch_start=2)
 
-    module, run = fit(tmp_path, method, swa(), Begin(), every=1)
+    at_end = AtEnd(lambda _, module: {name: p.detach().clone() for name, p in module.named_parameters()})
+    module, run = fit(tmp_path, method, swa(), Begin(), at_end, every=1)
     chosen = starts[1:]
-    for name, p in module.named_parameters():
+    for name, p in at_end.found.items():
         mean = torch.stack([start[name] for start in chosen if name in start]).mean(0)
         if "lora_" not in name:  # an adapter's average counts the epochs before it as if it had been as at the switch
             torch.testing.assert_close(p, mean, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
     class Look(pl.Callback):
         def on_train_start(self, trainer, module):
-            held.update(lora.clone_state(next(averaging.averages(trainer.callbacks))[1].state_dict()))
+            averaged = next(averaging.averages(trainer.callbacks))[1]  # unmerged, where state_dict would be the plain model's
+            held.update(lora.clone_state(dict([*averaged.named_parameters(), *averaged.named_buffers()])))
 
     for at in (7, 13, 19):
         file = torch.load(tmp_path / f"step={at}.ckpt", weights_only=True)

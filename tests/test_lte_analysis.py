@@ -18,7 +18,7 @@ from lowrank_pretrain.observe import spectra
 from lowrank_pretrain.observe.figures import plot_analysis, read_series
 from lowrank_pretrain.observe.rank_analysis import EffectiveRank, HeadOrthogonality, local_heads, present_matrices
 from tests.test_resume import assert_equal
-from tests.toy import loader, toy, trainer
+from tests.toy import AtEnd, loader, toy, trainer
 
 
 def rand(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -132,34 +132,45 @@ def test_full_training_logs_gradients_and_update(tmp_path):
 
 
 def test_under_adapters_the_update_is_theirs_and_the_gradient_is_said_to_be_missing(tmp_path):
+    updates, present = [], set()
+
+    def measure(_, module):
+        for layer in (m for m in module.modules() if hasattr(m, "lora_A")):
+            for p in layer._parts:
+                updates.append((p.scale * layer.lora_B[p.name] @ layer.lora_A[p.a : p.a + p.rank]).detach())
+        present.update(dict(present_matrices(find_targets(module, "all", warn=False, frozen=True))))
+
     with pytest.warns(UserWarning, match="W is frozen and has no gradient") as said:
-        _, module, rows = fit(tmp_path, LoRA(rank=2), EffectiveRank(every=1))
+        _, module, rows = fit(tmp_path, LoRA(rank=2), EffectiveRank(every=1), AtEnd(measure))
     assert sum("W is frozen" in str(w.message) for w in said) == 1
     assert not any("gradient" in key for key in rows[0])
-    updates = []
-    for layer in (m for m in module.modules() if hasattr(m, "lora_A")):
-        for p in layer._parts:
-            updates.append(p.scale * layer.lora_B[p.name] @ layer.lora_A[p.a : p.a + p.rank])
     wanted = sum(slow_effective_rank(m.detach()) for m in updates) / len(updates)
     assert column(rows, "lte/effective_rank/update")[11] == pytest.approx(wanted, rel=1e-3)
     assert column(rows, "lte/rank/update")[11] <= 2.0
-    assert dict(present_matrices(find_targets(module, "all"))).keys() == find_targets(module, "all").keys()
+    assert present == find_targets(module, "all").keys()
 
 
 def test_it_follows_prelora_through_its_phases(tmp_path):
+    compared = []
+
+    def compare(_, module):
+        targets = find_targets(module, "all", warn=False, frozen=True)
+        merged = dict(present_matrices(targets))
+        for name, target in targets.items():
+            layer = target.layer
+            part = next(p for p in layer._parts if p.name == target.part)
+            delta = part.scale * layer.lora_B[part.name] @ layer.lora_A[part.a : part.a + part.rank]
+            assert torch.allclose(merged[name], target.matrix() + delta, atol=1e-6), name
+            compared.append(name)
+
     phases = PreLoRA(ranks=(2,), window=2, window_unit="step", windows=2, latest=2, warmup=2)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        _, module, rows = fit(tmp_path, phases, EffectiveRank(every=2))
+        _, module, rows = fit(tmp_path, phases, EffectiveRank(every=2), AtEnd(compare))
     assert phases.phase == "lowrank"
     assert list(column(rows, "lte/effective_rank/gradient")) == [1, 3, 5, 7]
     assert list(column(rows, "lte/effective_rank/update")) == [5, 11]
-    merged = dict(present_matrices(find_targets(module, "all")))
-    for name, target in find_targets(module, "all").items():
-        layer = target.layer
-        part = next(p for p in layer._parts if p.name == target.part)
-        delta = part.scale * layer.lora_B[part.name] @ layer.lora_A[part.a : part.a + part.rank]
-        assert torch.allclose(merged[name], target.matrix() + delta, atol=1e-6), name
+    assert len(compared) == len(find_targets(module, "all"))
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from typing_extensions import override
 
 from lowrank_pretrain.checkpoints.io import NotWritten, WholeCheckpointIO, local_path, replace
-from lowrank_pretrain.checkpoints.safe_load import safe_load
+from lowrank_pretrain.checkpoints.safe_load import safe_load, unread
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.phases.plain_checkpoint import FORMAT, SIDE
 from lowrank_pretrain.run.interrupts import Interrupted, Interrupts
@@ -177,6 +177,10 @@ def inspect(path: Path) -> dict[str, Any]:
         if part in checkpoint and not isinstance(checkpoint[part], kind):
             found = type(checkpoint[part]).__name__
             raise ConfigError("ckpt_path", str(path), f"is no checkpoint of a run: its {part} is {found}, not {words}")
+    for part, value in checkpoint.items():  # hyper-parameters may be of any type: nothing goes on from them
+        foreign = None if part.endswith("hyper_parameters") else unread(value)
+        if foreign is not None:
+            raise ConfigError("ckpt_path", str(path), f"cannot be read as a checkpoint (its {part} holds a {foreign})")
     check_side(path, checkpoint.get(SIDE, {}))
     return checkpoint
 
