@@ -277,6 +277,7 @@ def test_the_wheel_holds_everything_a_run_needs_and_imports_for_a_tenth_of_light
     assert done.returncode == 0, done.stderr
     assert done.stdout.split()[:2] == [str(target / "lowrank_pretrain" / name) for name in ("__init__.py", "conf/__init__.py")]
     assert (elsewhere / "run" / "summary.json").is_file()
+    assert (target / "lowrank_pretrain" / "py.typed").is_file()
     scripts = next(target.glob("*.dist-info")) / "entry_points.txt"
     assert "lowrank-pretrain = lowrank_pretrain.run.train:main" in scripts.read_text()
 
