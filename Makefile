@@ -5,6 +5,7 @@ PYTHON ?= python3
 KILLS  ?= 100
 SEED   ?= 0
 NAME   ?=
+JOBS   ?= 2
 STUDIES := prelora_vit lte_vit cs744_gpt2 cs744_galore cs744_pathmnist composition
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -34,8 +35,8 @@ $(STAMP): pyproject.toml
 demo: $(STAMP) ## Pre-train a pocket Vision Transformer with PreLoRA: minutes on two cores
 	$(BIN)/python -m lowrank_pretrain ckpt_path=last
 
-test: $(STAMP) ## Run the tests
-	$(BIN)/python -m pytest -m "not slow"
+test: $(STAMP) ## Run the tests, two files at a time (JOBS=4 for more)
+	$(BIN)/python -m pytest -m "not slow" -n $(JOBS) --dist loadfile
 
 test-slow: $(STAMP) ## Run the tests that take longer than a few seconds each
 	$(BIN)/python -m pytest -m slow

@@ -63,6 +63,8 @@ class Ranks:
         """``function(*args, **kwargs)`` on ranks 0 … world−1; their results, or an AssertionError with the first traceback."""
         outcomes = self.outcomes(world, function, *args, timeout=timeout, **kwargs)
         failed = [f"rank {rank}: {value}\n{detail}" for rank, (fine, value, detail) in enumerate(outcomes) if not fine]
+        if failed:
+            self.close()  # what an unexpected failure leaves in a process must not fail the tests after it
         assert not failed, "\n".join(sorted(failed, key=len, reverse=True))  # who did not answer has the least to say
         return [value for _, value, _ in outcomes]
 

@@ -178,7 +178,7 @@ def follow_rates(scheduler: Any) -> None:
     shares = getattr(getattr(scheduler, "optimizer", None), "_rates", [])
     for one in (scheduler, *getattr(scheduler, "_schedulers", ())):
         bases = getattr(one, "base_lrs", [])
-        if len(bases) == len(shares):
+        if bases and len(bases) == len(shares):
             one.base_lrs = [base * share for base, share in zip(bases, shares, strict=True)]
 
 

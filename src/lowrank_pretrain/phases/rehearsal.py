@@ -66,6 +66,13 @@ class Rehearsal:
         self.layers: dict[str, nn.Module] = {target.layer_name: target.layer for target in targets.values()}
         compiled = _compiled_parts(module)
         self._watched = {name: layer for name, layer in self.layers.items() if id(layer) not in compiled}
+        # an output head may share its weight with an embedding: as a target it comes untied, so that is no use of it elsewhere
+        weights = {id(layer.weight): name for name, layer in self.layers.items()}
+        self._sharing: dict[str, list[nn.Module]] = {}
+        for child in module.modules():
+            name = weights.get(id(child._parameters.get("weight")))
+            if name is not None and child is not self.layers[name]:
+                self._sharing.setdefault(name, []).append(child)
         self._adapters = adapters
         # a mode would be compiled in, or would take nn.MultiheadAttention in eval off its fast path
         self._has_mode = not compiled and not any(
@@ -258,12 +265,17 @@ class _Outside(TorchFunctionMode):
 
 
 def _inside(layer: nn.Module, rehearsal: Rehearsal, name: str) -> bool:
-    """Whether the layer's own forward is running, called as it should be or by its name."""
+    """Tell whether the layer's own forward is running, or that of a layer that its weight is tied to."""
+    sharing = rehearsal._sharing.get(name, ())
     frame = sys._getframe(2)
     while frame is not None:
-        if frame.f_code.co_name in _CALLS and frame.f_locals.get("self") is layer:
-            rehearsal.called.add(name)
-            return True
+        if frame.f_code.co_name in _CALLS:
+            running = frame.f_locals.get("self")
+            if running is layer:
+                rehearsal.called.add(name)
+                return True
+            if any(running is other for other in sharing):
+                return True
         frame = frame.f_back
     return False
 
