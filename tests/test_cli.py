@@ -123,7 +123,7 @@ WRONG = {
     "optim.warmup=-1": "optim.warmup=-1: must be",
     "method.warmup=-1": "method.warmup=-1: must be",
     "method.ranks=[3]": "method.ranks=3: .*power of two",
-    "method.ranks=[4,512]": "method.ranks=512: ",
+    "method.ranks=[4,512] method.targets=*.fc1": "method.ranks=512: ",  # a preset cuts it down, a name is taken at its word
     "method.targets=nothing.*": "method.targets='nothing.*'",
     "data=kjv_sample": "model.num_classes=.*data.num_classes",
     "data=medmnist": "data.root=None: must",
@@ -135,7 +135,7 @@ WRONG = {
 
 @pytest.mark.parametrize("mistake", WRONG)
 def test_a_mistake_is_one_line_with_key_value_and_what_is_allowed(cli, mistake):
-    code, _, err = cli(*SHORT, mistake)
+    code, _, err = cli(*SHORT, *mistake.split(" "))
     lines = [line for line in err.splitlines() if line and not line.startswith(("INFO", "WARNING"))]
     assert code == 2
     assert re.match(f"error: {WRONG[mistake]}", lines[-1]), lines[-1]
