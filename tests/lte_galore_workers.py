@@ -149,7 +149,7 @@ def counted(world, **kwargs):
     return {**result, "seen": seen}
 
 
-# ---- the cells of DESIGN 6 -----------------------------------------------------------------------------------------------
+# ---- the cells of the matrix when × where × how ---------------------------------------------------------------------------
 
 
 def config(name, **change):

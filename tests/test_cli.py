@@ -123,7 +123,7 @@ WRONG = {
     "optim.warmup=-1": "optim.warmup=-1: must be",
     "method.warmup=-1": "method.warmup=-1: must be",
     "method.ranks=[3]": "method.ranks=3: .*power of two",
-    "method.ranks=[4,512]": "method.ranks=512: ",
+    "method.ranks=[4,512] method.targets=*.fc1": "method.ranks=512: ",  # a preset cuts it down, a name is taken at its word
     "method.targets=nothing.*": "method.targets='nothing.*'",
     "data=kjv_sample": "model.num_classes=.*data.num_classes",
     "data=medmnist": "data.root=None: must",
@@ -135,7 +135,7 @@ WRONG = {
 
 @pytest.mark.parametrize("mistake", WRONG)
 def test_a_mistake_is_one_line_with_key_value_and_what_is_allowed(cli, mistake):
-    code, _, err = cli(*SHORT, mistake)
+    code, _, err = cli(*SHORT, *mistake.split(" "))
     lines = [line for line in err.splitlines() if line and not line.startswith(("INFO", "WARNING"))]
     assert code == 2
     assert re.match(f"error: {WRONG[mistake]}", lines[-1]), lines[-1]
@@ -277,6 +277,7 @@ def test_the_wheel_holds_everything_a_run_needs_and_imports_for_a_tenth_of_light
     assert done.returncode == 0, done.stderr
     assert done.stdout.split()[:2] == [str(target / "lowrank_pretrain" / name) for name in ("__init__.py", "conf/__init__.py")]
     assert (elsewhere / "run" / "summary.json").is_file()
+    assert (target / "lowrank_pretrain" / "py.typed").is_file()
     scripts = next(target.glob("*.dist-info")) / "entry_points.txt"
     assert "lowrank-pretrain = lowrank_pretrain.run.train:main" in scripts.read_text()
 

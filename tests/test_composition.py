@@ -1,5 +1,5 @@
-"""Every cell of the composition matrix (DESIGN 6): resumes to the bit, alone and on two ranks, which end with equal weights;
-its checkpoints and its end are a plain model."""
+"""Every cell of the composition matrix (README, "Methods"): resumes to the bit, alone and on two ranks, which end with equal
+weights; its checkpoints and its end are a plain model."""
 
 import pytest
 import torch

@@ -37,8 +37,8 @@ def test_a_schedule_of_ones_own(tmp_path):
     SwitchAt = load("fixed_step_schedule").SwitchAt
     whole, callback = fits(tmp_path, lambda: SwitchAt(6, joint=4, rank=2, targets="mlp"), toy)
     assert (callback.switch_step, callback.freeze_step) == (6, 10)
-    assert not any("lora_A" in name for name in whole)  # after the fit the module is plain
-    assert set(callback.plan) == {f"blocks.{i}.{name}" for i in (0, 1) for name in ("fc1", "fc2")}
+    assert len(callback.plan) == 4 and set(callback.plan.values()) == {2}
+    assert not any("lora_" in name for name in whole), "after a fit the module is plain"
 
 
 def test_the_same_schedule_switches_an_optimizer(tmp_path):

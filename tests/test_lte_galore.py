@@ -1,4 +1,4 @@
-"""LTE × GaLore (DESIGN 4.4): the form W = C·W_base + P·D, the merge, both bases, what travels, and resume on other numbers."""
+"""LTE × GaLore: the form W = C·W_base + P·D, the merge, both bases, what travels, and resume on other numbers."""
 
 import copy
 

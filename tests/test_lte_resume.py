@@ -177,7 +177,7 @@ def test_a_tied_head_as_target_resumes(tmp_path):
 
 @pytest.mark.parametrize("reset", [False, True])
 def test_prelora_hands_over_to_lte_and_resumes(tmp_path, reset):
-    """DESIGN 4.4: plain training while full and joint; at the freeze every head starts from the joint adapter."""
+    """Train plainly while full and joint; at the freeze every head starts from the joint adapter."""
 
     def go(folder, ckpt=None, at=()):
         callback = PreLoRA(

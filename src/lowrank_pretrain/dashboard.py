@@ -1,6 +1,6 @@
 """A saved Weights & Biases workspace for a project's runs: ``python -m lowrank_pretrain.dashboard ENTITY/PROJECT``.
 
-Its sections and axes are those of ``wandb_sections.SECTIONS``; runs of one sweep stand together. Needs wandb-workspaces
+Its sections and axes are those of ``loggers.wandb.SECTIONS``; runs of one sweep stand together. Needs wandb-workspaces
 (``pip install wandb-workspaces``), a W&B key, and the network.
 """
 

@@ -241,7 +241,7 @@ class GaLoreAdamW(Optimizer):
         """Step with the gradients of these parameters (all of a normal step's, or one layer's)."""
         stepping.apply(self, params)
 
-    # ---- the suite's protocol (DESIGN 4.0) --------------------------------------------------------------------------
+    # ---- the protocol of ARCHITECTURE.md: who takes a plan over ------------------------------------------------------
 
     def check_adopt(self, names: Iterable[str], module: nn.Module) -> None:
         """Whether ``adopt`` will be able to take these targets, asked before training begins.

@@ -1,4 +1,4 @@
-"""How a model comes to be trained by LTE, as hooks of the strategy: at once, or at a phase callback's freeze (DESIGN 4.0).
+"""How a model comes to be trained by LTE, as hooks of the strategy: at once, or at a phase callback's freeze.
 
 ``update="lora"``: targets get heads. ``update="galore"``: nothing is converted, each worker's targets become its own.
 """
@@ -142,7 +142,7 @@ class Conversion(DDPStrategy):
         if stash is not None:
             self._take_stash(stash)
 
-    # -- DESIGN 4.0: a phase callback hands over a plan --------------------------------------------------------------
+    # -- the protocol of ARCHITECTURE.md: a phase callback hands over a plan ---------------------------------------------
 
     @property
     def adapter_settings(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""LTE × GaLore: workers step ``GaLoreAdamW`` on their own full weights, and send what they did as factors (DESIGN 4.4).
+"""LTE × GaLore: workers step ``GaLoreAdamW`` on their own full weights, and send what they did as factors.
 
     window:  worker n's targets are Wₙ = Cₙ·W_base + Pₙ·Dₙ (``galore.local``); Pₙ stays what the window's first step found
     merge:   W_base ← mean(C)·W_base + (1/N) Σ PₙDₙ, in one order on all workers; W = W_base, D = 0, C = 1

@@ -2,8 +2,8 @@
 
 One process per device, started by Lightning's own launchers; a DDP strategy by inheritance, so that samplers share the data
 out. The model is converted in ``setup``, after ``configure_optimizers`` has seen the bare model and before DDP wraps what is
-synchronised at every step. This file knows hooks and no maths: ``head_set`` has the heads and their clock, ``merge`` the
-traffic, ``state`` the checkpoint.
+synchronised at every step. This file knows hooks and no maths: ``heads.head_set`` has the heads and their clock, ``merge`` the
+traffic, ``heads.checkpoint`` the checkpoint.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Changing a model in the middle of a fit, in one place (DESIGN 4.0).
+"""Changing a model in the middle of a fit, in one place.
 
 ``apply`` takes the distributed wrapper off, runs the change, refits the optimizers' groups and wraps again, all at an
 optimizer-step boundary. **New parameters join the group that owns their base weight**: that is exact for every kind of

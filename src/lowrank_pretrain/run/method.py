@@ -76,7 +76,7 @@ _PHASED = ("prelora", "lora")
 
 
 def _settle_owners(parts: "dict[str, _Part]", config: Mapping[str, Any]) -> None:
-    """What one part of a composed method decides is no key of the others (DESIGN 4.0 and 4.4).
+    """What one part of a composed method decides is no key of the others (ARCHITECTURE.md, "The protocol").
 
     Raises:
         ConfigError: LTE and GaLore together, but not as update=galore; what belongs to adapters, where there are none.

@@ -2,7 +2,7 @@
 
 What a batch holds is a pure function of (run seed, epoch, indices): order, augmentation and mixing draw from generators
 seeded by those, never from torch's global one. So the whole state of a map-style loader is two numbers, (epoch, batches),
-and it may resume with another number of workers. A stream keeps its readers' positions instead (``stream_loaders``).
+and it may resume with another number of workers. A stream keeps its readers' positions instead (``loaders.stream``).
 
 All are plain iterables around a torch loader, not subclasses of it: Lightning then leaves their samplers alone and asks
 only for ``len``, ``state_dict`` and ``batch_sampler.sampler.set_epoch``.

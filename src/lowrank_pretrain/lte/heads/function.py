@@ -61,7 +61,7 @@ def heads_linear(
         prev_B: like ``lora_B``; empty if ``prev_A`` is ``None``.
         spans: per head its first row and the one after its last, among x's n rows.
         layout: the parts, and how W lies.
-        rest_weight: see ``lora_function.lora_linear``.
+        rest_weight: see ``lora.function.lora_linear``.
 
     Returns:
         (B, …, O). Each head's gradient is that of the mean over its own samples: it is multiplied by n / n_k, as
@@ -117,7 +117,7 @@ def _forms(rows: int, weight: Tensor) -> bool:
 
 
 class _HeadsLinear(torch.autograd.Function):
-    """See the module's text. A head's products are those of ``lora_function``, on its own rows."""
+    """See the module's text. A head's products are those of ``lora.function``, on its own rows."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, prev_A: Tensor | None,

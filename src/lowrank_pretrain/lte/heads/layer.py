@@ -1,6 +1,6 @@
 """A layer with H heads: what a linear layer becomes under LTE (arXiv 2402.16828, section 3).
 
-Like ``lora_layer``, giving heads swaps the *class* of a layer: module, W and b stay the same objects under the same names.
+Like ``lora.layer``, giving heads swaps the *class* of a layer: module, W and b stay the same objects under the same names.
 Heads are ``lora_A`` (H, ΣR, D) and, per row block of a fused layer, ``lora_B.<part>`` (H, O_part, R_part). N heads in all,
 H of them on this worker; s = alpha / R.
 
