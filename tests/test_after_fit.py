@@ -97,6 +97,9 @@ def test_a_teacher_that_follows_by_state_dict_follows_the_merged_student(tmp_pat
     torch.testing.assert_close(*end.found, rtol=1e-4, atol=1e-5)
 
 
+X = torch.randn(8, 12, generator=torch.Generator().manual_seed(3))
+
+
 # -- keys that a user filters, renames or adds ----------------------------------------------------------------------------
 
 
@@ -160,6 +163,80 @@ def test_what_a_user_filters_renames_or_adds_is_as_the_user_left_it(tmp_path, ki
     resumed = seeded(kind)
     trainer(tmp_path, steps(), max_epochs=2).fit(resumed, loader(), ckpt_path=path)  # and the side entry has what it needs
     assert len(resumed.losses) == 12 - file["global_step"]
+
+
+def trained_names(module):
+    return {name for name, p in module.named_parameters() if p.requires_grad}
+
+
+class FilteringState(Toy):
+    strict_loading = False
+
+    def state_dict(self, *args, **kwargs):
+        keep = trained_names(self)
+        return {name: v for name, v in super().state_dict(*args, **kwargs).items() if name in keep}
+
+
+class ListingParameters(Toy):
+    strict_loading = False
+
+    def on_save_checkpoint(self, checkpoint):
+        checkpoint["state_dict"] = {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}
+
+
+class Replacing(Toy):
+    """Has its ``state_dict`` replaced on the module itself, as fine-tuning scripts do."""
+
+    strict_loading = False
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        plain = self.state_dict
+        self.state_dict = lambda *a, **kw: {name: v for name, v in plain(*a, **kw).items() if name in trained_names(self)}
+
+
+@pytest.mark.parametrize("kind", [FilteringState, ListingParameters, OnlyTrained, Replacing])
+@pytest.mark.parametrize("weights_only", [False, True])
+def test_who_keeps_only_what_trains_keeps_the_trained_model(tmp_path, kind, weights_only):
+    """Behind the freeze W trains no more, but what was trained lies there."""
+
+    class Look(AtEnd):
+        def on_train_batch_end(self, trainer, module, *_):
+            if trainer.global_step == 5:
+                trainer.save_checkpoint(tmp_path / "it.ckpt", weights_only)
+                self.out = module.eval()(X).detach()
+                module.train()
+                assert not module.blocks[0].fc1.weight.requires_grad
+                assert any(True for _ in lora.adapter_parameters(module))
+
+    module, look = seeded(kind), Look(lambda *_: None)
+    module.embed.requires_grad_(False)  # by the user: stays out
+    before = vars(module).get("state_dict")
+    trainer(tmp_path, steps(), look, max_epochs=1).fit(module, loader())
+    found = torch.load(tmp_path / "it.ckpt", weights_only=True)["state_dict"]
+    assert set(found) == {name for name in toy().state_dict() if not name.startswith("embed.")}
+    plain = seeded(Toy)
+    plain.load_state_dict(found, strict=False)
+    torch.testing.assert_close(plain.eval()(X), look.out, rtol=1e-4, atol=1e-5)
+    assert vars(module).get("state_dict") is before and "on_save_checkpoint" not in vars(module)
+
+
+def test_adapters_on_a_frozen_base_are_what_trains_and_copies_write_themselves(tmp_path):
+    module, copies = seeded(FilteringState), []
+
+    class Look(AtEnd):
+        def on_train_batch_end(self, trainer, module, *_):
+            copies.append((copy.deepcopy(module), copy.deepcopy(module.state_dict())))
+
+    module.configure_optimizers = lambda: torch.optim.AdamW(module.parameters(), lr=1e-2)
+    for block in module.blocks:
+        block.requires_grad_(False)
+    trainer(tmp_path, LoRA(rank=2, targets="blocks.*"), Look(lambda *_: None), max_epochs=1).fit(module, loader())
+    for copied, live in copies:  # of each step, though the module has gone on
+        assert "blocks.1.fc1.weight" in live and "blocks.1.norm.weight" not in live
+        state = copied.state_dict()
+        assert state.keys() == live.keys() and all(torch.equal(state[name], live[name]) for name in live)
+    assert not torch.equal(copies[0][1]["blocks.1.fc1.weight"], copies[-1][1]["blocks.1.fc1.weight"])
 
 
 # -- behind a fit --------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from lowrank_pretrain.core.agreement import Disagreement
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.data.loaders.batch import Fetched
 from lowrank_pretrain.data.loaders.epoch import EpochBatches, EpochLoader
+from lowrank_pretrain.guards import stall
 from lowrank_pretrain.guards.divergence import DivergenceGuard
 from lowrank_pretrain.guards.finite import Diverged
 from lowrank_pretrain.guards.ranks import RanksAgree
@@ -378,6 +379,25 @@ def test_no_hook_of_a_user_is_a_loader_that_hangs(tmp_path, later):
     profiler = run.profiler
     run.fit(Module(), loader(), loader())
     assert run.global_step == 2 and "start" not in vars(profiler) and "stop" not in vars(profiler)
+
+
+@pytest.mark.parametrize(("pauses", "ends"), [([5.0] * 4 + [86400.0] + [5.0] * 4, False), ([5.0] * 400, True)])
+def test_a_process_that_was_stopped_for_a_day_has_not_waited_for_its_loader(monkeypatch, pauses, ends):
+    """By SIGSTOP, say, as clusters suspend jobs: the clock went on."""
+    guard, sent, now = StallGuard(1800.0), [], [0.0]
+
+    class Over:
+        def wait(self, pause: float) -> bool:
+            if sent or not pauses:
+                return True
+            now[0] += pauses.pop()
+            return False
+
+    monkeypatch.setattr(stall.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(stall.signal, "pthread_kill", lambda *_: sent.append(now[0]))
+    guard._over, guard._waiting = Over(), ("the training loader", 0.0)
+    guard._watch(0)
+    assert bool(sent) == ends
 
 
 @pytest.mark.parametrize("wrong", [0, -1, "soon", True, float("nan"), float("inf")])

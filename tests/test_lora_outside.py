@@ -375,3 +375,34 @@ def test_second_derivatives_leave_ordinary_training_on_its_own_path(monkeypatch)
         net(x.double()).square().sum().backward()
         with torch.no_grad():
             net(x.double())
+
+
+# -- classes that notice their subclasses ----------------------------------------------------------------------------------
+
+KINDS = {}
+
+
+class Registered(nn.Linear):
+    def __init_subclass__(cls, kind: str, **kwargs):
+        super().__init_subclass__(**kwargs)
+        KINDS[kind] = cls
+
+
+class Plain(Registered, kind="plain"):
+    pass
+
+
+class Doubled(Registered, kind="doubled"):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("cls", [Plain, Doubled])
+def test_a_class_that_registers_its_subclasses_hears_nothing_of_ours(cls):
+    module, x = nn.Sequential(cls(8, 8)), torch.randn(3, 8)
+    y = module(x)
+    lora.inject(module, {"0": 2})
+    torch.testing.assert_close(module(x), y)
+    assert KINDS == {"plain": Plain, "doubled": Doubled}
+    lora.eject(module)
+    assert type(module[0]) is cls

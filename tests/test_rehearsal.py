@@ -9,10 +9,11 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.callbacks import BackboneFinetuning, LearningRateFinder, ModelPruning
+from lightning.pytorch.callbacks import BackboneFinetuning, LearningRateFinder, ModelPruning, WeightAveraging
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
+from torch.optim.swa_utils import get_ema_avg_fn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
@@ -694,6 +695,42 @@ def test_a_teacher_is_named_and_one_that_follows_by_position_is_refused_in_the_f
     ):
         fit(tmp_path, module, callback(targets="body.*"))
     assert len(module.losses) <= 1 and nn.Module.parameters is parameters
+
+
+class Hidden(Net):
+    """A mean teacher that the module does not hold, or another model that it is filled from once."""
+
+    def __init__(self, how, when):
+        super().__init__()
+        self.teacher = [Net()]
+        self.how, self.when = how, when
+
+    def on_train_batch_start(self, *_):
+        if self.when == "before" and self.global_step == 0:
+            self.how(self.teacher[0], self)
+
+    def on_train_batch_end(self, *_):
+        if self.when == "after":
+            self.how(self, self.teacher[0])
+
+
+@torch.no_grad()
+def by_named_position(student, teacher):
+    for (_, p), (_, q) in zip(student.named_parameters(), teacher.named_parameters(), strict=False):
+        q.lerp_(p, 0.5)
+
+
+@pytest.mark.parametrize("how", [by_position, by_named_position])
+def test_a_teacher_that_the_module_does_not_hold_is_found_in_the_first_steps(tmp_path, how):
+    module, plain = Hidden(how, "after"), nn.Module.named_parameters
+    with pytest.raises(ConfigError, match=r"targets='Hidden': a module outside of it \(Net\) pairs .*update it by name"):
+        fit(tmp_path, module, pre())
+    assert len(module.losses) == 1 and nn.Module.named_parameters is plain
+    module = Hidden(how, "before")
+    assert fit(tmp_path, module, pre()).global_step == 8
+    callback, average = pre(), WeightAveraging(avg_fn=get_ema_avg_fn(0.9))  # this one follows
+    fit(tmp_path, Net(), callback, average)
+    assert callback.phase == "lowrank" and nn.Module.named_parameters is plain
 
 
 def test_frozen_blocks_of_a_list_are_no_teachers():

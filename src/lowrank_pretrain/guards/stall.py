@@ -97,9 +97,17 @@ class StallGuard(Callback):
             signal.signal(signal.SIGALRM, self._before)
 
     def _watch(self, main: int) -> None:
-        while not self._over.wait(min(5.0, self.timeout / 4)):
-            waiting = self._waiting
-            if waiting is None or time.monotonic() - waiting[1] < self.timeout:
+        pause = min(5.0, self.timeout / 4)
+        for_whom, waited, last = None, 0.0, time.monotonic()
+        while not self._over.wait(pause):
+            waiting, now = self._waiting, time.monotonic()
+            if waiting is not for_whom:
+                for_whom, waited = waiting, 0.0
+            # a process that was stopped (SIGSTOP, a suspended job) finds a long pause here: its loader was not asked meanwhile
+            elif waiting is not None:
+                waited += min(now - last, 2 * pause)
+            last = now
+            if waiting is None or waited < self.timeout:
                 continue
             self._stalled = Stalled(waiting[0], self.timeout, _place(main))
             signal.pthread_kill(main, signal.SIGALRM)

@@ -31,7 +31,14 @@ class Inherit(NamedTuple):
     rows: int
 
 
-class Reclassed:
+class Unannounced:
+    """Keep a class that is made at run time out of what its parent does with subclasses (registries, required arguments)."""
+
+    def __init_subclass__(cls, **_: Any) -> None:
+        """Do nothing, before the parent's own can."""
+
+
+class Reclassed(Unannounced):
     """A layer whose class was swapped for one that is made at run time, and which may hold rows of W as parameters.
 
     What ``LoRALinear`` and LTE's ``MultiheadLoRALinear`` share: copying, pickling and moving to a device.
@@ -87,7 +94,7 @@ def with_weight(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Mod
     return twin
 
 
-_ADDED = ("lora_A", "lora_B", "rest_weight", "rest_bias")  # what adapters register on a layer
+ADDED = ("lora_A", "lora_B", "rest_weight", "rest_bias")  # what adapters register on a layer
 
 
 class LoRALinear(Reclassed):
@@ -159,7 +166,7 @@ class LoRALinear(Reclassed):
         plain = self._plain_class.__new__(self._plain_class)
         own = {name: p for name, p in self._parameters.items() if name != "lora_A"}
         own["weight"] = self.merged_weight(check=False)
-        children = {name: child for name, child in self._modules.items() if name not in _ADDED}
+        children = {name: child for name, child in self._modules.items() if name not in ADDED}
         object.__setattr__(plain, "__dict__", {**self.__dict__, "_parameters": own, "_modules": children})
         return plain.state_dict(*args, **kwargs)
 
@@ -227,7 +234,7 @@ def keep_rows(layer: nn.Module, rest: list[RestPart], bias: bool = True) -> list
 
 def take_adapters(layer: nn.Module) -> None:
     """Give the layer its plain class back; what the adapters hold is lost unless it was merged."""
-    for name in _ADDED:
+    for name in ADDED:
         if hasattr(layer, name):
             delattr(layer, name)
     layer.__class__ = layer._plain_class
@@ -267,7 +274,7 @@ def _twin_of(plain: type) -> type:
             "weight": property(lambda self: self._lowrank_weight),
             "bias": property(lambda self: self._lowrank_bias),
         }
-        _twins[plain] = type(plain.__name__, (plain,), body)
+        _twins[plain] = type(plain.__name__, (Unannounced, plain), body)
     return _twins[plain]
 
 

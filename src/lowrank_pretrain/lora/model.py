@@ -3,6 +3,7 @@
 import copy
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.plan import Plan
 from lowrank_pretrain.core.targets import Target, all_targets, output_heads, parts, plain_name, tied_layers
 from lowrank_pretrain.lora.function import RestPart
-from lowrank_pretrain.lora.layer import Inherit, LoRALinear, give_adapters, keep_rows, take_adapters
+from lowrank_pretrain.lora.layer import ADDED, Inherit, LoRALinear, give_adapters, keep_rows, take_adapters
 
 
 def inject(
@@ -112,6 +113,46 @@ def eject(module: nn.Module, check: bool = True) -> None:
                 del child._state_dict_hooks[key]
 
 
+@contextmanager
+def shown_plain(module: nn.Module, flags: Mapping[str, bool]) -> Iterator[None]:
+    """Show the module for a while as the plain model with merged weights, without adapters; then it is as it was.
+
+    Args:
+        module: nothing may train it meanwhile.
+        flags: ``requires_grad`` by name of a plain parameter.
+    """
+    now = [(p, p.requires_grad) for p in module.parameters()]
+    layers = [(layer, type(layer)) for _, layer in lora_layers(module)]
+    plain = {id(layer.weight): nn.Parameter(layer.merged_weight(check=False), False) for layer, _ in layers}
+    held = [
+        (child, child._parameters, child._modules)
+        for child in module.modules()
+        if isinstance(child, LoRALinear) or any(id(p) in plain for p in child._parameters.values())
+    ]
+    try:
+        for child, parameters, modules in held:
+            own = {name: plain.get(id(p), p) for name, p in parameters.items()}
+            if isinstance(child, LoRALinear):
+                own.pop("lora_A")
+                child.__dict__["_modules"] = {name: inner for name, inner in modules.items() if name not in ADDED}
+            child.__dict__["_parameters"] = own
+        for layer, _ in layers:
+            layer.__class__ = layer._plain_class
+        for name, p in module.named_parameters():
+            if name in flags:
+                p.requires_grad_(flags[name])
+        for weight in plain.values():  # also over a frozen W: this is where what was trained lies
+            weight.requires_grad_(True)
+        yield
+    finally:
+        for layer, adapted in layers:
+            layer.__class__ = adapted
+        for child, parameters, modules in held:
+            child.__dict__.update(_parameters=parameters, _modules=modules)
+        for p, trains in now:
+            p.requires_grad_(trains)
+
+
 def is_finite(module: nn.Module) -> bool:
     """Return whether no adapter holds NaN or infinite numbers."""
     return all(bool(torch.isfinite(p).all()) for _, p in adapter_parameters(module))
@@ -204,6 +245,8 @@ class _Shared:
         self.layer, self.name = layer, name
 
     def __call__(self, owner: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
+        if not isinstance(self.layer, LoRALinear):  # shown as the plain layer, with the merged weight everywhere
+            return
         if not isinstance(state_dict.get(prefix + self.name, self.layer.weight), nn.Parameter):  # keep_vars: as it is
             state_dict[prefix + self.name] = self.layer.merged_weight(check=False)
 

@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lowrank_pretrain.core.targets import Target
+from lowrank_pretrain.phases import averaging
 from lowrank_pretrain.phases.rehearsal import Rehearsal
 from lowrank_pretrain.phases.teachers import CURE, Pairing, teachers
 
@@ -34,15 +35,17 @@ class FirstStep:
         pairs = teachers(pl_module, targets, trained)
         for student, teacher in pairs:
             rank_zero_warn(f"{teacher} looks like a frozen copy of {student}, whose layers become low-rank: {CURE}")
-        self._pairing = Pairing(pl_module, pairs) if pairs else None
+        self._targets, self._pairs = targets, pairs
+        self._pairing: Pairing | None = None
         self.looking = False
         self.steps = 0  # optimizer steps over which layers that nobody calls were watched
 
     def start(self) -> None:
         """Begin to watch."""
         self._rehearsal.start()
-        if self._pairing is not None:
-            self._pairing.start()
+        followed = [model for _, model, _ in averaging.averages(self._trainer.callbacks)]
+        self._pairing = Pairing(self._module, self._pairs, self._targets, followed)
+        self._pairing.start()
         step = self._module.training_step
         self._before = self._module.__dict__.get("training_step")
         self.looking = True
@@ -65,6 +68,8 @@ class FirstStep:
                 self._pairing.stop()
                 self._pairing = None
             return None
+        if self._pairing is not None:
+            self._pairing.outside = True  # before it, a module may well be filled from another one
         self._rehearsal.after_backward()
         agreed, stepped = self._agreed()
         if not stepped and self.steps < SKIPPED:

@@ -43,11 +43,17 @@ def restore_plain(pl_module: nn.Module, check: bool = True) -> None:
 
 
 def restore_flags(pl_module: nn.Module) -> None:
-    """Give the parameters the ``requires_grad`` that they had before the first change."""
+    """Give the parameters the ``requires_grad`` that they had before the first change, and the module its own writers."""
     flags = pl_module.__dict__.get("_lowrank_requires_grad", {})
     for name, p in pl_module.named_parameters():
         if name in flags:
             p.requires_grad_(flags[name])
+    for key in _WRITERS:
+        writer = pl_module.__dict__.get(key)
+        if isinstance(writer, _AsPlain):
+            del pl_module.__dict__[key]
+            if writer.before is not None:
+                pl_module.__dict__[key] = writer.before
 
 
 def merge(module: nn.Module) -> nn.Module:
@@ -87,6 +93,41 @@ def note_plain(pl_module: pl.LightningModule) -> None:
     ]
     pl_module.__dict__["_lowrank_added"] = []
     pl_module.__dict__["_lowrank_before"] = set(every)
+    for key in _WRITERS:
+        if _is_own(pl_module, key):
+            pl_module.__dict__[key] = _AsPlain(pl_module, key)
+
+
+_WRITERS = ("state_dict", "on_save_checkpoint")
+
+
+class _AsPlain:
+    """A user's own way to write the module into a file: it finds the plain model, with what it would train.
+
+    Whoever keeps only what trains would else lose the frozen, merged weights, and find the adapters in their place.
+    """
+
+    def __init__(self, module: pl.LightningModule, name: str) -> None:
+        self.module, self.name = module, name  # copies and pickles of the module get one that is theirs
+        self.before = module.__dict__.get(name)
+
+    @property
+    def __wrapped__(self) -> Any:
+        """Lightning asks here whether the method is a user's own."""
+        return getattr(type(self.module), self.name).__get__(self.module) if self.before is None else self.before
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("keep_vars", False):  # who wants the parameters themselves gets them as they are
+            return self.__wrapped__(*args, **kwargs)
+        with lora.shown_plain(self.module, self.module.__dict__.get("_lowrank_requires_grad", {})):
+            return self.__wrapped__(*args, **kwargs)
+
+
+def _is_own(module: pl.LightningModule, name: str) -> bool:
+    """Return whether a user's code has a say in what the method writes."""
+    if name in module.__dict__ or getattr(type(module), name) is not getattr(pl.LightningModule, name):
+        return True
+    return name == "state_dict" and any(type(child).state_dict is not nn.Module.state_dict for child in module.modules())
 
 
 def note_added(pl_module: pl.LightningModule) -> None:

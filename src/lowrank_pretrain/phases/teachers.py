@@ -4,6 +4,9 @@ Their owners update them from the trained one, and most do so by the position of
 order of those, so the update would fail, or pair what does not belong together, after the switch; one by name from
 ``state_dict()`` goes on, with the merged weights. So a copy is named when the fit begins, and a ``zip`` of the two is refused
 in the first step.
+
+A copy that the module does not hold (in a list, in a callback) has no name here: it is found when the first optimizer step is
+over, where an average is updated, by a ``zip`` with a module that has targets.
 """
 
 import weakref
@@ -63,42 +66,70 @@ class Pairing:
     """Notices for the length of a step whether parameters of a student and of its teacher are taken in turn, as by ``zip``.
 
     Args:
-        module: holds both.
+        module: holds the students.
         pairs: as ``teachers`` gives them.
+        targets: by name.
+        followed: models outside of the module that follow its changes.
     """
 
-    def __init__(self, module: nn.Module, pairs: Iterable[tuple[str, str]]) -> None:
+    def __init__(
+        self, module: nn.Module, pairs: Iterable[tuple[str, str]], targets: Mapping[str, Target], followed: Iterable[nn.Module]
+    ) -> None:
         by_name = {plain_name(name): child for name, child in module.named_modules()}
         self._pairs = [(student, teacher, _ids(by_name[student]), _ids(by_name[teacher])) for student, teacher in pairs]
         self._turns: list[list[str]] = [[] for _ in self._pairs]
         self._plain: Callable[..., Any] | None = None
+        self.outside = False  # whether teachers that the module does not hold are looked for too
+        layers = {id(target.layer) for target in targets.values()}
+        self._students = {  # id of a module with targets -> its name
+            id(child): name or type(module).__name__
+            for name, child in by_name.items()
+            if any(id(inner) in layers for inner in child.modules())
+        }
+        self._own = _ids(module).union(*(_ids(model) for model in followed))
+        self._last: list[tuple[str, nn.Parameter]] = []  # the last four: the student's name or "", and what was taken
 
     def start(self) -> None:
         """Begin to notice."""
-        self._plain = nn.Module.parameters
+        self._plain = nn.Module.named_parameters  # parameters() asks there too
         plain, this = self._plain, weakref.ref(self)
 
-        def parameters(module: nn.Module, recurse: bool = True) -> Iterator[nn.Parameter]:
-            for p in plain(module, recurse):
+        def named_parameters(module: nn.Module, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+            for name, p in plain(module, *args, **kwargs):
                 pairing = this()
                 if pairing is not None:
-                    pairing._note(p)
-                yield p
+                    pairing._note(module, p)
+                yield name, p
 
-        nn.Module.parameters = parameters
+        nn.Module.named_parameters = named_parameters
 
     def stop(self) -> None:
         """Put everything back."""
         if self._plain is not None:
-            nn.Module.parameters, self._plain = self._plain, None
+            nn.Module.named_parameters, self._plain = self._plain, None
 
-    def _note(self, p: nn.Parameter) -> None:
+    def _note(self, module: nn.Module, p: nn.Parameter) -> None:
         for (student, teacher, of_student, of_teacher), turns in zip(self._pairs, self._turns, strict=True):
             turns.append("student" if id(p) in of_student else "teacher" if id(p) in of_teacher else "")
             del turns[:-4]
             if turns in (["student", "teacher"] * 2, ["teacher", "student"] * 2):
                 self.stop()
                 raise ConfigError("targets", student, f"{teacher} pairs its parameters with these by position: {CURE}")
+        if self.outside:
+            self._note_outside(module, p)
+
+    def _note_outside(self, module: nn.Module, p: nn.Parameter) -> None:
+        student = self._students.get(id(module), "")
+        self._last = [*self._last[-3:], (student, p)]
+        names, taken = zip(*self._last, strict=True)
+        student = max(names)
+        in_turn = [bool(name) for name in names] in ([True, False] * 2, [False, True] * 2)
+        if in_turn and set(names) == {"", student} and all(a.shape == b.shape for a, b in (taken[:2], taken[2:])):
+            if not any(id(q) in self._own for name, q in self._last if not name):
+                self.stop()
+                kind = type(module).__name__
+                held = f"a module outside of it ({kind}) pairs its parameters with these by position"
+                raise ConfigError("targets", student, f"{held}: {CURE}")
 
 
 def _ids(module: nn.Module) -> set[int]:
