@@ -437,5 +437,4 @@ class Skips(Net):
 
 
 def skipping(world, sync_rest):
-    module, _, strategy = fit(world, steps=8, module=Skips(), sync_rest=sync_rest, merge_timeout=8)
-    return {"weights": weights(module), "clock": strategy.heads.clock, "merges": strategy.heads.merges}
+    fit(world, steps=8, module=Skips(), sync_rest=sync_rest, merge_timeout=8)

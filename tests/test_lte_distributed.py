@@ -213,10 +213,8 @@ def test_only_what_a_lost_worker_causes_is_put_down_to_one(text, dead):
     assert not lost(torch.OutOfMemoryError("Socket Timeout"))
 
 
-def test_a_step_that_one_worker_leaves_out_is_counted_or_named(ranks):
-    first, second = ranks(2, workers.skipping, 2, "merge")
-    assert first["clock"] == second["clock"] == 8 and first["merges"] == second["merges"] == 2
-    same([first, second])
-    outcomes = ranks.outcomes(2, workers.skipping, 2, "step", grace=30)
+@pytest.mark.parametrize("sync_rest", ["step", "merge"])
+def test_a_worker_that_leaves_a_step_out_is_named(ranks, sync_rest):
+    outcomes = ranks.outcomes(2, workers.skipping, 2, sync_rest, grace=30)
     assert not outcomes[1][0] and outcomes[1][1].startswith("ConfigError: training_step=None: is what worker 1 returned")
     assert not outcomes[0][0]

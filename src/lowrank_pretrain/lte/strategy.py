@@ -209,7 +209,8 @@ class LTEStrategy(Conversion, CheckpointHooks, ViewHooks):
         watching = self.rehearsal is not None and self.rehearsal.waits
         with self.rehearsal.forward() if watching else nullcontext():
             output = super().training_step(*args, **kwargs)
-        if output is None and self.model is not self.lightning_module and self.lightning_module.automatic_optimization:
+        if output is None and self._workers.size > 1 and self.lightning_module.automatic_optimization:
+            # Lightning refuses it too, and names neither the worker nor a cure
             raise ConfigError(
                 "training_step", None, f"is what worker {self._workers.rank} returned, and the others would wait for its "
                 "gradients: leave such batches out in the loader, or return the loss times 0"
