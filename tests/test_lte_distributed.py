@@ -218,3 +218,10 @@ def test_a_worker_that_leaves_a_step_out_is_named(ranks, sync_rest):
     outcomes = ranks.outcomes(2, workers.skipping, 2, sync_rest, grace=30)
     assert not outcomes[1][0] and outcomes[1][1].startswith("ConfigError: training_step=None: is what worker 1 returned")
     assert not outcomes[0][0]
+
+
+def test_a_models_own_buffers_do_not_make_ddp_broadcast_what_w_holds_of_a_workers_heads(ranks):
+    first, second = ranks(2, workers.with_a_buffer, 2)
+    for merged, later in (first, second):
+        assert all(torch.equal(a, b) for a, b in zip(merged, later, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(first[1], second[1], strict=True))

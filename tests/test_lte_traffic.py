@@ -124,7 +124,8 @@ def test_a_row_block_that_is_no_target_and_a_tied_head_belong_to_the_rest():
 
 @pytest.mark.parametrize(
     ("wrong", "key"),
-    [({"workers": 0}, "workers"), ({"heads": 0}, "heads"), ({"merge_every": 0}, "merge_every"), ({"rank": 65, "targets": ["out"]}, "rank"),
+    [({"workers": 0}, "workers"), ({"heads": 0}, "heads"), ({"merge_every": 0}, "merge_every"),
+     ({"rank": 65, "targets": ["out"]}, "rank"),
      ({"sync_rest": "never"}, "sync_rest"), ({"route": "sparse"}, "route"), ({"targets": "mlp"}, "targets")],
 )  # fmt: skip
 def test_wrong_values(wrong, key):
