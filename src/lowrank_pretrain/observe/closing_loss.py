@@ -51,7 +51,7 @@ class ClosingLoss(Callback):
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._seen:
-            mean = self._losses[: min(self._seen, LAST)].mean()
+            mean = self._in_order().mean()  # in the order of a resumed run, which adds up alike
             self.mean = float(trainer.strategy.reduce(mean, reduce_op="mean") if trainer.world_size > 1 else mean)
 
     @override
@@ -59,23 +59,23 @@ class ClosingLoss(Callback):
         """Every process has its own losses, and one of them writes. All processes save together."""
         state = checkpoint.get("callbacks", {}).get(self.state_key)
         if trainer.world_size > 1 and state is not None and self._losses is not None:
-            ring = torch.cat([self._losses, self._losses.new_tensor([self._seen])])
-            everyone = trainer.strategy.all_gather(ring).reshape(-1, LAST + 1)
-            state["losses"] = [_in_order(ring[:LAST], int(ring[LAST])) for ring in everyone]
+            kept = self._in_order()
+            padded = torch.cat([kept, self._losses.new_zeros(LAST - len(kept)), kept.new_tensor([len(kept)])])
+            everyone = trainer.strategy.all_gather(padded).reshape(-1, LAST + 1).tolist()
+            state["losses"] = [losses[: int(losses[LAST])] for losses in everyone]
 
     @override
     def state_dict(self) -> dict[str, Any]:
         if self._losses is None:
             return {"mean": self.mean, "losses": self._restored}
-        return {"mean": self.mean, "losses": [_in_order(self._losses, self._seen)]}
+        return {"mean": self.mean, "losses": [self._in_order().tolist()]}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         losses = list(state_dict["losses"])
         self.mean, self._restored = state_dict["mean"], losses if losses and isinstance(losses[0], list) else [losses]
 
-
-def _in_order(ring: Tensor, seen: int) -> list[float]:
-    """Return the losses that a ring holds, the oldest first."""
-    kept, start = min(seen, LAST), seen % LAST if seen > LAST else 0
-    return ring[:kept].roll(-start).tolist()
+    def _in_order(self) -> Tensor:
+        """Return the losses that are kept, the oldest first."""
+        kept, start = min(self._seen, LAST), self._seen % LAST if self._seen > LAST else 0
+        return self._losses[:kept].roll(-start)
