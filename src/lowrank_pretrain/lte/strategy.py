@@ -207,7 +207,7 @@ class LTEStrategy(Conversion, CheckpointHooks, ViewHooks):
         shares = self.settings.heads > 1 and self.settings.mode == "parallel"
         self.heads.shared.batch = batch_size(args[0] if args else kwargs) if shares else 1
         watching = self.rehearsal is not None and self.rehearsal.waits
-        with self.rehearsal.forward() if watching else nullcontext():
+        with nullcontext() if self.rehearsal is None else self.rehearsal.forward():
             output = super().training_step(*args, **kwargs)
         if output is None and self._workers.size > 1 and self.lightning_module.automatic_optimization:
             # Lightning refuses it too, and names neither the worker nor a cure

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 from torch.nn.parameter import is_lazy
+from torch.optim.swa_utils import AveragedModel
 
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.targets import Target, plain_name
@@ -65,12 +66,20 @@ class Pairing:
     Args:
         module: holds both.
         pairs: as ``teachers`` gives them.
+        others: notice it of the module and any model outside of it too, or an ``AveragedModel`` inside.
     """
 
-    def __init__(self, module: nn.Module, pairs: Iterable[tuple[str, str]]) -> None:
+    def __init__(self, module: nn.Module, pairs: Iterable[tuple[str, str]], others: bool = False) -> None:
         by_name = {plain_name(name): child for name, child in module.named_modules()}
-        self._pairs = [(student, teacher, _ids(by_name[student]), _ids(by_name[teacher])) for student, teacher in pairs]
-        self._turns: list[list[str]] = [[] for _ in self._pairs]
+        self._pairs: list[tuple[str, str, set[int], set[int] | None]] = [
+            (student, teacher, _ids(by_name[student]), _ids(by_name[teacher])) for student, teacher in pairs
+        ]
+        if others:
+            whole, own = type(module).__name__, _ids(module)
+            inside = {name: child for name, child in by_name.items() if isinstance(child, AveragedModel)}
+            self._pairs += [(whole, name, own - _ids(child), _ids(child)) for name, child in inside.items()]
+            self._pairs.append((whole, "another model", own, None))
+        self._turns: list[list[tuple[str, int]]] = [[] for _ in self._pairs]
         self._plain: Callable[..., Any] | None = None
 
     def start(self) -> None:
@@ -94,9 +103,11 @@ class Pairing:
 
     def _note(self, p: nn.Parameter) -> None:
         for (student, teacher, of_student, of_teacher), turns in zip(self._pairs, self._turns, strict=True):
-            turns.append("student" if id(p) in of_student else "teacher" if id(p) in of_teacher else "")
+            other = of_teacher is None or id(p) in of_teacher
+            turns.append(("student" if id(p) in of_student else "teacher" if other else "", id(p)))
             del turns[:-4]
-            if turns in (["student", "teacher"] * 2, ["teacher", "student"] * 2):
+            alternate = [whose for whose, _ in turns] in (["student", "teacher"] * 2, ["teacher", "student"] * 2)
+            if alternate and len(set(turns)) == 4:  # and not the first one again, of which models ask dtype and device
                 self.stop()
                 raise ConfigError("targets", student, f"{teacher} pairs its parameters with these by position: {CURE}")
 
