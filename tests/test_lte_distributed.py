@@ -211,6 +211,11 @@ def test_only_what_a_lost_worker_causes_is_put_down_to_one(text, dead):
         Workers(timeout=8)._call(fail)
     assert ("another worker died or did not answer within 8 s" in str(error.value)) == dead == lost(RuntimeError(text))
     assert not lost(torch.OutOfMemoryError("Socket Timeout"))
+    group = Workers(timeout=8)
+    group.hint = " (another reason)"
+    with pytest.raises(RuntimeError) as error:
+        group._call(fail)
+    assert str(error.value).endswith("(another reason)") == dead
 
 
 @pytest.mark.parametrize("sync_rest", ["step", "merge"])

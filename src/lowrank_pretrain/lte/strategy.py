@@ -41,6 +41,7 @@ from lowrank_pretrain.lte.looking import ViewHooks
 from lowrank_pretrain.lte.projected import ProjectedSet
 from lowrank_pretrain.lte.settings import check, check_ddp
 from lowrank_pretrain.lte.workers import Workers, make_group, same_weights, set_patience
+from lowrank_pretrain.lte.written import leaf
 from lowrank_pretrain.phases import transition
 
 DRIFTED = (
@@ -159,6 +160,8 @@ class LTEStrategy(Conversion, CheckpointHooks, ViewHooks):
             self._forget()
             self._stash = stash
             self._workers = self._make_workers()
+            if not self.lightning_module.automatic_optimization:
+                self._workers.hint = " (in manual optimization all workers must take equally many optimizer steps)"
             self._ignored = set(getattr(self.lightning_module, "_ddp_params_and_buffers_to_ignore", ()))
         if self.world_size == 1 and self._injects is None:
             # nothing to share out: a loader that Lightning cannot take apart runs
@@ -199,6 +202,19 @@ class LTEStrategy(Conversion, CheckpointHooks, ViewHooks):
         if not trainer.training or self._workers is None:
             return dataloader
         return shared_out(dataloader, self._workers.size)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """At an epoch's start: what a callback has unfrozen trains with the rest from here on, and is averaged with it."""
+        super().on_train_batch_start(batch, batch_idx)
+        if batch_idx or self.rest is None or self._workers.size == 1 or not self.heads.worn:
+            return
+        if self.rehearsal is not None and self.rehearsal.waits:  # W itself takes gradients now
+            return
+        for layer in self.heads.layers.values():
+            leaf(layer).requires_grad_(False)  # unfrozen with all else; its heads are what trains
+        if self.rest.follow():
+            self.model = self.lightning_module
+            self.configure_ddp()
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Tell the heads how large the batch is that they share."""
