@@ -491,6 +491,20 @@ def test_an_optimizer_that_takes_heads_together_is_named_and_a_plain_one_is_left
         assert run.optimizers[0].steps == 3
 
 
+# ---- what thaws in the middle of a fit -------------------------------------------------------------------------------
+
+
+def test_a_group_that_joins_in_the_middle_of_a_fit_is_in_the_checkpoint():
+    _, moved, groups = workers.thawed(1)
+    assert moved and groups == [7, 2]
+
+
+@pytest.mark.parametrize("sync_rest", ["step", "merge"])
+def test_what_thaws_is_averaged_like_the_rest(ranks, sync_rest):
+    (first, moved, _), (second, _, _) = ranks(2, workers.thawed, 2, sync_rest=sync_rest)
+    assert moved and torch.equal(first, second)
+
+
 # ---- who averages by position -----------------------------------------------------------------------------------------
 
 
