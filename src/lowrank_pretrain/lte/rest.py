@@ -55,11 +55,11 @@ class Rest:
         if self.apart:
             self._buffer_bytes = sum(b.numel() * at_least_32(b.dtype).itemsize for b in self._buffers().values())
 
-    def follow(self) -> bool:
-        """Take in what began to train since (a callback unfroze it). Returns whether there was anything."""
+    def follow(self, frozen: Collection[int]) -> bool:
+        """Take in what began to train since (a callback unfroze it), but for ids in ``frozen``; was there anything?"""
         named = self._module.named_parameters()
         new = {n: p for n, p in named if p.requires_grad and n not in self.parameters and n not in self._left_out}
-        new = {n: p for n, p in new.items() if id(p) not in self._heads}
+        new = {n: p for n, p in new.items() if id(p) not in self._heads and id(p) not in frozen}
         self.parameters |= new
         return bool(new)
 

@@ -210,9 +210,10 @@ class LTEStrategy(Conversion, CheckpointHooks, ViewHooks):
             return
         if self.rehearsal is not None and self.rehearsal.waits:  # W itself takes gradients now
             return
-        for layer in self.heads.layers.values():
-            leaf(layer).requires_grad_(False)  # unfrozen with all else; its heads are what trains
-        if self.rest.follow():
+        frozen = [leaf(layer) for layer in self.heads.layers.values()]
+        if self.rest.follow({id(W) for W in frozen}):
+            for W in frozen:  # unfrozen with all else; its heads are what trains
+                W.requires_grad_(False)
             self.model = self.lightning_module
             self.configure_ddp()
 
