@@ -74,7 +74,10 @@ def phase_of(trainer: pl.Trainer) -> str:
 
 
 def by_socket() -> dict[int, int]:
-    """Bytes that this process has sent over each of its open TCP sockets, by the kernel's count (Linux: tcpi_bytes_sent)."""
+    """Bytes that this process has sent over each of its open TCP sockets, by the kernel's count (Linux: tcpi_bytes_sent).
+
+    What a busy machine had to send again (tcpi_bytes_retrans, the number after it) counts once.
+    """
     found = {}
     for fd in map(int, os.listdir("/proc/self/fd")):
         try:
@@ -83,7 +86,8 @@ def by_socket() -> dict[int, int]:
             with socket.socket(fileno=os.dup(fd)) as copy:
                 if copy.family in (socket.AF_INET, socket.AF_INET6) and copy.type == socket.SOCK_STREAM:
                     info = copy.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
-                    found[os.fstat(fd).st_ino] = struct.unpack_from("<Q", info, 200)[0]
+                    sent, again = struct.unpack_from("<QQ", info, 200)
+                    found[os.fstat(fd).st_ino] = sent - again
         except OSError:  # closed meanwhile, or listening
             continue
     return found

@@ -1,11 +1,12 @@
 """What the ranks of test_lte_data do: short fits of a toy model on loaders of every make."""
 
 import os
+import warnings
 from dataclasses import dataclass
 
 import lightning.pytorch as pl
 import torch
-from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, RandomSampler, Sampler, Subset
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, RandomSampler, Sampler, Subset, TensorDataset
 
 from lowrank_pretrain.lte import LTEStrategy
 from tests.lte_workers import Net, Samples
@@ -65,6 +66,13 @@ class ByRank(Sampler):
 
     def __len__(self):
         return len(self.numbers)
+
+
+class Few(ByRank):
+    """A sampler of one's own that deals the same few samples to all."""
+
+    def __init__(self):
+        self.numbers = range(8)
 
 
 class Buckets:
@@ -128,6 +136,11 @@ LOADERS = {
     "sampler": lambda: DataLoader(Samples(N), BATCH, sampler=ByRank()),
     "batch sampler": lambda: DataLoader(Samples(N), batch_sampler=Buckets()),
     "split set": lambda: DataLoader(Subset(Samples(N), list(mine())), BATCH),
+    "split tensors": lambda: DataLoader(
+        TensorDataset(*(t[mine()] for t in (torch.arange(N), Samples(N).x, Samples(N).y))), BATCH
+    ),
+    "few": lambda: DataLoader(Samples(N), BATCH, sampler=Few()),
+    "same half": lambda: DataLoader(Subset(Samples(N), range(16)), BATCH),
     "distributed sampler": lambda: sampled(),
     "none for all": lambda: DataLoader(Stream(mine()), BATCH, collate_fn=dropping([8, 9])),
     "none for one": lambda: DataLoader(Stream(mine()), BATCH, collate_fn=dropping([8])),
@@ -170,4 +183,16 @@ def outcomes(world, names, injected=False):
             found[name] = module.seen, run.strategy.heads.clock
         except Exception as error:
             found[name] = f"{type(error).__name__}: {error}"
+    return found
+
+
+def said(world, names):
+    """By name of the loader: what is warned of, with Lightning's own sampler over it."""
+    found = {}
+    for name in names:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            seen = outcomes(world, [name], injected=True)[name]
+        assert not isinstance(seen, str), (name, seen)
+        found[name] = [str(w.message) for w in caught]
     return found

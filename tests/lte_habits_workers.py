@@ -1,6 +1,7 @@
 """What people do with their models under LTE, in small fits: shared by test_lte_habits and the ranks that it starts."""
 
 import os
+import tempfile
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -297,3 +298,38 @@ def saving(world, folder):
     asks = CallbackAsks(-1)
     fit(world, steps=6, merge_every=4, trainer={"callbacks": [asks, Save(Path(folder), (6,))]})
     return asks.files
+
+
+class Thaws(pl.Callback):
+    """Trains a frozen layer from the second epoch on, in a group of its own, as ``BackboneFinetuning`` does."""
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch == 1:
+            group = {"params": list(pl_module.pre.requires_grad_(True).parameters())}
+            trainer.optimizers[0].add_param_group(group)
+
+
+class Pretrained(Net):
+    """A frozen layer comes first."""
+
+    def __init__(self):
+        super().__init__()
+        self.pre = nn.Linear(WIDTH, WIDTH, dtype=torch.float64).requires_grad_(False)
+
+    def training_step(self, batch, batch_idx):
+        index, x, y = batch
+        return super().training_step((index, self.pre(x), y), batch_idx)
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], 1e-2)
+
+
+def thawed(world, **lte):
+    """What a layer that thaws ends as, whether it moved, and the lengths of the groups in a checkpoint of it."""
+    folder, module = tempfile.mkdtemp(), Pretrained()
+    before = module.pre.weight.clone()
+    callbacks = [Thaws()]
+    fit(world, steps=12, module=module, save_at=(10,), folder=folder, trainer={"callbacks": callbacks}, **lte)
+    file = next(iter(Path(folder).glob("**/*.ckpt")), None)  # one worker writes
+    groups = [] if file is None else torch.load(file, weights_only=False)["optimizer_states"][0]["param_groups"]
+    return module.pre.weight.detach().clone(), not torch.equal(before, module.pre.weight), [len(g["params"]) for g in groups]

@@ -64,6 +64,20 @@ def test_lightnings_own_sampler_is_trusted(ranks):
         assert all(len(seen) == 16 for seen, _ in found.values())
 
 
+TWICE = {
+    "sampler": "gives 16 of 32 samples on each of 2 workers", "split set": "every worker has another training set",
+    "split tensors": "every worker has another training set", "lightnings sampler": None, "few": None, "same half": None,
+}  # fmt: skip
+
+
+def test_what_is_shared_out_twice_is_said(ranks):
+    results = ranks.outcomes(2, workers.said, 2, list(TWICE))
+    assert results[0][0], results[0]
+    for name, line in TWICE.items():
+        found = [text for text in results[0][1][name] if "shared out once more" in text]
+        assert len(found) == (line is not None) and all(line in text for text in found), (name, found)
+
+
 # ---- what a batch consists of --------------------------------------------------------------------------------------------
 
 g = torch.Generator().manual_seed(0)

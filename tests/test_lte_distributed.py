@@ -211,12 +211,22 @@ def test_only_what_a_lost_worker_causes_is_put_down_to_one(text, dead):
         Workers(timeout=8)._call(fail)
     assert ("another worker died or did not answer within 8 s" in str(error.value)) == dead == lost(RuntimeError(text))
     assert not lost(torch.OutOfMemoryError("Socket Timeout"))
+    group = Workers(timeout=8)
+    group.hint = " (another reason)"
+    with pytest.raises(RuntimeError) as error:
+        group._call(fail)
+    assert str(error.value).endswith("(another reason)") == dead
 
 
-def test_a_step_that_one_worker_leaves_out_is_counted_or_named(ranks):
-    first, second = ranks(2, workers.skipping, 2, "merge")
-    assert first["clock"] == second["clock"] == 8 and first["merges"] == second["merges"] == 2
-    same([first, second])
-    outcomes = ranks.outcomes(2, workers.skipping, 2, "step", grace=30)
+@pytest.mark.parametrize("sync_rest", ["step", "merge"])
+def test_a_worker_that_leaves_a_step_out_is_named(ranks, sync_rest):
+    outcomes = ranks.outcomes(2, workers.skipping, 2, sync_rest, grace=30)
     assert not outcomes[1][0] and outcomes[1][1].startswith("ConfigError: training_step=None: is what worker 1 returned")
     assert not outcomes[0][0]
+
+
+def test_a_models_own_buffers_do_not_make_ddp_broadcast_what_w_holds_of_a_workers_heads(ranks):
+    first, second = ranks(2, workers.with_a_buffer, 2)
+    for merged, later in (first, second):
+        assert all(torch.equal(a, b) for a, b in zip(merged, later, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(first[1], second[1], strict=True))

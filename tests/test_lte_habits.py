@@ -489,3 +489,87 @@ def test_an_optimizer_that_takes_heads_together_is_named_and_a_plain_one_is_left
             _, run, _ = fit(module=module, steps=3)
         assert any("takes all heads of a matrix together" in str(w.message) for w in caught) == (kind == "whole")
         assert run.optimizers[0].steps == 3
+
+
+# ---- what thaws in the middle of a fit -------------------------------------------------------------------------------
+
+
+def test_a_group_that_joins_in_the_middle_of_a_fit_is_in_the_checkpoint():
+    _, moved, groups = workers.thawed(1)
+    assert moved and groups == [7, 2]
+
+
+@pytest.mark.parametrize("sync_rest", ["step", "merge"])
+def test_what_thaws_is_averaged_like_the_rest(ranks, sync_rest):
+    (first, moved, _), (second, _, _) = ranks(2, workers.thawed, 2, sync_rest=sync_rest)
+    assert moved and torch.equal(first, second)
+
+
+# ---- who averages by position -----------------------------------------------------------------------------------------
+
+
+class Averages(pl.Callback):
+    """Keeps torch's average of a part of the model, by position."""
+
+    def on_fit_start(self, trainer, pl_module):
+        self.average = torch.optim.swa_utils.AveragedModel(pl_module.net)
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.average.update_parameters(pl_module.net)
+
+
+class HoldsAverage(Net):
+    """The same, with the average inside of the module and in the optimizer."""
+
+    def __init__(self):
+        super().__init__()
+        self.average = torch.optim.swa_utils.AveragedModel(self.net)
+
+    def on_train_batch_end(self, *_):
+        self.average.update_parameters(self.net)
+
+
+class Teaches(Net):
+    """A frozen copy, updated by position or by name."""
+
+    def __init__(self, by_name=False):
+        super().__init__()
+        self.teacher, self.by_name = copy.deepcopy(self.net).requires_grad_(False), by_name
+
+    @torch.no_grad()
+    def on_train_batch_end(self, *_):
+        if self.by_name:
+            plain = self.net.state_dict()
+            for name, value in self.teacher.state_dict().items():
+                value.lerp_(plain[name], 0.5)
+        else:
+            for p, q in zip(self.net.parameters(), self.teacher.parameters(), strict=False):
+                q.lerp_(p, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("module", "callbacks", "line"),
+    [
+        (Net, [Averages()], "targets='Net': another model pairs its parameters with these by position: update it by name"),
+        (HoldsAverage, [], "targets='HoldsAverage': average pairs its parameters"),
+        (Teaches, [], "targets='net': teacher pairs its parameters"),
+    ],
+)
+def test_who_averages_by_position_is_refused_in_the_first_step(module, callbacks, line):
+    parameters, module = nn.Module.parameters, module()
+    with pytest.raises(ConfigError, match=line):
+        fit(module=module, trainer={"callbacks": callbacks})
+    assert len(module.losses) == 1 and nn.Module.parameters is parameters
+
+
+def test_who_averages_by_name_follows_the_plain_model_and_asking_both_models_for_their_dtype_is_no_pairing():
+    class Asks(Teaches):
+        def training_step(self, batch, batch_idx):
+            for _ in range(3):
+                assert next(self.net.parameters()).dtype == next(self.teacher.parameters()).dtype
+            return super().training_step(batch, batch_idx)
+
+    module = Asks(by_name=True)
+    before = weights(module)["teacher.0.weight"].clone()
+    fit(module=module, steps=5)
+    assert not torch.equal(module.teacher[0].weight, before)

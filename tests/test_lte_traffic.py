@@ -104,6 +104,12 @@ def test_small_net_by_hand(half):
     assert all(p.device.type == "cpu" for p in net.parameters()) and type(net.qkv) is nn.Linear
 
 
+def test_a_preset_gives_a_narrow_layer_what_it_can_have_as_the_strategy_does():
+    with pytest.warns(UserWarning, match="rank=100: out .64 x 384. gets at most 64"):
+        got = traffic(Net(), rank=100, heads=1, workers=2, route="factors")
+    assert got["merge"] == 4 * (3 * 100 * (128 + 128) + 64 * (384 + 64))
+
+
 def test_a_row_block_that_is_no_target_and_a_tied_head_belong_to_the_rest():
     some = traffic(Net(), targets=["qkv.q", "qkv.v"], rank=4, heads=1, workers=2)
     assert some["merge"] == 4 * 4 * 2 * 256 and some["rest"] == 4 * (REST + 128 * 128 + 64 * 384)
@@ -118,7 +124,8 @@ def test_a_row_block_that_is_no_target_and_a_tied_head_belong_to_the_rest():
 
 @pytest.mark.parametrize(
     ("wrong", "key"),
-    [({"workers": 0}, "workers"), ({"heads": 0}, "heads"), ({"merge_every": 0}, "merge_every"), ({"rank": 65}, "rank"),
+    [({"workers": 0}, "workers"), ({"heads": 0}, "heads"), ({"merge_every": 0}, "merge_every"),
+     ({"rank": 65, "targets": ["out"]}, "rank"),
      ({"sync_rest": "never"}, "sync_rest"), ({"route": "sparse"}, "route"), ({"targets": "mlp"}, "targets")],
 )  # fmt: skip
 def test_wrong_values(wrong, key):
@@ -132,6 +139,7 @@ def on_the_wire(call):
     dist.barrier()
     before = by_socket()
     call()
+    dist.barrier()  # all have received all: nothing waits in a buffer to be sent (its own bytes are few)
     after = by_socket()
     dist.barrier()
     # a socket of an earlier test's group may be closed in between

@@ -570,7 +570,10 @@ def test_the_closing_loss_of_a_short_run_is_a_mean_over_its_end(run, batches):
 
 
 def test_the_closing_loss_forgets_what_is_long_ago_and_survives_a_resume():
-    module, trainer = SimpleNamespace(device=torch.device("cpu")), SimpleNamespace(accumulate_grad_batches=1, world_size=1)
+    module, trainer = (
+        SimpleNamespace(device=torch.device("cpu")),
+        SimpleNamespace(accumulate_grad_batches=1, world_size=1, global_rank=0),
+    )
     kept = ClosingLoss()
     kept.on_train_start(trainer, module)
     for i in range(250):
@@ -582,6 +585,28 @@ def test_the_closing_loss_forgets_what_is_long_ago_and_survives_a_resume():
         kept.on_train_batch_end(trainer, module, {"loss": torch.tensor(float(i))}, None, i)
     kept.on_train_epoch_end(trainer, module)
     assert kept.mean == sum(range(150, 250)) / 100
+
+
+@pytest.mark.parametrize(("processes", "goes_on"), [(2, [[0.0, 1.0], [10.0, 11.0]]), (3, [[5.0, 6.0]] * 3)])
+def test_every_process_keeps_its_own_closing_losses_in_a_resume(processes, goes_on):
+    module, sent, saved = SimpleNamespace(device=torch.device("cpu")), [], {}
+    strategy = SimpleNamespace(all_gather=lambda mine: sent.append(mine) or torch.stack((sent * 2)[:2]))
+    for rank in (1, 0):  # the last one to "save" has seen what both hold
+        kept = ClosingLoss()
+        trainer = SimpleNamespace(accumulate_grad_batches=1, world_size=2, global_rank=rank, strategy=strategy)
+        kept.on_train_start(trainer, module)
+        for i in range(2):
+            kept.on_train_batch_end(trainer, module, {"loss": torch.tensor(10.0 * rank + i)}, None, i)
+        saved = {"callbacks": {"ClosingLoss": kept.state_dict()}}
+        kept.on_save_checkpoint(trainer, module, saved)
+    saved["callbacks"]["ClosingLoss"]["losses"].reverse()  # they came as 1, 0
+    found = []
+    for rank in range(processes):
+        kept = ClosingLoss()
+        kept.load_state_dict(saved["callbacks"]["ClosingLoss"])
+        kept.on_train_start(SimpleNamespace(world_size=processes, global_rank=rank), module)
+        found += kept.state_dict()["losses"]
+    assert found == goes_on
 
 
 # -- directories ----------------------------------------------------------------------------------------------------------

@@ -39,6 +39,10 @@ class BareGroups:
         out = {id(p) for p in leave_out}
         return cls(optimizer, [[p for p in g["params"] if id(p) not in out] for g in optimizer.param_groups], [])
 
+    def _follow(self) -> None:
+        """Groups that joined in mid-fit, as a callback that unfreezes adds them, are the bare model's too."""
+        self.groups += [list(group["params"]) for group in self.optimizer.param_groups[len(self.groups) :]]
+
     def numbers(self, params: Iterable[Tensor]) -> set[int]:
         """The numbers that ``state_dict`` gives to those of these parameters that were there before."""
         position = {id(p): n for n, p in enumerate(p for group in self.groups for p in group)}
@@ -51,6 +55,7 @@ class BareGroups:
             weights: by id.
             gone: ids of what had taken their place.
         """
+        self._follow()
         spare = next((g for g in self.optimizer.param_groups if any(id(p) in gone for p in g["params"])), None)
         for group, was in zip(self.optimizer.param_groups, self.groups, strict=True):
             names = dict(zip(map(id, group["params"]), group.get("param_names", ()), strict=False))
@@ -71,6 +76,7 @@ class BareGroups:
 
     def state_dict(self) -> dict[str, Any]:
         """What ``optimizer.state_dict()`` of the bare model would be."""
+        self._follow()
         order = [p for group in self.groups for p in group]
         live = self.optimizer.state_dict()
         numbers = {id(p): n for n, p in _numbered(self.optimizer)}
@@ -100,6 +106,7 @@ class BareGroups:
         Raises:
             ConfigError: its groups are not those of this model.
         """
+        self._follow()
         there = [len(group["params"]) for group in saved["param_groups"]]
         here = [len(group) for group in self.groups]
         if there != here:

@@ -9,14 +9,25 @@ workers ask one another before every batch.
 import itertools
 import warnings
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler, default_collate
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    TensorDataset,
+    default_collate,
+)
 from torch.utils.data.distributed import DistributedSampler
 
 from lowrank_pretrain.checkpoints import random_state
@@ -40,6 +51,8 @@ class Facts:
         trusted: whether the batches are what the sampler says, so that they need not be compared.
         exact: whether it surely has as many batches as it says.
         first: a hash of the data set's first sample, where a sampler would give it to every worker.
+        part: a hash of which samples the data set has, where it lies in memory; ``None``: unknown.
+        own: samples that the user's sampler deals of how many, where Lightning shares them out once more.
     """
 
     length: int | None
@@ -48,6 +61,8 @@ class Facts:
     trusted: bool = False
     exact: bool = False
     first: str | None = None
+    part: str | None = None
+    own: tuple[int, int] | None = None
 
 
 def shared_out(loader: Any, workers: int) -> Any:
@@ -68,6 +83,7 @@ def shared_out(loader: Any, workers: int) -> Any:
     everyone: list[Any] = [None] * workers
     dist.all_gather_object(everyone, _facts(loader))
     _check_samplers(everyone, workers)
+    _warn_of_parts(everyone, workers)
     lengths = [facts.length for facts in everyone]
     known = None if None in lengths else min(lengths)
     if known == 0 and max(lengths) > 0:
@@ -97,15 +113,16 @@ def _facts(loader: Any) -> Facts:
     whole = type(loader.batch_sampler) in (BatchSampler, type(None))  # it takes what the sampler gives, in that order
     sampler = loader.sampler if whole else loader.batch_sampler
     dealt = sampler if whole else getattr(sampler, "sampler", None)
-    share, trusted = None, False
+    share, trusted, part, own = None, False, None, None
     if isinstance(dealt, DistributedSampler):
         _check_shared_once(dealt)
         share = dealt.num_replicas, dealt.rank, dealt.seed if dealt.shuffle else None
         trusted = whole and type(dealt) in (DistributedSampler, DistributedSamplerWrapper)
+        part, own = _part(loader.dataset), _dealt(dealt, loader.dataset)
     alike = type(sampler) in (RandomSampler, SequentialSampler)
     # a collate of one's own may give None for a bad batch, a sampler of one's own may be short
     exact = (trusted or alike) and loader.collate_fn is default_collate
-    return Facts(length, type(sampler).__name__, share, trusted, exact, _first_sample(loader) if alike else None)
+    return Facts(length, type(sampler).__name__, share, trusted, exact, _first_sample(loader) if alike else None, part, own)
 
 
 def _first_sample(loader: DataLoader) -> str | None:
@@ -129,6 +146,34 @@ def _check_shared_once(sampler: DistributedSampler) -> None:
             "sampler", type(inner).__name__, "shares the samples out already, and Lightning would do so once more: set "
             "Trainer(use_distributed_sampler=False)"
         )  # fmt: skip
+
+
+def _part(data: Any) -> str | None:
+    """A hash of which samples a data set has, of those that are sure to be read without a trace."""
+    if isinstance(data, Subset):
+        return digest(np.asarray(data.indices))
+    return digest(data[0]) if isinstance(data, TensorDataset) and len(data) else None
+
+
+def _dealt(sampler: DistributedSampler, data: Any) -> tuple[int, int] | None:
+    """How many samples a sampler of the user's own gives, of how many, under one that Lightning laid over it."""
+    inner = getattr(sampler.dataset, "_sampler", None) if isinstance(sampler, DistributedSamplerWrapper) else None
+    if inner is None or type(inner).__module__.startswith("torch.") or not isinstance(data, Sized):
+        return None
+    return (len(inner), len(data)) if isinstance(inner, Sized) else None
+
+
+def _warn_of_parts(everyone: list[Facts], workers: int) -> None:
+    """What is shared out twice trains on a part of each part only. It is not refused: parts may be meant to overlap."""
+    again = f"is shared out once more by Lightning's sampler, so that only 1/{workers} of it is seen"
+    cure = "set Trainer(use_distributed_sampler=False), if each worker's part is its own already"
+    parts = {facts.part for facts in everyone}
+    own = [facts.own for facts in everyone]
+    if None not in parts and len(parts) == workers:
+        rank_zero_warn(f"LTE: every worker has another training set, and each {again}: {cure}")
+    elif None not in own and all(0 <= of - workers * dealt + workers - 1 <= 2 * (workers - 1) for dealt, of in own):
+        dealt, of = own[0]
+        rank_zero_warn(f"LTE: the sampler gives {dealt} of {of} samples on each of {workers} workers, and that {again}: {cure}")
 
 
 def _check_samplers(everyone: list[Facts], workers: int) -> None:

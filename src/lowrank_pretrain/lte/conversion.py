@@ -62,7 +62,9 @@ class Conversion(DDPStrategy):
         targets = {name: target for name, target in all_targets(module).items() if name in targets}
         inherited = self._untied + self._convert(targets, ranks)
         self.heads.left_out_names = sorted(gone)
-        self.rehearsal = FirstStep(module, targets, self._workers)
+        trained = {id(p) for o in self.optimizers for group in o.param_groups for p in group["params"] if p.requires_grad}
+        trained |= {id(target.layer.weight) for target in targets.values()}
+        self.rehearsal = FirstStep(module, targets, self._workers, trained)
         return inherited
 
     def _obstacle(self, target: Target) -> str | None:

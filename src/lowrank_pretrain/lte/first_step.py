@@ -17,6 +17,7 @@ from lowrank_pretrain.core.targets import Target
 from lowrank_pretrain.lte.workers import Workers
 from lowrank_pretrain.lte.written import everyones
 from lowrank_pretrain.phases.rehearsal import Rehearsal
+from lowrank_pretrain.phases.teachers import Pairing, teachers
 
 
 class FirstStep:
@@ -26,10 +27,13 @@ class FirstStep:
         module: the LightningModule.
         targets: those with heads, by name.
         workers: who trains together; all find the same.
+        trained: ids of the parameters that an optimizer trains.
     """
 
-    def __init__(self, module: nn.Module, targets: Mapping[str, Target], workers: Workers) -> None:
+    def __init__(self, module: nn.Module, targets: Mapping[str, Target], workers: Workers, trained: set[int]) -> None:
         self._rehearsal = Rehearsal(module, targets, adapters=False)
+        # heads change number and order of the parameters: who averages by position is found out in the first step
+        self._pairing: Pairing | None = Pairing(module, teachers(module, targets, trained), others=True)
         self._workers = workers
         self.unfit: dict[str, str] = {}  # layers whose input cannot be shared out among heads, and why
         self._started = False
@@ -38,6 +42,7 @@ class FirstStep:
     def _start(self) -> None:
         """At the first step, when DDP has wrapped what it averages and the model's summary is printed."""
         self._started = True
+        self._pairing.start()
         self._rehearsal.start()
         for name, layer in self._rehearsal.layers.items():
             if name not in self._rehearsal.called:
@@ -45,6 +50,8 @@ class FirstStep:
 
     def forward(self) -> AbstractContextManager:
         """Watch a training step's forward pass."""
+        if self._started and not self.waits:
+            self._unpair()
         if self.waits and not self._started:
             self._start()
         return self._rehearsal.forward() if self.waits else nullcontext()
@@ -85,6 +92,12 @@ class FirstStep:
         """Whether there are layers that nobody has called yet, on any worker (the same answer on all)."""
         return not self.waits and bool(self._rehearsal.unseen())
 
+    def _unpair(self) -> None:
+        if self._pairing is not None:
+            self._pairing.stop()
+            self._pairing = None
+
     def stop(self) -> None:
         """The fit is over."""
+        self._unpair()
         self._rehearsal.stop()

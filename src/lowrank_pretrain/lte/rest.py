@@ -42,7 +42,7 @@ class Rest:
         self, module: nn.Module, heads: set[int], left_out: Collection[str], workers: Workers, sync: str,
         wrapped: Callable[[], bool] = lambda: False,
     ) -> None:  # fmt: skip
-        self._left_out = set(left_out)
+        self._left_out, self._heads = set(left_out), heads
         self.parameters = {
             n: p for n, p in module.named_parameters() if p.requires_grad and id(p) not in heads and n not in self._left_out
         }
@@ -54,6 +54,14 @@ class Rest:
         self._buffer_bytes = 0  # that the last merge averaged; before the first, what it may
         if self.apart:
             self._buffer_bytes = sum(b.numel() * at_least_32(b.dtype).itemsize for b in self._buffers().values())
+
+    def follow(self, frozen: Collection[int]) -> bool:
+        """Take in what began to train since (a callback unfroze it), but for ids in ``frozen``; was there anything?"""
+        named = self._module.named_parameters()
+        new = {n: p for n, p in named if p.requires_grad and n not in self.parameters and n not in self._left_out}
+        new = {n: p for n, p in new.items() if id(p) not in self._heads and id(p) not in frozen}
+        self.parameters |= new
+        return bool(new)
 
     def _parameters(self) -> dict[str, Tensor]:
         """What is averaged of the parameters: looked up by name, because moving a module replaces storages."""

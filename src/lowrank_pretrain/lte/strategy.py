@@ -41,6 +41,7 @@ from lowrank_pretrain.lte.looking import ViewHooks
 from lowrank_pretrain.lte.projected import ProjectedSet
 from lowrank_pretrain.lte.settings import check, check_ddp
 from lowrank_pretrain.lte.workers import Workers, make_group, same_weights, set_patience
+from lowrank_pretrain.lte.written import leaf
 from lowrank_pretrain.phases import transition
 
 DRIFTED = (
@@ -159,6 +160,8 @@ class LTEStrategy(Conversion, CheckpointHooks, ViewHooks):
             self._forget()
             self._stash = stash
             self._workers = self._make_workers()
+            if not self.lightning_module.automatic_optimization:
+                self._workers.hint = " (in manual optimization all workers must take equally many optimizer steps)"
             self._ignored = set(getattr(self.lightning_module, "_ddp_params_and_buffers_to_ignore", ()))
         if self.world_size == 1 and self._injects is None:
             # nothing to share out: a loader that Lightning cannot take apart runs
@@ -200,6 +203,20 @@ class LTEStrategy(Conversion, CheckpointHooks, ViewHooks):
             return dataloader
         return shared_out(dataloader, self._workers.size)
 
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """At an epoch's start: what a callback has unfrozen trains with the rest from here on, and is averaged with it."""
+        super().on_train_batch_start(batch, batch_idx)
+        if batch_idx or self.rest is None or self._workers.size == 1 or not self.heads.worn:
+            return
+        if self.rehearsal is not None and self.rehearsal.waits:  # W itself takes gradients now
+            return
+        frozen = [leaf(layer) for layer in self.heads.layers.values()]
+        if self.rest.follow({id(W) for W in frozen}):
+            for W in frozen:  # unfrozen with all else; its heads are what trains
+                W.requires_grad_(False)
+            self.model = self.lightning_module
+            self.configure_ddp()
+
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Tell the heads how large the batch is that they share."""
         if self.heads is None:
@@ -207,9 +224,10 @@ class LTEStrategy(Conversion, CheckpointHooks, ViewHooks):
         shares = self.settings.heads > 1 and self.settings.mode == "parallel"
         self.heads.shared.batch = batch_size(args[0] if args else kwargs) if shares else 1
         watching = self.rehearsal is not None and self.rehearsal.waits
-        with self.rehearsal.forward() if watching else nullcontext():
+        with nullcontext() if self.rehearsal is None else self.rehearsal.forward():
             output = super().training_step(*args, **kwargs)
-        if output is None and self.model is not self.lightning_module and self.lightning_module.automatic_optimization:
+        if output is None and self._workers.size > 1 and self.lightning_module.automatic_optimization:
+            # Lightning refuses it too, and names neither the worker nor a cure
             raise ConfigError(
                 "training_step", None, f"is what worker {self._workers.rank} returned, and the others would wait for its "
                 "gradients: leave such batches out in the loader, or return the loss times 0"

@@ -5,6 +5,7 @@ does so in training, and what that code counts as sent is reported. Per worker; 
 """
 
 import copy
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_pretrain.core.errors import ConfigError
-from lowrank_pretrain.core.plan import check_rank
+from lowrank_pretrain.core.plan import fit_ranks
 from lowrank_pretrain.core.targets import all_targets, find_targets
 from lowrank_pretrain.galore import GaLoreAdamW, galore_param_groups
 from lowrank_pretrain.lora import model as lora
@@ -67,7 +68,8 @@ def traffic(
         ``merge``: bytes of one merge of the targets; ``routes``: targets by route.
 
     Raises:
-        ConfigError: a wrong value, a pattern that matches nothing, a rank above a target's min(D, O).
+        ConfigError: a wrong value, a pattern that matches nothing, a rank above min(D, O) of a target
+            that is named (where a preset chose it, the rank is cut down to that).
     """
     for key, value in {"heads": heads, "workers": workers, "merge_every": merge_every}.items():
         if value < 1:
@@ -98,12 +100,13 @@ def traffic(
 def _heads(module: nn.Module, targets: Any, rank: int, count: Imagined, settings: Settings) -> HeadSet:
     """A module's heads, behind one merge."""
     chosen = find_targets(module, targets)
-    for name, target in chosen.items():
-        check_rank(name, rank, target)
+    ranks, narrow = fit_ranks(module, targets, chosen, rank)
+    if narrow is not None:
+        warnings.warn(f"LTE: {narrow}", stacklevel=3)
     lora.untie(module, {target.layer_name for target in chosen.values()})
     chosen = {name: target for name, target in all_targets(module).items() if name in chosen}
     heads = HeadSet(settings, count)
-    heads.convert(chosen, dict.fromkeys(chosen, rank))
+    heads.convert(chosen, ranks)
     heads.exchange()
     return heads
 

@@ -27,13 +27,14 @@ class Workers:
         size: how many.
         sent: bytes that this worker has sent, by the rings' formulae above.
         seconds: time spent waiting for the others.
+        hint: why else they might not answer (for the message).
     """
 
     def __init__(self, group: Any = None, timeout: float | None = None) -> None:
         self.group, self.timeout = group, timeout
         self.size = 1 if group is None else dist.get_world_size(group)
         self.rank = 0 if group is None else dist.get_rank(group)
-        self.sent, self.seconds = 0.0, 0.0
+        self.sent, self.seconds, self.hint = 0.0, 0.0, ""
         # NCCL reads nothing that lies on the CPU, as Adam's `step` does
         self._device = torch.device("cuda") if group is not None and "nccl" in dist.get_backend(group) else None
 
@@ -68,7 +69,7 @@ class Workers:
             within = "" if self.timeout is None else f" within {self.timeout:g} s"
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise RuntimeError(
-                f"LTE: another worker died or did not answer{within} ({reason}); resume from the last checkpoint"
+                f"LTE: another worker died or did not answer{within} ({reason}); resume from the last checkpoint{self.hint}"
             ) from error
         finally:
             self.seconds += time.perf_counter() - began

@@ -20,7 +20,7 @@ class ClosingLoss(Callback):
         self.mean: float | None = None
         self._losses: Tensor | None = None  # (LAST,) float32, a ring
         self._seen = 0
-        self._restored: list[float] = []
+        self._restored: list[list[float]] = []  # of every process
 
     @property
     @override
@@ -30,8 +30,13 @@ class ClosingLoss(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._losses = torch.zeros(LAST, device=pl_module.device)
-        self._seen = len(self._restored)
-        self._losses[: self._seen] = torch.tensor(self._restored)
+        every = self._restored
+        if len(every) == trainer.world_size:
+            mine = every[trainer.global_rank]
+        else:  # of another number of processes: their mean goes on
+            mine = [sum(losses) / len(losses) for losses in zip(*every, strict=False)]
+        self._seen = len(mine)
+        self._losses[: self._seen] = torch.tensor(mine)
 
     @override
     def on_train_batch_end(
@@ -46,16 +51,31 @@ class ClosingLoss(Callback):
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._seen:
-            mean = self._losses[: min(self._seen, LAST)].mean()
+            mean = self._in_order().mean()  # in the order of a resumed run, which adds up alike
             self.mean = float(trainer.strategy.reduce(mean, reduce_op="mean") if trainer.world_size > 1 else mean)
+
+    @override
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Every process has its own losses, and one of them writes. All processes save together."""
+        state = checkpoint.get("callbacks", {}).get(self.state_key)
+        if trainer.world_size > 1 and state is not None and self._losses is not None:
+            kept = self._in_order()
+            padded = torch.cat([kept, self._losses.new_zeros(LAST - len(kept)), kept.new_tensor([len(kept)])])
+            everyone = trainer.strategy.all_gather(padded).reshape(-1, LAST + 1).tolist()
+            state["losses"] = [losses[: int(losses[LAST])] for losses in everyone]
 
     @override
     def state_dict(self) -> dict[str, Any]:
         if self._losses is None:
             return {"mean": self.mean, "losses": self._restored}
-        kept, start = min(self._seen, LAST), self._seen % LAST if self._seen > LAST else 0
-        return {"mean": self.mean, "losses": self._losses[:kept].roll(-start).tolist()}
+        return {"mean": self.mean, "losses": [self._in_order().tolist()]}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.mean, self._restored = state_dict["mean"], list(state_dict["losses"])
+        losses = list(state_dict["losses"])
+        self.mean, self._restored = state_dict["mean"], losses if losses and isinstance(losses[0], list) else [losses]
+
+    def _in_order(self) -> Tensor:
+        """Return the losses that are kept, the oldest first."""
+        kept, start = min(self._seen, LAST), self._seen % LAST if self._seen > LAST else 0
+        return self._losses[:kept].roll(-start)

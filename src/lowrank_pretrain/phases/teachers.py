@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 from torch.nn.parameter import is_lazy
+from torch.optim.swa_utils import AveragedModel
 
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.targets import Target, plain_name
@@ -36,7 +37,7 @@ def teachers(module: nn.Module, targets: Mapping[str, Target], trained: set[int]
     Returns:
         Names of the outermost such pairs. Children of one list (blocks of which some are frozen) are none.
     """
-    layers = {id(target.layer) for target in targets.values()}
+    layers = {id(target.layer) for target in (targets or {}).values()}
     named = dict(module.named_modules())
     lists = {name for name, child in named.items() if isinstance(child, (nn.ModuleList, nn.Sequential))}
     alike: dict[Any, list[str]] = {}
@@ -68,19 +69,32 @@ class Pairing:
     Args:
         module: holds the students.
         pairs: as ``teachers`` gives them.
-        targets: by name.
+        targets: by name; with them, teachers outside of the module can be looked for (``outside``).
         followed: models outside of the module that follow its changes.
+        others: notice any model that is paired with the whole module too, or an ``AveragedModel`` inside of it.
     """
 
     def __init__(
-        self, module: nn.Module, pairs: Iterable[tuple[str, str]], targets: Mapping[str, Target], followed: Iterable[nn.Module]
+        self,
+        module: nn.Module,
+        pairs: Iterable[tuple[str, str]],
+        targets: Mapping[str, Target] | None = None,
+        followed: Iterable[nn.Module] = (),
+        others: bool = False,
     ) -> None:
         by_name = {plain_name(name): child for name, child in module.named_modules()}
-        self._pairs = [(student, teacher, _ids(by_name[student]), _ids(by_name[teacher])) for student, teacher in pairs]
-        self._turns: list[list[str]] = [[] for _ in self._pairs]
+        self._pairs: list[tuple[str, str, set[int], set[int] | None]] = [
+            (student, teacher, _ids(by_name[student]), _ids(by_name[teacher])) for student, teacher in pairs
+        ]
+        if others:
+            whole, own = type(module).__name__, _ids(module)
+            inside = {name: child for name, child in by_name.items() if isinstance(child, AveragedModel)}
+            self._pairs += [(whole, name, own - _ids(child), _ids(child)) for name, child in inside.items()]
+            self._pairs.append((whole, "another model", own, None))
+        self._turns: list[list[tuple[str, int]]] = [[] for _ in self._pairs]
         self._plain: Callable[..., Any] | None = None
         self.outside = False  # whether teachers that the module does not hold are looked for too
-        layers = {id(target.layer) for target in targets.values()}
+        layers = {id(target.layer) for target in (targets or {}).values()}
         self._students = {  # id of a module with targets -> its name
             id(child): name or type(module).__name__
             for name, child in by_name.items()
@@ -110,9 +124,11 @@ class Pairing:
 
     def _note(self, module: nn.Module, p: nn.Parameter) -> None:
         for (student, teacher, of_student, of_teacher), turns in zip(self._pairs, self._turns, strict=True):
-            turns.append("student" if id(p) in of_student else "teacher" if id(p) in of_teacher else "")
+            other = of_teacher is None or id(p) in of_teacher
+            turns.append(("student" if id(p) in of_student else "teacher" if other else "", id(p)))
             del turns[:-4]
-            if turns in (["student", "teacher"] * 2, ["teacher", "student"] * 2):
+            alternate = [whose for whose, _ in turns] in (["student", "teacher"] * 2, ["teacher", "student"] * 2)
+            if alternate and len(set(turns)) == 4:  # and not the first one again, of which models ask dtype and device
                 self.stop()
                 raise ConfigError("targets", student, f"{teacher} pairs its parameters with these by position: {CURE}")
         if self.outside:

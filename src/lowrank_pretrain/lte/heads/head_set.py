@@ -408,7 +408,11 @@ def head_names(module: nn.Module, layers: Mapping[str, nn.Module]) -> set[str]:
 
     Names as the module gives them (``torch.compile`` adds to them).
     """
-    own = {id(p) for p in record.factors(layers).values()}
-    own |= {id(getattr(layer, name)) for layer in layers.values() for name in prev_names(layer)} - {id(None)}
-    tensors = (*module.named_parameters(), *module.named_buffers())
-    return {name for name, tensor in tensors if id(tensor) in own}
+    factors = {id(p) for p in record.factors(layers).values()}
+    converted = {id(layer) for layer in layers.values()}
+    names = {name for name, p in module.named_parameters() if id(p) in factors}
+    # by name and not by tensor: before the first merge W holds nothing of them, and DDP would broadcast what comes later
+    for prefix, layer in module.named_modules(remove_duplicate=False):
+        if id(layer) in converted:
+            names |= {f"{prefix}.{name}" if prefix else name for name in prev_names(layer)}
+    return names

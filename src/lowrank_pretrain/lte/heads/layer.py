@@ -130,8 +130,8 @@ class MultiheadLoRALinear(Reclassed):
         size = x.shape[0] if x.ndim > 1 else 0
         if x.ndim < 2 or (x.ndim > 2 and batch and size % batch and x.shape[1] == batch):
             raise ConfigError(
-                "targets", self._name, f"its input {tuple(x.shape)} does not have the batch{f' of {batch}' if batch else ''} "
-                "first: leave it out of the targets, or use heads=1"
+                "targets", self._name, f"does not have the batch{f' of {batch}' if batch else ''} first in its input "
+                f"{tuple(x.shape)}: leave it out of the targets, or use heads=1"
             )  # fmt: skip
         if not torch.compiler.is_compiling() and self._shared.seen is not None:
             self._shared.seen[self._name] = max(size, self._shared.seen.get(self._name, 0))
