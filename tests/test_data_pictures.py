@@ -244,12 +244,32 @@ def test_validation_is_held_out_where_there_is_no_part_for_it(tmp_path):
     assert len(data.train_set) == 24 and len(data.val_set) == 6 and data.test_set is data.val_set
     labels = [data.val_set.base.members[i].label for i in range(6)]
     assert sorted(labels) == [0, 0, 1, 1, 2, 2]
-    assert said == [f"{root} has no folder for validation, it has test, train; data.val_fraction=0.2 of each class, 6 of 30 "
+    assert said == [f"{root}/test is not used: tests are made on the validation part; data.test_split=test takes it",
+                    f"{root} has no folder for validation, it has test, train; data.val_fraction=0.2 of each class, 6 of 30 "
                     "images, is held out for validation"]  # fmt: skip
     assert not set(names(data.train_set)) & set(names(data.val_set))
-    with_test, _ = set_up(images(root, val_fraction=0.2, test_split="test"))
+    with_test, said = set_up(images(root, val_fraction=0.2, test_split="test"))
+    assert not [line for line in said if "not used" in line]
     assert names(with_test.test_set) == [f"test/{c}/0.png" for c in "abc"] and names(with_test.val_set) == names(data.val_set)
     assert names(set_up(images(root, val_split="test"))[0].val_set) == names(with_test.test_set)
+
+
+@pytest.mark.parametrize("part", ["test", "Testing"])
+def test_a_test_part_that_is_not_used_is_named(tmp_path, part):
+    root = lay(tmp_path, [f"{split}/{c}/{i}.png" for split in ("train", "val", part) for c in "ab" for i in "12"])
+    said = set_up(images(root))[1]
+    assert said == [f"{root}/{part} is not used: tests are made on the validation part; data.test_split={part} takes it"]
+    assert not set_up(images(root, test_split=part))[1]
+
+
+def test_a_link_that_leads_back_adds_no_pictures(tmp_path):
+    root = Path(lay(tmp_path / "set", [f"{c}/{i}.png" for c in "ab" for i in range(4)]))
+    (root / "a" / "again").symlink_to(root / "a")
+    (root / "b" / "all").symlink_to(root)
+    lay(tmp_path, [f"more/{i}.png" for i in range(4)])
+    (root / "c").symlink_to(tmp_path / "more")
+    data, _ = set_up(images(str(root)))
+    assert data.class_names == ["a", "b", "c"] and len(data.train_set) + len(data.val_set) == 12
 
 
 def test_parts_may_be_written_in_capitals_and_a_class_may_be_called_train(tmp_path):

@@ -127,6 +127,22 @@ def test_patterns_are_globs_below_the_root(tmp_path, files):
     refuses("seq_len=1000000000000: must be a whole number, 2 to", text, tmp_path, seq_len=10**12)
 
 
+def test_a_folder_that_matches_stands_for_the_files_in_it(tmp_path):
+    for name in ("train/a.txt", "train/old/b.txt", "train/.c.swp", "train-more.txt", "val/d.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("a")
+    found = [str(path.relative_to(tmp_path)) for path in find_files(str(tmp_path), "train*", "train_files")]
+    assert found == ["train/a.txt", "train/old/b.txt", "train-more.txt"]
+    (tmp_path / "part").mkdir()
+    refuses("train_files=.*must match files under", find_files, str(tmp_path), "part*", "train_files")
+
+
+def test_a_file_without_a_header_is_not_printed_whole(tmp_path):
+    (tmp_path / "a.csv").write_text("a long row of words " * 50 + "\n")
+    source = FileDocuments([tmp_path / "a.csv"], "train_files", "text")
+    refuses(r"there are: (a long row of words ){1,2}.{0,19}… [(]in ", lambda: list(source.read(None)))
+
+
 def test_hidden_files_are_passed_over_and_others_named(tmp_path):
     (tmp_path / "train.txt").write_text("a")
     (tmp_path / ".train.txt.swp").write_bytes(b"\0\1")
@@ -323,6 +339,7 @@ def test_a_place_of_an_earlier_version_is_refused():
 BAD = {
     "null": '{"text": null}', "a number": '{"text": 3}', "a list": '{"text": ["a"]}', "another key": '{"words": "a"}',
     "no object": "[1, 2]", "no json": "{text: a}", "half": '{"text": "a', "a word": '"text"',
+    "half a pair": r'{"text": "so \ud83d so"}',
 }  # fmt: skip
 
 

@@ -77,6 +77,9 @@ class Shape:
         return self.final_lr + (1 - self.final_lr) * 0.5 * (1 + math.cos(math.pi * share))
 
 
+SHAPE_SETTINGS = ("schedule", "warmup", "final_lr")
+
+
 class Schedule(LRScheduler):
     """The learning rate as a function of the step and of the run's settings, and of nothing else.
 
@@ -120,6 +123,7 @@ class Schedule(LRScheduler):
             "steps": self.shape.steps,
             "per_epoch": self.per_epoch,
             "anchor": list(self.anchor),
+            "settings": {key: getattr(self.shape, key) for key in SHAPE_SETTINGS},
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -137,6 +141,11 @@ class Schedule(LRScheduler):
         for group, rate in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
             group["lr"] = rate
         self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+        for key in SHAPE_SETTINGS:
+            now = getattr(self.shape, key)
+            before = state_dict.get("settings", {}).get(key, now)
+            if now != before and (key != "final_lr" or self.shape.schedule == "cosine"):
+                rank_zero_only(print)(f"{key} is now {now} (it was {before} in the checkpoint)", flush=True)
         if old is not None and old != self.shape.steps and self.shape.schedule == "cosine":
             says = f"the schedule is that of a run of {_steps(self.shape.steps)}, no longer of {_steps(old)}"
             rank_zero_only(print)(f"{says}: it goes on at {self.shape(step):.1%} of the peak rate", flush=True)

@@ -53,7 +53,8 @@ def describe(error: BaseException, cfg: DictConfig, run_dir: Path) -> tuple[str,
         return f"error: another process died or did not answer ({one_line(error)[:200]}); {last_good(run_dir)}", 1
     if isinstance(error, RESTORING) and _while_restoring(error):
         what = f"{type(error).__name__}: {one_line(error)[:200]}"
-        return f"error: ckpt_path={cfg.get('ckpt_path')!r}: its contents do not fit this run ({what})", 2
+        cure = "; another method or optimizer starts afresh, with hydra.run.dir=DIR" if "parameter group" in what else ""
+        return f"error: ckpt_path={cfg.get('ckpt_path')!r}: its contents do not fit this run ({what}){cure}", 2
     if isinstance(error, MisconfigurationException) or _is_lightnings(error):
         return _trainers(one_line(error), cfg), 2
     if isinstance(error, Interrupted):

@@ -22,7 +22,7 @@ from lowrank_pretrain.core.seeds import generator
 
 TRAIN = ("train", "training")
 EVAL = ("val", "valid", "validation", "eval", "evaluation", "test", "testing")
-VALIDATION = EVAL[:5]
+VALIDATION, TESTS = EVAL[:5], EVAL[5:]
 ARCHIVES = (".tar", ".zip")
 STUBS = ("MPEG", "HDF5", "WMF", "GRIB", "BUFR", "EPS")  # Pillow knows them, but opens them only with other programs' help
 SYSTEM = ("thumbs.db", "desktop.ini", "__macosx")  # what Windows and macOS leave in any folder
@@ -156,9 +156,11 @@ def find_pictures(path: Path) -> Found:
 def _with_splits(found: Found, splits: dict[str, str | None], fraction: float, seed: int) -> Split:
     remarks = _left_out(found)
     parts: dict[str, Folder] = {}
+    used: set[str] = set()
     for key, name in splits.items():
         folder = _part_folder(name, found.tops) if name is not None else None
         if folder is not None:
+            used.add(folder)
             below = [(p[1:], whole, place) for p, whole, place in found.pictures if p[0] == folder]
             if not below:
                 where = str(found.root / folder)
@@ -167,6 +169,11 @@ def _with_splits(found: Found, splits: dict[str, str | None], fraction: float, s
             parts[key] = _by_class(found.root, below, inside, str(found.root / folder))
         elif name is not None and (key != "val_split" or name not in VALIDATION):
             raise _no_part(key, name, found)
+    tests = [top for top in found.tops if top.lower() in TESTS and top not in used]
+    if tests and "test_split" not in splits:
+        remarks.append(
+            f"{found.root}/{tests[0]} is not used: tests are made on the validation part; data.test_split={tests[0]} takes it"
+        )
     if "val_split" not in parts and splits.get("val_split") is not None:
         parts["train_split"], parts["val_split"], said = hold_out(parts["train_split"], fraction, seed)
         remarks.append(f"{found.root} has no folder for validation, it has {', '.join(found.tops)}; {said}")
@@ -245,10 +252,16 @@ def natural_key(name: str) -> list:
 
 def _walk(root: Path) -> Iterator[tuple[str, None]]:
     for folder, subfolders, files in os.walk(root, followlinks=True):
-        subfolders.sort()
+        subfolders[:] = sorted(name for name in subfolders if not _leads_back(folder, name))
         below = os.path.relpath(folder, root).replace(os.sep, "/")
         for name in files:
             yield (name if below == "." else f"{below}/{name}"), None
+
+
+def _leads_back(folder: str, name: str) -> bool:
+    """Return whether the folder `name` is a link to where it lies: the same pictures would be found again and again."""
+    path = os.path.join(folder, name)
+    return os.path.islink(path) and Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(path))
 
 
 def _archive(path: Path) -> Iterator[tuple[str, tuple[int, int] | None]]:

@@ -384,7 +384,7 @@ def _load_saved(folder: Path, split: str, split_key: str) -> "Dataset":
 
 
 def find_files(root: str | None, patterns: str | list[str], key: str) -> list[Path]:
-    """Find the local files that match, sorted.
+    """Find the local files that match, and those in folders that match, sorted.
 
     Args:
         root: folder.
@@ -399,8 +399,10 @@ def find_files(root: str | None, patterns: str | list[str], key: str) -> list[Pa
     patterns = [patterns] if isinstance(patterns, str) else list(patterns)
     if not all(patterns) or any(Path(pattern).is_absolute() for pattern in patterns):
         raise ConfigError(key, patterns, f"must be globs for files below {root}, such as train*")
-    files = sorted({path for pattern in patterns for path in Path(root).glob(pattern) if path.is_file()})
-    files = [path for path in files if not path.name.startswith(".")]  # what an operating system or an editor leaves
+    found = {path for pattern in patterns for path in Path(root).glob(pattern)}
+    found |= {path for folder in found if folder.is_dir() for path in folder.rglob("*")}
+    # what begins with a dot is what an operating system or an editor leaves
+    files = sorted(path for path in found if path.is_file() and not path.name.startswith("."))
     if not files:
         there = sorted(path.name for path in Path(root).iterdir() if not path.name.startswith("."))
         names = f"; there are: {', '.join(there[:10])}{'…' if len(there) > 10 else ''}" if there else ", the folder is empty"

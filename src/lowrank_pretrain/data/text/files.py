@@ -198,6 +198,10 @@ def text_of(row: Any, text_key: str) -> str:
     if not isinstance(row[text_key], str):
         value = json.dumps(row[text_key], default=str)
         raise BadRow(f"holds no text in {text_key!r} but {value if len(value) <= 40 else value[:39] + '…'}")
+    try:
+        row[text_key].encode()
+    except UnicodeEncodeError as error:  # JSON can write one half of a pair such as \ud83d, which no tokenizer takes
+        raise BadRow(f"holds half of a letter's code in {text_key!r}, at letter {error.start}") from error
     return row[text_key]
 
 
@@ -299,7 +303,7 @@ def _header(path: Path, line: bytes, text_key: str) -> tuple[str, list[str]]:
     for delimiter, names in found.items():
         if text_key in names:
             return delimiter, names
-    names = max(found.values(), key=len)
+    names = [name if len(name) <= 40 else f"{name[:39]}…" for name in max(found.values(), key=len)]  # a file may have no header
     raise ConfigError("text_key", text_key, f"must name a column of text, there are: {', '.join(names)} (in {path})")
 
 
