@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lowrank_pretrain.core.dtypes import at_least_32
 from lowrank_pretrain.galore import dtensor as sharded
+from lowrank_pretrain.galore.surroundings import has_values
 
 _LARGE = 2.0**40  # no real gradient is as large: looked at again, exactly
 
@@ -54,6 +55,9 @@ class Guard:
             FloatingPointError: a gradient is not finite (of this step, or of an earlier one whose answer has arrived).
         """
         self.raise_arrived()
+        if not has_values(grads[0]):
+            self.spikes, self.norms = [], _norms(grads)
+            return None  # nothing can be read, and nothing is lost
         self.spikes, self.norms = [], _sizes(grads, len(grads) if alone else matrices)
         finite = self.norms.isfinite()
         now = wait or not finite.is_cuda
