@@ -84,7 +84,7 @@ def hf():
     pytest.importorskip("accelerate", reason="HF's Trainer needs it")
     transformers = pytest.importorskip("transformers")
 
-    def trainer(folder: Path, model: nn.Module, optimizer=None, **options):
+    def trainer(folder: Path, model: nn.Module, optimizer=None, kind=None, **options):
         arguments = transformers.TrainingArguments(
             output_dir=str(folder), use_cpu=True, per_device_train_batch_size=BATCH, max_steps=STEPS, report_to=[],
             lr_scheduler_type="constant", learning_rate=1e-2, disable_tqdm=True, logging_strategy="no", seed=0,
@@ -97,7 +97,7 @@ def hf():
             def _get_train_sampler(self, *_):
                 return torch.utils.data.SequentialSampler(self.train_dataset)
 
-        how = {"optimizers": (optimizer, None)} if optimizer is not None else {}
+        how = {"optimizers": (optimizer, None)} if optimizer is not None else {"optimizer_cls_and_kwargs": kind}
         return InOrder(model=model, args=arguments, train_dataset=Rows(), **how)
 
     return trainer
@@ -113,6 +113,18 @@ def test_hf_trainer_under_bf16_equals_the_plain_loop_under_autocast(hf, tmp_path
     model = net()
     hf(tmp_path, model, optimizer_of(model), bf16=True).train()
     assert_same(model, plain_loop(dtype=torch.bfloat16), rtol=1e-4, atol=1e-5)
+
+
+def test_hf_trainer_makes_it_from_its_class_and_arguments(hf, tmp_path):
+    """With the model among the arguments the targets are projected; a rank without it is refused before the first step."""
+    arguments = {"rank": 2, "targets": ["fc1", "fc2"], "lr": 1e-2, "update_proj_gap": 2, "scale": 1.0, "seed": 0}
+    model = net()
+    made = hf(tmp_path, model, kind=(GaLoreAdamW, {"model": model, **arguments}))
+    made.train()
+    assert [group.get("rank") for group in made.optimizer.optimizer.param_groups] == [2, None, None]
+    assert_same(model, plain_loop(), rtol=1e-5, atol=1e-6)
+    with pytest.raises(ConfigError, match="^rank=2: needs the model"):
+        hf(tmp_path, net(), kind=(GaLoreAdamW, dict(arguments))).train()
 
 
 def test_hf_trainer_resumes_bit_for_bit(hf, tmp_path):
@@ -189,6 +201,28 @@ def fabric_run(precision: str = "32-true", clip: bool = True, **kwargs) -> Net:
 
 def test_fabric_equals_the_plain_loop():
     assert_same(fabric_run(), plain_loop(), rtol=1e-6, atol=1e-7)  # the norm is summed in the optimizer's order
+
+
+def test_fabric_resumes_bit_for_bit(tmp_path):
+    from lightning.fabric import Fabric
+
+    def run(upto: int, start: int = 0) -> Net:
+        fabric, plain = Fabric(accelerator="cpu", devices=1), net()
+        model, optimizer = fabric.setup(plain, optimizer_of(plain))
+        if start:
+            fabric.load(tmp_path / "state.ckpt", {"model": model, "optimizer": optimizer})
+        for batch in micro_batches()[start:upto]:
+            optimizer.zero_grad()
+            fabric.backward(model(**batch)["loss"])
+            fabric.clip_gradients(model, optimizer, max_norm=CLIP)
+            optimizer.step()
+        if not start:
+            fabric.save(tmp_path / "state.ckpt", {"model": model, "optimizer": optimizer})
+        return plain
+
+    whole = run(6)
+    run(3)
+    assert_same(run(6, start=3), whole)
 
 
 def test_fabric_in_bf16_equals_the_plain_loop_under_autocast():

@@ -43,7 +43,8 @@ def load(optimizer: "GaLoreAdamW", saved: dict[str, Any]) -> None:
         changed = hook(optimizer, saved)
         saved = saved if changed is None else changed
     groups = [dict(group) for group in copy.deepcopy(saved["param_groups"])]
-    if not any(key in group for group in groups for key in _OURS) and any(len(group) > 1 for group in groups):
+    ours = any(key in group for group in groups for key in _OURS) or all(len(group) == 1 for group in groups)
+    if not ours and any(group.get("rank") for group in (*groups, *optimizer.param_groups)):  # plain groups go on from AdamW's
         raise ConfigError("ckpt_path", "optimizer state", "was written by another optimizer (galore_torch?): start afresh")
     for group in groups:
         for key in KEYS:  # a version that did not have this key yet

@@ -127,10 +127,10 @@ def _sizes(grads: list[Tensor], matrices: int) -> Tensor:
 
 
 def _norms(grads: list[Tensor]) -> Tensor:
-    wide = [at_least_32(g.dtype) for g in grads]
-    if len(set(wide)) == 1:
-        return torch.stack(torch._foreach_norm(grads, 2, dtype=wide[0]))  # on CUDA one kernel for all of them
-    return torch.stack([torch.linalg.vector_norm(g, dtype=w).double() for g, w in zip(grads, wide, strict=True)])
+    wide = {at_least_32(dtype) for dtype in {g.dtype for g in grads}}
+    if len(wide) == 1:
+        return torch.stack(torch._foreach_norm(grads, 2, dtype=wide.pop()))  # on CUDA one kernel for all of them
+    return torch.stack([torch.linalg.vector_norm(g, dtype=at_least_32(g.dtype)).double() for g in grads])
 
 
 def _raise(finite: Tensor, names: list[str], consequence: str, what: str = "is not finite") -> None:
