@@ -137,13 +137,11 @@ def test_hf_trainer_resumes_bit_for_bit(hf, tmp_path):
     assert_same(again, whole)
 
 
-def test_hf_trainer_with_layerwise_updates_and_its_default_clipping_is_refused_or_right(hf, tmp_path):
-    model = net()
-    with pytest.raises(ConfigError, match="layerwise"):
-        hf(tmp_path, model, optimizer_of(model, layerwise=True), gradient_accumulation_steps=1).train()
-    free = net()
-    hf(tmp_path, free, optimizer_of(free, layerwise=True), gradient_accumulation_steps=1, max_grad_norm=0.0).train()
-    assert not torch.equal(free.fc1.weight, net().fc1.weight)
+def test_hf_trainer_clips_layerwise_updates_as_normal_ones(hf, tmp_path):
+    normal, layerwise = net(), net()
+    for index, (model, kind) in enumerate(((normal, {}), (layerwise, {"layerwise": True}))):
+        hf(tmp_path / str(index), model, optimizer_of(model, **kind), gradient_accumulation_steps=1).train()
+    assert_same(normal, layerwise, rtol=1e-4, atol=1e-5)
 
 
 # -- Accelerate ---------------------------------------------------------------------------------------------------------
@@ -226,7 +224,7 @@ def test_fabric_resumes_bit_for_bit(tmp_path):
 
 
 def test_fabric_in_bf16_equals_the_plain_loop_under_autocast():
-    assert_same(fabric_run("bf16-mixed"), plain_loop(dtype=torch.bfloat16), rtol=1e-4, atol=1e-5)
+    assert_same(fabric_run("bf16-mixed"), plain_loop(dtype=torch.bfloat16), rtol=1e-3, atol=1e-3)  # bf16 rounds elsewhere
 
 
 # -- Lightning, by hand -------------------------------------------------------------------------------------------------
@@ -271,21 +269,27 @@ def test_manual_optimization_equals_the_plain_loop(tmp_path, raw, precision):
         assert_same(module.net, plain_loop(dtype=torch.bfloat16), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("way", ["by hand", "fabric", "plain loop"])
-def test_clipping_after_layerwise_updates_is_refused(tmp_path, way):
+@pytest.mark.parametrize("way", ["by hand", "fabric"])
+def test_clipping_layerwise_updates_of_several_micro_batches_is_refused(tmp_path, way):
     with pytest.raises((ConfigError, RuntimeError), match="layerwise"):
         if way == "by hand":
             fit(ByHand(raw=False, clip=True, layerwise=True), tmp_path)
-        elif way == "fabric":
-            fabric_run(layerwise=True)
         else:
-            model = net()
-            optimizer = optimizer_of(model, layerwise=True)
-            for batch in micro_batches()[:3]:
-                optimizer.zero_grad()
-                model(**batch)["loss"].backward()
-                nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-                optimizer.step()
+            fabric_run(layerwise=True)
+
+
+def test_clipping_layerwise_updates_in_a_plain_loop_is_that_of_normal_ones():
+    results = []
+    for layerwise in (False, True):
+        model = net()
+        optimizer = optimizer_of(model, layerwise=layerwise)
+        for batch in micro_batches():
+            optimizer.zero_grad()
+            model(**batch)["loss"].backward()
+            nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+            optimizer.step()
+        results.append(model)
+    assert_same(*results, rtol=1e-4, atol=1e-5)
 
 
 def test_layerwise_without_clipping_equals_the_normal_step(tmp_path):
