@@ -137,7 +137,8 @@ def test_any_layout_of_weight_and_gradient(layout, grad):
 def test_a_projected_matrix_does_not_care_how_its_gradient_lies(grad):
     weights = [torch.randn(6, 9, generator=torch.Generator().manual_seed(0)).requires_grad_() for _ in range(2)]
     for weight, lay in zip(weights, (GRADS[grad], lambda g, w: g.contiguous()), strict=True):
-        optimizer = GaLoreAdamW([{"params": [weight], "rank": 2, "update_proj_gap": 2}], lr=1e-2)
+        rank = 1 if grad == "expanded" else 2  # a second direction of such a gradient would be rounding
+        optimizer = GaLoreAdamW([{"params": [weight], "rank": rank, "update_proj_gap": 2}], lr=1e-2)
         for step in range(5):
             draw = torch.randn(6, 9, generator=torch.Generator().manual_seed(step))
             weight.grad = lay(torch.ones(6, 9) if grad == "expanded" else draw, weight)
@@ -155,8 +156,57 @@ def test_parameters_come_in_every_form_that_torch_takes():
         [{"params": list(model[0].parameters()), "lr": 1e-3}, {"params": model[3].parameters()}],
     ):  # fmt: skip
         optimizer = GaLoreAdamW(given, lr=1e-2)
+        optimizer.zero_grad()
         loss_of(model, 0).backward()
+        before = model[3].weight.detach().clone()
         optimizer.step()
+        assert not torch.equal(model[3].weight, before)
+
+
+@kinds
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("named", [False, True])
+def test_a_generator_of_parameters_is_read_once(kind, late, named):
+    layer, first = nn.Linear(4, 6), nn.Parameter(torch.zeros(3))
+    given = ((("weight", p) if named else p) for p in [layer.weight])
+    group = {"params": given, **({"rank": 2} if kind == PROJECTED else {})}
+    if late:
+        optimizer = GaLoreAdamW([("first", first)] if named else [first])
+        optimizer.add_param_group(group)
+    else:
+        optimizer = GaLoreAdamW([group])
+    assert optimizer.param_groups[-1]["params"][0] is layer.weight
+    assert optimizer.param_groups[-1].get("param_names") == (["weight"] if named else None)
+
+
+def test_an_empty_group_may_join_named_ones():
+    optimizers = [GaLoreAdamW([{"params": [("weight", nn.Parameter(torch.zeros(4, 6)))], "rank": 2}]) for _ in range(2)]
+    for optimizer in optimizers:
+        optimizer.add_param_group({"params": []})
+        optimizer.add_param_group({"params": iter([nn.Parameter(torch.zeros(3))])})
+    optimizers[1].load_state_dict(optimizers[0].state_dict())
+
+
+def test_numpys_numbers_become_plain_ones_in_the_file():
+    numpy = pytest.importorskip("numpy")
+    whole, half = numpy.int64(2), numpy.float64(0.5)
+    settings = {"rank": whole, "update_proj_gap": whole, "seed": whole, "scale": half, "lr": half, "weight_decay": half}
+    optimizer = GaLoreAdamW([{"params": [nn.Parameter(torch.zeros(4, 6))], **settings}], lr=half, update_proj_gap=whole)
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    optimizer.load_state_dict(torch.load(file, weights_only=True))
+
+
+@pytest.mark.parametrize("step", [float("nan"), float("inf"), -1, 2.5, "3", torch.tensor(-3.0), torch.zeros(2), None], ids=str)
+def test_a_step_that_is_no_count_is_refused(step):
+    model = net()
+    optimizer = make(model, PROJECTED)
+    train(model, optimizer, steps=1)
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][0]["step"] = step
+    with pytest.raises(ConfigError, match="its step is .* whole number"):
+        optimizer.load_state_dict(saved)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """GaLoreAdamW where torch's AdamW works: layouts, surroundings, groups changed in the middle of a fit, numbers at the edges."""
 
+import contextlib
 import threading
 import warnings
 
@@ -7,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.galore import GaLoreAdamW, galore_param_groups
+from lowrank_pretrain.galore.moments import steps_taken
 
 MODES = [
     {}, {"refresh": "track"}, {"proj_type": "full"}, {"residual": "fira"}, {"variant": "apollo"},
@@ -574,3 +577,58 @@ def test_a_model_with_a_rank_is_as_its_groups():
         GaLoreAdamW(model)
     with pytest.warns(UserWarning, match="scale=2.0 has no effect yet"):
         GaLoreAdamW(model.parameters(), scale=2.0)
+
+
+# ---- shapes without numbers -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["meta", "fake cpu", "fake cuda"])
+@pytest.mark.parametrize("mode", [*MODES, None, {"layerwise": True}], ids=str)
+def test_it_steps_on_tensors_that_have_only_shapes(where, mode):
+    """Memory is estimated that way, and a process that has done so must train real weights afterwards."""
+    settings = {} if mode is None else {"rank": 3, "update_proj_gap": 2, **mode}
+    device = where.removeprefix("fake ")
+    with FakeTensorMode() if where != "meta" else contextlib.nullcontext():
+        p = nn.Parameter(torch.zeros(16, 12, device=device))
+        optimizer = GaLoreAdamW([{"params": [p], **settings}])
+        for _ in range(3):
+            p.grad = torch.zeros(16, 12, device=device)
+            optimizer.step()
+        state = optimizer.state[p]
+        assert steps_taken(state) == 3 and state["exp_avg"].device.type == device
+    assert {key: tuple(value.shape) for key, value in state.items()} == {
+        key: tuple(value.shape) for key, value in train(nn.Parameter(draw((16, 12), 0)), [draw((16, 12), 1)], **settings)[1]
+        .state.popitem()[1].items()
+    }  # fmt: skip
+
+
+def test_8bit_says_that_it_needs_numbers():
+    pytest.importorskip("bitsandbytes")
+    p = nn.Parameter(torch.zeros(64, 64, device="meta"))
+    p.grad = torch.zeros_like(p)
+    with pytest.raises(ConfigError, match="^moments='8bit': needs numbers"):
+        GaLoreAdamW([p], moments="8bit").step()
+
+
+# ---- gradients of another dtype than the weight's ---------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="this torch keeps gradients in the weight's dtype")
+@pytest.mark.parametrize("mode", [{"moments": "grad"}, {"refresh": "svd", "rotate_moments": False}, {}, None], ids=str)
+@pytest.mark.parametrize("grad_dtype", [torch.float32, torch.float64], ids=str)
+def test_moments_of_wider_gradients_survive_a_resume(mode, grad_dtype):
+    settings = {"moments": "grad"} if mode is None else {"rank": 3, "update_proj_gap": 2, **mode}
+    start, weights = draw((8, 6), 0, torch.bfloat16), []
+    for resumed in (False, True):
+        p = nn.Parameter(start.clone())
+        p.grad_dtype = grad_dtype
+        optimizer = GaLoreAdamW([{"params": [p], **settings}], lr=1e-2)
+        for t in range(6):
+            if resumed and t == 3:
+                saved, optimizer = optimizer.state_dict(), GaLoreAdamW([{"params": [p], **settings}], lr=1e-2)
+                optimizer.load_state_dict(saved)
+            p.grad = draw((8, 6), t, grad_dtype)
+            optimizer.step()
+        weights.append((p.detach(), optimizer.state[p]["exp_avg"]))
+    assert weights[0][1].dtype == weights[1][1].dtype == grad_dtype
+    assert torch.equal(weights[0][0], weights[1][0]) and torch.equal(weights[0][1], weights[1][1])

@@ -6,6 +6,7 @@ the code that wrote the file did, wins over the file's; one that the state's sha
 """
 
 import copy
+import math
 import warnings
 from numbers import Real
 from typing import TYPE_CHECKING, Any
@@ -42,7 +43,8 @@ def load(optimizer: "GaLoreAdamW", saved: dict[str, Any]) -> None:
         changed = hook(optimizer, saved)
         saved = saved if changed is None else changed
     groups = [dict(group) for group in copy.deepcopy(saved["param_groups"])]
-    if not any(key in group for group in groups for key in _OURS) and any(len(group) > 1 for group in groups):
+    ours = any(key in group for group in groups for key in _OURS) or all(len(group) == 1 for group in groups)
+    if not ours and any(group.get("rank") for group in (*groups, *optimizer.param_groups)):  # plain groups go on from AdamW's
         raise ConfigError("ckpt_path", "optimizer state", "was written by another optimizer (galore_torch?): start afresh")
     for group in groups:
         for key in KEYS:  # a version that did not have this key yet
@@ -237,16 +239,18 @@ def _check_shapes(state: dict[str, Any], p: Tensor, group: dict[str, Any], adopt
         if (state[key].dtype == torch.uint8) != (f"{key}_scale" in shapes) or state[key].is_complex():
             raise ConfigError("ckpt_path", name, f"its {key} is {state[key].dtype} there: the file is damaged, or not ours")
     step = state.get("step", 0)
-    if not (step.numel() == 1 and not step.is_complex() if isinstance(step, Tensor) else isinstance(step, Real)):
-        shown = tuple(step.shape) if isinstance(step, Tensor) else repr(step)
-        raise ConfigError("ckpt_path", name, f"its step is {shown} there, but must be one number")
+    if isinstance(step, Tensor):
+        step = step.item() if step.numel() == 1 else tuple(step.shape)
+    if not isinstance(step, Real) or not 0 <= step < math.inf or step != int(step):
+        raise ConfigError("ckpt_path", name, f"its step is {step!r} there, but must be a whole number, 0 or more")
 
 
 def _tensors(state: dict[str, Any], p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
     """Return the state's tensors in the mode's dtypes, on p's device; copied, so that two optimizers do not share them."""
-    wide = at_least_32(p.dtype)
-    kept = {"exp_avg": moments.moment_dtype(group, p.dtype), "exp_avg_sq": moments.moment_dtype(group, p.dtype)}
-    kept["proj"] = kept["proj_right"] = wide if moments.kind(group) == "float32" else p.dtype
+    narrow = getattr(p, "grad_dtype", None) or p.dtype  # that of the gradients to come
+    wide, own = at_least_32(narrow), moments.moment_dtype(group, narrow)
+    kept = {"exp_avg": own, "exp_avg_sq": own}
+    kept["proj"] = kept["proj_right"] = wide if moments.kind(group) == "float32" else narrow
     new = {}
     for key, value in state.items():
         if key == "step":

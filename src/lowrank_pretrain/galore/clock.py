@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowrank_pretrain.galore.surroundings import has_values
+
 
 @dataclass
 class _Record:
@@ -50,7 +52,7 @@ class RefreshClock:
 
     def start(self, p: Tensor) -> Any:
         """The time before a refresh of ``p``'s basis."""
-        if not p.is_cuda:
+        if not p.is_cuda or not has_values(p):
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
@@ -61,7 +63,7 @@ class RefreshClock:
         if self._current is None or self._current.step != step:
             self._current = _Record(step)
         self._current.spans.append((began, self.start(p)))
-        if overlap is not None:
+        if overlap is not None and has_values(overlap):
             self._current.overlaps.append(overlap)
 
     def metrics(self) -> dict[str, float]:

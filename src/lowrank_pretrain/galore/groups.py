@@ -42,6 +42,7 @@ _HARMLESS = {
     "foreach": (None, False, True), "fused": (None, False, True), "capturable": (False,), "differentiable": (False,),
     "maximize": (False,), "amsgrad": (False,), "decoupled_weight_decay": (True,),
 }  # fmt: skip
+_NUMBERS = {"lr": float, "eps": float, "weight_decay": float, "scale": float, "update_proj_gap": int, "seed": int}
 _CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _STACKED = (*_CONV, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Bilinear)  # their weights are no stacks
 FLAT = "a GaLore group takes matrices. FSDP1 and DeepSpeed flatten theirs: use FSDP2 (ModelParallelStrategy)"
@@ -200,6 +201,9 @@ def check_group(group: dict[str, Any], names: Mapping[int, str], quiet: bool = F
     check_keys(group)
     check_values(group)
     group["betas"] = tuple(float(beta) for beta in group["betas"])
+    for key, number in _NUMBERS.items():  # plain ones: a file with NumPy's in it is refused by torch.load
+        if not (key == "lr" and isinstance(group[key], Tensor)):
+            group[key] = number(group[key])
     if group["moments"] == "8bit":
         bitsandbytes()
     for p in group["params"]:

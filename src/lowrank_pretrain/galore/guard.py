@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lowrank_pretrain.core.dtypes import at_least_32
 from lowrank_pretrain.galore import dtensor as sharded
+from lowrank_pretrain.galore.surroundings import has_values
 
 _LARGE = 2.0**40  # no real gradient is as large: looked at again, exactly
 
@@ -54,6 +55,9 @@ class Guard:
             FloatingPointError: a gradient is not finite (of this step, or of an earlier one whose answer has arrived).
         """
         self.raise_arrived()
+        if not has_values(grads[0]):
+            self.spikes, self.norms = [], _norms(grads)
+            return None  # nothing can be read, and nothing is lost
         self.spikes, self.norms = [], _sizes(grads, len(grads) if alone else matrices)
         finite = self.norms.isfinite()
         now = wait or not finite.is_cuda
@@ -123,10 +127,10 @@ def _sizes(grads: list[Tensor], matrices: int) -> Tensor:
 
 
 def _norms(grads: list[Tensor]) -> Tensor:
-    wide = [at_least_32(g.dtype) for g in grads]
-    if len(set(wide)) == 1:
-        return torch.stack(torch._foreach_norm(grads, 2, dtype=wide[0]))  # on CUDA one kernel for all of them
-    return torch.stack([torch.linalg.vector_norm(g, dtype=w).double() for g, w in zip(grads, wide, strict=True)])
+    wide = {at_least_32(dtype) for dtype in {g.dtype for g in grads}}
+    if len(wide) == 1:
+        return torch.stack(torch._foreach_norm(grads, 2, dtype=wide.pop()))  # on CUDA one kernel for all of them
+    return torch.stack([torch.linalg.vector_norm(g, dtype=at_least_32(g.dtype)).double() for g in grads])
 
 
 def _raise(finite: Tensor, names: list[str], consequence: str, what: str = "is not finite") -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from lowrank_pretrain.core.dtypes import at_least_32
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.galore.dtensor import local
+from lowrank_pretrain.galore.surroundings import has_values
 
 MOMENTS = ("auto", "float32", "grad", "8bit")
 BLOCK = 256  # elements per scale
@@ -82,7 +83,7 @@ def count(state: dict[str, Any]) -> None:
     In float64 whatever the process' default: the refreshes go by this number, and float32 stops counting at 2^24.
     """
     step = state.get("step")
-    if isinstance(step, Tensor) and step.dtype == torch.float64:
+    if type(step) is Tensor and step.dtype == torch.float64:  # a FakeTensor can be read until it is written to
         step.add_(1)
     else:
         state["step"] = torch.tensor(steps_taken(state) + 1.0, dtype=torch.float64, device="cpu")
@@ -145,7 +146,7 @@ _scratch = _Scratch()
 
 def _zeros(like: list[Tensor]) -> list[Tensor]:
     """Zeros of these shapes. On the CPU in memory kept from call to call: fresh pages cost more than Adam's arithmetic."""
-    if like[0].device.type != "cpu":
+    if like[0].device.type != "cpu" or not has_values(like[0]):
         return [torch.zeros_like(t, memory_format=torch.contiguous_format) for t in like]
     sizes = [t.numel() for t in like]
     kept = _scratch.kept.get(like[0].dtype)
@@ -170,6 +171,8 @@ def _encode(x: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
     gradient would move at full rate. Those are looked up here.
     """
     x = x.float().contiguous()
+    if not has_values(x):
+        raise ConfigError("moments", "8bit", "needs numbers to encode, and meta and fake tensors have none: use float32 there")
     code = _code(signed, x.device)
     codes, scales = bitsandbytes().quantize_blockwise(x, code=code, blocksize=BLOCK)
     if x.device.type != "cpu":

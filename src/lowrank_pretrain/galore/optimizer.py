@@ -136,11 +136,10 @@ class GaLoreAdamW(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as torch's; its values are checked."""
-        named = "param_names" in self.param_groups[0] if self.param_groups else False
-        given = list(param_group["params"]) if not isinstance(param_group["params"], (Tensor, set)) else [param_group["params"]]
-        if named and not any(isinstance(p, (tuple, set)) for p in given):  # Lightning's BaseFinetuning unfreezes without names
-            number = len(self.param_groups)
-            param_group["params"] = [(f"parameter {i} of group {number}", p) for i, p in enumerate(given)]
+        if isinstance(param_group, dict) and not isinstance(param_group.get("params"), (Tensor, set, type(None))):
+            param_group["params"] = list(param_group["params"])  # a generator can be read once only
+        if self.param_groups and "param_names" in self.param_groups[0]:
+            _name_unnamed(param_group, len(self.param_groups))
         super().add_param_group(param_group)
         try:
             check_group(self.param_groups[-1], self._names(len(self.param_groups) - 1))
@@ -332,3 +331,14 @@ class GaLoreAdamW(Optimizer):
                 "layerwise", True, "cannot undo a loss scale (16-mixed): use precision=bf16-mixed or layerwise=False"
             )
         return False
+
+
+def _name_unnamed(param_group: dict[str, Any], number: int) -> None:
+    """Name the parameters of a late group by position: Lightning's BaseFinetuning unfreezes without names."""
+    given = param_group["params"]
+    given = [given] if isinstance(given, Tensor) else given
+    if "param_names" in param_group or isinstance(given, set) or any(isinstance(p, tuple) for p in given):
+        return  # a set is refused by torch
+    param_group["params"] = [(f"parameter {i} of group {number}", p) for i, p in enumerate(given)]
+    if not given:  # torch takes names from the parameters
+        param_group["param_names"] = []

@@ -16,6 +16,7 @@ from lowrank_pretrain.core.seeds import generator
 from lowrank_pretrain.galore import dtensor as sharded
 from lowrank_pretrain.galore import moments, residual, subspace
 from lowrank_pretrain.galore.local import LocalUpdate
+from lowrank_pretrain.galore.surroundings import has_values
 
 
 class SharedBasis(Protocol):
@@ -106,7 +107,9 @@ class Projected:
         """
         if self._blank is None:
             self._blank = False
-            if "proj" in self.state and self.group["refresh"] != "svd":  # the published code keeps such a basis for a gap
+            if (
+                "proj" in self.state and self.group["refresh"] != "svd" and has_values(self.p)
+            ):  # the published code keeps such a basis for a gap
                 v = self.state.get("exp_avg_sq_scale", self.state["exp_avg_sq"])  # of 8-bit codes the scales
                 flag = sharded.agree(~sharded.local(v).any().reshape(1), [self.p])
                 self._blank = bool(flag if self.shared is None else self.shared.agree(flag))
@@ -244,8 +247,8 @@ class Projected:
             if self.two_sided:
                 back = back @ self.state["proj_right"].to(weight.dtype).t()
             weight.addmm_(self.basis(self.p), back, alpha=eta)
-        here = sharded.local(self.p)
-        if weight.untyped_storage().data_ptr() != here.untyped_storage().data_ptr():  # a layout without a matrix view
+        if not self.viewable:
+            here = sharded.local(self.p)
             here.copy_((weight if self.left else weight.t()).reshape(here.shape))
 
     def _keys(self) -> list[str]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lowrank_pretrain.core.dtypes import at_least_32
+from lowrank_pretrain.galore.surroundings import has_values
 
 PROJ_TYPES = ("std", "reverse_std", "right", "left", "full")
 REFRESHES = ("svd", "subspace", "track")
@@ -96,7 +97,7 @@ def range_finder(matrix: Tensor, rank: int, generator: torch.Generator) -> Tenso
 
 def _any_basis(y: Tensor) -> Tensor:
     """Orthonormal columns whose span contains y's, of any column rank; may wait for the device."""
-    if y.is_cuda:
+    if y.is_cuda and has_values(y):
         q, good = cholesky_qr(unit(y.clone()))
         if good:
             return q
@@ -179,7 +180,9 @@ def unit(x: Tensor) -> Tensor:
     """``x`` scaled to Frobenius norm 1, in place; zero stays zero."""
     tiny = torch.finfo(x.dtype).tiny
     norm = torch.linalg.vector_norm(x)
-    if x.is_cuda or not tiny**0.25 < norm < tiny**-0.25:  # the squares of very small and very large entries leave the range
+    if (
+        x.is_cuda or not has_values(x) or not tiny**0.25 < norm < tiny**-0.25
+    ):  # the squares of very small and very large entries leave the range
         x.div_(x.abs().max().clamp_min(tiny)) if x.numel() else x
         norm = torch.linalg.vector_norm(x)
     return x.mul_(1 / norm.clamp_min(tiny))

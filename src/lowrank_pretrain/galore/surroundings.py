@@ -10,9 +10,15 @@ from contextlib import ExitStack
 from typing import ParamSpec, TypeVar
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 _P, _T = ParamSpec("_P"), TypeVar("_T")
 _DEVICES = ("cpu", "cuda", "mps", "xpu")
+
+
+def has_values(t: torch.Tensor) -> bool:
+    """Return whether there are numbers to read: on the meta device and under FakeTensorMode there are only shapes."""
+    return not t.is_meta and not isinstance(t, FakeTensor)
 
 
 def closed(function: Callable[_P, _T]) -> Callable[_P, _T]:
