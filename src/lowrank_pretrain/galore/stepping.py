@@ -56,16 +56,16 @@ def _on_device(optimizer: "GaLoreAdamW", params: list[Tensor]) -> None:
             slots.append(slot)
     # what writes the gradient itself into the weight, or starts from nothing, cannot be masked on the device
     wait = any(slot.cold or slot.group["residual"] or slot.group["variant"] == "apollo" for slot in slots)
-    parts: list[tuple[Projected | _Plain, str]] = [
-        (s, what) for s in slots for what in ("grad", "low") if getattr(s, what) is not None
-    ]
-    parts += [(item, "grad") for mine in plain.values() for item in mine]
-    grads = [sharded.local(getattr(owner, what)) for owner, what in parts]
+    # two lists, not one of pairs: thousands of small objects in each step would call for the garbage collector
+    pairs = [(s, what) for s in slots for what in ("grad", "low") if getattr(s, what) is not None]
+    owners: list[Projected | _Plain] = [s for s, _ in pairs]
+    owners += [item for mine in plain.values() for item in mine]
+    whats = [what for _, what in pairs] + ["grad"] * (len(owners) - len(pairs))
+    grads = [sharded.local(getattr(owner, what)) for owner, what in zip(owners, whats, strict=True)]
     alone = optimizer._layerwise.stepping
-    matrices = sum(isinstance(owner, Projected) for owner, _ in parts)
-    skip = optimizer._guard.check(grads, [owner.name for owner, _ in parts], params, wait, alone, matrices)
+    skip = optimizer._guard.check(grads, [owner.name for owner in owners], params, wait, alone, matrices=len(pairs))
     for i in optimizer._guard.spikes:
-        owner, what = parts[i]
+        owner, what = owners[i], whats[i]
         setattr(owner, what, optimizer._guard.limited(getattr(owner, what), owner))
     for some in chunks(slots, params[0].device):
         _projected(optimizer, some, skip)
@@ -102,7 +102,7 @@ def _projected(optimizer: "GaLoreAdamW", slots: list[Projected], skip: Tensor | 
     _decay([slot.p for slot in slots if slot.local is None], group, skip)
 
 
-@dataclass
+@dataclass(slots=True)
 class _Plain:
     """A parameter of a group without a rank, in this step."""
 
