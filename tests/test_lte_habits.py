@@ -21,6 +21,27 @@ def same(a, b):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+class Unused(Net):
+    """Calls a layer and drops what it gives."""
+
+    def __init__(self):
+        super().__init__()
+        self.pooler = nn.Linear(WIDTH, WIDTH, dtype=torch.float64)
+
+    def forward(self, x):
+        self.pooler(x)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("reset", [False, True])
+def test_heads_that_no_gradient_reaches_are_named_after_the_first_merge(reset):
+    with pytest.warns(
+        UserWarning, match="no gradient in the 4 steps before the first merge reached the heads of pooler: "
+    ) as said:
+        fit(module=Unused(), reset=reset)
+    assert len([w for w in said if "no gradient" in str(w.message)]) == 1
+
+
 # ---- who writes into W between merges ---------------------------------------------------------------------------------
 
 

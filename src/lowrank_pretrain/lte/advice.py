@@ -1,7 +1,9 @@
-"""What a user should hear once when heads begin: settings that run, and cannot do what is hoped for."""
+"""Warn once about LTE settings and targets that run but cannot do what is hoped for."""
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import nn
 
+from lowrank_pretrain.core.targets import families
 from lowrank_pretrain.lte.heads.head_set import HeadSet
 from lowrank_pretrain.lte.projected import ProjectedSet
 from lowrank_pretrain.lte.rest import Rest
@@ -25,3 +27,13 @@ def advise(heads: HeadSet | ProjectedSet, rest: Rest) -> None:
                 f"LTE: sync_rest='step' sends {rest.bytes() / 2**20:.1f} MiB of other parameters at every step, more "
                 "than the merges: sync_rest='merge' saves most of it"
             )
+
+
+def name_unmoved_heads(heads: HeadSet, module: nn.Module) -> None:
+    """Warn after the first merge of layers whose heads no gradient has reached, where others have moved."""
+    if heads.unmoved and len(heads.unmoved) < len(heads.layers):
+        names = ", ".join(dict.fromkeys(families(module, heads.unmoved).values()))
+        rank_zero_warn(
+            f"LTE: no gradient in the {heads.settings.merge_every} steps before the first merge reached the heads of {names}: "
+            'they train only if later steps use them. If none does, leave them out ("!name")'
+        )

@@ -27,7 +27,7 @@ from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.targets import families
 from lowrank_pretrain.lora.function import Part
 from lowrank_pretrain.lora.layer import Inherit
-from lowrank_pretrain.lte import rest
+from lowrank_pretrain.lte import advice, rest
 from lowrank_pretrain.lte.bare_groups import BareGroups
 from lowrank_pretrain.lte.batches import shared_out
 from lowrank_pretrain.lte.checkpointing import CheckpointHooks
@@ -285,6 +285,8 @@ class LTEStrategy(Conversion, CheckpointHooks, ViewHooks):
             if not self.rest.agrees():
                 self._hash()
         if changed:
+            if heads.merges == 1 and isinstance(heads, HeadSet):
+                advice.name_unmoved_heads(heads, self.lightning_module)
             self._log()
 
     def _rehearsed(self) -> None:

@@ -60,6 +60,7 @@ class HeadSet:
         merges: merges applied.
         pieces: the targets, in the module's order.
         last_cost: bytes that this worker sent for the last merge, and seconds that it waited.
+        unmoved: layers whose heads had not moved by the first merge.
         turn: in ``sequential``, whose turn it is among this worker's heads.
         view: the merged weights, to be looked at.
         pending: a merge under way and the step after which it is applied (``overlap``).
@@ -72,6 +73,7 @@ class HeadSet:
         self.total = live * self.workers.size
         self.shared = Shared(settings.mode, self.total)
         self.clock = self.merges = self.turn = 0
+        self.unmoved: list[str] = []
         self.pieces: list[Piece] = []
         self.layers: dict[str, nn.Module] = {}
         self.optimizers: list[Optimizer] = []
@@ -225,6 +227,8 @@ class HeadSet:
     @torch.no_grad()
     def _apply(self, exchange: Exchange) -> None:
         """The merge itself: W, then the heads."""
+        if self.merges == 0:
+            self.unmoved = [name for name, layer in self.layers.items() if not any(B.any() for B in layer.lora_B.values())]
         touched = self.touched()
         tell([self.pieces[index].name for index in touched], self._told)
         for index, (base, _) in self.bases(touched).items():
