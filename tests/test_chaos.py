@@ -45,7 +45,7 @@ def test_a_worker_of_lte_that_is_left_behind_ends_by_itself_with_one_line_and_bo
     seconds = whole(scenario, tmp_path / "whole")
     rng = next(rng for rng in map(random.Random, range(99)) if _dies_alone(rng))
     story = tell(
-        scenario, tmp_path / "killed", tmp_path / "whole", seconds, rng, kills=2, aims=[Aim("exchange", 3), Aim("finish", 1)]
+        scenario, tmp_path / "killed", tmp_path / "whole", seconds, rng, kills=2, aims=[Aim("exchange", 2), Aim("finish", 1)]
     )
     assert [place.rpartition("/")[2] for _, place in story.kills] == ["exchange", "finish"]  # the second: nothing left to train
     assert not story.wrong and story.noticed and story.noticed[0] < 15

@@ -92,6 +92,7 @@ LEGAL_IN = {
     "tokens": {"data.root": ()},
     "galore": {"method.rank": (HUGE,)},  # clamped to what a matrix allows
     "lora": {"method.rank": (HUGE,)},  # likewise, under a preset
+    "lte": {"method.rank": (HUGE,)},
     "relora": {"method.prune": (0, 0.5, None)},
 }
 # values that only do not go with another key, which the line names instead
