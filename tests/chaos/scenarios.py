@@ -48,8 +48,10 @@ def documents(directory: Path) -> None:
     """Three shards of text, and one to validate on."""
     rng = np.random.default_rng(0)
     words = "the king of all tribes went up unto that hill and spake words".split()
+    texts = directory / "texts"  # a name of its own: the checkpoint says which data the run had
+    texts.mkdir()
     for name in ("train-0", "train-1", "train-2", "val"):
-        with gzip.open(directory / f"{name}.jsonl.gz", "wt") as file:
+        with gzip.open(texts / f"{name}.jsonl.gz", "wt") as file:
             for i in range(40):
                 file.write(json.dumps({"text": " ".join(rng.choice(words, rng.integers(5, 60))) + f" {i}."}) + "\n")
 
@@ -59,7 +61,7 @@ EVERYWHERE = {
     "test": 1, "export": 1, "summary": 1, "finish": 1, "forget": 1,
 }  # fmt: skip
 CHANGES = {"switch": 1, "freeze": 1, "groups": 2, "replay": 2}
-STREAM = ["data=text", "data.root=.", "data.tokenizer=kjv", "data.vocab_size=2048", "data.seq_len=16"]
+STREAM = ["data=text", "data.root=texts", "data.tokenizer=kjv", "data.vocab_size=2048", "data.seq_len=16"]
 
 SCENARIOS = {
     scenario.name: scenario
