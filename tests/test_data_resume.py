@@ -202,24 +202,17 @@ def test_validation_sees_everything_once_on_one_process():
     assert [i for _, indices in EpochBatches(10, 4, shuffle=False) for i in indices] == list(range(10))
 
 
-def _two_processes(datamodule, folder, ckpt=None, **kwargs):
-    """One run on two forked processes; the batches that each saw."""
-
-    class Write(L.Callback):
-        def on_train_end(self, trainer, module):
-            (folder / f"rank{trainer.global_rank}").write_text(" ".join(module.seen))
-
-    fit(datamodule, ckpt, [Write(), *kwargs.pop("callbacks", ())], devices=2, strategy="ddp_fork", **kwargs)
-    return [(folder / f"rank{rank}").read_text().split() for rank in range(2)]
-
-
-@pytest.mark.parametrize("make", [sample, stream])
-def test_each_of_two_processes_goes_on_where_it_was(tmp_path, documents, make):
-    def data():
-        return make(documents) if make is stream else make()
-
+def rank(kind, documents, folder, ckpt=None, save=False):
+    """One of two processes' batches; runs in the pool of ranks."""
+    make = {"sample": sample, "stream": lambda: stream(documents)}[kind]
+    callbacks = [SaveAt(folder / "mid.ckpt", "batch", 8)] if save else []
     options = {"limit_train_batches": PER_EPOCH, "limit_val_batches": 1, "max_epochs": 2}
-    whole = _two_processes(data(), tmp_path, callbacks=[SaveAt(tmp_path / "mid.ckpt", "batch", 8)], **options)
+    return fit(make(), ckpt, callbacks, devices=2, strategy="ddp", **options)[0]
+
+
+@pytest.mark.parametrize("kind", ["sample", "stream"])
+def test_each_of_two_processes_goes_on_where_it_was(ranks, tmp_path, documents, kind):
+    whole = ranks(2, rank, kind, documents, tmp_path, save=True)
     assert len(set(whole[0] + whole[1])) == 4 * PER_EPOCH
-    rest = _two_processes(data(), tmp_path, ckpt=tmp_path / "mid.ckpt", **options)
+    rest = ranks(2, rank, kind, documents, tmp_path, ckpt=tmp_path / "mid.ckpt")
     assert rest == [seen[8:] for seen in whole]
