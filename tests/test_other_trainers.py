@@ -4,6 +4,7 @@ Each trains the same model on the same batches, with accumulation, clipping and 
 plain loop that is written out here.
 """
 
+import sys
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -15,6 +16,27 @@ from torch.utils.data import DataLoader, Dataset
 from lowrank_pretrain import ConfigError, GaLoreAdamW, galore_param_groups
 
 STEPS, ACCUMULATE, CLIP, BATCH = 6, 2, 0.1, 4
+
+
+@pytest.fixture(autouse=True)
+def _one_process(monkeypatch):
+    """Accelerate takes the variables that another test's fit has left for a job of several processes, and wraps in DDP."""
+    for name in (
+        "RANK",
+        "LOCAL_RANK",
+        "NODE_RANK",
+        "GROUP_RANK",
+        "WORLD_SIZE",
+        "LOCAL_WORLD_SIZE",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+    ):
+        monkeypatch.delenv(name, raising=False)
+    yield
+    state = sys.modules.get("accelerate.state")
+    if state is not None:
+        state.AcceleratorState._reset_state(reset_partial_state=True)
+        state.GradientState._reset_state()
 
 
 class Net(nn.Module):
