@@ -21,6 +21,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from lowrank_pretrain.core.dtypes import at_least_32
+from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.galore.dtensor import agree_on_flags, local_piece
 
 P = ParamSpec("P")
@@ -60,6 +61,17 @@ def eager(function: Callable[P, T]) -> Callable[P, T]:
     """Wrap a function so that ``torch.compile`` calls it as it is."""
     # as torch's optimizers do; the public name would import dynamo with this package
     return torch._disable_dynamo(function)
+
+
+def check_dense_and_real(grad: Tensor, name: str) -> None:
+    """Refuse a gradient that the step cannot take.
+
+    Raises:
+        ConfigError: a sparse or complex gradient.
+    """
+    if grad.layout != torch.strided or grad.is_complex():
+        kind = "complex" if grad.is_complex() else "sparse"
+        raise ConfigError("params", name, f"has a {kind} gradient: GaLoreAdamW takes dense real ones (Embedding(sparse=False))")
 
 
 class HasSecondMoment(Protocol):

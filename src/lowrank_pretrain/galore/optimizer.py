@@ -22,7 +22,7 @@ from lowrank_pretrain.galore import adam, groups, state
 from lowrank_pretrain.galore.adam import PlainParameter, fit_layout
 from lowrank_pretrain.galore.clock import RefreshTimer
 from lowrank_pretrain.galore.dtensor import is_distributed, local_piece
-from lowrank_pretrain.galore.guard import Guard, closed, eager
+from lowrank_pretrain.galore.guard import Guard, check_dense_and_real, closed, eager
 from lowrank_pretrain.galore.layerwise import Layerwise, UsedGradient
 from lowrank_pretrain.galore.local import LocalUpdate
 from lowrank_pretrain.galore.projection import Entry, Projected, SharedBasis, make_index
@@ -164,7 +164,7 @@ class GaLoreAdamW(Adopter, Reports, Optimizer):
         return None if slot is None else self._present(p, slot)
 
     def _present(self, p: Tensor, slot: Projected) -> Projected:
-        """Return the slot with its state: states may have been dropped or replaced since the last step."""
+        """Return the slot with its state; a new slot for a parameter that was resized and has no state."""
         kept = self.state[p]
         if p.shape != slot.shape:
             if kept:
@@ -176,13 +176,7 @@ class GaLoreAdamW(Adopter, Reports, Optimizer):
             again = self.lookup()[p].slot
             assert again is not None, "a rank stays where it is"
             slot = again
-        slot.state, slot.step = kept, adam.steps_taken(kept)
-        slot.local, slot.shared = self.local.get(p), self.shared
-        if "proj" in kept and kept["proj"].device != p.device:  # the model was moved after the optimizer was made
-            for key, value in kept.items():
-                if isinstance(value, Tensor) and key != "step":
-                    kept[key] = value.to(p.device)
-        return slot
+        return slot.attach(kept, self.local.get(p), self.shared)
 
     # ---- the step -----------------------------------------------------------------------------------------------------------
 
@@ -226,11 +220,8 @@ class GaLoreAdamW(Adopter, Reports, Optimizer):
             if id(group) not in checked:
                 checked.add(id(group))
                 groups.check_rates(group)
-            if grad is not None and (grad.layout != torch.strided or grad.is_complex()):
-                raise ConfigError(
-                    "params", entries[p].name, f"has a {'complex' if grad.is_complex() else 'sparse'} gradient: GaLoreAdamW "
-                    "takes dense real ones (Embedding(sparse=False))"
-                )  # fmt: skip
+            if grad is not None:
+                check_dense_and_real(grad, entries[p].name)
             by_device.setdefault(p.device, []).append(p)
         for device, some in by_device.items():
             self._step_on_device(some, device, entries)
@@ -274,8 +265,8 @@ class GaLoreAdamW(Adopter, Reports, Optimizer):
                 self._step_projected(some, skip)
         for items in plain.values():
             group = entries[items[0].p].group
-            for same in adam.split_by(items, lambda item: (adam.steps_taken(item.state), item.p.dtype, item.grad.dtype)):
-                adam.adamw_step(same, group, skip, self._distributed)
+            for alike in adam.split_by(items, lambda item: (adam.steps_taken(item.state), item.p.dtype, item.grad.dtype)):
+                adam.adamw_step(alike, group, skip, self._distributed)
 
     def _step_projected(self, slots: list[Projected], skip: Tensor | None) -> None:
         """Step with matrices of one group, step and dtype."""
@@ -331,7 +322,7 @@ class GaLoreAdamW(Adopter, Reports, Optimizer):
         super().zero_grad(set_to_none)
         self._layerwise.clear()
 
-    # ---- the protocols: take a plan over, report figures -----------------------------------------------------------------------
+    # ---- the protocols: take a plan over, report figures ----------------------------------------------------------------------
 
     def check_adopt(self, names: Iterable[str], module: nn.Module) -> None:
         """Say before training begins whether ``adopt`` will be able to take these targets.
@@ -350,15 +341,10 @@ class GaLoreAdamW(Adopter, Reports, Optimizer):
         Raises:
             ConfigError: a target that is unknown, in no group, or projected already.
         """
-        ranks, entries = state.planned_ranks(plan, module), self.lookup()
-        weights = state.adoptable_weights([name for name, rank in plan.items() if rank], module, entries)
-        for layer, rank in ranks.items():
-            p = weights[layer]
-            if rank > groups.largest_rank(p):
-                raise ConfigError("plan", {layer: rank}, f"the matrix is {tuple(p.shape)}: at most {groups.largest_rank(p)}")
-        for layer, p in weights.items():
+        entries = self.lookup()
+        for p, rank in state.adoptable_ranks(plan, module, entries).items():
             entries[p].group["scale"] = 1.0
-            self._ranks[p] = ranks[layer]
+            self._ranks[p] = rank
         self._index = None
 
     def release(self) -> None:
@@ -380,7 +366,7 @@ class GaLoreAdamW(Adopter, Reports, Optimizer):
         """Return bytes of state by the paper's formula, mr + 2nr for each projected matrix, to compare with those held."""
         return state.formula_bytes(self.lookup())
 
-    # ---- state ------------------------------------------------------------------------------------------------------------------
+    # ---- state ----------------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as torch does; groups with adopted parameters carry their ranks."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.seeds import generator
 from lowrank_pretrain.galore import dtensor, residual, subspace
-from lowrank_pretrain.galore.adam import count_step, moment_dtype, moment_kind, read_moments, write_moments
+from lowrank_pretrain.galore.adam import count_step, moment_dtype, moment_kind, read_moments, steps_taken, write_moments
 from lowrank_pretrain.galore.groups import largest_rank, parameter_name
 from lowrank_pretrain.galore.guard import has_values, wide_dtype
 from lowrank_pretrain.galore.local import LocalUpdate
@@ -78,6 +78,15 @@ class Projected:
         self.shards = dtensor.shard_group(self.p)
         self.distributed = dtensor.is_distributed(self.p)
         dtensor.check_placement(self.p, self.group, self.name)
+
+    def attach(self, state: dict[str, Any], local: LocalUpdate | None, shared: SharedBasis | None) -> "Projected":
+        """Take the parameter's state for this step; it may have been dropped or replaced since the last one."""
+        self.state, self.step, self.local, self.shared = state, steps_taken(state), local, shared
+        if "proj" in state and state["proj"].device != self.p.device:  # the model was moved after the optimizer was made
+            for key, value in state.items():
+                if isinstance(value, Tensor) and key != "step":
+                    state[key] = value.to(self.p.device)
+        return self
 
     def follow(self, before: "Projected") -> None:
         """Take over from the slot that made the parameter's state; at the next step its moments enter the new basis.

@@ -307,7 +307,7 @@ def _warn_about_unknown_keys(groups: list[dict[str, Any]]) -> None:
         )
 
 
-# ---- adoption: targets that are projected from the middle of a fit on ---------------------------------------------------------
+# ---- adoption: targets that are projected from the middle of a fit on -----------------------------------------------------
 
 
 def planned_ranks(plan: Mapping[str, int], module: nn.Module) -> dict[str, int]:
@@ -353,7 +353,22 @@ def adoptable_weights(names: Iterable[str], module: nn.Module, entries: Mapping[
     return found
 
 
-# ---- memory -------------------------------------------------------------------------------------------------------------------
+def adoptable_ranks(plan: Mapping[str, int], module: nn.Module, entries: Mapping[Tensor, Entry]) -> dict[Tensor, int]:
+    """Return the rank of each weight of a plan.
+
+    Raises:
+        ConfigError: a target that is unknown, that the optimizer cannot project, or a rank that is too large.
+    """
+    ranks = planned_ranks(plan, module)
+    weights = adoptable_weights([name for name, rank in plan.items() if rank], module, entries)
+    for layer, rank in ranks.items():
+        p = weights[layer]
+        if rank > largest_rank(p):
+            raise ConfigError("plan", {layer: rank}, f"the matrix is {tuple(p.shape)}: at most {largest_rank(p)}")
+    return {weights[layer]: rank for layer, rank in ranks.items()}
+
+
+# ---- memory ---------------------------------------------------------------------------------------------------------------
 
 
 def formula_bytes(entries: Mapping[Tensor, Entry]) -> int:
