@@ -322,7 +322,7 @@ class GaLoreAdamW(Adopter, Reports, Optimizer):
         super().zero_grad(set_to_none)
         self._layerwise.clear()
 
-    # ---- the protocols: take a plan over, report figures ----------------------------------------------------------------------
+    # ---- the protocols: take a plan over, report figures ---------------------------------------------------------------------
 
     def check_adopt(self, names: Iterable[str], module: nn.Module) -> None:
         """Say before training begins whether ``adopt`` will be able to take these targets.
@@ -366,7 +366,7 @@ class GaLoreAdamW(Adopter, Reports, Optimizer):
         """Return bytes of state by the paper's formula, mr + 2nr for each projected matrix, to compare with those held."""
         return state.formula_bytes(self.lookup())
 
-    # ---- state ----------------------------------------------------------------------------------------------------------------
+    # ---- state ---------------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as torch does; groups with adopted parameters carry their ranks."""
