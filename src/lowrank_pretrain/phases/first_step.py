@@ -1,4 +1,4 @@
-"""The rehearsal of a Lightning fit: from its first batch to its first optimizer step, agreed on by all processes."""
+"""Run the rehearsal of a Lightning fit, from its first batch to its first optimizer step; all processes agree on it."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,15 +8,15 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lowrank_pretrain.core.targets import Target
-from lowrank_pretrain.phases import averaging
 from lowrank_pretrain.phases.rehearsal import Rehearsal
 from lowrank_pretrain.phases.teachers import CURE, Pairing, teachers
+from lowrank_pretrain.phases.transition import averages
 
 SKIPPED = 3  # so many steps without any gradient are waited for
 
 
 class FirstStep:
-    """Wraps ``training_step`` until the first optimizer step, and asks a ``Rehearsal`` what it saw.
+    """Wrap ``training_step`` until the first optimizer step, and ask a ``Rehearsal`` what it saw.
 
     Args:
         trainer: its strategy gathers what every process saw.
@@ -38,12 +38,13 @@ class FirstStep:
         self._targets, self._pairs = targets, pairs
         self._pairing: Pairing | None = None
         self.looking = False
+        self._all_seen = False  # whether every layer was called in the first step, by any process
         self.steps = 0  # optimizer steps over which layers that nobody calls were watched
 
     def start(self) -> None:
         """Begin to watch."""
         self._rehearsal.start()
-        followed = [model for _, model, _ in averaging.averages(self._trainer.callbacks)]
+        followed = [model for _, model, _ in averages(self._trainer.callbacks)]
         self._pairing = Pairing(self._module, self._pairs, self._targets, followed)
         self._pairing.start()
         step = self._module.training_step
@@ -58,7 +59,7 @@ class FirstStep:
         self._module.__dict__["training_step"] = watched
 
     def look(self) -> dict[str, str] | None:
-        """After the backward pass of the first optimizer step: why targets cannot have an adapter. Later: ``None``.
+        """Return, after the first step's backward pass, why targets cannot have an adapter. Later: ``None``.
 
         All processes must call it, and get the same.
         """
@@ -75,17 +76,24 @@ class FirstStep:
         if not stepped and self.steps < SKIPPED:
             return None
         self._unwrap()
-        return self._rehearsal.finish(agreed)
+        reasons = self._rehearsal.finish(agreed)
+        self._all_seen = not self._rehearsal.unseen()
+        return reasons
+
+    @property
+    def over(self) -> bool:
+        """Tell whether nothing is left to watch (the same answer on all processes)."""
+        return self._all_seen and not self.looking and self._pairing is None
 
     def late(self) -> tuple[dict[str, str], list[str]]:
-        """At any later step: reasons against layers that were called only after the first step, and targets never called.
+        """Return, at any later step, reasons against layers that were called late, and the targets never called.
 
         All processes must call it, and get the same.
         """
         return self._rehearsal.finish(self._agreed()[0]), self._rehearsal.unseen()
 
     def stop(self) -> None:
-        """Stop watching."""
+        """Stop watching; may be called twice."""
         self._unwrap()
         self._rehearsal.stop()
         if self._pairing is not None:
@@ -93,7 +101,7 @@ class FirstStep:
             self._pairing = None
 
     def _agreed(self) -> tuple[list[list[int]], bool]:
-        """What any process saw, and whether any gradient is there (a ``training_step`` may return ``None``)."""
+        """Return what any process saw, and whether there is any gradient (a ``training_step`` may return ``None``)."""
         seen = self._rehearsal.evidence()
         stepped = any(p.grad is not None for p in self._module.parameters())
         table = torch.tensor([[int(stepped)] * len(seen[0]), *seen], device=self._module.device)

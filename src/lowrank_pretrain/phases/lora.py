@@ -1,4 +1,4 @@
-"""Plain LoRA as a callback: adapters of one rank from the first step (also for fine-tuning from a checkpoint)."""
+"""Train plain LoRA as a callback: adapters of one rank from the first step, also for fine-tuning from a checkpoint."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,7 +12,7 @@ from lowrank_pretrain.core.plan import Plan, is_integer
 from lowrank_pretrain.core.targets import check_patterns, families, plain_name
 from lowrank_pretrain.lora import model as lora
 from lowrank_pretrain.lora.layer import take_adapters
-from lowrank_pretrain.phases import adoption, transition
+from lowrank_pretrain.phases import transition
 from lowrank_pretrain.phases.callback import PhaseCallback
 from lowrank_pretrain.phases.first_step import FirstStep
 
@@ -72,7 +72,7 @@ class LoRA(PhaseCallback):
         if frozen and len(frozen) < len(targets):  # all of them: a frozen base, as it is meant
             names = ", ".join(dict.fromkeys(families(pl_module, frozen).values()))
             rank_zero_warn(f"LoRA: {names} are frozen, but in the optimizer: they get adapters, and these train")
-        if adoption.find_adopter(self, trainer).makes_adapters:
+        if self._adopter.makes_adapters:
             self._first = FirstStep(trainer, pl_module, targets)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -89,7 +89,7 @@ class LoRA(PhaseCallback):
     def leave_out(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, reasons: Mapping[str, str], refuse: bool = True
     ) -> None:
-        """Adapters are there already: they are taken away again after this step."""
+        """Note targets whose adapters go away again after this step."""
         if not isinstance(self._adopter, lora.Adapters):  # heads of a strategy, which keeps books on them
             name = next(iter(reasons))
             raise ConfigError("targets", name, reasons[name])
@@ -99,13 +99,13 @@ class LoRA(PhaseCallback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """After the first step: layers that cannot have adapters train as they are."""
+        """Remove adapters, after the first step, from layers that cannot have them: these train in full."""
         if self._to_take_back:
             names, self._to_take_back = self._to_take_back, []
             self._take_back(trainer, pl_module, names)
 
     def _take_back(self, trainer: pl.Trainer, pl_module: pl.LightningModule, names: list[str]) -> None:
-        flags = pl_module.__dict__["_lowrank_requires_grad"]
+        flags = transition.note_plain(pl_module).requires_grad
         plan = Plan({name: rank for name, rank in self.plan.items() if name not in names})
         layers = {name: layer for name, layer in lora.lora_layers(pl_module) if self._only_of(plain_name(name), names)}
 
@@ -119,15 +119,15 @@ class LoRA(PhaseCallback):
         transition.apply(trainer, pl_module, change)
         _rejoin(trainer.optimizers, self._owned, [p for layer in layers.values() for p in layer.parameters()])
         self._adopter.plan = self.plan = plan
-        self._look_at_gradients(pl_module, True)
-        self._note(pl_module)
+        self._look_at_gradients(True)
+        transition.note_plain(pl_module).plan = dict(plan)
 
     def _only_of(self, layer: str, names: list[str]) -> bool:
         parts = [name for name in self.plan if name == layer or name.rpartition(".")[0] == layer]
         return bool(parts) and all(name in names for name in parts)
 
     def state_dict(self) -> dict[str, Any]:
-        """Also the rank: narrow targets may all have less."""
+        """Add the rank: narrow targets may all have less."""
         return super().state_dict() | {"rank": self.rank}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -139,7 +139,7 @@ class LoRA(PhaseCallback):
 
 
 def _snapshot(optimizers: list[Any]) -> list[list[dict[int, tuple[nn.Parameter, str]]]]:
-    """Per group its parameters in order, by id, with their names if it has names."""
+    """Return each group's parameters in order, by id, with their names if it has names."""
     found = []
     for optimizer in optimizers:
         groups = [(group["params"], group.get("param_names", [""] * len(group["params"]))) for group in optimizer.param_groups]
