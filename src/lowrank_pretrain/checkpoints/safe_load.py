@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 
+from lowrank_pretrain.core.lightning_private import loadable_names
+
 
 class Unread:
     """Stands for a value of a type that is not read: nothing of the type's own is imported or called.
@@ -74,14 +76,7 @@ def _harmless() -> dict[str, Any]:
         found |= {f"{module}.{name}": pathlib.PurePosixPath for name in ("Path", "PosixPath", "PurePath", "PurePosixPath")}
         found |= {f"{module}.{name}": pathlib.PureWindowsPath for name in ("WindowsPath", "PureWindowsPath")}
     found |= {f"torch.{name}": value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
-    return found | _numpy() | _torch_own()
-
-
-def _torch_own() -> dict[str, Any]:
-    """What torch itself finds harmless (tensors, parameters, devices, …); its list has no public name."""
-    from torch._weights_only_unpickler import _get_allowed_globals, _get_user_allowed_globals
-
-    return {**_get_allowed_globals(), **_get_user_allowed_globals()}
+    return found | _numpy() | loadable_names()
 
 
 def _numpy() -> dict[str, Any]:

@@ -19,6 +19,7 @@ from typing_extensions import override
 from lowrank_pretrain.checkpoints.files import newest_whole
 from lowrank_pretrain.checkpoints.io import WholeCheckpointIO, local_path
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.lightning_private import LOGGED_STEPS
 from lowrank_pretrain.guards.finite import Diverged, FiniteGuard
 
 POLICIES = ("stop", "rewind")
@@ -28,7 +29,6 @@ STEPS = (
     "epoch_loop.manual_optimization.optim_step_progress",
     "epoch_loop.scheduler_progress",
 )
-LOGGED = "_batches_that_stepped"  # in epoch_loop.state_dict: the step that loggers write
 
 
 def is_divergence(error: BaseException) -> bool:
@@ -192,8 +192,8 @@ def moved_on(checkpoint: dict[str, Any], here: dict[str, Any]) -> int:
         if key in then:
             now[key] = then[key]
     logged = dict(then["epoch_loop.state_dict"])
-    if before["completed"] == before["processed"] and LOGGED in logged:
-        logged[LOGGED] -= 1  # written behind its batch, while Lightning adds one for a file written at a batch's end
+    if before["completed"] == before["processed"] and LOGGED_STEPS in logged:
+        logged[LOGGED_STEPS] -= 1  # written behind its batch, while Lightning adds one for a file written at a batch's end
     now["epoch_loop.state_dict"] = logged
     checkpoint["loops"]["fit_loop"] = now
     checkpoint["epoch"] = here["epoch"]

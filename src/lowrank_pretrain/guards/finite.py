@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from lowrank_pretrain.core.dtypes import at_least_32
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.lightning_private import tensor_norms
 from lowrank_pretrain.galore.used import UsedGradient
 
 PATIENCE_FP16 = 20  # a gradient scaler halves its scale 16 times before it is down to 1
@@ -176,7 +177,7 @@ def _sizes(grads: list[Tensor]) -> Tensor:
     """One number for each gradient that is finite if all its entries are: one pass at memory speed, no wait for the device."""
     wide = {at_least_32(grad.dtype) for grad in grads}
     if grads[0].is_cuda and len(wide) == 1:  # one kernel; infinite for what cannot be squared too, as Adam's v is
-        return torch.stack([norm.float() for norm in torch._foreach_norm(grads, 2, dtype=wide.pop())])
+        return torch.stack([norm.float() for norm in tensor_norms(grads, wide.pop())])
     return torch.stack([grad.sum(dtype=torch.float32) for grad in grads])
 
 

@@ -7,9 +7,9 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from lightning.fabric.loggers.logger import _DummyExperiment as NoExperiment
 from lightning.pytorch.loggers import Logger
 
+from lowrank_pretrain.core.lightning_private import NoExperiment
 from lowrank_pretrain.run.interrupts import Interrupted
 
 TRIES = 5  # failed calls in a row, after which a logger is not called again

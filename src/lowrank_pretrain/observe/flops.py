@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch import LightningModule
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, shape_wrapper
+
+from lowrank_pretrain.core.lightning_private import TorchDispatchMode, is_compiled
 
 # Lightning's words for a precision -> the dtype that its matrix products run in
 DTYPES = {"32": torch.float32, "16": torch.float16, "bf16": torch.bfloat16, "64": torch.float64}
@@ -73,7 +74,7 @@ class FlopCount:
 
 def _visible(module: LightningModule) -> bool:
     """False for compiled modules (their kernels are no torch operations) and for sharded ones (sizes are the whole's)."""
-    if any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in module.modules()):
+    if any(is_compiled(m) for m in module.modules()):
         return False
     return not any(hasattr(p, "to_local") for p in module.parameters())
 

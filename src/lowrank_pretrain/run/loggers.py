@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import CometLogger, Logger, MLFlowLogger, WandbLo
 from lightning.pytorch.utilities import rank_zero_only
 
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.lightning_private import has_begun
 from lowrank_pretrain.loggers.guarded import give_up, guard
 from lowrank_pretrain.run.build import build, check_finite, find_class
 
@@ -247,7 +248,7 @@ def finish(loggers: list[Logger]) -> None:
                 import wandb
 
                 wandb.finish(exit_code=1 if failed else 0)
-            elif isinstance(logger, CometLogger) and getattr(logger, "_experiment", None) is not None:
-                logger._experiment.end()
+            elif isinstance(logger, CometLogger) and has_begun(logger):
+                logger.experiment.end()
         except Exception as error:
             give_up(logger, "the end of its run", error)

@@ -6,11 +6,11 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lowrank_pretrain.checkpoints.files import WholeCheckpointIO
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.lightning_private import reruns_command
 from lowrank_pretrain.run.build import build, build_nested, check_arguments
 
 MOST_DEVICES = 8192  # Lightning makes a list of so many
@@ -101,8 +101,7 @@ def refuse_popen_sweep(trainer: pl.Trainer, multirun: bool) -> None:
     Raises:
         ConfigError: it would, with the two cures.
     """
-    # Lightning has no public name for "this strategy runs sys.argv again"
-    if multirun and isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher) and trainer.world_size > 1:
+    if multirun and reruns_command(trainer) and trainer.world_size > 1:
         cures = "trainer=ddp_spawn (with LTE method.start_method=spawn), or trainer.devices=1 per job"
         allowed = f"would start the whole sweep in every process; use {cures}"
         raise ConfigError("trainer.strategy", type(trainer.strategy).__name__, allowed)

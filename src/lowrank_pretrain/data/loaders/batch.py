@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import DataLoader
 
+from lowrank_pretrain.core.lightning_private import shut_down
+
 
 class Fetched(NamedTuple):
     """What a dataset hands over, from whatever process: a batch, and what went wrong on the way."""
@@ -69,10 +71,8 @@ def torch_loader(cls: type[DataLoader], dataset: Any, num_workers: int, **kwargs
 
 def end_workers(loader: DataLoader) -> None:
     """End the worker processes now."""
-    # Not left to the garbage collector: when it comes while another loader forks, each worker takes 5 seconds to end
-    iterator, loader._iterator = loader._iterator, None
-    if hasattr(iterator, "_shutdown_workers"):
-        iterator._shutdown_workers()
+    # not left to the garbage collector: when it comes while another loader forks, each worker takes 5 seconds to end
+    shut_down(loader)
 
 
 def _identity(item: Any) -> Any:
