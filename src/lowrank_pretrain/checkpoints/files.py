@@ -15,8 +15,8 @@ from typing_extensions import override
 from lowrank_pretrain.checkpoints.io import NotWritten, WholeCheckpointIO, local_path, replace
 from lowrank_pretrain.checkpoints.safe_load import safe_load, unread
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.interrupts import Interrupted, Interrupts
 from lowrank_pretrain.phases.plain_checkpoint import FORMAT, SIDE
-from lowrank_pretrain.run.interrupts import Interrupted, Interrupts
 
 __all__ = ["LastCheckpoint", "NotWritten", "WholeCheckpointIO"]
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from lightning.pytorch.loggers import Logger
 
+from lowrank_pretrain.core.interrupts import Interrupted
 from lowrank_pretrain.core.lightning_private import NoExperiment
-from lowrank_pretrain.run.interrupts import Interrupted
 
 TRIES = 5  # failed calls in a row, after which a logger is not called again
 PATIENCE = 10.0  # seconds; a call that failed after longer than this is not tried again: training would wait each time

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from typing_extensions import override
 
 from lowrank_pretrain.core.errors import ConfigError
-from lowrank_pretrain.run.interrupts import Interrupted
+from lowrank_pretrain.core.interrupts import Interrupted
 
 STEP, TIME = "trainer/global_step", "time/train_seconds"
 RANK = "lowrank/rank/"

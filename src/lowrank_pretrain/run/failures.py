@@ -13,11 +13,11 @@ from omegaconf import DictConfig
 from lowrank_pretrain.checkpoints.files import NotWritten
 from lowrank_pretrain.core.agreement import Disagreement
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.interrupts import Interrupted
 from lowrank_pretrain.guards.finite import Diverged
 from lowrank_pretrain.guards.stall import Stalled
 from lowrank_pretrain.lte.workers import lost
 from lowrank_pretrain.run.build import blamed, in_group
-from lowrank_pretrain.run.interrupts import Interrupted
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)  # full, over quota or a limit, read-only
 

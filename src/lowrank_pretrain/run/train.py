@@ -24,6 +24,7 @@ from lowrank_pretrain.checkpoints.longer_run import LongerRun
 from lowrank_pretrain.checkpoints.loop_state import LoopState
 from lowrank_pretrain.checkpoints.random_state import RandomState
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.interrupts import Interrupts
 from lowrank_pretrain.core.versions import version_line
 from lowrank_pretrain.export.facts import Facts, RememberFacts, facts_of_checkpoint
 from lowrank_pretrain.guards.divergence import DivergenceGuard
@@ -39,7 +40,6 @@ from lowrank_pretrain.observe.norms import WeightNorms
 from lowrank_pretrain.run import failures, method, summary
 from lowrank_pretrain.run.build import build, plain
 from lowrank_pretrain.run.command_line import prepare_process
-from lowrank_pretrain.run.interrupts import Interrupts
 from lowrank_pretrain.run.loggers import finish, more_loggers, publish
 from lowrank_pretrain.run.ownership import owned
 from lowrank_pretrain.run.progress import progress, quiet_lightning
