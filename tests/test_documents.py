@@ -14,7 +14,6 @@ PACKAGE = ROOT / "src" / "lowrank_pretrain"
 DOCUMENTS = ("ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", "README.md", "tests/README.md")
 # Imports that go up, as ARCHITECTURE.md says: a room's file, and the room that it takes something from.
 UPWARD = {
-    ("core/arguments.py", "models"),
     ("checkpoints/files.py", "run"),
     ("loggers/wandb.py", "run"),
     ("loggers/guarded.py", "run"),

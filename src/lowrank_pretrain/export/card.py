@@ -6,7 +6,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from lowrank_pretrain.core.text import digits
+from lowrank_pretrain.core.text import format_number
 from lowrank_pretrain.export.facts import Facts
 
 GRAY = "from torchvision.transforms import Compose, Grayscale\n"
@@ -211,7 +211,7 @@ def _results(final: dict[str, float]) -> str:
     for key, words in METRICS.items():
         values = [final.get(f"{split}/{key}") for split in splits]
         if any(value is not None for value in values):
-            rows.append(f"| {words} | {' | '.join('–' if value is None else digits(value) for value in values)} |")
+            rows.append(f"| {words} | {' | '.join('–' if value is None else format_number(value) for value in values)} |")
     return "\n".join(rows) if splits else "None were logged."
 
 
@@ -221,7 +221,7 @@ def _phases(summary: dict[str, Any]) -> str:
         "|---|---:|---:|---:|---:|---:|",
     ]
     for p in summary["phases"]:
-        rate = "–" if p["samples_per_sec"] is None else digits(p["samples_per_sec"])
+        rate = "–" if p["samples_per_sec"] is None else format_number(p["samples_per_sec"])
         rows.append(
             f"| {p['phase']} | {p['steps']:,} | {p['seconds']:.1f} | {rate} | {p['peak_gib']:.2f} | {p['trainable']:,} |"
         )

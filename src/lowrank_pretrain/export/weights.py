@@ -30,12 +30,12 @@ from lowrank_pretrain.checkpoints.io import local_path
 from lowrank_pretrain.checkpoints.safe_load import safe_load, unread
 from lowrank_pretrain.core.arguments import key_values
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.text import one_line
 from lowrank_pretrain.export import card as model_card
 from lowrank_pretrain.export.facts import KEY as FACTS
 from lowrank_pretrain.export.facts import Facts
 from lowrank_pretrain.export.peft import adapted_layers, write_adapters
 from lowrank_pretrain.lora.model import plain_state
-from lowrank_pretrain.models.checks import one_line
 
 log = logging.getLogger("lowrank_pretrain.export")  # as a command, __name__ is another
 

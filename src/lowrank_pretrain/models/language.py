@@ -18,7 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from lowrank_pretrain.core.errors import ConfigError
-from lowrank_pretrain.models.checks import check_count, check_layers, closest, one_line, plain, run_once
+from lowrank_pretrain.core.text import closest, one_line
+from lowrank_pretrain.models.checks import check_count, check_layers, plain, run_once
 from lowrank_pretrain.models.fsdp import shard
 from lowrank_pretrain.models.optim import Optim
 

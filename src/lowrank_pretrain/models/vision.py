@@ -19,7 +19,8 @@ from torchmetrics.classification import MulticlassAccuracy
 
 import lowrank_pretrain.models.mixer  # noqa: F401  registers a network with timm
 from lowrank_pretrain.core.errors import ConfigError
-from lowrank_pretrain.models.checks import check_count, check_layers, closest, one_line, plain, run_once
+from lowrank_pretrain.core.text import closest, one_line
+from lowrank_pretrain.models.checks import check_count, check_layers, plain, run_once
 from lowrank_pretrain.models.fsdp import shard
 from lowrank_pretrain.models.optim import Optim
 

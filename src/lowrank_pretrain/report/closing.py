@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from lowrank_pretrain.core.text import digits
+from lowrank_pretrain.core.text import format_number
 from lowrank_pretrain.report.runs import METRICS, Run, best, by_seed
 
 WIDTH = 120  # characters, where stdout is no terminal
@@ -35,7 +35,9 @@ def show(runs: list[Run], directory: Path, console: Console | None = None) -> No
             table.add_row(escape(run.label), run.state, *(_measure(run.last(metric), finest[metric]) for metric in measured))
         for group in by_seed(runs):
             cells = [
-                "-" if (mean := group.mean(metric)) is None else f"{digits(mean)} ± {digits(group.deviation(metric))}"
+                "-"
+                if (mean := group.mean(metric)) is None
+                else f"{format_number(mean)} ± {format_number(group.deviation(metric))}"
                 for metric in measured
             ]
             table.add_row(escape(f"{group.label}, mean"), f"{len(group.runs)} seeds", *cells)
@@ -55,4 +57,4 @@ def show(runs: list[Run], directory: Path, console: Console | None = None) -> No
 def _measure(value: float | None, finest: float | None) -> str:
     if value is None:
         return "-"
-    return f"{digits(value)} *" if value == finest else digits(value)
+    return f"{format_number(value)} *" if value == finest else format_number(value)

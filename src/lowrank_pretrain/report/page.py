@@ -8,7 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from lowrank_pretrain.core.errors import ConfigError
-from lowrank_pretrain.core.text import digits
+from lowrank_pretrain.core.text import format_number
 from lowrank_pretrain.report.runs import METRICS, Run, best, by_seed, find_runs
 from lowrank_pretrain.report.sections import Chart, of_one, over_steps, side_by_side
 from lowrank_pretrain.report.tables import phases_table, runs_table, seeds_table
@@ -117,7 +117,7 @@ def winner(runs: list[Run]) -> str:
         found = best(values, metric)
         if found is not None:
             label = next(run.label for run, value in zip(runs, values, strict=True) if value == found)
-            return f" Best {escape(metric)}: <b>{escape(label)}</b>, {digits(found)}."
+            return f" Best {escape(metric)}: <b>{escape(label)}</b>, {format_number(found)}."
     return ""
 
 

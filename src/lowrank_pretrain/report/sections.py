@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from lowrank_pretrain.core.text import digits
+from lowrank_pretrain.core.text import format_number
 from lowrank_pretrain.report import charts
 from lowrank_pretrain.report.runs import Run, Series
 
@@ -30,11 +30,11 @@ OVER_STEPS = {
 }
 # Of a phase in summary.json: key -> (title, axis, factor, form, what it is)
 PHASE_BARS = {
-    "samples_per_sec": ("Throughput by phase", "samples / s, from the median step", 1, digits),
+    "samples_per_sec": ("Throughput by phase", "samples / s, from the median step", 1, format_number),
     "peak_gib": ("Peak memory by phase", "GiB, process 0", 1, "{:.3g}".format),
-    "optimizer_gib": ("Optimizer states by phase", "MiB, process 0", 1024, digits),
-    "trainable": ("Trainable parameters by phase", "million parameters", 1e-6, digits),
-    "flops_per_sample": ("Operations by phase", "MFLOP per sample, forward and backward", 1e-6, digits),
+    "optimizer_gib": ("Optimizer states by phase", "MiB, process 0", 1024, format_number),
+    "trainable": ("Trainable parameters by phase", "million parameters", 1e-6, format_number),
+    "flops_per_sample": ("Operations by phase", "MFLOP per sample, forward and backward", 1e-6, format_number),
     "mfu": ("Model FLOPs utilisation by phase", "share of the chip's peak", 1, "{:.1%}".format),
 }
 # prefix -> (title, axis): a line per family

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from html import escape
 from typing import Any
 
-from lowrank_pretrain.core.text import digits
+from lowrank_pretrain.core.text import format_number
 from lowrank_pretrain.report.runs import METRICS, Run, Seeds, best
 
 STEPS = "optimizer steps"
@@ -19,8 +19,8 @@ def runs_table(runs: list[Run]) -> str:
     columns: list[tuple[str, Value, Form]] = [
         (STEPS, lambda r: _sum(r, "steps"), "{:,.0f}".format),
         ("training, s", lambda r: _sum(r, "seconds"), "{:,.1f}".format),
-        ("samples/s", overall_rate, digits),
-        ("samples/s, last phase", lambda r: _of_last(r, "samples_per_sec"), digits),
+        ("samples/s", overall_rate, format_number),
+        ("samples/s, last phase", lambda r: _of_last(r, "samples_per_sec"), format_number),
         (
             "peak memory, GiB",
             lambda r: max((p["peak_gib"] for p in r.phases if "peak_gib" in p), default=None),
@@ -64,7 +64,9 @@ def seeds_table(groups: list[Seeds]) -> str:
         for metric in measured:
             mean = group.mean(metric)
             cells.append(
-                measure(mean, finest[metric], "" if mean is None else f" <small>± {digits(group.deviation(metric))}</small>")
+                measure(
+                    mean, finest[metric], "" if mean is None else f" <small>± {format_number(group.deviation(metric))}</small>"
+                )
             )
         rows.append([*cells, f"{len(group.runs)}"])
     return table(["runs", *measured, "seeds"], rows)
@@ -74,7 +76,7 @@ def measure(value: float | None, finest: float | None, more: str = "") -> str:
     """A loss or an accuracy, marked where it is the best."""
     if value is None:
         return "–"
-    return f'<b class="best">{digits(value)} {STAR}</b>{more}' if value == finest else digits(value) + more
+    return f'<b class="best">{format_number(value)} {STAR}</b>{more}' if value == finest else format_number(value) + more
 
 
 def phases_table(run: Run) -> str:
@@ -83,12 +85,12 @@ def phases_table(run: Run) -> str:
     columns = [
         ("optimizer steps", "steps", 1, "{:,.0f}".format, False),
         ("seconds", "seconds", 1, "{:,.1f}".format, False),
-        ("samples/s", "samples_per_sec", 1, digits, True),
+        ("samples/s", "samples_per_sec", 1, format_number, True),
         ("peak memory, GiB", "peak_gib", 1, "{:.3g}".format, True),
-        ("optimizer, MiB", "optimizer_gib", 1024, digits, True),
+        ("optimizer, MiB", "optimizer_gib", 1024, format_number, True),
         ("trainable", "trainable", 1, "{:,.0f}".format, True),
         ("parameters", "total", 1, "{:,.0f}".format, True),
-        ("MFLOP per sample", "flops_per_sample", 1e-6, digits, True),
+        ("MFLOP per sample", "flops_per_sample", 1e-6, format_number, True),
         ("MFU", "mfu", 1, "{:.1%}".format, True),
     ]
     columns = [column for column in columns if any(phase.get(column[1]) is not None for phase in run.phases)]

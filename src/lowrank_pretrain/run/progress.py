@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from typing_extensions import override
 
-from lowrank_pretrain.core.text import digits
+from lowrank_pretrain.core.text import format_number
 from lowrank_pretrain.observe.monitor import RECENT, Monitor
 
 HOME = Path(__file__).parents[1]  # the package: warnings from there are ours
@@ -99,6 +99,6 @@ def _shown(trainer: Trainer, monitor: Monitor, keys: tuple[str, ...]) -> list[st
     """Phase, the metrics `keys` and throughput as words; what is not known yet is left out."""
     record, found = monitor.record, trainer.callback_metrics
     shown = [record.phase] if record else []
-    shown += [f"{key.removeprefix('train/')} {digits(float(found[key]))}" for key in keys if key in found]
+    shown += [f"{key.removeprefix('train/')} {format_number(float(found[key]))}" for key in keys if key in found]
     rate = record.samples_per_sec(last=RECENT) if record else None
     return shown + ([f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.2g}/s"] if rate else [])

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lowrank_pretrain.core.errors import ConfigError
-from lowrank_pretrain.core.text import digits
+from lowrank_pretrain.core.text import format_number
 from lowrank_pretrain.core.versions import versions
 from lowrank_pretrain.observe.monitor import Monitor, low_rank_callback
 from lowrank_pretrain.observe.phase_record import PhaseRecord
@@ -109,7 +109,7 @@ def show(records: list[PhaseRecord], final: dict[str, float], where: dict[str, P
     if records:
         console.print(phase_table(records))
     if final:
-        console.print(" · ".join(f"{key} {digits(value)}" for key, value in final.items()))
+        console.print(" · ".join(f"{key} {format_number(value)}" for key, value in final.items()))
     for name, path in where.items():
         console.print(f"{name}: {os.path.relpath(path)}", soft_wrap=True)
 
@@ -127,13 +127,13 @@ def phase_table(records: list[PhaseRecord]) -> Table:
 
     row("optimizer steps", *(f"{r.steps:,}" for r in records))
     row("seconds", *(f"{r.seconds:.1f}" for r in records))
-    row("samples/s", *(_against(r, full, lambda r: r.samples_per_sec(), digits) for r in records))
+    row("samples/s", *(_against(r, full, lambda r: r.samples_per_sec(), format_number) for r in records))
     row("peak memory, GiB", *(_against(r, full, lambda r: r.peak_gib, "{:.2f}".format) for r in records))
-    row("optimizer, MiB", *(_against(r, full, lambda r: r.optimizer_gib * 1024, digits) for r in records))
+    row("optimizer, MiB", *(_against(r, full, lambda r: r.optimizer_gib * 1024, format_number) for r in records))
     if any(r.formula_gib is not None for r in records):
-        row("by formula, MiB", *("-" if r.formula_gib is None else digits(r.formula_gib * 1024) for r in records))
+        row("by formula, MiB", *("-" if r.formula_gib is None else format_number(r.formula_gib * 1024) for r in records))
     if any(r.flops_per_sample for r in records):
-        row("MFLOP per sample", *(_against(r, full, _mega_flops, digits) for r in records))
+        row("MFLOP per sample", *(_against(r, full, _mega_flops, format_number) for r in records))
     if any(r.mfu() is not None for r in records):
         row("MFU", *("-" if r.mfu() is None else f"{r.mfu():.1%}" for r in records))
     row("adapters", *(_share(r.adapters, r.total) for r in records))
@@ -154,5 +154,5 @@ def _against(record: PhaseRecord, full: PhaseRecord | None, value: Any, form: Ca
 
 
 def _share(part: int, total: int) -> str:
-    number = f"{digits(part / 1e6)} M" if part >= 1e6 else f"{part:,}"
+    number = f"{format_number(part / 1e6)} M" if part >= 1e6 else f"{part:,}"
     return f"{number} ({part / max(total, 1):.1%})"

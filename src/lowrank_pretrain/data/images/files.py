@@ -13,9 +13,10 @@ from PIL import ExifTags, Image, ImageOps
 from torch.utils.data import IterableDataset, get_worker_info
 
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.text import first_line
 from lowrank_pretrain.data.images.arrays import with_channels
 from lowrank_pretrain.data.images.mixing import Mixing
-from lowrank_pretrain.data.images.sources import first_line, take_dropped
+from lowrank_pretrain.data.images.sources import take_dropped
 from lowrank_pretrain.data.loaders.batch import Fetched
 from lowrank_pretrain.data.loaders.rng import borrowed, reseed
 

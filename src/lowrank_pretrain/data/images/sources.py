@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.text import first_line
 from lowrank_pretrain.data.images.folders import EVAL, TRAIN, VALIDATION, held_out
 
 TIMM_TORCH = ("cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist", "imagenet", "image_folder", "places365")
@@ -257,9 +258,3 @@ def _one_too_deep(root: str | None) -> str:
     parts = ("cifar-10-batches-py", "cifar-100-python", "raw", "FashionMNIST", "MNIST", "caltech101", "caltech256")
     name = Path(root or "").resolve().name
     return f"; data.root must be the folder that holds {name}, not {name} itself" if name in parts else ""
-
-
-def first_line(error: BaseException | None) -> str:
-    """The first line of an error's message."""
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from lowrank_pretrain.core.errors import ConfigError
-from lowrank_pretrain.data.images.sources import first_line
+from lowrank_pretrain.core.text import first_line
 from lowrank_pretrain.data.text.files import (
     BLOCK,
     BadRow,
