@@ -330,7 +330,7 @@ def test_a_signal_outside_of_steps_ends_the_run_at_once(run, monkeypatch):
         os.kill(os.getpid(), signal.SIGINT)
         raise AssertionError("the signal was not heard")
 
-    monkeypatch.setattr("lowrank_pretrain.run.train.finish_run", interrupted)
+    monkeypatch.setattr("lowrank_pretrain.run.attempt.finish_run", interrupted)
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(Interrupted) as stopped:
         run("late", "trainer.max_epochs=1")

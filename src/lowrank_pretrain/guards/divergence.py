@@ -31,9 +31,7 @@ STEPS = (
 )
 
 
-def is_divergence(error: BaseException) -> bool:
-    """Whether `error` says that numbers are out of hand: ours, or GaLoreAdamW's own guard."""
-    return isinstance(error, (Diverged, FloatingPointError))
+DIVERGENCES = (Diverged, FloatingPointError)  # the latter is raised by GaLoreAdamW's own guard
 
 
 class DivergenceGuard(FiniteGuard):
@@ -104,7 +102,7 @@ class DivergenceGuard(FiniteGuard):
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if self.on_divergence == "rewind" and is_divergence(exception) and trainer.training:
+        if self.on_divergence == "rewind" and isinstance(exception, DIVERGENCES) and trainer.training:
             self._position = position(trainer)
 
     def rewind(self, directory: Path, target: Path) -> str | None:
@@ -129,7 +127,7 @@ class DivergenceGuard(FiniteGuard):
         checkpoint["callbacks"][self.state_key] = {"mean": mean, "rewinds": self.rewinds, "skipped": self.skipped}
         WholeCheckpointIO().save_checkpoint(checkpoint, target)
         count = f"rewind {self.rewinds} of at most {self.max_rewinds}"
-        return f"{count}: back to {good.name} behind step {checkpoint['global_step']}, {skipped} batches left out"
+        return f"{count}: back to {good.name} after step {checkpoint['global_step']}, {skipped} batches left out"
 
     def fit(self, trainer: Trainer, model: LightningModule, *args: Any, ckpt_path: Any = None, **kwargs: Any) -> None:
         """``trainer.fit``, again from a rewound checkpoint (``rewound.ckpt`` beside the good one) where training diverges.
