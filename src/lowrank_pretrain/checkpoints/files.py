@@ -12,11 +12,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from typing_extensions import override
 
+from lowrank_pretrain.checkpoints.format import SIDE, check_format
 from lowrank_pretrain.checkpoints.io import NotWritten, WholeCheckpointIO, local_path, replace
 from lowrank_pretrain.checkpoints.safe_load import safe_load, unread
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.interrupts import Interrupted, Interrupts
-from lowrank_pretrain.phases.plain_checkpoint import FORMAT, SIDE
+from lowrank_pretrain.core.protocols import PHASES
 
 __all__ = ["LastCheckpoint", "NotWritten", "WholeCheckpointIO"]
 
@@ -186,19 +187,16 @@ def inspect(path: Path) -> dict[str, Any]:
 
 
 def check_side(path: Path, side: dict[str, Any]) -> None:
-    """Look at what a checkpoint says of the low-rank side of its run, before anything acts on it.
+    """Check what a checkpoint says of the low-rank side of its run, before anything acts on it.
 
     Raises:
         ConfigError: a newer format, or entries that no run of ours wrote; keyed ``ckpt_path``.
     """
-    version, phase, plan = side.get("format", FORMAT), side.get("phase"), side.get("plan") or {}
-    if isinstance(version, int) and version > FORMAT:
-        allowed = f"is written in format {version}, this version of lowrank_pretrain reads up to {FORMAT}: update it"
-        raise ConfigError("ckpt_path", str(path), allowed)
+    check_format(side, path)
+    phase, plan = side.get("phase"), side.get("plan") or {}
     tensors = side.get("exact") or {}
     fine = {
-        "format": isinstance(version, int) and version >= 1,
-        "phase": phase in (None, "full", "joint", "lowrank"),
+        "phase": phase in (None, *PHASES),
         "plan": isinstance(plan, dict) and all(isinstance(n, str) and isinstance(r, int) and r >= 0 for n, r in plan.items()),
         "exact": isinstance(tensors, dict) and all(isinstance(t, torch.Tensor) for t in tensors.values()),
     }

@@ -11,9 +11,9 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from typing_extensions import override
 
+from lowrank_pretrain.checkpoints.format import FORMAT, SIDE
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.versions import versions
-from lowrank_pretrain.phases.plain_checkpoint import FORMAT, SIDE
 
 
 class NotWritten(OSError):

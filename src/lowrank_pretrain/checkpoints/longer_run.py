@@ -8,8 +8,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
+from lowrank_pretrain.checkpoints.format import SIDE
 from lowrank_pretrain.models.optim import Schedule
-from lowrank_pretrain.phases.plain_checkpoint import SIDE
 
 KEY = "steps"  # in a checkpoint's side entry
 ENDS = ("T_max", "total_steps", "total_iters", "_milestones", "milestones", "lr_lambdas")  # what torch's schedulers know of it

@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from typing_extensions import override
 
-from lowrank_pretrain.phases.plain_checkpoint import SIDE
+from lowrank_pretrain.checkpoints.format import SIDE
 
 KEY = "data"  # in a checkpoint's side entry
 

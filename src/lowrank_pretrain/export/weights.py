@@ -26,6 +26,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lowrank_pretrain.checkpoints.format import check_format
 from lowrank_pretrain.checkpoints.io import local_path
 from lowrank_pretrain.checkpoints.safe_load import safe_load, unread
 from lowrank_pretrain.core.arguments import key_values
@@ -136,8 +137,7 @@ def read(path: Path) -> Source:
     if not isinstance(state, dict) or not state:
         raise ConfigError("ckpt", str(path), "is no Lightning checkpoint: it holds no state_dict")
     lowrank = found.get("lowrank_pretrain", {})
-    if lowrank.get("format", 1) != 1:
-        raise ConfigError("ckpt", str(path), f"was written in format {lowrank['format']}; this version reads 1")
+    check_format(lowrank, path, "ckpt")
     hparams, facts = found.get("hyper_parameters", {}), Facts.from_state(lowrank.get(FACTS))
     return Source(_tensors(state), dict(hparams) if isinstance(hparams, Mapping) else {}, lowrank, str(path), facts)
 

@@ -20,6 +20,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 
+from lowrank_pretrain.checkpoints.format import FORMAT, SIDE, check_format
 from lowrank_pretrain.core.agreement import agreed_hash
 from lowrank_pretrain.core.buckets import settle_buckets
 from lowrank_pretrain.core.errors import ConfigError
@@ -32,7 +33,6 @@ from lowrank_pretrain.observe.monitor import count_parameters
 from lowrank_pretrain.phases import adapter_groups, adoption, averaging, plain_checkpoint, refusals, transition
 from lowrank_pretrain.phases.adapter_watch import AdapterWatch, check_optimizers
 from lowrank_pretrain.phases.first_step import FirstStep
-from lowrank_pretrain.phases.plain_checkpoint import FORMAT, SIDE
 from lowrank_pretrain.phases.rehearsal import GradientWatch
 
 PATIENCE = 100  # optimizer steps without a gradient after which an adapter is said to be dead, where there are no windows
@@ -446,8 +446,7 @@ class PhaseCallback(HasPhase, Callback):
         if not self._restoring:
             return
         side = checkpoint.get(SIDE, {})
-        if side.get("format", FORMAT) > FORMAT:
-            raise ConfigError("ckpt_path", str(trainer.ckpt_path), f"has format {side['format']}, we read {FORMAT}")
+        check_format(side, trainer.ckpt_path)
         if side.get("alpha", self.alpha) != self.alpha:
             raise ConfigError("alpha", self.alpha, f"the checkpoint's adapters were trained with {side['alpha']}")
         self._exact = side.get("exact")

@@ -26,9 +26,6 @@ from torch import Tensor, nn
 from lowrank_pretrain.lora import model as lora
 from lowrank_pretrain.lora.function import merged
 
-SIDE = "lowrank_pretrain"  # the side entry's key
-FORMAT = 1
-
 
 def restore_plain(pl_module: nn.Module, check: bool = True) -> None:
     """Merge and eject the adapters, restore the original ``requires_grad``: the module as the user made it, trained on."""
