@@ -9,10 +9,9 @@ import sys
 from typing import Any
 
 from lowrank_pretrain.core.errors import ConfigError
-from lowrank_pretrain.loggers.wandb import SECTIONS, STEP, TIME
+from lowrank_pretrain.core.metrics import AXES, STEP
+from lowrank_pretrain.loggers.wandb import SECTIONS
 from lowrank_pretrain.run.loggers import has_wandb_key
-
-AXES = {STEP: "optimizer steps", TIME: "seconds of training"}
 
 
 def workspace(entity: str, project: str, name: str = "lowrank_pretrain") -> Any:
@@ -32,9 +31,9 @@ def workspace(entity: str, project: str, name: str = "lowrank_pretrain") -> Any:
     except ModuleNotFoundError as error:
         raise ConfigError("dashboard", project, "needs wandb-workspaces: pip install wandb-workspaces") from error
 
-    sections = []
+    sections: list[Any] = []
     for section, panels in SECTIONS.items():
-        plots = [
+        plots: list[Any] = [
             v2.LinePlot(
                 title=title, x=axis, title_x=AXES[axis], title_y=unit,
                 **({"metric_regex": metrics} if isinstance(metrics, str) else {"y": metrics}),

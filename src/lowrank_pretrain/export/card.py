@@ -6,6 +6,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from lowrank_pretrain.core.metrics import METRICS
 from lowrank_pretrain.core.text import format_number
 from lowrank_pretrain.export.facts import Facts
 
@@ -53,7 +54,6 @@ model = PeftModel.from_pretrained(base, '.').eval()"""
 STATE = """from safetensors.torch import load_file
 
 state_dict = load_file('model.safetensors')"""
-METRICS = {"loss": "loss, nats", "acc1": "top-1 accuracy", "acc5": "top-5 accuracy", "ppl": "perplexity"}
 
 
 def write(out: Path, config: dict[str, Any] | None, summary: dict[str, Any] | None, facts: Facts | None = None) -> Path:
@@ -208,10 +208,11 @@ def _results(final: dict[str, float]) -> str:
     """Splits as columns."""
     splits = [split for split in ("train", "val", "test") if any(key.startswith(f"{split}/") for key in final)]
     rows = [f"| | {' | '.join(splits)} |", "|---|" + "---:|" * len(splits)]
-    for key, words in METRICS.items():
+    for key in ("loss", "acc1", "acc5", "ppl"):
         values = [final.get(f"{split}/{key}") for split in splits]
         if any(value is not None for value in values):
-            rows.append(f"| {words} | {' | '.join('–' if value is None else format_number(value) for value in values)} |")
+            cells = [METRICS[f"val/{key}"].word, *("–" if value is None else format_number(value) for value in values)]
+            rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows) if splits else "None were logged."
 
 

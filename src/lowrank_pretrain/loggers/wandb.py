@@ -14,52 +14,47 @@ from typing_extensions import override
 
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.interrupts import Interrupted
+from lowrank_pretrain.core.metrics import METRICS, STEP, TIME
 from lowrank_pretrain.core.protocols import LogsPhases
 
-STEP, TIME = "trainer/global_step", "time/train_seconds"
 RANK = "lowrank/rank/"
+Panel = tuple[str, str | list[str], str, str]  # title, metrics or a regular expression of them, axis, unit
 
-# section -> (its panels: (title, metrics or a regular expression of them, axis, unit)), in the order of a reader's questions
-SECTIONS: dict[str, list[tuple[str, str | list[str], str, str]]] = {
+
+def _panel(metric: str, axis: str = STEP, by: str = "") -> Panel:
+    """Return the panel of one metric, with the lines of its families where it has them."""
+    found = METRICS[metric]
+    return found.title + by, f"{metric}.*" if found.by_family else [metric], axis, found.axis
+
+
+# section -> its panels, in the order of a reader's questions
+SECTIONS: dict[str, list[Panel]] = {
     "Loss": [
-        ("Training loss by step", ["train/loss"], STEP, "nats"),
-        ("Training loss by time", ["train/loss"], TIME, "nats"),
-        ("Validation loss by step", ["val/loss"], STEP, "nats"),
-        ("Validation loss by time", ["val/loss"], TIME, "nats"),
+        *(
+            _panel(loss, axis, by)
+            for loss in ("train/loss", "val/loss")
+            for axis, by in ((STEP, " by step"), (TIME, " by time"))
+        ),
         ("Validation accuracy", ["val/acc1", "val/acc5"], STEP, "fraction"),
-        ("Validation perplexity", ["val/ppl"], STEP, "per token"),
+        _panel("val/ppl"),
     ],
-    "Throughput": [
-        ("Samples per second", ["throughput/samples_per_sec"], STEP, "samples / s"),
-        ("Tokens per second", ["throughput/tokens_per_sec"], STEP, "tokens / s"),
-        ("Operations per second", ["throughput/flops_per_sec"], STEP, "FLOP / s"),
-        ("Model FLOPs utilisation", ["throughput/mfu"], STEP, "share of peak"),
-    ],
+    "Throughput": [_panel(f"throughput/{key}") for key in ("samples_per_sec", "tokens_per_sec", "flops_per_sec", "mfu")],
     "Memory and parameters": [
-        ("Peak memory of the phase", ["memory/peak_gib"], STEP, "GiB"),
-        ("Optimizer states", ["memory/optimizer_gib"], STEP, "GiB"),
+        _panel("memory/peak_gib"),
+        _panel("memory/optimizer_gib"),
         ("Parameters", ["params/trainable", "params/adapters", "params/total"], STEP, "parameters"),
     ],
-    "Low rank": [
-        ("Phase: 0 full, 1 joint, 2 lowrank", ["lowrank/phase"], STEP, "phase"),
-        ("Weight norms by family", "lowrank/weight_norm/.*", STEP, "Frobenius norm"),
-        ("Adapter norms by family", "lowrank/adapter_norm/.*", STEP, "Frobenius norm"),
-        ("Change of weight norms per window", "lowrank/weight_change/.*", STEP, "fraction"),
-    ],
+    "Low rank": [_panel(f"lowrank/{key}") for key in ("phase", "weight_norm", "adapter_norm", "weight_change")],
     "LTE": [
-        ("Effective rank of gradients", "lte/effective_rank/gradient.*", STEP, "effective rank"),
-        ("Effective rank of the update", "lte/effective_rank/update.*", STEP, "effective rank"),
+        _panel("lte/effective_rank/gradient"),
+        _panel("lte/effective_rank/update"),
         ("Sent per merge", ["lte/merge_mib", "lte/rest_mib"], STEP, "MiB per worker"),
-        ("Waited for a merge", ["lte/merge_ms"], STEP, "ms"),
-        ("Heads' orthogonality", "lte/orthogonality.*", STEP, "|cosine|"),
+        _panel("lte/merge_ms"),
+        _panel("lte/orthogonality"),
     ],
-    "GaLore": [
-        ("Refresh of the subspace", ["galore/refresh_ms"], STEP, "ms"),
-        ("Overlap of old and new subspace", ["galore/overlap"], STEP, "fraction"),
-    ],
+    "GaLore": [_panel("galore/refresh_ms"), _panel("galore/overlap")],
 }
 COUNTS = ("trainable", "adapters", "total")
-BEST = {"val/loss": "min", "val/ppl": "min", "val/acc1": "max", "val/acc5": "max"}
 
 
 class RunWandbLogger(LogsPhases, WandbLogger):
@@ -187,9 +182,15 @@ def define(run: Any) -> None:
     for panels in SECTIONS.values():
         for _, metrics, _, _ in panels:
             for metric in [metrics.replace(".*", "*")] if isinstance(metrics, str) else metrics:
-                run.define_metric(metric, step_metric=STEP, step_sync=True, summary=BEST.get(metric))
+                run.define_metric(metric, step_metric=STEP, step_sync=True, summary=_best(metric))
     for pattern in ("events/*", "lowrank/*", "test/*"):
         run.define_metric(pattern, step_metric=STEP, step_sync=True)
+
+
+def _best(metric: str) -> str | None:
+    """Return which value of a metric W&B shows as the run's: the best in validation, else the last."""
+    best = METRICS[metric].best if metric.startswith("val/") else None
+    return best and best.__name__
 
 
 def publish(run: Any, summary: dict[str, Any], run_dir: Path) -> None:

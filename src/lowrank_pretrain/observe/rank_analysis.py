@@ -14,6 +14,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
+from lowrank_pretrain.core.checks import number, whole
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.protocols import Merges
 from lowrank_pretrain.core.targets import WHOLE, Target, families, find_targets, is_conv1d, plain_name
@@ -27,6 +28,7 @@ from lowrank_pretrain.observe.spectra import (
     update_cosines,
 )
 
+EVERY = "must be 1 or more optimizer steps"
 _SHARDED = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
 Heads = tuple[str, Tensor, dict[str, Tensor], tuple[Part, ...]]  # layer name, A (N, ΣR, D), B per part (N, O, R), parts
 
@@ -53,9 +55,8 @@ class EffectiveRank(Callback):
 
     def __init__(self, targets: str | Sequence[str] = "all", every: int | None = 100, tol: float = 1e-2) -> None:
         if every is not None:
-            _check_every(every)
-        if not isinstance(tol, (int, float)) or isinstance(tol, bool) or not 0 < tol < 1:
-            raise ConfigError("tol", tol, "must be a share of the largest singular value, above 0 and below 1")
+            whole("every", every, 1, allowed=EVERY)
+        number("tol", tol, above=0, below=1, allowed="must be a share of the largest singular value, above 0 and below 1")
         self.targets = targets if isinstance(targets, str) else [*map(str, targets)]
         self.every, self.tol = every, float(tol)
         self._start: dict[str, Tensor] | None = None  # W₀ by target
@@ -156,8 +157,7 @@ class HeadOrthogonality(Callback):
     """
 
     def __init__(self, every: int = 100) -> None:
-        _check_every(every)
-        self.every = every
+        self.every = whole("every", every, 1, allowed=EVERY)
         self._said = False
 
     @property
@@ -232,8 +232,3 @@ def log(trainer: pl.Trainer, metrics: dict[str, float], step: int) -> None:
     """To every logger, in the row of optimizer step `step` (Lightning counts rows from 0)."""
     for logger in trainer.loggers:
         logger.log_metrics(metrics, step=step)
-
-
-def _check_every(every: Any) -> None:
-    if not isinstance(every, int) or isinstance(every, bool) or every < 1:
-        raise ConfigError("every", every, "must be 1 or more optimizer steps")

@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from lowrank_pretrain.core.text import format_number
-from lowrank_pretrain.report.runs import METRICS, Run, best, by_seed
+from lowrank_pretrain.report.runs import JUDGED_BY, Run, best, by_seed
 
 WIDTH = 120  # characters, where stdout is no terminal
 MOST = 30  # rows; the page has them all
@@ -25,7 +25,7 @@ def show(runs: list[Run], directory: Path, console: Console | None = None) -> No
     """
     console = console or Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
     shown = [run for run in runs if run.state != "failed" or run.series]
-    measured = [metric for metric in METRICS if any(run.last(metric) is not None for run in runs)][:5]
+    measured = [metric for metric in JUDGED_BY if any(run.last(metric) is not None for run in runs)][:5]
     if shown:
         table = Table("run", "state", *measured)
         for column in table.columns[2:]:

@@ -8,8 +8,9 @@ from importlib.resources import files
 from pathlib import Path
 
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.files import write_whole
 from lowrank_pretrain.core.text import format_number
-from lowrank_pretrain.report.runs import METRICS, Run, best, by_seed, find_runs
+from lowrank_pretrain.report.runs import JUDGED_BY, Run, best, by_seed, find_runs
 from lowrank_pretrain.report.sections import Chart, of_one, over_steps, side_by_side
 from lowrank_pretrain.report.tables import phases_table, runs_table, seeds_table
 
@@ -34,9 +35,7 @@ def write_report(paths: list[Path], out: Path | None = None) -> Path:
     text = render(runs, title(paths, runs))
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        beside = out.with_name(f".{out.name}.part")
-        beside.write_text(text, encoding="utf-8")
-        os.replace(beside, out)
+        write_whole(out, text)
     except OSError as error:
         raise ConfigError(
             "--out", str(out), f"cannot be written: {error.strerror}; give a file or a folder with --out"
@@ -112,7 +111,7 @@ def intro(runs: list[Run]) -> str:
 
 def winner(runs: list[Run]) -> str:
     """Which run is the best by the first metric that several have."""
-    for metric in METRICS:
+    for metric in JUDGED_BY:
         values = [run.last(metric) for run in runs]
         found = best(values, metric)
         if found is not None:

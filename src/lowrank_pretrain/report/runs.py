@@ -1,6 +1,5 @@
 """Run directories as they lie there: finished, stopped, failed or still running. Nothing of torch is needed to read them."""
 
-import csv
 import dataclasses
 import json
 import math
@@ -14,14 +13,13 @@ from typing import Any
 import numpy as np
 from omegaconf import OmegaConf
 
+from lowrank_pretrain.core.checks import is_number
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.files import read_table
+from lowrank_pretrain.core.metrics import METRICS
 
-# what a run is judged by, most telling first, and which end is the best; any other metric is neither
-LOWEST, HIGHEST = min, max
-METRICS = {
-    "val/loss": LOWEST, "val/acc1": HIGHEST, "val/ppl": LOWEST, "train/loss": LOWEST,
-    "test/loss": LOWEST, "test/acc1": HIGHEST, "test/ppl": LOWEST,
-}  # fmt: skip
+# what a run is judged by, most telling first
+JUDGED_BY = ("val/loss", "val/acc1", "val/ppl", "train/loss", "test/loss", "test/acc1", "test/ppl")
 HIDDEN = ("hydra.", "hydra/", "ckpt_path", "experiment=", "sweep=")  # overrides that tell nothing about a run
 MODEST_LABEL, LONGEST_LABEL = 24, 40  # characters: one line on a phone, two on a desk
 MARKS = ("metrics.csv", "summary.json", "failure.txt", ".hydra/config.yaml")  # any of these: a run directory
@@ -207,35 +205,28 @@ def _summary(found: dict[str, Any]) -> dict[str, Any]:
     """A summary with phases that have a name, steps and seconds, and otherwise numbers only."""
     phases = []
     for phase in found.get("phases") or []:
-        numbers = {key: value for key, value in _mapping(phase).items() if _is_number(value)}
+        numbers = {key: value for key, value in _mapping(phase).items() if is_number(value)}
         phases.append(
             {**numbers, "phase": str(phase["phase"]), "steps": int(phase["steps"]), "seconds": float(phase["seconds"])}
         )
     steps = {f"{word}_step": found.get(f"{word}_step") for word in ("switch", "freeze")}
     for key, value in steps.items():
-        if value is not None and not _is_number(value):
+        if value is not None and not is_number(value):
             raise ValueError(f"{key} is no number")
     plan = found.get("plan")
     ranks = None if plan is None else {str(target): int(rank) for target, rank in _mapping(plan).items()}
     return {**found, **steps, "phases": phases, "plan": ranks}
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def read_series(path: Path) -> dict[str, Series]:
     """{column: [(optimizer steps taken, value), …]} of a metrics.csv, sorted by step; a row cut off at the end is left out."""
     series: dict[str, dict[float, float]] = {}
-    lines = path.read_text(errors="replace").splitlines(keepends=True)
-    if lines and not lines[-1].endswith("\n"):
-        del lines[-1]  # the process was killed while it wrote: half a number is another number
-    for row in csv.DictReader(lines):
-        if not (row.get("step") or "").isdigit():
+    for row in read_table(path, errors="replace")[1]:
+        if not row.get("step", "").isdigit():
             continue
         step = int(row["step"]) + 1.0  # rows count from 0, steps taken from 1
         for key, text in row.items():
-            value = _number(text) if text and key not in ("step", "epoch", None) else None
+            value = _number(text) if text and key not in ("step", "epoch") else None
             if value is not None:
                 series.setdefault(key, {})[step] = value
     return {key: sorted(points.items()) for key, points in series.items()}
@@ -311,7 +302,8 @@ def _cut(text: str, most: int = LONGEST_LABEL) -> str:
 def best(values: Sequence[float | None], metric: str) -> float | None:
     """The best of what `metric` is in several runs; None where all are the same, or there is one."""
     known = [value for value in values if value is not None]
-    return METRICS[metric](known) if metric in METRICS and len(set(known)) > 1 else None
+    best_of = METRICS[metric].best if metric in METRICS else None
+    return best_of(known) if best_of and len(set(known)) > 1 else None
 
 
 @dataclass

@@ -1,60 +1,38 @@
 """What a page shows: which charts from which metrics, for runs side by side and for one run alone."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+from lowrank_pretrain.core.metrics import AXES, METRICS, STEP, TIME
 from lowrank_pretrain.core.text import format_number
 from lowrank_pretrain.report import charts
 from lowrank_pretrain.report.runs import Run, Series
 
-STEPS, SECONDS = "optimizer steps", "seconds of training"
-DRAWN = 16  # runs in one chart; more are no longer told apart
+STEPS, SECONDS = AXES[STEP], AXES[TIME]
+DRAWN = 16  # runs in one chart; more cannot be distinguished
 
-# metric -> (title, axis with unit)
-CURVES = {
-    "train/loss": ("Training loss", "loss, nats"),
-    "val/loss": ("Validation loss", "loss, nats"),
-    "val/acc1": ("Validation accuracy", "top-1 accuracy, fraction"),
-    "val/acc5": ("Validation accuracy, top 5", "top-5 accuracy, fraction"),
-    "val/ppl": ("Validation perplexity", "perplexity per token"),
-}
+CURVES = ("train/loss", "val/loss", "val/acc1", "val/acc5", "val/ppl")
 BY_TIME = ("train/loss", "val/loss", "val/acc1", "val/ppl")
-OVER_STEPS = {
-    "throughput/samples_per_sec": ("Throughput", "samples / s"),
-    "throughput/tokens_per_sec": ("Throughput in tokens", "tokens / s"),
-    "throughput/mfu": ("Model FLOPs utilisation", "share of the chip's peak"),
-    "memory/peak_gib": ("Peak memory of the phase so far", "GiB"),
-    "memory/optimizer_gib": ("Optimizer states", "MiB"),
-    "params/trainable": ("Trainable parameters", "million parameters"),
+# metric -> factor and unit, where the page shows another unit than the one that is logged
+OVER_STEPS: dict[str, tuple[float, str | None]] = {
+    "throughput/samples_per_sec": (1, None),
+    "throughput/tokens_per_sec": (1, None),
+    "throughput/mfu": (1, None),
+    "memory/peak_gib": (1, None),
+    "memory/optimizer_gib": (1024, "MiB"),
+    "params/trainable": (1e-6, "million parameters"),
 }
-# Of a phase in summary.json: key -> (title, axis, factor, form, what it is)
-PHASE_BARS = {
+FAMILIES = [name for name, metric in METRICS.items() if metric.by_family]  # a line per family
+SINGLES = ("lte/merge_mib", "lte/rest_mib", "lte/merge_ms", "galore/refresh_ms", "galore/overlap")
+# of a phase in summary.json: key -> (title, axis, factor, form)
+PHASE_BARS: dict[str, tuple[str, str, float, Callable[[float], str]]] = {
     "samples_per_sec": ("Throughput by phase", "samples / s, from the median step", 1, format_number),
     "peak_gib": ("Peak memory by phase", "GiB, process 0", 1, "{:.3g}".format),
     "optimizer_gib": ("Optimizer states by phase", "MiB, process 0", 1024, format_number),
     "trainable": ("Trainable parameters by phase", "million parameters", 1e-6, format_number),
     "flops_per_sample": ("Operations by phase", "MFLOP per sample, forward and backward", 1e-6, format_number),
     "mfu": ("Model FLOPs utilisation by phase", "share of the chip's peak", 1, "{:.1%}".format),
-}
-# prefix -> (title, axis): a line per family
-FAMILIES = {
-    "lowrank/weight_norm": ("Weight norms", "mean ‖W‖ of the family (Frobenius)"),
-    "lowrank/adapter_norm": ("Adapter norms", "mean ‖s·BA‖ of the family (Frobenius)"),
-    "lowrank/weight_change": ("Change of weight norms per window", "mean |Δ‖W‖| / ‖W‖, fraction"),
-    "lte/effective_rank/gradient": ("Effective rank of gradients", "effective rank"),
-    "lte/effective_rank/update": ("Effective rank of W − W₀", "effective rank"),
-    "lte/rank/gradient": ("Rank of gradients, at the tolerance", "rank"),
-    "lte/rank/update": ("Rank of W − W₀, at the tolerance", "rank"),
-    "lte/orthogonality": ("Heads' updates: orthogonality", "mean |cosine|"),
-    "lte/row_space_overlap": ("Heads' row spaces: overlap", "mean cos² of principal angles"),
-}
-SINGLES = {
-    "lte/merge_mib": ("Sent per merge", "MiB per worker"),
-    "lte/rest_mib": ("Sent for the rest, per window", "MiB per worker"),
-    "lte/merge_ms": ("Waited for a merge", "ms"),
-    "galore/refresh_ms": ("Refresh of the subspace", "ms"),
-    "galore/overlap": ("Overlap of old and new subspace", "fraction"),
 }
 
 
@@ -73,7 +51,8 @@ def side_by_side(runs: list[Run]) -> Iterator[Chart]:
     left_out = sum(bool(run.series) for run in runs) - len(shown)
     remark = f"{DRAWN} runs; {left_out} more are in the table." if left_out else ""
     marks = marks_of(shown[0]) if len(shown) == 1 else {}
-    for metric, (title, axis) in CURVES.items():
+    for metric in CURVES:
+        title, axis = METRICS[metric].title, METRICS[metric].axis
         series = {run.label: smooth(run.series[metric], metric) for run in shown if run.series.get(metric)}
         if not series:
             continue
@@ -95,8 +74,8 @@ def over_steps(shown: list[Run], remark: str = "") -> Iterator[Chart]:
     """What a run costs as it goes on."""
     slots = {run.label: index for index, run in enumerate(shown)}
     marks = marks_of(shown[0]) if len(shown) == 1 else {}
-    for metric, (title, axis) in OVER_STEPS.items():
-        factor = {"million parameters": 1e-6, "MiB": 1024}.get(axis, 1)
+    for metric, (factor, unit) in OVER_STEPS.items():
+        title, axis = METRICS[metric].title, unit or METRICS[metric].axis
         series = {r.label: [(x, y * factor) for x, y in r.series[metric]] for r in shown if r.series.get(metric)}
         if series:
             yield Chart(title, charts.lines(metric, STEPS, axis, series, marks, slots=slots), remark)
@@ -124,7 +103,8 @@ def of_one(run: Run, several: bool) -> Iterator[Chart]:
     own = f"{run.label}: " if several else ""  # ids and accessible names are unique on the page
     if run.summary.get("plan"):
         yield Chart("Ranks", rank_map(run.summary["plan"], f"{own}ranks"), "Rank of each adapter, chosen at the switch.")
-    for prefix, (title, axis) in FAMILIES.items():
+    for prefix in FAMILIES:
+        title, axis = METRICS[prefix].title, METRICS[prefix].axis
         series = run.group(prefix)
         if prefix in run.series:
             series = {"mean of all": run.series[prefix]} | series
@@ -134,7 +114,8 @@ def of_one(run: Run, several: bool) -> Iterator[Chart]:
             tolerance = _tolerance(run) if prefix == "lowrank/weight_change" else None
             svg = charts.lines(f"{own}{prefix}", STEPS, axis, drawn, marks_of(run), tolerance)
             yield Chart(title, svg, f"The first {DRAWN} of {len(series)} families." if len(series) > DRAWN else "")
-    for metric, (title, axis) in SINGLES.items():
+    for metric in SINGLES:
+        title, axis = METRICS[metric].title, METRICS[metric].axis
         if any(value for _, value in run.series.get(metric, [])):  # one worker sends nothing
             yield Chart(title, charts.lines(f"{own}{metric}", STEPS, axis, {title: run.series[metric]}, marks_of(run)))
 

@@ -5,7 +5,7 @@ from html import escape
 from typing import Any
 
 from lowrank_pretrain.core.text import format_number
-from lowrank_pretrain.report.runs import METRICS, Run, Seeds, best
+from lowrank_pretrain.report.runs import JUDGED_BY, Run, Seeds, best
 
 STEPS = "optimizer steps"
 STAR = "★"
@@ -15,7 +15,7 @@ Form = Callable[[float], str]
 
 def runs_table(runs: list[Run]) -> str:
     """A row per run: losses and accuracies first, the best of each marked; what it cost with ratios to the first run."""
-    measured = [metric for metric in METRICS if any(run.last(metric) is not None for run in runs)]
+    measured = [metric for metric in JUDGED_BY if any(run.last(metric) is not None for run in runs)]
     columns: list[tuple[str, Value, Form]] = [
         (STEPS, lambda r: _sum(r, "steps"), "{:,.0f}".format),
         ("training, s", lambda r: _sum(r, "seconds"), "{:,.1f}".format),
@@ -56,7 +56,7 @@ def _head(run: Run, several: bool) -> str:
 
 def seeds_table(groups: list[Seeds]) -> str:
     """A row per group of runs that differ by their seed: mean and sample standard deviation, the best mean marked."""
-    measured = [metric for metric in METRICS if any(group.mean(metric) is not None for group in groups)]
+    measured = [metric for metric in JUDGED_BY if any(group.mean(metric) is not None for group in groups)]
     finest = {metric: best([group.mean(metric) for group in groups], metric) for metric in measured}
     rows = []
     for group in groups:
