@@ -1,4 +1,4 @@
-"""How a checkpoint reaches the disk: beside the old one, synced, and only then in its place."""
+"""Write a checkpoint next to the old one, sync it, and only then put it in its place."""
 
 import contextlib
 import errno
@@ -17,18 +17,18 @@ from lowrank_pretrain.core.versions import versions
 
 
 class NotWritten(OSError):
-    """A checkpoint could not be written; the one that was there is as it was."""
+    """Say that a checkpoint could not be written; the one that was there is as it was."""
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
-    """Writes beside the target, syncs, then replaces: a crash or a full disk leaves the old file as it was.
+    """Write next to the target, sync, then replace: a crash or a full disk leaves the old file as it was.
 
     The command line always writes so; a script of one's own says ``Trainer(plugins=[WholeCheckpointIO()])``. Lightning alone
     writes into the temporary folder and moves: to another file system that is a copy over the old file, which a kill cuts off.
 
     A path on another file system (``s3://``, ``memory://``, …: fsspec's) is written there by that system's own transaction.
 
-    Every file says in which format and by which versions it is written: ``checkpoint["lowrank_pretrain"]["format"]`` and
+    Every file names its format and the versions that wrote it: ``checkpoint["lowrank_pretrain"]["format"]`` and
     ``["versions"]``.
 
     Raises:
@@ -43,7 +43,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
             side["versions"] = versions()
         if is_remote(path):
             try:  # Lightning writes into a transaction of the file system: the file is there when all of it is, and not before
-                super().save_checkpoint(checkpoint, path, storage_options)
+                super().save_checkpoint(checkpoint, os.fspath(path), storage_options)
             except Exception as error:  # each file system has errors of its own
                 raise NotWritten(f"{path} could not be written: {error or type(error).__name__}") from error
             return
@@ -112,7 +112,7 @@ def replace(new: Path, old: Path) -> None:
 
 
 def _room(directory: Path) -> str:
-    """Torch's own message does not say that the disk is full."""
+    """Return words on the room that is left: torch's own message does not say that the disk is full."""
     try:
         return f", {shutil.disk_usage(directory).free // 2**20} MiB were free on its disk"
     except OSError:  # there is no such directory

@@ -1,4 +1,4 @@
-"""A run that goes on for longer than the checkpoint's, under a schedule of a module's own: say that it may have ended."""
+"""Warn where a run goes on for longer than the checkpoint's under a schedule that is not ours: it may have ended."""
 
 import math
 import warnings
@@ -16,7 +16,7 @@ ENDS = ("T_max", "total_steps", "total_iters", "_milestones", "milestones", "lr_
 
 
 class LongerRun(Callback):
-    """Compares the run's length with the checkpoint's where the schedule is not ours.
+    """Compare the run's length with the checkpoint's where the schedule is not ours.
 
     Torch's schedulers take all that they know from the file, the length of the run too.
     """
@@ -50,7 +50,7 @@ class LongerRun(Callback):
 
 
 def _length(trainer: Trainer) -> int | None:
-    """Optimizer steps of the whole run; None where they are not known."""
+    """Return the optimizer steps of the whole run; None where they are not known."""
     try:
         steps = trainer.estimated_stepping_batches
     except MisconfigurationException:  # batches per step that change on the way

@@ -16,6 +16,7 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.fabric.loggers.logger import _DummyExperiment
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
@@ -129,14 +130,28 @@ def has_begun(logger: Any) -> bool:
 
 def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:
     """Return ``trainer.callbacks``. Tried with Lightning 2.6.6."""
-    callbacks: list[pl.Callback] = vars(trainer)["callbacks"]
+    callbacks: list[pl.Callback] = _untyped(trainer).callbacks
     return callbacks
 
 
 def log_interval(trainer: pl.Trainer) -> int:
     """Return ``trainer.log_every_n_steps``. Tried with Lightning 2.6.6."""
-    steps: int = vars(trainer)["log_every_n_steps"]
+    steps: int = _untyped(trainer).log_every_n_steps
     return steps
+
+
+def process_rank() -> int:
+    """Return ``rank_zero_only.rank``: this process's number in the run. Tried with Lightning 2.6.6."""
+    return getattr(rank_zero_only, "rank", 0)
+
+
+def is_trial(trainer: pl.Trainer) -> bool:
+    """Return whether ``trainer.fast_dev_run`` is on. Tried with Lightning 2.6.6."""
+    return bool(_untyped(trainer).fast_dev_run)
+
+
+def _untyped(value: Any) -> Any:
+    return value
 
 
 # -- torch: modules, loaders, optimizers ----------------------------------------------------------------------------

@@ -1,9 +1,9 @@
-"""What to do when training diverges: stop, or go back to the last good checkpoint and on behind the batches in between.
+"""Stop when training diverges, or go back to the last good checkpoint and on after the batches in between.
 
 A rewind is a resume. The last good checkpoint is written again with the data's position moved on to where training stood,
 and the run resumes from that file like from any other: weights, moments, schedules, phases and random states are those of
 the checkpoint, only the batches between it and the failure are never seen. So it works wherever a resume works, in every
-phase and across a switch, and a process that is killed behind a rewind goes on behind it too.
+phase and across a switch, and a process that is killed after a rewind goes on after it too.
 """
 
 import copy
@@ -18,6 +18,7 @@ from typing_extensions import override
 
 from lowrank_pretrain.checkpoints.files import newest_whole
 from lowrank_pretrain.checkpoints.io import WholeCheckpointIO, local_path
+from lowrank_pretrain.core.checks import choice, whole
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.lightning_private import LOGGED_STEPS
 from lowrank_pretrain.guards.finite import Diverged, FiniteGuard
@@ -35,7 +36,7 @@ DIVERGENCES = (Diverged, FloatingPointError)  # the latter is raised by GaLoreAd
 
 
 class DivergenceGuard(FiniteGuard):
-    """Detects a NaN or infinite loss or gradient and, if asked to, a loss that shoots up; stops the run or rewinds it.
+    """Detect a NaN or infinite loss or gradient and, if asked to, a loss that shoots up; stop the run or rewind it.
 
     To stop, it is a callback like any other. To rewind, start the fit with :meth:`fit`::
 
@@ -64,10 +65,8 @@ class DivergenceGuard(FiniteGuard):
         self, on_divergence: str = "stop", max_rewinds: int = 3, loss_spike: float | None = None, patience: int = 5
     ) -> None:
         super().__init__(loss_spike, patience)
-        if on_divergence not in POLICIES:
-            raise ConfigError("on_divergence", on_divergence, f"must be one of {', '.join(POLICIES)}")
-        if not isinstance(max_rewinds, int) or isinstance(max_rewinds, bool) or max_rewinds < 0:
-            raise ConfigError("max_rewinds", max_rewinds, "must be 0 or more")
+        choice("on_divergence", on_divergence, POLICIES)
+        whole("max_rewinds", max_rewinds, 0, allowed="must be 0 or more")
         self.on_divergence, self.max_rewinds = on_divergence, max_rewinds
         self.rewinds = self.skipped = 0
         self._position: dict[str, Any] | None = None
@@ -98,7 +97,7 @@ class DivergenceGuard(FiniteGuard):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if self.rewinds and trainer.log_every_n_steps and trainer.global_step % trainer.log_every_n_steps == 0:
             figures = {"divergence/rewinds": float(self.rewinds), "divergence/skipped_batches": float(self.skipped)}
-            self.log_dict(figures, on_step=True, on_epoch=False)
+            pl_module.log_dict(figures, on_step=True, on_epoch=False)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

@@ -1,6 +1,5 @@
-"""A data loader that hands out nothing more ends the run, instead of holding its devices until somebody looks."""
+"""End the run when a data loader hands out nothing more, instead of holding its devices until somebody looks."""
 
-import math
 import os
 import signal
 import sys
@@ -13,7 +12,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
-from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.checks import number
 
 GRACE = 30.0  # seconds that the main thread has to hear of it, before the process is ended from outside
 ASKED = "_next"  # how the names end that Lightning gives to asking a loader for a batch
@@ -38,7 +37,7 @@ class Stalled(BaseException):
 
 
 class StallGuard(Callback):
-    """Watches the time between asking a loader for a batch and getting it, from a thread of its own: a step costs nothing.
+    """Watch the time between asking a loader for a batch and getting it, from a thread of its own: a step costs nothing.
 
     That time is what Lightning measures for its profiler: what hooks, validation or the writing of a checkpoint take does not
     count.
@@ -54,11 +53,10 @@ class StallGuard(Callback):
     """
 
     def __init__(self, timeout: float | None = 1800.0) -> None:
-        number = isinstance(timeout, (int, float)) and not isinstance(timeout, bool)
-        if timeout is not None and not (number and 0 < timeout < math.inf):
-            raise ConfigError("stall_timeout", timeout, "must be a number of seconds above 0, or null for any time")
+        if timeout is not None:
+            number("stall_timeout", timeout, above=0, allowed="must be a number of seconds above 0, or null for any time")
         self.timeout = timeout
-        self._waiting: tuple[str, float] | None = None  # for whom, since when
+        self._waiting: tuple[str, float] | None = None  # which loader, since when
         self._thread: threading.Thread | None = None
         self._over = threading.Event()
         self._before: Any = None
@@ -165,7 +163,7 @@ class StallGuard(Callback):
 
 
 def _place(thread: int) -> str:
-    """Where a thread is, by the innermost frame that is not Python's own library."""
+    """Return where a thread is, by the innermost frame that is not Python's own library."""
     frame = sys._current_frames().get(thread)
     innermost = frame
     while frame is not None and frame.f_code.co_filename.startswith(STDLIB) and "site-packages" not in frame.f_code.co_filename:

@@ -1,6 +1,5 @@
 """Weights & Biases: metrics in sections over defined axes, phases as events, ranks as a map, one run across interruptions."""
 
-import csv
 import os
 import warnings
 from collections.abc import Mapping
@@ -12,10 +11,12 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from typing_extensions import override
 
-from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.checks import number
+from lowrank_pretrain.core.files import read_table
 from lowrank_pretrain.core.interrupts import Interrupted
 from lowrank_pretrain.core.metrics import METRICS, STEP, TIME
 from lowrank_pretrain.core.protocols import LogsPhases
+from lowrank_pretrain.core.text import one_line
 
 RANK = "lowrank/rank/"
 Panel = tuple[str, str | list[str], str, str]  # title, metrics or a regular expression of them, axis, unit
@@ -58,9 +59,9 @@ COUNTS = ("trainable", "adapters", "total")
 
 
 class RunWandbLogger(LogsPhases, WandbLogger):
-    """Lightning's logger with defined axes, and with what a run directory knows besides curves.
+    """Log to Weights & Biases with defined axes, and with what a run directory knows besides curves.
 
-    Each row carries the seconds trained so far, so that any metric can be drawn over time. Behind a switch the plan is
+    Each row carries the seconds trained so far, so that any metric can be drawn over time. After a switch the plan is
     there as a table and as a map of layer by family; each phase is a row of ``events/phases``.
 
     An offline run that resumes begins with the rows of metrics.csv: wandb cannot continue an offline run, and syncing a
@@ -75,8 +76,7 @@ class RunWandbLogger(LogsPhases, WandbLogger):
     """
 
     def __init__(self, save_dir: str, init_timeout: float = 15, **kwargs: Any) -> None:
-        if not isinstance(init_timeout, (int, float)) or isinstance(init_timeout, bool) or init_timeout <= 0:
-            raise ConfigError("init_timeout", init_timeout, "must be a number of seconds above 0")
+        number("init_timeout", init_timeout, above=0, allowed="must be a number of seconds above 0")
         if "settings" not in kwargs and "WANDB_INIT_TIMEOUT" not in os.environ:
             kwargs["settings"] = {"init_timeout": float(init_timeout)}
         if kwargs.get("offline"):
@@ -96,7 +96,7 @@ class RunWandbLogger(LogsPhases, WandbLogger):
         if fresh:
             define(run)
             if self._offline:
-                self._repeat(Path(self.save_dir) / "metrics.csv")
+                self._repeat(Path(str(self.save_dir)) / "metrics.csv")
         return run
 
     def _begin(self) -> Any:
@@ -108,8 +108,8 @@ class RunWandbLogger(LogsPhases, WandbLogger):
         except Exception as error:
             if self._offline:
                 raise
-            why = " ".join(str(error).split())[:200]
-            later = f"upload it later with: wandb sync {os.path.relpath(Path(self.save_dir) / 'wandb' / 'latest-run')}"
+            why = one_line(error, 200)
+            later = f"upload it later with: wandb sync {os.path.relpath(Path(str(self.save_dir)) / 'wandb' / 'latest-run')}"
             warnings.warn(f"wandb: {type(error).__name__}: {why}; writing an offline run; {later}", stacklevel=1)
         import wandb
 
@@ -118,7 +118,7 @@ class RunWandbLogger(LogsPhases, WandbLogger):
         return self._init()
 
     def _init(self) -> Any:
-        """Lightning's own way, but for the environment: it would set ``WANDB_MODE`` for all later runs of the process."""
+        """Begin W&B's run in Lightning's way, but for the environment: it would set ``WANDB_MODE`` for all later runs."""
         offline, self._offline = self._offline, False
         try:
             return super().experiment
@@ -139,7 +139,7 @@ class RunWandbLogger(LogsPhases, WandbLogger):
 
     @rank_zero_only
     def log_phase(self, phase: str, step: int, counts: Mapping[str, int]) -> None:
-        """A phase begins, or goes on after a resume.
+        """Log that a phase begins, or goes on after a resume.
 
         Args:
             phase: its name.
@@ -170,14 +170,13 @@ class RunWandbLogger(LogsPhases, WandbLogger):
     def _repeat(self, path: Path) -> None:
         if not path.is_file():
             return
-        with path.open(newline="") as file:
-            for row in csv.DictReader(file):
-                metrics = {key: float(text) for key, text in row.items() if text and key not in ("step", "epoch")}
-                self.log_metrics(metrics, int(row["step"]))
+        for row in read_table(path)[1]:
+            metrics = {key: float(text) for key, text in row.items() if text and key not in ("step", "epoch")}
+            self.log_metrics(metrics, int(row["step"]))
 
 
 def define(run: Any) -> None:
-    """The axis of every section's metrics, and which of their values is the best."""
+    """Define the axis of every section's metrics, and which of their values is the best."""
     run.define_metric(TIME)
     for panels in SECTIONS.values():
         for _, metrics, _, _ in panels:
@@ -194,7 +193,7 @@ def _best(metric: str) -> str | None:
 
 
 def publish(run: Any, summary: dict[str, Any], run_dir: Path) -> None:
-    """What a finished run leaves: all its phases as events, the report's page, the exported weights and their card.
+    """Publish a finished run: all its phases as events, the report's page, the exported weights and their card.
 
     Args:
         run: W&B's.

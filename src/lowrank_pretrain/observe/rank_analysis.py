@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lowrank_pretrain.core.checks import number, whole
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.protocols import Merges
+from lowrank_pretrain.core.steps import log_row
 from lowrank_pretrain.core.targets import WHOLE, Target, families, find_targets, is_conv1d, plain_name
 from lowrank_pretrain.lora.function import Part, merged
 from lowrank_pretrain.observe.spectra import (
@@ -114,11 +115,11 @@ class EffectiveRank(Callback):
         """Look at W − W₀, low-rank parts included."""
         if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking or not trainer.is_global_zero:
             return
-        values = {}
+        values, starts = {}, self._start or {}
         for name, present in present_matrices(find_targets(pl_module, self.targets, warn=False, frozen=True)):
-            start = self._start[name].to(present.device)
+            start = starts[name].to(present.device)
             values[name] = self._ranks(present.double() - start.double() if present.device.type != "mps" else present - start)
-        self._log(trainer, pl_module, "update", values, max(trainer.global_step - 1, 0))
+        self._log(trainer, pl_module, "update", values, None)
 
     def state_dict(self) -> dict[str, Any]:
         """W₀."""
@@ -132,13 +133,13 @@ class EffectiveRank(Callback):
         values = singular_values(matrix)
         return torch.stack([entropy_rank(values), tolerance_rank(values, self.tol)])
 
-    def _log(self, trainer: pl.Trainer, module: nn.Module, kind: str, values: dict[str, Tensor], step: int) -> None:
+    def _log(self, trainer: pl.Trainer, module: nn.Module, kind: str, values: dict[str, Tensor], row: int | None) -> None:
         table = torch.stack([*values.values()]).tolist()  # read from the device at once
-        metrics = {}
+        metrics: dict[str, float] = {}
         for column, key in enumerate(("lte/effective_rank", "lte/rank")):
             per_target = {name: row[column] for name, row in zip(values, table, strict=True)}
             metrics |= by_family(module, f"{key}/{kind}", per_target)
-        log(trainer, metrics, step)
+        log_row(trainer, metrics, row)
 
 
 class HeadOrthogonality(Callback):
@@ -188,25 +189,26 @@ class HeadOrthogonality(Callback):
                 self._said = True
                 rank_zero_warn("HeadOrthogonality: no target has two heads: nothing is logged")
             return
-        metrics = {}
+        metrics: dict[str, float] = {}
         for key, found in (("lte/orthogonality", cosines), ("lte/row_space_overlap", overlaps)):
             values = torch.stack([*found.values()]).tolist()
             kept = {name: value for name, value in zip(found, values, strict=True) if value == value}  # NaN: all B are zero
             if kept:
                 metrics |= by_family(pl_module, key, kept)
-        log(trainer, metrics, trainer.global_step)
+        log_row(trainer, metrics, trainer.global_step)
 
 
 def present_matrices(targets: dict[str, Target]) -> Iterator[tuple[str, Tensor]]:
     """Each target's (O, D) matrix with what plain adapters add to it; heads are merged by their strategy, for looking."""
-    layer, weight = None, None
+    layer: Any = None
     for name, target in targets.items():
         own = getattr(target.layer, "lora_A", None)
-        if own is None or own.ndim != 2:
+        if not isinstance(own, Tensor) or own.ndim != 2:
             yield name, target.matrix().detach()
             continue
         if target.layer is not layer:  # the parts of a fused layer come one behind the other
-            layer, factors = target.layer, [target.layer.lora_B[part.name] for part in target.layer._parts]
+            layer = target.layer
+            factors = [layer.lora_B[part.name] for part in layer._parts]
             weight = merged(layer.weight, layer.lora_A, factors, layer._parts, is_conv1d(layer))
             weight = weight.t() if is_conv1d(layer) else weight
         yield name, weight[target.start : target.start + target.rows]
@@ -226,9 +228,3 @@ def by_family(module: nn.Module, key: str, values: dict[str, float]) -> dict[str
     for name, family in families(module, values).items():
         grouped.setdefault(f"{key}/{family}", []).append(values[name])
     return {key: sum(values.values()) / len(values)} | {name: sum(v) / len(v) for name, v in grouped.items()}
-
-
-def log(trainer: pl.Trainer, metrics: dict[str, float], step: int) -> None:
-    """To every logger, in the row of optimizer step `step` (Lightning counts rows from 0)."""
-    for logger in trainer.loggers:
-        logger.log_metrics(metrics, step=step)

@@ -90,7 +90,8 @@ def row_space_overlaps(A: Tensor) -> Tensor:
 
 def mean_of_pairs(matrix: Tensor) -> Tensor:
     """Mean of |entries| above the diagonal of (N, N), NaN left out; NaN where there is none."""
-    i, j = torch.triu_indices(*matrix.shape, offset=1, device=matrix.device)
+    rows, columns = matrix.shape
+    i, j = torch.triu_indices(rows, columns, offset=1, device=matrix.device)
     return matrix[i, j].abs().nanmean()
 
 

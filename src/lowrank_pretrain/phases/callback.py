@@ -27,6 +27,7 @@ from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.lr_factor import Rewarm
 from lowrank_pretrain.core.plan import Plan, fit_ranks
 from lowrank_pretrain.core.protocols import PHASES, Adopter, HasPhase
+from lowrank_pretrain.core.steps import log_row
 from lowrank_pretrain.core.targets import Target, families, find_targets, first_named, say_left_out, select
 from lowrank_pretrain.lora import model as lora
 from lowrank_pretrain.observe.monitor import count_parameters
@@ -185,15 +186,9 @@ class PhaseCallback(HasPhase, Callback):
 
     def _log_hash(self, trainer: pl.Trainer, agreed: int, replay: bool) -> None:
         if not replay:
-            self._log(trainer, {"lowrank/hash": float(agreed)})
+            log_row(trainer, {"lowrank/hash": float(agreed)})
             where = f", the same on all {trainer.world_size} processes" if trainer.world_size > 1 else ""
             rank_zero_info(f"{type(self).__name__}: hash of the weights {agreed:08x}{where}")
-
-    @staticmethod
-    def _log(trainer: pl.Trainer, metrics: dict[str, float]) -> None:
-        for logger in trainer.loggers:
-            # the row of the step just taken; Lightning counts rows from 0
-            logger.log_metrics(metrics, step=max(trainer.global_step - 1, 0))
 
     # -- Lightning's hooks ------------------------------------------------------------------------------------------
 

@@ -242,6 +242,5 @@ def _arguments(constructor: Callable[..., Any]) -> list[str]:
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
     from omegaconf import OmegaConf
 
-    if OmegaConf.is_config(config):
-        config = OmegaConf.to_container(config, resolve=True)
-    return dict(config)
+    found: Any = OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config
+    return dict(found)

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from hydra.experimental.callback import Callback
-from lightning.fabric.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from lowrank_pretrain.checkpoints.files import check_sums, inspect, newest_whole, remove_unfinished
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.lightning_private import process_rank
 from lowrank_pretrain.run.ownership import LOCK, owned, refuse_full
 
 TRACES = ("metrics.csv", "summary.json", "checkpoints/*.ckpt")  # any of these and the directory holds a run
@@ -112,7 +112,7 @@ class RefuseOldRun(Callback):
         self._refuse(Path(config.hydra.sweep.dir), lambda: None)
 
     def _refuse(self, directory: Path, first: Callable[[], None]) -> None:
-        if rank_zero_only.rank != 0:  # a data-parallel run's other processes find process 0's files
+        if process_rank() != 0:  # a data-parallel run's other processes find process 0's files
             return
         try:
             first()
@@ -151,7 +151,7 @@ def start_from(directory: Path, ckpt_path: str | None, sweep: bool = False) -> P
     """
     if ckpt_path is not None and not (isinstance(ckpt_path, str) and ckpt_path):
         raise ConfigError("ckpt_path", ckpt_path, "must be a checkpoint's file, last, or null to start afresh")
-    if rank_zero_only.rank == 0:
+    if process_rank() == 0:
         refuse_old_run(directory, ckpt_path, sweep)
         remove_unfinished(directory / "checkpoints")
     if ckpt_path is None:

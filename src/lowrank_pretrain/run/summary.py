@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.lightning_private import process_rank
 from lowrank_pretrain.core.protocols import HasPhase, Reports, phase_callback
 from lowrank_pretrain.core.text import format_number
 from lowrank_pretrain.core.versions import versions
@@ -85,7 +85,7 @@ def note_failure(run_dir: Path, error: BaseException, line: str | None) -> None:
 
 def forget_failure(run_dir: Path) -> None:
     """The run in `run_dir` begins, or goes on."""
-    if rank_zero_only.rank == 0:
+    if process_rank() == 0:
         (run_dir / FAILURE).unlink(missing_ok=True)
 
 
