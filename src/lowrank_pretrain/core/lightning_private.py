@@ -140,6 +140,16 @@ def log_interval(trainer: pl.Trainer) -> int:
     return steps
 
 
+def datamodule_of(trainer: pl.Trainer) -> pl.LightningDataModule | None:
+    """Return ``trainer.datamodule``. Tried with Lightning 2.6.6."""
+    return _untyped(trainer).datamodule
+
+
+def profiler_of(trainer: pl.Trainer) -> Any:
+    """Return ``trainer.profiler``. Tried with Lightning 2.6.6."""
+    return _untyped(trainer).profiler
+
+
 def process_rank() -> int:
     """Return ``rank_zero_only.rank``: this process's number in the run. Tried with Lightning 2.6.6."""
     return getattr(rank_zero_only, "rank", 0)

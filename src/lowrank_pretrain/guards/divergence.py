@@ -20,7 +20,7 @@ from lowrank_pretrain.checkpoints.files import newest_whole
 from lowrank_pretrain.checkpoints.io import WholeCheckpointIO, local_path
 from lowrank_pretrain.core.checks import choice, whole
 from lowrank_pretrain.core.errors import ConfigError
-from lowrank_pretrain.core.lightning_private import LOGGED_STEPS
+from lowrank_pretrain.core.lightning_private import LOGGED_STEPS, datamodule_of, log_interval
 from lowrank_pretrain.guards.finite import Diverged, FiniteGuard
 
 POLICIES = ("stop", "rewind")
@@ -95,7 +95,8 @@ class DivergenceGuard(FiniteGuard):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        if self.rewinds and trainer.log_every_n_steps and trainer.global_step % trainer.log_every_n_steps == 0:
+        every = log_interval(trainer)
+        if self.rewinds and every and trainer.global_step % every == 0:
             figures = {"divergence/rewinds": float(self.rewinds), "divergence/skipped_batches": float(self.skipped)}
             pl_module.log_dict(figures, on_step=True, on_epoch=False)
 
@@ -129,7 +130,7 @@ class DivergenceGuard(FiniteGuard):
         return f"{count}: back to {good.name} after step {checkpoint['global_step']}, {skipped} batches left out"
 
     def fit(self, trainer: Trainer, model: LightningModule, *args: Any, ckpt_path: Any = None, **kwargs: Any) -> None:
-        """``trainer.fit``, again from a rewound checkpoint (``rewound.ckpt`` beside the good one) where training diverges.
+        """``trainer.fit``, again from a rewound checkpoint (``rewound.ckpt`` next to the good one) where training diverges.
 
         Args:
             trainer: with this callback and a ModelCheckpoint that has a directory.
@@ -146,8 +147,10 @@ class DivergenceGuard(FiniteGuard):
             local_path(getattr(saver, "dirpath", None) or trainer.default_root_dir, "dirpath")
         while True:
             try:
-                return trainer.fit(model, *args, ckpt_path=ckpt_path, **kwargs)
-            except (Diverged, FloatingPointError) as error:
+                fit: Any = trainer.fit
+                fit(model, *args, ckpt_path=ckpt_path, **kwargs)
+                return
+            except DIVERGENCES as error:
                 saver = trainer.checkpoint_callback
                 directory = Path(local_path(getattr(saver, "dirpath", None) or trainer.default_root_dir, "dirpath"))
                 line = self.rewind(directory, directory / "rewound.ckpt")
@@ -167,17 +170,19 @@ class DivergenceGuard(FiniteGuard):
 
 
 def _data_state(trainer: pl.Trainer) -> dict[str, Any]:
-    return {} if trainer.datamodule is None else trainer.datamodule.state_dict()
+    module = datamodule_of(trainer)
+    return {} if module is None else module.state_dict()
 
 
 def position(trainer: pl.Trainer) -> dict[str, Any]:
-    """Where training stands in the data: Lightning's loops, and the data module's own state."""
+    """Return where training stands in the data: Lightning's loops, and the data module's own state."""
     loops = copy.deepcopy(trainer.fit_loop.state_dict())
     progress = loops["epoch_loop.batch_progress"]
     for count in (progress["total"], progress["current"]):
         # as a checkpoint at the end of this batch would have it, wherever in the batch the failure was
         count.update(started=count["ready"], processed=count["ready"], completed=count["ready"] - 1)
-    data = {} if trainer.datamodule is None else {type(trainer.datamodule).__qualname__: _data_state(trainer)}
+    module = datamodule_of(trainer)
+    data = {} if module is None else {type(module).__qualname__: _data_state(trainer)}
     return {"loops": loops, "epoch": trainer.current_epoch, "data": data}
 
 
@@ -190,7 +195,7 @@ def moved_on(checkpoint: dict[str, Any], here: dict[str, Any]) -> int:
             now[key] = then[key]
     logged = dict(then["epoch_loop.state_dict"])
     if before["completed"] == before["processed"] and LOGGED_STEPS in logged:
-        logged[LOGGED_STEPS] -= 1  # written behind its batch, while Lightning adds one for a file written at a batch's end
+        logged[LOGGED_STEPS] -= 1  # written after its batch, while Lightning adds one for a file written at a batch's end
     now["epoch_loop.state_dict"] = logged
     checkpoint["loops"]["fit_loop"] = now
     checkpoint["epoch"] = here["epoch"]

@@ -59,7 +59,7 @@ class FiniteGuard(Callback):
         whole("patience", patience, 1, allowed="must be 1 or more batches in a row")
         self.loss_spike, self.patience = loss_spike, patience
         self._seen: list[float] = [0.0, 0.0]  # of a checkpoint: running sum and its weight
-        self._bad: Tensor | None = None
+        self._bad = torch.zeros(0)  # (3,) once training has started
         self._steps = StepWatch()
 
     @override
@@ -106,7 +106,7 @@ class FiniteGuard(Callback):
             before = 0 if _scaled(trainer) else self._bad[0]  # a scaler skips the step and goes on; else one is one too many
             self._count(0, bad, torch.where(bad, self._bad[0] + 1, before), step)
             if self.loss_spike is not None:
-                self._follow(loss, bad, step)
+                self._follow(loss, bad, step, self.loss_spike)
         # only between two optimizer steps, so that a run that goes on from here begins with a whole one
         alone = pl_module.device.type == "cpu" and trainer.world_size == 1
         every = 1 if alone else max(1, log_interval(trainer))
@@ -117,20 +117,20 @@ class FiniteGuard(Callback):
         self._first[which] = torch.where(bad & (self._bad[which] == 0), step, self._first[which])
         self._bad[which] = count
 
-    def _follow(self, loss: Tensor, bad: Tensor, step: int) -> None:
-        """Hold the loss against its running mean, then take it into the mean unless it is out of line."""
+    def _follow(self, loss: Tensor, bad: Tensor, step: int, limit: float) -> None:
+        """Compare the loss with its running mean, then take it into the mean unless it is out of line."""
         total, weight = self._mean
         self._batches += 1
         if self._batches > SETTLED:
             mean = total / weight
-            spike = loss > mean + (self.loss_spike - 1) * mean.abs()  # false for NaN
+            spike = loss > mean + (limit - 1) * mean.abs()  # false for NaN
             self._count(2, spike, torch.where(spike, self._bad[2] + 1, 0), step)
             bad = bad | spike
         share = 1 - DECAY
         self._mean = torch.where(bad, self._mean, DECAY * self._mean + share * torch.stack((loss, torch.ones_like(loss))))
 
     def _look(self, trainer: Trainer) -> None:
-        if self._bad is None:
+        if not len(self._bad):
             return
         here = torch.cat((self._bad, self._first))
         counts = here
@@ -167,7 +167,7 @@ class FiniteGuard(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"mean": self._mean.tolist() if self._bad is not None else self._seen}
+        return {"mean": self._mean.tolist() if len(self._bad) else self._seen}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

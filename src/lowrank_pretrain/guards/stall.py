@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
 from lowrank_pretrain.core.checks import number
+from lowrank_pretrain.core.lightning_private import profiler_of
 
 GRACE = 30.0  # seconds that the main thread has to hear of it, before the process is ended from outside
 ASKED = "_next"  # how the names end that Lightning gives to asking a loader for a batch
@@ -80,7 +81,7 @@ class StallGuard(Callback):
         self._end()
         self._over.clear()
         self._before = signal.signal(signal.SIGALRM, self._hear)
-        self._thread = threading.Thread(target=self._watch, args=(main.ident,), name="stall guard", daemon=True)
+        self._thread = threading.Thread(target=self._watch, args=(main.ident, self.timeout), name="stall guard", daemon=True)
         self._thread.start()
 
     def _end(self) -> None:
@@ -94,8 +95,8 @@ class StallGuard(Callback):
             self._thread = None
             signal.signal(signal.SIGALRM, self._before)
 
-    def _watch(self, main: int) -> None:
-        pause = min(5.0, self.timeout / 4)
+    def _watch(self, main: int, timeout: float) -> None:
+        pause = min(5.0, timeout / 4)
         for_whom, waited, last = None, 0.0, time.monotonic()
         while not self._over.wait(pause):
             waiting, now = self._waiting, time.monotonic()
@@ -105,11 +106,11 @@ class StallGuard(Callback):
             elif waiting is not None:
                 waited += min(now - last, 2 * pause)
             last = now
-            if waiting is None or waited < self.timeout:
+            if waiting is None or waited < timeout:
                 continue
-            self._stalled = Stalled(waiting[0], self.timeout, _place(main))
+            self._stalled = Stalled(waiting[0], timeout, _place(main))
             signal.pthread_kill(main, signal.SIGALRM)
-            if self._over.wait(min(GRACE, 10 * self.timeout)):
+            if self._over.wait(min(GRACE, 10 * timeout)):
                 return
             if self._waiting is waiting:
                 print(f"error: {self._stalled}; it does not answer", file=sys.stderr, flush=True)
@@ -129,7 +130,7 @@ class StallGuard(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._begin()
         if self._thread is not None:
-            self._listen(trainer.profiler)
+            self._listen(profiler_of(trainer))
 
     def _listen(self, profiler: Any) -> None:
         """Hear when Lightning asks a loader and when it has its answer: it tells its profiler, also one that is off."""

@@ -77,7 +77,7 @@ def check_values(values: dict[str, Any]) -> None:
         raise ConfigError(f"trainer.{key}", values[key], f"is set by the run; {OURS[key]}")
     check_arguments("trainer", pl.Trainer, {key: value for key, value in values.items() if key not in ("callbacks", "plugins")})
     for key, (least, most, allowed) in LIMITS.items():
-        value = values.get(key)
+        value: Any = values.get(key)
         if is_number(value) and not least <= value <= most:
             raise ConfigError(f"trainer.{key}", value, allowed)
     for key in ("accelerator", "strategy"):
