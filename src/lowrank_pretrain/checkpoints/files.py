@@ -13,10 +13,11 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from typing_extensions import override
 
 from lowrank_pretrain.checkpoints.format import SIDE, check_format
-from lowrank_pretrain.checkpoints.io import NotWritten, WholeCheckpointIO, local_path, replace
+from lowrank_pretrain.checkpoints.io import NotWritten, WholeCheckpointIO, local_path
 from lowrank_pretrain.checkpoints.safe_load import safe_load, unread
 from lowrank_pretrain.core.checks import whole
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.files import replace_durably
 from lowrank_pretrain.core.interrupts import Interrupted, Interrupts
 from lowrank_pretrain.core.lightning_private import is_trial
 from lowrank_pretrain.core.protocols import PHASES
@@ -104,7 +105,7 @@ class LastCheckpoint(Checkpoint):
     def _put_in_place(self, trainer: Trainer) -> None:
         if self._written and trainer.is_global_zero:
             try:
-                replace(self._waiting, self.path)
+                replace_durably(self._waiting, self.path)
             except OSError as error:
                 raise NotWritten(f"{self.path} could not be replaced: {error}") from error
         self._written = False

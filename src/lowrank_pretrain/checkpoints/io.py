@@ -1,7 +1,5 @@
 """Write a checkpoint next to the old one, sync it, and only then put it in its place."""
 
-import contextlib
-import errno
 import os
 import shutil
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing_extensions import override
 
 from lowrank_pretrain.checkpoints.format import FORMAT, SIDE
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.files import whole_file
 from lowrank_pretrain.core.versions import versions
 
 
@@ -48,19 +47,12 @@ class WholeCheckpointIO(TorchCheckpointIO):
                 raise NotWritten(f"{path} could not be written: {error or type(error).__name__}") from error
             return
         path = Path(without_scheme(path))
-        beside = path.with_name(f".{path.name.lstrip('.')}.{os.getpid()}.part")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with beside.open("wb") as file:
+            with whole_file(path, "wb", durable=True) as file:
                 torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            replace(beside, path)
         except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
             raise NotWritten(f"{path} could not be written{_room(path.parent)}: {error}") from error
-        finally:
-            with contextlib.suppress(OSError):  # what stopped the writing stops this too
-                beside.unlink(missing_ok=True)
 
 
 def is_remote(path: str | os.PathLike) -> bool:
@@ -88,27 +80,6 @@ def local_path(path: str | os.PathLike, key: str) -> str:
     if is_remote(path):
         raise ConfigError(key, os.fspath(path), "must be on a file system of this machine: write here and copy, or mount it")
     return without_scheme(path)
-
-
-def replace(new: Path, old: Path) -> None:
-    """`new`, whole and synced, takes the place of `old`, and the directory is synced, so that it has done so for good.
-
-    Raises:
-        OSError: from the system; `old` is as it was.
-    """
-    if new.is_dir() and old.is_dir():  # a sharded checkpoint; two directories cannot change places in one go
-        shutil.rmtree(old)
-    os.replace(new, old)
-    if os.name != "posix":  # elsewhere directories cannot be opened
-        return
-    directory = os.open(old.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.EBADF):  # some network file systems know no such thing
-            raise
-    finally:
-        os.close(directory)
 
 
 def _room(directory: Path) -> str:

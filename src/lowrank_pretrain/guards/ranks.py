@@ -14,8 +14,8 @@ from lowrank_pretrain.core.steps import StepWatch
 class RanksAgree(Callback):
     """Compare the ranks' weights every so many optimizer steps and before each checkpoint; one pass over them, one wait.
 
-    What LTE keeps apart is left out: its heads, its rest where that is averaged at merges only. Weights that are cut over
-    the ranks (FSDP2) have nothing to be compared with.
+    LTE's heads are left out, and its rest where that is averaged at merges only. Weights that are cut over the ranks
+    (FSDP2) have nothing to be compared with.
 
     Args:
         every_n_steps: optimizer steps between two looks; 0: only before checkpoints.

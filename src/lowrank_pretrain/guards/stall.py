@@ -21,7 +21,7 @@ STDLIB = sysconfig.get_paths()["stdlib"]
 
 
 class Stalled(BaseException):
-    """A loader has not handed out a batch for too long. No Exception: readers that forgive those must not forgive this.
+    """Say that a loader has not handed out a batch for too long. No Exception: code that forgives those must not forgive this.
 
     Args:
         loader: which, e.g. ``"the training loader"``.
@@ -43,7 +43,7 @@ class StallGuard(Callback):
     That time is what Lightning measures for its profiler: what hooks, validation or the writing of a checkpoint take does not
     count.
 
-    It interrupts the main thread by SIGALRM, whatever Python is waiting for there: a worker process, a file, a lock. Where
+    It interrupts the main thread by SIGALRM, from any wait of Python's: for a worker process, a file, a lock. Where
     that is not heard, inside of a library's own loop, the process ends with exit code 1 after half a minute.
 
     Args:

@@ -1,4 +1,4 @@
-"""What LTE's authors observed, as callbacks that any run can switch on (arXiv 2402.16828, sections 3 and 4).
+"""Observe what LTE's authors did, by callbacks that any run can switch on (arXiv 2402.16828, sections 3 and 4).
 
 ``EffectiveRank``: gradients and the sum of all updates have a rank that grows during training. ``HeadOrthogonality``: heads
 keep to directions of their own. Both only look: they draw no random numbers and write to nothing that training reads.
@@ -38,9 +38,9 @@ class EffectiveRank(Callback):
     """Log the effective rank (Roy & Vetterli) of the targets' gradients and of W − W₀, and their rank at a tolerance.
 
     Logged as ``lte/effective_rank/{gradient,update}`` and ``lte/rank/{gradient,update}``, means over the targets, and with
-    ``/<family>`` behind for each family. Gradients are looked at every so many optimizer steps, the update at the end of each
-    validation inside a fit, when a strategy or callback that holds low-rank parts apart has them merged. Where adapters train
-    and W does not, W has no gradient: then only the update is logged, and it is said once.
+    ``/<family>`` appended for each family. Gradients are measured every so many optimizer steps, the update at the end of each
+    validation inside a fit, when low-rank parts that are kept separately are merged. Where adapters train and W does not, W has
+    no gradient: then only the update is logged, and it is said once.
 
     Costs: W₀ of the targets in host memory of process 0 and in checkpoints; an eigenvalue problem per target and look.
 
@@ -147,7 +147,7 @@ class HeadOrthogonality(Callback):
 
     ``lte/orthogonality``: mean |cosine| between two heads' updates s·BₙAₙ; ``lte/row_space_overlap``: mean cos² of the
     principal angles between their A's row spaces (random ones: R/D). Both 0 for orthogonal heads, means over pairs and targets,
-    and with ``/<family>`` behind for each family. Looked at before the optimizer step, so that heads which a merge of the same
+    and with ``/<family>`` appended for each family. Measured before the optimizer step, so that heads which a merge of the same
     step resets are seen while they still hold something. Gathers every worker's heads where the strategy offers it.
 
     Args:
@@ -176,7 +176,7 @@ class HeadOrthogonality(Callback):
             return
         heads = trainer.strategy.all_heads() if isinstance(trainer.strategy, Merges) else local_heads(pl_module)
         cosines, overlaps = {}, {}
-        for layer_name, A, B, parts in heads:  # to the end on every process, whatever it does with them
+        for layer_name, A, B, parts in heads:  # to the end on every process, for gathering them is a collective
             if A.shape[0] < 2 or not trainer.is_global_zero:
                 continue
             for part in parts:
@@ -206,7 +206,7 @@ def present_matrices(targets: dict[str, Target]) -> Iterator[tuple[str, Tensor]]
         if not isinstance(own, Tensor) or own.ndim != 2:
             yield name, target.matrix().detach()
             continue
-        if target.layer is not layer:  # the parts of a fused layer come one behind the other
+        if target.layer is not layer:  # the parts of a fused layer come one after the other
             layer = target.layer
             factors = [layer.lora_B[part.name] for part in layer._parts]
             weight = merged(layer.weight, layer.lora_A, factors, layer._parts, is_conv1d(layer))

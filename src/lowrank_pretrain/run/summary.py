@@ -1,4 +1,4 @@
-"""What a finished run leaves behind and prints: summary.json, and one small table with the phases side by side."""
+"""Summarize a finished run: summary.json, and one small table with a column for each phase."""
 
 import json
 import os
@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.files import write_whole
 from lowrank_pretrain.core.lightning_private import process_rank
 from lowrank_pretrain.core.protocols import HasPhase, Reports, phase_callback
 from lowrank_pretrain.core.text import format_number
@@ -23,7 +24,7 @@ FAILURE = "failure.txt"  # in the run directory: why the last attempt ended
 
 
 def summarize(trainer: Trainer, monitor: Monitor, final: dict[str, float]) -> dict[str, Any]:
-    """The contents of summary.json.
+    """Return the contents of summary.json.
 
     Args:
         trainer: after fit and test.
@@ -56,7 +57,7 @@ def summarize(trainer: Trainer, monitor: Monitor, final: dict[str, float]) -> di
 
 
 def _known(record: PhaseRecord) -> dict[str, float]:
-    """What not every run knows: optimizer memory by the method's formula, the operations of a sample, use of the chip."""
+    """Return the figures that not every run knows: optimizer memory by formula, the operations of a sample, use of the chip."""
     optional = {
         "adapters": record.adapters,
         "optimizer_gib": record.optimizer_gib,
@@ -68,7 +69,7 @@ def _known(record: PhaseRecord) -> dict[str, float]:
 
 
 def note_failure(run_dir: Path, error: BaseException, line: str | None) -> None:
-    """Leave in `run_dir` the one line that says why the run ended.
+    """Write the one line that says why the run ended into the run directory.
 
     Args:
         run_dir: the run directory.
@@ -84,16 +85,14 @@ def note_failure(run_dir: Path, error: BaseException, line: str | None) -> None:
 
 
 def forget_failure(run_dir: Path) -> None:
-    """The run in `run_dir` begins, or goes on."""
+    """Remove the line of an earlier failure, for the run begins or goes on."""
     if process_rank() == 0:
         (run_dir / FAILURE).unlink(missing_ok=True)
 
 
 def write(summary: dict[str, Any], path: Path) -> None:
-    """`summary` as JSON at `path`, whole or not at all."""
-    beside = path.with_name(f".{path.name}.part")
-    beside.write_text(json.dumps(summary, indent=2) + "\n")
-    os.replace(beside, path)
+    """Write a summary as JSON, whole or not at all."""
+    write_whole(path, json.dumps(summary, indent=2) + "\n")
 
 
 def show(records: list[PhaseRecord], final: dict[str, float], where: dict[str, Path], console: Console | None = None) -> None:
@@ -115,7 +114,7 @@ def show(records: list[PhaseRecord], final: dict[str, float], where: dict[str, P
 
 
 def phase_table(records: list[PhaseRecord]) -> Table:
-    """Phases as columns; throughput and memory with their ratio to the full phase."""
+    """Return a table with a column for each phase; throughput and memory with their ratio to the full phase."""
     full = next((record for record in records if record.phase == "full"), None)
     table = Table()
     table.add_column("")

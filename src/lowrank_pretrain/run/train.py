@@ -1,4 +1,4 @@
-"""One run from the command line: compose -> instantiate -> fit -> test -> export -> summary.
+"""Run one training from the command line: compose, build, fit, test, export, summarize.
 
     python -m lowrank_pretrain experiment=NAME KEY=VALUE ...
 
@@ -86,7 +86,7 @@ def attempts(config: dict[str, Any], run_dir: Path, ckpt: Path | None, multirun:
 
 
 class JobFailed(CompactHydraException):
-    """A job of a sweep failed for a reason that has been printed; Hydra shows no traceback and runs the other jobs."""
+    """Say that a job of a sweep failed for a reason that has been printed; Hydra shows no traceback and runs the other jobs."""
 
     def __init__(self, line: str, code: int) -> None:
         super().__init__(line, code)
@@ -102,7 +102,7 @@ _composed = False  # whether a configuration was ever complete enough for a job 
 
 @hydra.main(version_base="1.3", config_path="pkg://lowrank_pretrain.conf", config_name="train")
 def _job(cfg: DictConfig) -> float | None:
-    """Hydra's task: one run, its failures as one line. Returns the validation loss, for sweepers that minimise."""
+    """Make one run, its failures as one line; Hydra's task. Returns the validation loss, for sweepers that minimise."""
     global _composed
     _composed = True
     hydra_cfg = HydraConfig.get()
@@ -128,7 +128,7 @@ def _run(cfg: DictConfig, run_dir: Path, multirun: bool) -> float | None:
 
 
 def main() -> None:
-    """The console command. Exit codes: 0, 1 failed, 2 wrong configuration, 130 SIGINT, 143 SIGTERM."""
+    """Run the console command. Exit codes: 0, 1 failed, 2 wrong configuration, 130 SIGINT, 143 SIGTERM."""
     global _composed
     if "--version" in sys.argv[1:]:  # Hydra would print its own
         print(version_line())
