@@ -1,5 +1,6 @@
 """End the run when a data loader hands out nothing more, instead of holding its devices until somebody looks."""
 
+import math
 import os
 import signal
 import sys
@@ -81,7 +82,7 @@ class StallGuard(Callback):
         self._end()
         self._over.clear()
         self._before = signal.signal(signal.SIGALRM, self._hear)
-        self._thread = threading.Thread(target=self._watch, args=(main.ident, self.timeout), name="stall guard", daemon=True)
+        self._thread = threading.Thread(target=self._watch, args=(main.ident,), name="stall guard", daemon=True)
         self._thread.start()
 
     def _end(self) -> None:
@@ -95,7 +96,8 @@ class StallGuard(Callback):
             self._thread = None
             signal.signal(signal.SIGALRM, self._before)
 
-    def _watch(self, main: int, timeout: float) -> None:
+    def _watch(self, main: int) -> None:
+        timeout = math.inf if self.timeout is None else self.timeout
         pause = min(5.0, timeout / 4)
         for_whom, waited, last = None, 0.0, time.monotonic()
         while not self._over.wait(pause):
