@@ -1,4 +1,4 @@
-"""Take batches out of worker processes: what a dataset hands over, inputs that cannot be read, and the workers' start and end."""
+"""Take batches out of worker processes: what a dataset hands over, unreadable inputs, and the start and end of workers."""
 
 import warnings
 from typing import Any, NamedTuple
