@@ -212,8 +212,8 @@ def create_from_file(name: str, num_classes: int, path: str, kwargs: dict[str, A
     """Create a network with the weights of a local timm checkpoint; its head is fresh where the classes differ.
 
     timm loads strictly into a network with the *file's* number of classes, and adapts positions and patch projection to the
-    image size and channels that are asked for. Only then is the head replaced. Loading into the wanted number
-    would turn strictness off: a checkpoint of another network would load nothing, without a warning.
+    image size and channels that are asked for. Only then is the head replaced. Loading directly into the wanted number of
+    classes would turn strictness off: a checkpoint of another network would load nothing, without a warning.
 
     Raises:
         ConfigError: the arguments are wrong, or the file is missing, unreadable or of another network.

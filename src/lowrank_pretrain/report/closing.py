@@ -1,4 +1,4 @@
-"""What a sweep prints at its end: a row per run, the best marked, means over seeds, and the command for its page."""
+"""Print the end of a sweep: a row for each run with the best marked, means over seeds, and the command for its page."""
 
 import os
 import sys
@@ -19,7 +19,7 @@ def show(runs: list[Run], directory: Path, console: Console | None = None) -> No
     """Print the table of a sweep.
 
     Args:
-        runs: those in its directory, in the order of jobs.
+        runs: those in its directory, in the order of the jobs.
         directory: the sweep's.
         console: where to print; stdout by default.
     """

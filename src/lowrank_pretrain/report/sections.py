@@ -1,4 +1,4 @@
-"""What a page shows: which charts from which metrics, for runs side by side and for one run alone."""
+"""Choose the charts of a page: which metrics of several runs together, and which of one run alone."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -37,7 +37,7 @@ PHASE_BARS: dict[str, tuple[str, str, float, Callable[[float], str]]] = {
 
 
 class Chart(NamedTuple):
-    """A figure of the page: caption, SVG and, under the caption, a remark."""
+    """Hold a figure of the page: caption, SVG and, under the caption, a remark."""
 
     title: str
     svg: str
@@ -45,9 +45,9 @@ class Chart(NamedTuple):
 
 
 def side_by_side(runs: list[Run]) -> Iterator[Chart]:
-    """Curves of all runs over steps and over time, then bars by phase."""
+    """Draw curves of all runs over steps and over time, then bars by phase."""
     drawn = sorted((run for run in runs if run.series), key=lambda run: run.state != "finished")[:DRAWN]
-    shown = [run for run in runs if any(run is other for other in drawn)]  # those with an end first, in the page's order
+    shown = [run for run in runs if any(run is other for other in drawn)]  # finished ones are preferred; in the page's order
     left_out = sum(bool(run.series) for run in runs) - len(shown)
     remark = f"{DRAWN} runs; {left_out} more are in the table." if left_out else ""
     marks = marks_of(shown[0]) if len(shown) == 1 else {}
@@ -71,7 +71,7 @@ def side_by_side(runs: list[Run]) -> Iterator[Chart]:
 
 
 def over_steps(shown: list[Run], remark: str = "") -> Iterator[Chart]:
-    """What a run costs as it goes on."""
+    """Draw what a run costs over its steps."""
     slots = {run.label: index for index, run in enumerate(shown)}
     marks = marks_of(shown[0]) if len(shown) == 1 else {}
     for metric, (factor, unit) in OVER_STEPS.items():
@@ -82,7 +82,7 @@ def over_steps(shown: list[Run], remark: str = "") -> Iterator[Chart]:
 
 
 def by_phase(runs: list[Run], remark: str = "") -> Iterator[Chart]:
-    """A bar per run and phase."""
+    """Draw a bar for each run and phase."""
     order = ["full", "joint", "lowrank"]
     for key, (title, axis, factor, form) in PHASE_BARS.items():
         rows = []
@@ -99,7 +99,7 @@ def by_phase(runs: list[Run], remark: str = "") -> Iterator[Chart]:
 
 
 def of_one(run: Run, several: bool) -> Iterator[Chart]:
-    """What only one run at a time can show: ranks, norms, heads, subspaces."""
+    """Draw what makes sense for a single run only: ranks, norms, heads, subspaces."""
     own = f"{run.label}: " if several else ""  # ids and accessible names are unique on the page
     if run.summary.get("plan"):
         yield Chart("Ranks", rank_map(run.summary["plan"], f"{own}ranks"), "Rank of each adapter, chosen at the switch.")
@@ -121,7 +121,7 @@ def of_one(run: Run, several: bool) -> Iterator[Chart]:
 
 
 def rank_map(plan: dict[str, int], name: str) -> str:
-    """Layer by family; layers are what the indices in a target's name count."""
+    """Draw the ranks of a plan, layer by family. Layers are the indices in a target's name."""
     cells, rows, columns = {}, [], []
     for target, rank in plan.items():
         layer, family = split(target)
@@ -136,29 +136,34 @@ def rank_map(plan: dict[str, int], name: str) -> str:
 
 
 def split(target: str) -> tuple[str, str]:
-    """``blocks.3.mlp.fc1`` -> (``3``, ``blocks.*.mlp.fc1``); a target outside of all lists is of layer ``–``."""
+    """Split a target's name into layer and family; a target outside of all lists is of layer ``–``.
+
+    Example:
+        >>> split("blocks.3.mlp.fc1")
+        ('3', 'blocks.*.mlp.fc1')
+    """
     words = target.split(".")
     layer = ".".join(word for word in words if word.isdigit()) or "–"
     return layer, ".".join("*" if word.isdigit() else word for word in words)
 
 
 def marks_of(run: Run, by_time: bool = False) -> dict[str, float]:
-    """Where the run's phases change."""
+    """Return where the run's phases change, by ``switch`` and ``freeze``."""
     marks = {}
     for word in ("switch", "freeze"):
         step = run.summary.get(f"{word}_step")
         if step is None:
             continue
         if by_time:
-            beside = Run(run.path, summary=run.summary, series={**run.series, "at": [(float(step), 0.0)]})
-            marks[word] = beside.by_time("at")[0][0]
+            helper = Run(run.path, summary=run.summary, series={**run.series, "at": [(float(step), 0.0)]})
+            marks[word] = helper.by_time("at")[0][0]
         else:
             marks[word] = float(step)
     return marks
 
 
 def smooth(points: Series, metric: str) -> Series:
-    """A training loss of many steps as means over stretches of equal length: single batches only blur it."""
+    """Average a training loss of many steps over stretches of equal length; other metrics stay as they are."""
     most = 120
     if metric != "train/loss" or len(points) <= most:
         return points
@@ -168,7 +173,12 @@ def smooth(points: Series, metric: str) -> Series:
 
 
 def shortened(names: list[str]) -> list[str]:
-    """The names without the leading words that all dotted ones share, and without stars."""
+    """Shorten names: drop the leading words that all dotted names share, and stars.
+
+    Example:
+        >>> shortened(["blocks.*.attn.qkv.q", "blocks.*.mlp.fc1"])
+        ['attn.qkv.q', 'mlp.fc1']
+    """
     words = [re.sub(r"\.?\*\.?", ".", name).strip(".").split(".") for name in names]
     while len({w[0] for w in words if len(w) > 1}) == 1 and sum(len(w) > 1 for w in words) > 1:
         words = [w[1:] if len(w) > 1 else w for w in words]
@@ -177,7 +187,7 @@ def shortened(names: list[str]) -> list[str]:
 
 
 def short(label: str, most: int = 22) -> str:
-    """A label that leaves room for a bar."""
+    """Cut a label so that it leaves room for a bar."""
     return label if len(label) <= most else label[: most - 1] + "…"
 
 

@@ -75,7 +75,7 @@ class Picture:
 
     def __call__(self, image: Image.Image, label: Any, *words: object) -> tuple[torch.Tensor, int]:
         """(in_chans, S, S) and the label; only inside :func:`~lowrank_pretrain.data.loaders.rng.borrowed`."""
-        if isinstance(label, (list, tuple, dict)) or getattr(label, "ndim", 0):
+        if isinstance(label, (list, tuple, dict)) or getattr(label, "ndim", False):
             allowed = f"gives an image several labels or other data ({type(label).__name__}), which is not supported"
             raise ConfigError("name", self.name, f"{allowed}: take a set of one class an image")
         if not hasattr(label, "__index__") or not 0 <= int(label) < self.num_classes:
