@@ -1,4 +1,4 @@
-"""Who takes a plan over: the first of strategy, optimizer and adapters; and what must be known of them before training."""
+"""Find who takes a plan over, the first of strategy, optimizer and adapters, and check before training that it can."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from lowrank_pretrain.core.plan import Plan
 from lowrank_pretrain.core.protocols import ADAPTER_DEFAULTS, Adopter, adopters, overruled
 from lowrank_pretrain.core.targets import Target, all_targets
 from lowrank_pretrain.lora import model as lora
+from lowrank_pretrain.phases.transition import note_of
 
 if TYPE_CHECKING:
     from lowrank_pretrain.phases.callback import PhaseCallback
@@ -26,8 +27,13 @@ def find_adopter(phases: PhaseCallback, trainer: pl.Trainer) -> Adopter:
         trainer: the running trainer.
 
     Raises:
-        ConfigError: ``then="galore"``, and the strategy takes the plan, or no optimizer does.
+        ConfigError: a strategy or optimizer has an ``adopt`` and is no ``Adopter``; or ``then="galore"``, and the strategy
+            takes the plan, or no optimizer does.
     """
+    for kind, part in (("strategy", trainer.strategy), *(("optimizer", optimizer) for optimizer in trainer.optimizers)):
+        if hasattr(part, "adopt") and not isinstance(part, Adopter):
+            cure = "has a method adopt and would be passed over: inherit from lowrank_pretrain.core.protocols.Adopter"
+            raise ConfigError(kind, type(part).__name__, cure)
     if isinstance(trainer.strategy, Adopter):
         if phases.then == "galore":
             name = type(trainer.strategy).__name__
@@ -40,18 +46,12 @@ def find_adopter(phases: PhaseCallback, trainer: pl.Trainer) -> Adopter:
     return lora.Adapters(phases.alpha, phases.train_A, phases.freeze_rest)
 
 
-def check_adopter(phases: PhaseCallback, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+def check_adopter(phases: PhaseCallback, adopter: Adopter, pl_module: pl.LightningModule) -> None:
     """Refuse before training what the adopter could not take over at the switch, which comes after days.
 
     Raises:
-        ConfigError: a strategy or optimizer has an ``adopt`` and is no ``Adopter``; a setting of adapters that the adopter
-            decides (``adapter_settings``); or what its ``check_adopt`` says.
+        ConfigError: a setting of adapters that the adopter decides (``adapter_settings``); or what its ``check_adopt`` says.
     """
-    for kind, part in (("strategy", trainer.strategy), *(("optimizer", optimizer) for optimizer in trainer.optimizers)):
-        if hasattr(part, "adopt") and not isinstance(part, Adopter):
-            cure = "has a method adopt and would be passed over: inherit from lowrank_pretrain.core.protocols.Adopter"
-            raise ConfigError(kind, type(part).__name__, cure)
-    adopter = find_adopter(phases, trainer)
     asked = {key: getattr(phases, key) for key in ADAPTER_DEFAULTS}
     key = overruled(asked, adopter.adapter_settings)
     if key is not None:
@@ -64,7 +64,7 @@ def check_adopter(phases: PhaseCallback, trainer: pl.Trainer, pl_module: pl.Ligh
 
 
 def unfit(trainer: pl.Trainer) -> Callable[[Target], str | None]:
-    """What to ask of every target when a fit begins: is its weight in an optimizer, and will it stay a parameter?"""
+    """Return a check of one target: is its weight in an optimizer, and will it stay a parameter?"""
     owned = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
     pruning = [callback for callback in trainer.callbacks if isinstance(callback, ModelPruning)]
     # Lightning has no public way to ask what it prunes; it does so at the end of an epoch
@@ -81,10 +81,10 @@ def unfit(trainer: pl.Trainer) -> Callable[[Target], str | None]:
 
 
 def freeze_rest(pl_module: pl.LightningModule, plan: Plan) -> None:
-    """Stop everything but the plan's targets, where those train on in full (adapters see to it themselves)."""
+    """Freeze everything but the plan's targets, which train on in full. Adapters do this themselves."""
     targets = all_targets(pl_module)
     kept = {id(targets[name].layer.weight) for name in plan}
-    known = pl_module.__dict__["_lowrank_requires_grad"]
+    note = note_of(pl_module)
     for name, p in pl_module.named_parameters():
-        if name in known and id(p) not in kept:
+        if note is not None and name in note.requires_grad and id(p) not in kept:
             p.requires_grad_(False)

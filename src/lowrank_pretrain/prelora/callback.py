@@ -14,11 +14,9 @@ from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.plan import Plan, is_integer
 from lowrank_pretrain.core.steps import StepWatch, log_row
 from lowrank_pretrain.core.targets import Target, all_targets, check_patterns, families, obstacles
-from lowrank_pretrain.phases import adoption
 from lowrank_pretrain.phases.callback import PATIENCE, PhaseCallback
 from lowrank_pretrain.phases.first_step import FirstStep
-from lowrank_pretrain.prelora.convergence import Verdict, Window, check_convergence
-from lowrank_pretrain.prelora.ranks import assign_ranks, check_ranks
+from lowrank_pretrain.prelora.decisions import Verdict, Window, assign_ranks, check_convergence, check_ranks
 
 
 class PreLoRA(PhaseCallback):
@@ -131,7 +129,7 @@ class PreLoRA(PhaseCallback):
         """Resolve the targets, with the layers of ``setup`` and ``configure_model`` there, so that a mistake shows at once."""
         targets = self._select(trainer, pl_module, self.ranks[-1], "ranks")
         self._check_length(trainer)
-        if adoption.find_adopter(self, trainer).makes_adapters:
+        if self._adopter.makes_adapters:
             self._first = FirstStep(trainer, pl_module, targets)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
