@@ -20,7 +20,7 @@ unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-# torch and torchvision are resolved together from one index: a CPU-only torch beside the index's torchvision
+# torch and torchvision are resolved together from one index: a CPU-only torch next to the index's torchvision
 # fails at import (operator torchvision::nms does not exist).
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
@@ -44,9 +44,11 @@ test-slow: $(STAMP) ## Run the tests that take longer than a few seconds each
 chaos: $(STAMP) ## Kill runs of every method 100 times, resume, compare bit for bit (KILLS=100 SEED=0)
 	$(BIN)/python -m tests.chaos --kills $(KILLS) --seed $(SEED)
 
-lint: $(STAMP) ## Check style
+lint: $(STAMP) ## Check style, types, and which rooms import which
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/mypy
 
 bench: $(STAMP) ## Measure speed and memory against peers (an idle machine, please)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
@@ -61,4 +63,4 @@ study: $(STAMP) ## One study: make study NAME=prelora_vit
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m experiments.$(NAME).study
 
 clean: ## Remove .venv and caches (runs/ stays)
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache src/*.egg-info
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .import_linter_cache src/*.egg-info

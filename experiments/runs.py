@@ -185,6 +185,7 @@ def _train(rank: int, overrides: list[str], run_dir: Path) -> dict[str, Any]:
     import torch
     from lightning.fabric.utilities.rank_zero import rank_zero_only
 
+    import lowrank_pretrain.run.attempt as attempt
     import lowrank_pretrain.run.train as command
     from lowrank_pretrain.core.memory import GIB, optimizer_bytes
     from lowrank_pretrain.guards.finite import Diverged
@@ -194,13 +195,13 @@ def _train(rank: int, overrides: list[str], run_dir: Path) -> dict[str, Any]:
     with hydra.initialize_config_module("lowrank_pretrain.conf", version_base="1.3"):
         cfg = hydra.compose("train", overrides)
     wire, kept = Wire(), {}
-    real = command.build_trainer
+    real = attempt.build_trainer
 
     def build_trainer(values: Any, directory: Path, callbacks: list, *args: Any) -> pl.Trainer:
         kept["trainer"] = real(values, directory, [wire, *callbacks], *args)
         return kept["trainer"]
 
-    command.build_trainer = build_trainer
+    attempt.build_trainer = build_trainer
     before = high_water()
     began, cpu = time.perf_counter(), time.process_time()
     try:

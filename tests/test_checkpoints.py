@@ -14,9 +14,9 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lowrank_pretrain import WholeCheckpointIO
-from lowrank_pretrain.checkpoints import io as checkpoint_io
 from lowrank_pretrain.checkpoints.files import inspect
 from lowrank_pretrain.checkpoints.io import NotWritten
+from lowrank_pretrain.core.files import replace_durably
 from lowrank_pretrain.loggers import csv as csv_log
 from lowrank_pretrain.run.run_dir import RefuseOldRun
 from tests.chaos.compare import differences
@@ -113,9 +113,9 @@ def test_a_file_system_that_cannot_sync_a_directory_is_no_failure_but_a_broken_o
     monkeypatch.setattr(os, "fsync", refuse)
     if number == errno.EIO:
         with pytest.raises(OSError, match="Input/output"):
-            checkpoint_io.replace(new, old)
+            replace_durably(new, old)
     else:
-        checkpoint_io.replace(new, old)
+        replace_durably(new, old)
     monkeypatch.setattr(os, "fsync", fsync)
     assert old.read_text() == "1"
 

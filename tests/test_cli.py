@@ -175,7 +175,7 @@ def test_an_interrupted_run_says_how_to_go_on(cli, tmp_path):
     assert code == 143
     assert re.search(r"SIGTERM: stopped with .*cut/checkpoints/last.ckpt; the same command with ckpt_path=last goes on", err)
     code, out, _ = cli(*TINY, "hydra.run.dir=cut", "ckpt_path=last")
-    assert code == 0 and "going on from cut/checkpoints/last.ckpt behind step 2" in out
+    assert code == 0 and "going on from cut/checkpoints/last.ckpt after step 2" in out
 
 
 def test_a_loss_that_is_no_number_is_one_line_and_exit_1(cli):

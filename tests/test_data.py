@@ -459,7 +459,7 @@ def test_text_that_is_not_utf8(tmp_path, monkeypatch, num_workers):
     (tmp_path / "train02.txt").write_bytes("Wo bist du? Über allen Gipfeln".encode("latin-1"))
     said = r"train_files='.*train02.txt': must be UTF-8 text, byte 0xdc near position 12 is not; convert it with iconv"
     refuses(said, text(tmp_path).setup)
-    monkeypatch.setattr("lowrank_pretrain.data.text.documents.PEEK", 5)  # as if it were beyond what is looked at first
+    monkeypatch.setattr("lowrank_pretrain.data.text.opening.PEEK", 5)  # as if it were beyond what is looked at first
     refuses(said, batches, text(tmp_path, num_workers=num_workers))
 
 

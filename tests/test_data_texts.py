@@ -21,8 +21,9 @@ from lowrank_pretrain.data.prepare import prepare
 from lowrank_pretrain.data.text import documents
 from lowrank_pretrain.data.text import files as text_files
 from lowrank_pretrain.data.text.bins import open_bin
-from lowrank_pretrain.data.text.documents import FileDocuments, find_files, in_parts
+from lowrank_pretrain.data.text.documents import FileDocuments, in_parts
 from lowrank_pretrain.data.text.files import Blocks
+from lowrank_pretrain.data.text.opening import find_files
 from lowrank_pretrain.data.text.packing import Packer
 from lowrank_pretrain.data.text.stream import TextData
 from lowrank_pretrain.data.text.tokenizer import DocumentEncoder, load_tokenizer, special_tokens, train_bpe

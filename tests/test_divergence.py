@@ -141,7 +141,7 @@ def test_the_last_rewind_is_the_last(tmp_path, capsys):
     with pytest.raises(Diverged, match="train/loss is not finite at step"):
         fit(tmp_path, "full", data({4, 8, 12}), DivergenceGuard("rewind", max_rewinds=2))
     out = capsys.readouterr().out
-    assert re.findall(r"rewind (\d) of at most 2: back to .*ckpt behind step (\d+), (\d) batches left out", out) == [
+    assert re.findall(r"rewind (\d) of at most 2: back to .*ckpt after step (\d+), (\d) batches left out", out) == [
         ("1", "3", "2"), ("2", "6", "1"),
     ]  # fmt: skip
 
@@ -243,7 +243,7 @@ def test_a_run_rewinds_and_ends_well(run, capsys, epoch, batch, every, left_out)
     BadBatch.seen.clear()
     directory, summary = run("run", bad(epoch, batch), "on_divergence=rewind", f"save_every={every}")
     assert len(BadBatch.seen) == len({pixels for *_, pixels in BadBatch.seen}) == 12, "a batch was seen twice, or another one"
-    assert f"rewind 1 of at most 3: back to last.ckpt behind step {4 * epoch + batch - left_out + 1}, {left_out} batch" in (
+    assert f"rewind 1 of at most 3: back to last.ckpt after step {4 * epoch + batch - left_out + 1}, {left_out} batch" in (
         capsys.readouterr().out
     )
     assert sum(phase["steps"] for phase in summary["phases"]) == 12 - left_out

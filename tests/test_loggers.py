@@ -11,13 +11,13 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, Wand
 from lightning.pytorch.loggers.logger import DummyLogger
 
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.interrupts import Interrupted
 from lowrank_pretrain.core.protocols import LogsPhases
 from lowrank_pretrain.loggers import wandb as wandb_sections
 from lowrank_pretrain.loggers.guarded import TRIES, give_up, guard
 from lowrank_pretrain.loggers.wandb import RunWandbLogger
 from lowrank_pretrain.run import loggers
 from lowrank_pretrain.run.build import plain
-from lowrank_pretrain.run.interrupts import Interrupted
 from tests.conftest import SHORT, VIT
 from tests.test_cli import ONE_STEP, cli  # noqa: F401  a fixture
 

@@ -17,7 +17,6 @@ from lowrank_pretrain.core.targets import find_targets
 from lowrank_pretrain.lora.function import Part
 from lowrank_pretrain.lte import LTEStrategy
 from lowrank_pretrain.observe import spectra
-from lowrank_pretrain.observe.figures import plot_analysis, read_series
 from lowrank_pretrain.observe.rank_analysis import EffectiveRank, HeadOrthogonality, local_heads, present_matrices
 from tests.test_resume import assert_equal
 from tests.toy import AtEnd, loader, toy, trainer
@@ -294,29 +293,6 @@ def test_one_head_is_said_once_and_zero_heads_log_only_their_row_spaces(tmp_path
                 B.data.zero_()
     _, _, rows = fit(tmp_path / "b", HeadOrthogonality(every=2), module=module)
     assert column(rows, "lte/row_space_overlap") and "lte/orthogonality" not in rows[0]
-
-
-# -- the figure ---------------------------------------------------------------------------------------------------------
-
-
-def test_the_figure_shows_every_series(tmp_path):
-    import matplotlib.image
-
-    fit(tmp_path, EffectiveRank(every=3), HeadOrthogonality(every=2), module=headed(), max_epochs=3)
-    series = read_series(tmp_path / "metrics.csv")
-    assert len(series) == 6 and "blocks.*.qkv.v" in series["lte/orthogonality"]
-    assert [step for step, _ in series["lte/effective_rank/update"][""]] == [6, 12, 18]
-    out = plot_analysis(tmp_path / "metrics.csv", tmp_path / "figures" / "analysis.png")
-    picture = matplotlib.image.imread(out)
-    assert picture.shape[0] > 500 and picture.std() > 0.05
-
-
-def test_a_file_without_our_columns_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="no such file"):
-        plot_analysis(tmp_path / "metrics.csv", tmp_path / "out.png")
-    (tmp_path / "metrics.csv").write_text("step,train/loss\n0,1.0\n")
-    with pytest.raises(ConfigError, match="holds no lte/effective_rank"):
-        plot_analysis(tmp_path / "metrics.csv", tmp_path / "out.png")
 
 
 # -- under LTE ----------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from lowrank_pretrain.core import memory
 from lowrank_pretrain.core.memory import PeakMemory, formula_bytes, optimizer_bytes
 from lowrank_pretrain.core.plan import Plan
 from lowrank_pretrain.core.protocols import HasPhase, Reports, phase_callback, phase_of
-from lowrank_pretrain.core.text import digits
+from lowrank_pretrain.core.text import format_number
 from lowrank_pretrain.loggers.csv import RunCSVLogger
 from lowrank_pretrain.lora import model as lora
 from lowrank_pretrain.observe import flops, step_clock
@@ -395,7 +395,13 @@ def test_the_closing_table_sets_phases_against_the_full_one(capsys):
 
 
 def test_numbers_for_people_have_no_exponent():
-    assert [digits(v) for v in (0.28719, 118.74, 999.96, 1234.5, 370912.3)] == ["0.2872", "118.7", "1000", "1,234", "370,912"]
+    assert [format_number(v) for v in (0.28719, 118.74, 999.96, 1234.5, 370912.3)] == [
+        "0.2872",
+        "118.7",
+        "1000",
+        "1,234",
+        "370,912",
+    ]
 
 
 def test_a_warning_of_ours_is_its_words_alone(monkeypatch):

@@ -138,7 +138,7 @@ def test_a_sweep_that_was_cut_off_goes_on_by_the_same_command(cli, tmp_path):  #
     code, _, err = cli(*words, stop)
     assert code == 143 and "the same command with ckpt_path=last goes on" in err
     code, out, err = cli(*words)
-    assert code == 0 and "3 runs: 3 finished" in out and "behind step 1" in out, err
+    assert code == 0 and "3 runs: 3 finished" in out and "after step 1" in out, err
     assert directories(tmp_path / "sweep") >= {"seed=0", "seed=1", "seed=2"}
     rows = [(tmp_path / "sweep" / f"seed={i}" / "metrics.csv").read_text().count("\n") for i in range(3)]
     assert len(set(rows)) == 1, "every job is whole"

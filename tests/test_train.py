@@ -24,12 +24,12 @@ from lowrank_pretrain.checkpoints import random_state
 from lowrank_pretrain.checkpoints.files import NotWritten, WholeCheckpointIO, inspect, newest_whole
 from lowrank_pretrain.checkpoints.longer_run import LongerRun
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.interrupts import Interrupted
 from lowrank_pretrain.data.text.stream import TextData
 from lowrank_pretrain.guards.finite import Diverged
 from lowrank_pretrain.loggers import csv as csv_log
 from lowrank_pretrain.observe.closing_loss import ClosingLoss
 from lowrank_pretrain.run import failures
-from lowrank_pretrain.run.interrupts import Interrupted
 from lowrank_pretrain.run.ownership import owned
 from tests.conftest import PHASES, SHORT, TINY, VIT
 from tests.toy import loader, toy, trainer
@@ -330,7 +330,7 @@ def test_a_signal_outside_of_steps_ends_the_run_at_once(run, monkeypatch):
         os.kill(os.getpid(), signal.SIGINT)
         raise AssertionError("the signal was not heard")
 
-    monkeypatch.setattr("lowrank_pretrain.run.train.finish_run", interrupted)
+    monkeypatch.setattr("lowrank_pretrain.run.attempt.finish_run", interrupted)
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(Interrupted) as stopped:
         run("late", "trainer.max_epochs=1")

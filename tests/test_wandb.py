@@ -12,8 +12,9 @@ import torch
 
 from lowrank_pretrain import dashboard
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.metrics import STEP, TIME
 from lowrank_pretrain.export import card as model_card
-from lowrank_pretrain.loggers.wandb import SECTIONS, STEP, TIME
+from lowrank_pretrain.loggers.wandb import SECTIONS
 from lowrank_pretrain.run import loggers
 from tests.conftest import TINY
 

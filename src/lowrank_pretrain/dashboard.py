@@ -1,6 +1,6 @@
-"""A saved Weights & Biases workspace for a project's runs: ``python -m lowrank_pretrain.dashboard ENTITY/PROJECT``.
+"""Save a Weights & Biases workspace for a project's runs: ``python -m lowrank_pretrain.dashboard ENTITY/PROJECT``.
 
-Its sections and axes are those of ``loggers.wandb.SECTIONS``; runs of one sweep stand together. Needs wandb-workspaces
+Its sections and axes are those of ``loggers.wandb.SECTIONS``; runs of one sweep are grouped. It needs wandb-workspaces
 (``pip install wandb-workspaces``), a W&B key, and the network.
 """
 
@@ -8,15 +8,15 @@ import argparse
 import sys
 from typing import Any
 
+from lowrank_pretrain.core.arguments import as_flags
 from lowrank_pretrain.core.errors import ConfigError
-from lowrank_pretrain.loggers.wandb import SECTIONS, STEP, TIME
+from lowrank_pretrain.core.metrics import AXES, STEP
+from lowrank_pretrain.loggers.wandb import SECTIONS
 from lowrank_pretrain.run.loggers import has_wandb_key
-
-AXES = {STEP: "optimizer steps", TIME: "seconds of training"}
 
 
 def workspace(entity: str, project: str, name: str = "lowrank_pretrain") -> Any:
-    """The workspace, not saved yet: a ``wandb_workspaces.workspaces.Workspace``.
+    """Build the workspace without saving it: a ``wandb_workspaces.workspaces.Workspace``.
 
     Args:
         entity: the user or team that owns the project.
@@ -32,9 +32,9 @@ def workspace(entity: str, project: str, name: str = "lowrank_pretrain") -> Any:
     except ModuleNotFoundError as error:
         raise ConfigError("dashboard", project, "needs wandb-workspaces: pip install wandb-workspaces") from error
 
-    sections = []
+    sections: list[Any] = []
     for section, panels in SECTIONS.items():
-        plots = [
+        plots: list[Any] = [
             v2.LinePlot(
                 title=title, x=axis, title_x=AXES[axis], title_y=unit,
                 **({"metric_regex": metrics} if isinstance(metrics, str) else {"y": metrics}),
@@ -54,14 +54,13 @@ def workspace(entity: str, project: str, name: str = "lowrank_pretrain") -> Any:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command. Exit codes: 0, 2 no key or no wandb-workspaces."""
+    """Run the command. Exit codes: 0; 2: no key, no wandb-workspaces, or a wrong project."""
     parser = argparse.ArgumentParser(
         prog="python -m lowrank_pretrain.dashboard", description="Save a W&B workspace for the runs of a project."
     )
     parser.add_argument("project", metavar="ENTITY/PROJECT", help="as in the address of the project's page")
     parser.add_argument("--name", default="lowrank_pretrain", help="of the saved view")
-    words = sys.argv[1:] if arguments is None else arguments
-    given = parser.parse_args([f"--{word}" if word.startswith("name=") else word for word in words])  # as Hydra has it
+    given = parser.parse_args(as_flags(arguments, parser))
     entity, _, project = given.project.partition("/")
     try:
         if not entity or not project or "/" in project:

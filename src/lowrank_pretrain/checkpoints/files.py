@@ -1,4 +1,4 @@
-"""Checkpoint files: written whole or not at all, found again, and checked before anything is built on them."""
+"""Write checkpoint files whole or not at all, find them again, and check them before anything is built on them."""
 
 import os
 import shutil
@@ -12,11 +12,17 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from typing_extensions import override
 
-from lowrank_pretrain.checkpoints.io import NotWritten, WholeCheckpointIO, local_path, replace
+from lowrank_pretrain.checkpoints.format import SIDE, check_format
+from lowrank_pretrain.checkpoints.io import NotWritten, WholeCheckpointIO, local_path
 from lowrank_pretrain.checkpoints.safe_load import safe_load, unread
+from lowrank_pretrain.core.checks import whole
 from lowrank_pretrain.core.errors import ConfigError
-from lowrank_pretrain.phases.plain_checkpoint import FORMAT, SIDE
-from lowrank_pretrain.run.interrupts import Interrupted, Interrupts
+from lowrank_pretrain.core.files import replace_durably
+from lowrank_pretrain.core.interrupts import Interrupted, Interrupts
+from lowrank_pretrain.core.lightning_private import is_trial
+from lowrank_pretrain.core.protocols import PHASES
+from lowrank_pretrain.core.steps import StepWatch
+from lowrank_pretrain.core.text import first_line
 
 __all__ = ["LastCheckpoint", "NotWritten", "WholeCheckpointIO"]
 
@@ -30,7 +36,7 @@ KINDS = {
 
 
 class LastCheckpoint(Checkpoint):
-    """Writes ``last.ckpt`` where a run can go on from exactly, and ends the run there when it was interrupted.
+    """Write ``last.ckpt`` where a run can go on from exactly, and end the run there when it was interrupted.
 
     That is at the end of every epoch, and within one every `every_n_steps` optimizer steps; but never at a batch which
     validation follows, for Lightning would skip that validation on resume. The file takes the old one's place at the next
@@ -39,17 +45,16 @@ class LastCheckpoint(Checkpoint):
     Args:
         directory: where ``last.ckpt`` lies.
         every_n_steps: optimizer steps between two writings within an epoch; 0: only at epochs' ends.
-        interrupts: who knows whether the run was told to stop; None: nobody.
+        interrupts: knows whether the run was told to stop; None: it never is.
     """
 
     def __init__(self, directory: str | os.PathLike, every_n_steps: int = 0, interrupts: Interrupts | None = None) -> None:
-        if not isinstance(every_n_steps, int) or isinstance(every_n_steps, bool) or every_n_steps < 0:
-            raise ConfigError("save_every", every_n_steps, "must be 0 (only at epochs' ends) or more optimizer steps")
+        allowed = "must be 0 (only at epochs' ends) or more optimizer steps"
         self.path = Path(local_path(directory, "directory")) / "last.ckpt"
         self._waiting = self.path.with_name(".last.ckpt.part")  # written, but its step is not logged yet
-        self.every_n_steps = every_n_steps
+        self.every_n_steps = whole("save_every", every_n_steps, 0, allowed=allowed)
         self.interrupts = interrupts
-        self._seen_step = 0
+        self._steps = StepWatch()
         self._saved_step: int | None = None
         self._written = False
         self._leaving: str | None = None
@@ -61,7 +66,7 @@ class LastCheckpoint(Checkpoint):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._seen_step = trainer.global_step
+        self._steps.begin(trainer)
         from_here = trainer.ckpt_path is not None and Path(trainer.ckpt_path).resolve() == self.path.resolve()
         self._saved_step = trainer.global_step if from_here else None
 
@@ -69,19 +74,17 @@ class LastCheckpoint(Checkpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        step = trainer.global_step
-        if step == self._seen_step or trainer.fast_dev_run:  # gradients still accumulate
+        if not self._steps.stepped(trainer) or is_trial(trainer):
             return
-        self._seen_step = step
         if trainer.is_last_batch or _validation_follows(trainer, batch_idx):
             return
         signal = self._told_to_stop(trainer)
-        if signal or (self.every_n_steps and step % self.every_n_steps == 0):
+        if signal or (self.every_n_steps and self._steps.step % self.every_n_steps == 0):
             self._write(trainer, signal)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.fast_dev_run:
+        if not is_trial(trainer):
             self._write(trainer, self._told_to_stop(trainer))
 
     def _told_to_stop(self, trainer: Trainer) -> str | None:
@@ -91,28 +94,34 @@ class LastCheckpoint(Checkpoint):
         trainer.save_checkpoint(self._waiting)
         self._written, self._leaving, self._saved_step = True, signal, trainer.global_step
 
-    def _put_in_place(self, trainer: Trainer, *_: Any) -> None:
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._put_in_place(trainer)
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._put_in_place(trainer)
+
+    def _put_in_place(self, trainer: Trainer) -> None:
         if self._written and trainer.is_global_zero:
             try:
-                replace(self._waiting, self.path)
+                replace_durably(self._waiting, self.path)
             except OSError as error:
                 raise NotWritten(f"{self.path} could not be replaced: {error}") from error
         self._written = False
         if self._leaving:
             raise Interrupted(self._leaving, self.path)
 
-    on_train_batch_start = on_train_epoch_start = _put_in_place
-
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # resumed from another file behind the last epoch's last batch, no hook has come before this one
-        if self._saved_step != trainer.global_step and not trainer.fast_dev_run:
+        # resumed from another file after the last epoch's last batch, no hook has come before this one
+        if self._saved_step != trainer.global_step and not is_trial(trainer):
             self._write(trainer, None)
         self._put_in_place(trainer)
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """Lightning's ModelCheckpoint of the lowest ``val/loss``, as ``best.ckpt``; a run directory that was moved keeps its best.
+    """Keep the checkpoint of the lowest ``val/loss`` as ``best.ckpt``, in a run directory that was moved too.
 
     Lightning keeps absolute paths, and forgets the best score where the directory has another one: the next epoch would
     then take the best one's place, better or worse.
@@ -123,7 +132,7 @@ class BestCheckpoint(ModelCheckpoint):
     """
 
     def __init__(self, directory: str | os.PathLike, resumed: Path | None = None) -> None:
-        super().__init__(directory, "best", monitor="val/loss", enable_version_counter=False)
+        super().__init__(Path(directory), "best", monitor="val/loss", enable_version_counter=False)
         self._moved = resumed is not None and resumed.resolve().parent == Path(directory).resolve()
 
     @property
@@ -135,7 +144,11 @@ class BestCheckpoint(ModelCheckpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         state = dict(state_dict)
         if self._moved and state.get("best_model_path"):
-            here = lambda path: os.path.join(self.dirpath, os.path.basename(path)) if path else path  # noqa: E731
+            directory = str(self.dirpath)
+
+            def here(path: str) -> str:
+                return os.path.join(directory, os.path.basename(path)) if path else path
+
             if os.path.isfile(here(state["best_model_path"])):
                 state["dirpath"] = self.dirpath
                 for key in ("best_model_path", "kth_best_model_path", "last_model_path"):
@@ -153,7 +166,7 @@ def _validation_follows(trainer: Trainer, batch_idx: int) -> bool:
 
 
 def inspect(path: Path) -> dict[str, Any]:
-    """The checkpoint at `path`, its tensors mapped and not read; nothing that it may hold is executed.
+    """Return a checkpoint, its tensors mapped and not read; nothing that it may hold is executed.
 
     Raises:
         ConfigError: there is none, it is truncated, of a newer format, or not a checkpoint that resumes; keyed ``ckpt_path``.
@@ -167,7 +180,7 @@ def inspect(path: Path) -> dict[str, Any]:
     except ConfigError:
         raise
     except Exception as error:  # torch raises half a dozen kinds here; all mean the same to whoever named the file
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+        reason = first_line(error)[:120]
         raise ConfigError("ckpt_path", str(path), f"cannot be read as a checkpoint ({reason})") from error
     lacking = [part for part in PARTS if not isinstance(checkpoint, dict) or part not in checkpoint]
     if lacking:
@@ -186,19 +199,16 @@ def inspect(path: Path) -> dict[str, Any]:
 
 
 def check_side(path: Path, side: dict[str, Any]) -> None:
-    """Look at what a checkpoint says of the low-rank side of its run, before anything acts on it.
+    """Check what a checkpoint says of the low-rank side of its run, before anything acts on it.
 
     Raises:
         ConfigError: a newer format, or entries that no run of ours wrote; keyed ``ckpt_path``.
     """
-    version, phase, plan = side.get("format", FORMAT), side.get("phase"), side.get("plan") or {}
-    if isinstance(version, int) and version > FORMAT:
-        allowed = f"is written in format {version}, this version of lowrank_pretrain reads up to {FORMAT}: update it"
-        raise ConfigError("ckpt_path", str(path), allowed)
+    check_format(side, path)
+    phase, plan = side.get("phase"), side.get("plan") or {}
     tensors = side.get("exact") or {}
     fine = {
-        "format": isinstance(version, int) and version >= 1,
-        "phase": phase in (None, "full", "joint", "lowrank"),
+        "phase": phase in (None, *PHASES),
         "plan": isinstance(plan, dict) and all(isinstance(n, str) and isinstance(r, int) and r >= 0 for n, r in plan.items()),
         "exact": isinstance(tensors, dict) and all(isinstance(t, torch.Tensor) for t in tensors.values()),
     }
@@ -225,9 +235,9 @@ def check_sums(path: Path) -> None:
 
 
 def newest_whole(directory: Path) -> Path | None:
-    """``last.ckpt`` in `directory`, else the whole checkpoint that is furthest on; None where there is none.
+    """Return ``last.ckpt`` of a directory, else the whole checkpoint that is furthest on; None where there is none.
 
-    Another file may be a few steps ahead when a run is killed, but a run goes on exactly only from ``last.ckpt``: behind
+    Another file may be a few steps ahead when a run is killed, but a run goes on exactly only from ``last.ckpt``: after
     other files hooks of an epoch's end and rows of metrics may be lacking. Warns of broken ones.
     """
     found = []
@@ -246,7 +256,7 @@ def newest_whole(directory: Path) -> Path | None:
 
 
 def check_fits(path: Path, module: LightningModule) -> int:
-    """The number of optimizer steps behind the checkpoint at `path`, which must be of a model like `module`, in numbers.
+    """Return the steps that a checkpoint has taken; it must be of a model like `module`, and finite.
 
     Raises:
         ConfigError: it is of another model, or holds NaN; names the first tensor that is wrong.

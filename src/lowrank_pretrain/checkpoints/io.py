@@ -1,7 +1,5 @@
-"""How a checkpoint reaches the disk: beside the old one, synced, and only then in its place."""
+"""Write a checkpoint next to the old one, sync it, and only then put it in its place."""
 
-import contextlib
-import errno
 import os
 import shutil
 from pathlib import Path
@@ -11,24 +9,25 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from typing_extensions import override
 
+from lowrank_pretrain.checkpoints.format import FORMAT, SIDE
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.files import whole_file
 from lowrank_pretrain.core.versions import versions
-from lowrank_pretrain.phases.plain_checkpoint import FORMAT, SIDE
 
 
 class NotWritten(OSError):
-    """A checkpoint could not be written; the one that was there is as it was."""
+    """Say that a checkpoint could not be written; the one that was there is as it was."""
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
-    """Writes beside the target, syncs, then replaces: a crash or a full disk leaves the old file as it was.
+    """Write next to the target, sync, then replace: a crash or a full disk leaves the old file as it was.
 
     The command line always writes so; a script of one's own says ``Trainer(plugins=[WholeCheckpointIO()])``. Lightning alone
     writes into the temporary folder and moves: to another file system that is a copy over the old file, which a kill cuts off.
 
     A path on another file system (``s3://``, ``memory://``, …: fsspec's) is written there by that system's own transaction.
 
-    Every file says in which format and by which versions it is written: ``checkpoint["lowrank_pretrain"]["format"]`` and
+    Every file names its format and the versions that wrote it: ``checkpoint["lowrank_pretrain"]["format"]`` and
     ``["versions"]``.
 
     Raises:
@@ -43,24 +42,17 @@ class WholeCheckpointIO(TorchCheckpointIO):
             side["versions"] = versions()
         if is_remote(path):
             try:  # Lightning writes into a transaction of the file system: the file is there when all of it is, and not before
-                super().save_checkpoint(checkpoint, path, storage_options)
+                super().save_checkpoint(checkpoint, os.fspath(path), storage_options)
             except Exception as error:  # each file system has errors of its own
                 raise NotWritten(f"{path} could not be written: {error or type(error).__name__}") from error
             return
         path = Path(without_scheme(path))
-        beside = path.with_name(f".{path.name.lstrip('.')}.{os.getpid()}.part")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with beside.open("wb") as file:
+            with whole_file(path, "wb", durable=True) as file:
                 torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            replace(beside, path)
         except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
             raise NotWritten(f"{path} could not be written{_room(path.parent)}: {error}") from error
-        finally:
-            with contextlib.suppress(OSError):  # what stopped the writing stops this too
-                beside.unlink(missing_ok=True)
 
 
 def is_remote(path: str | os.PathLike) -> bool:
@@ -90,29 +82,8 @@ def local_path(path: str | os.PathLike, key: str) -> str:
     return without_scheme(path)
 
 
-def replace(new: Path, old: Path) -> None:
-    """`new`, whole and synced, takes the place of `old`, and the directory is synced, so that it has done so for good.
-
-    Raises:
-        OSError: from the system; `old` is as it was.
-    """
-    if new.is_dir() and old.is_dir():  # a sharded checkpoint; two directories cannot change places in one go
-        shutil.rmtree(old)
-    os.replace(new, old)
-    if os.name != "posix":  # elsewhere directories cannot be opened
-        return
-    directory = os.open(old.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.EBADF):  # some network file systems know no such thing
-            raise
-    finally:
-        os.close(directory)
-
-
 def _room(directory: Path) -> str:
-    """Torch's own message does not say that the disk is full."""
+    """Return words on the room that is left: torch's own message does not say that the disk is full."""
     try:
         return f", {shutil.disk_usage(directory).free // 2**20} MiB were free on its disk"
     except OSError:  # there is no such directory

@@ -1,4 +1,4 @@
-"""A run that goes on for longer than the checkpoint's, under a schedule of a module's own: say that it may have ended."""
+"""Warn where a run goes on for longer than the checkpoint's under a schedule that is not ours: it may have ended."""
 
 import math
 import warnings
@@ -8,15 +8,15 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
+from lowrank_pretrain.checkpoints.format import SIDE
 from lowrank_pretrain.models.optim import Schedule
-from lowrank_pretrain.phases.plain_checkpoint import SIDE
 
 KEY = "steps"  # in a checkpoint's side entry
 ENDS = ("T_max", "total_steps", "total_iters", "_milestones", "milestones", "lr_lambdas")  # what torch's schedulers know of it
 
 
 class LongerRun(Callback):
-    """Compares the run's length with the checkpoint's where the schedule is not ours.
+    """Compare the run's length with the checkpoint's where the schedule is not ours.
 
     Torch's schedulers take all that they know from the file, the length of the run too.
     """
@@ -50,7 +50,7 @@ class LongerRun(Callback):
 
 
 def _length(trainer: Trainer) -> int | None:
-    """Optimizer steps of the whole run; None where they are not known."""
+    """Return the optimizer steps of the whole run; None where they are not known."""
     try:
         steps = trainer.estimated_stepping_batches
     except MisconfigurationException:  # batches per step that change on the way

@@ -8,6 +8,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
 from lowrank_pretrain.core.buckets import settle_buckets
+from lowrank_pretrain.core.lightning_private import callbacks_of
 from lowrank_pretrain.galore.state import follow_rates
 
 KEY = "loop_state"
@@ -18,11 +19,11 @@ def _by_metric(trainer: Trainer) -> list[Any]:
 
 
 class LoopState(Callback):
-    """Restores the fit loop as if there were no ``max_steps``. Put it first among the callbacks.
+    """Restore the fit loop as if there were no ``max_steps``. Put it first among the callbacks.
 
     Lightning asks "is there a max_steps?" where it means "did the checkpoint's epoch end?" (``FitLoop.restarting``,
     ``FitLoop.on_run_start``); with one, it goes through the finished epoch again without a batch, counts it twice and
-    from then on trains on other data. The limit is put aside while the loop is restored, which ends with the first hook
+    from then on trains on other data. The limit is lifted while the loop is restored, which ends with the first hook
     of training.
 
     A run that is resumed in the middle of an epoch does not call ``on_train_epoch_start``, in which
@@ -31,7 +32,7 @@ class LoopState(Callback):
     A run that was killed after its last step is resumed without a step, and Lightning then leaves ``on_train_end`` out too,
     where ``WeightAveraging`` hands its weights to the model: what is tested and exported would be those of the last step.
 
-    A scheduler that goes by a metric (``ReduceLROnPlateau``) is stepped behind the last hook of an epoch; a file written in
+    A scheduler that goes by a metric (``ReduceLROnPlateau``) is stepped after the last hook of an epoch; a file written in
     that hook is without the step, and Lightning leaves the step out in an epoch that is resumed in its middle, for it does
     not save metrics.
 
@@ -43,7 +44,7 @@ class LoopState(Callback):
         self._first_batch = False
         self._max_steps = -1
         self._metrics: dict[str, float] = {}  # of the checkpoint, by the names that schedulers go by
-        self._owed = False  # the checkpoint lies behind an epoch, but its schedulers have not been told
+        self._owed = False  # the checkpoint was written after an epoch, but its schedulers have not been told
         self._resumed_inside = False  # until the end of the epoch
 
     @override
@@ -56,7 +57,7 @@ class LoopState(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         known = trainer.callback_metrics
         metrics = {c.monitor: float(known[c.monitor]) for c in _by_metric(trainer) if c.monitor in known}
-        epochs = trainer.fit_loop.epoch_progress.current
+        epochs: Any = trainer.fit_loop.epoch_progress.current
         owed = trainer.training and epochs.processed > epochs.completed and not self._resumed_inside
         if metrics:
             checkpoint[KEY] = {"metrics": self._metrics | metrics, "owed": owed}
@@ -83,7 +84,7 @@ class LoopState(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._first_batch:  # not earlier: the scheduler refuses a Trainer whose number is not 1 as training starts
             self._first_batch = False
-            for callback in trainer.callbacks:
+            for callback in callbacks_of(trainer):
                 if isinstance(callback, GradientAccumulationScheduler):
                     trainer.accumulate_grad_batches = callback.get_accumulate_grad_batches(trainer.current_epoch)
 
@@ -106,6 +107,6 @@ class LoopState(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._resuming:  # training has not even started
             self._resuming = False
-            for callback in trainer.callbacks:
+            for callback in callbacks_of(trainer):
                 if isinstance(callback, WeightAveraging):
                     callback.on_train_end(trainer, pl_module)

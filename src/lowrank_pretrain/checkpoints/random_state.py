@@ -1,4 +1,4 @@
-"""The state of every global random generator travels in the checkpoint, so a resumed run draws what it would have drawn."""
+"""Save every global random generator in the checkpoint, so that a resumed run draws what it would have drawn."""
 
 import random
 from typing import Any
@@ -13,8 +13,9 @@ KEY = "random_state"
 
 
 def capture() -> dict[str, Any]:
-    """The states of Python's, numpy's and torch's generators (the current CUDA device's too), as plain types."""
-    name, keys, position, has_gauss, cached = np.random.get_state()
+    """Return the states of Python's, numpy's and torch's generators (the current CUDA device's too), as plain types."""
+    numpys: Any = np.random.get_state()
+    name, keys, position, has_gauss, cached = numpys
     state = {
         "python": list(random.getstate()[1]),
         "python_gauss": random.getstate()[2],
@@ -27,7 +28,7 @@ def capture() -> dict[str, Any]:
 
 
 def restore(state: dict[str, Any]) -> None:
-    """The inverse of `capture`; a CUDA state without a CUDA device is left out."""
+    """Set the generators to what `capture` returned; a CUDA state without a CUDA device is left out."""
     random.setstate((3, tuple(state["python"]), state["python_gauss"]))
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
@@ -37,7 +38,7 @@ def restore(state: dict[str, Any]) -> None:
 
 
 def capture_all(world_size: int, group: Any = None) -> list[dict[str, Any]]:
-    """Every process's states, by rank. All must call it together."""
+    """Return every process's states, by rank. All must call it together."""
     states: list[Any] = [capture()]
     if world_size > 1:
         mine, states = states[0], [None] * world_size
@@ -46,9 +47,9 @@ def capture_all(world_size: int, group: Any = None) -> list[dict[str, Any]]:
 
 
 class RandomState(Callback):
-    """Saves the generators of every process and sets them again when training has started, after all else has drawn.
+    """Save the generators of every process and set them again when training has started, after all else has drawn.
 
-    Put it last among the callbacks (Lightning moves checkpoint callbacks behind it, and they draw nothing).
+    Put it last among the callbacks (Lightning moves checkpoint callbacks after it, and they draw nothing).
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Reading a checkpoint without executing anything that it may hold, and without giving up on what is harmless.
+"""Read a checkpoint without executing anything that it may hold, and without refusing what is harmless.
 
 ``torch.load(weights_only=True)`` refuses a whole file for one hyper-parameter of a type that it does not know (a path, a
 configuration, a numpy number). Here such a value becomes a stand-in, and the weights are read.
@@ -21,9 +21,11 @@ from typing import Any
 
 import torch
 
+from lowrank_pretrain.core.lightning_private import loadable_names
+
 
 class Unread:
-    """Stands for a value of a type that is not read: nothing of the type's own is imported or called.
+    """Stand for a value of a type that is not read: nothing of the type's own is imported or called.
 
     Attributes:
         kind: its type, ``module.name``.
@@ -61,7 +63,7 @@ class Unread:
 
 
 def _harmless() -> dict[str, Any]:
-    """What may be made by name: values that hold data and do nothing when they are made."""
+    """Return what may be made by name: values that hold data and do nothing when they are made."""
     kinds: list[Any] = [
         argparse.Namespace, collections.OrderedDict, collections.Counter, collections.deque, datetime.date, datetime.datetime,
         datetime.time, datetime.timedelta, datetime.timezone, decimal.Decimal, fractions.Fraction, uuid.UUID, SimpleNamespace,
@@ -74,14 +76,7 @@ def _harmless() -> dict[str, Any]:
         found |= {f"{module}.{name}": pathlib.PurePosixPath for name in ("Path", "PosixPath", "PurePath", "PurePosixPath")}
         found |= {f"{module}.{name}": pathlib.PureWindowsPath for name in ("WindowsPath", "PureWindowsPath")}
     found |= {f"torch.{name}": value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
-    return found | _numpy() | _torch_own()
-
-
-def _torch_own() -> dict[str, Any]:
-    """What torch itself finds harmless (tensors, parameters, devices, …); its list has no public name."""
-    from torch._weights_only_unpickler import _get_allowed_globals, _get_user_allowed_globals
-
-    return {**_get_allowed_globals(), **_get_user_allowed_globals()}
+    return found | _numpy() | loadable_names()
 
 
 def _numpy() -> dict[str, Any]:
@@ -98,7 +93,7 @@ def _numpy() -> dict[str, Any]:
 
 
 class _Reader:
-    """Has the shape of the module ``pickle``, as ``torch.load`` wants it."""
+    """Stand for the module ``pickle`` in ``torch.load``."""
 
     __name__ = "pickle"
 
@@ -116,11 +111,11 @@ class _Reader:
         self.Unpickler = Unpickler
 
     def load(self, file: Any, **kwargs: Any) -> Any:
-        """Like ``pickle.load``."""
+        """Read as ``pickle.load`` does."""
         return self.Unpickler(file, **kwargs).load()
 
     def loads(self, data: bytes, **kwargs: Any) -> Any:
-        """Like ``pickle.loads``."""
+        """Read as ``pickle.loads`` does."""
         return self.load(io.BytesIO(data), **kwargs)
 
 
@@ -147,7 +142,7 @@ def safe_load(path: str | PathLike, mmap: bool = False) -> Any:
 
 
 def _is_archive(path: str | PathLike) -> bool:
-    """Whether it is a zip file, as torch writes; older formats it reads in other ways."""
+    """Return whether it is a zip file, as torch writes; it reads older formats in other ways."""
     with open(path, "rb") as file:
         return file.read(4) == b"PK\x03\x04"
 

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from lowrank_pretrain.core.lightning_private import left_out_by_ddp
+
 
 class Disagreement(RuntimeError):
     """Ranks that should hold the same weights do not."""
@@ -47,7 +49,7 @@ def agreed_hash(strategy: Any, module: nn.Module, when: str, apart: Collection[s
     Raises:
         Disagreement: on every rank, naming the first parameter that differs and the ranks that hold another one.
     """
-    apart = set(getattr(module, "_ddp_params_and_buffers_to_ignore", ()) if apart is None else apart)
+    apart = left_out_by_ddp(module) if apart is None else set(apart)
     named = [(name, p) for name, p in module.named_parameters() if name not in apart and not is_lazy(p)]
     if not named:
         return 0

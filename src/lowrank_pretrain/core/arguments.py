@@ -1,4 +1,4 @@
-"""One style of arguments for all commands: ``key=value`` and ``--key value`` (also ``--key=value``) mean the same."""
+"""Read the arguments of all commands in one style: ``key=value``, ``--key value`` and ``--key=value`` mean the same."""
 
 import re
 import sys
@@ -6,7 +6,7 @@ from argparse import ArgumentParser
 from collections.abc import Collection, Sequence
 
 from lowrank_pretrain.core.errors import ConfigError
-from lowrank_pretrain.models.checks import closest
+from lowrank_pretrain.core.text import closest
 
 
 def key_values(argv: Sequence[str], keys: Collection[str]) -> dict[str, str]:
@@ -14,10 +14,14 @@ def key_values(argv: Sequence[str], keys: Collection[str]) -> dict[str, str]:
 
     Args:
         argv: the arguments.
-        keys: those that there are; ``-`` and ``_`` are the same.
+        keys: the keys that exist; ``-`` and ``_`` mean the same.
 
     Raises:
         ConfigError: no such key, a key without its value, or a word that is neither.
+
+    Example:
+        >>> key_values(["out=here", "--min-freq", "2"], ("out", "min_freq"))
+        {'out': 'here', 'min_freq': '2'}
     """
     given: dict[str, str] = {}
     words = iter(argv)
@@ -26,22 +30,21 @@ def key_values(argv: Sequence[str], keys: Collection[str]) -> dict[str, str]:
         key = name.removeprefix("--").replace("-", "_")
         if key not in keys:
             raise ConfigError(name, value or None, f"no such argument; {closest(key, keys)}")
-        if not equals:
-            value = next(words, None) if name.startswith("--") else None
-            if value is None:
-                raise ConfigError(name, None, f"needs a value: {key}=VALUE or --{key.replace('_', '-')} VALUE")
-        given[key] = value
+        found = value if equals else next(words, None) if name.startswith("--") else None
+        if found is None:
+            raise ConfigError(name, None, f"needs a value: {key}=VALUE or --{key.replace('_', '-')} VALUE")
+        given[key] = found
     return given
 
 
 def as_flags(argv: Sequence[str] | None, parser: ArgumentParser) -> list[str]:
     """Turn ``key=value`` into ``--key value`` where `parser` has ``--key``.
 
-    All other words stay as they are: a directory's name may have a sign of equality in it.
+    All other words stay as they are: a directory's name may contain an equals sign.
 
     Args:
-        argv: the arguments; None: the process's.
-        parser: takes what is returned.
+        argv: the arguments. None: those of the process.
+        parser: parses what is returned.
     """
     flags = re.findall(r"--[a-z][a-z-]*", parser.format_usage())
     found = []

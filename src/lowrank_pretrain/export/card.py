@@ -1,4 +1,4 @@
-"""The card beside exported weights: what they are, what they learned from, how well, how to load and how to remake them."""
+"""Write the card of exported weights: what they are, their data, results, how to load them and how to reproduce them."""
 
 import json
 from pathlib import Path
@@ -6,11 +6,13 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from lowrank_pretrain.core.text import digits
+from lowrank_pretrain.core.files import write_whole
+from lowrank_pretrain.core.metrics import METRICS
+from lowrank_pretrain.core.text import format_number
 from lowrank_pretrain.export.facts import Facts
 
 GRAY = "from torchvision.transforms import Compose, Grayscale\n"
-# Each runs as it stands in the export's folder, without this package.
+# Each of these programs runs in the export's folder, without this package.
 TIMM = """import timm
 import torch
 {gray_import}
@@ -53,7 +55,6 @@ model = PeftModel.from_pretrained(base, '.').eval()"""
 STATE = """from safetensors.torch import load_file
 
 state_dict = load_file('model.safetensors')"""
-METRICS = {"loss": "loss, nats", "acc1": "top-1 accuracy", "acc5": "top-5 accuracy", "ppl": "perplexity"}
 
 
 def write(out: Path, config: dict[str, Any] | None, summary: dict[str, Any] | None, facts: Facts | None = None) -> Path:
@@ -69,7 +70,7 @@ def write(out: Path, config: dict[str, Any] | None, summary: dict[str, Any] | No
         The file.
     """
     card = out / "README.md"
-    card.write_text(text(out, config, summary, facts or Facts()), encoding="utf-8")
+    write_whole(card, text(out, config, summary, facts or Facts()))
     return card
 
 
@@ -78,15 +79,15 @@ def of_run(ckpt: Path) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
     run_dir = ckpt.resolve().parent.parent
     config, summary = run_dir / ".hydra" / "config.yaml", run_dir / "summary.json"
     try:
-        found = OmegaConf.to_container(OmegaConf.load(config), resolve=True) if config.is_file() else None
+        found: Any = OmegaConf.to_container(OmegaConf.load(config), resolve=True) if config.is_file() else None
         whole = isinstance(found, dict) and all(isinstance(found.get(group), dict) for group in ("model", "data", "method"))
         return (found if whole else None), (json.loads(summary.read_text()) if summary.is_file() else None)
-    except Exception:  # somebody else's files: a card without results is better than no export
+    except Exception:  # damaged or foreign files: a card without results is better than no export
         return None, None
 
 
 def library(out: Path) -> str | None:
-    """``timm`` or ``transformers``, by the export's config.json; None for a module that neither knows."""
+    """Return ``timm`` or ``transformers``, by the export's config.json; None for a module that neither library knows."""
     file = out / "config.json"
     if not file.is_file():
         return None
@@ -123,14 +124,14 @@ def usage(out: Path) -> list[tuple[str, str]]:
 
 
 def text(out: Path, config: dict[str, Any] | None, summary: dict[str, Any] | None, facts: Facts) -> str:
-    """The card as Markdown with the metadata block that model hubs read."""
+    """Return the card as Markdown, with the metadata block that model hubs read."""
     adapters = (out / "adapter_config.json").is_file()
     kind = library(out / "base" if adapters else out)
     config, summary = _without_paths(config or {}), summary or {"phases": [], "final": {}}
     model, method = (dict(config.get(group) or {}) for group in ("model", "method"))
     name, how = model.get("name") or _last(model.get("_target_") or "model"), method.get("name", "full")
-    task = {"timm": "image-classification", "transformers": "text-generation"}.get(kind)
-    meta = {"library_name": "peft" if adapters else kind, "pipeline_tag": task}
+    task = {"timm": "image-classification", "transformers": "text-generation"}.get(kind or "")
+    meta: dict[str, Any] = {"library_name": "peft" if adapters else kind, "pipeline_tag": task}
     meta |= {"tags": ["lowrank_pretrain", *([how] if config else [])]}
     head = OmegaConf.to_yaml(OmegaConf.create({key: value for key, value in meta.items() if value}))
     total = summary["phases"][0]["total"] if summary["phases"] else None
@@ -154,8 +155,8 @@ def text(out: Path, config: dict[str, Any] | None, summary: dict[str, Any] | Non
         words = f"Seed {config.get('seed')}{f', {known}' if known else ''}. The whole configuration"
         parts.append(f"{words}, local paths by their last name:\n\n```yaml\n{whole}```\n")
     parts.append(
-        "## Limits\n\nTrained for research on training methods. This card knows neither the licence of the data nor what they "
-        "leave out: see to both before using the weights for anything else.\n"
+        "## Limits\n\nTrained for research on training methods. This card knows neither the licence of the data nor what "
+        "is missing in them: check both before you use the weights for anything else.\n"
     )
     return "\n".join(parts)
 
@@ -164,7 +165,7 @@ PLAIN = "Low-rank parts are merged: this is a plain model."
 
 
 def _data(facts: Facts, kind: str | None) -> str:
-    """What the model wants to be given, and what its outputs are called."""
+    """Describe the model's inputs and the names of its outputs."""
     lines = []
     if kind == "timm":
         recipe = facts.preprocessing
@@ -176,7 +177,11 @@ def _data(facts: Facts, kind: str | None) -> str:
         if facts.class_names:
             lines.append("Classes, in the order of the outputs: " + ", ".join(f"`{name}`" for name in facts.class_names) + ".")
     if kind == "transformers":
-        has = "has no tokenizer, for the run's data came as tokens" if facts.tokenizer is None else "brings the run's tokenizer"
+        has = (
+            "has no tokenizer, because the run's data came as tokens"
+            if facts.tokenizer is None
+            else "brings the run's tokenizer"
+        )
         end = "" if facts.end_id is None else f"; token {facts.end_id} ends a document"
         lines.append(f"This folder {has}{end}.")
     return "## Data\n\n" + "\n\n".join(lines) + "\n" if lines else ""
@@ -187,7 +192,7 @@ def _words(value: Any) -> str:
 
 
 def _without_paths(value: Any) -> Any:
-    """`value` with each absolute path by its last name: where things lie on this machine is nobody else's business."""
+    """Replace each absolute path by its last name: a card must not tell where files lie on this machine."""
     if isinstance(value, dict):
         return {key: _without_paths(part) for key, part in value.items()}
     if isinstance(value, list):
@@ -205,13 +210,14 @@ def _last(target: str | None) -> str:
 
 
 def _results(final: dict[str, float]) -> str:
-    """Splits as columns."""
+    """Build a table with a column for each split."""
     splits = [split for split in ("train", "val", "test") if any(key.startswith(f"{split}/") for key in final)]
     rows = [f"| | {' | '.join(splits)} |", "|---|" + "---:|" * len(splits)]
-    for key, words in METRICS.items():
+    for key in ("loss", "acc1", "acc5", "ppl"):
         values = [final.get(f"{split}/{key}") for split in splits]
         if any(value is not None for value in values):
-            rows.append(f"| {words} | {' | '.join('–' if value is None else digits(value) for value in values)} |")
+            cells = [METRICS[f"val/{key}"].word, *("–" if value is None else format_number(value) for value in values)]
+            rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows) if splits else "None were logged."
 
 
@@ -221,7 +227,7 @@ def _phases(summary: dict[str, Any]) -> str:
         "|---|---:|---:|---:|---:|---:|",
     ]
     for p in summary["phases"]:
-        rate = "–" if p["samples_per_sec"] is None else digits(p["samples_per_sec"])
+        rate = "–" if p["samples_per_sec"] is None else format_number(p["samples_per_sec"])
         rows.append(
             f"| {p['phase']} | {p['steps']:,} | {p['seconds']:.1f} | {rate} | {p['peak_gib']:.2f} | {p['trainable']:,} |"
         )

@@ -1,4 +1,4 @@
-"""What an export tells of the data besides the weights: classes, preprocessing, tokenizer. A checkpoint carries it along."""
+"""Keep facts of the data for an export: classes, preprocessing, tokenizer. Every checkpoint holds them."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -9,17 +9,17 @@ from typing import Any
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from typing_extensions import override
 
-from lowrank_pretrain.phases.plain_checkpoint import SIDE
+from lowrank_pretrain.checkpoints.format import SIDE
 
 KEY = "data"  # in a checkpoint's side entry
 
 
 @dataclass
 class Facts:
-    """What a reader of the weights must know of the data that they were trained on.
+    """Hold what a reader of the weights must know about the training data.
 
-    A data module of a user's own says it by attributes of the same names, all optional; `tokenizer` is one of the library
-    ``tokenizers`` there and its JSON text here.
+    A user's own data module gives these facts by attributes of the same names, all optional. There, `tokenizer` is an object of
+    the library ``tokenizers``; here it is its JSON text.
 
     Args:
         dataset_name: for people.
@@ -27,8 +27,8 @@ class Facts:
         preprocessing: of evaluation, with the arguments of ``timm.data.create_transform``.
         tokenizer: JSON text.
         end_id: the token after each document.
-        bos_id: the token before a document; None: there is none.
-        pad_id: the token that fills up; None: there is none.
+        bos_id: the token before each document; None: there is none.
+        pad_id: the token of padding; None: there is none.
         seq_len: tokens in a sequence.
     """
 
@@ -43,7 +43,7 @@ class Facts:
 
     @classmethod
     def of(cls, data: Any) -> "Facts":
-        """Ask a data module after its ``setup``; what it does not know stays None."""
+        """Read the facts of a data module after its ``setup``; what it does not know stays None."""
         found = {field.name: getattr(data, field.name, None) for field in fields(cls)}
         names, tokenizer = found["class_names"], found["tokenizer"]
         if names is not None:
@@ -55,7 +55,7 @@ class Facts:
 
     @classmethod
     def from_state(cls, state: Any) -> "Facts":
-        """The inverse of ``asdict``; what is not as it should be is left out, and so are keys of a newer version."""
+        """Invert ``asdict``; values of a wrong type and keys of a newer version are left out."""
         known = state if isinstance(state, dict) else {}
         fine = {key: known[key] for key, kind in KINDS.items() if isinstance(known.get(key), kind)}
         try:
@@ -72,14 +72,14 @@ KINDS = {
 
 
 def _plain(value: Any) -> Any:
-    """What JSON has no word for, such as arrays and OmegaConf's lists."""
+    """Convert what JSON does not know, such as arrays and OmegaConf's lists."""
     if hasattr(value, "tolist"):
         return value.tolist()
     return list(value) if isinstance(value, Iterable) else str(value)
 
 
 class RememberFacts(Callback):
-    """Writes the facts into every checkpoint, so that one alone can be exported.
+    """Write the facts into every checkpoint, so that a checkpoint alone can be exported.
 
     Args:
         data: the run's data module.
@@ -100,7 +100,7 @@ class RememberFacts(Callback):
 
 
 def facts_of_checkpoint(path: Path) -> Facts:
-    """The facts that the checkpoint at `path` carries; none where there is no such file."""
+    """Return the facts that a checkpoint holds; none where there is no such file."""
     from lowrank_pretrain.checkpoints.files import inspect
 
     return Facts.from_state(inspect(path).get(SIDE, {}).get(KEY)) if path.is_file() else Facts()

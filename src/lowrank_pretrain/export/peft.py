@@ -1,4 +1,4 @@
-"""Adapters as peft reads them: one dense adapter per layer, whatever ranks its row blocks have.
+"""Write adapters for peft: one dense adapter per layer, for any ranks of its row blocks.
 
                  A (ΣR, D)        B (O, ΣR)
            q    [ A_q    ]       [ s B_q    0        0     ]      scale 1 = alpha / rank of the whole, since each
@@ -15,16 +15,18 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lowrank_pretrain.core.files import write_whole
+
 _PARTS = ("W", "q", "k", "v")  # in the order of their rows
 
 
 def adapted_layers(exact: Mapping[str, Tensor]) -> list[str]:
-    """Names of the layers with at least one adapter among a checkpoint's exact factors."""
+    """Return the names of the layers with at least one adapter among a checkpoint's exact factors."""
     return [key.removesuffix(".lora_A") for key, value in exact.items() if key.endswith(".lora_A") and len(value)]
 
 
 def dense_adapter(exact: Mapping[str, Tensor], layer: str, alpha: float | None) -> tuple[Tensor, Tensor]:
-    """One adapter (A, B) of rank ΣR and scale 1 for a layer, float32.
+    """Return one adapter (A, B) of rank ΣR and scale 1 for a layer, float32.
 
     Row blocks without an adapter are rows of zeros in B.
 
@@ -53,10 +55,12 @@ def write_adapters(exact: Mapping[str, Tensor], alpha: float | None, out: Path, 
         exact: a checkpoint's exact factors, by full names.
         alpha: as for :func:`dense_adapter`.
         out: the folder; its sub-folder ``base`` holds the weights that the adapters belong to.
-        prefix: what to take off the names: peft's count from the network.
+        prefix: to drop from the names: peft's names count from the network.
         task_type: peft's, ``"CAUSAL_LM"`` or nothing.
     """
-    tensors, ranks, transposed = {}, {}, False
+    tensors: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
+    transposed = False
     for layer in adapted_layers(exact):
         A, B = dense_adapter(exact, layer, alpha)
         name = layer.removeprefix(prefix)
@@ -82,4 +86,4 @@ def write_adapters(exact: Mapping[str, Tensor], alpha: float | None, out: Path, 
         "bias": "none",
     }
     save_file(tensors, out / "adapter_model.safetensors")
-    (out / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_whole(out / "adapter_config.json", json.dumps(config, indent=2) + "\n")

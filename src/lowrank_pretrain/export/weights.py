@@ -1,4 +1,4 @@
-"""Trained weights out of a checkpoint or a module, into the formats that stock libraries read.
+"""Export trained weights from a checkpoint or a module into the formats that stock libraries read.
 
     python -m lowrank_pretrain.export ckpt=PATH out=DIR [format=timm|hf|peft]
 
@@ -8,7 +8,7 @@
     peft   DIR/{adapter_model.safetensors, adapter_config.json}: the adapters, not merged, and DIR/base: the weights
            that they belong to, as above; PeftModel.from_pretrained(BASE, "DIR")
 
-With them go what a reader of the weights needs: preprocessing and class names (timm; transformers'
+The folder also holds what a reader of the weights needs: preprocessing and class names (timm; transformers'
 pipeline("image-classification") reads the same folder), tokenizer and special ids (hf), and a README.md with the lines that
 load it. Without format= it is timm or hf, as the checkpoint holds it. A LightningModule of the user's own is written as its
 merged state dict, DIR/model.safetensors. --ckpt PATH --out DIR does the same as ckpt=PATH out=DIR.
@@ -22,22 +22,26 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import lightning.pytorch as pl
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lowrank_pretrain.checkpoints.format import check_format
 from lowrank_pretrain.checkpoints.io import local_path
 from lowrank_pretrain.checkpoints.safe_load import safe_load, unread
 from lowrank_pretrain.core.arguments import key_values
+from lowrank_pretrain.core.checks import choice
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.files import write_whole
+from lowrank_pretrain.core.text import one_line
 from lowrank_pretrain.export import card as model_card
 from lowrank_pretrain.export.facts import KEY as FACTS
 from lowrank_pretrain.export.facts import Facts
 from lowrank_pretrain.export.peft import adapted_layers, write_adapters
 from lowrank_pretrain.lora.model import plain_state
-from lowrank_pretrain.models.checks import one_line
 
-log = logging.getLogger("lowrank_pretrain.export")  # as a command, __name__ is another
+log = logging.getLogger("lowrank_pretrain.export")  # run as a command, __name__ differs
 
 FORMATS = ("timm", "hf", "peft")
 _VISION = {"name", "num_classes", "img_size", "in_chans", "model_kwargs"}
@@ -45,7 +49,7 @@ _LANGUAGE = {"name", "vocab_size", "seq_len", "config"}
 
 
 class Source(NamedTuple):
-    """What an export starts from.
+    """Hold what an export starts from.
 
     Attributes:
         state: merged weights by their names in the LightningModule (``model.…``).
@@ -83,8 +87,8 @@ def export(ckpt: str | Path, format: str | None, out: str | Path) -> Path:
     Raises:
         ConfigError: an unreadable or foreign checkpoint, or a format that it cannot be written in.
     """
-    if format is not None and format not in FORMATS:
-        raise ConfigError("format", format, f"must be one of {', '.join(FORMATS)}")
+    if format is not None:
+        choice("format", format, FORMATS)
     out, ckpt = Path(local_path(out, "out")), local_path(ckpt, "ckpt")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError("out", str(out), "must be a new or an empty folder")
@@ -113,7 +117,7 @@ def export_module(module: torch.nn.Module, out: str | Path, facts: Facts | None 
         `out`.
 
     Raises:
-        ValueError: the adapters hold numbers that are not finite.
+        ValueError: the adapters are NaN or infinite.
     """
     state = {key: value.detach().cpu() for key, value in _tensors(plain_state(module)).items()}
     hparams = dict(getattr(module, "hparams", {}))
@@ -121,7 +125,7 @@ def export_module(module: torch.nn.Module, out: str | Path, facts: Facts | None 
 
 
 def read(path: Path) -> Source:
-    """A checkpoint file, with nothing executed that it may hold.
+    """Read a checkpoint file without executing anything that it may hold.
 
     Raises:
         ConfigError: no such file, a truncated or a foreign one.
@@ -136,19 +140,18 @@ def read(path: Path) -> Source:
     if not isinstance(state, dict) or not state:
         raise ConfigError("ckpt", str(path), "is no Lightning checkpoint: it holds no state_dict")
     lowrank = found.get("lowrank_pretrain", {})
-    if lowrank.get("format", 1) != 1:
-        raise ConfigError("ckpt", str(path), f"was written in format {lowrank['format']}; this version reads 1")
+    check_format(lowrank, path, "ckpt")
     hparams, facts = found.get("hyper_parameters", {}), Facts.from_state(lowrank.get(FACTS))
     return Source(_tensors(state), dict(hparams) if isinstance(hparams, Mapping) else {}, lowrank, str(path), facts)
 
 
 def _tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a state dict (a module's extra state may be anything), without torch.compile's names."""
+    """Return the tensors of a state dict, without torch.compile's prefix; a module's extra state may be anything else."""
     return {key.replace("_orig_mod.", ""): value for key, value in state.items() if isinstance(value, Tensor)}
 
 
 def _write(source: Source, out: Path) -> Path:
-    """One ``.safetensors`` in `out`, with its ``config.json`` where the network is known."""
+    """Write one ``.safetensors`` into `out`, with its ``config.json`` where the network is known."""
     if source.kind is None:
         out.mkdir(parents=True, exist_ok=True)
         # copies: safetensors refuses tensors that share memory, as tied weights do
@@ -164,36 +167,37 @@ def _write(source: Source, out: Path) -> Path:
     return out
 
 
-# of timm's pretrained_cfg, what describes the network; all else is about weights and data that somebody else published
+# the keys of timm's pretrained_cfg that describe the network; the others describe weights that somebody else published
 _OF_THE_NETWORK = ("num_classes", "input_size", "fixed_input_size", "pool_size", "first_conv", "classifier")
 
 
-def _write_timm(network: torch.nn.Module, facts: Facts, out: Path) -> None:
-    """Weights and a ``config.json`` that timm reads, and transformers' TimmWrapper too."""
+def _write_timm(network: Any, facts: Facts, out: Path) -> None:
+    """Write weights and a ``config.json`` that timm reads, and transformers' TimmWrapper as well."""
     from timm.models import save_for_hf
 
     args = {key: value for key, value in network.created_with.items() if not key.endswith(("drop_rate", "path_rate"))}
     save_for_hf(network, str(out), model_args=args, safe_serialization=True)
     config = json.loads((out / "config.json").read_text())
-    # timm 1.0.3x writes it here, and transformers then hands it over twice
+    # timm 1.0.3x writes it here as well, and transformers would then pass it twice
     config.get("model_args", {}).pop("num_classes", None)
     theirs, recipe = config["pretrained_cfg"], facts.preprocessing or {}
     config["pretrained_cfg"] = {key: theirs[key] for key in _OF_THE_NETWORK if theirs.get(key) is not None} | recipe
-    # where no names are known these stand in their place: transformers would take ImageNet's for a thousand classes
+    # stand-ins where no names are known: transformers would take ImageNet's for a thousand classes
     names = list(facts.class_names or ())
     config["label_names"] = [*names, *(f"LABEL_{i}" for i in range(len(names), network.num_classes))][: network.num_classes]
-    (out / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_whole(out / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
-def _write_hf(network: torch.nn.Module, facts: Facts, out: Path) -> None:
-    """Weights, ``config.json``, ``generation_config.json`` and the tokenizer's files."""
+def _write_hf(network: Any, facts: Facts, out: Path) -> None:
+    """Write weights, ``config.json``, ``generation_config.json`` and the tokenizer's files."""
     from transformers import GenerationConfig
     from transformers.utils import logging as hf_logging
 
     config = network.config
     config.use_cache = True
+    ids: dict[str, int | None]
     if facts.end_id is not None:
-        # packed text has the end between documents, so it is what a new one begins with where there is no other token
+        # packed text has the end token between documents, so a new document begins after it where there is no other token
         ids = {"bos_token_id": facts.end_id if facts.bos_id is None else facts.bos_id, "eos_token_id": facts.end_id}
         ids["pad_token_id"] = facts.end_id if facts.pad_id is None else facts.pad_id
     else:
@@ -201,26 +205,26 @@ def _write_hf(network: torch.nn.Module, facts: Facts, out: Path) -> None:
     for key, value in ids.items():
         setattr(config, key, value)
     longest = getattr(config, "max_position_embeddings", None) or facts.seq_len
-    limit = {} if longest is None else {"max_length": longest}  # else a reader's default runs out of positions
+    limit = {} if longest is None else {"max_length": longest}  # a reader's default may exceed the positions
     network.generation_config = GenerationConfig(**ids, use_cache=True, **limit)
     bars = hf_logging.is_progress_bar_enabled()
-    hf_logging.disable_progress_bar()  # one file needs no bar of its own
+    hf_logging.disable_progress_bar()  # one file needs no progress bar
     try:
         network.save_pretrained(out, max_shard_size="1000GB")
     finally:
         if bars:
             hf_logging.enable_progress_bar()
     if facts.tokenizer is not None:
-        _write_tokenizer(facts, ids, longest, out)
+        _write_tokenizer(facts.tokenizer, ids, longest, out)
 
 
-def _write_tokenizer(facts: Facts, ids: Mapping[str, int | None], longest: int | None, out: Path) -> None:
-    """The run's tokenizer as ``AutoTokenizer`` reads it, with the same special tokens as the weights."""
+def _write_tokenizer(text: str, ids: Mapping[str, int | None], longest: int | None, out: Path) -> None:
+    """Write the run's tokenizer for ``AutoTokenizer``, with the same special tokens as the weights."""
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
     try:
-        tokenizer = Tokenizer.from_str(facts.tokenizer)
+        tokenizer = Tokenizer.from_str(text)
     except Exception as error:  # the library knows no other class
         raise ConfigError("ckpt", str(out), f"its tokenizer cannot be read: {one_line(error)}") from error
     words = {key.removesuffix("_id"): tokenizer.id_to_token(value) for key, value in ids.items() if value is not None}
@@ -231,24 +235,28 @@ def _write_tokenizer(facts: Facts, ids: Mapping[str, int | None], longest: int |
 
 
 def _network(source: Source) -> torch.nn.Module:
-    """The plain timm or transformers network with the source's weights.
+    """Return the plain timm or transformers network with the source's weights.
 
     Raises:
         ConfigError: weights and constructor arguments do not belong together.
     """
+    cls: type[pl.LightningModule]
     if source.kind == "timm":
-        from lowrank_pretrain.models.vision import VisionClassifier as Module
-    else:
-        from lowrank_pretrain.models.language import CausalLM as Module
+        from lowrank_pretrain.models.vision import VisionClassifier
 
-    known = inspect.signature(Module).parameters
+        cls = VisionClassifier
+    else:
+        from lowrank_pretrain.models.language import CausalLM
+
+        cls = CausalLM
+    known = inspect.signature(cls).parameters
     for key in known.keys() & source.hparams.keys():
         if unread(source.hparams[key]) is not None:
             raise ConfigError(
                 "ckpt", source.label, f"its hyper-parameter {key} is a {unread(source.hparams[key])}, which is not read from a "
                 "file: give the module plain values (numbers, text, lists, dicts); the weights are in its state_dict"
             )  # fmt: skip
-    module = Module(**{key: value for key, value in source.hparams.items() if key in known})
+    module: Any = cls(**{key: value for key, value in source.hparams.items() if key in known})
     module.on_load_checkpoint({"state_dict": source.state})
     dtypes = {value.dtype for value in source.state.values() if value.is_floating_point()}
     if len(dtypes) == 1:
@@ -261,7 +269,7 @@ def _network(source: Source) -> torch.nn.Module:
 
 
 def _write_peft(source: Source, out: Path) -> Path:
-    """Adapters in `out`, the weights that they belong to in ``out/base``."""
+    """Write adapters into `out`, and the weights that they belong to into ``out/base``."""
     exact: Mapping[str, Tensor] = _tensors(source.lowrank.get("exact", {}))
     if not adapted_layers(exact):
         raise ConfigError("format", "peft", f"{source.label} holds no adapters; leave format= out for its merged weights")
@@ -274,7 +282,7 @@ def _write_peft(source: Source, out: Path) -> Path:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code (2: wrong arguments or an unusable checkpoint)."""
+    """Run the command and return its exit code (2: wrong arguments or an unusable checkpoint)."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or {"-h", "--help"} & set(argv):
         sys.stdout.write(str(__doc__))

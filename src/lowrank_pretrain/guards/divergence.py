@@ -18,7 +18,9 @@ from typing_extensions import override
 
 from lowrank_pretrain.checkpoints.files import newest_whole
 from lowrank_pretrain.checkpoints.io import WholeCheckpointIO, local_path
+from lowrank_pretrain.core.checks import choice, whole
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.lightning_private import LOGGED_STEPS, datamodule_of, log_interval
 from lowrank_pretrain.guards.finite import Diverged, FiniteGuard
 
 POLICIES = ("stop", "rewind")
@@ -28,16 +30,13 @@ STEPS = (
     "epoch_loop.manual_optimization.optim_step_progress",
     "epoch_loop.scheduler_progress",
 )
-LOGGED = "_batches_that_stepped"  # in epoch_loop.state_dict: the step that loggers write
 
 
-def is_divergence(error: BaseException) -> bool:
-    """Return whether `error` reports a divergence: this guard's, or GaLoreAdamW's own."""
-    return isinstance(error, (Diverged, FloatingPointError))
+DIVERGENCES = (Diverged, FloatingPointError)  # the latter is raised by GaLoreAdamW's own guard
 
 
 class DivergenceGuard(FiniteGuard):
-    """Detect a NaN or infinite loss or gradient and, if asked to, a loss spike; stop the run or rewind it.
+    """Detect a NaN or infinite loss or gradient and, if asked to, a loss that shoots up; stop the run or rewind it.
 
     To stop, it is a callback like any other. To rewind, start the fit with :meth:`fit`::
 
@@ -66,10 +65,8 @@ class DivergenceGuard(FiniteGuard):
         self, on_divergence: str = "stop", max_rewinds: int = 3, loss_spike: float | None = None, patience: int = 5
     ) -> None:
         super().__init__(loss_spike, patience)
-        if on_divergence not in POLICIES:
-            raise ConfigError("on_divergence", on_divergence, f"must be one of {', '.join(POLICIES)}")
-        if not isinstance(max_rewinds, int) or isinstance(max_rewinds, bool) or max_rewinds < 0:
-            raise ConfigError("max_rewinds", max_rewinds, "must be 0 or more")
+        choice("on_divergence", on_divergence, POLICIES)
+        whole("max_rewinds", max_rewinds, 0, allowed="must be 0 or more")
         self.on_divergence, self.max_rewinds = on_divergence, max_rewinds
         self.rewinds = self.skipped = 0
         self._position: dict[str, Any] | None = None
@@ -98,13 +95,14 @@ class DivergenceGuard(FiniteGuard):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        if self.rewinds and trainer.log_every_n_steps and trainer.global_step % trainer.log_every_n_steps == 0:
+        every = log_interval(trainer)
+        if self.rewinds and every and trainer.global_step % every == 0:
             figures = {"divergence/rewinds": float(self.rewinds), "divergence/skipped_batches": float(self.skipped)}
-            self.log_dict(figures, on_step=True, on_epoch=False)
+            pl_module.log_dict(figures, on_step=True, on_epoch=False)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if self.on_divergence == "rewind" and is_divergence(exception) and trainer.training:
+        if self.on_divergence == "rewind" and isinstance(exception, DIVERGENCES) and trainer.training:
             self._position = position(trainer)
 
     def rewind(self, directory: Path, target: Path) -> str | None:
@@ -129,7 +127,7 @@ class DivergenceGuard(FiniteGuard):
         checkpoint["callbacks"][self.state_key] = {"mean": mean, "rewinds": self.rewinds, "skipped": self.skipped}
         WholeCheckpointIO().save_checkpoint(checkpoint, target)
         count = f"rewind {self.rewinds} of at most {self.max_rewinds}"
-        return f"{count}: back to {good.name} behind step {checkpoint['global_step']}, {skipped} batches left out"
+        return f"{count}: back to {good.name} after step {checkpoint['global_step']}, {skipped} batches left out"
 
     def fit(self, trainer: Trainer, model: LightningModule, *args: Any, ckpt_path: Any = None, **kwargs: Any) -> None:
         """Call ``trainer.fit``, and again from a rewound checkpoint (``rewound.ckpt`` next to the good one) after a divergence.
@@ -149,8 +147,10 @@ class DivergenceGuard(FiniteGuard):
             local_path(getattr(saver, "dirpath", None) or trainer.default_root_dir, "dirpath")
         while True:
             try:
-                return trainer.fit(model, *args, ckpt_path=ckpt_path, **kwargs)
-            except (Diverged, FloatingPointError) as error:
+                fit: Any = trainer.fit
+                fit(model, *args, ckpt_path=ckpt_path, **kwargs)
+                return
+            except DIVERGENCES as error:
                 saver = trainer.checkpoint_callback
                 directory = Path(local_path(getattr(saver, "dirpath", None) or trainer.default_root_dir, "dirpath"))
                 line = self.rewind(directory, directory / "rewound.ckpt")
@@ -170,7 +170,8 @@ class DivergenceGuard(FiniteGuard):
 
 
 def _data_state(trainer: pl.Trainer) -> dict[str, Any]:
-    return {} if trainer.datamodule is None else trainer.datamodule.state_dict()
+    module = datamodule_of(trainer)
+    return {} if module is None else module.state_dict()
 
 
 def position(trainer: pl.Trainer) -> dict[str, Any]:
@@ -180,7 +181,8 @@ def position(trainer: pl.Trainer) -> dict[str, Any]:
     for count in (progress["total"], progress["current"]):
         # as a checkpoint at the end of this batch would have it, wherever in the batch the failure was
         count.update(started=count["ready"], processed=count["ready"], completed=count["ready"] - 1)
-    data = {} if trainer.datamodule is None else {type(trainer.datamodule).__qualname__: _data_state(trainer)}
+    module = datamodule_of(trainer)
+    data = {} if module is None else {type(module).__qualname__: _data_state(trainer)}
     return {"loops": loops, "epoch": trainer.current_epoch, "data": data}
 
 
@@ -192,8 +194,8 @@ def moved_on(checkpoint: dict[str, Any], here: dict[str, Any]) -> int:
         if key in then:
             now[key] = then[key]
     logged = dict(then["epoch_loop.state_dict"])
-    if before["completed"] == before["processed"] and LOGGED in logged:
-        logged[LOGGED] -= 1  # written behind its batch, while Lightning adds one for a file written at a batch's end
+    if before["completed"] == before["processed"] and LOGGED_STEPS in logged:
+        logged[LOGGED_STEPS] -= 1  # written after its batch, while Lightning adds one for a file written at a batch's end
     now["epoch_loop.state_dict"] = logged
     checkpoint["loops"]["fit_loop"] = now
     checkpoint["epoch"] = here["epoch"]

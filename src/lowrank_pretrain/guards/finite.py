@@ -9,8 +9,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
+from lowrank_pretrain.core.checks import number, whole
 from lowrank_pretrain.core.dtypes import at_least_32
-from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.lightning_private import log_interval, tensor_norms
+from lowrank_pretrain.core.steps import StepWatch
 from lowrank_pretrain.galore.layerwise import UsedGradient
 
 PATIENCE_FP16 = 20  # a gradient scaler halves its scale 16 times before it is down to 1
@@ -19,7 +21,7 @@ SETTLED = 50  # batches before which no spike is looked for
 
 
 class Diverged(Exception):
-    """The training loss, a gradient or a weight is NaN or infinite, or the loss has shot up.
+    """Say that the training loss, a gradient or a weight is NaN or infinite, or that the loss has shot up.
 
     Args:
         what: ``"train/loss"``, a parameter's name, or ``"the gradient of"`` one.
@@ -51,14 +53,14 @@ class FiniteGuard(Callback):
     """
 
     def __init__(self, loss_spike: float | None = None, patience: int = 5) -> None:
-        number = isinstance(loss_spike, (int, float)) and not isinstance(loss_spike, bool)
-        if loss_spike is not None and not (number and 1 < loss_spike < math.inf):
-            raise ConfigError("loss_spike", loss_spike, "must be above 1, times the running mean of the loss, or null for off")
-        if not isinstance(patience, int) or isinstance(patience, bool) or patience < 1:
-            raise ConfigError("patience", patience, "must be 1 or more batches in a row")
+        if loss_spike is not None:
+            allowed = "must be above 1, times the running mean of the loss, or null for off"
+            number("loss_spike", loss_spike, above=1, allowed=allowed)
+        whole("patience", patience, 1, allowed="must be 1 or more batches in a row")
         self.loss_spike, self.patience = loss_spike, patience
         self._seen: list[float] = [0.0, 0.0]  # of a checkpoint: running sum and its weight
-        self._bad: Tensor | None = None
+        self._bad = torch.zeros(0)  # (3,) once training has started
+        self._steps = StepWatch()
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -69,7 +71,7 @@ class FiniteGuard(Callback):
         self._mean = torch.tensor(self._seen, dtype=torch.float32, device=device)  # (2,) running sum and its weight
         self._batches = 0
         self._sizes: tuple[list[str], Tensor] | None = None  # by name, their gradients' at the first bad step
-        self._seen_step = trainer.global_step
+        self._steps.begin(trainer)
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer) -> None:
@@ -96,7 +98,7 @@ class FiniteGuard(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-        stepped, self._seen_step = trainer.global_step != self._seen_step, trainer.global_step
+        stepped = self._steps.stepped(trainer)
         if isinstance(loss, Tensor):
             step = trainer.global_step + (not stepped)
             loss = loss.detach().float().mean() * trainer.accumulate_grad_batches  # Lightning divides by it
@@ -104,10 +106,10 @@ class FiniteGuard(Callback):
             before = 0 if _scaled(trainer) else self._bad[0]  # a scaler skips the step and goes on; else one is one too many
             self._count(0, bad, torch.where(bad, self._bad[0] + 1, before), step)
             if self.loss_spike is not None:
-                self._follow(loss, bad, step)
+                self._follow(loss, bad, step, self.loss_spike)
         # only between two optimizer steps, so that a run that goes on from here begins with a whole one
         alone = pl_module.device.type == "cpu" and trainer.world_size == 1
-        every = 1 if alone else max(1, trainer.log_every_n_steps)
+        every = 1 if alone else max(1, log_interval(trainer))
         if (stepped and trainer.global_step % every == 0) or trainer.is_last_batch:
             self._look(trainer)
 
@@ -115,20 +117,20 @@ class FiniteGuard(Callback):
         self._first[which] = torch.where(bad & (self._bad[which] == 0), step, self._first[which])
         self._bad[which] = count
 
-    def _follow(self, loss: Tensor, bad: Tensor, step: int) -> None:
-        """Hold the loss against its running mean, then take it into the mean unless it is out of line."""
+    def _follow(self, loss: Tensor, bad: Tensor, step: int, limit: float) -> None:
+        """Compare the loss with its running mean, then take it into the mean unless it is out of line."""
         total, weight = self._mean
         self._batches += 1
         if self._batches > SETTLED:
             mean = total / weight
-            spike = loss > mean + (self.loss_spike - 1) * mean.abs()  # false for NaN
+            spike = loss > mean + (limit - 1) * mean.abs()  # false for NaN
             self._count(2, spike, torch.where(spike, self._bad[2] + 1, 0), step)
             bad = bad | spike
         share = 1 - DECAY
         self._mean = torch.where(bad, self._mean, DECAY * self._mean + share * torch.stack((loss, torch.ones_like(loss))))
 
     def _look(self, trainer: Trainer) -> None:
-        if self._bad is None:
+        if not len(self._bad):
             return
         here = torch.cat((self._bad, self._first))
         counts = here
@@ -165,7 +167,7 @@ class FiniteGuard(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"mean": self._mean.tolist() if self._bad is not None else self._seen}
+        return {"mean": self._mean.tolist() if len(self._bad) else self._seen}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -173,10 +175,10 @@ class FiniteGuard(Callback):
 
 
 def _sizes(grads: list[Tensor]) -> Tensor:
-    """One number for each gradient that is finite if all its entries are: one pass at memory speed, no wait for the device."""
+    """Return one number for each gradient that is finite if all its entries are: one pass at memory speed, without a sync."""
     wide = {at_least_32(grad.dtype) for grad in grads}
     if grads[0].is_cuda and len(wide) == 1:  # one kernel; infinite for what cannot be squared too, as Adam's v is
-        return torch.stack([norm.float() for norm in torch._foreach_norm(grads, 2, dtype=wide.pop())])
+        return torch.stack([norm.float() for norm in tensor_norms(grads, wide.pop())])
     return torch.stack([grad.sum(dtype=torch.float32) for grad in grads])
 
 

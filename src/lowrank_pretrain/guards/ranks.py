@@ -6,8 +6,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
 from lowrank_pretrain.core.agreement import agreed_hash
-from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.checks import whole
 from lowrank_pretrain.core.protocols import Merges
+from lowrank_pretrain.core.steps import StepWatch
 
 
 class RanksAgree(Callback):
@@ -24,24 +25,19 @@ class RanksAgree(Callback):
     """
 
     def __init__(self, every_n_steps: int = 500) -> None:
-        if not isinstance(every_n_steps, int) or isinstance(every_n_steps, bool) or every_n_steps < 0:
-            raise ConfigError("agree_every", every_n_steps, "must be 0 (only before checkpoints) or more optimizer steps")
-        self.every_n_steps = every_n_steps
-        self._seen_step = 0
+        allowed = "must be 0 (only before checkpoints) or more optimizer steps"
+        self.every_n_steps = whole("agree_every", every_n_steps, 0, allowed=allowed)
+        self._steps = StepWatch()
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._seen_step = trainer.global_step
+        self._steps.begin(trainer)
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        step = trainer.global_step
-        if step == self._seen_step:  # gradients still accumulate
-            return
-        self._seen_step = step
-        if self.every_n_steps and step % self.every_n_steps == 0:
+        if self._steps.stepped(trainer) and self.every_n_steps and self._steps.step % self.every_n_steps == 0:
             self._look(trainer, pl_module)
 
     @override

@@ -1,4 +1,4 @@
-"""A data loader that hands out nothing more ends the run, instead of holding its devices until somebody looks."""
+"""End the run when a data loader hands out nothing more, instead of holding its devices until somebody looks."""
 
 import math
 import os
@@ -13,7 +13,8 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
-from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.checks import number
+from lowrank_pretrain.core.lightning_private import profiler_of
 
 GRACE = 30.0  # seconds that the main thread has to hear of it, before the process is ended from outside
 ASKED = "_next"  # how the names end that Lightning gives to asking a loader for a batch
@@ -21,7 +22,7 @@ STDLIB = sysconfig.get_paths()["stdlib"]
 
 
 class Stalled(BaseException):
-    """A loader has not handed out a batch for too long. No Exception: readers that forgive those must not forgive this.
+    """Say that a loader has not handed out a batch for too long. No Exception: code that forgives those must not forgive this.
 
     Args:
         loader: which, e.g. ``"the training loader"``.
@@ -38,12 +39,12 @@ class Stalled(BaseException):
 
 
 class StallGuard(Callback):
-    """Watches the time between asking a loader for a batch and getting it, from a thread of its own: a step costs nothing.
+    """Watch the time between asking a loader for a batch and getting it, from a thread of its own: a step costs nothing.
 
     That time is what Lightning measures for its profiler: what hooks, validation or the writing of a checkpoint take does not
     count.
 
-    It interrupts the main thread by SIGALRM, whatever Python is waiting for there: a worker process, a file, a lock. Where
+    It interrupts the main thread by SIGALRM, from any wait of Python's: for a worker process, a file, a lock. Where
     that is not heard, inside of a library's own loop, the process ends with exit code 1 after half a minute.
 
     Args:
@@ -54,11 +55,10 @@ class StallGuard(Callback):
     """
 
     def __init__(self, timeout: float | None = 1800.0) -> None:
-        number = isinstance(timeout, (int, float)) and not isinstance(timeout, bool)
-        if timeout is not None and not (number and 0 < timeout < math.inf):
-            raise ConfigError("stall_timeout", timeout, "must be a number of seconds above 0, or null for any time")
+        if timeout is not None:
+            number("stall_timeout", timeout, above=0, allowed="must be a number of seconds above 0, or null for any time")
         self.timeout = timeout
-        self._waiting: tuple[str, float] | None = None  # for whom, since when
+        self._waiting: tuple[str, float] | None = None  # which loader, since when
         self._thread: threading.Thread | None = None
         self._over = threading.Event()
         self._before: Any = None
@@ -97,7 +97,8 @@ class StallGuard(Callback):
             signal.signal(signal.SIGALRM, self._before)
 
     def _watch(self, main: int) -> None:
-        pause = min(5.0, self.timeout / 4)
+        timeout = math.inf if self.timeout is None else self.timeout
+        pause = min(5.0, timeout / 4)
         for_whom, waited, last = None, 0.0, time.monotonic()
         while not self._over.wait(pause):
             waiting, now = self._waiting, time.monotonic()
@@ -107,11 +108,11 @@ class StallGuard(Callback):
             elif waiting is not None:
                 waited += min(now - last, 2 * pause)
             last = now
-            if waiting is None or waited < self.timeout:
+            if waiting is None or waited < timeout:
                 continue
-            self._stalled = Stalled(waiting[0], self.timeout, _place(main))
+            self._stalled = Stalled(waiting[0], timeout, _place(main))
             signal.pthread_kill(main, signal.SIGALRM)
-            if self._over.wait(min(GRACE, 10 * self.timeout)):
+            if self._over.wait(min(GRACE, 10 * timeout)):
                 return
             if self._waiting is waiting:
                 print(f"error: {self._stalled}; it does not answer", file=sys.stderr, flush=True)
@@ -131,7 +132,7 @@ class StallGuard(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._begin()
         if self._thread is not None:
-            self._listen(trainer.profiler)
+            self._listen(profiler_of(trainer))
 
     def _listen(self, profiler: Any) -> None:
         """Hear when Lightning asks a loader and when it has its answer: it tells its profiler, also one that is off."""
@@ -165,7 +166,7 @@ class StallGuard(Callback):
 
 
 def _place(thread: int) -> str:
-    """Where a thread is, by the innermost frame that is not Python's own library."""
+    """Return where a thread is, by the innermost frame that is not Python's own library."""
     frame = sys._current_frames().get(thread)
     innermost = frame
     while frame is not None and frame.f_code.co_filename.startswith(STDLIB) and "site-packages" not in frame.f_code.co_filename:

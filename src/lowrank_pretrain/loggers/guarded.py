@@ -1,4 +1,4 @@
-"""A logger that fails says so once and is left alone; training goes on, and metrics.csv holds everything."""
+"""Let a logger that fails say so once, and leave it alone; training goes on, and metrics.csv holds everything."""
 
 import functools
 import inspect
@@ -7,17 +7,18 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from lightning.fabric.loggers.logger import _DummyExperiment as NoExperiment
 from lightning.pytorch.loggers import Logger
 
-from lowrank_pretrain.run.interrupts import Interrupted
+from lowrank_pretrain.core.interrupts import Interrupted
+from lowrank_pretrain.core.lightning_private import NoExperiment
+from lowrank_pretrain.core.text import one_line
 
 TRIES = 5  # failed calls in a row, after which a logger is not called again
 PATIENCE = 10.0  # seconds; a call that failed after longer than this is not tried again: training would wait each time
 
 
 def guard(logger: Logger, name: str) -> Logger:
-    """Let no error of `logger` end a run; the class stays a kind of its own, so ``isinstance`` answers as before.
+    """Let no error of a logger end a run. Its class becomes a subclass of itself, so ``isinstance`` answers as before.
 
     Args:
         logger: any logger; changed in place.
@@ -27,7 +28,7 @@ def guard(logger: Logger, name: str) -> Logger:
         `logger`.
     """
     logger.__class__ = _guarded(type(logger))
-    logger._guard_name = name
+    logger.__dict__["_guard_name"] = name
     return logger
 
 
@@ -43,7 +44,7 @@ def _guarded(base: type[Logger]) -> type[Logger]:
         found = inspect.getattr_static(base, key)
         if key.startswith("_"):
             continue
-        if isinstance(found, property):
+        if isinstance(found, property) and found.fget is not None:
             members[key] = property(_tried(key, found.fget, NoExperiment() if key == "experiment" else None), found.fset)
         elif inspect.isfunction(found):
             members[key] = _tried(key, found)
@@ -51,7 +52,7 @@ def _guarded(base: type[Logger]) -> type[Logger]:
 
 
 def _tried(key: str, inner: Callable, instead: Any = None) -> Callable:
-    """`inner` of a class, whose errors become one warning; `instead` is what it returns then."""
+    """Return a method whose errors become one warning; `instead` is what it returns then."""
 
     @functools.wraps(inner)
     def call(self: Logger, *args: Any, **kwargs: Any) -> Any:
@@ -78,7 +79,7 @@ def _count(logger: Logger, what: str, error: Exception, final: bool) -> None:
     state["_guard_over"] = state.get("_guard_over", False) or state["_guard_failures"] >= TRIES
     if not state.get("_guard_warned"):
         state["_guard_warned"] = True
-        words = " ".join(str(error).split())[:300]
+        words = one_line(error, 300)
         after = "it is not used from here on" if final else f"it is not used any more after {TRIES} failures in a row"
         name = state.get("_guard_name", type(logger).__name__)
         warnings.warn(
@@ -99,7 +100,7 @@ def _reduce(self: Logger) -> tuple:
 
 
 def _restore(base: type[Logger], state: dict[str, Any]) -> Logger:
-    logger = base.__new__(_guarded(base))
+    logger: Any = base.__new__(_guarded(base))
     if hasattr(base, "__setstate__"):
         logger.__setstate__(state)
     else:

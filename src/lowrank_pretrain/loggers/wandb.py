@@ -1,6 +1,5 @@
 """Weights & Biases: metrics in sections over defined axes, phases as events, ranks as a map, one run across interruptions."""
 
-import csv
 import os
 import warnings
 from collections.abc import Mapping
@@ -12,60 +11,57 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from typing_extensions import override
 
-from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.checks import number
+from lowrank_pretrain.core.files import read_table
+from lowrank_pretrain.core.interrupts import Interrupted
+from lowrank_pretrain.core.metrics import METRICS, STEP, TIME
 from lowrank_pretrain.core.protocols import LogsPhases
-from lowrank_pretrain.run.interrupts import Interrupted
+from lowrank_pretrain.core.text import one_line
 
-STEP, TIME = "trainer/global_step", "time/train_seconds"
 RANK = "lowrank/rank/"
+Panel = tuple[str, str | list[str], str, str]  # title, metrics or a regular expression of them, axis, unit
 
-# section -> (its panels: (title, metrics or a regular expression of them, axis, unit)), in the order of a reader's questions
-SECTIONS: dict[str, list[tuple[str, str | list[str], str, str]]] = {
+
+def _panel(metric: str, axis: str = STEP, by: str = "") -> Panel:
+    """Return the panel of one metric, with the lines of its families where it has them."""
+    found = METRICS[metric]
+    return found.title + by, f"{metric}.*" if found.by_family else [metric], axis, found.axis
+
+
+# section -> its panels, in the order of a reader's questions
+SECTIONS: dict[str, list[Panel]] = {
     "Loss": [
-        ("Training loss by step", ["train/loss"], STEP, "nats"),
-        ("Training loss by time", ["train/loss"], TIME, "nats"),
-        ("Validation loss by step", ["val/loss"], STEP, "nats"),
-        ("Validation loss by time", ["val/loss"], TIME, "nats"),
+        *(
+            _panel(loss, axis, by)
+            for loss in ("train/loss", "val/loss")
+            for axis, by in ((STEP, " by step"), (TIME, " by time"))
+        ),
         ("Validation accuracy", ["val/acc1", "val/acc5"], STEP, "fraction"),
-        ("Validation perplexity", ["val/ppl"], STEP, "per token"),
+        _panel("val/ppl"),
     ],
-    "Throughput": [
-        ("Samples per second", ["throughput/samples_per_sec"], STEP, "samples / s"),
-        ("Tokens per second", ["throughput/tokens_per_sec"], STEP, "tokens / s"),
-        ("Operations per second", ["throughput/flops_per_sec"], STEP, "FLOP / s"),
-        ("Model FLOPs utilisation", ["throughput/mfu"], STEP, "share of peak"),
-    ],
+    "Throughput": [_panel(f"throughput/{key}") for key in ("samples_per_sec", "tokens_per_sec", "flops_per_sec", "mfu")],
     "Memory and parameters": [
-        ("Peak memory of the phase", ["memory/peak_gib"], STEP, "GiB"),
-        ("Optimizer states", ["memory/optimizer_gib"], STEP, "GiB"),
+        _panel("memory/peak_gib"),
+        _panel("memory/optimizer_gib"),
         ("Parameters", ["params/trainable", "params/adapters", "params/total"], STEP, "parameters"),
     ],
-    "Low rank": [
-        ("Phase: 0 full, 1 joint, 2 lowrank", ["lowrank/phase"], STEP, "phase"),
-        ("Weight norms by family", "lowrank/weight_norm/.*", STEP, "Frobenius norm"),
-        ("Adapter norms by family", "lowrank/adapter_norm/.*", STEP, "Frobenius norm"),
-        ("Change of weight norms per window", "lowrank/weight_change/.*", STEP, "fraction"),
-    ],
+    "Low rank": [_panel(f"lowrank/{key}") for key in ("phase", "weight_norm", "adapter_norm", "weight_change")],
     "LTE": [
-        ("Effective rank of gradients", "lte/effective_rank/gradient.*", STEP, "effective rank"),
-        ("Effective rank of the update", "lte/effective_rank/update.*", STEP, "effective rank"),
+        _panel("lte/effective_rank/gradient"),
+        _panel("lte/effective_rank/update"),
         ("Sent per merge", ["lte/merge_mib", "lte/rest_mib"], STEP, "MiB per worker"),
-        ("Waited for a merge", ["lte/merge_ms"], STEP, "ms"),
-        ("Heads' orthogonality", "lte/orthogonality.*", STEP, "|cosine|"),
+        _panel("lte/merge_ms"),
+        _panel("lte/orthogonality"),
     ],
-    "GaLore": [
-        ("Refresh of the subspace", ["galore/refresh_ms"], STEP, "ms"),
-        ("Overlap of old and new subspace", ["galore/overlap"], STEP, "fraction"),
-    ],
+    "GaLore": [_panel("galore/refresh_ms"), _panel("galore/overlap")],
 }
 COUNTS = ("trainable", "adapters", "total")
-BEST = {"val/loss": "min", "val/ppl": "min", "val/acc1": "max", "val/acc5": "max"}
 
 
 class RunWandbLogger(LogsPhases, WandbLogger):
-    """Lightning's logger with defined axes, and with what a run directory knows besides curves.
+    """Log to Weights & Biases with defined axes, and with what a run directory knows besides curves.
 
-    Each row carries the seconds trained so far, so that any metric can be drawn over time. Behind a switch the plan is
+    Each row carries the seconds trained so far, so that any metric can be drawn over time. After a switch the plan is
     there as a table and as a map of layer by family; each phase is a row of ``events/phases``.
 
     An offline run that resumes begins with the rows of metrics.csv: wandb cannot continue an offline run, and syncing a
@@ -80,8 +76,7 @@ class RunWandbLogger(LogsPhases, WandbLogger):
     """
 
     def __init__(self, save_dir: str, init_timeout: float = 15, **kwargs: Any) -> None:
-        if not isinstance(init_timeout, (int, float)) or isinstance(init_timeout, bool) or init_timeout <= 0:
-            raise ConfigError("init_timeout", init_timeout, "must be a number of seconds above 0")
+        number("init_timeout", init_timeout, above=0, allowed="must be a number of seconds above 0")
         if "settings" not in kwargs and "WANDB_INIT_TIMEOUT" not in os.environ:
             kwargs["settings"] = {"init_timeout": float(init_timeout)}
         if kwargs.get("offline"):
@@ -101,7 +96,7 @@ class RunWandbLogger(LogsPhases, WandbLogger):
         if fresh:
             define(run)
             if self._offline:
-                self._repeat(Path(self.save_dir) / "metrics.csv")
+                self._repeat(Path(str(self.save_dir)) / "metrics.csv")
         return run
 
     def _begin(self) -> Any:
@@ -113,8 +108,8 @@ class RunWandbLogger(LogsPhases, WandbLogger):
         except Exception as error:
             if self._offline:
                 raise
-            why = " ".join(str(error).split())[:200]
-            later = f"upload it later with: wandb sync {os.path.relpath(Path(self.save_dir) / 'wandb' / 'latest-run')}"
+            why = one_line(error, 200)
+            later = f"upload it later with: wandb sync {os.path.relpath(Path(str(self.save_dir)) / 'wandb' / 'latest-run')}"
             warnings.warn(f"wandb: {type(error).__name__}: {why}; writing an offline run; {later}", stacklevel=1)
         import wandb
 
@@ -123,7 +118,7 @@ class RunWandbLogger(LogsPhases, WandbLogger):
         return self._init()
 
     def _init(self) -> Any:
-        """Lightning's own way, but for the environment: it would set ``WANDB_MODE`` for all later runs of the process."""
+        """Begin W&B's run in Lightning's way, but for the environment: it would set ``WANDB_MODE`` for all later runs."""
         offline, self._offline = self._offline, False
         try:
             return super().experiment
@@ -144,7 +139,7 @@ class RunWandbLogger(LogsPhases, WandbLogger):
 
     @rank_zero_only
     def log_phase(self, phase: str, step: int, counts: Mapping[str, int]) -> None:
-        """A phase begins, or goes on after a resume.
+        """Log that a phase begins, or goes on after a resume.
 
         Args:
             phase: its name.
@@ -175,25 +170,30 @@ class RunWandbLogger(LogsPhases, WandbLogger):
     def _repeat(self, path: Path) -> None:
         if not path.is_file():
             return
-        with path.open(newline="") as file:
-            for row in csv.DictReader(file):
-                metrics = {key: float(text) for key, text in row.items() if text and key not in ("step", "epoch")}
-                self.log_metrics(metrics, int(row["step"]))
+        for row in read_table(path)[1]:
+            metrics = {key: float(text) for key, text in row.items() if text and key not in ("step", "epoch")}
+            self.log_metrics(metrics, int(row["step"]))
 
 
 def define(run: Any) -> None:
-    """The axis of every section's metrics, and which of their values is the best."""
+    """Define the axis of every section's metrics, and which of their values is the best."""
     run.define_metric(TIME)
     for panels in SECTIONS.values():
         for _, metrics, _, _ in panels:
             for metric in [metrics.replace(".*", "*")] if isinstance(metrics, str) else metrics:
-                run.define_metric(metric, step_metric=STEP, step_sync=True, summary=BEST.get(metric))
+                run.define_metric(metric, step_metric=STEP, step_sync=True, summary=_best(metric))
     for pattern in ("events/*", "lowrank/*", "test/*"):
         run.define_metric(pattern, step_metric=STEP, step_sync=True)
 
 
+def _best(metric: str) -> str | None:
+    """Return which value of a metric W&B shows as the run's: the best in validation, else the last."""
+    best = METRICS[metric].best if metric.startswith("val/") else None
+    return best and best.__name__
+
+
 def publish(run: Any, summary: dict[str, Any], run_dir: Path) -> None:
-    """What a finished run leaves: all its phases as events, the report's page, the exported weights and their card.
+    """Publish a finished run: all its phases as events, the report's page, the exported weights and their card.
 
     Args:
         run: W&B's.

@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lowrank_pretrain.checkpoints.format import FORMAT, check_format
 from lowrank_pretrain.core.errors import ConfigError
-from lowrank_pretrain.lte.heads.checkpoint import FORMAT
 from lowrank_pretrain.lte.projected import ProjectedSet
 
 
@@ -68,8 +68,7 @@ def check(state: Mapping[str, Any], targets: ProjectedSet) -> None:
         ConfigError: another update, other targets or ranks, bases of each worker's own where one is to be shared; or a newer
             format.
     """
-    if state["format"] > FORMAT:
-        raise ConfigError("ckpt_path", f"format {state['format']}", f"this version reads up to {FORMAT}: update the package")
+    check_format(state, "lte_state")
     there = state.get("update", "lora")
     if there != "galore":
         raise ConfigError("update", "galore", f"the checkpoint was trained with {there}")

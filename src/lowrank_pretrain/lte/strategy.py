@@ -34,6 +34,7 @@ from lowrank_pretrain.core.protocols import (
     Reports,
     phase_callback,
 )
+from lowrank_pretrain.core.steps import log_row
 from lowrank_pretrain.core.targets import families
 from lowrank_pretrain.lora.function import Part
 from lowrank_pretrain.lte import advice, rest
@@ -346,8 +347,7 @@ class LTEStrategy(Conversion, CheckpointHooks, ViewHooks, Adopter, HasPhase, Rep
         metrics = self.metrics()
         if self._workers.size > 1 and self.settings.mode != "joint":
             metrics["lte/hash"] = float(self._hash())
-        for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=step)
+        log_row(trainer, metrics, step)
 
     def _hash(self) -> int:
         """A hash of what all workers hold alike at a merge; ends the run if they do not."""

@@ -1,51 +1,47 @@
-"""What both models need to talk to a user: plain values in, one readable line out."""
+"""Check the arguments of both models, and say in one line what is wrong with them."""
 
-import difflib
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from omegaconf import OmegaConf
 
+from lowrank_pretrain.core.checks import whole
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.text import one_line
 
 
 def plain(value: Any) -> Any:
-    """`value` with OmegaConf's containers turned into dicts and lists (checkpoints hold plain types only)."""
+    """Turn OmegaConf's containers into dicts and lists: checkpoints hold plain types only."""
     return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
 
 
-def closest(value: str, names: Iterable[str]) -> str:
-    """The end of an error line: up to three of `names` that look like `value`, or the first few there are."""
-    names = sorted(names)
-    close = difflib.get_close_matches(value, names, n=3, cutoff=0.5)
-    if close:
-        return "close matches: " + ", ".join(close)
-    return "there are: " + ", ".join(names[:12]) + (f", … ({len(names)} in all)" if len(names) > 12 else "")
-
-
-def one_line(error: BaseException, limit: int = 240) -> str:
-    """A library's message on one line of at most `limit` characters."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= limit else text[: limit - 1] + "…"
-
-
 def check_count(key: str, value: Any, least: int = 1) -> None:
-    """Raises :class:`ConfigError` unless `value` is an int (no bool) of at least `least` that 32 bits can hold."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ConfigError(key, value, f"must be an integer of at least {least}")
-    if value >= 2**31:
-        raise ConfigError(key, value, f"must be an integer below {2**31}")
+    """Refuse a size of a network that is not an integer of at least `least`, or that 32 bits cannot hold.
+
+    Raises:
+        ConfigError: not such an integer.
+    """
+    whole(key, value, least, most=INT32, allowed=f"must be an integer of at least {least} that 32 bits can hold")
 
 
-# what the libraries call the number of layers: they build as many as they are told, for hours if need be
+# the libraries' names for the number of layers; they build as many as they are told, for hours if need be
 LAYERS = ("depth", "depths", "layers", "num_blocks", "num_layers", "n_layer", "n_layers", "num_hidden_layers")
 MOST_LAYERS = 10_000
+INT32 = 2**31 - 1
 
 
 def check_layers(group: str, values: dict[str, Any]) -> None:
-    """Raises :class:`ConfigError` for a number of layers in `values`, arguments of the kind `group`, that cannot be meant."""
+    """Refuse a number of layers that cannot be meant.
+
+    Args:
+        group: the configuration group of the arguments.
+        values: the arguments of a timm or transformers model.
+
+    Raises:
+        ConfigError: a number of layers that is not 1 to 10,000.
+    """
     for key in LAYERS:
         counts = values[key] if isinstance(values.get(key), (list, tuple)) else [values.get(key)]
         for count in counts:
@@ -54,7 +50,13 @@ def check_layers(group: str, values: dict[str, Any]) -> None:
 
 
 def run_once(network: torch.nn.Module, key: str, value: Any, call: Callable[[], Any]) -> None:
-    """``call()`` in evaluation mode; blames `key` = `value` for what goes wrong. No random number is drawn.
+    """Run a network in evaluation mode and blame an argument for what goes wrong; no random number is drawn.
+
+    Args:
+        network: the network that `call` runs.
+        key: the argument to blame.
+        value: its value.
+        call: runs the network.
 
     Raises:
         ConfigError: the network cannot run.
@@ -66,14 +68,14 @@ def run_once(network: torch.nn.Module, key: str, value: Any, call: Callable[[], 
             call()
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # whatever a library's forward raises for sizes that do not fit together
+    except Exception as error:  # a library's forward raises many kinds for sizes that do not fit together
         raise ConfigError(key, value, f"a network with these cannot run: {one_line(error)}") from error
     finally:
         network.train(training)
 
 
 def name_fused_experts(module: torch.nn.Module) -> None:
-    """Say once which experts low-rank methods leave alone: transformers keeps them as one tensor, which is no matrix."""
+    """Warn once which experts low-rank methods leave out: transformers keeps them in one tensor, which is not a matrix."""
     fused = {name: param for name, param in module.named_parameters() if param.ndim == 3 and "expert" in name.lower()}
     if fused:
         share = sum(param.numel() for param in fused.values()) / sum(param.numel() for param in module.parameters())

@@ -1,4 +1,4 @@
-"""FSDP2 for our modules: what their ``configure_model`` does when Lightning's ModelParallelStrategy gives them a mesh."""
+"""Shard our modules with FSDP2, in their ``configure_model``, where Lightning's ModelParallelStrategy gives them a mesh."""
 
 from collections.abc import Iterator
 
@@ -10,14 +10,14 @@ from lowrank_pretrain.core.errors import ConfigError
 
 
 def shard(model: nn.Module, mesh: DeviceMesh | None) -> None:
-    """Cut the parameters of ``model`` over the ranks of ``mesh``, block by block, then what is left. Twice is as once.
+    """Shard the parameters of a model over ranks: block by block, then what is left. A second call changes nothing.
 
     Args:
         model: the network; its names stay as they are.
-        mesh: the strategy's, with dimensions ``data_parallel`` and ``tensor_parallel``; None: nothing happens.
+        mesh: the strategy's, with dimensions ``data_parallel`` and ``tensor_parallel``. None: nothing is done.
 
     Raises:
-        ConfigError: ``tensor_parallel`` is more than one rank, as it is when ModelParallelStrategy is left to itself.
+        ConfigError: ``tensor_parallel`` is more than one rank, which is ModelParallelStrategy's default.
     """
     if mesh is None or isinstance(model, FSDPModule):
         return
@@ -34,7 +34,7 @@ def shard(model: nn.Module, mesh: DeviceMesh | None) -> None:
 
 
 def blocks(model: nn.Module) -> Iterator[nn.Module]:
-    """The repeated layers: children of the outermost lists whose children are all of one class."""
+    """Yield the repeated layers: the children of the outermost lists whose children are all of one class."""
     for child in model.children():
         layers = list(child.children()) if isinstance(child, (nn.ModuleList, nn.Sequential)) else []
         if len(layers) > 1 and len({type(layer) for layer in layers}) == 1 and list(child.parameters()):

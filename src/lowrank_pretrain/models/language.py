@@ -6,11 +6,12 @@ Shapes: B batch, T tokens, V vocabulary.
 import json
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchmetrics import Metric
@@ -19,7 +20,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.protocols import TriesOut
-from lowrank_pretrain.models.checks import check_count, check_layers, closest, one_line, plain, run_once
+from lowrank_pretrain.core.text import closest, one_line
+from lowrank_pretrain.models.checks import check_count, check_layers, plain, run_once
 from lowrank_pretrain.models.fsdp import shard
 from lowrank_pretrain.models.optim import Optim
 
@@ -27,9 +29,9 @@ log = logging.getLogger(__name__)
 
 
 class TokenLoss(Metric):
-    """Mean token loss over everything seen since the last reset, over all processes.
+    """Average the token loss since the last reset, over all processes.
 
-    Not torchmetrics' MeanMetric: it drops a NaN, and with ``nan_strategy="disable"`` it drops the weights.
+    torchmetrics' MeanMetric does not fit: it drops a NaN, and with ``nan_strategy="disable"`` it drops the weights.
     """
 
     full_state_update = False
@@ -42,27 +44,35 @@ class TokenLoss(Metric):
         self.add_state("tokens", torch.tensor(0.0), dist_reduce_fx="sum")
 
     def update(self, loss: Tensor, tokens: int) -> None:
-        """Adds a batch: the mean `loss` (scalar) of its `tokens` predicted tokens."""
+        """Add a batch: the mean `loss` (scalar) of its `tokens` predicted tokens."""
         self.loss += loss.float() * tokens
         self.tokens += tokens
 
     def compute(self) -> Tensor:
-        """The mean, a scalar."""
+        """Return the mean, a scalar."""
         return self.loss / self.tokens
 
 
 class Perplexity(TokenLoss):
-    """exp of the mean token loss."""
+    """Exponentiate the mean token loss."""
 
     def compute(self) -> Tensor:
-        """The perplexity, a scalar."""
+        """Return the perplexity, a scalar."""
         return super().compute().exp()
 
 
-# weights of whole files, in the order of preference of a folder
+# files of weights that a folder may hold, in the order of preference
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-# what a folder's configuration says of other things than the network
-NOT_OF_THE_NETWORK = ("architectures", "model_type", "transformers_version", "vocab_size", "dtype", "torch_dtype", "use_cache")
+# keys of a folder's configuration that do not describe the network
+NOT_OF_THE_NETWORK: tuple[str, ...] = (
+    "architectures",
+    "model_type",
+    "transformers_version",
+    "vocab_size",
+    "dtype",
+    "torch_dtype",
+    "use_cache",
+)
 NOT_OF_THE_NETWORK += ("_name_or_path", "auto_map", "quantization_config")
 
 
@@ -83,6 +93,8 @@ class CausalLM(TriesOut, LightningModule):
         ConfigError: an unknown model type or configuration key, values that do not fit together, or weights that are missing,
             unreadable or of another model.
     """
+
+    model: Any  # transformers' models have methods that nn.Module does not declare
 
     def __init__(
         self,
@@ -112,47 +124,47 @@ class CausalLM(TriesOut, LightningModule):
         )
 
     def try_out(self) -> None:
-        """Two tokens through the network, for transformers builds what cannot run.
+        """Run the network on two tokens: transformers builds networks that cannot run.
 
         Raises:
-            ConfigError: it cannot.
+            ConfigError: the network cannot run.
         """
         ids = torch.zeros(1, 2, dtype=torch.int64)
-        run_once(self.model, "config", self.hparams.config or self.hparams.name, lambda: self(ids))
+        run_once(self.model, "config", self.hparams["config"] or self.hparams["name"], lambda: self(ids))
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """Logits (B, T, V) of token ids (B, T)."""
+        """Return logits (B, T, V) of token ids (B, T)."""
         return self.model(input_ids=input_ids, use_cache=False).logits
 
     def configure_model(self) -> None:
-        """Cuts the network over the ranks where the strategy is ModelParallelStrategy (FSDP2); else it does nothing."""
+        """Shard the network over the ranks where the strategy is ModelParallelStrategy (FSDP2); else do nothing."""
         shard(self.model, self.device_mesh)
 
-    def configure_optimizers(self) -> dict[str, Any]:
-        """The optimizer and schedule of ``self.optim``."""
-        return self.optim.configure(self)
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """Return the optimizer and schedule of ``self.optim``."""
+        return cast(OptimizerLRSchedulerConfig, self.optim.configure(self))
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Checks token ids while they are still in host memory.
+        """Check token ids while they are in host memory.
 
-        It costs no device sync there, and on a GPU a wrong id is an unreadable assert.
+        There it costs no device sync, and on a GPU a wrong id ends in an unreadable assertion.
         """
         ids = batch["input_ids"]
         if ids.device.type == "cpu" and ids.numel():
-            low, high, vocab = int(ids.min()), int(ids.max()), self.hparams.vocab_size
+            low, high, vocab = int(ids.min()), int(ids.max()), self.hparams["vocab_size"]
             if low < 0 or high >= vocab:
                 wrong = low if low < 0 else high
                 raise ConfigError("vocab_size", vocab, f"the data holds token id {wrong}; ids are 0..{vocab - 1}")
         return batch
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Reads a head that was tied here and untied there, because it was a target of low-rank training.
+        """Load a head that is tied in this model and untied in the checkpoint, because it was a target of low-rank training.
 
-        Loaded as it is, the head would overwrite the embedding without a word. A resumed fit starts from the tied
-        model (its callback or strategy unties the head again and has its exact weights); anything else wants it untied now.
+        Without this, the head would overwrite the embedding without a warning. A resumed fit starts from the tied model: its
+        callback or strategy unties the head again, and has its exact weights. In all other cases the head is untied now.
         """
         head, embedding = self.model.get_output_embeddings(), self.model.get_input_embeddings()
-        # a distributed checkpoint (FSDP2's) has no state_dict here: the strategy reads its pieces into the model as it is
+        # a distributed checkpoint (FSDP2's) has no state_dict here: the strategy reads its parts into the model as it is
         if head is None or head.weight is not embedding.weight or "state_dict" not in checkpoint:
             return
         names = {id(module): name for name, module in self.named_modules()}
@@ -177,47 +189,47 @@ class CausalLM(TriesOut, LightningModule):
         return self.model(input_ids=ids, labels=ids, use_cache=False).loss
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Mean cross entropy of the next token."""
+        """Return the mean cross entropy of the next token."""
         loss = self._loss(batch)
         size = len(batch["input_ids"])
         self.log("train/loss", loss, on_step=True, on_epoch=False, prog_bar=True, batch_size=size)
         return loss
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Logs ``val/loss`` and ``val/ppl`` over the whole set, each token counted once."""
+        """Log ``val/loss`` and ``val/ppl`` over the whole set, each token counted once."""
         self._evaluate(batch, "val")
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """As validation, under ``test/``."""
+        """Log the same as validation, under ``test/``."""
         self._evaluate(batch, "test")
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Logits (B, T, V)."""
+        """Return logits (B, T, V)."""
         return self(batch["input_ids"])
 
     def _evaluate(self, batch: dict[str, Tensor], stage: str) -> None:
         rows, length = batch["input_ids"].shape
         loss = self._loss(batch)
         for key in ("loss", "ppl"):
-            metric = self.metrics[f"{stage}_{key}"]
+            metric: Any = self.metrics[f"{stage}_{key}"]
             metric.update(loss, rows * (length - 1))
             self.log(f"{stage}/{key}", metric, on_epoch=True, prog_bar=True, batch_size=rows)
 
 
 def create(name: str, vocab_size: int, seq_len: int, config: dict[str, Any]) -> nn.Module:
-    """A freshly initialised causal LM; nothing is downloaded.
+    """Create a freshly initialised causal LM; nothing is downloaded.
 
     Raises:
         ConfigError: transformers does not know the name or a key, or refuses the values.
     """
     if name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        known = closest(str(name), MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-        raise ConfigError("name", name, f"transformers has no such causal LM; {known}")
+        names = closest(str(name), MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+        raise ConfigError("name", name, f"transformers has no such causal LM; {names}")
     default = AutoConfig.for_model(name)
     aliases = default.attribute_map  # e.g. gpt2: hidden_size -> n_embd
     known = set(default.to_dict()) | set(aliases) | {"attn_implementation"}
     for key in config:
-        # transformers accepts any key and forgets it
+        # transformers accepts any key, and ignores it
         if key not in known:
             raise ConfigError("config", key, f"{name} has no such setting; {closest(key, known)}")
         if key in ("vocab_size", "model_type"):
@@ -256,7 +268,7 @@ def _about_attention(error: Exception, attention: str) -> bool:
 
 
 def config_of(path: Path, name: str) -> dict[str, Any]:
-    """Read what the ``config.json`` next to local weights says of the network; {} where there is none.
+    """Read the description of the network in the ``config.json`` next to local weights; {} where there is none.
 
     Raises:
         ConfigError: nothing is there, or it is the configuration of another kind of model than ``name``.
@@ -275,10 +287,9 @@ def config_of(path: Path, name: str) -> dict[str, Any]:
     if kind is None and not path.is_dir():
         return {}  # of something else
     if kind != name:
-        known = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
         words = (
             f"must be {kind} (with model.config=null for its sizes), the kind of model"
-            if known
+            if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
             else f"does not fit: no causal LM but {kind!r} is"
         )
         raise ConfigError("name", name, f"{words} in {path}")
@@ -287,8 +298,8 @@ def config_of(path: Path, name: str) -> dict[str, Any]:
     return {key: value for key, value in found.items() if key in known and key not in NOT_OF_THE_NETWORK}
 
 
-def load_weights(model: nn.Module, path: Path) -> nn.Module:
-    """Return the same network with local weights, every one of them and no other.
+def load_weights(model: Any, path: Path) -> nn.Module:
+    """Return the same network with local weights: all of them, and no others.
 
     Args:
         model: the network, with random weights.
@@ -360,7 +371,7 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     return found
 
 
-def _check_loaded(info: dict[str, Any], model: nn.Module, path: Path) -> None:
+def _check_loaded(info: dict[str, Any], model: Any, path: Path) -> None:
     """Refuse weights that stayed random, or that the network has no place for."""
     if info["mismatched_keys"]:
         embedding = next(name for name, m in model.named_modules() if m is model.get_input_embeddings())

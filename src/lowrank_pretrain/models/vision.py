@@ -6,12 +6,13 @@ Shapes: B batch, C channels, H×W pixels, K classes.
 import inspect
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from timm.layers import PatchEmbed
 from timm.models import load_state_dict
 from torch import Tensor, nn
@@ -20,14 +21,23 @@ from torchmetrics.classification import MulticlassAccuracy
 import lowrank_pretrain.models.mixer  # noqa: F401  registers a network with timm
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.protocols import TriesOut
-from lowrank_pretrain.models.checks import check_count, check_layers, closest, one_line, plain, run_once
+from lowrank_pretrain.core.text import closest, one_line
+from lowrank_pretrain.models.checks import check_count, check_layers, plain, run_once
 from lowrank_pretrain.models.fsdp import shard
 from lowrank_pretrain.models.optim import Optim
 
 log = logging.getLogger(__name__)
 
 # what timm's constructors raise for arguments that do not fit together
-BAD_ARGUMENTS = (TypeError, ValueError, AssertionError, RuntimeError, MemoryError, AttributeError, NotImplementedError)
+BAD_ARGUMENTS: tuple[type[Exception], ...] = (
+    TypeError,
+    ValueError,
+    AssertionError,
+    RuntimeError,
+    MemoryError,
+    AttributeError,
+    NotImplementedError,
+)
 BAD_ARGUMENTS += (KeyError, IndexError, ZeroDivisionError, OverflowError)
 
 _NOT_ARCHITECTURE = ("num_classes", "pretrained", "pretrained_cfg_overlay")
@@ -51,6 +61,8 @@ class VisionClassifier(TriesOut, LightningModule):
         ConfigError: an unknown name or argument, an image size that the patches do not divide, a checkpoint that
             is missing, unreadable or does not fit.
     """
+
+    model: Any  # timm's networks have methods that nn.Module does not declare
 
     def __init__(
         self,
@@ -95,56 +107,56 @@ class VisionClassifier(TriesOut, LightningModule):
         )
 
     def try_out(self) -> None:
-        """One image through the network, for timm builds what cannot run: a negative number of heads, say.
+        """Run the network on one image: timm builds networks that cannot run, with a negative number of heads for example.
 
         Raises:
-            ConfigError: it cannot.
+            ConfigError: the network cannot run.
         """
         options = self.hparams
-        image = torch.zeros(1, options.in_chans, options.img_size, options.img_size)
-        run_once(self.model, "model_kwargs", options.model_kwargs or options.name, lambda: self.model(image))
+        image = torch.zeros(1, options["in_chans"], options["img_size"], options["img_size"])
+        run_once(self.model, "model_kwargs", options["model_kwargs"] or options["name"], lambda: self.model(image))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits (B, K) of images (B, C, H, W)."""
+        """Return logits (B, K) of images (B, C, H, W)."""
         return self.model(x)
 
     def configure_model(self) -> None:
-        """Cuts the network over the ranks where the strategy is ModelParallelStrategy (FSDP2); else it does nothing."""
+        """Shard the network over the ranks where the strategy is ModelParallelStrategy (FSDP2); else do nothing."""
         shard(self.model, self.device_mesh)
 
-    def configure_optimizers(self) -> dict[str, Any]:
-        """The optimizer and schedule of ``self.optim``."""
-        return self.optim.configure(self)
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """Return the optimizer and schedule of ``self.optim``."""
+        return cast(OptimizerLRSchedulerConfig, self.optim.configure(self))
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Checks labels while they are still in host memory: on a GPU a wrong one is an unreadable assert."""
+        """Check labels while they are in host memory: on a GPU a wrong one ends in an unreadable assertion."""
         if isinstance(batch, Tensor):
             return batch  # images alone, to predict
         y = batch[1]
         if y.device.type == "cpu" and not y.is_floating_point() and y.numel():
-            low, high, classes = int(y.min()), int(y.max()), self.hparams.num_classes
+            low, high, classes = int(y.min()), int(y.max()), self.hparams["num_classes"]
             if low < 0 or high >= classes:
                 wrong = low if low < 0 else high
                 raise ConfigError("num_classes", classes, f"the data holds label {wrong}; labels are 0..{classes - 1}")
         return batch
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Cross entropy against classes (B,) int64, or against probabilities (B, K) where mixup made them."""
+        """Return the cross entropy with classes (B,) int64, or with probabilities (B, K) where mixup made them."""
         x, y = batch
         loss = F.cross_entropy(self.model(x), y)
         self.log("train/loss", loss, on_step=True, on_epoch=False, prog_bar=True, batch_size=len(x))
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Logs ``val/loss``, ``val/acc1`` and, with 5 classes or more, ``val/acc5``."""
+        """Log ``val/loss``, ``val/acc1`` and, with 5 classes or more, ``val/acc5``."""
         self._evaluate(batch, "val")
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """As validation, under ``test/``."""
+        """Log the same as validation, under ``test/``."""
         self._evaluate(batch, "test")
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Logits (B, K); `batch` may be images alone, or images with labels."""
+        """Return logits (B, K) of images alone, or of images with labels."""
         return self.model(batch if isinstance(batch, Tensor) else batch[0])
 
     def _evaluate(self, batch: tuple[Tensor, Tensor], stage: str) -> None:
@@ -152,6 +164,7 @@ class VisionClassifier(TriesOut, LightningModule):
         logits = self.model(x)
         loss = F.cross_entropy(logits.float(), y)
         self.log(f"{stage}/loss", loss, on_epoch=True, prog_bar=True, sync_dist=True, batch_size=len(x))
+        metric: Any  # a module of ModuleDict; all are torchmetrics'
         for key, metric in self.accuracy.items():
             if key.startswith(stage):
                 metric.update(logits, y)
@@ -159,7 +172,7 @@ class VisionClassifier(TriesOut, LightningModule):
 
 
 def create(name: str, **kwargs: Any) -> nn.Module:
-    """``timm.create_model`` for names of its registry, with errors that a user can act on.
+    """Call ``timm.create_model`` for a name of its registry, with errors that a user can act on.
 
     Raises:
         ConfigError: timm does not know the name or refuses the arguments.
@@ -167,7 +180,7 @@ def create(name: str, **kwargs: Any) -> nn.Module:
     if not isinstance(name, str) or not timm.is_model(name):  # also keeps names like hf-hub:… off the network
         raise ConfigError("name", name, f"timm has no such model; {closest(str(name), timm.list_models())}")
     try:
-        model = timm.create_model(name, **kwargs)
+        model: Any = timm.create_model(name, **kwargs)
         # an export's config.json names them, so that stock timm can build the same network
         model.created_with = {key: kwargs[key] for key in kwargs if key not in _NOT_ARCHITECTURE}
         return model
@@ -187,25 +200,25 @@ def create(name: str, **kwargs: Any) -> nn.Module:
 
 
 def _arguments(name: str, text: str) -> str:
-    """Close matches among the arguments of the class that `text` ("Class.__init__() got …'key'") names."""
+    """Return close matches among the arguments of the class in `text`: "Class.__init__() got … 'key'"."""
     owner = text.split(".__init__")[0].split(".")[-1]
     module = inspect.getmodule(timm.model_entrypoint(name.split(".")[0]))
     if not hasattr(module, owner):
-        return f"see {module.__name__}"
+        return f"see {getattr(module, '__name__', 'timm')}"
     return closest(text.split("'")[-2], set(inspect.signature(getattr(module, owner)).parameters) - {"kwargs", "args"})
 
 
 def create_from_file(name: str, num_classes: int, path: str, kwargs: dict[str, Any]) -> nn.Module:
-    """A network with the weights of a local timm checkpoint, its head fresh where the classes differ.
+    """Create a network with the weights of a local timm checkpoint; its head is fresh where the classes differ.
 
-    timm loads into a network with the *file's* classes, strictly (it adapts positions and the patch projection to
-    the image size and channels asked for); only then is the head replaced. Loading straight into the wanted
-    classes would turn strictness off, and a checkpoint of another network would load nothing without a word.
+    timm loads strictly into a network with the *file's* number of classes, and adapts positions and patch projection to the
+    image size and channels that are asked for. Only then is the head replaced. Loading directly into the wanted number of
+    classes would turn strictness off: a checkpoint of another network would load nothing, without a warning.
 
     Raises:
         ConfigError: the arguments are wrong, or the file is missing, unreadable or of another network.
     """
-    create(name, num_classes=num_classes, **kwargs)  # whatever fails below is the file's fault
+    create(name, num_classes=num_classes, **kwargs)  # so that what fails below is the file's fault
     if not Path(path).is_file():
         raise ConfigError("pretrained_file", path, "no such file; give a local timm checkpoint (.safetensors, .pth)")
     try:
@@ -216,16 +229,16 @@ def create_from_file(name: str, num_classes: int, path: str, kwargs: dict[str, A
         cure = f"python -m lowrank_pretrain.export ckpt={path} format=timm out=DIR"
         raise ConfigError("pretrained_file", path, f"is a training checkpoint; export it first: {cure}")
 
-    cfg = timm.get_pretrained_cfg(name)
+    cfg: Any = timm.get_pretrained_cfg(name)
     head, conv = _first(cfg.classifier) + ".weight", _first(cfg.first_conv) + ".weight"
     classes = shapes[head][0] if head in shapes else 0
     overlay: dict[str, Any] = {"file": path, "num_classes": classes, "label_offset": 0}
     if len(shapes.get(conv, ())) == 4:
         overlay["input_size"] = (shapes[conv][1], *cfg.input_size[1:])
     try:
-        model = create(name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=classes, **kwargs)
+        model: Any = create(name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=classes, **kwargs)
     except ConfigError as error:
-        raise ConfigError("pretrained_file", path, f"does not fit {name}: {one_line(error.__cause__)}") from error
+        raise ConfigError("pretrained_file", path, f"does not fit {name}: {one_line(error.__cause__ or error)}") from error
     model.pretrained_cfg.pop("file", None)
     if classes != num_classes:
         model.reset_classifier(num_classes)
@@ -234,12 +247,16 @@ def create_from_file(name: str, num_classes: int, path: str, kwargs: dict[str, A
 
 
 def _first(names: str | tuple[str, ...] | None) -> str:
-    """The first of timm's layer names, which are a string, a tuple or nothing."""
+    """Return the first of timm's layer names, which are a string, a tuple or nothing."""
     return names if isinstance(names, str) else (names or ("",))[0]
 
 
 def check_patches(model: nn.Module, name: str, img_size: int) -> None:
-    """Raises :class:`ConfigError` where patches would not cover the image (timm finds out at the first batch)."""
+    """Refuse an image that the patches do not cover; timm finds out at the first batch only.
+
+    Raises:
+        ConfigError: the image size is not a multiple of the patch size.
+    """
     embed = next((module for module in model.modules() if isinstance(module, PatchEmbed)), None)
     if embed is None or embed.dynamic_img_pad:
         return

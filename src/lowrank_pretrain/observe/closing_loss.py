@@ -1,4 +1,4 @@
-"""The training loss that a run ends with: a mean over its last batches, in a run of any length."""
+"""Keep the training loss that a run ends with: a mean over its last batches, in a run of any length."""
 
 from typing import Any
 
@@ -11,14 +11,14 @@ LAST = 100  # batches
 
 
 class ClosingLoss(Callback):
-    """Keeps the losses of the last batches on the device; their mean over all processes is known at each epoch's end.
+    """Keep the losses of the last batches on the device; their mean over all processes is known at each epoch's end.
 
     What is logged is one batch of every few, and nothing at all in a run that is shorter than that.
     """
 
     def __init__(self) -> None:
         self.mean: float | None = None
-        self._losses: Tensor | None = None  # (LAST,) float32, a ring
+        self._losses = torch.zeros(0)  # (LAST,) float32 once training has started, a ring
         self._seen = 0
         self._restored: list[list[float]] = []  # of every process
 
@@ -56,9 +56,9 @@ class ClosingLoss(Callback):
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Every process has its own losses, and one of them writes. All processes save together."""
+        """Gather the losses of all processes, for one of them writes the file. All processes save together."""
         state = checkpoint.get("callbacks", {}).get(self.state_key)
-        if trainer.world_size > 1 and state is not None and self._losses is not None:
+        if trainer.world_size > 1 and state is not None and len(self._losses):
             kept = self._in_order()
             padded = torch.cat([kept, self._losses.new_zeros(LAST - len(kept)), kept.new_tensor([len(kept)])])
             everyone = trainer.strategy.all_gather(padded).reshape(-1, LAST + 1).tolist()
@@ -66,7 +66,7 @@ class ClosingLoss(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        if self._losses is None:
+        if not len(self._losses):
             return {"mean": self.mean, "losses": self._restored}
         return {"mean": self.mean, "losses": [self._in_order().tolist()]}
 

@@ -1,4 +1,4 @@
-"""How many floating-point operations a batch takes: counted once, while a real batch passes, and never estimated."""
+"""Count the floating-point operations of a batch: once, while a real batch passes, and never by an estimate."""
 
 import math
 from typing import Any
@@ -6,15 +6,16 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch import LightningModule
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, shape_wrapper
+
+from lowrank_pretrain.core.lightning_private import TorchDispatchMode, is_compiled
 
 # Lightning's words for a precision -> the dtype that its matrix products run in
 DTYPES = {"32": torch.float32, "16": torch.float16, "bf16": torch.bfloat16, "64": torch.float64}
 
 
 def _product(added: tuple[int, ...], a: tuple[int, ...], b: tuple[int, ...], *args: Any, **kwargs: Any) -> int:
-    """Operations of (…, m, k) times (…, k, n), from shapes."""
+    """Count the operations of (…, m, k) times (…, k, n), from shapes."""
     return 2 * math.prod(a) * b[-1]
 
 
@@ -23,9 +24,9 @@ IN_PLACE = {torch.ops.aten.addmm_: shape_wrapper(_product), torch.ops.aten.baddb
 
 
 class _Counter(TorchDispatchMode):
-    """Sums torch's own formulas up.
+    """Sum torch's own formulas.
 
-    Torch's FlopCounterMode also takes operations apart for which it has none, such as silu's backward: the last bit of a
+    Torch's FlopCounterMode also decomposes operations for which it has none, such as silu's backward: the last bit of a
     gradient was another then, and a resumed run no longer the uninterrupted one.
     """
 
@@ -46,7 +47,7 @@ class _Counter(TorchDispatchMode):
 
 
 class FlopCount:
-    """Counts the matrix products, convolutions and attention of one forward and backward pass.
+    """Count the matrix products, convolutions and attention of one forward and backward pass.
 
     Between `begin` and `end` every operation is looked up in torch's own formulas, which costs a few tens of
     microseconds each and changes no number. So it is done once per phase. Recomputed activations count as often as they
@@ -63,7 +64,7 @@ class FlopCount:
             self._counter.__enter__()
 
     def end(self) -> int | None:
-        """Stop; the operations since `begin`, or None where nothing was counted."""
+        """Stop, and return the operations since `begin`, or None where nothing was counted."""
         counter, self._counter = self._counter, None
         if counter is None:
             return None
@@ -72,14 +73,14 @@ class FlopCount:
 
 
 def _visible(module: LightningModule) -> bool:
-    """False for compiled modules (their kernels are no torch operations) and for sharded ones (sizes are the whole's)."""
-    if any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in module.modules()):
+    """Return False for compiled modules (their kernels are no torch operations) and sharded ones (sizes are the whole's)."""
+    if any(is_compiled(m) for m in module.modules()):
         return False
     return not any(hasattr(p, "to_local") for p in module.parameters())
 
 
 def peak_flops(device: torch.device, precision: str) -> int | None:
-    """What the chip could do per second at this precision by its maker's word; None where Lightning does not know the chip.
+    """Return the chip's operations per second at a precision, by its maker; None where Lightning does not know the chip.
 
     Args:
         device: a CPU is never known.

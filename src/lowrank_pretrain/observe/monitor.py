@@ -1,4 +1,4 @@
-"""What a run costs, phase by phase: throughput, memory, parameters. Costs microseconds a step and never syncs a device.
+"""Measure what a run costs, phase by phase: throughput, memory, parameters; in microseconds a step, without a device sync.
 
 The words are the package's: a run is in phase ``full``, ``joint`` or ``lowrank``; a callback that is a ``HasPhase`` says
 which.
@@ -11,20 +11,23 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
+from lowrank_pretrain.core.lightning_private import log_interval
 from lowrank_pretrain.core.memory import GIB, PeakMemory, formula_bytes, optimizer_bytes
 from lowrank_pretrain.core.protocols import PHASES, LogsPhases, Reports, phase_of
+from lowrank_pretrain.core.steps import StepWatch
 from lowrank_pretrain.observe.flops import FlopCount, peak_flops
 from lowrank_pretrain.observe.phase_record import PhaseRecord
 from lowrank_pretrain.observe.step_clock import StepClock
 
+_HERE = torch.device("cpu")
 RECENT = 50  # steps whose median is the throughput shown while training
 
 
 def count_parameters(module: torch.nn.Module) -> dict[str, int]:
-    """Numbers of parameters: ``trainable``, ``adapters`` (part of ``total``, trainable or not) and ``total``."""
+    """Count parameters: ``trainable``, ``adapters`` (part of ``total``, trainable or not) and ``total``."""
     counts = {"trainable": 0, "adapters": 0, "total": 0}
     for name, parameter in module.named_parameters():
-        # a row block that trains on beside adapters is a view of a weight that is counted already
+        # a row block that trains on next to adapters is a view of a weight that is counted already
         counts["total"] += parameter.numel() * {"rest_weight", "rest_bias"}.isdisjoint(name.split("."))
         counts["trainable"] += parameter.numel() * parameter.requires_grad
         counts["adapters"] += parameter.numel() * any(part in ("lora_A", "lora_B") for part in name.split("."))
@@ -42,7 +45,7 @@ def optimizer_metrics(optimizers: Iterable[torch.optim.Optimizer]) -> dict[str, 
 
 
 def batch_size_of(batch: Any) -> tuple[int, int]:
-    """(samples, tokens) in a batch; tokens is 0 but for text, ``{"input_ids": (B, T)}``."""
+    """Return (samples, tokens) of a batch; tokens is 0 but for text, ``{"input_ids": (B, T)}``."""
     if isinstance(batch, Mapping) and isinstance(batch.get("input_ids"), torch.Tensor):
         samples, length = batch["input_ids"].shape[:2]
         return samples, samples * length
@@ -53,24 +56,23 @@ def batch_size_of(batch: Any) -> tuple[int, int]:
 
 
 class Monitor(Callback):
-    """Logs what training costs and keeps one record per phase, across interruptions too.
+    """Log what training costs and keep one record per phase, across interruptions too.
 
     Logged at every `log_every_n_steps`: ``throughput/samples_per_sec`` and, for text, ``throughput/tokens_per_sec``
     (median of the last steps of this phase, all processes), ``throughput/flops_per_sec`` and ``throughput/mfu`` where they can
     be known (FLOPs are counted anew at each phase's first batch), ``time/train_seconds`` (of optimizer steps so far, without
     validation and checkpoints), ``memory/peak_gib`` (of this phase), ``memory/optimizer_gib`` (live storages),
     ``params/trainable``, ``params/adapters``, ``params/total`` and ``lowrank/phase`` (0, 1, 2); and what an optimizer with a
-    method ``metrics()`` says of itself, such as ``galore/overlap``.
+    method ``metrics()`` reports, such as ``galore/overlap``.
     """
 
     def __init__(self) -> None:
         self.records: list[PhaseRecord] = []
-        self._clock: StepClock | None = None
-        self._memory: PeakMemory | None = None
+        self._clock, self._memory = StepClock(_HERE), PeakMemory(_HERE)  # of another device once training starts
         self._live = False  # whether the last record belongs to this process and not only to a restored one
         self._look = False  # whether this phase's optimizer is still to be looked at
         self._samples = self._tokens = 0
-        self._seen_step = 0
+        self._steps = StepWatch()
         self._kept_step = -1  # the step of the last checkpoint
         self._said: dict[str, float] = {}  # what optimizers said last; they forget it with their process
         self._flops = FlopCount()
@@ -81,15 +83,16 @@ class Monitor(Callback):
         return "Monitor"
 
     @property
-    def record(self) -> PhaseRecord | None:
-        """The record of the running phase."""
-        return self.records[-1] if self.records else None
+    def record(self) -> PhaseRecord:
+        """Return the record of the running phase; before the first, an empty one of no phase."""
+        return self.records[-1] if self.records else PhaseRecord("")
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._clock = StepClock(pl_module.device)
         self._memory = PeakMemory(pl_module.device)
-        self._live, self._seen_step, self._kept_step = False, trainer.global_step, -1
+        self._steps.begin(trainer)
+        self._live, self._kept_step = False, -1
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -103,9 +106,9 @@ class Monitor(Callback):
         self._clock.start()
 
     def _begin(self, phase: str, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A phase begins, or goes on after a resume: its memory is a new process's, its steps are added up."""
+        """Begin a phase, or go on with it after a resume: its memory is the new process's, its steps are added up."""
         self._collect()
-        if self.record is None or self.record.phase != phase:
+        if self.record.phase != phase:
             self.records.append(PhaseRecord(phase))
         self._live = self._look = True
         self.record.world_size = trainer.world_size
@@ -137,20 +140,20 @@ class Monitor(Callback):
     ) -> None:
         self._count()  # gradients accumulate: there was no optimizer step
         self._clock.end_batch()
-        if trainer.global_step == self._seen_step:  # gradients still accumulate
+        if not self._steps.stepped(trainer):
             return
-        self._seen_step = trainer.global_step
         self._clock.end_step(self.record.phase, self._samples, self._tokens)
         self._samples = self._tokens = 0
         self._memory.sample()
         if self._look and phase_of(trainer) == self.record.phase:  # early in the phase: a short one may see no other look
             self._look = False
             self._collect(trainer)
-        if trainer.log_every_n_steps and trainer.global_step % trainer.log_every_n_steps == 0:
+        every = log_interval(trainer)
+        if every and trainer.global_step % every == 0:
             self._collect(trainer)
             self._said |= optimizer_metrics(trainer.optimizers)
             metrics = self._metrics() | self._said
-            self.log_dict({key: float(value) for key, value in metrics.items()}, on_step=True, on_epoch=False)
+            pl_module.log_dict({key: float(value) for key, value in metrics.items()}, on_step=True, on_epoch=False)
 
     def _collect(self, trainer: Trainer | None = None, wait: bool = False, memory: bool = True) -> None:
         """Bring the records up to date: times that are known by now, memory of the running phase unless `memory` is false."""
@@ -204,15 +207,14 @@ class Monitor(Callback):
         # Lightning has asked for the state before this hook, which has looked once more
         records = [record.state_dict() for record in self.records]
         checkpoint["callbacks"][self.state_key] = {"records": records, "said": dict(self._said)}
-        self._kept_step = self._seen_step
+        self._kept_step = self._steps.step
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._clock is not None:
-            # after the last checkpoint only the writing of it could raise the peak: a run that is over keeps the record
-            # that its checkpoint holds, and says the same whenever it is reported again
-            self._collect(trainer, wait=True, memory=self._kept_step != self._seen_step)
-            self._live = False
+        # after the last checkpoint only the writing of it could raise the peak: a run that is over keeps the record
+        # that its checkpoint holds, and says the same whenever it is reported again
+        self._collect(trainer, wait=True, memory=self._kept_step != self._steps.step)
+        self._live = False
 
     def _pause(self, trainer: Trainer) -> None:
         if self._live:  # what follows is no part of a step

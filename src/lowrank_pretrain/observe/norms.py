@@ -1,4 +1,4 @@
-"""The size of weights as a run goes on, by family: what a switch to low rank is decided from, and what it leaves behind."""
+"""Log the size of weights as a run goes on, by family: a switch to low rank is decided from it, and shows in it."""
 
 import lightning.pytorch as pl
 import torch
@@ -6,15 +6,16 @@ from lightning.pytorch import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
+from lowrank_pretrain.core.steps import log_row
 from lowrank_pretrain.core.targets import all_targets
-from lowrank_pretrain.observe.rank_analysis import by_family, log, present_matrices
+from lowrank_pretrain.observe.rank_analysis import by_family, present_matrices
 
 
 class WeightNorms(Callback):
-    """Logs ``lowrank/weight_norm/<family>`` and, where adapters add to W, ``lowrank/{base,adapter}_norm/<family>``.
+    """Log ``lowrank/weight_norm/<family>`` and, where adapters add to W, ``lowrank/{base,adapter}_norm/<family>``.
 
     The first is the mean Frobenius norm of the family's matrices as validation sees them (W + s·BA; with heads, merged), the
-    others those of W and of s·BA alone. Looked at behind each validation inside a fit, by process 0. Sharded weights are left
+    others those of W and of s·BA alone. Measured after each validation inside a fit, by process 0. Sharded weights are left
     out.
     """
 
@@ -30,13 +31,13 @@ class WeightNorms(Callback):
                 if getattr(targets[name].layer, "lora_A", None) is not None and targets[name].layer.lora_A.ndim == 2:
                     base[name] = _norm(targets[name].matrix())
                     added[name] = _norm(present - targets[name].matrix())
-        metrics = {}
+        metrics: dict[str, float] = {}
         for key, found in (("lowrank/weight_norm", norms), ("lowrank/base_norm", base), ("lowrank/adapter_norm", added)):
             if found:
                 values = dict(zip(found, torch.stack([*found.values()]).tolist(), strict=True))  # read from the device at once
                 metrics |= {k: v for k, v in by_family(pl_module, key, values).items() if k != key}
         if metrics:
-            log(trainer, metrics, max(trainer.global_step - 1, 0))
+            log_row(trainer, metrics)
 
 
 def _norm(matrix: torch.Tensor) -> torch.Tensor:

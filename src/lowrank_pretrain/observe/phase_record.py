@@ -1,4 +1,4 @@
-"""What one phase of a run has cost: steps, seconds, memory, parameters, operations, and the rates that follow from them."""
+"""Record what one phase of a run has cost: steps, seconds, memory, parameters, operations, and the rates from them."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -8,7 +8,7 @@ from lowrank_pretrain.observe.step_clock import Thinned
 
 @dataclass
 class PhaseRecord:
-    """What one phase has cost so far, over all processes.
+    """Hold what one phase has cost so far, over all processes.
 
     Args:
         phase: its name.
@@ -42,25 +42,25 @@ class PhaseRecord:
     peak_flops: int | None = None
 
     def samples_per_sec(self, last: int | None = None) -> float | None:
-        """From the median step time: of all steps, or of the `last` ones; None before the first is known."""
+        """Return the rate by the median step time: of all steps, or of the `last` ones; None before the first is known."""
         seconds = self.seconds_per_sample.median(last)
         return self.world_size / seconds if seconds else None
 
     def flops_per_sec(self, last: int | None = None) -> float | None:
-        """Of all processes; None where the operations of a sample or the time of a step are not known."""
+        """Return the rate of all processes; None where the operations of a sample or the time of a step are not known."""
         rate = self.samples_per_sec(last)
         return None if rate is None or self.flops_per_sample is None else rate * self.flops_per_sample
 
     def mfu(self, last: int | None = None) -> float | None:
-        """Model FLOPs utilisation: the share of what the devices could do; None where that is not known."""
+        """Return the model FLOPs utilisation: the share of what the devices could do; None where that is not known."""
         done = self.flops_per_sec(last)
         return None if done is None or not self.peak_flops else done / (self.peak_flops * self.world_size)
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain types only."""
+        """Return the record in plain types."""
         return {**asdict(self), "seconds_per_sample": dict(vars(self.seconds_per_sample))}
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> "PhaseRecord":
-        """The inverse of `state_dict`."""
+        """Make the record of which `state_dict` was made."""
         return cls(**{**state, "seconds_per_sample": Thinned(**state["seconds_per_sample"])})

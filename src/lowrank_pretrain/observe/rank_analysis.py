@@ -1,4 +1,4 @@
-"""What LTE's authors observed, as callbacks that any run can switch on (arXiv 2402.16828, sections 3 and 4).
+"""Observe what LTE's authors did, by callbacks that any run can switch on (arXiv 2402.16828, sections 3 and 4).
 
 ``EffectiveRank``: gradients and the sum of all updates have a rank that grows during training. ``HeadOrthogonality``: heads
 keep to directions of their own. Both only look: they draw no random numbers and write to nothing that training reads.
@@ -14,8 +14,10 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
+from lowrank_pretrain.core.checks import number, whole
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.protocols import Merges
+from lowrank_pretrain.core.steps import log_row
 from lowrank_pretrain.core.targets import WHOLE, Target, families, find_targets, is_conv1d, plain_name
 from lowrank_pretrain.lora.function import Part, merged
 from lowrank_pretrain.observe.spectra import (
@@ -27,6 +29,7 @@ from lowrank_pretrain.observe.spectra import (
     update_cosines,
 )
 
+EVERY = "must be 1 or more optimizer steps"
 _SHARDED = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
 Heads = tuple[str, Tensor, dict[str, Tensor], tuple[Part, ...]]  # layer name, A (N, ΣR, D), B per part (N, O, R), parts
 
@@ -35,9 +38,9 @@ class EffectiveRank(Callback):
     """Log the effective rank (Roy & Vetterli) of the targets' gradients and of W − W₀, and their rank at a tolerance.
 
     Logged as ``lte/effective_rank/{gradient,update}`` and ``lte/rank/{gradient,update}``, means over the targets, and with
-    ``/<family>`` behind for each family. Gradients are looked at every so many optimizer steps, the update at the end of each
-    validation inside a fit, when a strategy or callback that holds low-rank parts apart has them merged. Where adapters train
-    and W does not, W has no gradient: then only the update is logged, and it is said once.
+    ``/<family>`` appended for each family. Gradients are measured every so many optimizer steps, the update at the end of each
+    validation inside a fit, when low-rank parts that are kept separately are merged. Where adapters train and W does not, W has
+    no gradient: then only the update is logged, and it is said once.
 
     Costs: W₀ of the targets in host memory of process 0 and in checkpoints; an eigenvalue problem per target and look.
 
@@ -53,9 +56,8 @@ class EffectiveRank(Callback):
 
     def __init__(self, targets: str | Sequence[str] = "all", every: int | None = 100, tol: float = 1e-2) -> None:
         if every is not None:
-            _check_every(every)
-        if not isinstance(tol, (int, float)) or isinstance(tol, bool) or not 0 < tol < 1:
-            raise ConfigError("tol", tol, "must be a share of the largest singular value, above 0 and below 1")
+            whole("every", every, 1, allowed=EVERY)
+        number("tol", tol, above=0, below=1, allowed="must be a share of the largest singular value, above 0 and below 1")
         self.targets = targets if isinstance(targets, str) else [*map(str, targets)]
         self.every, self.tol = every, float(tol)
         self._start: dict[str, Tensor] | None = None  # W₀ by target
@@ -113,11 +115,11 @@ class EffectiveRank(Callback):
         """Look at W − W₀, low-rank parts included."""
         if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking or not trainer.is_global_zero:
             return
-        values = {}
+        values, starts = {}, self._start or {}
         for name, present in present_matrices(find_targets(pl_module, self.targets, warn=False, frozen=True)):
-            start = self._start[name].to(present.device)
+            start = starts[name].to(present.device)
             values[name] = self._ranks(present.double() - start.double() if present.device.type != "mps" else present - start)
-        self._log(trainer, pl_module, "update", values, max(trainer.global_step - 1, 0))
+        self._log(trainer, pl_module, "update", values, None)
 
     def state_dict(self) -> dict[str, Any]:
         """W₀."""
@@ -131,13 +133,13 @@ class EffectiveRank(Callback):
         values = singular_values(matrix)
         return torch.stack([entropy_rank(values), tolerance_rank(values, self.tol)])
 
-    def _log(self, trainer: pl.Trainer, module: nn.Module, kind: str, values: dict[str, Tensor], step: int) -> None:
+    def _log(self, trainer: pl.Trainer, module: nn.Module, kind: str, values: dict[str, Tensor], row: int | None) -> None:
         table = torch.stack([*values.values()]).tolist()  # read from the device at once
-        metrics = {}
+        metrics: dict[str, float] = {}
         for column, key in enumerate(("lte/effective_rank", "lte/rank")):
             per_target = {name: row[column] for name, row in zip(values, table, strict=True)}
             metrics |= by_family(module, f"{key}/{kind}", per_target)
-        log(trainer, metrics, step)
+        log_row(trainer, metrics, row)
 
 
 class HeadOrthogonality(Callback):
@@ -145,7 +147,7 @@ class HeadOrthogonality(Callback):
 
     ``lte/orthogonality``: mean |cosine| between two heads' updates s·BₙAₙ; ``lte/row_space_overlap``: mean cos² of the
     principal angles between their A's row spaces (random ones: R/D). Both 0 for orthogonal heads, means over pairs and targets,
-    and with ``/<family>`` behind for each family. Looked at before the optimizer step, so that heads which a merge of the same
+    and with ``/<family>`` appended for each family. Measured before the optimizer step, so that heads which a merge of the same
     step resets are seen while they still hold something. Gathers every worker's heads where the strategy offers it.
 
     Args:
@@ -156,8 +158,7 @@ class HeadOrthogonality(Callback):
     """
 
     def __init__(self, every: int = 100) -> None:
-        _check_every(every)
-        self.every = every
+        self.every = whole("every", every, 1, allowed=EVERY)
         self._said = False
 
     @property
@@ -175,7 +176,7 @@ class HeadOrthogonality(Callback):
             return
         heads = trainer.strategy.all_heads() if isinstance(trainer.strategy, Merges) else local_heads(pl_module)
         cosines, overlaps = {}, {}
-        for layer_name, A, B, parts in heads:  # to the end on every process, whatever it does with them
+        for layer_name, A, B, parts in heads:  # to the end on every process, for gathering them is a collective
             if A.shape[0] < 2 or not trainer.is_global_zero:
                 continue
             for part in parts:
@@ -188,25 +189,26 @@ class HeadOrthogonality(Callback):
                 self._said = True
                 rank_zero_warn("HeadOrthogonality: no target has two heads: nothing is logged")
             return
-        metrics = {}
+        metrics: dict[str, float] = {}
         for key, found in (("lte/orthogonality", cosines), ("lte/row_space_overlap", overlaps)):
             values = torch.stack([*found.values()]).tolist()
             kept = {name: value for name, value in zip(found, values, strict=True) if value == value}  # NaN: all B are zero
             if kept:
                 metrics |= by_family(pl_module, key, kept)
-        log(trainer, metrics, trainer.global_step)
+        log_row(trainer, metrics, trainer.global_step)
 
 
 def present_matrices(targets: dict[str, Target]) -> Iterator[tuple[str, Tensor]]:
     """Each target's (O, D) matrix with what plain adapters add to it; heads are merged by their strategy, for looking."""
-    layer, weight = None, None
+    layer: Any = None
     for name, target in targets.items():
         own = getattr(target.layer, "lora_A", None)
-        if own is None or own.ndim != 2:
+        if not isinstance(own, Tensor) or own.ndim != 2:
             yield name, target.matrix().detach()
             continue
-        if target.layer is not layer:  # the parts of a fused layer come one behind the other
-            layer, factors = target.layer, [target.layer.lora_B[part.name] for part in target.layer._parts]
+        if target.layer is not layer:  # the parts of a fused layer come one after the other
+            layer = target.layer
+            factors = [layer.lora_B[part.name] for part in layer._parts]
             weight = merged(layer.weight, layer.lora_A, factors, layer._parts, is_conv1d(layer))
             weight = weight.t() if is_conv1d(layer) else weight
         yield name, weight[target.start : target.start + target.rows]
@@ -226,14 +228,3 @@ def by_family(module: nn.Module, key: str, values: dict[str, float]) -> dict[str
     for name, family in families(module, values).items():
         grouped.setdefault(f"{key}/{family}", []).append(values[name])
     return {key: sum(values.values()) / len(values)} | {name: sum(v) / len(v) for name, v in grouped.items()}
-
-
-def log(trainer: pl.Trainer, metrics: dict[str, float], step: int) -> None:
-    """To every logger, in the row of optimizer step `step` (Lightning counts rows from 0)."""
-    for logger in trainer.loggers:
-        logger.log_metrics(metrics, step=step)
-
-
-def _check_every(every: Any) -> None:
-    if not isinstance(every, int) or isinstance(every, bool) or every < 1:
-        raise ConfigError("every", every, "must be 1 or more optimizer steps")

@@ -1,4 +1,4 @@
-"""What LTE's observations are measured by: effective rank of a matrix, and how far heads point in the same direction.
+"""Measure what LTE's authors observed: effective rank of a matrix, and how far heads point in the same direction.
 
 O out, D in, R rank, N heads; an update is s · B A with A (R, D) and B (O, R). Nothing here forms the O x D product of factors:
 ⟨B₁A₁, B₂A₂⟩ = tr((B₁ᵀB₂)(A₁A₂ᵀ)ᵀ), two products of R x R each.
@@ -34,7 +34,7 @@ def entropy_rank(values: Tensor) -> Tensor:
 
 
 def tolerance_rank(values: Tensor, tol: float) -> Tensor:
-    """How many singular values exceed `tol` times the largest, as a float scalar; NaN for NaN."""
+    """Return how many singular values exceed `tol` times the largest, as a float scalar; NaN for NaN."""
     largest = values.max()
     return torch.where(largest.isnan(), largest, (values > tol * largest).sum().to(values.dtype))
 
@@ -79,7 +79,7 @@ def principal_cosines(A1: Tensor, A2: Tensor) -> Tensor:
 
 @torch.no_grad()
 def row_space_overlaps(A: Tensor) -> Tensor:
-    """Mean cos² of the principal angles between all pairs of row spaces, (N, N), of A (N, R, D).
+    """Return the mean cos² of the principal angles between all pairs of row spaces, (N, N), of A (N, R, D).
 
     From 0 (orthogonal) to 1 (the same space); two random ones have R/D.
     """
@@ -89,8 +89,9 @@ def row_space_overlaps(A: Tensor) -> Tensor:
 
 
 def mean_of_pairs(matrix: Tensor) -> Tensor:
-    """Mean of |entries| above the diagonal of (N, N), NaN left out; NaN where there is none."""
-    i, j = torch.triu_indices(*matrix.shape, offset=1, device=matrix.device)
+    """Return the mean of |entries| above the diagonal of (N, N), NaN left out; NaN where there is none."""
+    rows, columns = matrix.shape
+    i, j = torch.triu_indices(rows, columns, offset=1, device=matrix.device)
     return matrix[i, j].abs().nanmean()
 
 

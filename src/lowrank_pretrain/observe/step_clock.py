@@ -1,4 +1,4 @@
-"""How long optimizer steps take: validation, checkpoints and phase changes left out, no device stalled."""
+"""Time optimizer steps without validation, checkpoints and phase changes, and without stalling a device."""
 
 import time
 from collections import deque
@@ -12,7 +12,7 @@ KEPT = 4096  # steps remembered per phase; a longer phase is thinned out evenly
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step: its phase, the samples and tokens it saw on this device, and its seconds."""
+    """Hold one optimizer step: its phase, the samples and tokens it saw on this device, and its seconds."""
 
     phase: str
     samples: int
@@ -21,7 +21,7 @@ class Step:
 
 
 class StepClock:
-    """Times the stretches between marks; a stretch that `interrupt` fell into starts again at the next `start`.
+    """Time the stretches between marks; a stretch that `interrupt` fell into starts again at the next `start`.
 
     A step lasts from the end of the one before it to its own end, so waiting for data counts. After something that is
     no part of training (`interrupt`) it lasts from its own start. On CUDA the marks are events on the stream and are
@@ -42,16 +42,16 @@ class StepClock:
         return event
 
     def start(self) -> None:
-        """A batch begins; only counts where `interrupt` came before."""
+        """Begin a batch; it counts only where `interrupt` came before."""
         if self._from is None:
             self._from = self._mark()
 
     def interrupt(self) -> None:
-        """What follows, up to the next `start`, is no part of a step."""
+        """Leave out what follows, up to the next `start`."""
         self._from = None
 
     def end_batch(self) -> None:
-        """A batch ends."""
+        """End a batch."""
         if self._from is None:
             return
         now = self._mark()
@@ -59,13 +59,13 @@ class StepClock:
         self._from = now
 
     def end_step(self, phase: str, samples: int, tokens: int) -> None:
-        """The batch that just ended made an optimizer step over `samples` samples and `tokens` tokens."""
+        """Note that the batch which just ended made an optimizer step over `samples` samples and `tokens` tokens."""
         if self._stretches:
             self._pending.append((phase, samples, tokens, self._stretches))
         self._stretches = []
 
     def drain(self, wait: bool = False) -> list[Step]:
-        """The steps whose times are known by now, oldest first; with `wait`, all of them."""
+        """Return the steps whose times are known by now, oldest first; with `wait`, all of them."""
         if wait and self._cuda and self._pending:
             torch.cuda.synchronize()
         steps = []
@@ -83,7 +83,7 @@ class StepClock:
 
 
 class Thinned:
-    """A list that forgets every second entry when it is full: its median stays that of the whole, its size is bounded."""
+    """Keep a list that forgets every second entry when it is full: its median stays that of the whole, its size is bounded."""
 
     def __init__(self, values: list[float] | None = None, stride: int = 1, skipped: int = 0) -> None:
         self.values, self.stride, self.skipped = list(values or []), stride, skipped
@@ -99,6 +99,6 @@ class Thinned:
             self.values, self.stride = self.values[::2], self.stride * 2
 
     def median(self, last: int | None = None) -> float | None:
-        """The median of all values kept, or of the `last` ones; None of none."""
+        """Return the median of all values kept, or of the `last` ones; None of none."""
         values = self.values[-last:] if last else self.values
         return median(values) if values else None

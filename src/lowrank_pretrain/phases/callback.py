@@ -19,6 +19,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 
+from lowrank_pretrain.checkpoints.format import FORMAT, SIDE, check_format
 from lowrank_pretrain.core.agreement import agreed_hash
 from lowrank_pretrain.core.buckets import settle_buckets
 from lowrank_pretrain.core.checks import choice, flag, number, whole
@@ -26,13 +27,14 @@ from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.lr_factor import Rewarm
 from lowrank_pretrain.core.plan import Plan, fit_ranks
 from lowrank_pretrain.core.protocols import PHASES, Adopter, HasPhase, Inherit
+from lowrank_pretrain.core.steps import log_row
 from lowrank_pretrain.core.targets import Target, first_named, say_left_out, select
 from lowrank_pretrain.lora import model as lora
 from lowrank_pretrain.observe.monitor import count_parameters
 from lowrank_pretrain.phases import adapter_groups, adoption, plain_checkpoint, refusals, transition
 from lowrank_pretrain.phases.adapter_watch import AdapterWatch, GradientWatch, check_optimizers
 from lowrank_pretrain.phases.first_step import FirstStep
-from lowrank_pretrain.phases.plain_checkpoint import FORMAT, SIDE, Brought, Ended, Held
+from lowrank_pretrain.phases.plain_checkpoint import Brought, Ended, Held
 
 PATIENCE = 100  # optimizer steps without a gradient after which an adapter is said to be dead, where there are no windows
 
@@ -179,15 +181,9 @@ class PhaseCallback(HasPhase, Callback):
 
     def _log_hash(self, trainer: pl.Trainer, agreed: int, replay: bool) -> None:
         if not replay:
-            self._log(trainer, {"lowrank/hash": float(agreed)})
+            log_row(trainer, {"lowrank/hash": float(agreed)})
             where = f", the same on all {trainer.world_size} processes" if trainer.world_size > 1 else ""
             rank_zero_info(f"{type(self).__name__}: hash of the weights {agreed:08x}{where}")
-
-    @staticmethod
-    def _log(trainer: pl.Trainer, metrics: dict[str, float]) -> None:
-        for logger in trainer.loggers:
-            # the row of the step just taken; Lightning counts rows from 0
-            logger.log_metrics(metrics, step=max(trainer.global_step - 1, 0))
 
     # -- Lightning's hooks ------------------------------------------------------------------------------------------
 
@@ -426,8 +422,7 @@ class PhaseCallback(HasPhase, Callback):
         if not self._restoring:
             return
         side = checkpoint.get(SIDE, {})
-        if side.get("format", FORMAT) > FORMAT:
-            raise ConfigError("ckpt_path", str(trainer.ckpt_path), f"has format {side['format']}, we read {FORMAT}")
+        check_format(side, trainer.ckpt_path)
         if side.get("alpha", self.alpha) != self.alpha:
             raise ConfigError("alpha", self.alpha, f"the checkpoint's adapters were trained with {side['alpha']}")
         self._brought = Brought(side.get("exact"), side.get("averages", {}), side.get("groups"), side.get("settings", {}))

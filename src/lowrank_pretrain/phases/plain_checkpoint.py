@@ -27,9 +27,6 @@ from lowrank_pretrain.lora import model as lora
 from lowrank_pretrain.lora.function import Part, merged
 from lowrank_pretrain.phases.transition import Note, forget_note, note_of, restore_flags
 
-SIDE = "lowrank_pretrain"  # the side entry's key
-FORMAT = 1
-
 
 def restore_plain(pl_module: nn.Module, check: bool = True) -> None:
     """Merge and eject the adapters, and restore the original ``requires_grad``: the module as its user made it, trained."""

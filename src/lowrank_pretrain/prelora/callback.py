@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.plan import Plan, is_integer
+from lowrank_pretrain.core.steps import StepWatch, log_row
 from lowrank_pretrain.core.targets import Target, all_targets, check_patterns, families, obstacles
 from lowrank_pretrain.phases.callback import PATIENCE, PhaseCallback
 from lowrank_pretrain.phases.first_step import FirstStep
@@ -117,7 +118,7 @@ class PreLoRA(PhaseCallback):
         self._due = False  # a window is over, but the last batch took no optimizer step
         self._loss = torch.zeros(2, dtype=torch.float64)  # sum and number of this rank's micro-batch losses, on the device
         self._restored: list[list[float]] | None = None  # the same by rank, from a checkpoint
-        self._seen_step = 0
+        self._steps = StepWatch()
 
     @property
     def state_key(self) -> str:
@@ -137,7 +138,7 @@ class PreLoRA(PhaseCallback):
         """Begin to count at the trainer's step."""
         super().on_train_start(trainer, pl_module)
         self._check_length(trainer, has_data=True)
-        self._seen_step = trainer.global_step
+        self._steps.begin(trainer)
         if self._restored is not None:
             by_rank, self._restored = self._restored, None
             if len(by_rank) != trainer.world_size:  # another number of processes: all there is goes to the first
@@ -163,8 +164,7 @@ class PreLoRA(PhaseCallback):
             return
         if self.phase == "full":
             self._add_loss(trainer, outputs)
-        stepped = trainer.global_step != self._seen_step
-        self._seen_step = trainer.global_step
+        stepped = self._steps.stepped(trainer)
         self._units += int(stepped if self.window_unit == "step" else trainer.is_last_batch)
         self._due = self._due or self._units >= self.window
         if self._due and stepped:
@@ -199,7 +199,7 @@ class PreLoRA(PhaseCallback):
         self._loss.zero_()
         self.history = [*self.history, Window(total / count, _norms(targets))][-self.windows :]
         self.verdict = check_convergence(self.history, family_of, self.windows, self.loss_tol, self.weight_tol)
-        self._log(trainer, {f"lowrank/weight_change/{f}": c for f, c in self.verdict.family_changes.items()})
+        log_row(trainer, {f"lowrank/weight_change/{f}": c for f, c in self.verdict.family_changes.items()})
         if self.windows_done == 1:
             self._say_unseen(pl_module)
         due = self.verdict.converged and self.windows_done >= self.earliest
@@ -213,7 +213,7 @@ class PreLoRA(PhaseCallback):
             plan = Plan(trainer.strategy.broadcast(dict(self._assign(family_of))))
             self.switch(trainer, pl_module, plan)
             self.windows_done = 0
-            self._log(trainer, {f"lowrank/rank/{name}": float(rank) for name, rank in plan.items()})
+            log_row(trainer, {f"lowrank/rank/{name}": float(rank) for name, rank in plan.items()})
             if self.warmup == 0:
                 self.freeze(trainer, pl_module)
 

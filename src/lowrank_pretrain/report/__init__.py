@@ -1,4 +1,4 @@
-"""Run directories -> one HTML page that needs nothing else: no network, no script.
+"""Turn run directories into one HTML page that needs no network and no script.
 
 python -m lowrank_pretrain.report RUN_DIR... [--out FILE|DIR]
 """

@@ -1,6 +1,6 @@
-"""Charts as SVG text for a page: matplotlib draws them, the page's style sheet colours them, in light and in dark.
+"""Draw charts as SVG text for a page: matplotlib draws them, and the page's style sheet colours them, in light and in dark.
 
-Lines differ by colour, dash and marker, bars by colour and hatch, so that greyscale tells them apart as well.
+Lines differ by colour, dash and marker, bars by colour and hatch, so that they differ in greyscale as well.
 """
 
 import io
@@ -17,7 +17,7 @@ DASHES = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 2, 4, 2)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 HATCHES = ("", "////", "xxxx", "....")
 SLOTS = 8  # colours of the style sheet
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: it can be selected, and takes the page's font
     "svg.hashsalt": "lowrank_pretrain",  # the same numbers give the same bytes
     "font.size": 9,
@@ -27,12 +27,12 @@ STYLE = {
     "axes.formatter.useoffset": False,
     "hatch.linewidth": 0.6,
 }
-# Colours that stand for others until the page's style sheet has its say.
+# Placeholders: the style sheet's colours take their place in the SVG.
 INK, FAINT, PAPER = "#010101", "#020202", "#030303"
 
 
 def slot(index: int) -> str:
-    """The stand-in of the style sheet's colour number `index`."""
+    """Return the placeholder of the style sheet's colour number `index`."""
     return f"#0400{index % SLOTS:02x}"
 
 
@@ -45,16 +45,16 @@ def lines(
     level: tuple[str, float] | None = None,
     slots: dict[str, int] | None = None,
 ) -> str:
-    """A line per entry of `series`.
+    """Draw a line for each entry of `series`.
 
     Args:
-        name: unique on the page; becomes the prefix of the SVG's ids and its accessible name.
+        name: unique on the page; the prefix of the SVG's ids, and its accessible name.
         x: the axis' name with its unit.
         y: the axis' name with its unit.
         series: {label: points}.
         marks: {word: x} of vertical lines.
         level: (word, y) of a horizontal line.
-        slots: which style each label has; by default in order.
+        slots: the style of each label; by default in order.
     """
     rows = -(-len(series) // _columns(series)) if len(series) > 1 else 0
     figure, axes = _figure(2.5 + 0.17 * rows)
@@ -87,7 +87,7 @@ def lines(
 
 
 def bars(name: str, x: str, rows: Sequence[tuple[str, float, int, str]]) -> str:
-    """A horizontal bar per row, its value written behind it.
+    """Draw a horizontal bar for each row, with its value at its end.
 
     Args:
         name: unique on the page.
@@ -103,18 +103,18 @@ def bars(name: str, x: str, rows: Sequence[tuple[str, float, int, str]]) -> str:
     axes.tick_params(axis="y", length=0)
     axes.set_xlim(0, 1.28 * max([value for _, value, *_ in rows] + [1e-12]))
     axes.locator_params(axis="x", nbins=5)
-    axes.set_xlabel(fill(x, 26))  # long labels leave little room beside them
+    axes.set_xlabel(fill(x, 26))  # long labels leave little room next to them
     axes.spines["left"].set_visible(False)
     return _svg(figure, name)
 
 
 def heat_map(name: str, x: str, y: str, rows: list[str], columns: list[str], cells: dict[tuple[str, str], int]) -> str:
-    """Whole numbers in a grid, the number in its cell; the darker, the larger. A cell without a number stays empty.
+    """Draw integers in a grid, each in its cell; darker is larger. A cell without a number stays empty.
 
     Args:
         name: unique on the page.
-        x: what the columns are.
-        y: what the rows are.
+        x: the name of the columns.
+        y: the name of the rows.
         rows: their names, from top to bottom.
         columns: their names.
         cells: {(row, column): number}.
@@ -153,11 +153,11 @@ def _figure(height: float) -> tuple[Any, Any]:
         return figure, figure.subplots()
 
 
-INKED = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+INKED: tuple[Any, ...] = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
 
 
 def _svg(figure: Any, name: str) -> str:
-    """The figure as an ``<svg>`` whose ids are its own and whose colours are the style sheet's."""
+    """Return the figure as an ``<svg>`` with unique ids and the style sheet's colours."""
     import matplotlib
 
     text = io.StringIO()
@@ -169,7 +169,7 @@ def _svg(figure: Any, name: str) -> str:
     svg = re.sub(r'\bid="([^"]+)"', rf'id="{prefix}--\1"', svg)
     svg = re.sub(r'(href="|url\()#', rf"\1#{prefix}--", svg)
     svg = re.sub(r"<style.*?</style>|<metadata.*?</metadata>", "", svg, flags=re.S)
-    svg = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", svg)  # older matplotlibs write it so
+    svg = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", svg)  # older versions of matplotlib write it so
     svg = re.sub(r"font-family: [^;\"]*;? ?", "", svg)
     for stand_in, value in ((INK, "var(--ink)"), (FAINT, "var(--faint)"), (PAPER, "var(--paper)")):
         svg = svg.replace(stand_in, value)

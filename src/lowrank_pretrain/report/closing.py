@@ -1,4 +1,4 @@
-"""What a sweep prints at its end: a row per run, the best marked, means over seeds, and the command for its page."""
+"""Print the end of a sweep: a row for each run with the best marked, means over seeds, and the command for its page."""
 
 import os
 import sys
@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from lowrank_pretrain.core.text import digits
-from lowrank_pretrain.report.runs import METRICS, Run, best, by_seed
+from lowrank_pretrain.core.text import format_number
+from lowrank_pretrain.report.runs import JUDGED_BY, Run, best, by_seed
 
 WIDTH = 120  # characters, where stdout is no terminal
 MOST = 30  # rows; the page has them all
@@ -19,13 +19,13 @@ def show(runs: list[Run], directory: Path, console: Console | None = None) -> No
     """Print the table of a sweep.
 
     Args:
-        runs: those in its directory, in the order of jobs.
+        runs: those in its directory, in the order of the jobs.
         directory: the sweep's.
         console: where to print; stdout by default.
     """
     console = console or Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
     shown = [run for run in runs if run.state != "failed" or run.series]
-    measured = [metric for metric in METRICS if any(run.last(metric) is not None for run in runs)][:5]
+    measured = [metric for metric in JUDGED_BY if any(run.last(metric) is not None for run in runs)][:5]
     if shown:
         table = Table("run", "state", *measured)
         for column in table.columns[2:]:
@@ -35,7 +35,9 @@ def show(runs: list[Run], directory: Path, console: Console | None = None) -> No
             table.add_row(escape(run.label), run.state, *(_measure(run.last(metric), finest[metric]) for metric in measured))
         for group in by_seed(runs):
             cells = [
-                "-" if (mean := group.mean(metric)) is None else f"{digits(mean)} ± {digits(group.deviation(metric))}"
+                "-"
+                if (mean := group.mean(metric)) is None
+                else f"{format_number(mean)} ± {format_number(group.deviation(metric))}"
                 for metric in measured
             ]
             table.add_row(escape(f"{group.label}, mean"), f"{len(group.runs)} seeds", *cells)
@@ -55,4 +57,4 @@ def show(runs: list[Run], directory: Path, console: Console | None = None) -> No
 def _measure(value: float | None, finest: float | None) -> str:
     if value is None:
         return "-"
-    return f"{digits(value)} *" if value == finest else digits(value)
+    return f"{format_number(value)} *" if value == finest else format_number(value)

@@ -1,4 +1,4 @@
-"""The page itself: HTML and its style sheet, with everything inside and no script."""
+"""Write the page: HTML with its style sheet and all charts inside, and no script."""
 
 import json
 import os
@@ -8,8 +8,9 @@ from importlib.resources import files
 from pathlib import Path
 
 from lowrank_pretrain.core.errors import ConfigError
-from lowrank_pretrain.core.text import digits
-from lowrank_pretrain.report.runs import METRICS, Run, best, by_seed, find_runs
+from lowrank_pretrain.core.files import write_whole
+from lowrank_pretrain.core.text import format_number
+from lowrank_pretrain.report.runs import JUDGED_BY, Run, best, by_seed, find_runs
 from lowrank_pretrain.report.sections import Chart, of_one, over_steps, side_by_side
 from lowrank_pretrain.report.tables import phases_table, runs_table, seeds_table
 
@@ -19,7 +20,7 @@ def write_report(paths: list[Path], out: Path | None = None) -> Path:
 
     Args:
         paths: run directories, or directories that hold some (a multirun's).
-        out: the file, or a folder for ``report.html``; None: in the directory, or in the present one if there are several.
+        out: the file, or a folder for ``report.html``. None: in the directory, or in the current one if there are several.
 
     Returns:
         The file.
@@ -34,9 +35,7 @@ def write_report(paths: list[Path], out: Path | None = None) -> Path:
     text = render(runs, title(paths, runs))
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        beside = out.with_name(f".{out.name}.part")
-        beside.write_text(text, encoding="utf-8")
-        os.replace(beside, out)
+        write_whole(out, text)
     except OSError as error:
         raise ConfigError(
             "--out", str(out), f"cannot be written: {error.strerror}; give a file or a folder with --out"
@@ -45,12 +44,12 @@ def write_report(paths: list[Path], out: Path | None = None) -> Path:
 
 
 def title(paths: list[Path], runs: list[Run]) -> str:
-    """The directory's name, or how many runs there are."""
+    """Return the directory's name, or the number of runs where there are several directories."""
     return paths[0].resolve().name if len(paths) == 1 else f"{len(runs)} runs"
 
 
 def render(runs: list[Run], title: str) -> str:
-    """The page as HTML text."""
+    """Return the page as HTML text."""
     several = len(runs) > 1
     shown = [run for run in runs if run.series or run.phases] or runs
     parts = [f"<h1>{escape(title)}</h1>", intro(runs)]
@@ -67,7 +66,7 @@ def render(runs: list[Run], title: str) -> str:
 
 
 def unwell(runs: list[Run]) -> str:
-    """Runs without an end or with files that cannot be read, and why; folded where there are several runs."""
+    """List the runs that have not finished or have unreadable files, with the reason; folded where there are several runs."""
     found = [run for run in runs if run.state != "finished" or run.damage]
     if not found:
         return ""
@@ -84,7 +83,7 @@ def unwell(runs: list[Run]) -> str:
 
 
 def page(title: str, body: str) -> str:
-    """A whole HTML page around `body`, with the style sheet inside."""
+    """Return a whole HTML page around `body`, with the style sheet inside."""
     style = files(__package__).joinpath("page.css").read_text(encoding="utf-8")
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -102,7 +101,7 @@ NOTES = (
 
 
 def intro(runs: list[Run]) -> str:
-    """How many runs, and how they ended."""
+    """Count the runs by how they ended; of a single one, return its command and directory."""
     counts = {state: sum(run.state == state for run in runs) for state in ("finished", "failed", "damaged", "unfinished")}
     if len(runs) == 1:
         return f"<p>{command(runs[0])}</p><p>{where(runs[0])}</p>"
@@ -111,29 +110,29 @@ def intro(runs: list[Run]) -> str:
 
 
 def winner(runs: list[Run]) -> str:
-    """Which run is the best by the first metric that several have."""
-    for metric in METRICS:
+    """Name the best run by the first metric that several runs have."""
+    for metric in JUDGED_BY:
         values = [run.last(metric) for run in runs]
         found = best(values, metric)
         if found is not None:
             label = next(run.label for run, value in zip(runs, values, strict=True) if value == found)
-            return f" Best {escape(metric)}: <b>{escape(label)}</b>, {digits(found)}."
+            return f" Best {escape(metric)}: <b>{escape(label)}</b>, {format_number(found)}."
     return ""
 
 
 def where(run: Run) -> str:
-    """The run's directory."""
+    """Return the run's directory."""
     return f"<code>{escape(os.path.relpath(run.path))}</code>"
 
 
 def command(run: Run) -> str:
-    """The command line that the run was started with, as far as ``.hydra`` tells."""
+    """Return the command line that started the run, as far as ``.hydra`` has it."""
     words = " ".join(["python -m lowrank_pretrain", *run.overrides])
     return f"<code>{escape(words)}</code>"
 
 
 def one(run: Run, several: bool) -> str:
-    """What concerns one run; folded where there are several."""
+    """Return the section of one run; folded where there are several."""
     charts = [*of_one(run, several), *([] if several else over_steps([run]))]
     parts = []
     if several:
@@ -155,7 +154,7 @@ def one(run: Run, several: bool) -> str:
 
 
 def grid(charts: Iterable[Chart]) -> str:
-    """Charts beside each other where the screen is wide enough, else below."""
+    """Put charts next to each other where the screen is wide enough, else below each other."""
     figures = (
         f"<figure><figcaption>{escape(chart.title)}{f'<small>{escape(chart.remark)}</small>' if chart.remark else ''}"
         f"</figcaption>{chart.svg}</figure>"

@@ -1,6 +1,5 @@
-"""Run directories as they lie there: finished, stopped, failed or still running. Nothing of torch is needed to read them."""
+"""Read run directories: finished, stopped, failed or still running. Reading them needs no torch."""
 
-import csv
 import dataclasses
 import json
 import math
@@ -14,15 +13,15 @@ from typing import Any
 import numpy as np
 from omegaconf import OmegaConf
 
+from lowrank_pretrain.core.checks import is_number
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.files import read_table
+from lowrank_pretrain.core.metrics import METRICS
+from lowrank_pretrain.core.text import one_line
 
-# what a run is judged by, most telling first, and which end is the best; any other metric is neither
-LOWEST, HIGHEST = min, max
-METRICS = {
-    "val/loss": LOWEST, "val/acc1": HIGHEST, "val/ppl": LOWEST, "train/loss": LOWEST,
-    "test/loss": LOWEST, "test/acc1": HIGHEST, "test/ppl": LOWEST,
-}  # fmt: skip
-HIDDEN = ("hydra.", "hydra/", "ckpt_path", "experiment=", "sweep=")  # overrides that tell nothing about a run
+# metrics that runs are compared by, the most informative first
+JUDGED_BY = ("val/loss", "val/acc1", "val/ppl", "train/loss", "test/loss", "test/acc1", "test/ppl")
+HIDDEN = ("hydra.", "hydra/", "ckpt_path", "experiment=", "sweep=")  # overrides that say nothing about a run
 MODEST_LABEL, LONGEST_LABEL = 24, 40  # characters: one line on a phone, two on a desk
 MARKS = ("metrics.csv", "summary.json", "failure.txt", ".hydra/config.yaml")  # any of these: a run directory
 Series = list[tuple[float, float]]
@@ -30,18 +29,18 @@ Series = list[tuple[float, float]]
 
 @dataclass
 class Run:
-    """One run directory.
+    """Hold what one run directory contains.
 
     Attributes:
         path: the directory.
-        label: what tells it from the others on the page.
+        label: its name on the page, different from all others.
         overrides: the command line's, e.g. ``["seed=1"]``.
         config: as composed; {} where ``.hydra`` is gone.
         summary: contents of summary.json; {} where the run has not finished.
-        failure: why it ended, in one line; None where nothing went wrong that it could tell.
-        damage: which of its files cannot be read, in one line; None where all can.
-        job: Hydra's number of it in a sweep; None for a run of its own, whose directory has a name that somebody chose.
-        series: {metric: [(optimizer steps taken, value), …]}; values that are no finite number are left out.
+        failure: why it ended, in one line; None where it left no such line.
+        damage: which of its files cannot be read, in one line; None where all can be read.
+        job: Hydra's number of it in a sweep; None for a single run, whose directory has a name that somebody chose.
+        series: {metric: [(optimizer steps taken, value), …]}; values that are NaN or infinite are left out.
     """
 
     path: Path
@@ -64,13 +63,13 @@ class Run:
         return "finished" if self.summary and not self._goes_on() else "unfinished"
 
     def _goes_on(self) -> bool:
-        """Whether it was finished and has been made longer: there are rows after its summary's last step."""
+        """Return whether a finished run was continued: it has rows after its summary's last step."""
         steps = sum(phase["steps"] for phase in self.phases)
         return bool(self.phases) and max((points[-1][0] for points in self.series.values()), default=0) > steps + 1
 
     @property
     def reason(self) -> str:
-        """Why there is no end to show; empty where there is one."""
+        """Why the run has no end; empty where it has one."""
         if self.failure or self.damage:
             return self.failure or self.damage or ""
         if self.state == "finished":
@@ -88,7 +87,7 @@ class Run:
 
     @property
     def told(self) -> list[str]:
-        """The overrides that say something about the run."""
+        """The overrides that say something about the run, without ``+``."""
         return [override.removeprefix("++").removeprefix("+") for override in self.overrides if not override.startswith(HIDDEN)]
 
     @property
@@ -97,16 +96,16 @@ class Run:
         return self.summary.get("phases", [])
 
     def last(self, metric: str) -> float | None:
-        """The last value of `metric`."""
+        """Return the last value of a metric."""
         points = self.series.get(metric)
         return points[-1][1] if points else None
 
     def group(self, prefix: str) -> dict[str, Series]:
-        """{what follows `prefix`/: points} of the metrics that begin so."""
+        """Return the points of all metrics ``prefix/NAME``, by NAME."""
         return {key[len(prefix) + 1 :]: points for key, points in self.series.items() if key.startswith(f"{prefix}/")}
 
     def by_time(self, metric: str) -> Series:
-        """`metric` over seconds of training instead of steps; [] where no time is known.
+        """Return a metric over seconds of training instead of steps; [] where no time is known.
 
         Validation and checkpoints are not counted. Between two known times, steps count as equally long.
         """
@@ -132,7 +131,10 @@ class Run:
 
 
 def find_runs(paths: list[Path]) -> list[Run]:
-    """The runs in `paths`, each a run directory or one that holds some (a multirun's), in the order of arguments and jobs.
+    """Find the runs in `paths`, in the order of arguments and jobs.
+
+    Args:
+        paths: run directories, or directories that hold some (a multirun's).
 
     Raises:
         ConfigError: no such directory, or no run in it.
@@ -159,13 +161,13 @@ def find_runs(paths: list[Path]) -> list[Run]:
 
 
 def read_run(directory: Path) -> Run:
-    """One run directory: what of it is there and can be read; what cannot is told by `Run.damage`."""
+    """Read what a run directory has; a file that cannot be read is named in ``Run.damage``."""
     run = Run(directory)
     hydra, failure = directory / ".hydra", directory / "failure.txt"
     with _readable(run, hydra / "config.yaml") as file:
         run.config = _mapping(OmegaConf.to_container(OmegaConf.load(file), resolve=False))
     with _readable(run, hydra / "overrides.yaml") as file:
-        run.overrides = [str(override) for override in OmegaConf.to_container(OmegaConf.load(file))]
+        run.overrides = [str(override) for override in OmegaConf.load(file)]
     with _readable(run, hydra / "hydra.yaml") as file:
         number = OmegaConf.select(OmegaConf.load(file), "hydra.job.num", default=None)
         run.job = number if isinstance(number, int) else None
@@ -179,7 +181,7 @@ def read_run(directory: Path) -> Run:
 
 
 class _readable:  # noqa: N801
-    """``with _readable(run, file) as file``: skipped where there is no such file, noted where it cannot be understood."""
+    """Read a file in a ``with`` block: skip it where it is missing, and note in ``Run.damage`` where it cannot be read."""
 
     def __init__(self, run: Run, file: Path) -> None:
         self.run, self.file = run, file
@@ -191,8 +193,7 @@ class _readable:  # noqa: N801
         if isinstance(error, FileNotFoundError):
             return True
         if isinstance(error, Exception):
-            words = " ".join(str(error).split())[:120]
-            self.run.damage = self.run.damage or f"{self.file.name} is damaged: {words or type(error).__name__}"
+            self.run.damage = self.run.damage or f"{self.file.name} is damaged: {one_line(error, 120)}"
             return True
         return False
 
@@ -204,38 +205,31 @@ def _mapping(found: Any) -> dict[str, Any]:
 
 
 def _summary(found: dict[str, Any]) -> dict[str, Any]:
-    """A summary with phases that have a name, steps and seconds, and otherwise numbers only."""
+    """Return a summary whose phases have a name, steps and seconds, and otherwise numbers only."""
     phases = []
     for phase in found.get("phases") or []:
-        numbers = {key: value for key, value in _mapping(phase).items() if _is_number(value)}
+        numbers = {key: value for key, value in _mapping(phase).items() if is_number(value)}
         phases.append(
             {**numbers, "phase": str(phase["phase"]), "steps": int(phase["steps"]), "seconds": float(phase["seconds"])}
         )
     steps = {f"{word}_step": found.get(f"{word}_step") for word in ("switch", "freeze")}
     for key, value in steps.items():
-        if value is not None and not _is_number(value):
+        if value is not None and not is_number(value):
             raise ValueError(f"{key} is no number")
     plan = found.get("plan")
     ranks = None if plan is None else {str(target): int(rank) for target, rank in _mapping(plan).items()}
     return {**found, **steps, "phases": phases, "plan": ranks}
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def read_series(path: Path) -> dict[str, Series]:
-    """{column: [(optimizer steps taken, value), …]} of a metrics.csv, sorted by step; a row cut off at the end is left out."""
+    """Read a ``metrics.csv``: {column: [(optimizer steps taken, value), …]}, sorted by step."""
     series: dict[str, dict[float, float]] = {}
-    lines = path.read_text(errors="replace").splitlines(keepends=True)
-    if lines and not lines[-1].endswith("\n"):
-        del lines[-1]  # the process was killed while it wrote: half a number is another number
-    for row in csv.DictReader(lines):
-        if not (row.get("step") or "").isdigit():
+    for row in read_table(path, errors="replace")[1]:
+        if not row.get("step", "").isdigit():
             continue
         step = int(row["step"]) + 1.0  # rows count from 0, steps taken from 1
         for key, text in row.items():
-            value = _number(text) if text and key not in ("step", "epoch", None) else None
+            value = _number(text) if text and key not in ("step", "epoch") else None
             if value is not None:
                 series.setdefault(key, {})[step] = value
     return {key: sorted(points.items()) for key, points in series.items()}
@@ -258,16 +252,18 @@ def _marks(directory: Path) -> list[Path]:
 
 
 def _job_number(run: Run) -> tuple[int, str]:
-    """Hydra's number of the job; runs without one come last, by name."""
+    """Return a sorting key: Hydra's number of the job; runs without one come last, by name."""
     return 10**9 if run.job is None else run.job, str(run.path)
 
 
 def labels(runs: list[Run], without: str = "hydra.") -> list[str]:
-    """A short name per run: a job's from the overrides that not all have, a run's own from its directory; unique.
+    """Return a short, unique name for each run.
+
+    A job is named by the overrides that not all runs have, a single run by its directory.
 
     Args:
         runs: those on one page.
-        without: overrides that begin so are left out (``seed=``, for what stands for several seeds).
+        without: overrides that begin with it are left out: ``seed=`` where a name stands for several seeds.
     """
     told = [[override for override in run.told if not override.startswith(without)] for run in runs]
     shared = set.intersection(*map(set, told)) if told else set()
@@ -295,7 +291,12 @@ def labels(runs: list[Run], without: str = "hydra.") -> list[str]:
 
 
 def short_override(override: str) -> str:
-    """``method.rank=4`` -> ``rank=4``, ``method=full`` -> ``full``, ``~model.config.x`` -> ``without x``."""
+    """Shorten an override for a label.
+
+    Example:
+        >>> short_override("method.rank=4"), short_override("method=full"), short_override("~model.config.x")
+        ('rank=4', 'full', 'without x')
+    """
     key, equals, value = override.partition("=")
     if key.startswith("~"):
         return f"without {key[1:].rsplit('.', 1)[-1]}"
@@ -309,17 +310,23 @@ def _cut(text: str, most: int = LONGEST_LABEL) -> str:
 
 
 def best(values: Sequence[float | None], metric: str) -> float | None:
-    """The best of what `metric` is in several runs; None where all are the same, or there is one."""
+    """Return the best of several runs' values; None where all are the same, there is one, or no end of the scale is better.
+
+    Example:
+        >>> best([0.5, None, 0.7], "val/acc1"), best([0.5, 0.7], "val/loss"), best([0.5], "val/loss")
+        (0.7, 0.5, None)
+    """
     known = [value for value in values if value is not None]
-    return METRICS[metric](known) if metric in METRICS and len(set(known)) > 1 else None
+    best_of = METRICS[metric].best if metric in METRICS else None
+    return best_of(known) if best_of and len(set(known)) > 1 else None
 
 
 @dataclass
 class Seeds:
-    """Finished runs that differ in nothing but their seed.
+    """Hold finished runs that differ in their seed only.
 
     Attributes:
-        label: short, unique among its kind.
+        label: short, different from those of other groups.
         runs: two or more, with different seeds.
     """
 
@@ -327,21 +334,21 @@ class Seeds:
     runs: list[Run]
 
     def values(self, metric: str) -> list[float]:
-        """The last values of `metric`."""
+        """Return the last values of a metric."""
         return [value for run in self.runs if (value := run.last(metric)) is not None]
 
     def mean(self, metric: str) -> float | None:
-        """Their mean; None where not every run has one."""
+        """Return their mean; None where not every run has one."""
         values = self.values(metric)
         return statistics.fmean(values) if len(values) == len(self.runs) else None
 
     def deviation(self, metric: str) -> float:
-        """Their sample standard deviation, two digits of it."""
+        """Return their sample standard deviation, to two digits."""
         return float(f"{statistics.stdev(self.values(metric)):.2g}")
 
 
 def by_seed(runs: list[Run]) -> list[Seeds]:
-    """The groups of finished runs that differ by their seed only, in order; runs alone of their kind are in none."""
+    """Group finished runs that differ in their seed only, in order; a run without such a partner is in no group."""
     groups: dict[str, dict[Any, Run]] = {}
     for run in runs:
         if run.state != "finished":

@@ -1,65 +1,43 @@
-"""What a page shows: which charts from which metrics, for runs side by side and for one run alone."""
+"""Choose the charts of a page: which metrics of several runs together, and which of one run alone."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from lowrank_pretrain.core.text import digits
+from lowrank_pretrain.core.metrics import AXES, METRICS, STEP, TIME
+from lowrank_pretrain.core.text import format_number
 from lowrank_pretrain.report import charts
 from lowrank_pretrain.report.runs import Run, Series
 
-STEPS, SECONDS = "optimizer steps", "seconds of training"
-DRAWN = 16  # runs in one chart; more are no longer told apart
+STEPS, SECONDS = AXES[STEP], AXES[TIME]
+DRAWN = 16  # runs in one chart; more cannot be distinguished
 
-# metric -> (title, axis with unit)
-CURVES = {
-    "train/loss": ("Training loss", "loss, nats"),
-    "val/loss": ("Validation loss", "loss, nats"),
-    "val/acc1": ("Validation accuracy", "top-1 accuracy, fraction"),
-    "val/acc5": ("Validation accuracy, top 5", "top-5 accuracy, fraction"),
-    "val/ppl": ("Validation perplexity", "perplexity per token"),
-}
+CURVES = ("train/loss", "val/loss", "val/acc1", "val/acc5", "val/ppl")
 BY_TIME = ("train/loss", "val/loss", "val/acc1", "val/ppl")
-OVER_STEPS = {
-    "throughput/samples_per_sec": ("Throughput", "samples / s"),
-    "throughput/tokens_per_sec": ("Throughput in tokens", "tokens / s"),
-    "throughput/mfu": ("Model FLOPs utilisation", "share of the chip's peak"),
-    "memory/peak_gib": ("Peak memory of the phase so far", "GiB"),
-    "memory/optimizer_gib": ("Optimizer states", "MiB"),
-    "params/trainable": ("Trainable parameters", "million parameters"),
+# metric -> factor and unit, where the page shows another unit than the one that is logged
+OVER_STEPS: dict[str, tuple[float, str | None]] = {
+    "throughput/samples_per_sec": (1, None),
+    "throughput/tokens_per_sec": (1, None),
+    "throughput/mfu": (1, None),
+    "memory/peak_gib": (1, None),
+    "memory/optimizer_gib": (1024, "MiB"),
+    "params/trainable": (1e-6, "million parameters"),
 }
-# Of a phase in summary.json: key -> (title, axis, factor, form, what it is)
-PHASE_BARS = {
-    "samples_per_sec": ("Throughput by phase", "samples / s, from the median step", 1, digits),
+FAMILIES = [name for name, metric in METRICS.items() if metric.by_family]  # a line per family
+SINGLES = ("lte/merge_mib", "lte/rest_mib", "lte/merge_ms", "galore/refresh_ms", "galore/overlap")
+# of a phase in summary.json: key -> (title, axis, factor, form)
+PHASE_BARS: dict[str, tuple[str, str, float, Callable[[float], str]]] = {
+    "samples_per_sec": ("Throughput by phase", "samples / s, from the median step", 1, format_number),
     "peak_gib": ("Peak memory by phase", "GiB, process 0", 1, "{:.3g}".format),
-    "optimizer_gib": ("Optimizer states by phase", "MiB, process 0", 1024, digits),
-    "trainable": ("Trainable parameters by phase", "million parameters", 1e-6, digits),
-    "flops_per_sample": ("Operations by phase", "MFLOP per sample, forward and backward", 1e-6, digits),
+    "optimizer_gib": ("Optimizer states by phase", "MiB, process 0", 1024, format_number),
+    "trainable": ("Trainable parameters by phase", "million parameters", 1e-6, format_number),
+    "flops_per_sample": ("Operations by phase", "MFLOP per sample, forward and backward", 1e-6, format_number),
     "mfu": ("Model FLOPs utilisation by phase", "share of the chip's peak", 1, "{:.1%}".format),
-}
-# prefix -> (title, axis): a line per family
-FAMILIES = {
-    "lowrank/weight_norm": ("Weight norms", "mean ‖W‖ of the family (Frobenius)"),
-    "lowrank/adapter_norm": ("Adapter norms", "mean ‖s·BA‖ of the family (Frobenius)"),
-    "lowrank/weight_change": ("Change of weight norms per window", "mean |Δ‖W‖| / ‖W‖, fraction"),
-    "lte/effective_rank/gradient": ("Effective rank of gradients", "effective rank"),
-    "lte/effective_rank/update": ("Effective rank of W − W₀", "effective rank"),
-    "lte/rank/gradient": ("Rank of gradients, at the tolerance", "rank"),
-    "lte/rank/update": ("Rank of W − W₀, at the tolerance", "rank"),
-    "lte/orthogonality": ("Heads' updates: orthogonality", "mean |cosine|"),
-    "lte/row_space_overlap": ("Heads' row spaces: overlap", "mean cos² of principal angles"),
-}
-SINGLES = {
-    "lte/merge_mib": ("Sent per merge", "MiB per worker"),
-    "lte/rest_mib": ("Sent for the rest, per window", "MiB per worker"),
-    "lte/merge_ms": ("Waited for a merge", "ms"),
-    "galore/refresh_ms": ("Refresh of the subspace", "ms"),
-    "galore/overlap": ("Overlap of old and new subspace", "fraction"),
 }
 
 
 class Chart(NamedTuple):
-    """A figure of the page: caption, SVG and, under the caption, a remark."""
+    """Hold a figure of the page: caption, SVG and, under the caption, a remark."""
 
     title: str
     svg: str
@@ -67,13 +45,14 @@ class Chart(NamedTuple):
 
 
 def side_by_side(runs: list[Run]) -> Iterator[Chart]:
-    """Curves of all runs over steps and over time, then bars by phase."""
+    """Draw curves of all runs over steps and over time, then bars by phase."""
     drawn = sorted((run for run in runs if run.series), key=lambda run: run.state != "finished")[:DRAWN]
-    shown = [run for run in runs if any(run is other for other in drawn)]  # those with an end first, in the page's order
+    shown = [run for run in runs if any(run is other for other in drawn)]  # finished ones are preferred; in the page's order
     left_out = sum(bool(run.series) for run in runs) - len(shown)
     remark = f"{DRAWN} runs; {left_out} more are in the table." if left_out else ""
     marks = marks_of(shown[0]) if len(shown) == 1 else {}
-    for metric, (title, axis) in CURVES.items():
+    for metric in CURVES:
+        title, axis = METRICS[metric].title, METRICS[metric].axis
         series = {run.label: smooth(run.series[metric], metric) for run in shown if run.series.get(metric)}
         if not series:
             continue
@@ -92,18 +71,18 @@ def side_by_side(runs: list[Run]) -> Iterator[Chart]:
 
 
 def over_steps(shown: list[Run], remark: str = "") -> Iterator[Chart]:
-    """What a run costs as it goes on."""
+    """Draw what a run costs over its steps."""
     slots = {run.label: index for index, run in enumerate(shown)}
     marks = marks_of(shown[0]) if len(shown) == 1 else {}
-    for metric, (title, axis) in OVER_STEPS.items():
-        factor = {"million parameters": 1e-6, "MiB": 1024}.get(axis, 1)
+    for metric, (factor, unit) in OVER_STEPS.items():
+        title, axis = METRICS[metric].title, unit or METRICS[metric].axis
         series = {r.label: [(x, y * factor) for x, y in r.series[metric]] for r in shown if r.series.get(metric)}
         if series:
             yield Chart(title, charts.lines(metric, STEPS, axis, series, marks, slots=slots), remark)
 
 
 def by_phase(runs: list[Run], remark: str = "") -> Iterator[Chart]:
-    """A bar per run and phase."""
+    """Draw a bar for each run and phase."""
     order = ["full", "joint", "lowrank"]
     for key, (title, axis, factor, form) in PHASE_BARS.items():
         rows = []
@@ -120,11 +99,12 @@ def by_phase(runs: list[Run], remark: str = "") -> Iterator[Chart]:
 
 
 def of_one(run: Run, several: bool) -> Iterator[Chart]:
-    """What only one run at a time can show: ranks, norms, heads, subspaces."""
+    """Draw what makes sense for a single run only: ranks, norms, heads, subspaces."""
     own = f"{run.label}: " if several else ""  # ids and accessible names are unique on the page
     if run.summary.get("plan"):
         yield Chart("Ranks", rank_map(run.summary["plan"], f"{own}ranks"), "Rank of each adapter, chosen at the switch.")
-    for prefix, (title, axis) in FAMILIES.items():
+    for prefix in FAMILIES:
+        title, axis = METRICS[prefix].title, METRICS[prefix].axis
         series = run.group(prefix)
         if prefix in run.series:
             series = {"mean of all": run.series[prefix]} | series
@@ -134,13 +114,14 @@ def of_one(run: Run, several: bool) -> Iterator[Chart]:
             tolerance = _tolerance(run) if prefix == "lowrank/weight_change" else None
             svg = charts.lines(f"{own}{prefix}", STEPS, axis, drawn, marks_of(run), tolerance)
             yield Chart(title, svg, f"The first {DRAWN} of {len(series)} families." if len(series) > DRAWN else "")
-    for metric, (title, axis) in SINGLES.items():
+    for metric in SINGLES:
+        title, axis = METRICS[metric].title, METRICS[metric].axis
         if any(value for _, value in run.series.get(metric, [])):  # one worker sends nothing
             yield Chart(title, charts.lines(f"{own}{metric}", STEPS, axis, {title: run.series[metric]}, marks_of(run)))
 
 
 def rank_map(plan: dict[str, int], name: str) -> str:
-    """Layer by family; layers are what the indices in a target's name count."""
+    """Draw the ranks of a plan, layer by family. Layers are the indices in a target's name."""
     cells, rows, columns = {}, [], []
     for target, rank in plan.items():
         layer, family = split(target)
@@ -155,29 +136,34 @@ def rank_map(plan: dict[str, int], name: str) -> str:
 
 
 def split(target: str) -> tuple[str, str]:
-    """``blocks.3.mlp.fc1`` -> (``3``, ``blocks.*.mlp.fc1``); a target outside of all lists is of layer ``–``."""
+    """Split a target's name into layer and family; a target outside of all lists is of layer ``–``.
+
+    Example:
+        >>> split("blocks.3.mlp.fc1")
+        ('3', 'blocks.*.mlp.fc1')
+    """
     words = target.split(".")
     layer = ".".join(word for word in words if word.isdigit()) or "–"
     return layer, ".".join("*" if word.isdigit() else word for word in words)
 
 
 def marks_of(run: Run, by_time: bool = False) -> dict[str, float]:
-    """Where the run's phases change."""
+    """Return where the run's phases change, by ``switch`` and ``freeze``."""
     marks = {}
     for word in ("switch", "freeze"):
         step = run.summary.get(f"{word}_step")
         if step is None:
             continue
         if by_time:
-            beside = Run(run.path, summary=run.summary, series={**run.series, "at": [(float(step), 0.0)]})
-            marks[word] = beside.by_time("at")[0][0]
+            helper = Run(run.path, summary=run.summary, series={**run.series, "at": [(float(step), 0.0)]})
+            marks[word] = helper.by_time("at")[0][0]
         else:
             marks[word] = float(step)
     return marks
 
 
 def smooth(points: Series, metric: str) -> Series:
-    """A training loss of many steps as means over stretches of equal length: single batches only blur it."""
+    """Average a training loss of many steps over stretches of equal length; other metrics stay as they are."""
     most = 120
     if metric != "train/loss" or len(points) <= most:
         return points
@@ -187,7 +173,12 @@ def smooth(points: Series, metric: str) -> Series:
 
 
 def shortened(names: list[str]) -> list[str]:
-    """The names without the leading words that all dotted ones share, and without stars."""
+    """Shorten names: drop the leading words that all dotted names share, and stars.
+
+    Example:
+        >>> shortened(["blocks.*.attn.qkv.q", "blocks.*.mlp.fc1"])
+        ['attn.qkv.q', 'mlp.fc1']
+    """
     words = [re.sub(r"\.?\*\.?", ".", name).strip(".").split(".") for name in names]
     while len({w[0] for w in words if len(w) > 1}) == 1 and sum(len(w) > 1 for w in words) > 1:
         words = [w[1:] if len(w) > 1 else w for w in words]
@@ -196,7 +187,7 @@ def shortened(names: list[str]) -> list[str]:
 
 
 def short(label: str, most: int = 22) -> str:
-    """A label that leaves room for a bar."""
+    """Cut a label so that it leaves room for a bar."""
     return label if len(label) <= most else label[: most - 1] + "…"
 
 

@@ -1,11 +1,11 @@
-"""The page's tables: runs side by side with ratios to the first, and one run's phases with ratios to the full one."""
+"""Build the page's tables: runs with ratios to the first one, and one run's phases with ratios to the full one."""
 
 from collections.abc import Callable, Sequence
 from html import escape
 from typing import Any
 
-from lowrank_pretrain.core.text import digits
-from lowrank_pretrain.report.runs import METRICS, Run, Seeds, best
+from lowrank_pretrain.core.text import format_number
+from lowrank_pretrain.report.runs import JUDGED_BY, Run, Seeds, best
 
 STEPS = "optimizer steps"
 STAR = "★"
@@ -14,13 +14,13 @@ Form = Callable[[float], str]
 
 
 def runs_table(runs: list[Run]) -> str:
-    """A row per run: losses and accuracies first, the best of each marked; what it cost with ratios to the first run."""
-    measured = [metric for metric in METRICS if any(run.last(metric) is not None for run in runs)]
+    """Build a row for each run: losses and accuracies with the best marked, then costs with ratios to the first run."""
+    measured = [metric for metric in JUDGED_BY if any(run.last(metric) is not None for run in runs)]
     columns: list[tuple[str, Value, Form]] = [
         (STEPS, lambda r: _sum(r, "steps"), "{:,.0f}".format),
         ("training, s", lambda r: _sum(r, "seconds"), "{:,.1f}".format),
-        ("samples/s", overall_rate, digits),
-        ("samples/s, last phase", lambda r: _of_last(r, "samples_per_sec"), digits),
+        ("samples/s", overall_rate, format_number),
+        ("samples/s, last phase", lambda r: _of_last(r, "samples_per_sec"), format_number),
         (
             "peak memory, GiB",
             lambda r: max((p["peak_gib"] for p in r.phases if "peak_gib" in p), default=None),
@@ -45,7 +45,7 @@ def runs_table(runs: list[Run]) -> str:
 
 
 def _head(run: Run, several: bool) -> str:
-    """The run's label; under it, its directory's own name where the label lacks it, and its state where it has no end."""
+    """Return the run's label; under it the directory's name where the label lacks it, and the state of an unfinished run."""
     lines = [escape(run.label)]
     if several and run.job is None and run.name not in run.label:
         lines.append(f'<small class="name">{escape(run.name)}</small>')
@@ -55,8 +55,8 @@ def _head(run: Run, several: bool) -> str:
 
 
 def seeds_table(groups: list[Seeds]) -> str:
-    """A row per group of runs that differ by their seed: mean and sample standard deviation, the best mean marked."""
-    measured = [metric for metric in METRICS if any(group.mean(metric) is not None for group in groups)]
+    """Build a row for each group of seeds: mean and sample standard deviation, with the best mean marked."""
+    measured = [metric for metric in JUDGED_BY if any(group.mean(metric) is not None for group in groups)]
     finest = {metric: best([group.mean(metric) for group in groups], metric) for metric in measured}
     rows = []
     for group in groups:
@@ -64,31 +64,33 @@ def seeds_table(groups: list[Seeds]) -> str:
         for metric in measured:
             mean = group.mean(metric)
             cells.append(
-                measure(mean, finest[metric], "" if mean is None else f" <small>± {digits(group.deviation(metric))}</small>")
+                measure(
+                    mean, finest[metric], "" if mean is None else f" <small>± {format_number(group.deviation(metric))}</small>"
+                )
             )
         rows.append([*cells, f"{len(group.runs)}"])
     return table(["runs", *measured, "seeds"], rows)
 
 
 def measure(value: float | None, finest: float | None, more: str = "") -> str:
-    """A loss or an accuracy, marked where it is the best."""
+    """Format a loss or an accuracy, and mark it where it is the best."""
     if value is None:
         return "–"
-    return f'<b class="best">{digits(value)} {STAR}</b>{more}' if value == finest else digits(value) + more
+    return f'<b class="best">{format_number(value)} {STAR}</b>{more}' if value == finest else format_number(value) + more
 
 
 def phases_table(run: Run) -> str:
-    """A row per phase, ratios to the full one."""
+    """Build a row for each phase, with ratios to the full one."""
     full = next((phase for phase in run.phases if phase["phase"] == "full"), None)
     columns = [
         ("optimizer steps", "steps", 1, "{:,.0f}".format, False),
         ("seconds", "seconds", 1, "{:,.1f}".format, False),
-        ("samples/s", "samples_per_sec", 1, digits, True),
+        ("samples/s", "samples_per_sec", 1, format_number, True),
         ("peak memory, GiB", "peak_gib", 1, "{:.3g}".format, True),
-        ("optimizer, MiB", "optimizer_gib", 1024, digits, True),
+        ("optimizer, MiB", "optimizer_gib", 1024, format_number, True),
         ("trainable", "trainable", 1, "{:,.0f}".format, True),
         ("parameters", "total", 1, "{:,.0f}".format, True),
-        ("MFLOP per sample", "flops_per_sample", 1e-6, digits, True),
+        ("MFLOP per sample", "flops_per_sample", 1e-6, format_number, True),
         ("MFU", "mfu", 1, "{:.1%}".format, True),
     ]
     columns = [column for column in columns if any(phase.get(column[1]) is not None for phase in run.phases)]
@@ -104,14 +106,14 @@ def phases_table(run: Run) -> str:
 
 
 def cell(value: float | None, form: Form, base: float | None = None) -> str:
-    """A number and, beside it, its ratio to `base`."""
+    """Format a number, followed by its ratio to `base`."""
     if value is None:
         return "–"
     return form(value) + (f" <small>{value / base:.2f}×</small>" if base else "")
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table that scrolls by itself where the screen is narrow, its first column staying in sight; cells are HTML."""
+    """Build a table that scrolls on a narrow screen while its first column stays visible; cells are HTML."""
     top = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
     body = "".join(
         f'<tr><th scope="row">{first}</th>' + "".join(f"<td>{text}</td>" for text in rest) + "</tr>" for first, *rest in rows
@@ -123,7 +125,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def overall_rate(run: Run) -> float | None:
-    """Samples per second over all phases, each step as long as its phase's median one."""
+    """Return samples per second over all phases, with each phase's median step."""
     known = [(p["steps"], p["samples_per_sec"]) for p in run.phases if p["steps"] and p.get("samples_per_sec")]
     seconds = sum(steps / rate for steps, rate in known)
     return sum(steps for steps, _ in known) / seconds if seconds else None

@@ -1,4 +1,4 @@
-"""A configuration node becomes an object; a wrong key or value becomes one line that says what is allowed."""
+"""Make an object of a configuration node, or one line of a wrong key or value that says what is allowed."""
 
 import difflib
 import inspect
@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.text import first_line
 
 SIMPLE = (bool, int, float, str, type(None))
 LISTS = (list, tuple, Sequence)
@@ -21,25 +22,26 @@ DICTS = (dict, Mapping)
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:
-    """`cfg` as plain Python, all interpolations resolved.
+    """Return a configuration as plain Python, all interpolations resolved.
 
     Raises:
         ConfigError: a value is missing (``???``) or refers to a key that is not there.
     """
     try:
-        return OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+        found: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+        return found
     except MissingMandatoryValue as error:
-        raise ConfigError(error.full_key, "???", "must be given") from error
+        raise ConfigError(error.full_key or "?", "???", "must be given") from error
     except OmegaConfBaseException as error:
-        # e.g. an image model beside text, which has no num_classes
-        raise ConfigError(error.full_key, "${...}", f"does not fit the rest: {str(error).splitlines()[0]}") from error
+        # e.g. an image model for text, which has no num_classes
+        raise ConfigError(error.full_key or "?", "${...}", f"does not fit the rest: {first_line(error)}") from error
 
 
 def check_arguments(group: str, target: Callable, given: dict[str, Any], ours: Collection[str] = ()) -> None:
-    """Every key must be an argument of `target` and none of `ours`, a value of the annotated type, every number finite.
+    """Refuse a key that is no argument of `target` or one of `ours`, a value of another type, and a number that is not finite.
 
     Raises:
-        ConfigError: otherwise; the key is ``group.key``.
+        ConfigError: there is one; the key is ``group.key``.
     """
     parameters = inspect.signature(target).parameters
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
@@ -57,7 +59,7 @@ def check_arguments(group: str, target: Callable, given: dict[str, Any], ours: C
 
 
 def check_finite(group: str, given: Mapping[str, Any]) -> None:
-    """No number in `given`, however deep, may be NaN or infinite: comparisons let them through.
+    """Refuse NaN and infinite numbers in `given`, at any depth: comparisons would let them through.
 
     Raises:
         ConfigError: one is; the key is ``group.key``.
@@ -76,7 +78,7 @@ def _leaves(value: Any) -> Iterator[Any]:
 
 
 def _matches(value: Any, hint: Any) -> bool:
-    """Whether a plain `value` can be a `hint`; what is spelled in classes of other kinds is left to the callee."""
+    """Return whether a plain value fits an annotation. Annotations with other classes are left to the callee."""
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return any(_matches(value, part) for part in parts)
@@ -94,7 +96,7 @@ def _matches(value: Any, hint: Any) -> bool:
             return all(isinstance(item, dict) or _matches(item, parts[0]) for item in value) if parts else True
         return kind not in (*SIMPLE, *DICTS)
     if hint not in SIMPLE:
-        # a container is not met by a number or a word, anything else may well be
+        # a number or a word is no container; anything else may fit
         return kind not in (*LISTS, *DICTS)
     if isinstance(value, bool):
         return hint is bool
@@ -119,14 +121,14 @@ def _words(hint: Any) -> str:
 
 
 def build(group: str, values: dict[str, Any], target: Callable | None = None, base: type = object, **more: Any) -> Any:
-    """The object that the plain node `values` of group `group` describes.
+    """Build the object that a plain node describes.
 
     Args:
         group: the group's name, for messages.
         values: keyword arguments; the class's dotted name is at ``_target_``. Nested nodes with one are built too.
         target: the class, instead of ``_target_``.
         base: what the class must be a kind of.
-        more: further arguments that are no part of the configuration.
+        more: further arguments, which are not in the configuration.
 
     Raises:
         ConfigError: an unknown key or a wrong value; the key is ``group.key``.
@@ -143,10 +145,10 @@ def build(group: str, values: dict[str, Any], target: Callable | None = None, ba
 
 
 def find_class(group: str, name: Any, base: type = object) -> type:
-    """The class with the dotted name `name`.
+    """Return the class with a dotted name.
 
     Raises:
-        ConfigError: there is none, or it is no kind of `base`; keyed ``group._target_``.
+        ConfigError: there is none, or it is not a subclass of `base`; keyed ``group._target_``.
     """
     what = "a class" if base is object else f"a {base.__name__}"
     try:
@@ -159,7 +161,7 @@ def find_class(group: str, name: Any, base: type = object) -> type:
 
 
 def build_nested(group: str, values: dict[str, Any]) -> dict[str, Any]:
-    """`values` with every node inside that has a ``_target_`` built.
+    """Return `values` with each inner node that has a ``_target_`` built.
 
     Raises:
         ConfigError: one of them cannot be built; the key is ``group.key``.
@@ -170,12 +172,12 @@ def build_nested(group: str, values: dict[str, Any]) -> dict[str, Any]:
             try:
                 values[key] = instantiate(value, _convert_="all")
             except InstantiationException as error:
-                raise ConfigError(f"{group}.{key}", value, str(error.__cause__ or error).splitlines()[0]) from error
+                raise ConfigError(f"{group}.{key}", value, first_line(error.__cause__ or error)) from error
     return values
 
 
 def blamed(text: str, values: dict[str, Any]) -> str | None:
-    """The key of `values` that the message `text` is about: the one it names first, else one whose value it quotes."""
+    """Return the key that a message is about: the one it names first, else one whose value it quotes."""
     named = [(text.index(key), -len(key), key) for key in values if key in text]
     if named:
         return min(named)[-1]
@@ -183,6 +185,6 @@ def blamed(text: str, values: dict[str, Any]) -> str | None:
 
 
 def in_group(group: str, error: ConfigError) -> ConfigError:
-    """`error` with ``group.`` before its key."""
+    """Return an error with ``group.`` before its key."""
     key = error.key if error.key.startswith(f"{group}.") else f"{group}.{error.key}"
     return ConfigError(key, error.value, error.allowed)

@@ -1,4 +1,4 @@
-"""The words of the command line before Hydra reads them: paths that its grammar refuses, and ``logger=null``."""
+"""Prepare the command line before Hydra reads it: paths that its grammar refuses, and ``logger=null``."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""Which failures are the user's to mend, as one line and an exit code; all others keep their traceback."""
+"""Say in one line, with an exit code, what a user can mend; other failures keep their traceback."""
 
 import errno
 import os
@@ -13,15 +13,16 @@ from omegaconf import DictConfig
 from lowrank_pretrain.checkpoints.files import NotWritten
 from lowrank_pretrain.core.agreement import Disagreement
 from lowrank_pretrain.core.errors import ConfigError
-from lowrank_pretrain.guards.finite import Diverged
+from lowrank_pretrain.core.interrupts import Interrupted
+from lowrank_pretrain.core.text import one_line
+from lowrank_pretrain.guards.divergence import DIVERGENCES
 from lowrank_pretrain.guards.stall import Stalled
 from lowrank_pretrain.lte.workers import lost
 from lowrank_pretrain.run.build import blamed, in_group
-from lowrank_pretrain.run.interrupts import Interrupted
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)  # full, over quota or a limit, read-only
 
-# What parts of a checkpoint that are missing or of another kind raise in whoever takes them up
+# Raised by the owner of a checkpoint's part that is missing or of another kind
 RESTORING = (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError)
 
 # Modules whose complaints are about the Trainer's arguments
@@ -38,7 +39,7 @@ ROOMS = {
 
 
 def describe(error: BaseException, cfg: DictConfig, run_dir: Path) -> tuple[str, int] | None:
-    """One line and an exit code for `error`; None where it is no failure that a line can explain.
+    """Return one line and an exit code for an error; None where a line cannot explain it.
 
     Args:
         error: what ended the run.
@@ -50,37 +51,37 @@ def describe(error: BaseException, cfg: DictConfig, run_dir: Path) -> tuple[str,
     if (port := _port_in_use(error)) is not None:
         return f"error: MASTER_PORT={port}: is in use, perhaps by another job on this machine: give this one another", 2
     if _is_another_process(error):
-        return f"error: another process died or did not answer ({one_line(error)[:200]}); {last_good(run_dir)}", 1
+        return f"error: another process died or did not answer ({one_line(error, 200)}); {last_good(run_dir)}", 1
     if isinstance(error, RESTORING) and _while_restoring(error):
-        what = f"{type(error).__name__}: {one_line(error)[:200]}"
+        what = f"{type(error).__name__}: {one_line(error, 200)}"
         cure = "; another method or optimizer starts afresh, with hydra.run.dir=DIR" if "parameter group" in what else ""
         return f"error: ckpt_path={cfg.get('ckpt_path')!r}: its contents do not fit this run ({what}){cure}", 2
     if isinstance(error, MisconfigurationException) or _is_lightnings(error):
-        return _trainers(one_line(error), cfg), 2
+        return _trainers(one_line(error, None), cfg), 2
     if isinstance(error, Interrupted):
         return _farewell(error), error.exit_code
     if isinstance(error, KeyboardInterrupt):
         return _farewell(Interrupted("SIGINT")), 130
-    if isinstance(error, (Diverged, FloatingPointError)):
+    if isinstance(error, DIVERGENCES):
         cures = "a lower optim.lr or trainer.gradient_clip_val=1 may help, on_divergence=rewind leaves such batches out"
-        return f"error: {one_line(error)}; {last_good(run_dir)}; {cures}", 1
+        return f"error: {one_line(error, None)}; {last_good(run_dir)}; {cures}", 1
     if isinstance(error, (Stalled, Disagreement)):
-        return f"error: {one_line(error)}; {last_good(run_dir)}", 1
+        return f"error: {one_line(error, None)}; {last_good(run_dir)}", 1
     if isinstance(error, torch.OutOfMemoryError):
         return "error: the device is out of memory; lower data.batch_size and raise trainer.accumulate_grad_batches", 1
     if isinstance(error, NotWritten) or getattr(error, "errno", None) in DISK:
-        return f"error: {one_line(error)}; {last_good(run_dir)}", 1
+        return f"error: {one_line(error, None)}; {last_good(run_dir)}", 1
     return None
 
 
 def _while_restoring(error: BaseException) -> bool:
-    """Whether the error came while Lightning handed a checkpoint's parts to those who wrote them."""
+    """Return whether the error came while Lightning handed a checkpoint's parts to their owners."""
     modules = (frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__))
     return "lightning.pytorch.trainer.connectors.checkpoint_connector" in modules
 
 
 def _port_in_use(error: BaseException) -> str | None:
-    """The port at which the processes were to meet, if another program has it."""
+    """Return the port at which the processes were to meet, if another program has it."""
     if not isinstance(error, torch.distributed.DistError) or "EADDRINUSE" not in str(error):
         return None
     found = re.search(r"port: ?(\d+)", str(error))
@@ -88,31 +89,26 @@ def _port_in_use(error: BaseException) -> str | None:
 
 
 def _is_another_process(error: BaseException) -> bool:
-    """Whether another process is gone or never came: to a collective call (NCCL, gloo, ours), or to the meeting before it."""
+    """Return whether another process is missing: at a collective call (NCCL, gloo, ours), or at the meeting before it."""
     meeting = (torch.distributed.DistNetworkError, torch.distributed.DistStoreError)
     return isinstance(error, meeting) or "LTE: another worker" in str(error) or lost(error)
 
 
 def _trainers(text: str, cfg: DictConfig) -> str:
-    """Lightning's complaint about the Trainer's arguments, with the key where it can be made out."""
+    """Return Lightning's complaint about the Trainer's arguments, with the key where it can be told."""
     values = cfg.get("trainer") or {}
     key = blamed(text, values)
     return f"error: {ConfigError(f'trainer.{key}', values[key], text)}" if key else f"error: trainer: {text}"
 
 
-def one_line(error: BaseException) -> str:
-    """The error's message without line breaks."""
-    return " ".join(str(error).split())
-
-
 def last_good(run_dir: Path) -> str:
-    """Words on the checkpoint that a run in `run_dir` can go on from."""
+    """Return words on the checkpoint that a run in `run_dir` can go on from."""
     found = [path for path in (run_dir / "checkpoints" / name for name in ("last.ckpt", "best.ckpt")) if path.is_file()]
     return f"the last good checkpoint is {found[0]}" if found else "no checkpoint was written yet"
 
 
 def with_group(error: ConfigError, cfg: DictConfig) -> ConfigError:
-    """`error` with its group before a bare key, e.g. ``root`` -> ``data.root``."""
+    """Return an error with its group before a bare key, e.g. ``root`` -> ``data.root``."""
     if "." in error.key or error.key in cfg:
         return error
     owners = [group for group in (*dict.fromkeys(ROOMS.values()), "trainer") if error.key in (cfg.get(group) or {})]
@@ -125,7 +121,7 @@ def with_group(error: ConfigError, cfg: DictConfig) -> ConfigError:
 
 
 def _is_lightnings(error: BaseException) -> bool:
-    """What Lightning's own code raises so is about the Trainer's arguments, or about those of torchrun or srun."""
+    """Return whether Lightning's own code complains about the Trainer's arguments, or those of torchrun or srun."""
     if not isinstance(error, (ValueError, TypeError, RuntimeError)) or error.__traceback__ is None:
         return False
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)

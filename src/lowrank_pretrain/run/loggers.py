@@ -1,4 +1,4 @@
-"""Loggers next to metrics.csv: W&B, TensorBoard and any other Lightning logger, one or several; none of them ends a run."""
+"""Make the loggers next to metrics.csv: W&B, TensorBoard, any other of Lightning, one or several; none of them ends a run."""
 
 import hashlib
 import inspect
@@ -14,7 +14,9 @@ from lightning.pytorch.loggers import CometLogger, Logger, MLFlowLogger, WandbLo
 from lightning.pytorch.utilities import rank_zero_only
 
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.lightning_private import has_begun
 from lowrank_pretrain.core.protocols import LogsPhases
+from lowrank_pretrain.core.text import one_line
 from lowrank_pretrain.loggers.guarded import give_up, guard
 from lowrank_pretrain.run.build import build, check_finite, find_class
 
@@ -49,9 +51,9 @@ def more_loggers(values: dict[str, Any], run_dir: Path, config: dict[str, Any], 
         except ModuleNotFoundError as error:
             raise ConfigError(f"{group}._target_", node["_target_"], _missing(error)) from error
         except (TypeError, ValueError) as error:
-            raise ConfigError(f"{group}._target_", node["_target_"], f"cannot be made: {_one_line(error)}") from error
+            raise ConfigError(f"{group}._target_", node["_target_"], f"cannot be made: {one_line(error, 300)}") from error
         except Exception as error:  # a server that does not answer, a store that refuses
-            words = f"{type(error).__name__}: {_one_line(error)}"
+            words = f"{type(error).__name__}: {one_line(error, 300)}"
             warnings.warn(f"logger {name}: left out ({words}); training goes on, with metrics.csv", stacklevel=1)
             continue
         if logger is not None:
@@ -167,8 +169,8 @@ def check_wandb(group: str, values: dict[str, Any]) -> None:
         try:
             Settings(**{setting: values[key]})
         except Exception as error:  # W&B's UsageError, pydantic's ValidationError
-            details = getattr(error, "errors", lambda: [])()
-            words = details[0]["msg"] if details else _one_line(error)
+            details: list[Any] = getattr(error, "errors", list)()
+            words = details[0]["msg"] if details else one_line(error, 300)
             raise ConfigError(f"{group}.{key}", values[key], f"is refused by W&B: {words}") from error
 
 
@@ -188,7 +190,7 @@ def has_wandb_key() -> bool:
 
 
 def _wandb_setting(name: str) -> Any:
-    """One of W&B's settings: the environment's, else the one in its settings files, else its default."""
+    """Return one of W&B's settings: the environment's, else the one in its settings files, else its default."""
     if given := os.environ.get(f"WANDB_{name.upper()}"):
         return given
     try:
@@ -207,21 +209,17 @@ def _netrc_key(host: str) -> bool:
 
 
 def _missing(error: ModuleNotFoundError) -> str:
-    """Words for a package that is not installed; Lightning's errors do not always say its name."""
-    words = _one_line(error)
+    """Return words for a package that is not installed; Lightning's errors do not always say its name."""
+    words = one_line(error, 300)
     for package in ("tensorboard", "mlflow", "comet-ml", "neptune", "wandb", "sqlalchemy"):
         if package in words.lower().replace("_", "-"):
             return f"needs {package}: pip install {package}"
     return f"needs a package that is not installed: {words}"
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]
-
-
 @rank_zero_only
 def publish(summary: dict[str, Any], config: dict[str, Any], run_dir: Path, loggers: list[Logger]) -> None:
-    """With W&B: the exported weights and their card as an artifact, and the report's page.
+    """Publish to W&B the exported weights and their card as an artifact, and the report's page.
 
     Args:
         summary: the contents of summary.json, which is written by now.
@@ -248,7 +246,7 @@ def finish(loggers: list[Logger]) -> None:
                 import wandb
 
                 wandb.finish(exit_code=1 if failed else 0)
-            elif isinstance(logger, CometLogger) and getattr(logger, "_experiment", None) is not None:
-                logger._experiment.end()
+            elif isinstance(logger, CometLogger) and has_begun(logger):
+                logger.experiment.end()
         except Exception as error:
             give_up(logger, "the end of its run", error)

@@ -1,4 +1,4 @@
-"""``method`` config -> what the Trainer and the model need of it.
+"""Build a method from the flat ``method`` group: callbacks, a strategy and an optimizer.
 
 One flat group feeds up to three constructors. ``uses`` names them; every other key is an argument of one of them, under
 the same name in YAML, on the command line and in Python. An unknown key is an error.
@@ -17,7 +17,7 @@ from lowrank_pretrain.core.protocols import ADAPTER_DEFAULTS, HEAD_SETTINGS, ove
 
 @dataclass
 class Method:
-    """What a method brings to a run.
+    """Hold what a method brings to a run.
 
     Attributes:
         callbacks: for ``Trainer(callbacks=…)``.
@@ -66,7 +66,7 @@ def build(config: Mapping[str, Any]) -> Method:
 
 
 def _check_targets(targets: Any) -> None:
-    """Every part takes the same patterns: a word or a list of words."""
+    """Refuse targets that are neither a word nor a list of words, which every part takes."""
     words = [targets] if isinstance(targets, str) else targets
     if not isinstance(words, (list, tuple)) or not words or not all(isinstance(word, str) and word for word in words):
         allowed = "must be all, attention, mlp, head, a glob, or a list of these"
@@ -77,7 +77,7 @@ _PHASED = ("prelora", "lora")
 
 
 def _settle_owners(parts: "dict[str, _Part]", config: Mapping[str, Any]) -> None:
-    """What one part of a composed method decides is no key of the others (ARCHITECTURE.md, "The protocol").
+    """Drop the keys of a composed method that another of its parts decides (ARCHITECTURE.md, "The protocol").
 
     Raises:
         ConfigError: LTE and GaLore together, but not as update=galore; what belongs to adapters, where there are none.
@@ -107,14 +107,14 @@ def _drop(part: "_Part", *names: str) -> None:
 
 @dataclass
 class _Part:
-    """What a configuration's keys are called by the constructor that takes them, and where what it makes belongs."""
+    """Name the constructor's arguments by the configuration's keys, and put what it makes in its place."""
 
     keys: dict[str, str]
     add: Callable[[Method, dict[str, Any]], None]
 
 
 def _callback(constructor: Callable[..., Any], keys: dict[str, str] | None = None) -> _Part:
-    """A part that is one callback; its keys are the constructor's arguments, unless the group needs longer names."""
+    """Return a part that is one callback; its keys are the constructor's arguments, unless the group needs longer names."""
     keys = keys or {name: name for name in _arguments(constructor)}
     return _Part(keys, lambda method, arguments: method.callbacks.append(constructor(**arguments)))
 
@@ -139,7 +139,7 @@ def _galore() -> _Part:
 
 
 def galore_optimizer(rank: int = 128, targets: str | Sequence[str] = "all", **settings: Any) -> Callable[[Any, Any], Any]:
-    """What makes ``GaLoreAdamW`` of a module and an ``Optim``; ``settings`` are its own keyword arguments.
+    """Return a function that makes ``GaLoreAdamW`` of a module and an ``Optim``; ``settings`` are its own arguments.
 
     Raises:
         ConfigError: a wrong value, now rather than when the fit begins.
@@ -161,7 +161,7 @@ def galore_optimizer(rank: int = 128, targets: str | Sequence[str] = "all", **se
 
 
 def _adopting() -> _Part:
-    """GaLore from a switch on: until then AdamW by the same optimizer; the callback's plan has targets and ranks."""
+    """Return GaLore from a switch on: until then the same optimizer is AdamW; the callback's plan has targets and ranks."""
 
     def add(method: Method, arguments: dict[str, Any]) -> None:
         from lowrank_pretrain.galore import GaLoreAdamW
@@ -242,6 +242,5 @@ def _arguments(constructor: Callable[..., Any]) -> list[str]:
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
     from omegaconf import OmegaConf
 
-    if OmegaConf.is_config(config):
-        config = OmegaConf.to_container(config, resolve=True)
-    return dict(config)
+    found: Any = OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config
+    return dict(found)

@@ -1,22 +1,20 @@
-"""Who may write into a run directory: one process at a time, and only where the disk has room."""
+"""Let one process at a time write into a run directory, and only where the disk has room."""
 
 import errno
 import os
 import socket
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from lightning.fabric.utilities.rank_zero import rank_zero_only
-
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.lightning_private import process_rank
 
-try:
+if sys.platform != "win32":  # directories are not locked there
     import fcntl
-except ImportError:  # Windows: directories are not locked there
-    fcntl = None
 
 NEEDED = 64 * 1024  # bytes; what Hydra writes into .hydra is a third of it
 
@@ -47,7 +45,7 @@ _owned: set[Path] = set()  # by this process: the system's locks do not keep a p
 
 @contextmanager
 def owned(directory: Path) -> Iterator[None]:
-    """Own the run directory `directory`, which is made if missing: no other process of this or another machine may write there.
+    """Own a run directory, which is made if missing: no other process of this or another machine may write there.
 
     The lock is the system's, so a process that is killed leaves none; the file says who holds it. Process 0 of a run owns
     for all of them.
@@ -56,7 +54,7 @@ def owned(directory: Path) -> Iterator[None]:
         ConfigError: another process owns it; keyed ``hydra.run.dir``, with the cures.
     """
     path = directory.resolve() / LOCK
-    if rank_zero_only.rank != 0 or fcntl is None:
+    if process_rank() != 0 or sys.platform == "win32":
         yield
         return
     file = None if path in _owned else _locked(path)
@@ -76,7 +74,7 @@ def owned(directory: Path) -> Iterator[None]:
 
 
 def _locked(path: Path) -> IO[str] | None:
-    """The file at `path`, locked and signed; None where another process has locked it."""
+    """Return the file at `path`, locked and signed; None where another process has locked it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
         file = path.open("a+")

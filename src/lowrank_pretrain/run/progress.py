@@ -1,4 +1,4 @@
-"""What a run shows while it trains: a bar with loss, throughput and phase, or a line per epoch where nobody watches."""
+"""Show a run while it trains: a bar with loss, throughput and phase, or a line per epoch where nobody watches."""
 
 import logging
 import sys
@@ -10,14 +10,22 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from typing_extensions import override
 
-from lowrank_pretrain.core.text import digits
+from lowrank_pretrain.core.text import format_number
 from lowrank_pretrain.observe.monitor import RECENT, Monitor
 
 HOME = Path(__file__).parents[1]  # the package: warnings from there are ours
 FORMAT = warnings.formatwarning  # Lightning's, which is imported by now
 
-# What Lightning and its friends say at every run and nobody can act on.
-REMARKS = ("💡", "GPU available", "TPU available", "HPU available", "Restor", "Loaded model weights", "Loading `train_data")
+# Remarks of Lightning and its friends at every run that nobody can act on
+REMARKS: tuple[str, ...] = (
+    "💡",
+    "GPU available",
+    "TPU available",
+    "HPU available",
+    "Restor",
+    "Loaded model weights",
+    "Loading `train_data",
+)
 REMARKS += ("`Trainer.fit` stopped", "`weights_only` was not set", "Pretrained mean does not", "Pretrained std does not")
 REMARKS += ("`Trainer(limit_", "Initializing distributed", "-" * 80)  # the last: which backend, how many processes
 REMARKS += ("Failed to load CPU gemm_4bit",)  # bitsandbytes, whose 8-bit moments do without
@@ -34,8 +42,8 @@ WARNINGS = (
 
 
 def progress(monitor: Monitor, bar: bool | None = True) -> list[Callback]:
-    """A line per epoch, and below it a bar where stdout is a terminal and `bar` is not false."""
-    lines = [EpochLines(monitor)]
+    """Return the callbacks that show a line per epoch and, where stdout is a terminal and `bar` is not false, a bar."""
+    lines: list[Callback] = [EpochLines(monitor)]
     return [*lines, PhaseBar(monitor)] if sys.stdout.isatty() and bar is not False else lines
 
 
@@ -51,7 +59,7 @@ def quiet_lightning() -> None:
 
 
 def _one_line(message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:
-    """`message` alone where the warning is ours: where it was raised from says nothing to a user."""
+    """Format a warning; of ours the message alone, for where it was raised says nothing to a user."""
     if Path(filename).is_relative_to(HOME):
         return f"warning: {message}\n"
     return FORMAT(message, category, filename, lineno, line)
@@ -63,7 +71,7 @@ class _NoRemarks(logging.Filter):
 
 
 class PhaseBar(RichProgressBar):
-    """Lightning's rich bar with phase, loss and samples per second, narrow enough for a terminal of 80 columns."""
+    """Show Lightning's rich bar with phase, loss and samples per second, narrow enough for a terminal of 80 columns."""
 
     def __init__(self, monitor: Monitor) -> None:
         super().__init__()
@@ -78,11 +86,11 @@ class PhaseBar(RichProgressBar):
     @override
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         record, shown = self._monitor.record, _shown(trainer, self._monitor, ("train/loss",))
-        return {record.phase: " · ".join(shown[1:])} if record and len(shown) > 1 else {}
+        return {record.phase: " · ".join(shown[1:])} if record.phase and len(shown) > 1 else {}
 
 
 class EpochLines(Callback):
-    """One line of plain text per epoch, which Lightning counts from 0, here as in its bar and in metrics.csv."""
+    """Print one line of plain text per epoch, which Lightning counts from 0, here as in its bar and in metrics.csv."""
 
     def __init__(self, monitor: Monitor) -> None:
         self._monitor = monitor
@@ -96,9 +104,9 @@ class EpochLines(Callback):
 
 
 def _shown(trainer: Trainer, monitor: Monitor, keys: tuple[str, ...]) -> list[str]:
-    """Phase, the metrics `keys` and throughput as words; what is not known yet is left out."""
+    """Return phase, some metrics and throughput as words; what is not known yet is left out."""
     record, found = monitor.record, trainer.callback_metrics
-    shown = [record.phase] if record else []
-    shown += [f"{key.removeprefix('train/')} {digits(float(found[key]))}" for key in keys if key in found]
-    rate = record.samples_per_sec(last=RECENT) if record else None
+    shown = [record.phase] if record.phase else []
+    shown += [f"{key.removeprefix('train/')} {format_number(float(found[key]))}" for key in keys if key in found]
+    rate = record.samples_per_sec(last=RECENT)
     return shown + ([f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.2g}/s"] if rate else [])

@@ -1,4 +1,4 @@
-"""The run directory: its name in a sweep, whether it already holds a run, and which checkpoint a run starts from."""
+"""Name a run directory in a sweep, refuse one that holds a run, and choose the checkpoint that a run starts from."""
 
 import hashlib
 import os
@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from hydra.experimental.callback import Callback
-from lightning.fabric.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from lowrank_pretrain.checkpoints.files import check_sums, inspect, newest_whole, remove_unfinished
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.lightning_private import process_rank
 from lowrank_pretrain.run.ownership import LOCK, owned, refuse_full
 
 TRACES = ("metrics.csv", "summary.json", "checkpoints/*.ckpt")  # any of these and the directory holds a run
@@ -22,8 +22,8 @@ LONGEST_NAME = 120  # bytes; file systems end at 255
 def job_dir(overrides: str) -> str:
     """Return a directory name for a sweep's job from its comma-separated overrides.
 
-    It has no slashes, every key is in it, values are cut where it would be too long, and what was changed or cut is told
-    apart by a hash of the whole.
+    It has no slashes, every key is in it, values are cut where it would be too long, and a hash of the whole tells
+    names apart that were changed or cut.
     """
     if not overrides:  # a sweep of one job, over no key
         return "job"
@@ -46,7 +46,7 @@ def _plain(text: str) -> str:
 
 
 def _cut(text: str, most: int) -> str:
-    """The first `most` bytes of `text`, whole characters only."""
+    """Return the first `most` bytes of a text, whole characters only."""
     return text.encode()[:most].decode(errors="ignore")
 
 
@@ -68,7 +68,7 @@ def holds_run(directory: Path) -> bool:
 
 
 def refuse_old_run(directory: Path, ckpt_path: str | None, sweep: bool = False) -> None:
-    """A run that starts afresh must not write into a directory that holds one.
+    """Refuse to start afresh in a directory that holds a run.
 
     Args:
         directory: the run directory.
@@ -87,7 +87,7 @@ def refuse_old_run(directory: Path, ckpt_path: str | None, sweep: bool = False) 
 
 
 def refuse_unwritable(directory: Path) -> None:
-    """A run must be able to write into its directory; Hydra would say so with a traceback.
+    """Refuse a directory that the run cannot write into; Hydra would end in a traceback.
 
     Raises:
         ConfigError: it cannot; keyed ``hydra.run.dir``.
@@ -100,19 +100,19 @@ def refuse_unwritable(directory: Path) -> None:
 
 
 class RefuseOldRun(Callback):
-    """Refuses before Hydra has written anything; for a sweep's jobs, `start_from` does."""
+    """Refuse before Hydra has written anything; for a sweep's jobs, `start_from` does."""
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Hydra's hook."""
+        """Refuse a run; Hydra's hook."""
         directory = Path(config.hydra.run.dir)
         self._refuse(directory, lambda: refuse_old_run(directory, config.get("ckpt_path")))
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Hydra's hook."""
+        """Refuse a sweep; Hydra's hook."""
         self._refuse(Path(config.hydra.sweep.dir), lambda: None)
 
     def _refuse(self, directory: Path, first: Callable[[], None]) -> None:
-        if rank_zero_only.rank != 0:  # a data-parallel run's other processes find process 0's files
+        if process_rank() != 0:  # a data-parallel run's other processes find process 0's files
             return
         try:
             first()
@@ -139,7 +139,7 @@ OmegaConf.register_new_resolver("hydra_files", hydra_files, replace=True)
 
 
 def start_from(directory: Path, ckpt_path: str | None, sweep: bool = False) -> Path | None:
-    """The checkpoint that a run in `directory` starts from; None: from the beginning.
+    """Return the checkpoint that a run starts from; None: from the beginning.
 
     Args:
         directory: the run directory.
@@ -151,7 +151,7 @@ def start_from(directory: Path, ckpt_path: str | None, sweep: bool = False) -> P
     """
     if ckpt_path is not None and not (isinstance(ckpt_path, str) and ckpt_path):
         raise ConfigError("ckpt_path", ckpt_path, "must be a checkpoint's file, last, or null to start afresh")
-    if rank_zero_only.rank == 0:
+    if process_rank() == 0:
         refuse_old_run(directory, ckpt_path, sweep)
         remove_unfinished(directory / "checkpoints")
     if ckpt_path is None:

@@ -1,4 +1,4 @@
-"""What a finished run leaves behind and prints: summary.json, and one small table with the phases side by side."""
+"""Summarize a finished run: summary.json, and one small table with a column for each phase."""
 
 import json
 import os
@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.files import write_whole
+from lowrank_pretrain.core.lightning_private import process_rank
 from lowrank_pretrain.core.protocols import HasPhase, Reports, phase_callback
-from lowrank_pretrain.core.text import digits
+from lowrank_pretrain.core.text import format_number
 from lowrank_pretrain.core.versions import versions
 from lowrank_pretrain.observe.monitor import Monitor
 from lowrank_pretrain.observe.phase_record import PhaseRecord
@@ -23,7 +24,7 @@ FAILURE = "failure.txt"  # in the run directory: why the last attempt ended
 
 
 def summarize(trainer: Trainer, monitor: Monitor, final: dict[str, float]) -> dict[str, Any]:
-    """The contents of summary.json.
+    """Return the contents of summary.json.
 
     Args:
         trainer: after fit and test.
@@ -56,7 +57,7 @@ def summarize(trainer: Trainer, monitor: Monitor, final: dict[str, float]) -> di
 
 
 def _known(record: PhaseRecord) -> dict[str, float]:
-    """What not every run knows: optimizer memory by the method's formula, the operations of a sample, use of the chip."""
+    """Return the figures that not every run knows: optimizer memory by formula, the operations of a sample, use of the chip."""
     optional = {
         "adapters": record.adapters,
         "optimizer_gib": record.optimizer_gib,
@@ -68,7 +69,7 @@ def _known(record: PhaseRecord) -> dict[str, float]:
 
 
 def note_failure(run_dir: Path, error: BaseException, line: str | None) -> None:
-    """Leave in `run_dir` the one line that says why the run ended.
+    """Write the one line that says why the run ended into the run directory.
 
     Args:
         run_dir: the run directory.
@@ -84,16 +85,14 @@ def note_failure(run_dir: Path, error: BaseException, line: str | None) -> None:
 
 
 def forget_failure(run_dir: Path) -> None:
-    """The run in `run_dir` begins, or goes on."""
-    if rank_zero_only.rank == 0:
+    """Remove the line of an earlier failure, for the run begins or goes on."""
+    if process_rank() == 0:
         (run_dir / FAILURE).unlink(missing_ok=True)
 
 
 def write(summary: dict[str, Any], path: Path) -> None:
-    """`summary` as JSON at `path`, whole or not at all."""
-    beside = path.with_name(f".{path.name}.part")
-    beside.write_text(json.dumps(summary, indent=2) + "\n")
-    os.replace(beside, path)
+    """Write a summary as JSON, whole or not at all."""
+    write_whole(path, json.dumps(summary, indent=2) + "\n")
 
 
 def show(records: list[PhaseRecord], final: dict[str, float], where: dict[str, Path], console: Console | None = None) -> None:
@@ -109,13 +108,13 @@ def show(records: list[PhaseRecord], final: dict[str, float], where: dict[str, P
     if records:
         console.print(phase_table(records))
     if final:
-        console.print(" · ".join(f"{key} {digits(value)}" for key, value in final.items()))
+        console.print(" · ".join(f"{key} {format_number(value)}" for key, value in final.items()))
     for name, path in where.items():
         console.print(f"{name}: {os.path.relpath(path)}", soft_wrap=True)
 
 
 def phase_table(records: list[PhaseRecord]) -> Table:
-    """Phases as columns; throughput and memory with their ratio to the full phase."""
+    """Return a table with a column for each phase; throughput and memory with their ratio to the full phase."""
     full = next((record for record in records if record.phase == "full"), None)
     table = Table()
     table.add_column("")
@@ -127,13 +126,13 @@ def phase_table(records: list[PhaseRecord]) -> Table:
 
     row("optimizer steps", *(f"{r.steps:,}" for r in records))
     row("seconds", *(f"{r.seconds:.1f}" for r in records))
-    row("samples/s", *(_against(r, full, lambda r: r.samples_per_sec(), digits) for r in records))
+    row("samples/s", *(_against(r, full, lambda r: r.samples_per_sec(), format_number) for r in records))
     row("peak memory, GiB", *(_against(r, full, lambda r: r.peak_gib, "{:.2f}".format) for r in records))
-    row("optimizer, MiB", *(_against(r, full, lambda r: r.optimizer_gib * 1024, digits) for r in records))
+    row("optimizer, MiB", *(_against(r, full, lambda r: r.optimizer_gib * 1024, format_number) for r in records))
     if any(r.formula_gib is not None for r in records):
-        row("by formula, MiB", *("-" if r.formula_gib is None else digits(r.formula_gib * 1024) for r in records))
+        row("by formula, MiB", *("-" if r.formula_gib is None else format_number(r.formula_gib * 1024) for r in records))
     if any(r.flops_per_sample for r in records):
-        row("MFLOP per sample", *(_against(r, full, _mega_flops, digits) for r in records))
+        row("MFLOP per sample", *(_against(r, full, _mega_flops, format_number) for r in records))
     if any(r.mfu() is not None for r in records):
         row("MFU", *("-" if r.mfu() is None else f"{r.mfu():.1%}" for r in records))
     row("adapters", *(_share(r.adapters, r.total) for r in records))
@@ -154,5 +153,5 @@ def _against(record: PhaseRecord, full: PhaseRecord | None, value: Any, form: Ca
 
 
 def _share(part: int, total: int) -> str:
-    number = f"{digits(part / 1e6)} M" if part >= 1e6 else f"{part:,}"
+    number = f"{format_number(part / 1e6)} M" if part >= 1e6 else f"{part:,}"
     return f"{number} ({part / max(total, 1):.1%})"

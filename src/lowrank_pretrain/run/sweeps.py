@@ -1,4 +1,4 @@
-"""What a sweep adds to its jobs: short directory names, checks before the first job, lines with names, a closing table."""
+"""Check a sweep before its first job, name its jobs' directories and lines, and print its closing table."""
 
 import logging
 import re
@@ -21,10 +21,10 @@ _started: list[Path] = []  # the directory of the sweep that this process runs
 
 
 class Sweep(Callback):
-    """Looks at a sweep before its first job, and lets a job's directory be named after the keys that are swept."""
+    """Check a sweep before its first job, and let a job's directory be named after the keys that are swept."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Hydra's hook."""
+        """Check the whole sweep; Hydra's hook."""
         try:
             overrides = swept(config)
             check_options(overrides)
@@ -82,7 +82,7 @@ def check_same_kind(config: DictConfig, keys: set[str]) -> None:
     earlier = Path(config.hydra.sweep.dir) / "multirun.yaml"
     if config.get("ckpt_path") is None or not earlier.is_file():
         return
-    before = OmegaConf.load(earlier)
+    before: Any = OmegaConf.load(earlier)
     swept_before = {override.key_or_group for override in swept(before)}
     for group in ("data", "model", "optim", "method"):
         old, new = (OmegaConf.select(some, f"hydra.runtime.choices.{group}") for some in (before, config))
@@ -110,7 +110,7 @@ def check_storage(config: DictConfig) -> None:
 
 
 class _Named:
-    """A stream whose lines begin with a job's name; whole lines only, so that jobs' lines do not mix."""
+    """Write whole lines, each with a job's name before it, so that jobs' lines do not mix."""
 
     def __init__(self, stream: TextIO, name: str) -> None:
         self.stream, self.name, self.begun = stream, name, ""
@@ -141,7 +141,7 @@ def named_lines(launcher: str, name: str) -> Iterator[None]:
         return
     out, err = _Named(sys.stdout, name), _Named(sys.stderr, name)
     held = [handler for handler in _handlers() if handler.stream in (out.stream, err.stream)]
-    with redirect_stdout(out), redirect_stderr(err):  # type: ignore[type-var]
+    with redirect_stdout(out), redirect_stderr(err):
         for handler in held:  # Lightning's and Hydra's have kept the streams that there were
             handler.setStream(out if handler.stream is out.stream else err)
         try:

@@ -1,25 +1,27 @@
-"""Lightning's Trainer from the ``trainer`` group, its complaints as one line that names the key."""
+"""Make Lightning's Trainer from the ``trainer`` group; its complaints become one line that names the key."""
 
+import math
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lowrank_pretrain.checkpoints.files import WholeCheckpointIO
+from lowrank_pretrain.core.checks import flag, is_number
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.lightning_private import reruns_command
 from lowrank_pretrain.run.build import build, build_nested, check_arguments
 
 MOST_DEVICES = 8192  # Lightning makes a list of so many
-# what Lightning takes and then divides by, ignores, or runs out of memory over: (least, most, what is allowed)
-LIMITS = {
-    "accumulate_grad_batches": (1, None, "must be 1 or more batches"),
-    "check_val_every_n_epoch": (1, None, "must be 1 or more epochs, or null to count batches through all epochs"),
-    "gradient_clip_val": (0, None, "must be 0 (off) or more, or null"),
-    "log_every_n_steps": (0, None, "must be 0 (never) or more optimizer steps"),
+# values that Lightning takes and then divides by, ignores, or runs out of memory over: (least, most, what is allowed)
+LIMITS: dict[str, tuple[float, float, str]] = {
+    "accumulate_grad_batches": (1, math.inf, "must be 1 or more batches"),
+    "check_val_every_n_epoch": (1, math.inf, "must be 1 or more epochs, or null to count batches through all epochs"),
+    "gradient_clip_val": (0, math.inf, "must be 0 (off) or more, or null"),
+    "log_every_n_steps": (0, math.inf, "must be 0 (never) or more optimizer steps"),
     "devices": (-1, MOST_DEVICES, f"must be auto, -1 (all), or a number of devices up to {MOST_DEVICES}"),
     "num_nodes": (1, MOST_DEVICES, f"must be a number of machines, 1 to {MOST_DEVICES}"),
 }
@@ -29,7 +31,7 @@ OURS = {"logger": "use the logger group", "default_root_dir": "use hydra.run.dir
 def build_trainer(
     values: dict[str, Any], run_dir: Path, callbacks: list[pl.Callback], loggers: list[Logger], strategy: Any = None
 ) -> pl.Trainer:
-    """The Trainer of a run.
+    """Return the Trainer of a run.
 
     Args:
         values: the ``trainer`` group; ``callbacks`` and ``plugins`` in it are added to ours.
@@ -39,7 +41,7 @@ def build_trainer(
         strategy: the method's own; None: the group's.
 
     Raises:
-        ConfigError: a key that Trainer has not, a value that it refuses, or a strategy beside the method's.
+        ConfigError: a key that Trainer has not, a value that it refuses, or a strategy next to the method's.
     """
     check_values(values)
     values = {key: value for key, value in values.items() if key != "enable_progress_bar"}  # callbacks have the answer
@@ -62,11 +64,11 @@ def build_trainer(
     except ConfigError:
         raise
     except (MisconfigurationException, ValueError, TypeError) as error:
-        raise MisconfigurationException(str(error)) from error  # Lightning itself is not of one mind which to raise
+        raise MisconfigurationException(str(error)) from error  # Lightning raises any of the three
 
 
 def check_values(values: dict[str, Any]) -> None:
-    """Keys and types, and what Lightning itself does not look at, or only in the middle of training.
+    """Check keys and types, and what Lightning itself checks not at all, or only in the middle of training.
 
     Raises:
         ConfigError: an unknown key, or a value that cannot be meant.
@@ -75,9 +77,8 @@ def check_values(values: dict[str, Any]) -> None:
         raise ConfigError(f"trainer.{key}", values[key], f"is set by the run; {OURS[key]}")
     check_arguments("trainer", pl.Trainer, {key: value for key, value in values.items() if key not in ("callbacks", "plugins")})
     for key, (least, most, allowed) in LIMITS.items():
-        value = values.get(key)
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if number and not (least <= value and (most is None or value <= most)):
+        value: Any = values.get(key)
+        if is_number(value) and not least <= value <= most:
             raise ConfigError(f"trainer.{key}", value, allowed)
     for key in ("accelerator", "strategy"):
         value = values.get(key, "auto")
@@ -86,8 +87,8 @@ def check_values(values: dict[str, Any]) -> None:
     if values.get("max_steps") == 0 and not isinstance(values["max_steps"], bool):
         raise ConfigError("trainer.max_steps", 0, "must be -1 (no limit) or 1 or more")
     bar, interval = values.get("enable_progress_bar"), values.get("val_check_interval")
-    if bar is not None and not isinstance(bar, bool):
-        raise ConfigError("trainer.enable_progress_bar", bar, "must be true or false")
+    if bar is not None:
+        flag("trainer.enable_progress_bar", bar)
     if interval is not None and (isinstance(interval, (bool, list)) or not interval):
         allowed = "must be a share of an epoch above 0, a number of batches, a time such as 00:00:30:00, or null"
         raise ConfigError("trainer.val_check_interval", interval, allowed)
@@ -96,13 +97,12 @@ def check_values(values: dict[str, Any]) -> None:
 
 
 def refuse_popen_sweep(trainer: pl.Trainer, multirun: bool) -> None:
-    """A sweep's job must not start processes by running the command line again: each would run the whole sweep.
+    """Refuse a sweep's job that starts processes by running the command line again: each would run the whole sweep.
 
     Raises:
         ConfigError: it would, with the two cures.
     """
-    # Lightning has no public name for "this strategy runs sys.argv again"
-    if multirun and isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher) and trainer.world_size > 1:
+    if multirun and reruns_command(trainer) and trainer.world_size > 1:
         cures = "trainer=ddp_spawn (with LTE method.start_method=spawn), or trainer.devices=1 per job"
         allowed = f"would start the whole sweep in every process; use {cures}"
         raise ConfigError("trainer.strategy", type(trainer.strategy).__name__, allowed)

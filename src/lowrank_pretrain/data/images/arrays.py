@@ -1,4 +1,4 @@
-"""Images that fit in memory: a batch is one tensor index, so a small model on one core does not wait for its data.
+"""Hold images in memory: a batch is one tensor index, so that a small model on one core does not wait for its data.
 
 Shapes: N images, B batch, C stored channels (1 or 3), H×W pixels, K classes.
 """
@@ -9,28 +9,29 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from lowrank_pretrain.core.checks import is_integer, whole
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.seeds import generator
 from lowrank_pretrain.data.images.mixing import Mixing
 from lowrank_pretrain.data.loaders.batch import Fetched
 
-MOST_CLASSES, MOST_PIXELS = 1 << 24, 1 << 15  # a slip of the finger must not ask for all memory
+MOST_CLASSES, MOST_PIXELS = 1 << 24, 1 << 15  # a typing error must not ask for all memory
 GRAY = (0.299, 0.587, 0.114)  # weights of red, green and blue in gray, ITU-R 601
 
 
 class ArrayImages:
-    """A set of images held as one uint8 array.
+    """Hold a set of images as one uint8 array.
 
     Args:
-        images: uint8, (N, H, W) or (N, H, W, 3); kept as it is, not copied.
+        images: uint8, (N, H, W) or (N, H, W, 3); not copied.
         labels: integers, (N,) or (N, 1), in [0, num_classes).
         num_classes: K.
-        img_size: side of the square images to hand out, pixels; bilinear when it differs from the stored one.
-        in_chans: 1 or 3; gray images are repeated, coloured ones turned to gray.
+        img_size: side of the square images that are handed out, pixels; resized bilinearly where it has to be.
+        in_chans: 1 or 3; gray images are repeated, and coloured ones turned to gray.
         mean: of the pixel values in [0, 1], one per stored channel.
-        std: likewise.
+        std: their standard deviation, one per stored channel.
         flip: mirror half of the images, chosen anew every epoch.
-        mixing: mixup and the like, for training only.
+        mixing: mixup, CutMix or label smoothing, for training only.
         seed: the run's seed; None: the one given to ``seed_everything``.
 
     Raises:
@@ -53,8 +54,8 @@ class ArrayImages:
         check_shape(img_size, in_chans, num_classes)
         images = images[..., None] if images.ndim == 3 else images
         fits = images.dtype == np.uint8 and images.ndim == 4 and images.shape[-1] == len(mean) in (1, 3)
-        whole = labels.dtype.kind in "iu" or (labels.dtype.kind == "f" and bool((labels == np.floor(labels)).all()))
-        if not fits or not whole or len(images) != labels.size or not len(images):
+        integral = labels.dtype.kind in "iu" or (labels.dtype.kind == "f" and bool((labels == np.floor(labels)).all()))
+        if not fits or not integral or len(images) != labels.size or not len(images):
             allowed = "must be N images uint8 (N, H, W) or (N, H, W, 3) and N labels, integers, at least 1"
             raise ConfigError("root", f"{images.dtype}{images.shape} and {labels.dtype}{labels.shape}", allowed)
         labels = labels.reshape(-1).astype(np.int64)
@@ -72,7 +73,7 @@ class ArrayImages:
         return len(self.labels)
 
     def fetch(self, epoch: int, indices: list[int]) -> Fetched:
-        """Images (B, in_chans, img_size, img_size) float32 and labels: (B,) int64, or (B, K) float when mixing."""
+        """Return images (B, in_chans, img_size, img_size) float32 and labels: (B,) int64, or (B, K) float when mixing."""
         index = torch.tensor(indices)
         pixels = self.images[index].permute(0, 3, 1, 2).contiguous()  # (B, C, H, W)
         x = torch.addcmul(self.shift, pixels, self.scale)
@@ -95,17 +96,23 @@ class ArrayImages:
 
 
 def check_shape(img_size: int, in_chans: int, num_classes: int) -> None:
-    """Raise a ConfigError unless the images asked for are square, of 1 or 3 channels, and of some classes."""
-    if not isinstance(num_classes, int) or not 1 <= num_classes <= MOST_CLASSES:
-        raise ConfigError("num_classes", num_classes, f"must be the number of classes in the set, at most {MOST_CLASSES:,}")
-    if not isinstance(img_size, int) or not 1 <= img_size <= MOST_PIXELS:
-        raise ConfigError("img_size", img_size, f"must be a positive number of pixels, at most {MOST_PIXELS:,}")
-    if in_chans not in (1, 3):
+    """Refuse a number of classes, a size or a number of channels that no images can have.
+
+    Raises:
+        ConfigError: one of them is wrong.
+    """
+    classes = f"must be the number of classes in the set, at most {MOST_CLASSES:,}"
+    whole("num_classes", num_classes, 1, most=MOST_CLASSES, allowed=classes)
+    whole("img_size", img_size, 1, most=MOST_PIXELS, allowed=f"must be a positive number of pixels, at most {MOST_PIXELS:,}")
+    if not is_integer(in_chans) or in_chans not in (1, 3):
         raise ConfigError("in_chans", in_chans, "must be 1 or 3")
 
 
 def with_channels(x: torch.Tensor, in_chans: int) -> torch.Tensor:
-    """(B, C, H, W) -> (B, in_chans, H, W): gray repeated, or colours weighted as the eye does."""
+    """Return images with the channels asked for, (B, C, H, W) -> (B, in_chans, H, W).
+
+    Gray is repeated; colours become gray with the weights of the eye.
+    """
     if x.shape[1] == in_chans:
         return x
     if in_chans == 3:

@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_only
 
+from lowrank_pretrain.core.checks import choice, is_number, number
 from lowrank_pretrain.core.errors import ConfigError
-from lowrank_pretrain.data.images.arrays import check_shape
 from lowrank_pretrain.data.images.files import MapImages, Picture, StreamImages
 from lowrank_pretrain.data.images.folders import split_folder
 from lowrank_pretrain.data.images.mixing import Mixing
+from lowrank_pretrain.data.images.module import ImageModule
 from lowrank_pretrain.data.images.sources import STREAMS, HubImages, hold_out_of_hub, open_images
-from lowrank_pretrain.data.loaders.base import PretrainData, evaluation_recipe, for_channels, public_name
+from lowrank_pretrain.data.loaders.base import evaluation_recipe, for_channels, public_name
 from lowrank_pretrain.data.loaders.epoch import EpochLoader
 from lowrank_pretrain.data.loaders.stream import PassLoader, StreamLoader
 
@@ -26,8 +27,8 @@ INTERPOLATIONS = ("bilinear", "bicubic", "nearest", "lanczos", "box", "hamming",
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-class ImageData(PretrainData):
-    """Any image set that timm or torchvision opens, with timm's augmentation.
+class ImageData(ImageModule):
+    """Load any image set that timm or torchvision opens, with timm's augmentation.
 
     Args:
         root: folder of the data.
@@ -38,11 +39,6 @@ class ImageData(PretrainData):
         val_fraction: share of each class that is held out for validation, where a folder or a hub set has no part for it. The
             same images for any run seed; ``seed`` draws others.
         download: let torchvision fetch a missing set.
-        batch_size: images per batch and process.
-        num_workers: loading processes.
-        num_classes: K, at least the number of classes in the set; None: as many as the set has.
-        img_size: side of the images handed out, pixels.
-        in_chans: 1 or 3.
         scale: area of the random crop as a share of the image, smallest and largest.
         ratio: its width to height, smallest and largest.
         hflip: probability of mirroring.
@@ -54,18 +50,16 @@ class ImageData(PretrainData):
         crop_pct: validation takes this share of the image's middle.
         mean: per channel.
         std: per channel.
-        mixup: alpha; 0 is off. This and the next four: :class:`~lowrank_pretrain.data.images.mixing.Mixing`.
-        cutmix: alpha; 0 is off.
-        mix_prob: share of mixed batches.
-        switch_prob: share of CutMix among them where both are on.
-        smoothing: label smoothing.
-        train_samples: images in a training pass of a stream that does not say so itself.
-        val_samples: likewise for validation.
-        seed: None: the run's.
+        train_samples: images in a training pass of a stream that does not say it itself.
+        val_samples: the same for validation.
+
+    All other arguments are described at :class:`~lowrank_pretrain.data.images.module.ImageModule`.
 
     Raises:
         ConfigError: a wrong value, or (from ``setup``) data that is missing or does not fit.
     """
+
+    name: str  # Lightning declares one that may be None
 
     def __init__(
         self,
@@ -101,32 +95,32 @@ class ImageData(PretrainData):
         val_samples: int | None = None,
         seed: int | None = None,
     ) -> None:
-        super().__init__(batch_size, num_workers, seed)
-        check_shape(img_size, in_chans, 1 if num_classes is None else num_classes)
-        if isinstance(val_fraction, bool) or not 0 < val_fraction < 1:
-            raise ConfigError("val_fraction", val_fraction, "must be a share above 0 and below 1")
+        mixing = mixup, cutmix, mix_prob, switch_prob, smoothing
+        super().__init__(batch_size, num_workers, num_classes, img_size, in_chans, mixing, seed)
+        number("val_fraction", val_fraction, above=0, below=1, allowed="must be a share above 0 and below 1")
         _check_augmentation(
             {"hflip": hflip, "vflip": vflip, "re_prob": re_prob}, color_jitter, crop_pct, interpolation, scale, ratio
         )
         self.root, self.name, self.download, self.val_fraction = root, name, download, val_fraction
         self.train_split, self.val_split, self.test_split = train_split, val_split, test_split
-        self.num_classes, self.img_size, self.in_chans = num_classes, img_size, in_chans
         self.train_samples, self.val_samples = train_samples, val_samples
-        self._mixing_options = (mixup, cutmix, mix_prob, switch_prob, smoothing, seed)
-        Mixing(num_classes or 1, *self._mixing_options).check(batch_size)
-        mean, std = (_channel_values(key, values) for key, values in (("mean", mean), ("std", std)))
+        mean, std = _channel_values("mean", mean), _channel_values("std", std)
         self.dataset_name = public_name(root or "images" if name in ("", "folder", "wds/") else name.partition("/")[2])
-        common = {"interpolation": interpolation}
+        common: dict[str, Any] = {"interpolation": interpolation}
         # gray images are normalised by one mean, so that a reader who turns them gray first does the same
         common |= {key: for_channels(for_channels(v, in_chans), 3) for key, v in (("mean", mean), ("std", std))}
-        train = {"scale": tuple(scale), "ratio": tuple(ratio), "hflip": hflip, "vflip": vflip, "re_prob": re_prob}
+        train: dict[str, Any] = {
+            "scale": tuple(scale),
+            "ratio": tuple(ratio),
+            "hflip": hflip,
+            "vflip": vflip,
+            "re_prob": re_prob,
+        }
         train |= {"color_jitter": color_jitter, "auto_augment": auto_augment}
         self.train_transform = {"is_training": True} | common | train
-        self.eval_transform = {"crop_pct": crop_pct, **common}
-        if interpolation == "random":  # of training only
-            self.eval_transform["interpolation"] = "bicubic"
-        fixed = self.eval_transform["interpolation"], crop_pct, "center"
-        self.preprocessing = evaluation_recipe(img_size, in_chans, mean, std, *fixed)
+        fixed = "bicubic" if interpolation == "random" else interpolation  # random in training only
+        self.eval_transform = {"crop_pct": crop_pct, **common, "interpolation": fixed}
+        self.preprocessing = evaluation_recipe(img_size, in_chans, mean, std, fixed, crop_pct, "center")
         self._bases: dict[str, Any] | None = None  # the opened sets, by key
 
     def count_classes(self) -> int:
@@ -148,8 +142,8 @@ class ImageData(PretrainData):
         """Open the sets, once."""
         if self.train_set is not None:
             return
-        self.count_classes()
-        mixing = Mixing(self.num_classes, *self._mixing_options)
+        mixing = self.mixing(self.count_classes())
+        sets: dict[str, Any]
         if self.name.partition("/")[0] in STREAMS:
             sets = {key: self._open_stream(key, split, mixing) for key, split in self._splits().items()}
         else:
@@ -164,7 +158,7 @@ class ImageData(PretrainData):
         return {key: split for key, split in splits.items() if split is not None}
 
     def _open_all(self) -> dict[str, Any]:
-        """Open the parts by key, once; say on one process what was left out or held out."""
+        """Open the parts by key, once, and warn on one process of what was left out or held out."""
         if self._bases is not None:
             return self._bases
         remarks: list[str] = []
@@ -193,14 +187,14 @@ class ImageData(PretrainData):
 
     def _set(self, key: str, base: Any, mixing: Mixing) -> MapImages:
         split, training = self._splits()[key], key == "train_split"
-        if len(base.classes or ()) > self.num_classes:
+        if len(base.classes or ()) > self.count_classes():
             raise ConfigError("num_classes", self.num_classes, f"must be at least {len(base.classes)}, the classes of {split}")
         if len(base) == 0:
             raise ConfigError(key, split, f"must hold at least one image; {self.root} has none there")
         return MapImages(base, self._picture(training), mixing if training and mixing.active else None)
 
     def _picture(self, training: bool) -> Picture:
-        return Picture(self._transform(training), self.num_classes, self.in_chans, training, self.seed, self.name)
+        return Picture(self._transform(training), self.count_classes(), self.in_chans, training, self.seed, self.name)
 
     def _open_stream(self, key: str, split: str, mixing: Mixing) -> StreamImages:
         training = key == "train_split"
@@ -218,7 +212,7 @@ class ImageData(PretrainData):
     def _transform(self, training: bool) -> Callable:
         from timm.data import create_transform
 
-        options = self.train_transform if training else self.eval_transform
+        options: dict[str, Any] = self.train_transform if training else self.eval_transform
         try:
             return create_transform(input_size=(3, self.img_size, self.img_size), **options)
         except (AssertionError, KeyError, ValueError) as error:
@@ -247,32 +241,31 @@ def _check_augmentation(
     scale: Sequence[float],
     ratio: Sequence[float],
 ) -> None:
-    """Raise a ConfigError for what timm takes without a word and cannot mean anything."""
+    """Refuse values that timm accepts although they cannot mean anything.
+
+    Raises:
+        ConfigError: one of them.
+    """
     for key, value in shares.items():
-        if isinstance(value, bool) or not 0 <= value <= 1:
-            raise ConfigError(key, value, "must be a probability, 0 to 1")
-    if isinstance(color_jitter, bool) or not 0 <= color_jitter <= 1:
-        raise ConfigError("color_jitter", color_jitter, "must be a strength from 0 (off) to 1")
-    if isinstance(crop_pct, bool) or not 0 < crop_pct <= 1:
-        raise ConfigError("crop_pct", crop_pct, "must be a share above 0, at most 1")
-    if interpolation not in INTERPOLATIONS:
-        raise ConfigError("interpolation", interpolation, f"must be one of {', '.join(INTERPOLATIONS)}")
+        number(key, value, least=0, most=1, allowed="must be a probability, 0 to 1")
+    number("color_jitter", color_jitter, least=0, most=1, allowed="must be a strength from 0 (off) to 1")
+    number("crop_pct", crop_pct, above=0, most=1, allowed="must be a share above 0, at most 1")
+    choice("interpolation", interpolation, INTERPOLATIONS)
     for key, pair, most in (("scale", scale, 1), ("ratio", ratio, float("inf"))):
-        numbers = len(pair) == 2 and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in pair)
-        if not numbers or not 0 < pair[0] <= pair[1] <= most:
+        if len(pair) != 2 or not all(map(is_number, pair)) or not 0 < pair[0] <= pair[1] <= most:
             words = "two shares of the area, the smaller first" if key == "scale" else "two positive numbers, the smaller first"
             raise ConfigError(key, list(pair), f"must be {words}")
 
 
 def _channel_values(key: str, values: Sequence[float]) -> tuple[float, ...]:
     values = tuple(values)
-    if len(values) not in (1, 3) or not all(isinstance(v, (int, float)) for v in values) or (key == "std" and min(values) <= 0):
+    if len(values) not in (1, 3) or not all(map(is_number, values)) or (key == "std" and min(values) <= 0):
         raise ConfigError(key, list(values), "must be 3 numbers, one per colour, or 1" + (", above 0" if key == "std" else ""))
     return values
 
 
 def _open_pass(source: tuple[str, str | None, str, str], options: dict[str, Any], seed: int, number: int) -> Any:
-    # opened anew for each pass, the stream draws the same order again, so a pass can be read up to any place of it
+    # a stream that is opened again for each pass draws the same order again, so a pass can be read up to any place
     stream = open_images(*source, **options, seed=seed + number)
     if hasattr(stream, "set_epoch"):
         stream.set_epoch(number)

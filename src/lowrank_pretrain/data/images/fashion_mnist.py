@@ -4,15 +4,16 @@ https://github.com/zalandoresearch/fashion-mnist. 28×28 gray images of 10 kinds
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.data import SAMPLES
-from lowrank_pretrain.data.images.arrays import ArrayImages, check_shape
+from lowrank_pretrain.data.images.arrays import ArrayImages
 from lowrank_pretrain.data.images.idx import read_idx
-from lowrank_pretrain.data.images.mixing import Mixing
-from lowrank_pretrain.data.loaders.base import PretrainData, evaluation_recipe
+from lowrank_pretrain.data.images.module import ImageModule
+from lowrank_pretrain.data.loaders.base import evaluation_recipe
 
 MEAN, STD = (0.2860,), (0.3530,)  # of the 60,000 training images
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
@@ -20,24 +21,17 @@ NAMES = "T-shirt/top|Trouser|Pullover|Dress|Coat|Sandal|Shirt|Sneaker|Bag|Ankle 
 STEMS = {"train": "train", "test": "t10k"}
 
 
-class FashionMNIST(PretrainData):
-    """Fashion-MNIST in memory. Validation and test are both its 10,000 (sample: 2,000) test images.
+class FashionMNIST(ImageModule):
+    """Load Fashion-MNIST into memory. Validation and test are both its 10,000 (sample: 2,000) test images.
 
     Args:
         root: ``sample`` (embedded), a folder with the four idx files, torchvision's root (``root/FashionMNIST/raw``), or
             None: the folder of Debian's package ``dataset-fashion-mnist``.
-        batch_size: images per batch and process.
         num_workers: loading processes; 0 is the fastest at 28 pixels.
-        img_size: side of the images handed out, pixels.
-        in_chans: 1, or 3 for models of coloured images.
         num_classes: 10, or None for the same; larger only leaves outputs of the model unused.
         flip: mirror half of the training images at random.
-        mixup: alpha; 0 is off. This and the next four: :class:`~lowrank_pretrain.data.images.mixing.Mixing`.
-        cutmix: alpha; 0 is off.
-        mix_prob: share of mixed batches.
-        switch_prob: share of CutMix among them where both are on.
-        smoothing: label smoothing.
-        seed: None: the run's.
+
+    All other arguments are described at :class:`~lowrank_pretrain.data.images.module.ImageModule`.
 
     Raises:
         ConfigError: a wrong value, or (from ``setup``) no files at ``root``.
@@ -59,13 +53,10 @@ class FashionMNIST(PretrainData):
         smoothing: float = 0.0,
         seed: int | None = None,
     ) -> None:
-        super().__init__(batch_size, num_workers, seed)
         num_classes = len(NAMES) if num_classes is None else num_classes
-        check_shape(img_size, in_chans, num_classes)
+        mixing = mixup, cutmix, mix_prob, switch_prob, smoothing
+        super().__init__(batch_size, num_workers, num_classes, img_size, in_chans, mixing, seed)
         self.root, self.flip = root, flip
-        self.img_size, self.in_chans, self.num_classes = img_size, in_chans, num_classes
-        self.mixing = Mixing(num_classes, mixup, cutmix, mix_prob, switch_prob, smoothing, seed)
-        self.mixing.check(batch_size)
         self.dataset_name = "Fashion-MNIST (sample of 14,000 images)" if root == "sample" else "Fashion-MNIST"
         self.class_names = list(NAMES) if num_classes == len(NAMES) else None
         self.preprocessing = evaluation_recipe(img_size, in_chans, MEAN, STD)
@@ -75,25 +66,33 @@ class FashionMNIST(PretrainData):
         if self.train_set is not None:
             return
         split = read_sample() if self.root == "sample" else read_files(self.root)
-        common = {"num_classes": self.num_classes, "img_size": self.img_size, "in_chans": self.in_chans}
+        common: dict[str, Any] = {"num_classes": self.num_classes, "img_size": self.img_size, "in_chans": self.in_chans}
         common |= {"mean": MEAN, "std": STD, "seed": self.seed}
-        self.train_set = ArrayImages(*split["train"], **common, flip=self.flip, mixing=self.mixing)
+        self.train_set = ArrayImages(*split["train"], **common, flip=self.flip, mixing=self.mixing(self.num_classes or 1))
         self.val_set = self.test_set = ArrayImages(*split["test"], **common)
 
 
 def read_sample() -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """The embedded images and labels by split: uint8 (N, 28, 28) and (N,)."""
+    """Return the embedded images and labels by split: uint8 (N, 28, 28) and (N,)."""
     with np.load(SAMPLES / "fashion_mnist.npz") as file:
         return {split: (file[f"{split}_images"], file[f"{split}_labels"]) for split in STEMS}
 
 
 def read_files(root: str | None) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """All images and labels by split, from the idx files under ``root`` (None: Debian's package)."""
+    """Return all images and labels by split, from the idx files under ``root`` (None: Debian's package).
+
+    Raises:
+        ConfigError: the files are not there, or cannot be read.
+    """
     folders = [DEBIAN] if root is None else [Path(root), Path(root) / "FashionMNIST" / "raw"]
     for folder in folders:
-        files = {split: [_find(folder, stem, kind) for kind in ("images-idx3", "labels-idx1")] for split, stem in STEMS.items()}
-        if all(path for pair in files.values() for path in pair):
-            return {split: (read_idx(images), read_idx(labels)) for split, (images, labels) in files.items()}
+        found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        for split, stem in STEMS.items():
+            images, labels = _find(folder, stem, "images-idx3"), _find(folder, stem, "labels-idx1")
+            if images is not None and labels is not None:
+                found[split] = read_idx(images), read_idx(labels)
+        if len(found) == len(STEMS):
+            return found
     allowed = (
         "must hold Fashion-MNIST's four idx files; `apt-get install dataset-fashion-mnist` brings them, or "
         "`torchvision.datasets.FashionMNIST(root, download=True)` (data=fashion_mnist_sample needs neither)"

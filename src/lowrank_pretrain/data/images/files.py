@@ -13,9 +13,10 @@ from PIL import ExifTags, Image, ImageOps
 from torch.utils.data import IterableDataset, get_worker_info
 
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.text import first_line
 from lowrank_pretrain.data.images.arrays import with_channels
 from lowrank_pretrain.data.images.mixing import Mixing
-from lowrank_pretrain.data.images.sources import first_line, take_dropped
+from lowrank_pretrain.data.images.sources import take_dropped
 from lowrank_pretrain.data.loaders.batch import Fetched
 from lowrank_pretrain.data.loaders.rng import borrowed, reseed
 
@@ -74,7 +75,7 @@ class Picture:
 
     def __call__(self, image: Image.Image, label: Any, *words: object) -> tuple[torch.Tensor, int]:
         """(in_chans, S, S) and the label; only inside :func:`~lowrank_pretrain.data.loaders.rng.borrowed`."""
-        if isinstance(label, (list, tuple, dict)) or getattr(label, "ndim", 0):
+        if isinstance(label, (list, tuple, dict)) or getattr(label, "ndim", False):
             allowed = f"gives an image several labels or other data ({type(label).__name__}), which is not supported"
             raise ConfigError("name", self.name, f"{allowed}: take a set of one class an image")
         if not hasattr(label, "__index__") or not 0 <= int(label) < self.num_classes:

@@ -8,7 +8,7 @@ import os
 import tarfile
 import zipfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -94,7 +94,7 @@ def image_endings() -> frozenset[str]:
     return frozenset(ending for ending, kind in Image.registered_extensions().items() if kind in opened)
 
 
-def split_folder(root: str | None, splits: dict[str, str | None], fraction: float, seed: int) -> Split:
+def split_folder(root: str | None, splits: Mapping[str, str | None], fraction: float, seed: int) -> Split:
     """Find the pictures below ``root`` and divide them.
 
     Args:
@@ -134,7 +134,9 @@ def find_pictures(path: Path) -> Found:
     Raises:
         ConfigError: the archive cannot be read.
     """
-    wanted, pictures, folders, others = image_endings(), [], Counter(), Counter()
+    wanted, pictures = image_endings(), []
+    folders: Counter[tuple[str, ...]] = Counter()
+    others: Counter[str] = Counter()
     for name, place in _archive(path) if path.is_file() else _walk(path):
         parts = tuple(name.split("/"))
         if any(part.startswith(".") or part.lower() in SYSTEM for part in parts):
@@ -153,7 +155,7 @@ def find_pictures(path: Path) -> Found:
     return Found(path, pictures, {parts[top:]: count for parts, count in folders.items()}, others, natural(tops))
 
 
-def _with_splits(found: Found, splits: dict[str, str | None], fraction: float, seed: int) -> Split:
+def _with_splits(found: Found, splits: Mapping[str, str | None], fraction: float, seed: int) -> Split:
     remarks = _left_out(found)
     parts: dict[str, Folder] = {}
     used: set[str] = set()
@@ -180,7 +182,7 @@ def _with_splits(found: Found, splits: dict[str, str | None], fraction: float, s
     return Split(parts, remarks)
 
 
-def _without_splits(found: Found, splits: dict[str, str | None], fraction: float, seed: int) -> Split:
+def _without_splits(found: Found, splits: Mapping[str, str | None], fraction: float, seed: int) -> Split:
     if all(len(parts) > 2 for parts, _, _ in found.pictures):  # folders of folders: of parts that have other names
         raise _no_part("train_split", splits["train_split"], found)
     for key, name in splits.items():

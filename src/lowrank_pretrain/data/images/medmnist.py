@@ -10,10 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
+from lowrank_pretrain.core.checks import choice
 from lowrank_pretrain.core.errors import ConfigError
-from lowrank_pretrain.data.images.arrays import ArrayImages, check_shape
-from lowrank_pretrain.data.images.mixing import Mixing
-from lowrank_pretrain.data.loaders.base import PretrainData, evaluation_recipe
+from lowrank_pretrain.data.images.arrays import ArrayImages
+from lowrank_pretrain.data.images.module import ImageModule
+from lowrank_pretrain.data.loaders.base import evaluation_recipe
 
 # of the sets with one label an image: classes
 CLASSES = {
@@ -24,30 +25,30 @@ SIZES = (28, 64, 128, 224)
 HALF = (0.5,)  # MedMNIST's own normalisation: to [-1, 1]
 SPLITS = ("train", "val", "test")
 # what zipfile, zlib and numpy raise for a damaged file; numpy's header is Python text
-UNREADABLE = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, MemoryError)
+UNREADABLE: tuple[type[Exception], ...] = (
+    OSError,
+    ValueError,
+    EOFError,
+    zipfile.BadZipFile,
+    zlib.error,
+    NotImplementedError,
+    RuntimeError,
+    MemoryError,
+)
 UNREADABLE += (SyntaxError, struct.error, TypeError)
 
 
-class MedMNIST(PretrainData):
-    """One MedMNIST set in memory (PathMNIST at 224 pixels: 16 GB; ``size=64`` is 1.3 GB).
+class MedMNIST(ImageModule):
+    """Load one MedMNIST set into memory (PathMNIST at 224 pixels: 16 GB; ``size=64`` is 1.3 GB).
 
     Args:
         root: folder with the ``.npz``.
         flag: which set; the file is ``{flag}_{size}.npz``, or ``{flag}.npz`` for 28 pixels.
         size: stored side, pixels: 28, 64, 128 or 224.
         download: fetch a missing file with the package ``medmnist`` (extra ``[medmnist]``).
-        batch_size: images per batch and process.
-        num_workers: loading processes.
-        num_classes: of the labels; None: as many as the set has.
-        img_size: side of the images handed out, pixels.
-        in_chans: 1 or 3.
         flip: mirror half of the training images at random.
-        mixup: alpha; 0 is off. This and the next four: :class:`~lowrank_pretrain.data.images.mixing.Mixing`.
-        cutmix: alpha; 0 is off.
-        mix_prob: share of mixed batches.
-        switch_prob: share of CutMix among them where both are on.
-        smoothing: label smoothing.
-        seed: None: the run's.
+
+    All other arguments are described at :class:`~lowrank_pretrain.data.images.module.ImageModule`.
 
     Raises:
         ConfigError: a wrong value, or (from ``setup``) a file that is missing or not of this format.
@@ -72,30 +73,26 @@ class MedMNIST(PretrainData):
         smoothing: float = 0.0,
         seed: int | None = None,
     ) -> None:
-        super().__init__(batch_size, num_workers, seed)
-        check_shape(img_size, in_chans, 1 if num_classes is None else num_classes)
-        if size not in SIZES:
-            raise ConfigError("size", size, f"must be one of {', '.join(map(str, SIZES))}")
+        mixing = mixup, cutmix, mix_prob, switch_prob, smoothing
+        super().__init__(batch_size, num_workers, num_classes, img_size, in_chans, mixing, seed)
+        choice("size", size, SIZES)
         if flag.lower().startswith("chestmnist"):
             raise ConfigError("flag", flag, f"has several labels an image, which is not supported; take {', '.join(CLASSES)}")
         if flag.lower().endswith("3d"):
             raise ConfigError("flag", flag, f"holds volumes, which are not supported; take {', '.join(CLASSES)}")
         self.root, self.flag, self.size, self.download, self.flip = root, flag, size, download, flip
-        self.img_size, self.in_chans, self.num_classes = img_size, in_chans, num_classes
-        self._mixing_options = (mixup, cutmix, mix_prob, switch_prob, smoothing, seed)
-        Mixing(num_classes or 1, *self._mixing_options).check(batch_size)
         self.dataset_name = flag.replace("mnist", "MNIST")
         self.preprocessing = evaluation_recipe(img_size, in_chans, HALF, HALF)
         self._arrays: dict[str, tuple[np.ndarray, np.ndarray]] | None = None
 
     @property
     def path(self) -> Path | None:
-        """Where the file is or belongs."""
+        """The file's path, whether it is there or not; None without ``root``."""
         name = f"{self.flag}.npz" if self.size == 28 else f"{self.flag}_{self.size}.npz"
         return None if self.root is None else Path(self.root) / name
 
     def prepare_data(self) -> None:
-        """Download the file, on one process, if it is missing and that was asked for."""
+        """Download the file on one process, if it is missing and ``download`` is on."""
         if not self.download or self.path is None or self.path.is_file():
             return
         try:
@@ -109,10 +106,10 @@ class MedMNIST(PretrainData):
         dataset(split="train", root=str(self.root), size=self.size, download=True)
 
     def count_classes(self) -> int:
-        """Return the number of classes: as given, or the set's own, or for a set of the user's counted in all its labels.
+        """Return the number of classes: as given, or the set's own, or counted in the labels of a set of the user's own.
 
         Raises:
-            ConfigError: the file has to be read for it, and cannot be.
+            ConfigError: the file must be read to count, and cannot be read.
         """
         if self.num_classes is None:
             self.num_classes = CLASSES.get(self.flag)
@@ -126,19 +123,20 @@ class MedMNIST(PretrainData):
         """Read the file, once."""
         if self.train_set is not None:
             return
-        mixing = Mixing(self.count_classes(), *self._mixing_options)
-        common = {"num_classes": self.num_classes, "img_size": self.img_size, "in_chans": self.in_chans, "seed": self.seed}
+        classes = self.count_classes()
+        shape = classes, self.img_size, self.in_chans
         sets = []
         for split, (images, labels) in (self._arrays or read_npz(self.path, self.root)).items():
-            training = {"flip": self.flip, "mixing": mixing} if split == "train" else {}
+            train = split == "train"
+            flip, mixing = self.flip and train, self.mixing(classes) if train else None
             half = HALF * (images.shape[3] if images.ndim == 4 else 1)
-            sets.append(ArrayImages(images, labels, **common, **training, mean=half, std=half))
+            sets.append(ArrayImages(images, labels, *shape, half, half, flip, mixing, self.seed))
         self.train_set, self.val_set, self.test_set = sets
-        self.class_names, self._arrays = _class_names(self.flag, self.num_classes), None
+        self.class_names, self._arrays = _class_names(self.flag, classes), None
 
 
 def _class_names(flag: str, num_classes: int) -> list[str] | None:
-    """Return the names of the labels, where the package ``medmnist`` is there to tell."""
+    """Return the names of the labels, where the package ``medmnist`` is installed and has them."""
     try:
         from medmnist import INFO
     except ImportError:
@@ -148,7 +146,11 @@ def _class_names(flag: str, num_classes: int) -> list[str] | None:
 
 
 def read_npz(path: Path | None, root: str | None) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Images and labels by split from a MedMNIST file: uint8 (N, H, W[, 3]) and integers (N, 1)."""
+    """Read images and labels by split from a MedMNIST file: uint8 (N, H, W[, 3]) and integers (N, 1).
+
+    Raises:
+        ConfigError: the file is missing, damaged, or of another kind.
+    """
     if path is None or not path.is_file():
         name = path.name if path else "the set's .npz"
         allowed = f"must hold {name}: data.download=true fetches it, or take it from https://zenodo.org/records/10519652"

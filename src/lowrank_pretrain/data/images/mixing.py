@@ -1,20 +1,20 @@
-"""Mixup, CutMix and label smoothing: timm's, drawn from the batch's own seed.
+"""Mix the images of a batch by timm's mixup, CutMix and label smoothing, drawn from a seed of the batch's own.
 
 mixup: https://arxiv.org/abs/1710.09412, CutMix: https://arxiv.org/abs/1905.04899.
 Shapes: B batch, C channels, H×W pixels, K classes.
 """
 
-import math
-from typing import Any
-
 import torch
 
+from lowrank_pretrain.core.checks import number
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.data.loaders.rng import borrowed, reseed
 
+MixingOptions = tuple[float, float, float, float, float]  # mixup, cutmix, mix_prob, switch_prob, smoothing
+
 
 class Mixing:
-    """Mixes the images of a batch and their labels.
+    """Mix the images of a batch and their labels.
 
     Args:
         num_classes: K.
@@ -40,13 +40,10 @@ class Mixing:
         seed: int | None = None,
     ) -> None:
         for key, value in (("mixup", mixup), ("cutmix", cutmix)):
-            if not _number(value) or value < 0:
-                raise ConfigError(key, value, "must be 0 (off) or a positive alpha")
+            number(key, value, least=0, allowed="must be 0 (off) or a positive alpha")
         for key, value in (("mix_prob", mix_prob), ("switch_prob", switch_prob)):
-            if not _number(value) or not 0 <= value <= 1:
-                raise ConfigError(key, value, "must be a share in [0, 1]")
-        if not _number(smoothing) or not 0 <= smoothing < 1:
-            raise ConfigError("smoothing", smoothing, "must be a share in [0, 1)")
+            number(key, value, least=0, most=1, allowed="must be a share in [0, 1]")
+        number("smoothing", smoothing, least=0, below=1, allowed="must be a share in [0, 1)")
         self.num_classes, self.smoothing, self.seed = num_classes, smoothing, seed
         self.mixes = mixup > 0 or cutmix > 0
         self.active = self.mixes or smoothing > 0
@@ -63,8 +60,12 @@ class Mixing:
                 num_classes=num_classes,
             )
 
-    def check(self, batch_size: int) -> None:
-        """Raise a ConfigError if batches of this size cannot be mixed: sample i is mixed with sample B−1−i."""
+    def check_batch_size(self, batch_size: int) -> None:
+        """Refuse an odd batch size where images are mixed: image i is mixed with image B−1−i.
+
+        Raises:
+            ConfigError: batches of this size cannot be mixed.
+        """
         if self.mixes and batch_size % 2:
             raise ConfigError("batch_size", batch_size, "must be even for mixup and cutmix")
 
@@ -77,7 +78,7 @@ class Mixing:
             words: what the draws are for, e.g. epoch and first index.
 
         Returns:
-            Images (B, C, H, W) and labels: (B, K) float when anything is on, else ``y`` as it came.
+            Images (B, C, H, W) and labels: (B, K) float where anything is on, else ``y`` unchanged.
         """
         if not self.active:
             return x, y
@@ -88,7 +89,3 @@ class Mixing:
         with borrowed():
             reseed("mixing", *words, seed=self.seed)
             return self._mixup(x, y)
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

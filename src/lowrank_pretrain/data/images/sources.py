@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.text import first_line
 from lowrank_pretrain.data.images.folders import EVAL, TRAIN, VALIDATION, held_out
 
 TIMM_TORCH = ("cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist", "imagenet", "image_folder", "places365")
@@ -154,9 +155,10 @@ def hold_out_of_hub(train: HubImages, val_split: str, fraction: float, seed: int
     chosen = held_out(train.labels(), fraction, seed)
     if not chosen.any() or chosen.all():
         raise ConfigError("val_fraction", fraction, f"must leave images on both sides: there are {len(train):,}")
-    parts = [Part(train, np.flatnonzero(chosen == side).tolist()) for side in (False, True)]
-    held = f"{len(parts[1]):,} of {len(train):,} images, is held out for validation"
-    return *parts, f"data.val_split={val_split} is no part of the set; data.val_fraction={fraction:g} of each class, {held}"
+    part, held_out_part = (Part(train, np.flatnonzero(chosen == side).tolist()) for side in (False, True))
+    held = f"{len(held_out_part):,} of {len(train):,} images, is held out for validation"
+    said = f"data.val_split={val_split} is no part of the set; data.val_fraction={fraction:g} of each class, {held}"
+    return part, held_out_part, said
 
 
 _dropped: list[str] = []  # what webdataset left out in this process, until it is fetched
@@ -171,8 +173,9 @@ def take_dropped() -> list[str]:
 
 def _name_what_webdataset_drops() -> None:
     """Let timm's reader tell us which samples it leaves out: its own words name neither shard nor sample."""
-    from timm.data.readers import reader_wds
+    from timm.data.readers import reader_wds as reader
 
+    reader_wds: Any = reader  # two of its functions are replaced, and a name is added
     if getattr(reader_wds, "named_by_us", False):
         return
     decode, go_on = reader_wds._decode, reader_wds.log_and_continue
@@ -217,7 +220,7 @@ def _torchvision(name: str, root: str | None, split: str, split_key: str, downlo
     from torchvision import datasets
 
     known = {c.lower(): getattr(datasets, c) for c in datasets.__all__ if inspect.isclass(getattr(datasets, c))}
-    cls = known.get(name.replace("_", ""))
+    cls: Any = known.get(name.replace("_", ""))
     if cls is None and name not in TIMM_TORCH:
         raise ConfigError("name", f"torch/{name}", f"must be one of torch/{', torch/'.join(sorted(known))}")
     if split not in TRAIN + EVAL and (name in TIMM_TORCH or "split" not in inspect.signature(cls).parameters):
@@ -257,9 +260,3 @@ def _one_too_deep(root: str | None) -> str:
     parts = ("cifar-10-batches-py", "cifar-100-python", "raw", "FashionMNIST", "MNIST", "caltech101", "caltech256")
     name = Path(root or "").resolve().name
     return f"; data.root must be the folder that holds {name}, not {name} itself" if name in parts else ""
-
-
-def first_line(error: BaseException | None) -> str:
-    """The first line of an error's message."""
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

@@ -1,1 +1,1 @@
-"""Load batches, and go on in the middle of an epoch."""
+"""Load batches, and resume in the middle of an epoch."""

@@ -1,11 +1,12 @@
-"""What all our LightningDataModules share: loaders over sets, and their place in the data inside every checkpoint."""
+"""The base of all data modules: loaders over sets, and the place in the data inside every checkpoint."""
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning as L
 
+from lowrank_pretrain.core.checks import whole
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.protocols import CountsClasses
 from lowrank_pretrain.data.images.arrays import GRAY
@@ -13,8 +14,9 @@ from lowrank_pretrain.data.loaders.epoch import BatchSet, EpochBatches, EpochLoa
 from lowrank_pretrain.data.loaders.stream import PassLoader, StreamLoader
 from lowrank_pretrain.data.text.tokenizer import special_tokens
 
-MOST_WORKERS = 1024  # a slip of the finger must not start a million processes
+MOST_WORKERS = 1024  # a typing error must not start a million processes
 Loader = EpochLoader | StreamLoader | PassLoader
+SomeLoader = TypeVar("SomeLoader", bound=Loader)
 
 
 def evaluation_recipe(
@@ -26,7 +28,7 @@ def evaluation_recipe(
     crop_pct: float = 1.0,
     crop_mode: str = "squash",
 ) -> dict[str, Any]:
-    """Return what evaluation does with an image, as ``timm.data.create_transform`` takes it.
+    """Describe how evaluation prepares an image, in the arguments of ``timm.data.create_transform``.
 
     Args:
         img_size: side of the images handed to the model, pixels.
@@ -50,35 +52,36 @@ def for_channels(values: Sequence[float], in_chans: int) -> tuple[float, ...]:
 
 
 def public_name(path_or_name: str) -> str:
-    """Return what a set is called among people: a folder's own name, without the path that leads there on this machine."""
+    """Return the name of a set for people: a folder's own name, without its path on this machine."""
     path = Path(path_or_name)
     return path.resolve().name if path.is_absolute() or path.exists() else path_or_name
 
 
 class PretrainData(CountsClasses, L.LightningDataModule):
-    """Base of the data modules: a subclass's ``setup`` sets ``train_set``, ``val_set`` and ``test_set``.
+    """Hold loaders and their place in the data. A subclass's ``setup`` sets ``train_set``, ``val_set`` and ``test_set``.
 
-    The place in the data is saved by this module, not only by Lightning's fit loop: the loop restores its loader only
-    if nothing has asked for it before, and ``trainer.estimated_stepping_batches`` (every schedule needs it) does ask.
+    The place in the data is saved by this module, not only by Lightning's fit loop. The loop restores its loader only if
+    nothing has asked for it before, but ``trainer.estimated_stepping_batches``, which every schedule needs, does ask.
 
     Args:
         batch_size: samples per batch and process.
         num_workers: processes that load; 0 loads in the training process.
-        seed: of order and augmentation; None: the one given to ``seed_everything``.
+        seed: of order and augmentation. None: the one given to ``seed_everything``.
 
     Raises:
         ConfigError: ``batch_size`` below 1, or ``num_workers`` below 0 or absurd.
     """
 
-    train_set: BatchSet | None = None
-    val_set: BatchSet | None = None
-    test_set: BatchSet | None = None
+    # each a BatchSet, or the stream of a subclass that makes its loaders itself
+    train_set: Any = None
+    val_set: Any = None
+    test_set: Any = None
 
-    # What an export tells of the data; known after ``setup``, None where the data has no such thing.
+    # What an export says about the data; known after ``setup``, None where the data has no such thing.
     dataset_name: str = "data"  # for people: never a path of this machine
     class_names: list[str] | None = None  # in the order of the labels
     preprocessing: dict[str, Any] | None = None  # of evaluation, with timm's keys, see :func:`evaluation_recipe`
-    tokenizer: Any | None = None  # of the library `tokenizers`, cutting and filling up nothing
+    tokenizer: Any | None = None  # of the library `tokenizers`, without truncation and padding
     tokenizer_file: Path | None = None  # a tokenizer.json
     tokenizer_folder: Path | None = None  # where the tokenizer's other files lie, tokenizer_config.json and the like
     end_id: int | None = None  # after each document
@@ -87,22 +90,20 @@ class PretrainData(CountsClasses, L.LightningDataModule):
 
     def __init__(self, batch_size: int, num_workers: int = 0, seed: int | None = None) -> None:
         super().__init__()
-        if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
-            raise ConfigError("batch_size", batch_size, "must be a whole number, 1 or more")
-        if not isinstance(num_workers, int) or isinstance(num_workers, bool) or not 0 <= num_workers <= MOST_WORKERS:
-            raise ConfigError("num_workers", num_workers, f"must be a whole number of processes, 0 to {MOST_WORKERS}")
-        self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
+        self.batch_size = whole("batch_size", batch_size, 1)
+        self.num_workers = whole("num_workers", num_workers, 0, "processes", most=MOST_WORKERS)
+        self.seed = seed
         self._train_loader: EpochLoader | StreamLoader | None = None
         self._loaders: list[Loader] = []  # open ones; none left: the training loader's fit is over
         self._resume: dict[str, Any] | None = None
 
     @property
     def ranks(self) -> tuple[int, int]:
-        """This process and the number of processes."""
+        """The number of this process, and the number of processes."""
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
     def remember_tokenizer(self, name: str, tokenizer: Any, end: int) -> None:
-        """Keep what an export tells of the tokenizer ``name``."""
+        """Keep what an export says about the tokenizer ``name``."""
         found = special_tokens(name, tokenizer)
         self.tokenizer, self.end_id, self.bos_id, self.pad_id = tokenizer, end, found.bos, found.pad
         self.tokenizer_file, self.tokenizer_folder = found.file, found.folder
@@ -112,20 +113,21 @@ class PretrainData(CountsClasses, L.LightningDataModule):
         return getattr(self, "num_classes", None)
 
     def train_dataloader(self) -> EpochLoader | StreamLoader:
-        """The training loader; goes on where the checkpoint, or an earlier loader of the same fit, was."""
+        """Return the training loader. It continues where the checkpoint, or an earlier loader of the same fit, stopped."""
         loader = self._make_train_loader()
-        state = self._resume or (self._train_loader.state_dict() if self._train_loader in self._loaders else None)
+        earlier = self._train_loader if self._train_loader in self._loaders else None
+        state = self._resume or (earlier.state_dict() if earlier is not None else None)
         if state:
             loader.load_state_dict(state)
         self._train_loader, self._resume = loader, None
         return self._remember(loader)
 
     def val_dataloader(self) -> Loader:
-        """The validation loader, in its natural order."""
+        """Return the validation loader, in its natural order."""
         return self._remember(self._make_loader(self.val_set, shuffle=False))
 
     def test_dataloader(self) -> Loader:
-        """The test loader, in its natural order."""
+        """Return the test loader, in its natural order."""
         return self._remember(self._make_loader(self.test_set, shuffle=False))
 
     def teardown(self, stage: str | None = None) -> None:
@@ -135,26 +137,26 @@ class PretrainData(CountsClasses, L.LightningDataModule):
         self._loaders = []
 
     def on_exception(self, exception: BaseException) -> None:
-        """The same after an error or an interrupt, when Lightning does not call ``teardown``."""
+        """End them after an error or an interrupt as well, when Lightning does not call ``teardown``."""
         self.teardown()
 
     def state_dict(self) -> dict[str, Any]:
-        """The place in the training data, {} before there is one."""
+        """Return the place in the training data, {} before there is one."""
         return {"train": self._train_loader.state_dict()} if self._train_loader else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from ``state``: at once if a loader is waiting to start, else when it is made."""
-        if self._train_loader in self._loaders:
+        """Continue from ``state``: at once if a loader is waiting to start, else when it is made."""
+        if self._train_loader is not None and self._train_loader in self._loaders:
             self._train_loader.load_state_dict(state["train"])
         else:
             self._resume = state["train"]
 
-    def _remember(self, loader: Loader) -> Loader:
+    def _remember(self, loader: SomeLoader) -> SomeLoader:
         self._loaders.append(loader)
         return loader
 
     def _make_train_loader(self) -> EpochLoader | StreamLoader:
-        overfit = self.trainer is not None and self.trainer.overfit_batches > 0
+        overfit = getattr(self.trainer, "overfit_batches", 0) > 0
         return self._make_loader(self.train_set, shuffle=not overfit)
 
     def _make_loader(self, dataset: BatchSet | None, shuffle: bool) -> EpochLoader:

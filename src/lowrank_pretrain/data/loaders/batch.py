@@ -1,4 +1,4 @@
-"""How batches come out of worker processes: what a dataset hands over, bad inputs on the way, starting and ending workers."""
+"""Take batches out of worker processes: what a dataset hands over, unreadable inputs, and the start and end of workers."""
 
 import warnings
 from typing import Any, NamedTuple
@@ -6,9 +6,11 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import DataLoader
 
+from lowrank_pretrain.core.lightning_private import shut_down
+
 
 class Fetched(NamedTuple):
-    """What a dataset hands over, from whatever process: a batch, and what went wrong on the way."""
+    """Hold what a dataset hands over, from any process: a batch, and what went wrong on the way."""
 
     batch: Any
     bad: list[str]  # one line per input that could not be read and was replaced or left out
@@ -20,7 +22,7 @@ REMEMBERED = 100_000  # lines kept, to know one again in the next epoch
 
 
 class BadInputs:
-    """Counts the inputs that could not be read and warns once of each, by name; of many only the first, then their number.
+    """Count the inputs that could not be read and warn once of each by name; of many, name the first and give their number.
 
     Args:
         instead: what became of such an input.
@@ -31,7 +33,7 @@ class BadInputs:
         self.instead = instead
 
     def add(self, lines: list[str]) -> None:
-        """Warn of what is new among ``lines``."""
+        """Warn of the lines that are new."""
         for line in lines:
             if line in self.seen or len(self.seen) >= REMEMBERED:
                 continue
@@ -42,7 +44,7 @@ class BadInputs:
                 warnings.warn(f"unreadable input number {count}, {self.instead}: {line}{more}", stacklevel=1)
 
     def unwrap(self, fetched: Fetched) -> Any:
-        """The batch; warns of new bad inputs and raises the error that a worker carried over."""
+        """Return the batch, warn of new bad inputs, and raise the error that a worker carried over."""
         self.add(fetched.bad)
         if fetched.error is not None:
             raise fetched.error
@@ -50,7 +52,7 @@ class BadInputs:
 
 
 def torch_loader(cls: type[DataLoader], dataset: Any, num_workers: int, **kwargs: Any) -> DataLoader:
-    """A loader of whole batches."""
+    """Create a loader of whole batches."""
     # batch_size=None: the dataset makes whole batches. The generator is ours because a loader without one draws its
     # workers' base seed from the global generator at every iteration, validation included
     with warnings.catch_warnings():
@@ -69,10 +71,8 @@ def torch_loader(cls: type[DataLoader], dataset: Any, num_workers: int, **kwargs
 
 def end_workers(loader: DataLoader) -> None:
     """End the worker processes now."""
-    # Not left to the garbage collector: when it comes while another loader forks, each worker takes 5 seconds to end
-    iterator, loader._iterator = loader._iterator, None
-    if hasattr(iterator, "_shutdown_workers"):
-        iterator._shutdown_workers()
+    # not left to the garbage collector: when it comes while another loader forks, each worker takes 5 seconds to end
+    shut_down(loader)
 
 
 def _identity(item: Any) -> Any:

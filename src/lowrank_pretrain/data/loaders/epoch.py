@@ -1,6 +1,6 @@
-"""Loaders that go on in the middle of an epoch, with the batches an uninterrupted run would have seen, bit for bit.
+"""Load batches and resume in the middle of an epoch, with the batches of an uninterrupted run, bit for bit.
 
-What a batch holds is a pure function of (run seed, epoch, indices): order, augmentation and mixing draw from generators
+The content of a batch is a pure function of (run seed, epoch, indices): order, augmentation and mixing draw from generators
 seeded by those, never from torch's global one. So the whole state of a map-style loader is two numbers, (epoch, batches),
 and it may resume with another number of workers. A stream keeps its readers' positions instead (``loaders.stream``).
 
@@ -20,19 +20,19 @@ from lowrank_pretrain.data.loaders.batch import BadInputs, Fetched, end_workers,
 
 
 class BatchSet(Protocol):
-    """A map-style dataset that is asked for whole batches."""
+    """Describe a map-style dataset that is asked for whole batches."""
 
     def __len__(self) -> int:
-        """Number of samples."""
+        """Return the number of samples."""
         ...
 
     def fetch(self, epoch: int, indices: list[int]) -> Fetched:
-        """The batch of the samples ``indices`` in ``epoch``."""
+        """Return the batch of the samples ``indices`` in ``epoch``."""
         ...
 
 
 class EpochBatches(Sampler):
-    """Yields ``(epoch, indices)`` for one rank, in an order that depends on seed and epoch alone.
+    """Yield ``(epoch, indices)`` for one rank, in an order that depends on seed and epoch alone.
 
     Every rank takes every N-th sample of the global order, so batch b of all ranks together is the same slice of it for
     any number of ranks with the same product of ranks and batch size.
@@ -59,7 +59,7 @@ class EpochBatches(Sampler):
 
     @property
     def sampler(self) -> "EpochBatches":
-        """Itself: the name under which Lightning looks for :meth:`set_epoch`."""
+        """The sampler itself: Lightning looks for :meth:`set_epoch` under this name."""
         return self
 
     def set_epoch(self, epoch: int) -> None:
@@ -81,7 +81,7 @@ class EpochBatches(Sampler):
 
 
 class EpochLoader:
-    """Batches of a map-style set; ``state_dict`` is the position in the epoch.
+    """Yield batches of a map-style set; ``state_dict`` is the position in the epoch.
 
     Args:
         dataset: fetches whole batches.
@@ -105,8 +105,9 @@ class EpochLoader:
         batches, resume = self.batch_sampler, self._resume
         self._resume = None
         # A position belongs to its epoch: saved at the end of one, it says nothing about the next
-        start = resume["batches"] if resume and resume["epoch"] == batches.epoch else 0
-        if start:
+        start = 0
+        if resume and resume["epoch"] == batches.epoch and resume["batches"]:
+            start = resume["batches"]
             self._check_same_order(resume)
         batches.start = start
         self._position = (batches.epoch, start)
@@ -115,14 +116,14 @@ class EpochLoader:
             yield self._bad.unwrap(fetched)
 
     def state_dict(self) -> dict[str, int]:
-        """Epoch, batches handed out in it, and what the order depends on."""
+        """Return the epoch, the batches handed out in it, and what their order depends on."""
         epoch, done = self._position
         batches = self.batch_sampler
         here = {"epoch": epoch, "batches": done, "size": batches.size, "samples": batches.batch_size * batches.world_size}
         return self._resume or here
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on from ``state`` at the next iteration, if that is still in the same epoch.
+        """Continue from ``state`` at the next iteration, if that is still in the same epoch.
 
         That iteration raises a ConfigError if the position is inside an epoch of another set or of other global batches.
         """
@@ -144,7 +145,7 @@ class EpochLoader:
 
 
 class _ByKey(torch.utils.data.Dataset):
-    """Indexed by what the sampler yields, so that one index is one batch."""
+    """Take what the sampler yields as an index, so that one index is one batch."""
 
     def __init__(self, dataset: BatchSet) -> None:
         self.dataset = dataset

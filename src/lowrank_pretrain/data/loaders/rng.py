@@ -1,4 +1,4 @@
-"""Borrow the global generators: libraries' augmentations draw from them, we must neither depend on nor disturb them."""
+"""Borrow the global random generators: libraries' augmentations draw from them, and we must leave them as they were."""
 
 import random
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from lowrank_pretrain.core.seeds import generator
 
 @contextmanager
 def borrowed() -> Iterator[None]:
-    """Python's, numpy's and torch's CPU generators are on the way out as they were on the way in."""
+    """Restore Python's, numpy's and torch's CPU generators at the end of the block."""
     states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
     try:
         yield

@@ -1,4 +1,4 @@
-"""Loaders of streams: an endless one for training, whose readers' positions are its state, and one pass for validation."""
+"""Load streams: an endless one for training, whose readers' positions are its state, and one pass for validation."""
 
 import copy
 from collections.abc import Iterator
@@ -13,14 +13,14 @@ from lowrank_pretrain.data.loaders.batch import BadInputs, Fetched, end_workers,
 
 
 class StreamLoader:
-    """Batches of an endless stream, an epoch being so many of them; the stream runs on from epoch to epoch.
+    """Yield batches of an endless stream. An epoch is a number of batches; the stream continues from epoch to epoch.
 
     The readers' positions are kept by torchdata's StatefulDataLoader, one state for each worker of each rank.
 
     Args:
         dataset: an endless iterable of :class:`Fetched`, with ``state_dict`` and ``load_state_dict``.
-        batches_per_epoch: how many make an epoch. A loader with a length: without one Lightning fetches a batch ahead,
-            and a checkpoint would skip it.
+        batches_per_epoch: how many make an epoch. So the loader has a length: without one Lightning fetches a batch
+            ahead, and a checkpoint would skip it.
         num_workers: processes that read; 0 reads in this one.
         rank: this process.
         world_size: number of processes.
@@ -32,8 +32,8 @@ class StreamLoader:
         self.num_workers, self.rank, self.world_size = num_workers, rank, world_size
         self.batches_per_epoch = batches_per_epoch
         self.epoch = 0
-        # a copy: without workers it is this object that moves on, and another loader begins at the beginning
-        self._loader = torch_loader(StatefulDataLoader, copy.copy(dataset), num_workers)
+        # a copy: without workers this object itself moves on, and another loader must begin at the beginning
+        self._loader: Any = torch_loader(StatefulDataLoader, copy.copy(dataset), num_workers)
         self._running: Iterator[Fetched] | None = None  # from the first batch to `close`
         self._last: dict[str, Any] | None = None  # the readers' state at `close`
         self._position = (0, 0)
@@ -42,7 +42,7 @@ class StreamLoader:
 
     @property
     def sampler(self) -> "StreamLoader":
-        """Itself: the name under which Lightning looks for :meth:`set_epoch`."""
+        """The loader itself: Lightning looks for :meth:`set_epoch` under this name."""
         return self
 
     def set_epoch(self, epoch: int) -> None:
@@ -64,7 +64,7 @@ class StreamLoader:
             yield self._bad.unwrap(fetched)
 
     def state_dict(self) -> dict[str, Any]:
-        """Position in the epoch and every rank's readers. All ranks must call it together."""
+        """Return the position in the epoch and every rank's readers. All ranks must call it together."""
         epoch, done = self._resume or self._position
         readers: list[Any] = [self._last or self._loader.state_dict()]
         if self.world_size > 1:
@@ -74,7 +74,7 @@ class StreamLoader:
         return here | {"block": getattr(self._loader.dataset, "block", None)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from ``state`` at the next iteration.
+        """Continue from ``state`` at the next iteration.
 
         Raises:
             ConfigError: the stream was split differently, among other workers or processes.
@@ -98,14 +98,14 @@ class StreamLoader:
         self._resume = (state["epoch"], state["batches"])
 
     def close(self) -> None:
-        """End the worker processes; ``state_dict`` goes on telling where they were."""
+        """End the worker processes; ``state_dict`` still returns their last positions."""
         if self._running is not None:
             self._running, self._last = None, self._loader.state_dict()
         end_workers(self._loader)
 
 
 class PassLoader:
-    """Batches of one pass over a stream, for validation; its length is not known.
+    """Yield batches of one pass over a stream, for validation; its length is not known.
 
     Args:
         dataset: an iterable of :class:`Fetched` that ends.

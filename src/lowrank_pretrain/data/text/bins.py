@@ -1,4 +1,4 @@
-r"""Token files: ``.bin``, a 64-byte header and then nothing but token ids, so that a memmap is the whole loader.
+r"""Write and open token files, ``.bin``: a 64-byte header and then only token ids, so that a memmap is the whole loader.
 
 ======  ======  =====================================================
 offset  type    meaning
@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.files import whole_file
 
 MAGIC = b"LRPTOKEN"
 VERSION = 1
@@ -41,25 +42,19 @@ def write_bin(path: str | Path, parts: Iterable[np.ndarray | list[int]], vocab_s
     Raises:
         ConfigError: an id is negative or not below ``vocab_size``.
     """
-    path = Path(path)
     dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
-    temporary = path.with_name(path.name + ".part")
     count = 0
-    try:
-        with open(temporary, "wb") as file:
-            file.write(bytes(HEADER.size))
-            for part in parts:
-                ids = np.asarray(part, dtype=np.int64)
-                if ids.size and (ids.min() < 0 or ids.max() >= vocab_size):
-                    wrong = int(ids[(ids < 0) | (ids >= vocab_size)][0])
-                    raise ConfigError("vocab_size", vocab_size, f"must be above every token id, found {wrong}")
-                file.write(ids.astype(dtype).tobytes())
-                count += ids.size
-            file.seek(0)
-            file.write(HEADER.pack(MAGIC, VERSION, dtype.itemsize, vocab_size, 0, count))
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(path, "wb") as file:
+        file.write(bytes(HEADER.size))
+        for part in parts:
+            ids = np.asarray(part, dtype=np.int64)
+            if ids.size and (ids.min() < 0 or ids.max() >= vocab_size):
+                wrong = int(ids[(ids < 0) | (ids >= vocab_size)][0])
+                raise ConfigError("vocab_size", vocab_size, f"must be above every token id, found {wrong}")
+            file.write(ids.astype(dtype).tobytes())
+            count += ids.size
+        file.seek(0)
+        file.write(HEADER.pack(MAGIC, VERSION, dtype.itemsize, vocab_size, 0, count))
     return count
 
 
@@ -100,7 +95,11 @@ def open_bin(path: str | Path, vocab_size: int | None = None, key: str = "root")
 
 
 def check_ids(ids: np.ndarray, vocab_size: int, path: str | Path) -> None:
-    """Raise a ConfigError that names the file if an id in ``ids`` is not below ``vocab_size``."""
+    """Refuse token ids that are not below ``vocab_size``, with the name of their file.
+
+    Raises:
+        ConfigError: an id is too large.
+    """
     largest = int(ids.max())
     if largest >= vocab_size:
         raise ConfigError("vocab_size", vocab_size, f"must be above every token id, {path} holds {largest}")

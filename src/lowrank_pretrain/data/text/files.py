@@ -1,7 +1,7 @@
-"""Local text files row by row or block by block: what is in a file at a place, with the place that follows.
+"""Read local text files row by row or block by block, each with the place that follows it.
 
 Memory holds one row, or one block of a text file; a row's text is handed on in pieces. A place is plain numbers, so that a
-checkpoint can keep it, and reading goes on there exactly.
+checkpoint can keep it and reading continues exactly there.
 """
 
 import bz2
@@ -11,8 +11,9 @@ import io
 import json
 import lzma
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, cast
 
 from lowrank_pretrain.core.errors import ConfigError
 
@@ -21,21 +22,21 @@ KINDS = {
     ".csv": "csv", ".tsv": "csv",
 }  # fmt: skip
 PACKED = (".gz", ".zst", ".bz2", ".xz")
-BLOCK = 1 << 16  # bytes of a text file, or letters of a row, that are tokenised at a time
+BLOCK = 1 << 16  # bytes of a text file, or characters of a row, that are tokenised at a time
 BOM = b"\xef\xbb\xbf"
 DELIMITERS = ",;\t|"
 
 
 class BadRow(Exception):
-    """A row without text in the column asked for; the message says what it holds."""
+    """Report a row without text in the column asked for; the message says what it holds."""
 
 
 class Row(NamedTuple):
-    """One row of a file.
+    """Describe one row of a file.
 
     Attributes:
         number: counted from 1, for messages.
-        size: about its length, the same for every reader of the file.
+        size: its approximate length, the same for every reader of the file.
         text: read it; raises BadRow.
         after: where the next row begins.
     """
@@ -65,11 +66,11 @@ def open_bytes(path: Path) -> BinaryIO:
     """
     packing = path.suffix.lower()
     if packing == ".gz":
-        return gzip.open(path)
+        return cast(BinaryIO, gzip.open(path))
     if packing == ".bz2":
-        return bz2.open(path)
+        return cast(BinaryIO, bz2.open(path))
     if packing == ".xz":
-        return lzma.open(path)
+        return cast(BinaryIO, lzma.open(path))
     if packing == ".zst":
         try:
             import zstandard
@@ -80,7 +81,7 @@ def open_bytes(path: Path) -> BinaryIO:
 
 
 def is_packed(path: Path) -> bool:
-    """Return whether the file's own bytes are others than those of its text."""
+    """Return whether the file is compressed, so that its bytes are not those of its text."""
     return path.suffix.lower() in PACKED
 
 
@@ -88,9 +89,9 @@ def is_packed(path: Path) -> bool:
 
 
 class Blocks:
-    """A text file as blocks of about ``block`` bytes, cut at ends of lines, else before a space, else between letters.
+    """Cut a text file into blocks of about ``block`` bytes, at ends of lines, else before a space, else between letters.
 
-    Where block k begins depends on the file and on k alone, so readers share a file by numbers of blocks.
+    The beginning of block k depends on the file and on k alone, so readers share a file by numbers of blocks.
 
     Args:
         path: the file.
@@ -216,16 +217,17 @@ def _json_lines(path: Path, text_key: str, place: Any) -> Iterator[Row]:
             if not line.strip():
                 continue
             number += 1
-            yield Row(number, len(line), lambda line=line: text_of(_parsed(line), text_key), (at, number))
+            yield Row(number, len(line), partial(_text_of_line, line, text_key), (at, number))
 
 
-def _parsed(line: bytes) -> Any:
+def _text_of_line(line: bytes, text_key: str) -> str:
     try:
-        return json.loads(line)
+        row = json.loads(line)
     except UnicodeDecodeError as error:
         raise BadRow("is not UTF-8") from error
     except (ValueError, RecursionError) as error:
         raise BadRow(f"is no JSON ({str(error)[:60]})") from error
+    return text_of(row, text_key)
 
 
 def _is_array(path: Path) -> bool:
@@ -261,7 +263,7 @@ def _json_array(path: Path, text_key: str, place: Any) -> Iterator[Row]:
                 return
             number, size, at = number + 1, end - at, end
             if number > done:
-                yield Row(number, size, lambda row=row: text_of(row, text_key), number)
+                yield Row(number, size, partial(text_of, row, text_key), number)
 
 
 def _csv(path: Path, text_key: str, key: str, place: Any) -> Iterator[Row]:
@@ -290,7 +292,7 @@ def _csv(path: Path, text_key: str, key: str, place: Any) -> Iterator[Row]:
             if not cells:
                 continue
             number += 1
-            yield Row(number, size, lambda cells=cells: _cell(cells, column, text_key), (at, number))
+            yield Row(number, size, partial(_cell, cells, column, text_key), (at, number))
 
 
 def _header(path: Path, line: bytes, text_key: str) -> tuple[str, list[str]]:
@@ -337,7 +339,7 @@ def _parquet(path: Path, text_key: str, place: Any) -> Iterator[Row]:
                     if i > done:
                         size = len(value) if isinstance(value, str) else 0
                         row = {text_key: value}
-                        yield Row(before + i, size, lambda row=row: text_of(row, text_key), (g, i))
+                        yield Row(before + i, size, partial(text_of, row, text_key), (g, i))
             before, done = before + i, 0
 
 

@@ -1,30 +1,31 @@
-"""Text from the hub or from local files, tokenised and packed while training runs.
+"""Stream text from the hub or from local files, tokenised and packed while training runs.
 
 For text that is read more than once, ``python -m lowrank_pretrain.data.prepare`` and ``data=tokens`` cost less.
 """
 
 import numpy as np
 
+from lowrank_pretrain.core.checks import whole
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.data.loaders.base import PretrainData, public_name
 from lowrank_pretrain.data.loaders.batch import BadInputs
 from lowrank_pretrain.data.loaders.stream import StreamLoader
-from lowrank_pretrain.data.text.documents import open_documents, read_error
+from lowrank_pretrain.data.text.opening import open_documents, read_error
 from lowrank_pretrain.data.text.packing import Packer, TextStream
 from lowrank_pretrain.data.text.tokenizer import DocumentEncoder, load_tokenizer, vocabulary
 from lowrank_pretrain.data.text.tokens import TokenSet
 
-MOST_TOKENS = 1 << 24  # of a sequence: a slip of the finger must not ask for all memory
+MOST_TOKENS = 1 << 24  # of a sequence: a typing error must not ask for all memory
 
 
 class TextData(PretrainData):
-    """Streams ``{"input_ids": (batch_size, seq_len)}``; an epoch is ``batches_per_epoch`` batches and the stream runs on.
+    """Stream ``{"input_ids": (batch_size, seq_len)}``. An epoch is ``batches_per_epoch`` batches; the stream continues.
 
     Args:
         root: folder of local files, or one that `datasets` saved with ``save_to_disk``; not used with ``dataset``.
         train_files: glob(s) under ``root``: ``.jsonl``, ``.json``, ``.csv``, ``.parquet``, ``.txt`` or ``.md``, packed
             (``.gz``, ``.bz2``, ``.xz``, ``.zst``) or not. A text file is one document, in the others each row is one.
-        val_files: likewise.
+        val_files: the same for validation.
         dataset: a set on the hub instead, e.g. ``allenai/c4``, or a saved folder.
         config: its configuration, e.g. ``en``.
         train_split: its training split.
@@ -67,15 +68,10 @@ class TextData(PretrainData):
         seed: int | None = None,
     ) -> None:
         super().__init__(batch_size, num_workers, seed)
-        if not isinstance(seq_len, int) or not 2 <= seq_len <= MOST_TOKENS:
-            raise ConfigError("seq_len", seq_len, f"must be a whole number, 2 to {MOST_TOKENS:,}")
-        for key, value in (
-            ("batches_per_epoch", batches_per_epoch),
-            ("val_sequences", val_sequences),
-            ("shuffle_block", shuffle_block),
-        ):
-            if not isinstance(value, int) or value < 1:
-                raise ConfigError(key, value, "must be a whole number, 1 or more")
+        whole("seq_len", seq_len, 2, most=MOST_TOKENS, allowed=f"must be a whole number, 2 to {MOST_TOKENS:,}")
+        whole("batches_per_epoch", batches_per_epoch, 1, "batches")
+        whole("val_sequences", val_sequences, 1, "sequences")
+        whole("shuffle_block", shuffle_block, 1, "sequences")
         self.train_source = (root, train_files, "train_files", dataset, config, train_split, "train_split")
         self.val_source = (root, val_files, "val_files", dataset, config, val_split, "val_split")
         self.text_key, self.tokenizer_name, self.end_token = text_key, tokenizer, end_token

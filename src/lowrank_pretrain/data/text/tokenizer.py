@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.text import first_line
 from lowrank_pretrain.data import SAMPLES
-from lowrank_pretrain.data.images.sources import first_line
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

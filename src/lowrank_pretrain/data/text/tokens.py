@@ -1,10 +1,11 @@
-"""Token files as language-modelling batches. Shapes: B batch, T tokens (``seq_len``)."""
+"""Load token files as language-modelling batches. Shapes: B batch, T tokens (``seq_len``)."""
 
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from lowrank_pretrain.core.checks import whole
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.seeds import generator
 from lowrank_pretrain.data import SAMPLES
@@ -15,7 +16,7 @@ from lowrank_pretrain.data.text.tokenizer import load_tokenizer
 
 
 class TokenSet:
-    """Consecutive pieces of T tokens; the text is a ring, so pieces can begin anywhere.
+    """Cut tokens into consecutive pieces of T; the text is a ring, so pieces can begin anywhere.
 
     Args:
         tokens: ids, (count,), any unsigned type; a memmap is read only where it is asked for.
@@ -38,8 +39,7 @@ class TokenSet:
         jitter: bool = False,
         seed: int | None = None,
     ) -> None:
-        if not isinstance(seq_len, int) or not 2 <= seq_len <= len(tokens):
-            raise ConfigError("seq_len", seq_len, f"must be from 2 to {len(tokens)}, the tokens in {path}")
+        whole("seq_len", seq_len, 2, most=len(tokens), allowed=f"must be from 2 to {len(tokens)}, the tokens in {path}")
         self.tokens, self.seq_len, self.vocab_size, self.path = tokens, seq_len, vocab_size, path
         self.jitter, self.seed = jitter, seed
 
@@ -47,7 +47,7 @@ class TokenSet:
         return len(self.tokens) // self.seq_len
 
     def fetch(self, epoch: int, indices: list[int]) -> Fetched:
-        """``{"input_ids": (B, T) int64}``."""
+        """Return the batch ``{"input_ids": (B, T) int64}``."""
         start = np.asarray(indices) * self.seq_len
         if self.jitter:
             draw = torch.randint(len(self.tokens), (), generator=generator("jitter", epoch, seed=self.seed))
@@ -58,7 +58,7 @@ class TokenSet:
 
 
 class TokenData(PretrainData):
-    """Language-modelling batches from token files (:mod:`lowrank_pretrain.data.text.bins`).
+    """Load language-modelling batches from token files (:mod:`lowrank_pretrain.data.text.bins`).
 
     Args:
         root: folder with ``train.bin`` and ``val.bin``, or ``kjv`` for the embedded King James text.

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowrank_pretrain.checkpoints.format import FORMAT, check_format
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.lte.heads import record
 from lowrank_pretrain.lte.heads.head_set import HeadSet, prev_of
@@ -23,7 +24,6 @@ from lowrank_pretrain.lte.heads.layer import draw_A
 from lowrank_pretrain.lte.heads.record import Record
 from lowrank_pretrain.lte.merge import Exchange
 
-FORMAT = 1
 KEY = "lte_state"
 
 
@@ -85,8 +85,7 @@ def check(state: Mapping[str, Any], heads: HeadSet) -> None:
     Raises:
         ConfigError: another mode, reset, alpha, rank or other targets; or a newer format.
     """
-    if state["format"] > FORMAT:
-        raise ConfigError("ckpt_path", f"format {state['format']}", f"this version reads up to {FORMAT}: update the package")
+    check_format(state, "lte_state")
     if state.get("update", "lora") != "lora":
         raise ConfigError("update", "lora", f"the checkpoint was trained with {state['update']}")
     for key in ("mode", "reset", "alpha"):

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the run ends at the next optimizer step, with a checkpoint that it can go on from."""
+"""End a run at the next optimizer step after Ctrl-C or SIGTERM, with a checkpoint that it can go on from."""
 
 import os
 import signal
@@ -11,11 +11,13 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
+from lowrank_pretrain.core.lightning_private import log_interval
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(Exception):
-    """The run was told to stop.
+    """Say that the run was told to stop.
 
     Args:
         name: the signal's, ``"SIGINT"`` or ``"SIGTERM"``.
@@ -28,12 +30,12 @@ class Interrupted(Exception):
 
     @property
     def exit_code(self) -> int:
-        """128 + the signal's number, as shells have it."""
+        """Return 128 + the signal's number, as shells do."""
         return 128 + signal.Signals[self.name].value
 
 
 class Interrupts(Callback):
-    """Turns the first signal during training steps into a wish; elsewhere, a signal ends the run at once.
+    """Turn the first signal during training steps into a wish; elsewhere, a signal ends the run at once.
 
     A context manager around the whole run, and a callback that knows when the steps begin and end: Lightning would
     answer SIGTERM with an exception in the middle of an accumulated step, so its handler is replaced in between.
@@ -75,10 +77,10 @@ class Interrupts(Callback):
         print(f"\n{name}: stopping after this step; once more to stop at once", file=sys.stderr, flush=True)
 
     def agreed(self, trainer: Trainer) -> str | None:
-        """The signal that this process or, every few steps, any process of the run has received."""
+        """Return the signal that this process, or any process when all are asked every few steps, has received."""
         if trainer.world_size == 1:
             return self._wish
-        if trainer.global_step % max(1, trainer.log_every_n_steps) and not trainer.is_last_batch:
+        if trainer.global_step % max(1, log_interval(trainer)) and not trainer.is_last_batch:
             return None  # asking all processes costs a sync
         if trainer.strategy.reduce_boolean_decision(self._wish is not None, all=False):
             return self._wish or "SIGTERM"

@@ -1,0 +1,306 @@
+"""Read the private names of Lightning and torch: every one that this package needs, and no other file reads any.
+
+Each function says why no public name does, and with which versions it was tried. When a new version has moved a name,
+``tests/test_lightning_private.py`` names it, and the repair is here. Two kinds of names are not collected here: the dicts
+``_parameters``, ``_modules`` and ``_buffers`` of ``nn.Module``, on which much code outside torch stands; and private
+members that a subclass of ours overrides or reads on itself (``loggers/csv.py``, ``loggers/wandb.py``), which the test
+covers too.
+"""
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import timedelta
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.fabric.loggers.logger import _DummyExperiment
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.overrides.distributed import _sync_module_states
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode  # in torch's documents, under this name only
+from torch.utils._pytree import tree_leaves as tree_leaves  # torch's own walk through nested arguments: torch 2.14.1
+from torch.utils._pytree import tree_map as tree_map
+from torch.utils.data import DataLoader
+
+# -- Lightning ------------------------------------------------------------------------------------------------------
+
+LOGGED_STEPS = "_batches_that_stepped"
+"""The key of the step that loggers write, in the state of ``fit_loop.epoch_loop``. Tried with Lightning 2.6.6."""
+
+
+class NoExperiment(_DummyExperiment):
+    """Stand in for a logger's experiment: any attribute is a function that does nothing. Tried with Lightning 2.6.6."""
+
+
+def accumulates(trainer: pl.Trainer) -> bool:
+    """Return whether the running batch is not the last of its optimizer step.
+
+    ``accumulate_grad_batches`` alone does not tell: the last batch of an epoch always ends a step. Tried with Lightning 2.6.6.
+    """
+    return trainer.fit_loop.epoch_loop._should_accumulate()
+
+
+def averaged_model(callback: pl.Callback) -> nn.Module | None:
+    """Return the averaged model that ``WeightAveraging`` or ``StochasticWeightAveraging`` keeps; None before the fit.
+
+    Both hand the average over only at the end of the fit. Tried with Lightning 2.6.6.
+    """
+    if not isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
+        return None
+    model: Any = callback._average_model
+    return model.module if isinstance(callback, WeightAveraging) and model is not None else model
+
+
+def set_averaged_model(callback: pl.Callback, model: nn.Module) -> None:
+    """Let another module be the average that the callback keeps. Tried with Lightning 2.6.6."""
+    owner: Any = callback
+    if isinstance(callback, WeightAveraging):
+        owner._average_model.module = model
+    else:
+        owner._average_model = model
+
+
+def comm_state(strategy: Any) -> Any:
+    """Return the state that ``DDPStrategy(ddp_comm_state=…)`` was given, or None. Tried with Lightning 2.6.6."""
+    return getattr(strategy, "_ddp_comm_state", None)
+
+
+def spawns_processes(trainer: pl.Trainer) -> bool:
+    """Return whether training runs in processes that ``fit`` spawns or forks. Tried with Lightning 2.6.6."""
+    return isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
+
+
+def reruns_command(trainer: pl.Trainer) -> bool:
+    """Return whether the strategy starts its processes by running ``sys.argv`` again. Tried with Lightning 2.6.6."""
+    return isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher)
+
+
+def send_module(module: nn.Module) -> None:
+    """Send rank 0's parameters and buffers to all ranks, as DDP does when it wraps a module. Tried with Lightning 2.6.6."""
+    _sync_module_states(module)
+
+
+def pruned_layers(callback: ModelPruning) -> list[nn.Module]:
+    """Return the layers of which ``ModelPruning`` will prune a parameter. Tried with Lightning 2.6.6."""
+    return [layer for layer, _ in callback._parameters_to_prune or ()]
+
+
+def set_sampler_injection(trainer: pl.Trainer, inject: bool) -> bool:
+    """Set whether Lightning lays a ``DistributedSampler`` under loaders; returns what it was.
+
+    The Trainer takes ``use_distributed_sampler`` only when it is made. Tried with Lightning 2.6.6.
+    """
+    connector = trainer._accelerator_connector
+    before, connector.use_distributed_sampler = connector.use_distributed_sampler, inject
+    return before
+
+
+def wrapped_sampler(sampler: Any) -> Any:
+    """Return the user's sampler in Lightning's ``DistributedSamplerWrapper``, or None. Tried with Lightning 2.6.6."""
+    return getattr(sampler.dataset, "_sampler", None)
+
+
+def trainer_of(module: Any) -> pl.Trainer | None:
+    """Return the Trainer that a LightningModule is attached to; None where the public property would raise.
+
+    Tried with Lightning 2.6.6.
+    """
+    return getattr(module, "_trainer", None)
+
+
+def is_compiled_whole(module: Any) -> bool:
+    """Return whether Lightning trains a LightningModule that ``torch.compile`` was called on. Tried with Lightning 2.6.6."""
+    return getattr(module, "_compiler_ctx", None) is not None
+
+
+def has_begun(logger: Any) -> bool:
+    """Return whether a logger has made its experiment; the public property would make it. Tried with Lightning 2.6.6."""
+    return getattr(logger, "_experiment", None) is not None
+
+
+# -- Lightning: public attributes of the Trainer that its connectors set, where a type checker does not see them -------
+
+
+def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:
+    """Return ``trainer.callbacks``. Tried with Lightning 2.6.6."""
+    callbacks: list[pl.Callback] = _untyped(trainer).callbacks
+    return callbacks
+
+
+def log_interval(trainer: pl.Trainer) -> int:
+    """Return ``trainer.log_every_n_steps``. Tried with Lightning 2.6.6."""
+    steps: int = _untyped(trainer).log_every_n_steps
+    return steps
+
+
+def datamodule_of(trainer: pl.Trainer) -> pl.LightningDataModule | None:
+    """Return ``trainer.datamodule``. Tried with Lightning 2.6.6."""
+    return _untyped(trainer).datamodule
+
+
+def profiler_of(trainer: pl.Trainer) -> Any:
+    """Return ``trainer.profiler``. Tried with Lightning 2.6.6."""
+    return _untyped(trainer).profiler
+
+
+def process_rank() -> int:
+    """Return ``rank_zero_only.rank``: this process's number in the run. Tried with Lightning 2.6.6."""
+    return getattr(rank_zero_only, "rank", 0)
+
+
+def is_trial(trainer: pl.Trainer) -> bool:
+    """Return whether ``trainer.fast_dev_run`` is on. Tried with Lightning 2.6.6."""
+    return bool(_untyped(trainer).fast_dev_run)
+
+
+def _untyped(value: Any) -> Any:
+    return value
+
+
+# -- torch: modules, loaders, optimizers ----------------------------------------------------------------------------
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Return whether a module is compiled, by ``module.compile()`` or ``torch.compile``. Tried with torch 2.14.1."""
+    if getattr(module, "_compiled_call_impl", None) is not None:
+        return True
+    dynamo = sys.modules.get("torch._dynamo")  # where nothing was compiled nobody has imported it
+    return dynamo is not None and isinstance(module, dynamo.OptimizedModule)
+
+
+def unsaved_buffers(module: nn.Module) -> set[str]:
+    """Return the names of a module's own buffers that ``state_dict`` leaves out. Tried with torch 2.14.1."""
+    return module._non_persistent_buffers_set
+
+
+def state_dict_hooks(module: nn.Module) -> dict[Any, Callable]:
+    """Return a module's hooks on ``state_dict``, to find ours again in a copy of it. Tried with torch 2.14.1."""
+    return module._state_dict_hooks
+
+
+def shut_down(loader: DataLoader) -> None:
+    """End a loader's worker processes now.
+
+    Left to the garbage collector, it may come while another loader forks, and each worker then takes 5 seconds to end.
+    Tried with torch 2.14.1 and torchdata's StatefulDataLoader.
+    """
+    workers: Any = loader
+    iterator, workers._iterator = workers._iterator, None
+    if hasattr(iterator, "_shutdown_workers"):
+        iterator._shutdown_workers()
+
+
+def inner_schedulers(scheduler: Any) -> Sequence[Any]:
+    """Return the schedulers of which ``SequentialLR`` or ``ChainedScheduler`` is made. Tried with torch 2.14.1."""
+    return getattr(scheduler, "_schedulers", ())
+
+
+def before_loading(optimizer: Optimizer) -> Iterable[Callable]:
+    """Return the hooks that come before ``load_state_dict`` of an optimizer that writes its own. Tried with torch 2.14.1."""
+    return optimizer._optimizer_load_state_dict_pre_hooks.values()
+
+
+def after_loading(optimizer: Optimizer) -> Iterable[Callable]:
+    """Return the hooks that come after ``load_state_dict`` of an optimizer that writes its own. Tried with torch 2.14.1."""
+    return optimizer._optimizer_load_state_dict_post_hooks.values()
+
+
+def found_infinities(scaler: Any, optimizer: Optimizer) -> Iterator[Tensor]:
+    """Yield a gradient scaler's notes, one a device, of whether it met an infinite gradient. Tried with torch 2.14.1."""
+    yield from scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"].values()
+
+
+def tensor_norms(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
+    """Return the 2-norm of each tensor; on CUDA by one kernel for all. Tried with torch 2.14.1."""
+    return list(torch._foreach_norm(list(tensors), 2, dtype=dtype))
+
+
+def fused_adamw(*args: Any, **kwargs: Any) -> None:
+    """Call the kernel of ``torch.optim.AdamW(fused=True)``, without what is around it there. Tried with torch 2.14.1."""
+    torch._fused_adamw_(*args, **kwargs)
+
+
+def keep_out_of_graphs(function: Callable) -> Callable:
+    """Let ``torch.compile`` not look into a function, as torch's optimizers do. The public name would import dynamo with it.
+
+    Tried with torch 2.14.1.
+    """
+    return torch._disable_dynamo(function)
+
+
+# -- torch: processes -----------------------------------------------------------------------------------------------
+
+
+def comm_hooks(wrapper: Any) -> list[tuple[Callable, Any]]:
+    """Return DDP's communication hooks as (hook, state); a wrapper of another kind has none. Tried with torch 2.14.1."""
+    return list(getattr(wrapper, "_comm_hooks", ()))
+
+
+def left_out_by_ddp(module: Any) -> set[str]:
+    """Return the parameters and buffers, by name, that DDP was told to leave out. Tried with torch 2.14.1."""
+    return set(getattr(module, "_ddp_params_and_buffers_to_ignore", ()))
+
+
+def leave_out_of_ddp(module: Any, names: Iterable[str]) -> None:
+    """Let DDP leave parameters and buffers out, once it wraps the module. Tried with torch 2.14.1."""
+    module._ddp_params_and_buffers_to_ignore = sorted(names)
+
+
+def rebuild_buckets(wrapper: DistributedDataParallel) -> None:
+    """Lay DDP's buckets out in the order in which gradients came, as its next forward pass would. Tried with torch 2.14.1."""
+    wrapper.reducer._rebuild_buckets()
+
+
+def set_timeout(limit: timedelta) -> None:
+    """Bound how long collectives on the default group may take. Tried with torch 2.14.1."""
+    getattr(dist, "set_timeout", dist.distributed_c10d._set_pg_timeout)(limit)
+
+
+# -- torch: what may be read from a file, where a thread is -----------------------------------------------------------
+
+
+def loadable_names() -> dict[str, Any]:
+    """Return what ``torch.load(weights_only=True)`` may make, by full name. Tried with torch 2.14.1."""
+    from torch._weights_only_unpickler import _get_allowed_globals, _get_user_allowed_globals
+
+    return {**_get_allowed_globals(), **_get_user_allowed_globals()}
+
+
+# -- torch: inside of an autograd function ----------------------------------------------------------------------------
+
+
+def transforms_active() -> bool:
+    """Return whether ``torch.func`` transforms (vmap, grad, jvp) are at work. Tried with torch 2.14.1."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def forward_mode_active() -> bool:
+    """Return whether forward-mode derivatives are taken. Tried with torch 2.14.1."""
+    return torch.autograd.forward_ad._current_level >= 0
+
+
+def is_traced() -> bool:
+    """Return whether ``torch.jit.trace`` records the forward pass. Tried with torch 2.14.1."""
+    return torch._C._is_tracing()
+
+
+def is_legacy_batched(tensor: Tensor) -> bool:
+    """Return whether ``autograd.grad(is_grads_batched=True)`` has made a tensor. Tried with torch 2.14.1."""
+    return torch._C._functorch.is_legacy_batchedtensor(tensor)
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Return whether a tensor has a shape but no values, as ``torch.export`` passes. Tried with torch 2.14.1."""
+    return isinstance(tensor, FakeTensor)
+
+
+def is_view(tensor: Tensor) -> bool:
+    """Return whether a tensor is a view of another one. Tried with torch 2.14.1."""
+    return tensor._is_view()

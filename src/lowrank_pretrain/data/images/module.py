@@ -1,0 +1,45 @@
+"""The base of the data modules of images: the arguments and checks that all of them share."""
+
+from lowrank_pretrain.data.images.arrays import check_shape
+from lowrank_pretrain.data.images.mixing import Mixing, MixingOptions
+from lowrank_pretrain.data.loaders.base import PretrainData
+
+
+class ImageModule(PretrainData):
+    """Hold what all data modules of images share: shape, classes and mixing.
+
+    These arguments mean the same in every subclass.
+
+    Args:
+        batch_size: images per batch and process.
+        num_workers: loading processes.
+        num_classes: K, at least the number of classes in the set; None: as many as the set has.
+        img_size: side of the images that are handed out, pixels.
+        in_chans: 1 or 3; gray images are repeated, and coloured ones turned to gray.
+        mixing: ``mixup``, ``cutmix``, ``mix_prob``, ``switch_prob`` and ``smoothing``, see
+            :class:`~lowrank_pretrain.data.images.mixing.Mixing`. Of training only.
+        seed: of order, augmentation and mixing; None: the run's.
+
+    Raises:
+        ConfigError: a wrong value.
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        num_workers: int,
+        num_classes: int | None,
+        img_size: int,
+        in_chans: int,
+        mixing: MixingOptions,
+        seed: int | None,
+    ) -> None:
+        super().__init__(batch_size, num_workers, seed)
+        check_shape(img_size, in_chans, 1 if num_classes is None else num_classes)
+        self.num_classes, self.img_size, self.in_chans = num_classes, img_size, in_chans
+        self._mixing_options = mixing
+        self.mixing(num_classes or 1).check_batch_size(batch_size)
+
+    def mixing(self, num_classes: int) -> Mixing:
+        """Return what mixes the images of a batch and their labels."""
+        return Mixing(num_classes, *self._mixing_options, self.seed)
