@@ -155,8 +155,8 @@ def text(out: Path, config: dict[str, Any] | None, summary: dict[str, Any] | Non
         words = f"Seed {config.get('seed')}{f', {known}' if known else ''}. The whole configuration"
         parts.append(f"{words}, local paths by their last name:\n\n```yaml\n{whole}```\n")
     parts.append(
-        "## Limits\n\nTrained for research on training methods. This card knows neither the licence of the data nor what "
-        "is missing in them: check both before you use the weights for anything else.\n"
+        "## Limits\n\nTrained for research on training methods. This card knows neither the licence of the data nor what is "
+        "missing in them: check both before you use the weights for anything else.\n"
     )
     return "\n".join(parts)
 

@@ -77,7 +77,7 @@ NOT_OF_THE_NETWORK += ("_name_or_path", "auto_map", "quantization_config")
 
 
 class CausalLM(TriesOut, LightningModule):
-    """A transformers causal language model, trained from scratch on packed token blocks.
+    """Train a transformers causal language model on packed blocks of tokens.
 
     The network is ``self.model``. ``self.optim`` (:class:`Optim`) may be replaced any time before ``fit``.
 

@@ -44,7 +44,7 @@ _NOT_ARCHITECTURE = ("num_classes", "pretrained", "pretrained_cfg_overlay")
 
 
 class VisionClassifier(TriesOut, LightningModule):
-    """A timm network, trained with cross entropy.
+    """Train a timm network with cross entropy.
 
     The network is ``self.model``. ``self.optim`` (:class:`Optim`) may be replaced any time before ``fit``.
 

@@ -271,7 +271,7 @@ def labels(runs: list[Run], without: str = "hydra.") -> list[str]:
     values: dict[str, set[str]] = {}
     for override in {override for some in own for override in some}:
         values.setdefault(override.partition("=")[0], set()).add(override)
-    # keys with several values tell runs apart; a key that some runs merely lack, only where the others do not
+    # keys with several values distinguish runs; a key that some runs merely lack is used only where the others do not suffice
     differ = [", ".join(short_override(o) for o in some if len(values[o.partition("=")[0]]) > 1) for some in own]
     brief = [", ".join(map(short_override, some)) for some in own]
     if max(map(len, brief), default=0) > MODEST_LABEL and all(differ) and len(set(differ)) == len(runs):

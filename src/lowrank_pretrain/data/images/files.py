@@ -1,4 +1,4 @@
-"""PIL images as batches, from a map-style set or a stream; each image is augmented from a seed of its own.
+"""Make batches of PIL images, from a map-style set or a stream; each image is augmented from a seed of its own.
 
 Shapes: B batch, C channels, S side in pixels, K classes.
 """
@@ -20,19 +20,19 @@ from lowrank_pretrain.data.images.sources import take_dropped
 from lowrank_pretrain.data.loaders.batch import Fetched
 from lowrank_pretrain.data.loaders.rng import borrowed, reseed
 
-# what PIL raises for a file that is no image, is cut off, or would fill the memory
+# what PIL raises for a file that is not an image, is truncated, or would fill the memory
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 MAX_REPLACEMENTS = 1000  # images in a row that may be unreadable
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
-    """Return the picture as people see it: its first frame, turned as EXIF says, with 8 bits for each of three colours.
+    """Return a picture as people see it: its first frame, rotated as EXIF says, with 8 bits for each of three colours.
 
-    Pillow's own ``convert("RGB")`` cuts pixels of 16 or 32 bits off at 255 and turns most of such a picture white.
+    Pillow's own ``convert("RGB")`` clips pixels of 16 or 32 bits at 255, which makes most of such a picture white.
     """
     try:
         turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
-    except UNREADABLE:  # damaged remarks next to a picture that may be whole
+    except UNREADABLE:  # damaged metadata of a picture that may be whole
         turned = False
     image = ImageOps.exif_transpose(image) if turned else image
     if image.mode.startswith(("I", "F")):
@@ -44,7 +44,7 @@ def upright_rgb(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """A gray picture of 16 or 32 bits, or of floating point, scaled to 8 bits."""
+    """Scale a gray picture of 16 or 32 bits, or of floating point, to 8 bits."""
     pixels = np.asarray(image).astype(np.float64)
     if not np.isfinite(pixels).all():
         raise ValueError("pixels that are NaN or infinite")
@@ -56,7 +56,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 class Picture:
-    """One image to one tensor: random when training, drawn from a seed of its own.
+    """Turn an image into a tensor: at random when training, from a seed of its own.
 
     Args:
         transform: timm's, PIL image -> (3, S, S) float.
@@ -74,7 +74,7 @@ class Picture:
         self.training, self.seed = training, seed
 
     def __call__(self, image: Image.Image, label: Any, *words: object) -> tuple[torch.Tensor, int]:
-        """(in_chans, S, S) and the label; only inside :func:`~lowrank_pretrain.data.loaders.rng.borrowed`."""
+        """Return the image (in_chans, S, S) and its label; only inside :func:`~lowrank_pretrain.data.loaders.rng.borrowed`."""
         if isinstance(label, (list, tuple, dict)) or getattr(label, "ndim", False):
             allowed = f"gives an image several labels or other data ({type(label).__name__}), which is not supported"
             raise ConfigError("name", self.name, f"{allowed}: take a set of one class an image")
@@ -87,18 +87,18 @@ class Picture:
         return self.transform(upright_rgb(image)), int(label)
 
     def batch(self, pictures: list[tuple[torch.Tensor, int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, in_chans, S, S) float32 and (B,) int64."""
+        """Return images (B, in_chans, S, S) float32 and labels (B,) int64."""
         x = torch.stack([x for x, _ in pictures])
         return with_channels(x, self.in_chans), torch.tensor([y for _, y in pictures])
 
 
 class MapImages:
-    """A map-style set of PIL images; an unreadable one is named and the next readable one takes its place.
+    """Fetch batches of a map-style set of PIL images; the next readable image replaces an unreadable one, which is named.
 
     Args:
         base: ``load(i)`` gives a file or a PIL image, and the class; ``filename(i)`` its name.
-        picture: what becomes of an image.
-        mixing: mixup and the like, for training only.
+        picture: turns an image into a tensor.
+        mixing: mixup, CutMix or label smoothing, for training only.
     """
 
     def __init__(self, base: Any, picture: Picture, mixing: Mixing | None = None) -> None:
@@ -109,7 +109,7 @@ class MapImages:
         return len(self.base)
 
     def fetch(self, epoch: int, indices: list[int]) -> Fetched:
-        """Images (B, in_chans, S, S) float32 and labels: (B,) int64, or (B, K) float when mixing."""
+        """Return images (B, in_chans, S, S) float32 and labels: (B,) int64, or (B, K) float when mixing."""
         bad: list[str] = []
         with borrowed():
             pictures = [self.picture(*self._load(i, bad), epoch, i) for i in indices]
@@ -139,9 +139,9 @@ class MapImages:
 
 
 class StreamImages(IterableDataset):
-    """A stream of PIL images as batches; endless for training, one pass for validation.
+    """Stream batches of PIL images; endless for training, one pass for validation.
 
-    Resuming reads the current pass again up to its place, without transforming: streams of files cannot jump.
+    Resuming reads the current pass again up to its place, without transforming the images: streams of files cannot seek.
 
     Args:
         name: of the set, for errors.
@@ -150,7 +150,7 @@ class StreamImages(IterableDataset):
         picture: what becomes of an image.
         batch_size: B.
         rank: this process, part of the seed of its images.
-        mixing: mixup and the like.
+        mixing: mixup, CutMix or label smoothing.
         endless: begin another pass at the end, and drop a batch that is not full.
     """
 
@@ -171,7 +171,7 @@ class StreamImages(IterableDataset):
         self._place = {"pass": 0, "images": 0}
 
     def state_dict(self) -> dict[str, int]:
-        """The pass and the images used of it."""
+        """Return the pass, and the images used of it."""
         return dict(self._place)
 
     def load_state_dict(self, state: dict[str, int]) -> None:

@@ -1,4 +1,4 @@
-"""Pictures in folders by class, or in a .tar or .zip of such folders: which files they are, and how they are split.
+"""Find pictures in folders by class, or in a .tar or .zip of such folders, and split them.
 
 A class is the first folder below the split, as torchvision has it; classes are in natural order, so that ``10`` follows ``9``.
 """
@@ -25,11 +25,11 @@ EVAL = ("val", "valid", "validation", "eval", "evaluation", "test", "testing")
 VALIDATION, TESTS = EVAL[:5], EVAL[5:]
 ARCHIVES = (".tar", ".zip")
 STUBS = ("MPEG", "HDF5", "WMF", "GRIB", "BUFR", "EPS")  # Pillow knows them, but opens them only with other programs' help
-SYSTEM = ("thumbs.db", "desktop.ini", "__macosx")  # what Windows and macOS leave in any folder
+SYSTEM = ("thumbs.db", "desktop.ini", "__macosx")  # files that Windows and macOS leave in any folder
 
 
 class Member(NamedTuple):
-    """One picture: its path below the root, its class, and where an archive holds it."""
+    """Hold one picture: its path below the root, its class, and its place in an archive."""
 
     path: str
     label: int
@@ -37,7 +37,7 @@ class Member(NamedTuple):
 
 
 class Folder:
-    """A part of the pictures below a root, with ``load(i)``, ``filename(i)`` and ``classes``.
+    """Read a part of the pictures below a root, with ``load(i)``, ``filename(i)`` and ``classes``.
 
     Args:
         root: a folder or an archive.
@@ -81,7 +81,7 @@ class Folder:
 
 
 class Split(NamedTuple):
-    """The parts of a folder, and what there is to say about them."""
+    """Hold the parts of a folder, and remarks about them for the user."""
 
     parts: dict[str, Folder]  # by configuration key
     remarks: list[str]
@@ -101,7 +101,7 @@ def split_folder(root: str | None, splits: Mapping[str, str | None], fraction: f
         root: a folder or an archive: ``<split>/<class>/<picture>``, or ``<class>/<picture>`` without splits.
         splits: names of the parts by configuration key: ``train_split``, ``val_split`` and perhaps ``test_split``.
         fraction: share of each class that is held out for validation where there is no part for it.
-        seed: which ones.
+        seed: chooses them.
 
     Raises:
         ConfigError: no pictures, no classes, a part that is named but not there.
@@ -119,7 +119,7 @@ def split_folder(root: str | None, splits: Mapping[str, str | None], fraction: f
 
 
 class Found(NamedTuple):
-    """What lies below a root."""
+    """Hold what was found below a root."""
 
     root: Path
     pictures: list[tuple[tuple[str, ...], str, tuple[int, int] | None]]  # folders and name, whole path, place
@@ -129,7 +129,7 @@ class Found(NamedTuple):
 
 
 def find_pictures(path: Path) -> Found:
-    """List a folder or an archive; hidden files and those of the system are not looked at.
+    """List a folder or an archive, without hidden files and those of the operating system.
 
     Raises:
         ConfigError: the archive cannot be read.
@@ -228,7 +228,7 @@ def hold_out(whole: Folder, fraction: float, seed: int) -> tuple[Folder, Folder,
 
 
 def held_out(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """Choose samples for validation: the same share of each class, at least one where there are two or more; (N,) bool."""
+    """Choose samples for validation: the same share of each class, at least one where a class has two or more; (N,) bool."""
     chosen = np.zeros(len(labels), bool)
     for label in np.unique(labels):
         places = np.flatnonzero(labels == label)

@@ -1,4 +1,4 @@
-"""The idx format of MNIST and its successors: a magic number, the sizes, then raw bytes; plain or gzipped."""
+"""Read the idx format of MNIST and its successors: a magic number, the sizes, then raw bytes; plain or gzipped."""
 
 import gzip
 import zlib
@@ -19,7 +19,7 @@ def read_idx(path: str | Path) -> np.ndarray:
         uint8 array; (N, H, W) for images, (N,) for labels.
 
     Raises:
-        ConfigError: the file is no idx file of bytes, or shorter than its header says.
+        ConfigError: the file is not an idx file of bytes, or its length differs from its header.
     """
     path = Path(path)
     try:

@@ -1,6 +1,6 @@
-"""Opening image sets by name: timm's ``create_dataset`` plus the torchvision sets it leaves out; errors in one line.
+"""Open image sets by name: with timm's ``create_dataset``, and the torchvision sets that it leaves out; errors in one line.
 
-Here is also where a split is checked: ``create_dataset`` silently falls back to the whole folder, or to the test split.
+Splits are checked here as well: ``create_dataset`` silently falls back to the whole folder, or to the test split.
 """
 
 import inspect
@@ -21,7 +21,7 @@ HOLD_OUT = 10  # every 10th image of a torchvision set without splits is for val
 
 
 class HubImages:
-    """A set of the hub, on this machine as a whole: timm's reader.
+    """Read a set of the hub that is on this machine as a whole, through timm's reader.
 
     Args:
         base: timm's set.
@@ -48,7 +48,7 @@ class HubImages:
 
 
 class TorchvisionImages:
-    """A set of torchvision's.
+    """Read a set of torchvision's.
 
     Args:
         base: the set.
@@ -74,7 +74,7 @@ class TorchvisionImages:
 
 
 class Part:
-    """Some pictures of another set.
+    """Read some pictures of another set.
 
     Args:
         whole: the set.
@@ -172,7 +172,7 @@ def take_dropped() -> list[str]:
 
 
 def _name_what_webdataset_drops() -> None:
-    """Let timm's reader tell us which samples it leaves out: its own words name neither shard nor sample."""
+    """Make timm's reader report which samples it leaves out: its own message names neither shard nor sample."""
     from timm.data.readers import reader_wds as reader
 
     reader_wds: Any = reader  # two of its functions are replaced, and a name is added
@@ -256,7 +256,7 @@ def _other_torchvision(cls: type, root: str | None, split: str, split_key: str, 
 
 
 def _one_too_deep(root: str | None) -> str:
-    """Words on the parent, where the folder of the set itself was given in its place."""
+    """Return a hint to the parent folder, where the folder of the set itself was given instead."""
     parts = ("cifar-10-batches-py", "cifar-100-python", "raw", "FashionMNIST", "MNIST", "caltech101", "caltech256")
     name = Path(root or "").resolve().name
     return f"; data.root must be the folder that holds {name}, not {name} itself" if name in parts else ""

@@ -34,7 +34,7 @@ def evaluation_recipe(
         img_size: side of the images handed to the model, pixels.
         in_chans: 1 or 3.
         mean: of the pixel values in [0, 1], for one channel or three.
-        std: likewise.
+        std: their standard deviation.
         interpolation: how images are resized.
         crop_pct: the share of the resized image's side that is kept.
         crop_mode: ``squash`` resizes to a square, ``center`` keeps the aspect ratio and cuts the middle out.

@@ -1,4 +1,4 @@
-"""Documents piece by piece, from local files, from a saved set or from the hub; a place in them; shares for many readers.
+"""Read documents piece by piece, from local files, a saved set or the hub, from any place and shared among readers.
 
 A piece is a whole document, or a part of a long one, so that memory holds no more than that. Errors are one line.
 """
@@ -28,13 +28,13 @@ HOPELESS = 1000  # rows without text at the beginning: then it is the wrong colu
 
 
 class Piece(NamedTuple):
-    """A part of a document.
+    """Hold a part of a document.
 
     Attributes:
         text: not empty.
-        begins: it is the document's first, or the text before it is another reader's.
-        ends: it is the document's last, or the text after it is another reader's.
-        after: where reading goes on.
+        begins: it is the document's first piece, or the text before it is another reader's.
+        ends: it is the document's last piece, or the text after it is another reader's.
+        after: where reading continues.
     """
 
     text: str
@@ -44,10 +44,10 @@ class Piece(NamedTuple):
 
 
 class Documents(Protocol):
-    """What texts are read from."""
+    """Describe a source of texts."""
 
     files: list[Path]  # local ones, to find the one to blame
-    bad: list[str]  # rows that were left out and are not yet told
+    bad: list[str]  # rows that were left out and are not reported yet
 
     def share(self, reader: int, readers: int) -> "Documents | None":
         """Return one reader's share; None: there is too little to divide."""
@@ -59,7 +59,7 @@ class Documents(Protocol):
 
 
 class _Rows:
-    """What sets of rows have in common: a long row in parts, rows for one reader of several, rows without text."""
+    """Read sets of rows: cut long rows into parts, choose the rows of one reader, leave out rows without text."""
 
     def __init__(self, key: str, text_key: str) -> None:
         self.key, self.text_key = key, text_key
@@ -70,7 +70,7 @@ class _Rows:
         self._good, self._left_out, self._first = 0, 0, ""
 
     def _pieces(self, row: Row, unit: int, skip: int, shift: int, where: str, places: tuple[dict, dict]) -> Iterator[Piece]:
-        """Cut this reader's parts from a row; ``places`` are before and after it."""
+        """Cut this reader's parts from a row; ``places`` are those before and after it."""
         parts = max(1, -(-row.size // BLOCK))
         mine = [(unit + j + shift) % self.readers == self.reader for j in range(parts)]
         if not any(mine):
@@ -92,7 +92,7 @@ class _Rows:
     def _leave_out(self, line: str) -> None:
         self._left_out += 1
         self._first = self._first or line
-        if len(self.bad) < HOPELESS:  # what is told of more is their number
+        if len(self.bad) < HOPELESS:  # of more, only the number is reported
             self.bad.append(line)
         if not self._good and self._left_out >= HOPELESS:
             raise self._hopeless()
@@ -112,10 +112,10 @@ class _Rows:
 
 
 class FileDocuments(_Rows):
-    """Local files of one kind. A text file is one document, in any other each row is one.
+    """Read local files of one kind. A text file is one document; in all others each row is one.
 
-    Readers share a text file by blocks that follow one another. Other files are dealt out whole where that is fair, else row by
-    row.
+    Readers share a text file by consecutive blocks. Other files are dealt out whole where the shares are about equal, else row
+    by row.
 
     Args:
         files: the files.
@@ -195,11 +195,11 @@ class FileDocuments(_Rows):
 
 
 class SavedDocuments(_Rows):
-    """A set that `datasets` saved with ``save_to_disk``.
+    """Read a set that `datasets` saved with ``save_to_disk``.
 
     Args:
         rows: the set.
-        folder: where it lies.
+        folder: the set's folder.
         key: the configuration key that named it.
         text_key: the column with the text.
     """
@@ -238,7 +238,7 @@ class SavedDocuments(_Rows):
 
 
 class HubDocuments(_Rows):
-    """A set on the hub, in streaming mode.
+    """Read a set on the hub, in streaming mode.
 
     Args:
         stream: the set.
@@ -252,7 +252,7 @@ class HubDocuments(_Rows):
         self.files: list[Path] = []
 
     def share(self, reader: int, readers: int) -> "HubDocuments":
-        """Return one reader's share: files of its own where there are enough of them, else every so-many-th document."""
+        """Return one reader's share: files of its own where there are enough of them, else one document in so many."""
         part = copy.copy(self)
         part.bad = []
         if self.stream.num_shards >= readers:
@@ -269,7 +269,7 @@ class HubDocuments(_Rows):
         self._begin_pass()
         self.stream.load_state_dict(place["documents"])
         before, skip = place["documents"], place.get("part", 0)
-        # through `iter`, which leaves the sharding among workers to us
+        # `iter` leaves the sharding among workers to us
         for number, batch in enumerate(self.stream.iter(batch_size=1), 1):
             after = self.stream.state_dict()
             content = {key: values[0] for key, values in batch.items()}
@@ -281,7 +281,12 @@ class HubDocuments(_Rows):
 
 
 def in_parts(text: str, count: int) -> list[str]:
-    """Cut the text into ``count`` parts of about the same length, cut at ends of lines, else before spaces, else anywhere."""
+    """Cut a text into parts of about the same length, at ends of lines, else before spaces, else anywhere.
+
+    Example:
+        >>> in_parts("one two three four", 2)
+        ['one two t', 'hree four']
+    """
     cuts = [0]
     for i in range(1, count):
         at = len(text) * i // count
@@ -292,7 +297,7 @@ def in_parts(text: str, count: int) -> list[str]:
 
 
 def _deal(sizes: list[int], readers: int) -> list[set[int]] | None:
-    """Deal numbers of files to each reader, the largest first to whoever has least; None where that is not fair."""
+    """Deal numbers of files to the readers, the largest first to the one that has least; None where shares differ too much."""
     if len(sizes) < readers:
         return None
     hands: list[set[int]] = [set() for _ in range(readers)]

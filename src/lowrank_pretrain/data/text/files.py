@@ -158,7 +158,7 @@ class Blocks:
 
 
 def not_utf8(path: Path, key: str, error: UnicodeDecodeError, begin: int) -> ConfigError:
-    """Return the error that names file and byte."""
+    """Return the error that names the file and the byte."""
     wrong = f"byte 0x{error.object[error.start]:02x} near position {begin + error.start}"
     return ConfigError(key, str(path), f"must be UTF-8 text, {wrong} is not; convert it with iconv")
 
@@ -344,7 +344,7 @@ def _parquet(path: Path, text_key: str, place: Any) -> Iterator[Row]:
 
 
 def _skip(file: BinaryIO, size: int) -> None:
-    """Read forwards over ``size`` bytes."""
+    """Skip ``size`` bytes forwards."""
     if size and isinstance(file, io.BufferedReader) and isinstance(file.raw, io.FileIO):
         file.seek(size, io.SEEK_CUR)
         return

@@ -106,7 +106,7 @@ def find_files(root: str | None, patterns: str | list[str], key: str) -> list[Pa
         raise ConfigError(key, patterns, f"must be globs for files below {root}, such as train*")
     found = {path for pattern in patterns for path in Path(root).glob(pattern)}
     found |= {path for folder in found if folder.is_dir() for path in folder.rglob("*")}
-    # what begins with a dot is what an operating system or an editor leaves
+    # names with a dot at the beginning are left by an operating system or an editor
     files = sorted(path for path in found if path.is_file() and not path.name.startswith("."))
     if not files:
         there = sorted(path.name for path in Path(root).iterdir() if not path.name.startswith("."))
@@ -122,9 +122,17 @@ def find_files(root: str | None, patterns: str | list[str], key: str) -> list[Pa
 
 
 def check_utf8(path: Path, key: str, limit: int | None = None) -> None:
-    """Raise a ConfigError that names file and byte if the file is empty or not UTF-8, as far as it is looked at.
+    """Refuse a file that is empty or not UTF-8.
 
-    Rows of JSON are not looked at here: a bad one is left out and counted.
+    Rows of JSON are not checked here: a bad one is left out and counted.
+
+    Args:
+        path: the file.
+        key: the configuration key to blame.
+        limit: check about so many bytes from the beginning; None: all.
+
+    Raises:
+        ConfigError: names file and byte.
     """
     if path.stat().st_size == 0:
         raise ConfigError(key, str(path), "must not be empty")
@@ -142,14 +150,14 @@ def check_utf8(path: Path, key: str, limit: int | None = None) -> None:
         raise not_utf8(path, key, error, position) from error
     except ConfigError:
         raise
-    except Exception as error:  # gzip, bz2, lzma and zstandard have their own; an I/O error is of one kind
+    except Exception as error:  # gzip, bz2, lzma and zstandard have errors of their own
         if is_packed(path) or isinstance(error, (OSError, EOFError, zlib.error)):
             raise ConfigError(key, str(path), f"cannot be unpacked: {first_line(error)}") from error
         raise
 
 
 def read_error(error: Exception, key: str, paths: list[Path]) -> ConfigError:
-    """Return what to say when reading broke off: the local file to blame if one can be found."""
+    """Return the error for a reading that broke off; it names the local file to blame, if one can be found."""
     if isinstance(error, ConfigError):
         return error
     for path in paths:

@@ -1,9 +1,9 @@
-"""Documents -> tokens -> sequences of equal length, shuffled in blocks, resumable at any batch.
+"""Pack documents into sequences of equal length, shuffled in blocks, resumable at any batch.
 
-A shuffle buffer's content cannot be saved cheaply, so we shuffle in blocks: read ``block`` sequences, hand them out in a
-random order, read the next block. The state is where the block began, and how much of it is done; resuming reads that
-one block again. Between two blocks at most the end of one piece of text is left over: older tokens always went into the
-first sequence that it helped to fill.
+The content of a shuffle buffer cannot be saved cheaply, so we shuffle in blocks: read ``block`` sequences, hand them out in a
+random order, read the next block. The state is the place where the block began and how much of it is done; resuming reads
+that one block again. Between two blocks at most the end of one piece of text is left over, because older tokens always go into
+the first sequence that the piece helps to fill.
 
 Shapes: B batch, T tokens (``seq_len``).
 """
@@ -24,15 +24,15 @@ from lowrank_pretrain.data.text.tokenizer import DocumentEncoder
 
 
 class Packer:
-    """An endless run of sequences over documents, with a state at each block's beginning.
+    """Cut documents into an endless series of sequences, with a state at the beginning of each block.
 
     Args:
         documents: this reader's share, or all of them where readers divide the sequences.
         encode: text -> ids.
         seq_len: T.
-        state: of an earlier packer, to go on from.
-        reader: which of the sequences: those whose number leaves this remainder,
-        readers: divided by this.
+        state: of an earlier packer, to continue from.
+        reader: take the sequences whose number, divided by `readers`, leaves this remainder.
+        readers: how many readers divide the sequences.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Packer:
             raise ConfigError("ckpt_path", "a checkpoint", allowed)
         self._open(state["before"] if state else None)
         self._before = self._at
-        self._pass_tokens: int | None = 0  # since the pass began; None: not known, because we came in on the way
+        self._pass_tokens: int | None = 0  # since the pass began; None: not known, because reading began inside it
         self._left: list[int] = []  # tokens not yet used, at a block's beginning the end of one piece
         self._made = state["made"] if state else 0  # sequences of all readers so far
         if state and state["tail"] is not None:
@@ -60,11 +60,11 @@ class Packer:
             self._pass_tokens = None
 
     def state(self, fresh: bool = False) -> dict[str, Any]:
-        """Where the next sequence begins: so many tokens from the end of the piece after ``before``."""
+        """Return where the next sequence begins: so many tokens from the end of the piece after ``before``."""
         return {"before": self._before, "tail": None if fresh else len(self._left), "made": self._made}
 
     def rows(self, count: int, endless: bool = True) -> np.ndarray:
-        """The next ``count`` sequences, (count, T) uint32; fewer if not endless and the text is at its end.
+        """Return the next ``count`` sequences, (count, T) uint32; fewer if not endless and the text is at its end.
 
         Raises:
             ConfigError: endless, and a whole pass over the documents holds less than T tokens.
@@ -88,12 +88,12 @@ class Packer:
             self._pass_tokens = 0
 
     def take_bad(self) -> list[str]:
-        """Lines on the rows that were left out since the last call."""
+        """Return a line for each row that was left out since the last call."""
         taken, self.documents.bad = self.documents.bad, []
         return taken
 
     def _cut(self, rows: np.ndarray) -> int:
-        """Cut sequences off what is left and write this reader's into ``rows``; returns how many."""
+        """Cut sequences from the tokens that are left, write this reader's into ``rows``, and return how many."""
         whole = len(self._left) // self.seq_len
         first = (self.reader - self._made) % self.readers  # of the next sequences, the first that is ours
         ours = min(len(rows), len(range(first, whole, self.readers)))
@@ -118,10 +118,10 @@ class Packer:
 
 
 class TextStream(IterableDataset):
-    """An endless stream of batches ``{"input_ids": (B, T) int64}``.
+    """Stream batches ``{"input_ids": (B, T) int64}`` without end.
 
     Args:
-        documents: all; divided here among ranks and workers.
+        documents: all of them; divided here among ranks and workers.
         files_key: the configuration key that held their files.
         encode: text -> ids.
         seq_len: T.
@@ -151,7 +151,7 @@ class TextStream(IterableDataset):
         self._place: dict[str, Any] = {"block": 0, "done": 0, "begin": None}
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the current block began in the documents, and the sequences used of it."""
+        """Return where the current block began in the documents, and how many of its sequences are used."""
         return dict(self._place)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Byte-level BPE tokenizers, all through the `tokenizers` library: read from files, from the hub, or trained."""
+"""Load or train tokenizers, all through the `tokenizers` library: from files, from the hub, or from text."""
 
 import json
 from collections.abc import Iterable
@@ -19,7 +19,7 @@ GPT2_FILES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))  # th
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> "Tokenizer":
-    """A GPT-2-like byte-level BPE of ``vocab_size`` tokens; id 0 is ``<|endoftext|>``."""
+    """Train a GPT-2-like byte-level BPE of ``vocab_size`` tokens; id 0 is ``<|endoftext|>``."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -32,13 +32,13 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> "Tokenizer":
 
 
 class Special(NamedTuple):
-    """Where a tokenizer came from, and its special ids; None for what it has not.
+    """Hold a tokenizer's origin and its special ids; None for what it does not have.
 
     Attributes:
-        file: its ``tokenizer.json``, if it is one file.
-        folder: where the other files of it lie.
+        file: its ``tokenizer.json``, if there is one.
+        folder: the folder of its other files.
         bos: id that begins a document.
-        pad: id that fills up.
+        pad: id of padding.
     """
 
     file: Path | None
@@ -50,8 +50,8 @@ class Special(NamedTuple):
 def load_tokenizer(name: str, key: str = "tokenizer", end_token: str | None = None) -> tuple["Tokenizer", int]:
     """Load a tokenizer and the id that ends a document.
 
-    Truncation and padding, which a ``tokenizer.json`` may ask for, are switched off: they are for batches of a model, and would
-    cut documents.
+    Truncation and padding, which a ``tokenizer.json`` may ask for, are switched off: they are meant for batches of a model, and
+    would cut documents.
 
     Args:
         name: ``kjv`` (embedded), a ``tokenizer.json``, a folder with one or with GPT-2's two BPE files
@@ -64,7 +64,7 @@ def load_tokenizer(name: str, key: str = "tokenizer", end_token: str | None = No
         The tokenizer and the id of its end-of-document token.
 
     Raises:
-        ConfigError: nothing of the kind, unreadable, or without an end-of-document token.
+        ConfigError: no such tokenizer, an unreadable one, or one without an end-of-document token.
     """
     from tokenizers import Tokenizer
 
@@ -109,15 +109,15 @@ def special_tokens(name: str, tokenizer: "Tokenizer") -> Special:
 
 
 def vocabulary(tokenizer: "Tokenizer") -> int:
-    """Return the vocabulary size that a model needs: above every id, though some ids below may stand for nothing."""
+    """Return the vocabulary size that a model needs: above every id, although some smaller ids may be unused."""
     return 1 + max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
 
 
 class DocumentEncoder:
-    """Text -> ids, a document in one piece or in several, with exactly one end after it.
+    """Encode documents, in one piece or in several, with exactly one end token after each.
 
-    What a tokenizer adds by itself at a document's beginning (``<s>``, ``[CLS]``) is kept; what it adds at the end is the end,
-    where it is that token.
+    Tokens that a tokenizer adds at a document's beginning (``<s>``, ``[CLS]``) are kept. A token that it adds at the end is not
+    repeated where it is the end token.
 
     Args:
         tokenizer: from :func:`load_tokenizer`.
@@ -126,7 +126,7 @@ class DocumentEncoder:
 
     def __init__(self, tokenizer: "Tokenizer", end: int) -> None:
         self.tokenizer, self.end = tokenizer, end
-        probes = chain(("a", "0"), islice(tokenizer.get_vocab(with_added_tokens=False), 1000))  # a word of its own, if need be
+        probes = chain(("a", "0"), islice(tokenizer.get_vocab(with_added_tokens=False), 1000))  # or one of its own words
         bare, whole = next(filter(None, map(self._ids, probes)), ([], []))
         at = next((i for i in range(len(whole) - len(bare) + 1) if whole[i : i + len(bare)] == bare), 0)
         self.before, self.after = whole[:at], whole[at + len(bare) :]
@@ -134,7 +134,7 @@ class DocumentEncoder:
             self.after = [*self.after, end]
 
     def _ids(self, probe: str) -> tuple[list[int], list[int]] | None:
-        """Return the ids without and with what the tokenizer adds; None for a word that it does not know."""
+        """Return the ids without and with the tokens that the tokenizer adds; None for a word that it does not know."""
         try:
             bare, whole = (self.tokenizer.encode(probe, add_special_tokens=added).ids for added in (False, True))
         except Exception:  # the library's only class: a vocabulary of words that has none for others
@@ -142,7 +142,13 @@ class DocumentEncoder:
         return (bare, whole) if bare else None
 
     def __call__(self, text: str, begins: bool = True, ends: bool = True) -> list[int]:
-        """Return the ids of a piece of a document that is the first of it, the last, or both."""
+        """Return the ids of a piece of a document.
+
+        Args:
+            text: the piece.
+            begins: it is the first piece.
+            ends: it is the last piece.
+        """
         ids = self.tokenizer.encode(text, add_special_tokens=False).ids
         return [*(self.before if begins else ()), *ids, *(self.after if ends else ())]
 
@@ -186,7 +192,7 @@ def _converted(folder: Path) -> "Tokenizer | None":
 
 
 def _gpt2(folder: Path, key: str) -> "Tokenizer":
-    """GPT-2's tokenizer from its two BPE files."""
+    """Build GPT-2's tokenizer from its two BPE files."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     for vocab, merges in GPT2_FILES:
