@@ -9,6 +9,4 @@ from lowrank_pretrain.observe.rank_analysis import EffectiveRank, HeadOrthogonal
 __all__ = ["EffectiveRank", "HeadOrthogonality", "JaggedRestarts", "LTEStrategy"]
 
 if "lte" not in StrategyRegistry:  # a second registration raises
-    StrategyRegistry.register(
-        "lte", LTEStrategy, description="LoRA-the-Explorer: heads train separately, then merge"
-    )
+    StrategyRegistry.register("lte", LTEStrategy, description="LoRA-the-Explorer: heads train separately, then merge")
