@@ -15,13 +15,14 @@ SIDE = "lowrank_pretrain"  # the side entry's key
 FORMAT = 1  # of the side entry and of ``lte_state``
 
 
-def check_format(entry: Any, path: Any, key: str = "ckpt_path") -> None:
+def check_format(entry: Any, path: Any, key: str = "ckpt_path", name: str = SIDE) -> None:
     """Refuse an entry of a checkpoint that this version cannot read.
 
     Args:
         entry: the side entry, or ``lte_state``.
         path: the file, for the message.
         key: what the file was given as.
+        name: the entry's key in the checkpoint, for the message.
 
     Raises:
         ConfigError: a newer format, or none that a version of this package wrote.
@@ -36,4 +37,4 @@ def check_format(entry: Any, path: Any, key: str = "ckpt_path") -> None:
     if is_integer(version) and version > FORMAT:
         raise ConfigError(key, str(path), f"has format {version}, this version reads up to {FORMAT}: update lowrank_pretrain")
     if not is_integer(version) or version < 1:
-        raise ConfigError(key, str(path), f"is damaged or not ours: its entry {SIDE}.format is {str(version)[:60]!r}")
+        raise ConfigError(key, str(path), f"is damaged or not ours: its entry {name}.format is {str(version)[:60]!r}")
