@@ -11,7 +11,13 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
-RECORDS = ("experiments/*/*.csv", "experiments/*/*.png", "experiments/*/*.py", "experiments/*/README.md", "benchmarks/results/*")
+RECORDS = (
+    "experiments/*/*.csv",
+    "experiments/*/*.png",
+    "experiments/*/*.py",
+    "experiments/*/README.md",
+    "benchmarks/results/*",
+)
 # Whose arguments the keys of `method` are; the first that has a key says its type.
 METHOD_CLASSES = ("PreLoRA", "LTEStrategy", "LoRA", "GaLoreAdamW", "JaggedRestarts")
 GROUPS = {

@@ -1,6 +1,6 @@
 """The table of docs/results.md: what the sources claim, and what this repository finds, every figure read from a study's CSV.
 
-python -m experiments.claims        fills docs/results.md between its marks; a study that has no record yet leaves its rows empty
+python -m experiments.claims        fills docs/results.md between its marks; a study without a record leaves its rows empty
 """
 
 import csv
