@@ -18,8 +18,10 @@ RECORDS = (
     "experiments/*/README.md",
     "benchmarks/results/*",
 )
-# Whose arguments the keys of `method` are; the first that has a key says its type.
-METHOD_CLASSES = ("PreLoRA", "LTEStrategy", "LoRA", "GaLoreAdamW", "JaggedRestarts")
+# Whose arguments the keys of `method` are; the first that has a key says its type and meaning.
+METHOD_CLASSES = {
+    "prelora": "PreLoRA", "lte": "LTEStrategy", "lora": "LoRA", "galore": "GaLoreAdamW", "jagged": "JaggedRestarts"
+}  # fmt: skip
 GROUPS = {
     "method": "What trains, and how: see [methods](methods.md). Every method has a name, `uses` (the plug-ins that it is made "
     "of) and the arguments of these.",
@@ -33,7 +35,10 @@ GROUPS = {
 
 @cache
 def signatures() -> dict[str, dict[str, str]]:
-    """Return the annotations of every class's constructor, by the class's name, without importing anything."""
+    """Return the annotations of every class's constructor, by the class's name, without importing anything.
+
+    Under ``NAME?`` are the arguments' descriptions in the class's docstring.
+    """
     found: dict[str, dict[str, str]] = {}
     for path in (ROOT / "src").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -44,6 +49,9 @@ def signatures() -> dict[str, dict[str, str]]:
                     arguments = [*init.args.args, *init.args.kwonlyargs]
                     fields = {a.arg: ast.unparse(a.annotation) for a in arguments if a.annotation}
                 found.setdefault(node.name, fields)
+                said = (ast.get_docstring(node) or "").partition("Args:\n")[2].partition("\n\n")[0]
+                described = re.findall(r"^    (\w+): (.*(?:\n     .*)*)", said, re.M)
+                found.setdefault(f"{node.name}?", {key: " ".join(words.split()) for key, words in described})
     return found
 
 
@@ -55,22 +63,30 @@ def type_of(key: str, value: object, classes: list[str]) -> str:
     return "" if value is None else type(value).__name__
 
 
+def meaning_of(key: str, commented: dict[str, str], classes: list[str]) -> str:
+    """Return what a key means: the comment on its line, else the argument's description."""
+    described = (signatures().get(f"{name}?", {}).get(key) for name in classes)
+    return commented.get(key) or next((words for words in described if words), "")
+
+
 def comments(text: str) -> dict[str, str]:
     """Return each key's comment on its line."""
     return dict(re.findall(r"^([\w.]+):[^#\n]*#\s*(.*)$", text, re.M))
 
 
-def table(path: Path, classes: tuple[str, ...] = ()) -> str:
+def table(path: Path) -> str:
     """Return one YAML file as a table: key, type, default, meaning."""
     text = path.read_text()
     values = yaml.safe_load(text) or {}
     target = values.pop("_target_", None) or ""
     values.pop("defaults", None), values.pop("hydra", None)
-    owners, meaning = [target.rpartition(".")[2], *classes], comments(text)
+    owners, commented = [target.rpartition(".")[2]], comments(text)
+    if path.parent.name == "method":
+        owners = [METHOD_CLASSES[use] for use in values.get("uses") or METHOD_CLASSES]
     rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
     for key, value in values.items():
         shown = yaml.safe_dump(value, default_flow_style=True, width=10**6).strip().removesuffix("\n...").strip()
-        cells = [f"`{key}`", f"`{type_of(key, value, owners)}`", f"`{shown}`", meaning.get(key, "")]
+        cells = [f"`{key}`", f"`{type_of(key, value, owners)}`", f"`{shown}`", meaning_of(key, commented, owners)]
         rows.append("| " + " | ".join(cell.replace("|", r"\|") if cell != "``" else "" for cell in cells) + " |")
     return "\n".join(rows) if len(rows) > 2 else ""
 
@@ -94,12 +110,16 @@ def configuration() -> str:
     ]
     for group, words in GROUPS.items():
         parts += [f"## {group}", words]
-        for path in sorted((conf / group).glob("*.yaml")):
+        paths = sorted((conf / group).glob("*.yaml"))
+        others = {path.stem for path in paths}
+        for path in paths:
             prose, commands = head(path)
-            rows = table(path, METHOD_CLASSES if group == "method" else ())
+            rows = table(path)
             escaped = re.sub(r"([<>*_])", r"\\\1", prose)
             parts += [f"### `{group}={path.stem}`", escaped]
             parts += ["```text\n" + "\n".join(commands) + "\n```"] if commands else []
+            base = [name for name in (yaml.safe_load(path.read_text()) or {}).get("defaults", []) if name in others]
+            parts += [f"As [`{group}={name}`](#{group}{name}), but for:" for name in base]
             parts += [rows] if rows else []
     return "\n\n".join(parts) + "\n"
 
