@@ -15,7 +15,6 @@ import os
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +23,8 @@ import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_module
+
+from tests.docs_commands import Command
 
 ROOT = Path(__file__).parents[1]
 PAGES = {str(path.relative_to(ROOT)): path for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]}
@@ -155,39 +156,29 @@ def make_data(folder: Path) -> None:
     (folder / "examples").symlink_to(ROOT / "examples")
 
 
-def argv(command: str, short: bool) -> list[str] | None:
-    """The command as this test runs it; None if it only looks at it."""
+def argv(command: str) -> list[str] | None:
+    """The words of the command as this test runs it; None if it only looks at it."""
     if any(word in command for word in ELSEWHERE) or command.split()[0] in ("make", "pip", "git", "cd", "#!/bin/bash"):
         return None
-    given = words(command)
-    python = [sys.executable, "-W", "ignore"]
-    start = {"python": python, "torchrun": [*python, "-m", "torch.distributed.run"]}[given[0]]
-    extra = SHORT if short and overrides(command) is not None and "--cfg" not in command else []
-    return [*start, *(word.replace("=HOST", "=127.0.0.1") for word in given[1:]), *extra]
+    given = [word.replace("=HOST", "=127.0.0.1") for word in words(command)]
+    return [*given, *(SHORT if overrides(command) is not None and "--cfg" not in command else [])]
 
 
 def run_block(block: Block, folder: Path, env: dict[str, str]) -> str:
     """Run a block's commands; returns what they print."""
     printed, running = "", []
     for command in block.text.splitlines():
-        if args := argv(command, short=True):
-            process = subprocess.Popen(
-                args, cwd=folder, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
-            )
-            running.append((command, process))
+        if args := argv(command):
+            log = folder / f"log-{len(list(folder.glob('log-*')))}"
+            log.touch()
+            running.append(Command(args, folder, env, log, again="trainer.devices=2" in command or "lte.py" in command))
             if "nodes" not in block.options:
-                printed += finish(*running.pop())
-    return printed + "".join(finish(*one) for one in running)
-
-
-def finish(command: str, process: subprocess.Popen) -> str:
-    out, _ = process.communicate(timeout=600)
-    assert process.returncode == 0, f"{command}\n{out[-4000:]}"
-    return out
+                printed += running.pop().finish(900)
+    return printed + "".join(one.finish(900) for one in running)
 
 
 @pytest.mark.docs
-@pytest.mark.parametrize("page", [page for page in PAGES if any(argv(command, False) for command in commands(page))])
+@pytest.mark.parametrize("page", [page for page in PAGES if any(argv(command) for command in commands(page))])
 def test_a_page_runs_from_top_to_bottom(page, tmp_path):
     make_data(tmp_path)
     env = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "WANDB_MODE": "offline", "COLUMNS": "200"}
