@@ -45,7 +45,9 @@ class Command:
             start = {"python": [], "torchrun": ["-m", "torch.distributed.run"]}[words[0]]
             with log.open("w") as out:
                 args = [sys.executable, *start, *words[1:]]
-                self.process = subprocess.Popen(args, cwd=folder, env=env, stdout=out, stderr=out, stdin=subprocess.DEVNULL)
+                self.process = subprocess.Popen(
+                    args, cwd=folder, env=env, stdout=out, stderr=out, stdin=subprocess.DEVNULL, start_new_session=True
+                )
         else:
             context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload(PRELOADED)
