@@ -15,6 +15,8 @@ from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.targets import find_targets
 from lowrank_pretrain.models.optim import Optim
 
+QUINTIC = (3.4445, -4.775, 2.0315)  # the polynomial of torch's class and of Muon's authors
+
 
 class Muon(MatrixPair):
     """Step matrices by Muon and everything else by AdamW.
@@ -69,7 +71,7 @@ def _muon(settings: dict[str, Any]) -> torch.optim.Optimizer:
         from timm.optim import Muon as OfTimm
     except ImportError:
         raise ConfigError("method", "muon", "needs torch 2.9 or newer, or a timm that has Muon (1.0.20 or newer)") from None
-    return OfTimm([{"params": [torch.zeros(0, 0)], "use_fallback": False}], **common)
+    return OfTimm([{"params": [torch.zeros(0, 0)], "use_fallback": False}], ns_coefficients=QUINTIC, **common)
 
 
 def muon_optimizer(
