@@ -90,8 +90,7 @@ def muon_optimizer(
 
     def make(module: nn.Module, optim: Optim) -> Muon:
         groups = optim.split(module, find_targets(module, targets))
-        settings = {"momentum": momentum, "nesterov": nesterov, "ns_steps": ns_steps}
-        return Muon(for_pair(groups, optim), optim.lr, **settings)
+        return Muon(for_pair(groups, optim), optim.lr, momentum=momentum, nesterov=nesterov, ns_steps=ns_steps)
 
     return make
 

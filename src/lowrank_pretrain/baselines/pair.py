@@ -68,6 +68,6 @@ def _adamw() -> torch.optim.AdamW:
     return torch.optim.AdamW([torch.zeros(0)])
 
 
-def with_gradient(group: dict[str, Any]) -> list[Tensor]:
-    """Return the parameters of a group that have a gradient."""
-    return [p for p in group["params"] if p.grad is not None]
+def gradients(group: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
+    """Return the parameters of a group that have a gradient, each with it."""
+    return [(p, p.grad) for p in group["params"] if p.grad is not None]

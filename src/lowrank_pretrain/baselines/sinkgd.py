@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_pretrain.baselines.muon import for_pair
-from lowrank_pretrain.baselines.pair import MatrixPair, with_gradient
+from lowrank_pretrain.baselines.pair import MatrixPair, gradients
 from lowrank_pretrain.core.checks import number, whole
 from lowrank_pretrain.core.dtypes import at_least_32
 from lowrank_pretrain.core.targets import find_targets
@@ -51,9 +51,9 @@ class SinkGD(MatrixPair):
         """W ← (1 − ηλ) W − η·scale·sinkhorn(G)."""
         for group in groups:
             lr = float(group["lr"])
-            for p in with_gradient(group):
+            for p, grad in gradients(group):
                 p.mul_(1 - lr * group["weight_decay"])
-                p.add_(sinkhorn(p.grad, group["iterations"]).to(p.dtype), alpha=-lr * group["scale"])
+                p.add_(sinkhorn(grad, group["iterations"]).to(p.dtype), alpha=-lr * group["scale"])
 
 
 def sinkgd_optimizer(

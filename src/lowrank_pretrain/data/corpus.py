@@ -30,7 +30,7 @@ SUFFIXES = (".py", ".pyi", ".md", ".rst", ".txt")
 SMALLEST, LARGEST = 200, 1_000_000  # bytes; what is larger is made by machines, or data
 PER_MILLE = {"val": 10, "test": 10}  # of all files; the others are trained on
 TOKENIZER_BYTES = 20_000_000  # of training text that the tokenizer learns from
-LEAST = 30_000_000  # tokens
+LEAST, MOST = 30_000_000, 60_000_000  # training tokens
 OURS = "lowrank-pretrain"  # changes while one works on it
 WORDS = 0.6  # share of letters and white space in what counts as a text; tables of numbers have less
 LETTERS = string.ascii_letters.encode() + string.whitespace.encode() + bytes(range(128, 256))  # these: other alphabets
@@ -82,9 +82,9 @@ def installed() -> Iterator[Source]:
     version = f"python {sys.version.split()[0]}"
     for folder, folders, files in os.walk(library):
         folders[:] = sorted(f for f in folders if f not in ("site-packages", "dist-packages", "__pycache__"))
-        for file in sorted(files):
-            if Path(file).suffix in SUFFIXES:
-                yield Source(version, "PSF-2.0", Path(folder) / file)
+        for name in sorted(files):
+            if Path(name).suffix in SUFFIXES:
+                yield Source(version, "PSF-2.0", Path(folder) / name)
 
 
 def _name(package: metadata.Distribution) -> str:
@@ -94,8 +94,8 @@ def _name(package: metadata.Distribution) -> str:
 def _licence(package: metadata.Distribution) -> str:
     """Return a package's licence in a line; ``unknown`` where it says nothing."""
     said = package.metadata
-    classes = [c.rpartition(" :: ")[2] for c in said.get_all("Classifier") or [] if c.startswith("License")]
-    words = str(said.get("License-Expression") or "; ".join(classes) or said.get("License") or "").strip()
+    classes = [c.rpartition(" :: ")[2] for c in said.get_all("Classifier") or () if c.startswith("License")]
+    words = str(said["License-Expression"] or "; ".join(classes) or said["License"] or "").strip()
     return words.splitlines()[0][:80] if words else "unknown"
 
 
@@ -118,7 +118,7 @@ def read_texts(sources: Iterable[Source]) -> list[Text]:
 
 
 def make_corpus(
-    out: str | Path, vocab_size: int = 4096, least: int = LEAST, sources: Iterable[Source] | None = None
+    out: str | Path, vocab_size: int = 4096, least: int = LEAST, most: int = MOST, sources: Iterable[Source] | None = None
 ) -> dict[str, int]:
     """Write the corpus under ``out``.
 
@@ -126,6 +126,7 @@ def make_corpus(
         out: folder, made if missing.
         vocab_size: of the byte-level BPE that is trained on a part of the training text.
         least: so many training tokens are needed.
+        most: the training part ends with the text that reaches so many; hashes mix the packages, so it is a fair sample.
         sources: files to make it of; None: those of this installation.
 
     Returns:
@@ -136,6 +137,7 @@ def make_corpus(
     """
     whole("vocab_size", vocab_size, 257, "tokens")
     whole("least", least, 1, "tokens")
+    whole("most", most, least, "tokens")
     texts = read_texts(installed() if sources is None else sources)
     by_split: dict[str, list[Text]] = {"train": [], "val": [], "test": []}
     for text in texts:
@@ -147,10 +149,10 @@ def make_corpus(
     out.mkdir(parents=True, exist_ok=True)
     train_bpe(_some(by_split["train"]), vocab_size).save(str(out / "tokenizer.json"), pretty=False)
     encode = DocumentEncoder(*load_tokenizer(str(out / "tokenizer.json")))
-    counts = {
-        split: write_bin(out / f"{split}.bin.new", (encode(one.text) for one in some), vocab_size)
-        for split, some in by_split.items()
-    }
+    counts = {}
+    for split, some in by_split.items():
+        limit = most if split == "train" else most // 50
+        counts[split] = write_bin(out / f"{split}.bin.new", _encoded(some, encode, limit), vocab_size)
     if counts["train"] < least:
         for split in counts:
             (out / f"{split}.bin.new").unlink()
@@ -163,6 +165,17 @@ def make_corpus(
         (out / f"{split}.bin.new").replace(out / f"{split}.bin")
     _write_record(out, texts, counts)
     return counts
+
+
+def _encoded(texts: list[Text], encode: DocumentEncoder, most: int) -> Iterator[list[int]]:
+    """Yield ids text by text, until there are enough."""
+    count = 0
+    for one in texts:
+        if count >= most:
+            return
+        ids = encode(one.text)
+        count += len(ids)
+        yield ids
 
 
 def _some(texts: list[Text]) -> Iterator[str]:
@@ -200,9 +213,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", required=True)
     parser.add_argument("--vocab-size", type=int, default=4096)
     parser.add_argument("--least", type=int, default=LEAST, help="training tokens that are needed")
+    parser.add_argument("--most", type=int, default=MOST, help="training tokens to end with")
     args = parser.parse_args(as_flags(argv, parser))
     try:
-        counts = make_corpus(args.out, args.vocab_size, args.least)
+        counts = make_corpus(args.out, args.vocab_size, args.least, args.most)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2

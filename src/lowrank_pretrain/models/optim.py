@@ -288,7 +288,8 @@ class Optim:
     def _by_decay(self, module: nn.Module) -> tuple[Sequence[nn.Parameter], Sequence[nn.Parameter]]:
         """Return the trainable parameters that weight decay takes, and the others."""
         undecayed = undecayed_names(module)
-        decay, rest = [], []
+        decay: list[nn.Parameter] = []
+        rest: list[nn.Parameter] = []
         for name, param in module.named_parameters():
             if param.requires_grad:
                 (decay if param.ndim >= 2 and name not in undecayed else rest).append(param)
