@@ -91,8 +91,9 @@ def task(cell: Cell, steps: int, corpus: Path | None, device: str, precision: st
         precision: Lightning's.
     """
     common = [
-        f"++trainer.accelerator={'gpu' if device == 'cuda' else 'cpu'}", "++trainer.enable_progress_bar=false",
-        "save_every=0", "trainer.max_epochs=1", f"++trainer.limit_train_batches={steps}", f"trainer.precision={precision}", "optim.final_lr=0.1",
+        f"++trainer.accelerator={'gpu' if device == 'cuda' else 'cpu'}", f"trainer.precision={precision}",
+        "++trainer.enable_progress_bar=false", f"++trainer.limit_train_batches={steps}", "trainer.max_epochs=1",
+        "save_every=0", "optim.final_lr=0.1",
     ]  # fmt: skip
     if cell.part == "images":
         return [
