@@ -12,7 +12,7 @@ from torch import nn
 
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.memory import optimizer_bytes
-from lowrank_pretrain.galore import GaLoreAdamW, chunks, clock, galore_param_groups, subspace
+from lowrank_pretrain.galore import GaLoreAdamW, adam, clock, galore_param_groups, subspace
 from tests.reference.galore import Twin
 
 PUBLISHED = {"refresh": "svd", "rotate_moments": False, "stagger": False}
@@ -568,7 +568,7 @@ def test_checkpoint_of_another_rank_shape_or_model():
 
 
 def test_large_bfloat16_tables_are_stepped_in_slices(monkeypatch):
-    monkeypatch.setattr("lowrank_pretrain.galore.chunks._BYTES_DEVICE", 4 * 30)
+    monkeypatch.setattr("lowrank_pretrain.galore.adam.BYTES_DEVICE", 4 * 30)
     torch.manual_seed(0)
     values, grad = torch.randn(17, 10).bfloat16(), torch.randn(17, 10).bfloat16()
     results = []
@@ -581,7 +581,7 @@ def test_large_bfloat16_tables_are_stepped_in_slices(monkeypatch):
         assert optimizer.state[p]["exp_avg"].dtype == torch.float32
         results.append(p.detach().float())
     assert relative(*results) < 0.01
-    assert len(list(chunks.slices(values))) == 6
+    assert len(list(adam.row_slices(values))) == 6
 
 
 def test_metrics():
@@ -615,7 +615,7 @@ def test_the_refresh_clock_never_waits_for_a_device(monkeypatch):
 
     Event.queued = 0.0
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    on_device, refreshes = SimpleNamespace(is_cuda=True), clock.RefreshClock()
+    on_device, refreshes = SimpleNamespace(is_cuda=True), clock.RefreshTimer()
     for step, shares in ((1, (0.5, 1.0)), (2, (0.125,))):
         for share in shares:
             refreshes.stop(on_device, refreshes.start(on_device), step, torch.tensor(share))

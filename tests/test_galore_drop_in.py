@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.galore import GaLoreAdamW, galore_param_groups
-from lowrank_pretrain.galore.moments import steps_taken
+from lowrank_pretrain.galore.adam import steps_taken
 
 MODES = [
     {}, {"refresh": "track"}, {"proj_type": "full"}, {"residual": "fira"}, {"variant": "apollo"},
@@ -543,10 +543,10 @@ def test_the_random_projection_is_drawn_on_the_cpu():
 
 
 def test_thousands_of_groups_take_one_look_each(monkeypatch):
-    from lowrank_pretrain.galore import stepping
+    from lowrank_pretrain.galore import adam
 
     looks = []
-    monkeypatch.setattr(stepping, "split", lambda items, key: looks.append(len(items)) or [items])
+    monkeypatch.setattr(adam, "split_by", lambda items, key: looks.append(len(items)) or [items])
     params = [nn.Parameter(torch.zeros(2)) for _ in range(50)]
     optimizer = GaLoreAdamW([{"params": [p], "lr": 1e-3 * (1 + i)} for i, p in enumerate(params)])
     for p in params:

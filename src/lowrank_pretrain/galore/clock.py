@@ -1,4 +1,4 @@
-"""What a step's refreshes took and how far they moved the bases: ``galore/refresh_ms`` and ``galore/overlap``."""
+"""Time a step's refreshes, and record how far they moved the bases: ``galore/refresh_ms`` and ``galore/overlap``."""
 
 import time
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 @dataclass
 class _Record:
-    """The refreshes of one step."""
+    """Keep the refreshes of one step."""
 
     step: int
     spans: list[tuple[Any, Any]] = field(default_factory=list)
@@ -19,8 +19,8 @@ class _Record:
     copied: Tensor | None = None  # the mean overlap, on the host once `arrived` has passed
     arrived: Any = None
 
-    def ask(self) -> None:
-        """Send the mean overlap to the host, behind the work that the device has to do first."""
+    def send(self) -> None:
+        """Send the mean overlap to the host, after the work that the device has to do first."""
         if self.overlaps and self.copied is None:
             mean = torch.stack([overlap.to(self.overlaps[0].device) for overlap in self.overlaps]).mean()
             self.copied = mean.to("cpu", non_blocking=True) if mean.is_cuda else mean
@@ -29,28 +29,28 @@ class _Record:
                 self.arrived.record()
 
     def ready(self) -> bool:
-        """Whether everything asked for can be read without waiting."""
+        """Return whether all of it can be read without waiting."""
         end = self.spans[-1][1]
         return (isinstance(end, float) or end.query()) and (self.arrived is None or self.arrived.query())
 
     def metrics(self) -> dict[str, float]:
-        """Milliseconds in all, and the mean overlap unless all bases were new."""
+        """Return milliseconds in all, and the mean overlap unless all bases were new."""
         found = {"galore/refresh_ms": sum(_milliseconds(*span) for span in self.spans)}
         if self.copied is not None:
             found["galore/overlap"] = float(self.copied)
         return found
 
 
-class RefreshClock:
-    """Keeps the record of the last step that refreshed. It never waits for a device."""
+class RefreshTimer:
+    """Keep the record of the last step that refreshed. It never waits for a device."""
 
     def __init__(self) -> None:
         self._current: _Record | None = None  # of the newest step that refreshed
-        self._asked: _Record | None = None  # sent for, not yet here
+        self._sent: _Record | None = None  # on its way to the host
         self._known: dict[str, float] = {}
 
     def start(self, p: Tensor) -> Any:
-        """The time before a refresh of ``p``'s basis."""
+        """Return the time before a refresh of ``p``'s basis."""
         if not p.is_cuda or isinstance(p, FakeTensor):
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -66,13 +66,13 @@ class RefreshClock:
             self._current.overlaps.append(overlap)
 
     def metrics(self) -> dict[str, float]:
-        """Of the newest step that was asked for and has arrived; empty before the first. On the CPU that is the last one."""
-        for _ in range(2):  # what arrives makes room for the newest to be sent for
-            if self._asked is not None and self._asked.ready():
-                self._known, self._asked = self._asked.metrics(), None
-            if self._asked is None and self._current is not None:
-                self._asked, self._current = self._current, None
-                self._asked.ask()
+        """Return the figures of the newest step that has arrived; empty before the first. On the CPU that is the last one."""
+        for _ in range(2):  # after one has arrived, the newest is sent
+            if self._sent is not None and self._sent.ready():
+                self._known, self._sent = self._sent.metrics(), None
+            if self._sent is None and self._current is not None:
+                self._sent, self._current = self._current, None
+                self._sent.send()
         return dict(self._known)
 
 

@@ -1,4 +1,4 @@
-"""A DDP communication hook that sends projected gradients: between refreshes R (r×k) travels instead of G (m×n).
+"""Send projected gradients under DDP, by a communication hook: between refreshes R (r×k) travels instead of G (m×n).
 
 Exact, because the projection is linear: the mean of PᵀGᵢ is Pᵀ of the mean. At a refresh of a matrix its whole gradient is
 sent, and the new basis is rank 0's. ``p.grad`` then holds P R̄, the same on every rank; its norm is that of the projection,
@@ -14,19 +14,19 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.galore.guard import closed
 from lowrank_pretrain.galore.optimizer import GaLoreAdamW
 from lowrank_pretrain.galore.projection import Projected
-from lowrank_pretrain.galore.surroundings import closed
 
 
 @dataclass
 class HookState:
-    """What the hook has done.
+    """Count what the hook has done.
 
     Attributes:
-        optimizer: whose bases are used.
-        process_group: over which gradients are averaged.
-        calls: how often the hook ran (once for each bucket of a backward pass).
+        optimizer: the owner of the bases.
+        process_group: the ranks whose gradients are averaged.
+        calls: calls of the hook (one for each bucket of a backward pass).
         sent_bytes: bytes handed to all-reduce.
         full_bytes: bytes that plain DDP would have handed to it.
     """
@@ -62,13 +62,13 @@ def galore_ddp_hook(ddp: DistributedDataParallel, optimizer: GaLoreAdamW) -> Hoo
         raise ConfigError("strategy", "lte", "averages no projected gradient: leave galore_ddp_hook out")
     state = HookState(optimizer, ddp.process_group)
 
-    optimizer.shared = _Rank0sBasis(ddp.process_group)
+    optimizer.shared = _BasisOfRank0(ddp.process_group)
     ddp.register_comm_hook(state, _hook)
     return state
 
 
-class _Rank0sBasis:
-    """Every rank refreshes from the same mean gradient, so the bases differ by rounding at most: rank 0's is taken."""
+class _BasisOfRank0:
+    """Take rank 0's basis: every rank refreshes from the same mean gradient, so the bases differ by rounding at most."""
 
     def __init__(self, group: Any) -> None:
         self._group = group
@@ -80,7 +80,7 @@ class _Rank0sBasis:
             basis.copy_(flat)
 
     def mean(self, sketch: Tensor) -> None:
-        """Of equal gradients nothing is to be averaged."""
+        """Do nothing: the ranks' gradients are equal."""
 
     def agree(self, flag: Tensor) -> Tensor:
         return flag

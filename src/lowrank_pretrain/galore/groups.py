@@ -1,15 +1,17 @@
-"""Parameter groups: which matrices are projected, and with which settings. Every wrong value is refused here."""
+"""Make and check parameter groups: which matrices are projected, and with which settings. Every wrong value is refused here."""
 
+import inspect
 import math
+import operator
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
-from numbers import Integral, Real
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from lowrank_pretrain.core.checks import choice, flag, is_integer, is_number, number, whole
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.targets import (
     PRESETS,
@@ -22,13 +24,14 @@ from lowrank_pretrain.core.targets import (
     plain_name,
     tied_layers,
 )
-from lowrank_pretrain.galore.moments import MOMENTS, bitsandbytes
+from lowrank_pretrain.galore.adam import MOMENTS, load_bitsandbytes
 from lowrank_pretrain.galore.subspace import PROJ_TYPES, REFRESHES
 from lowrank_pretrain.models.optim import undecayed_names
 
+_PROJECTED = ("update_proj_gap", "scale", "proj_type", "refresh", "residual", "variant")  # settings of projected groups alone
 RESIDUALS = (None, "fira")
 VARIANTS = ("galore", "apollo")
-# settings that a group may have, and what else may stand in one: by torch, by its schedulers, by Lightning, by timm
+# settings that a group may have, and other keys that torch, its schedulers, Lightning and timm put into one
 KEYS = (
     "rank", "lr", "betas", "eps", "weight_decay", "correct_bias", "update_proj_gap", "scale", "proj_type", "refresh",
     "rotate_moments", "stagger", "layerwise", "moments", "residual", "variant", "seed",
@@ -45,7 +48,7 @@ _HARMLESS = {
 _NUMBERS = {"lr": float, "eps": float, "weight_decay": float, "scale": float, "update_proj_gap": int, "seed": int}
 _CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _STACKED = (*_CONV, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Bilinear)  # their weights are no stacks
-FLAT = "a GaLore group takes matrices. FSDP1 and DeepSpeed flatten theirs: use FSDP2 (ModelParallelStrategy)"
+_FLAT = "a GaLore group takes matrices. FSDP1 and DeepSpeed flatten theirs: use FSDP2 (ModelParallelStrategy)"
 
 
 def galore_param_groups(
@@ -55,7 +58,7 @@ def galore_param_groups(
     weight_decay: float | None = None,
     **settings: Any,
 ) -> list[dict[str, Any]]:
-    """Groups for ``GaLoreAdamW``: the targets, projected; every other trainable parameter, plain AdamW.
+    """Return groups for ``GaLoreAdamW``: the targets are projected, every other trainable parameter has plain AdamW.
 
     Args:
         model: the model, or LightningModule, whose names the patterns count from.
@@ -73,6 +76,11 @@ def galore_param_groups(
     Raises:
         ConfigError: a pattern matches nothing or only a part of a fused matrix; a rank that is too large for a named one;
             FSDP1 or DeepSpeed have flattened the weights.
+
+    Example:
+        >>> groups = galore_param_groups(nn.Linear(8, 6), rank=2, scale=1.0)
+        >>> [(group.get("rank"), [name for name, _ in group["params"]]) for group in groups]
+        [(2, ['weight']), (None, ['bias'])]
     """
     check_rank_value(rank)
     check_keys(settings)
@@ -87,7 +95,7 @@ def galore_param_groups(
     for name, p in chosen.items():
         if explicit and rank > largest_rank(p):
             raise ConfigError("rank", rank, f"{name} is {tuple(p.shape)}: at most {largest_rank(p)} is allowed")
-    _say_stacks(model, {name: p for name, p in named.items() if name not in chosen})
+    _warn_about_stacks(model, {name: p for name, p in named.items() if name not in chosen})
     undecayed = {plain_name(name) for name in undecayed_names(model)}
     rest = {name: p for name, p in named.items() if name not in chosen}
     decayed = {name: p for name, p in rest.items() if p.ndim >= 2 and name not in undecayed}
@@ -141,7 +149,7 @@ def target_layers(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
 
 
 def _tied_head(model: nn.Module) -> Callable[[Target], str | None]:
-    """Return what says of an output head that it is the embedding too: its gradient is both's."""
+    """Return a function that tells why a tied output head is no target: its gradient is the embedding's too."""
     tied = tied_layers(model)
 
     def reason(target: Target) -> str | None:
@@ -164,8 +172,8 @@ def _check_conv(name: str, layer: nn.Module) -> None:
         raise ConfigError("targets", name, f"is complex ({weight.dtype}): only real weights can be projected, so leave it out")
 
 
-def _say_stacks(model: nn.Module, rest: dict[str, Tensor]) -> None:
-    """Name matrices that are kept in stacks, such as experts' weights: they look like the model's bulk, but are no targets."""
+def _warn_about_stacks(model: nn.Module, rest: dict[str, Tensor]) -> None:
+    """Warn of matrices that are kept in stacks, such as experts' weights: large, but no targets."""
     convs = {plain_name(name) for name, layer in model.named_modules() if isinstance(layer, _STACKED)}
     stacks = [
         f"{name} {tuple(p.shape)}"
@@ -182,18 +190,18 @@ def _say_stacks(model: nn.Module, rest: dict[str, Tensor]) -> None:
 
 def _refuse_flat(model: nn.Module) -> None:
     for name, layer in model.named_modules():
-        weight = getattr(layer, "weight", None)
+        weight: Any = getattr(layer, "weight", None)
         if not isinstance(layer, (nn.Linear, *_CONV)) or weight is None or is_lazy(weight):
             continue
         made = any(key.startswith("weight") for key in layer._parameters) or "parametrizations" in layer._modules
         if not made:  # FSDP1's view of a flat one; weight_norm, spectral_norm and pruning keep weight_g, weight_orig, ...
-            raise ConfigError("params", plain_name(f"{name}.weight"), f"is a view of a flat parameter, but {FLAT}")
+            raise ConfigError("params", plain_name(f"{name}.weight"), f"is a view of a flat parameter, but {_FLAT}")
         if "weight" in layer._parameters and weight.ndim < 2:
-            raise ConfigError("params", plain_name(f"{name}.weight"), f"has shape {tuple(weight.shape)}, but {FLAT}")
+            raise ConfigError("params", plain_name(f"{name}.weight"), f"has shape {tuple(weight.shape)}, but {_FLAT}")
 
 
 def check_group(group: dict[str, Any], names: Mapping[int, str], quiet: bool = False) -> None:
-    """Refuse what the optimizer cannot do with this group; clamp ranks with one warning, unless it is to be ``quiet``.
+    """Refuse what the optimizer cannot do with this group; warn once of clamped ranks, unless ``quiet``.
 
     Raises:
         ConfigError: naming the key, the value and what is allowed.
@@ -201,11 +209,11 @@ def check_group(group: dict[str, Any], names: Mapping[int, str], quiet: bool = F
     check_keys(group)
     check_values(group)
     group["betas"] = tuple(float(beta) for beta in group["betas"])
-    for key, number in _NUMBERS.items():  # plain ones: a file with NumPy's in it is refused by torch.load
+    for key, kind in _NUMBERS.items():  # plain ones: a file with NumPy's in it is refused by torch.load
         if not (key == "lr" and isinstance(group[key], Tensor)):
-            group[key] = number(group[key])
+            group[key] = kind(group[key])
     if group["moments"] == "8bit":
-        bitsandbytes()
+        load_bitsandbytes()
     for p in group["params"]:
         if p.is_complex():
             raise ConfigError("params", names[id(p)], "is complex: GaLoreAdamW takes real parameters")
@@ -222,7 +230,7 @@ def check_group(group: dict[str, Any], names: Mapping[int, str], quiet: bool = F
         if p.ndim < 2 or not p.numel():
             raise ConfigError(
                 "params", names[id(p)],
-                f"has shape {tuple(p.shape)}, but {FLAT}. Norms and biases belong in a group without `rank`",
+                f"has shape {tuple(p.shape)}, but {_FLAT}. Norms and biases belong in a group without `rank`",
             )  # fmt: skip
         if group["rank"] > largest_rank(p):
             flat = f", a matrix {p.shape[0]}x{p.numel() // p.shape[0]}" if p.ndim > 2 else ""
@@ -237,7 +245,7 @@ def known_key(key: Any) -> bool:
 
 
 def check_keys(group: Mapping[str, Any]) -> None:
-    """Refuse keys of a group that nothing reads: a wrong word would otherwise change nothing, in silence.
+    """Refuse keys of a group that nothing reads: a misspelt one would otherwise change nothing, without a word.
 
     Raises:
         ConfigError: naming the key and the closest known one.
@@ -251,14 +259,14 @@ def check_keys(group: Mapping[str, Any]) -> None:
             raise ConfigError(key, value, "is torch's AdamW's and not done here: leave it out")
 
 
-def asked(group: Mapping[str, Any]) -> dict[str, Any]:
+def requested_settings(group: Mapping[str, Any]) -> dict[str, Any]:
     """Return a group's settings as plain numbers and words, to tell later what was changed."""
     found = {key: group[key] for key in KEYS if key in group}
     return {key: float(value) if isinstance(value, Tensor) else value for key, value in found.items()}
 
 
 def check_values(group: Mapping[str, Any]) -> None:
-    """Refuse values that are wrong whatever the parameters are.
+    """Refuse values that are wrong for any parameters.
 
     Raises:
         ConfigError: naming the key, the value and what is allowed.
@@ -270,26 +278,21 @@ def check_values(group: Mapping[str, Any]) -> None:
         ("residual", RESIDUALS),
         ("variant", VARIANTS),
     ):
-        if group[key] not in allowed:
-            raise ConfigError(key, group[key], f"must be one of {', '.join(str(a) for a in allowed)}")
+        choice(key, group[key], allowed)
     for key in ("rotate_moments", "stagger", "layerwise", "correct_bias"):
-        if not isinstance(group[key], bool):
-            raise ConfigError(key, group[key], "must be true or false")
+        flag(key, group[key])
     for key in ("lr", "eps", "weight_decay", "scale"):
-        if not _is_number(group[key]) or not 0 <= group[key] < math.inf:
-            raise ConfigError(key, group[key], "must be a number, 0 or more")
+        number(key, _plain_number(group[key]), least=0, allowed="must be a number, 0 or more")
     betas = group["betas"]
-    if not isinstance(betas, (tuple, list)) or len(betas) != 2 or not all(_is_number(b) and 0 <= b < 1 for b in betas):
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2 or not all(_is_decay(_plain_number(beta)) for beta in betas):
         raise ConfigError("betas", betas, "must be two numbers in [0, 1)")
-    gap, seed = group["update_proj_gap"], group["seed"]
-    if not _is_integer(gap) or gap < 1:
-        raise ConfigError("update_proj_gap", gap, "must be an integer of 1 or more steps")
-    if not _is_integer(seed):
-        raise ConfigError("seed", seed, "must be an integer, or null for the run's")
+    whole("update_proj_gap", group["update_proj_gap"], 1, "steps")
+    if not is_integer(group["seed"]):
+        raise ConfigError("seed", group["seed"], "must be an integer, or null for the run's")
 
 
 def check_rates(group: Mapping[str, Any]) -> None:
-    """Refuse rates that a scheduler or a user has made unusable since the group was checked; asked at every step.
+    """Refuse rates that a scheduler or a user has made unusable since the group was checked; called at every step.
 
     Raises:
         ConfigError: naming the key and the value.
@@ -302,22 +305,135 @@ def check_rates(group: Mapping[str, Any]) -> None:
         raise ConfigError("betas", (beta1, beta2), "must be two numbers in [0, 1)")
 
 
-def _is_number(value: Any) -> bool:
-    if isinstance(value, Tensor):
-        return value.numel() == 1
-    return isinstance(value, Real) and not isinstance(value, bool)
+def _plain_number(value: Any) -> Any:
+    return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
 
 
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
+def _is_decay(value: Any) -> bool:
+    return is_number(value) and 0 <= value < 1
 
 
 def check_rank_value(rank: Any) -> None:
-    """Refuse a rank that is no positive integer."""
-    if not _is_integer(rank) or rank < 1:
-        raise ConfigError("rank", rank, "must be an integer of 1 or more")
+    """Refuse a rank that is no positive integer.
+
+    Example:
+        >>> check_rank_value(0)
+        Traceback (most recent call last):
+        lowrank_pretrain.core.errors.ConfigError: rank=0: must be an integer of 1 or more
+    """
+    whole("rank", rank, 1)
 
 
 def largest_rank(p: Tensor) -> int:
-    """min(m, n) of a weight taken as a matrix (first dimension by all others)."""
+    """Return min(m, n) of a weight taken as a matrix (first dimension by all others).
+
+    Example:
+        >>> largest_rank(nn.Conv2d(4, 6, 3).weight)
+        6
+    """
     return min(p.shape[0], p.numel() // max(p.shape[0], 1))
+
+
+# ---- names, groups from a model, and changes in the middle of a fit ----------------------------------------------------------
+
+
+def parameter_name(group: dict[str, Any], number: int, i: int) -> str:
+    """Return the name of the i-th parameter of a group, by position where the optimizer was given none.
+
+    Example:
+        >>> parameter_name({"params": [nn.Linear(2, 2).weight]}, number=1, i=0)
+        'parameter 0 of group 1'
+    """
+    names = group.get("param_names", ())
+    return names[i] if len(names) == len(group["params"]) else f"parameter {i} of group {number}"
+
+
+def parameter_names(group: dict[str, Any], number: int) -> dict[int, str]:
+    """Return the names of a group's parameters by their identity."""
+    return {id(p): parameter_name(group, number, i) for i, p in enumerate(group["params"])}
+
+
+def name_late_group(param_group: dict[str, Any], number: int) -> None:
+    """Name the parameters of a late group by position: Lightning's BaseFinetuning unfreezes without names."""
+    given = param_group["params"]
+    given = [given] if isinstance(given, Tensor) else given
+    if "param_names" in param_group or isinstance(given, set) or any(isinstance(p, tuple) for p in given):
+        return  # a set is refused by torch
+    param_group["params"] = [(f"parameter {i} of group {number}", p) for i, p in enumerate(given)]
+    if not given:  # torch takes names from the parameters
+        param_group["param_names"] = []
+
+
+def groups_of_model(
+    params: Iterable[Any] | nn.Module, rank: int | None, targets: str | Sequence[str], weight_decay: float
+) -> Iterable[Any]:
+    """Return the groups of a model handed over in place of parameters; else the parameters as they are.
+
+    Raises:
+        ConfigError: a model without a rank, or a rank or targets without a model.
+    """
+    if isinstance(params, nn.Module):
+        if rank is None:
+            raise ConfigError("rank", None, "is needed with a model: GaLoreAdamW(model, rank=128)")
+        return galore_param_groups(params, rank, targets, weight_decay=weight_decay)
+    if rank is not None or targets != "all":
+        key, value = ("targets", targets) if rank is None else ("rank", rank)
+        raise ConfigError(
+            key, value,
+            "needs the model: GaLoreAdamW(model, rank=…, targets=…), or groups of galore_param_groups(model, rank, targets); "
+            "in a HF Trainer optimizer_cls_and_kwargs=(GaLoreAdamW, {'model': model, …})",
+        )  # fmt: skip
+    return params
+
+
+def warn_of_unused(settings: Mapping[str, Any], usual: inspect.Signature, groups: list[dict[str, Any]]) -> None:
+    """Warn of a setting of projected groups where no group is projected."""
+    changed = [key for key in _PROJECTED if settings[key] != usual.parameters[key].default]
+    if changed and not any(group.get("rank") for group in groups):
+        warnings.warn(
+            f"{changed[0]}={settings[changed[0]]!r} has no effect yet: no parameter group has a rank, so all are plain "
+            "AdamW (until a plan projects some: PreLoRA with then=galore)",
+            stacklevel=3,
+        )
+
+
+# A change of any of these in the middle of a fit makes the index anew; lr, betas and decay are read at each step.
+_INDEXED = (
+    "rank", "proj_type", "variant", "update_proj_gap", "stagger", "refresh", "rotate_moments", "moments", "residual",
+    "layerwise", "scale", "eps", "correct_bias", "seed",
+)  # fmt: skip
+
+
+class GroupsSnapshot:
+    """Keep the groups as they were, to see whether a user has changed something since."""
+
+    def __init__(self, groups: list[dict[str, Any]]) -> None:
+        self._groups = list(groups)
+        self._lists = [group["params"] for group in groups]  # kept, so that no other list takes their identity
+        self._params = [list(group["params"]) for group in groups]
+        self._settings = [tuple(map(group.get, _INDEXED)) for group in groups]
+
+    def has_same_lists(self, groups: list[dict[str, Any]]) -> bool:
+        """Return whether the groups hold the same lists, of the same length: quick, for use within a step."""
+        if len(groups) != len(self._lists):
+            return False
+        for group, known, params in zip(groups, self._lists, self._params, strict=True):
+            if group["params"] is not known or len(known) != len(params):
+                return False
+        return True
+
+    def is_current(self, groups: list[dict[str, Any]]) -> bool:
+        """Return whether the groups, their parameters and their settings are the same."""
+        if not self.has_same_lists(groups) or not all(map(operator.is_, groups, self._groups)):
+            return False
+        for group, params, settings in zip(groups, self._params, self._settings, strict=True):
+            if not all(map(operator.is_, group["params"], params)) or tuple(map(group.get, _INDEXED)) != settings:
+                return False
+        return True
+
+    def changed_groups(self, groups: list[dict[str, Any]]) -> list[int]:
+        """Return the numbers of groups that are new or have other settings now."""
+        return [
+            number for number, group in enumerate(groups)
+            if number >= len(self._settings) or tuple(map(group.get, _INDEXED)) != self._settings[number]
+        ]  # fmt: skip

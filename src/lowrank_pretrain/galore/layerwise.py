@@ -1,8 +1,11 @@
-"""Layer-wise updates: each parameter steps as soon as its gradient is there, and the gradient is freed.
+"""Update layer by layer: each parameter steps as soon as its gradient is there, and the gradient is freed.
 
 A backward that runs inside ``step(closure)``, as Lightning's does, updates in place. One outside (an earlier micro-batch)
 adds R = PᵀG into an r×k buffer and frees G; ``step`` applies what is left there. So accumulation needs no flag. A parameter
 that refreshes at this step keeps its full gradient until the last micro-batch: its new basis must see all of it.
+
+A :class:`UsedGradient` stands in ``p.grad`` for a gradient that was used and freed. ``p.grad = None`` would mislead code that
+looks at gradients between backward and step: clipping would take the norm of the few that are left, without a word.
 """
 
 import weakref
@@ -16,19 +19,19 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lowrank_pretrain.core.errors import ConfigError
-from lowrank_pretrain.galore import dtensor as sharded
-from lowrank_pretrain.galore.surroundings import closed
-from lowrank_pretrain.galore.used import UsedGradient
+from lowrank_pretrain.galore.dtensor import is_distributed, local_piece
+from lowrank_pretrain.galore.guard import closed
 
 if TYPE_CHECKING:
     from lowrank_pretrain.galore.optimizer import GaLoreAdamW
 
 # parameter -> its hook. A second optimizer on the same parameters (a second fit) takes the hook over from the first.
 _handles: Any = WeakIdKeyDictionary()
+_aten = torch.ops.aten
 
 
 class Layerwise:
-    """The gradient hooks of one optimizer and what they have accumulated.
+    """Install the gradient hooks of one optimizer, and keep what they accumulate.
 
     Attributes:
         low: parameter -> R summed over micro-batches outside ``step``.
@@ -59,7 +62,7 @@ class Layerwise:
 
     @contextmanager
     def inside(self) -> Iterator[None]:
-        """Gradients that arrive within are applied at once, at the last of as many arrivals as in the last closure."""
+        """Apply gradients that arrive within at once, at the last of as many arrivals as in the last closure."""
         self.stepping, self._arrivals = True, {}
         try:
             yield
@@ -69,16 +72,16 @@ class Layerwise:
             self._expected = self._arrivals
 
     def waits(self, p: Tensor) -> bool:
-        """Return whether there is something to step with."""
-        if p.grad is None:  # after model.zero_grad() what is left in `low` is of a batch that was left out
-            return p in self.low and sharded.is_distributed(p)
+        """Return whether a parameter has something to step with."""
+        if p.grad is None:  # after model.zero_grad() `low` holds a batch that was left out
+            return p in self.low and is_distributed(p)
         return not isinstance(p.grad, UsedGradient) or (p in self.low and not p.grad.applied)
 
     def gradient(self, p: Tensor) -> Tensor | None:
-        """Return the whole gradient, None where it was used."""
+        """Return the whole gradient; None where it was used."""
         return None if isinstance(p.grad, UsedGradient) else p.grad
 
-    def taken(self, p: Tensor) -> Tensor | None:
+    def take_low(self, p: Tensor) -> Tensor | None:
         """Return R of earlier micro-batches, scaled as its gradient was, and forget it."""
         low = self.low.pop(p, None)
         if low is None or not isinstance(p.grad, UsedGradient) or _is_one(p.grad.factor):
@@ -92,14 +95,11 @@ class Layerwise:
             p.grad = None
 
     def refuse_clipping(self, closure: Callable[[], Any]) -> None:
-        """Lightning clips inside the closure, after the backward that has already stepped: refuse instead of not clipping.
+        """Refuse clipping by Lightning: it clips inside the closure, after the backward that has already stepped.
 
         Raises:
             ConfigError: with the cure.
         """
-        optimizer = self._optimizer()
-        if optimizer is None or not any(group["layerwise"] for group in optimizer.param_groups):
-            return
         # Lightning hands over a functools.partial with the LightningModule among its arguments
         for argument in getattr(closure, "args", ()):
             # `_trainer`: the property raises where a module is used without a Trainer
@@ -125,34 +125,34 @@ class Layerwise:
         if not entry.group["layerwise"]:  # switched off since
             return
         before = p.grad if isinstance(p.grad, UsedGradient) else None
-        if before is not None:
+        if before is not None and before.arrived is not None:
             p.grad = before.arrived.clone()  # autograd's own buffer, which other parameters may share
-        if self.stepping and self._last(p, entry.name):
+        if self.stepping and self._is_last(p, entry.name):
             if before is not None and p in self.low and not _is_one(before.factor):
                 self.low[p].mul_(before.factor)
             optimizer.update([p])
-            p.grad = self._used(p, entry.name, optimizer._guard.norms[0], applied=True)
+            p.grad = _used_gradient(p, entry.name, optimizer.gradient_norm(), applied=True)
             return
-        slot = optimizer.projected(p)
-        if slot is None or slot.needs_gradient:
+        slot, grad = optimizer.projected(p), p.grad
+        if grad is None or slot is None or slot.needs_gradient:
             return
         if before is not None and p in self.low:
             size = None
         else:  # the first, or what there was has been forgotten by model.zero_grad()
-            size = torch.linalg.vector_norm(sharded.local(p.grad), dtype=torch.float32 if p.dtype != torch.float64 else None)
-            if not sharded.is_distributed(p):
+            size = torch.linalg.vector_norm(local_piece(grad), dtype=torch.float32 if p.dtype != torch.float64 else None)
+            if not is_distributed(p):
                 self.low.pop(p, None)
-        low, kept = slot.project(p.grad), self.low.get(p)
+        low, kept = slot.project(grad), self.low.get(p)
         if kept is not None and before is not None and not _is_one(before.factor):
             kept.mul_(before.factor)
         self.low[p] = low if kept is None else kept.add_(low)
-        p.grad = self._used(p, entry.name, size, applied=False)
+        p.grad = _used_gradient(p, entry.name, size, applied=False)
 
-    def _last(self, p: Tensor, name: str) -> bool:
+    def _is_last(self, p: Tensor, name: str) -> bool:
         """Return whether this closure brings no further gradient of ``p``, as far as the last one tells.
 
-        The first closure's are all kept to its end on a CPU. On a device, where memory is what this mode is for, it is taken
-        to bring one.
+        On a CPU the first closure's gradients are all kept to its end. On a device, where this mode is to save memory, the
+        first closure is expected to bring one gradient of each.
 
         Raises:
             ConfigError: it has brought more than the last one.
@@ -168,10 +168,99 @@ class Layerwise:
             )  # fmt: skip
         return arrived == expected
 
-    def _used(self, p: Tensor, name: str, size: Tensor | None, applied: bool) -> Tensor | None:
-        # FSDP2 adds to the local tensor of p.grad itself, and starts anew from None
-        return None if sharded.is_distributed(p) else UsedGradient(p.grad, name, size, applied)
+
+def _used_gradient(p: Tensor, name: str, size: Tensor | None, applied: bool) -> Tensor | None:
+    # FSDP2 adds to the local tensor of p.grad itself, and starts anew from None
+    return None if p.grad is None or is_distributed(p) else UsedGradient(p.grad, name, size, applied)
 
 
 def _is_one(factor: float | Tensor) -> bool:
     return isinstance(factor, float) and factor == 1.0
+
+
+class UsedGradient(Tensor):
+    """Stand in for a gradient that was used and freed.
+
+    It has the gradient's shape and norm, but no memory. Scaling it, as ``clip_grad_norm_`` does, scales what was kept of the
+    gradient; any other operation is an error.
+
+    Attributes:
+        of: its parameter's name.
+        length: its norm; None after several micro-batches, whose sum was never formed.
+        factor: the product of all factors since.
+        applied: the weight has taken it in, so it cannot be scaled any more.
+        arrived: another micro-batch's gradient, once it was added.
+    """
+
+    of: str
+    length: Tensor | None
+    factor: float | Tensor
+    applied: bool
+    arrived: Tensor | None
+
+    @staticmethod
+    def __new__(cls: type["UsedGradient"], grad: Tensor, name: str, size: Tensor | None, applied: bool) -> "UsedGradient":
+        """Make one in the place of ``grad``."""
+        made: UsedGradient = Tensor._make_wrapper_subclass(
+            cls, grad.shape, strides=grad.stride(), dtype=grad.dtype, device=grad.device
+        )
+        made.of, made.length, made.applied = name, size, applied
+        made.factor, made.arrived = 1.0, None
+        return made
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"UsedGradient({self.of}, shape={tuple(self.shape)})"
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]  # torch declares the disabled form, which is not a class method
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Do what clipping, gradient accumulation and ``zero_grad`` do; refuse the rest."""
+        packet, first = func.overloadpacket, args[0]
+        if packet in (_aten._foreach_norm, _aten._foreach_mul_, _aten._foreach_zero_):
+            single = {
+                _aten._foreach_norm: torch.linalg.vector_norm,
+                _aten._foreach_mul_: Tensor.mul_,
+                _aten._foreach_zero_: Tensor.zero_,
+            }
+            return _each_tensor(single[packet], first, *args[1:])
+        if packet is _aten.add_ and isinstance(first, cls):  # autograd adds the next micro-batch
+            first.arrived = args[1] if first.arrived is None else first.arrived + args[1]
+            return first
+        if packet is _aten.detach or packet is _aten.alias:
+            return first
+        if packet is _aten.linalg_vector_norm and len(args) < 3 and (len(args) < 2 or args[1] == 2):
+            return first._norm()
+        if packet in (_aten.mul_, _aten.div_, _aten.zero_) and not (first.applied and packet is not _aten.zero_):
+            by = 0.0 if packet is _aten.zero_ else args[1] if packet is _aten.mul_ else 1 / args[1]
+            first.factor = first.factor * by
+            return first
+        raise ConfigError(
+            "layerwise", True, f"has used and freed the gradient of {_name_of_used(args)}, so {packet.__name__} has nothing to "
+            "work on: leave it out (clipping by value, or inside the closure), or use layerwise=False"
+        )  # fmt: skip
+
+    def _norm(self) -> Tensor:
+        if self.length is None:
+            raise ConfigError(
+                "layerwise", True, f"has freed the gradient of {self.of} micro-batch by micro-batch, so the norm of their sum "
+                "is not known: clip without gradient accumulation, set clipping to null, or use layerwise=False"
+            )  # fmt: skip
+        return self.length * self.factor
+
+
+def _each_tensor(function: Any, tensors: list[Tensor], *args: Any) -> Any:
+    others = [
+        args[0][i] if args and isinstance(args[0], (list, tuple)) else args[0] if args else None for i in range(len(tensors))
+    ]
+    found = [function(t) if other is None else function(t, other) for t, other in zip(tensors, others, strict=True)]
+    return found if function is torch.linalg.vector_norm else None
+
+
+def _name_of_used(args: Any) -> str:
+    for arg in args:
+        if isinstance(arg, UsedGradient):
+            return arg.of
+        if isinstance(arg, (list, tuple)) and (name := _name_of_used(arg)):
+            return name
+    return ""

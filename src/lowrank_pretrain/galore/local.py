@@ -1,12 +1,13 @@
-"""What one worker has done to one matrix since the workers last agreed on it (LTE × GaLore): W = C·W_base + P·D + X, always.
+"""Keep the steps of one worker on one matrix since the last merge (LTE × GaLore), in the form W = C·W_base + P·D + X.
 
 A GaLore step with decoupled weight decay is W ← (W + η·P·(−N))(1 − ηλ). With P fixed between two merges this keeps the form
 C·W_base + P·D: D ← (D − η·N)(1 − ηλ), C ← C(1 − ηλ). W is formed anew from the right-hand side at every step instead of being
 updated: that costs what the update and the decay cost, a resumed worker finds its W to the bit from r(m+n) numbers, and
 weights in half precision lose no small update.
 
-X is what others than the optimizer wrote into W (clamps, masks, ``load_state_dict``); where nobody does there is none. It is
-seen by W's version counter, and on a CPU, as on any device before the first merge, by its bits, for ``.data`` counts nothing.
+X holds what was written into W by other code than the optimizer (clamps, masks, ``load_state_dict``); usually there is none.
+W's version counter shows such a write. A write through ``.data`` does not count there, so on a CPU, and on any device before
+the first merge, W's bits are compared as well.
 
 Shapes: W m×n; in the layout of ``Projected.matrix`` d×k, P d×r, D r×k (two-sided: D r×r, and Q k×r).
 """
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class LocalUpdate:
-    """One matrix's form. Costs a copy of W in float32 at least, and D.
+    """Keep one matrix's form. It costs a copy of W in float32 at least, and D.
 
     Args:
         p: the weight; what it holds now is W_base.
@@ -32,8 +33,8 @@ class LocalUpdate:
     Attributes:
         base: W_base, in p's shape.
         D: the update in the basis; ``None`` before the first step.
-        C: what weight decay has left of W_base.
-        X: what others added since the last merge, in p's shape; ``None``: nothing.
+        C: the share of W_base that weight decay has left.
+        X: the sum of what other code added since the last merge, in p's shape; ``None``: nothing.
         fresh: the next step renews the basis; only then is D zero.
     """
 
@@ -47,17 +48,17 @@ class LocalUpdate:
         self.mark(p)
 
     def mark(self, p: Tensor) -> None:
-        """W is what it should be: whatever differs from now on was written by others."""
+        """Note that W is as it should be: any difference from now on was written by other code."""
         self._version = p._version
         self._stamp = int(stamp(p)) if self._reads_bits else None
 
     @torch.no_grad()
     def absorb(self, slot: "Projected", weight: Tensor | None = None) -> None:
-        """Take what others wrote into W since the last step into X; W stays what it is.
+        """Add to X what other code wrote into W since the last step; W stays as it is.
 
         Args:
             slot: the matrix' projection.
-            weight: W as training has it, if something else is in its place now.
+            weight: W as training has it, if another tensor is in its place now.
         """
         p = slot.p if weight is None else weight
         if slot.p._version == self._version if self._stamp is None else int(stamp(p)) == self._stamp:
@@ -69,7 +70,7 @@ class LocalUpdate:
 
     @torch.no_grad()
     def take(self, slot: "Projected", minus_n: Tensor, rate: float) -> None:
-        """One step: −N in the basis, and ``rate`` = ηλ of decay."""
+        """Take one step: −N in the basis, and ``rate`` = ηλ of decay."""
         self.absorb(slot)
         if self.X is not None:
             self.X.mul_(1 - rate)
@@ -83,28 +84,31 @@ class LocalUpdate:
     def form(self, slot: "Projected") -> None:
         """Write C·W_base + P·D + X into the weight."""
         if self.D is not None and self.X is None and slot.viewable and slot.p.dtype == self.base.dtype:
-            torch.addmm(slot.matrix(self.base), *self.factors(slot.state), beta=self.C, out=slot.matrix(slot.p))
+            P, D = self.factors(slot.state)
+            torch.addmm(slot.matrix(self.base), P, D, beta=self.C, out=slot.matrix(slot.p))
         else:
             slot.p.copy_(self.formed(slot))
         self.mark(slot.p)
 
     def formed(self, slot: "Projected") -> Tensor:
-        """C·W_base + P·D + X in the weight's shape, a new tensor."""
+        """Return C·W_base + P·D + X in the weight's shape, a new tensor."""
         if self.D is None:
             new = self.base * self.C
         else:
-            new = torch.addmm(slot.matrix(self.base), *self.factors(slot.state), beta=self.C)
+            P, D = self.factors(slot.state)
+            new = torch.addmm(slot.matrix(self.base), P, D, beta=self.C)
             new = (new if slot.left else new.t()).reshape(slot.p.shape)
         return new if self.X is None else new + self.X
 
     def factors(self, state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """P d×r, and D (two-sided: D Qᵀ) r×k."""
+        """Return P d×r, and D (two-sided: D Qᵀ) r×k."""
+        assert self.D is not None, "there are factors from the first step on"
         P, D = state["proj"].to(self.base.dtype), self.D
         return P, D if "proj_right" not in state else D @ state["proj_right"].to(self.base.dtype).t()
 
     @torch.no_grad()
     def restart(self, p: Tensor, base: Tensor) -> None:
-        """A merge: this is W_base now, and W."""
+        """Start anew from a merge's result, which is W_base now, and W."""
         self.base.copy_(base)
         p.copy_(self.base)
         if self.D is not None:

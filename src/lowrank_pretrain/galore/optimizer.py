@@ -2,10 +2,12 @@
 
 A drop-in for ``galore_torch.GaLoreAdamW``: same signature, same group keys. ``refresh="svd", rotate_moments=False,
 stagger=False`` is that code step for step; the defaults are quicker and better.
+
+One step, in the order of the calls: ``step`` → ``update`` → ``_step_on_device`` → ``_step_projected``.
+Shapes: W, G m×n; P d×r the basis of the projected side; R = PᵀG, N, m, v r×k.
 """
 
 import inspect
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -14,26 +16,22 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.protocols import Adopter, Reports
 from lowrank_pretrain.core.seeds import run_seed
-from lowrank_pretrain.galore import adopt as transition
-from lowrank_pretrain.galore import checkpoint, memory, stepping
-from lowrank_pretrain.galore.clock import RefreshClock
-from lowrank_pretrain.galore.groups import KEYS, asked, check_group, check_values, galore_param_groups
-from lowrank_pretrain.galore.guard import Guard
-from lowrank_pretrain.galore.index import Entry, Snapshot, make_index, parameter_name, settings
-from lowrank_pretrain.galore.layerwise import Layerwise
+from lowrank_pretrain.galore import adam, groups, state
+from lowrank_pretrain.galore.adam import PlainParameter, fit_layout
+from lowrank_pretrain.galore.clock import RefreshTimer
+from lowrank_pretrain.galore.dtensor import is_distributed, local_piece
+from lowrank_pretrain.galore.guard import Guard, check_dense_and_real, closed, eager
+from lowrank_pretrain.galore.layerwise import Layerwise, UsedGradient
 from lowrank_pretrain.galore.local import LocalUpdate
-from lowrank_pretrain.galore.moments import steps_taken
-from lowrank_pretrain.galore.projection import Projected, SharedBasis
-from lowrank_pretrain.galore.surroundings import closed, eager
-
-_PROJECTED = ("update_proj_gap", "scale", "proj_type", "refresh", "residual", "variant")  # settings of projected groups alone
+from lowrank_pretrain.galore.projection import Entry, Projected, SharedBasis, make_index
 
 
-class GaLoreAdamW(Optimizer):
-    """AdamW with projected gradients for every group that has a ``rank``; plain AdamW for the others.
+class GaLoreAdamW(Adopter, Reports, Optimizer):
+    """Run AdamW on projected gradients for every group that has a ``rank``, and plain AdamW for the others.
 
-    Works through Lightning's plain ``configure_optimizers``. Group keys, all but ``rank`` with the defaults given here:
+    Works through Lightning's plain ``configure_optimizers``. Group keys, all but ``rank`` with these defaults:
 
     Args:
         params: parameters or groups, e.g. from :func:`galore_param_groups`; or a model, with ``rank`` and ``targets``.
@@ -50,15 +48,16 @@ class GaLoreAdamW(Optimizer):
             power iteration on the momentum's mixture with the gradient.
         rotate_moments: carry the moments over into the new basis.
         stagger: spread the refreshes of the matrices over the gap.
-        layerwise: update each parameter as soon as its gradient is there and free it. Not with clipping, 16-mixed or DDP.
+        layerwise: update each parameter as soon as its gradient is there, and free the gradient. Not with clipping, 16-mixed
+            or DDP.
         moments: ``auto``, ``float32``, ``grad`` (the gradient's dtype) or ``8bit`` (needs bitsandbytes).
         residual: ``fira`` adds the scaled part of the gradient outside the subspace, with a limit on its growth.
         variant: ``apollo`` scales the whole gradient by what Adam does to a random projection of it (rank 1: APOLLO-Mini).
-        seed: of the random parts; by default the run's.
+        seed: of random projections; by default the run's.
         rank: with a model for ``params``: its groups are ``galore_param_groups(model, rank, targets)``, and norms, biases and
-            embeddings have no weight decay. So a HF ``Trainer`` takes it as
+            embeddings have no weight decay. A HF ``Trainer`` takes it as
             ``optimizer_cls_and_kwargs=(GaLoreAdamW, {"model": model, "rank": 128, "lr": 1e-3})``.
-        targets: with ``rank``: which matrices.
+        targets: with ``rank``: the matrices to project.
 
     Raises:
         ConfigError: a wrong value.
@@ -95,160 +94,243 @@ class GaLoreAdamW(Optimizer):
             "rotate_moments": rotate_moments, "stagger": stagger, "layerwise": layerwise, "moments": moments,
             "residual": residual, "variant": variant, "seed": run_seed() if seed is None else seed,
         }  # fmt: skip
-        if isinstance(params, nn.Module):
-            if rank is None:
-                raise ConfigError("rank", None, "is needed with a model: GaLoreAdamW(model, rank=128)")
-            params = galore_param_groups(params, rank, targets, weight_decay=weight_decay)
-        elif rank is not None or targets != "all":
-            key, value = ("targets", targets) if rank is None else ("rank", rank)
-            cure = (
-                "needs the model: GaLoreAdamW(model, rank=…, targets=…), or groups of galore_param_groups(model, rank, targets)"
-            )
-            raise ConfigError(
-                key, value, f"{cure}; in a HF Trainer optimizer_cls_and_kwargs=(GaLoreAdamW, {{'model': model, …}})"
-            )
-        self._setup({})
-        self._asked: list[
-            dict[str, Any]
-        ] = []  # of each group what the code has asked for, whatever a schedule or file made of it
-        check_values(defaults)
+        params = groups.groups_of_model(params, rank, targets, weight_decay)
+        self._reset({})
+        self._requested: list[dict[str, Any]] = []  # the settings in the code, by group, before any schedule or file
+        groups.check_values(defaults)
         super().__init__(params, defaults)
-        usual = inspect.signature(GaLoreAdamW).parameters
-        changed = [key for key in _PROJECTED if defaults[key] != usual[key].default]
-        if changed and not any(group.get("rank") for group in self.param_groups):
-            warnings.warn(
-                f"{changed[0]}={defaults[changed[0]]!r} has no effect yet: no parameter group has a rank, so all are plain "
-                "AdamW (until a plan projects some: PreLoRA with then=galore)",
-                stacklevel=2,
-            )
+        groups.warn_of_unused(defaults, inspect.signature(GaLoreAdamW), self.param_groups)
 
-    def _setup(self, ranks: dict[Tensor, int]) -> None:
+    def _reset(self, ranks: dict[Tensor, int]) -> None:
         self._ranks = ranks  # of adopted parameters, whose group has no rank
         self._guard = Guard()
         self._layerwise = Layerwise(self)
-        self._index: tuple[Snapshot, int, dict[Tensor, Entry]] | None = None
-        self._clock = RefreshClock()
-        self._rates: list[float] = []  # by group, after a load: the rate asked for over the one asked for in the file
+        self._index: tuple[groups.GroupsSnapshot, int, dict[Tensor, Entry]] | None = None
+        self._distributed = False  # are some parameters DTensors?
+        self._freed: list[Tensor] = []  # parameters of layer-wise groups, whose gradients are freed
+        self._timer = RefreshTimer()
+        self.rate_shares: list[float] = []  # by group, after a load: the rate in the code over the one in the file's code
         self.shared: SharedBasis | None = None  # set by galore_ddp_hook, and by LTE for basis="shared"
-        self.local: dict[Tensor, LocalUpdate] = {}  # set by LTE: matrices that this worker trains apart from the others
+        self.local: dict[Tensor, LocalUpdate] = {}  # set by LTE: matrices that this worker trains separately from the others
 
-    # ---- groups -------------------------------------------------------------------------------------------------------
+    # ---- groups, and the index of parameters ------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, as torch's; its values are checked."""
+        """Add a group, as torch does; its values are checked."""
         if isinstance(param_group, dict) and not isinstance(param_group.get("params"), (Tensor, set, type(None))):
             param_group["params"] = list(param_group["params"])  # a generator can be read once only
         if self.param_groups and "param_names" in self.param_groups[0]:
-            _name_unnamed(param_group, len(self.param_groups))
+            groups.name_late_group(param_group, len(self.param_groups))
         super().add_param_group(param_group)
+        group = self.param_groups[-1]
         try:
-            check_group(self.param_groups[-1], self._names(len(self.param_groups) - 1))
+            groups.check_group(group, groups.parameter_names(group, len(self.param_groups) - 1))
         except ValueError:
             del self.param_groups[-1]
             raise
-        group = self.param_groups[-1]
-        self._asked.append(asked(group))
+        self._requested.append(groups.requested_settings(group))
         if group["layerwise"]:
             self._layerwise.install(group["params"])
 
     def lookup(self, thorough: bool = False) -> dict[Tensor, Entry]:
-        """What is known of each parameter; made anew when the groups have changed.
+        """Return the group, name and projection of each parameter; made anew when the groups have changed.
 
         Args:
             thorough: compare every parameter and setting, as at the beginning of a step; else only the lists.
-        """
-        if self._index is not None:
-            known, ranks, found = self._index
-            unchanged = known.same(self.param_groups) if thorough else known.same_lists(self.param_groups)
-            if unchanged and ranks == len(self._ranks):
-                return found
-            self._check_again(known)
-        old = {} if self._index is None else self._index[2]
-        found = make_index(self.param_groups, self._ranks, self.state, old)
-        self._index = Snapshot(self.param_groups), len(self._ranks), found
-        return found
-
-    def _check_again(self, known: Snapshot) -> None:
-        """Check the settings of groups that were changed in the middle of a fit.
 
         Raises:
-            ConfigError: a value that the constructor would refuse.
+            ConfigError: a setting that was changed in the middle of a fit, to a value that the constructor would refuse.
         """
-        for number, group in enumerate(self.param_groups):
-            if number >= len(known.settings) or settings(group) != known.settings[number]:
-                check_group(group, self._names(number), quiet=True)
+        old: dict[Tensor, Entry] = {}
+        if self._index is not None:
+            known, ranks, old = self._index
+            unchanged = known.is_current(self.param_groups) if thorough else known.has_same_lists(self.param_groups)
+            if unchanged and ranks == len(self._ranks):
+                return old
+            for number in known.changed_groups(self.param_groups):
+                group = self.param_groups[number]
+                groups.check_group(group, groups.parameter_names(group, number), quiet=True)
                 if group["layerwise"]:
                     self._layerwise.install(group["params"])
-
-    def _names(self, number: int) -> dict[int, str]:
-        group = self.param_groups[number]
-        return {id(p): parameter_name(group, number, i) for i, p in enumerate(group["params"])}
+        found = make_index(self.param_groups, self._ranks, self.state, old)
+        self._index = groups.GroupsSnapshot(self.param_groups), len(self._ranks), found
+        self._distributed = any(map(is_distributed, found))
+        self._freed = [p for p, entry in found.items() if entry.group["layerwise"]]
+        return found
 
     def projected(self, p: Tensor) -> Projected | None:
-        """The projection of a parameter as it stands at this step; None for one that AdamW updates."""
+        """Return the projection of a parameter as it stands at this step; None for one that plain AdamW updates."""
         slot = self.lookup()[p].slot
         return None if slot is None else self._present(p, slot)
 
     def _present(self, p: Tensor, slot: Projected) -> Projected:
-        state = self.state[p]  # states may have been dropped or replaced since
+        """Return the slot with its state; a new slot for a parameter that was resized and has no state."""
+        kept = self.state[p]
         if p.shape != slot.shape:
-            if state:
+            if kept:
                 raise ConfigError(
                     "params", slot.name, f"had shape {tuple(slot.shape)} and has {tuple(p.shape)} now: a parameter that was "
                     "resized needs a new optimizer, or no state (optimizer.state.pop(p))"
                 )  # fmt: skip
             self._index = None
-            slot = self.lookup()[p].slot
-        slot.state = state
-        slot.local, slot.shared = self.local.get(p), self.shared
-        slot.step = steps_taken(state)
-        if "proj" in state and state["proj"].device != p.device:  # the model was moved after the optimizer was made
-            for key, value in state.items():
-                if isinstance(value, Tensor) and key != "step":
-                    state[key] = value.to(p.device)
-        return slot
+            again = self.lookup()[p].slot
+            assert again is not None, "a rank stays where it is"
+            slot = again
+        return slot.attach(kept, self.local.get(p), self.shared)
 
-    # ---- step ---------------------------------------------------------------------------------------------------------
+    # ---- the step -----------------------------------------------------------------------------------------------------------
 
     @eager
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step. Lightning passes a closure that runs forward and backward; without one the gradients must be there."""
+        """Take one step. Lightning passes a closure that runs forward and backward; without one the gradients must be there.
+
+        Raises:
+            ConfigError: a sparse or complex gradient; a rate that is NaN or infinite; a parameter that was resized.
+            FloatingPointError: a gradient that is not finite.
+        """
         loss = None
         if closure is not None:
             self.lookup(thorough=True)
-            self._layerwise.refuse_clipping(closure)
+            if self._freed:
+                self._layerwise.refuse_clipping(closure)
             with torch.enable_grad(), self._layerwise.inside():
                 loss = closure()
         self._guard.raise_arrived()
-        lookup = self.lookup(thorough=True)
-        for p in self.local if self.shared is not None else ():  # the others wait for its share of the basis
+        params, waiting = self.lookup(thorough=True), self._layerwise
+        for p in self.local if self.shared is not None else ():  # the other workers wait for its share of the basis
             if p.grad is None and p.requires_grad:
                 p.grad = torch.zeros_like(p)
-        self.update([p for p in lookup if self._layerwise.waits(p)])
-        self._layerwise.clear(free=[p for p, entry in lookup.items() if entry.group["layerwise"]])
+        self.update([
+            p for p in params
+            if (p.grad is not None and not isinstance(p.grad, UsedGradient)) or (waiting.low and waiting.waits(p))
+        ])  # fmt: skip
+        if self._freed or waiting.low:
+            waiting.clear(free=self._freed)
         return loss
+
+    @closed
+    @torch.no_grad()
+    def update(self, params: list[Tensor]) -> None:
+        """Step with the gradients of these parameters (all of a normal step's, or one layer's)."""
+        entries, checked = self.lookup(), set[int]()
+        by_device: dict[torch.device, list[Tensor]] = {}
+        for p in params:
+            group, grad = entries[p].group, p.grad
+            if id(group) not in checked:
+                checked.add(id(group))
+                groups.check_rates(group)
+            if grad is not None:
+                check_dense_and_real(grad, entries[p].name)
+            by_device.setdefault(p.device, []).append(p)
+        for device, some in by_device.items():
+            self._step_on_device(some, device, entries)
+
+    def _step_on_device(self, params: list[Tensor], device: torch.device, entries: Mapping[Tensor, Entry]) -> None:
+        # sort: matrices to project, and the rest by group (thousands of groups, looked for one by one, would be slow)
+        slots: list[Projected] = []
+        plain: dict[int, list[PlainParameter]] = {}
+        owners: list[Any] = []  # the holder of each gradient, and under which name it holds it
+        keys: list[str] = []
+        layerwise = self._layerwise
+        for p in params:
+            group, name, slot = entries[p]
+            if slot is None:
+                assert p.grad is not None, name
+                plain.setdefault(id(group), []).append(PlainParameter(p, name, p.grad, self.state[p]))
+            else:
+                slot = self._present(p, slot)
+                slot.grad, slot.low = (layerwise.gradient(p), layerwise.take_low(p)) if layerwise.low else (p.grad, None)
+                slots.append(slot)
+                held = [key for key in ("grad", "low") if getattr(slot, key) is not None]
+                owners += [slot] * len(held)
+                keys += held
+
+        # check every gradient before anything is changed; scale down those whose square would overflow
+        matrices = len(owners)
+        owners += [item for items in plain.values() for item in items]
+        keys += ["grad"] * (len(owners) - matrices)
+        grads = list(map(getattr, owners, keys))
+        if self._distributed:
+            grads = [local_piece(grad) for grad in grads]
+        # Fira and APOLLO write the gradient itself into W, and a first basis has nothing to keep: no mask can undo these
+        wait = any(slot.cold or slot.group["residual"] or slot.group["variant"] == "apollo" for slot in slots)
+        names, cut = [owner.name for owner in owners], params if self._distributed else []
+        skip = self._guard.check(grads, names, cut, wait, layerwise.stepping, matrices)
+        for i in self._guard.spikes:
+            setattr(owners[i], keys[i], self._guard.limited(getattr(owners[i], keys[i]), owners[i]))
+
+        for same in adam.split_by(slots, lambda slot: (id(slot.group), slot.step, slot.p.dtype)) if slots else ():
+            for some in adam.kernel_batches(same, [slot.numel_low for slot in same], device):
+                self._step_projected(some, skip)
+        for items in plain.values():
+            group = entries[items[0].p].group
+            for alike in adam.split_by(items, lambda item: (adam.steps_taken(item.state), item.p.dtype, item.grad.dtype)):
+                adam.adamw_step(alike, group, skip, self._distributed)
+
+    def _step_projected(self, slots: list[Projected], skip: Tensor | None) -> None:
+        """Step with matrices of one group, step and dtype."""
+        group, step = slots[0].group, slots[0].step + 1
+        eta = float(group["lr"]) * group["scale"]
+        decay = float(group["lr"]) * group["weight_decay"]
+        correction = adam.bias_correction(step, group)
+        update = Projected.add_update
+        if group["variant"] == "apollo":
+            update = Projected.add_scaled_gradient
+        elif group["residual"] == "fira":
+            update = Projected.add_update_and_residual
+
+        lows, ms, vs = [], [], []
+        for slot in slots:
+            m, v = slot.read_moments(slot.p if slot.grad is None else slot.grad)
+            # renew the basis P, where it is due, and carry the moments over into it
+            if slot.due:
+                began = self._timer.start(slot.p)
+                m, v, overlap = slot.refresh(slot.whole_grad, m, v, skip)
+                self._timer.stop(slot.p, began, step, overlap)
+            # project: R = PᵀG, plus that of earlier micro-batches
+            low = slot.low
+            if slot.grad is not None:
+                low = slot.project(slot.grad) if low is None else low.add_(slot.project(slot.grad))
+            assert low is not None, slot.name
+            lows.append(low)
+            ms.append(fit_layout(m, low, slot.name, "first moment"))
+            vs.append(fit_layout(v, low, slot.name, "second moment"))
+
+        # Adam on R: the moments in place, and −N, for all of them in one call
+        minus_n = adam.adam_directions(lows, ms, vs, step, group, skip)
+
+        # back to W: W ← W − ηαP N
+        for slot, low, n, m, v in zip(slots, lows, minus_n, ms, vs, strict=True):
+            if slot.local is None:
+                update(slot, low, n, eta, correction)
+            else:
+                slot.local.take(slot, n, decay)
+            slot.write_moments(m, v)
+            slot.grad = slot.low = None
+
+        # decoupled weight decay, after the update, as published
+        weights = [local_piece(slot.p) if slot.distributed else slot.p for slot in slots if slot.local is None]
+        adam.decay_weights(weights, group, skip)
+
+    def gradient_norm(self) -> Tensor | None:
+        """Return the norm of the first gradient of the last update."""
+        return None if self._guard.norms is None else self._guard.norms[0]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget gradients, and what layer-wise updates have accumulated of them."""
         super().zero_grad(set_to_none)
         self._layerwise.clear()
 
-    @closed
-    @torch.no_grad()
-    def update(self, params: list[Tensor]) -> None:
-        """Step with the gradients of these parameters (all of a normal step's, or one layer's)."""
-        stepping.apply(self, params)
-
-    # ---- the protocol of ARCHITECTURE.md: who takes a plan over ------------------------------------------------------
+    # ---- the protocols: take a plan over, report figures ---------------------------------------------------------------------
 
     def check_adopt(self, names: Iterable[str], module: nn.Module) -> None:
-        """Whether ``adopt`` will be able to take these targets, asked before training begins.
+        """Say before training begins whether ``adopt`` will be able to take these targets.
 
         Raises:
             ConfigError: a target in no group, or projected already; layer-wise updates; APOLLO.
         """
-        transition.check(self, names, module)
+        state.adoptable_weights(names, module, self.lookup())
 
     def adopt(self, plan: Mapping[str, int], module: nn.Module) -> None:
         """Project the plan's targets from now on. Their group, its schedule and their moments stay.
@@ -259,27 +341,35 @@ class GaLoreAdamW(Optimizer):
         Raises:
             ConfigError: a target that is unknown, in no group, or projected already.
         """
-        transition.adopt(self, plan, module)
+        entries = self.lookup()
+        for p, rank in state.adoptable_ranks(plan, module, entries).items():
+            entries[p].group["scale"] = 1.0
+            self._ranks[p] = rank
+        self._index = None
 
     def release(self) -> None:
-        """The plan's freeze: projected weights go on training in full, so only moments still of full size are dropped."""
-        transition.release(self)
+        """Finish at the plan's freeze: weights go on training in full, so only moments still of full size are dropped."""
+        for p in self._ranks:
+            kept = self.state.get(p, {})
+            if kept and "proj" not in kept:
+                for key in [key for key in kept if key.startswith("exp_avg")]:
+                    del kept[key]
 
     def metrics(self) -> dict[str, float]:
-        """``galore/refresh_ms`` and ``galore/overlap`` of the last step that refreshed and that the device has passed.
+        """Return ``galore/refresh_ms`` and ``galore/overlap`` of the last step that refreshed and that the device has passed.
 
-        It never waits for the device: asked at every tenth step, say, it answers there of an earlier tenth.
+        It never waits for the device, so on one the figures may be those of an earlier call's step.
         """
-        return self._clock.metrics()
+        return self._timer.metrics()
 
     def formula_bytes(self) -> int:
-        """Bytes of state by the paper's formula, mr + 2nr for each projected matrix, to set beside what is really held."""
-        return memory.formula_bytes(self)
+        """Return bytes of state by the paper's formula, mr + 2nr for each projected matrix, to compare with those held."""
+        return state.formula_bytes(self.lookup())
 
-    # ---- state --------------------------------------------------------------------------------------------------------
+    # ---- state ---------------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's; groups with adopted parameters carry their ranks."""
+        """Return the state as torch does; groups with adopted parameters carry their ranks."""
         for group in self.param_groups:
             ranks = [self._ranks.get(p, 0) for p in group["params"]]
             if any(ranks):
@@ -290,38 +380,50 @@ class GaLoreAdamW(Optimizer):
             for group in self.param_groups:
                 group.pop("ranks", None)
         if isinstance(saved, dict):
-            saved.setdefault("asked", [dict(one) for one in self._asked])
+            saved.setdefault("asked", [dict(settings) for settings in self._requested])
         return saved
 
     @eager
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, hooks and all, but tensors have the mode's dtype, and ranks, shapes and names are compared first.
+        """Load as torch does, hooks and all, but tensors have the mode's dtype, and ranks, shapes and names are compared first.
 
-        What the code asks for wins over the file, for each setting that may change between two runs. A scheduler whose own
-        state is loaded afterwards sets its rates again: ``checkpoint.follow_rates`` puts that right.
+        Each setting that may change between two runs is taken from the code, not from the file. A scheduler whose own state
+        is loaded afterwards sets its rates again: ``state.follow_rates`` corrects them. An error changes nothing.
 
         Raises:
             ConfigError: the state belongs to another model, grouping, rank or projection.
         """
-        checkpoint.load(self, state_dict)
+        saved = dict(state_dict)
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = before(self, saved)
+            saved = saved if changed is None else changed
+        loaded = state.fit_saved_state(saved, self.param_groups, self.defaults, self._requested)
+        states = type(self.state)(dict)  # a defaultdict, as torch's
+        states.update(loaded.states)
+        self._ranks = loaded.ranks
+        self.__setstate__({"state": states, "param_groups": loaded.groups})
+        self.rate_shares = loaded.rate_shares
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_ranks": self._ranks, "_asked": self._asked}
+        return {**super().__getstate__(), "_ranks": self._ranks, "_asked": self._requested}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # a deep copy or an unpickled optimizer has none of our private attributes; load_state_dict comes here as well
         super().__setstate__({key: value for key, value in state.items() if key not in ("_ranks", "_asked")})
         shared, local = getattr(self, "shared", None), getattr(self, "local", {})
-        self._setup(state.get("_ranks", getattr(self, "_ranks", {})))
+        self._reset(state.get("_ranks", getattr(self, "_ranks", {})))
         self.shared, self.local = shared, local
         for group in self.param_groups:
-            for key in KEYS:  # pickled by a version that did not have this key yet
+            for key in groups.KEYS:  # pickled by a version that did not have this key yet
                 if key in self.defaults:
                     group.setdefault(key, self.defaults[key])
             if group["layerwise"]:
                 self._layerwise.install(group["params"])
-        self._asked = state.get("_asked") or getattr(self, "_asked", None) or [asked(group) for group in self.param_groups]
+        requested = state.get("_asked") or getattr(self, "_requested", None)
+        self._requested = requested or [groups.requested_settings(group) for group in self.param_groups]
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -331,14 +433,3 @@ class GaLoreAdamW(Optimizer):
                 "layerwise", True, "cannot undo a loss scale (16-mixed): use precision=bf16-mixed or layerwise=False"
             )
         return False
-
-
-def _name_unnamed(param_group: dict[str, Any], number: int) -> None:
-    """Name the parameters of a late group by position: Lightning's BaseFinetuning unfreezes without names."""
-    given = param_group["params"]
-    given = [given] if isinstance(given, Tensor) else given
-    if "param_names" in param_group or isinstance(given, set) or any(isinstance(p, tuple) for p in given):
-        return  # a set is refused by torch
-    param_group["params"] = [(f"parameter {i} of group {number}", p) for i, p in enumerate(given)]
-    if not given:  # torch takes names from the parameters
-        param_group["param_names"] = []

@@ -1,35 +1,38 @@
-"""One projected weight: its views, its state, its refresh and its update. The arithmetic is in subspace, moments, residual.
+"""Hold one projected weight: its views, its state, its refresh and its update; and make the index of all parameters.
 
 Shapes: W, G m×n (an N-D weight is taken as out × the rest); M d×k = G or Gᵀ, projected side first; P d×r; R, m, v r×k. For
-``proj_type="full"`` M = G, P m×r, Q n×r and R, m, v are r×r.
+``proj_type="full"`` M = G, P m×r, Q n×r and R, m, v are r×r. The arithmetic of bases is in ``subspace``.
 
 State: ``proj`` P (``proj_right`` Q), ``exp_avg``, ``exp_avg_sq``, ``step``: plain tensors.
 """
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.seeds import generator
-from lowrank_pretrain.galore import dtensor as sharded
-from lowrank_pretrain.galore import moments, residual, subspace
+from lowrank_pretrain.galore import dtensor, residual, subspace
+from lowrank_pretrain.galore.adam import count_step, moment_dtype, moment_kind, read_moments, steps_taken, write_moments
+from lowrank_pretrain.galore.groups import largest_rank, parameter_name
+from lowrank_pretrain.galore.guard import has_values, wide_dtype
 from lowrank_pretrain.galore.local import LocalUpdate
-from lowrank_pretrain.galore.surroundings import has_values
 
 
 class SharedBasis(Protocol):
-    """Makes the bases of several ranks one."""
+    """Make the bases of several ranks one."""
 
     def same(self, bases: list[Tensor], averaged: bool) -> None:
-        """Give all ranks rank 0's; ``averaged`` says that they were made of a sketch that went through ``mean``."""
+        """Give all ranks rank 0's bases; ``averaged`` says that they come from a sketch that went through ``mean``."""
 
     def mean(self, sketch: Tensor) -> None:
-        """The ranks' mean of M MᵀP, in place."""
+        """Average M MᵀP over the ranks, in place."""
 
     def agree(self, flag: Tensor) -> Tensor:
-        """A flag that is true only if it is on all ranks."""
+        """Return a flag that is true only if it is true on all ranks."""
 
 
 @dataclass
@@ -46,8 +49,8 @@ class Projected:
         grad: this step's gradient, in the parameter's shape, or None where only ``low`` was kept.
         low: R accumulated over earlier micro-batches (layer-wise updates only).
         step: steps taken before this one.
-        local: what this worker has done since the last merge (LTE × GaLore), else None.
-        shared: whoever makes one basis for several ranks, else None.
+        local: the steps of this worker since the last merge (LTE × GaLore), else None.
+        shared: makes one basis for several ranks, else None.
         former: the slot of another rank or side that made the present state, until the next step; else None.
     """
 
@@ -63,89 +66,103 @@ class Projected:
     local: LocalUpdate | None = None
     shared: SharedBasis | None = None
     former: "Projected | None" = None
-    _blank: bool | None = None  # None: to be looked at
+    _blank: bool | None = None  # None: not looked at yet
 
     def __post_init__(self) -> None:
         self.rows, self.cols = self.p.shape[0], self.p.numel() // self.p.shape[0]
-        # what the state's shapes depend on is kept here: the group may be changed in the middle of a fit
+        # settings that the state's shapes depend on are kept here: the group may be changed in the middle of a fit
         self.shape, self.variant, self.proj_type = self.p.shape, self.group["variant"], self.group["proj_type"]
         self.left = subspace.project_left(self.rows, self.cols, self.proj_type)
-        self.shards = sharded.shard_group(self.p)
-        self.distributed = sharded.is_distributed(self.p)
-        sharded.check(self.p, self.group, self.name)
+        self.two_sided = self.proj_type == "full"
+        self.numel_low = self.rank * (self.rank if self.two_sided else self.cols if self.left else self.rows)  # elements of R
+        self.shards = dtensor.shard_group(self.p)
+        self.distributed = dtensor.is_distributed(self.p)
+        dtensor.check_placement(self.p, self.group, self.name)
 
-    @property
-    def numel_low(self) -> int:
-        """Elements of R."""
-        return self.rank * (self.rank if self.two_sided else self.cols if self.left else self.rows)
+    def attach(self, state: dict[str, Any], local: LocalUpdate | None, shared: SharedBasis | None) -> "Projected":
+        """Take the parameter's state for this step; it may have been dropped or replaced since the last one."""
+        self.state, self.step, self.local, self.shared = state, steps_taken(state), local, shared
+        if "proj" in state and state["proj"].device != self.p.device:  # the model was moved after the optimizer was made
+            for key, value in state.items():
+                if isinstance(value, Tensor) and key != "step":
+                    state[key] = value.to(self.p.device)
+        return self
+
+    def follow(self, before: "Projected") -> None:
+        """Take over from the slot that made the parameter's state; at the next step its moments enter the new basis.
+
+        Raises:
+            ConfigError: the moments cannot follow the change.
+        """
+        if self.form != before.form:
+            if "apollo" in (self.variant, before.variant) or self.distributed or before.local is not None:
+                key = "rank" if self.rank != before.rank else "proj_type" if self.variant == before.variant else "variant"
+                raise _cannot_follow(key, getattr(self, key), before)
+            self.former = before.former or before
+        else:
+            self.former = before.former
 
     @property
     def viewable(self) -> bool:
-        """Whether the weight has a matrix view; without one (channels_last) the update works on a copy of the weight."""
+        """Return whether the weight has a matrix view; without one (channels_last) the update works on a copy."""
         return self.p.ndim == 2 or self.p.is_contiguous()
 
     @property
-    def two_sided(self) -> bool:
-        """Whether both sides are projected."""
-        return self.proj_type == "full"
-
-    @property
     def form(self) -> tuple[Any, ...]:
-        """What decides the shapes and the meaning of the state."""
+        """Return the settings that decide the shapes and the meaning of the state."""
         return self.rank, self.left, self.two_sided, self.variant
 
     @property
     def cold(self) -> bool:
-        """Whether there is no basis yet, or one that no gradient has had a part in."""
+        """Return whether there is no basis yet, or one that no gradient has contributed to."""
         return self.variant == "galore" and ("proj" not in self.state or self.former is not None or self.blank)
 
     @property
     def blank(self) -> bool:
-        """Whether all gradients so far were zero, as they are in front of a layer that starts at zero.
+        """Return whether all gradients so far were zero, as they are in front of a layer that starts at zero.
 
-        Looked up after a basis is made or loaded, and no more once it is False.
+        This is read after a basis is made or loaded, and not again once it is False.
         """
         if self._blank is None:
             self._blank = False
-            if (
-                "proj" in self.state and self.group["refresh"] != "svd" and has_values(self.p)
-            ):  # the published code keeps such a basis for a gap
+            # the published code keeps such a basis for a gap
+            if "proj" in self.state and self.group["refresh"] != "svd" and has_values(self.p):
                 v = self.state.get("exp_avg_sq_scale", self.state["exp_avg_sq"])  # of 8-bit codes the scales
-                flag = sharded.agree(~sharded.local(v).any().reshape(1), [self.p])
+                flag = dtensor.agree_on_flags(~dtensor.local_piece(v).any().reshape(1), [self.p])
                 self._blank = bool(flag if self.shared is None else self.shared.agree(flag))
         return self._blank
 
     @property
     def due(self) -> bool:
-        """Whether this step renews the basis: it then needs the whole gradient before anything else."""
+        """Return whether this step renews the basis: it then needs the whole gradient before anything else."""
         if self.variant == "apollo":
             return False
-        if self.local is not None:  # between two merges P must stay what D is told in, whatever the number of the step
+        if self.local is not None:  # between two merges D belongs to one P, at any number of the step
             return self.cold or self.local.fresh
         gap = 1 if self.group["refresh"] == "track" else self.group["update_proj_gap"]
         return self.cold or (self.step + self.offset) % gap == 0
 
     @property
     def needs_gradient(self) -> bool:
-        """Whether R alone is not enough for this step."""
+        """Return whether R alone is not enough for this step."""
         return self.due or self.group["residual"] is not None or self.variant == "apollo"
 
     def matrix(self, t: Tensor) -> Tensor:
-        """W or G as a d×k matrix (this rank's piece of it), a view wherever the layout allows one."""
+        """Return W or G as a d×k matrix (this rank's piece of it), a view wherever the layout allows one."""
         if self.distributed:
-            t = sharded.local(t)
+            t = dtensor.local_piece(t)
         if t.ndim != 2:
             t = t.reshape(t.shape[0], self.cols)
         return t if self.left else t.t()
 
     def project(self, grad: Tensor) -> Tensor:
-        """R of a gradient in the present basis, in the moments' dtype."""
-        matrix, dtype = self.matrix(grad), moments.moment_dtype(self.group, grad.dtype)
+        """Return R of a gradient in the present basis, in the moments' dtype."""
+        matrix, dtype = self.matrix(grad), moment_dtype(self.group, grad.dtype)
         p = self.basis(grad)
         if self.two_sided:
             matrix = matrix @ self.state["proj_right"].to(grad.dtype)
         low = torch.mm(p.t(), matrix) if dtype == grad.dtype else subspace.product32(p.t(), matrix).to(dtype)
-        return low if self.shards is None or not self.left else sharded.all_sum(low, self.shards)
+        return low if self.shards is None or not self.left else dtensor.sum_over_ranks(low, self.shards)
 
     def project_back(self, low: Tensor, into: Tensor) -> None:
         """Write P R into a gradient."""
@@ -155,7 +172,7 @@ class Projected:
         into.copy_((self.basis(into) @ low if self.left else low.t() @ self.basis(into).t()).view(into.shape))
 
     def basis(self, grad: Tensor) -> Tensor:
-        """P in the gradient's dtype; of a matrix cut along its projected side, the rows of this rank."""
+        """Return P in the gradient's dtype; for a matrix cut along its projected side, the rows of this rank."""
         if self.variant == "apollo":
             since = self.step // self.group["update_proj_gap"]
             rng = self._generator("apollo", since)
@@ -166,56 +183,57 @@ class Projected:
         return self._rows(p)
 
     def _rows(self, p: Tensor) -> Tensor:
-        """P's rows that belong to this rank's piece of the matrix: all, unless it is cut along its projected side."""
+        """Return P's rows of this rank's piece of the matrix: all, unless it is cut along its projected side."""
         if self.shards is None or not self.left:
             return p
-        start = sharded.first_row(self.p)
-        return p[start : start + sharded.local(self.p).shape[0]]
+        start = dtensor.first_local_row(self.p)
+        return p[start : start + dtensor.local_piece(self.p).shape[0]]
 
     def read_moments(self, grad: Tensor) -> tuple[Tensor, Tensor]:
-        """First and second moment, r×k (or, just adopted, still of the whole matrix), this rank's piece."""
+        """Return first and second moment, r×k (or, just adopted, still of the whole matrix), this rank's piece."""
+        dtype = moment_dtype(self.group, grad.dtype)
         if self.former is not None:
-            return self.former.whole_moments(self.state, moments.moment_dtype(self.group, grad.dtype))
+            return self.former.whole_moments(self.state, dtype)
+        if not self.distributed:
+            return read_moments(self.state, (self.rank, self.numel_low // self.rank), dtype, self.p.device)
         shape = (self.rank, self.rank if self.two_sided else self.matrix(self.p).shape[1])
-        dtype = moments.moment_dtype(self.group, grad.dtype)
-        return moments.read(self.state, shape, dtype, sharded.local(self.p).device)
+        m, v = read_moments(self.state, shape, dtype, dtensor.local_piece(self.p).device)
+        return dtensor.local_piece(m), dtensor.local_piece(v)
 
     def second_moment(self) -> Tensor | None:
-        """v, None before the first step."""
+        """Return v; None before the first step."""
         return self.read_moments(self.p)[1] if "exp_avg" in self.state else None
 
     def whole_moments(self, state: dict[str, Any], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return the moments outside the basis, m×n: P m and (P∘P) v, for a basis of another form to take them over."""
-        wide = [t.to(state["proj"].dtype) for t in moments.read(state, (), dtype, self.p.device)]
-        m, v = subspace.rotate(*wide, state["proj"], state.get("proj_right"))
-        return tuple((t if self.left else t.t()).to(dtype) for t in (m, v))
+        low_m, low_v = (t.to(state["proj"].dtype) for t in read_moments(state, (), dtype, self.p.device))
+        m, v = subspace.rotate(low_m, low_v, state["proj"], state.get("proj_right"))
+        return (m.to(dtype), v.to(dtype)) if self.left else (m.t().to(dtype), v.t().to(dtype))
 
     def write_moments(self, m: Tensor, v: Tensor) -> None:
-        """Keep them, and count the step."""
+        """Keep the moments, and count the step."""
         if self.shards is not None:
             shape, cut = (self.rank, self.numel_low // self.rank), None if self.left else 1
-            m, v = sharded.wrap(m, self.p, shape, cut), sharded.wrap(v, self.p, shape, cut)
-        moments.write(self.state, m, v, moments.kind(self.group) == "8bit")
-        moments.count(self.state)
+            m, v = dtensor.as_dtensor(m, self.p, shape, cut), dtensor.as_dtensor(v, self.p, shape, cut)
+        write_moments(self.state, m, v, moment_kind(self.group) == "8bit")
+        count_step(self.state)
 
-    def refresh(self, m: Tensor, v: Tensor, skip: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Renew the basis from ``grad``; returns the moments in it, and its overlap with the old one (None if new)."""
-        matrix = self.matrix(sharded.whole(self.grad))
+    def refresh(self, grad: Tensor, m: Tensor, v: Tensor, skip: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Renew the basis; returns the moments in it, and its overlap with the old one (None if new)."""
+        matrix = self.matrix(dtensor.gather_whole(grad))
         keys = [] if self.cold else self._keys()
-        old = [self.state[key].to(subspace.at_least_32(matrix.dtype)) for key in keys]
+        old = [self.state[key].to(wide_dtype(matrix.dtype)) for key in keys]
         new = self._new_basis(matrix, old, m)
         if self.shared is not None:
             self.shared.same(new, averaged=bool(old) and self.group["refresh"] == "subspace")
         if self.local is not None:
             self.local.fresh = False
-        keep = moments.kind(self.group)
-        stored = subspace.at_least_32(matrix.dtype) if keep == "float32" else matrix.dtype
+        stored = wide_dtype(matrix.dtype) if moment_kind(self.group) == "float32" else matrix.dtype
         if not old:
-            again = (
-                "proj" in self.state and self.former is None
-            )  # a blank one is made anew; its moments are those of a basis already
+            # a blank basis is made anew; its moments are in a basis already
+            again = "proj" in self.state and self.former is None
             for key, basis in zip(self._keys(), new, strict=True):
-                # one memory layout whatever made it: a distributed checkpoint keeps none, and products would round anew
+                # always one memory layout: a distributed checkpoint keeps none, and products would then round differently
                 self.state[key] = basis.to(stored).contiguous()
             if not self.two_sided:
                 self.state.pop("proj_right", None)
@@ -223,39 +241,52 @@ class Projected:
             return (m, v, None) if again else (*self._enter(m, v, new), None)
         turns = [subspace.change_of_basis(after, before) for before, after in zip(old, new, strict=True)]
         if self.group["rotate_moments"]:
-            for kept, turned in zip((m, v), subspace.rotate(m.to(old[0].dtype), v.to(old[0].dtype), *turns), strict=True):
-                _replace(kept, turned, skip)
+            turned = subspace.rotate(m.to(old[0].dtype), v.to(old[0].dtype), turns[0], turns[1] if self.two_sided else None)
+            for kept, new_moment in zip((m, v), turned, strict=True):
+                _replace(kept, new_moment, skip)
         for key, basis in zip(self._keys(), new, strict=True):
             _replace(self.state[key], basis, skip)
         return m, v, subspace.overlap(turns[0])
 
-    def apply(self, low: Tensor, minus_n: Tensor) -> None:
-        """W ← W − ηα P N, and what the residual adds, in place; then the decoupled weight decay, as published.
+    # ---- back to W: three updates, of which a group has one. η is the learning rate times ``scale`` -------------------------
 
-        On CUDA the decay is left to the caller, who masks it.
-        """
-        group = self.group
+    def add_update(self, low: Tensor, minus_n: Tensor, eta: float, correction: float) -> None:
+        """W ← W − ηP N, in place."""
         weight = self.matrix(self.p)
-        eta = float(group["lr"]) * group["scale"]
-        c = moments.correction(self.step + 1, group)
-        if self.variant == "apollo":
-            residual.apollo(weight, self.matrix(self.grad), low, minus_n, eta, c, self.state)
-        elif group["residual"] == "fira":
-            residual.fira(weight, self.matrix(self.grad), self.basis(self.p), low, minus_n, eta, c, self.state)
-        else:
-            back = minus_n if minus_n.dtype == weight.dtype else minus_n.to(weight.dtype)
-            if self.two_sided:
-                back = back @ self.state["proj_right"].to(weight.dtype).t()
-            weight.addmm_(self.basis(self.p), back, alpha=eta)
+        back = minus_n if minus_n.dtype == weight.dtype else minus_n.to(weight.dtype)
+        if self.two_sided:
+            back = back @ self.state["proj_right"].to(weight.dtype).t()
+        weight.addmm_(self.basis(self.p), back, alpha=eta)
+        self._copy_back(weight)
+
+    def add_update_and_residual(self, low: Tensor, minus_n: Tensor, eta: float, correction: float) -> None:
+        """W ← W − ηP N, and Fira's scaled part of the gradient outside the subspace, in place."""
+        weight = self.matrix(self.p)
+        residual.fira(weight, self.matrix(self.whole_grad), self.basis(self.p), low, minus_n, eta, correction, self.state)
+        self._copy_back(weight)
+
+    def add_scaled_gradient(self, low: Tensor, minus_n: Tensor, eta: float, correction: float) -> None:
+        """W ← W − ηG·diag(s), APOLLO's scaled gradient, in place."""
+        weight = self.matrix(self.p)
+        residual.apollo(weight, self.matrix(self.whole_grad), low, minus_n, eta, correction, self.state)
+        self._copy_back(weight)
+
+    @property
+    def whole_grad(self) -> Tensor:
+        """Return this step's gradient, where the step needs all of it."""
+        assert self.grad is not None, f"{self.name}: only R of this step's gradient is left"
+        return self.grad
+
+    def _copy_back(self, weight: Tensor) -> None:
         if not self.viewable:
-            here = sharded.local(self.p)
+            here = dtensor.local_piece(self.p)
             here.copy_((weight if self.left else weight.t()).reshape(here.shape))
 
     def _keys(self) -> list[str]:
         return ["proj", "proj_right"] if self.two_sided else ["proj"]
 
     def _generator(self, *words: object) -> torch.Generator:
-        """On the CPU whatever the weight's device: a run that moves between devices draws the same."""
+        """Return a generator on the CPU for a weight on any device: a run that moves between devices draws the same."""
         return generator("galore", self.name, *words, seed=self.group["seed"])
 
     def _new_basis(self, matrix: Tensor, old: list[Tensor], m: Tensor) -> list[Tensor]:
@@ -268,29 +299,90 @@ class Projected:
             return [p, torch.linalg.qr(subspace.product32(matrix.t(), p))[0]] if self.two_sided else [p]
         if how == "track":
             if self.shards is not None:  # the mixture needs all of m
-                m = sharded.whole(self.state["exp_avg"])
+                m = dtensor.gather_whole(self.state["exp_avg"])
             m = m.to(old[0].dtype)
             if self.two_sided:
-                return list(subspace.two_sided_track(matrix, *old, m, beta1))
+                return list(subspace.two_sided_track(matrix, old[0], old[1], m, beta1))
             low = subspace.product32(old[0].t().to(matrix.dtype), matrix)
             return [subspace.track_step(matrix, old[0], low, m, beta1)]
         mean = None if self.shared is None else self.shared.mean
-        return (
-            list(subspace.two_sided_step(matrix, *old, mean)) if self.two_sided else [subspace.power_step(matrix, *old, mean)]
-        )
+        if self.two_sided:
+            return list(subspace.two_sided_step(matrix, old[0], old[1], mean))
+        return [subspace.power_step(matrix, old[0], mean)]
 
     def _enter(self, m: Tensor, v: Tensor, new: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Moments of the whole matrix (an adopted parameter's) enter the first basis: m ← Pᵀm, v ← (P∘P)ᵀv."""
+        """Carry moments of the whole matrix (an adopted parameter's) into the first basis: m ← Pᵀm, v ← (P∘P)ᵀv."""
         if "exp_avg" not in self.state:
             return m, v
-        wide = [self.matrix(t).to(new[0].dtype) for t in (m, v)]
-        mine = [self._rows(new[0]), *new[1:]]
-        low_m, low_v = subspace.rotate(*wide, *[basis.t() for basis in mine])
+        wide_m, wide_v = (self.matrix(t).to(new[0].dtype) for t in (m, v))
+        right = new[1].t() if self.two_sided else None
+        low_m, low_v = subspace.rotate(wide_m, wide_v, self._rows(new[0]).t(), right)
         if self.shards is not None and self.left:  # each rank has had its rows of the sum
-            low_m, low_v = (sharded.all_sum(t.contiguous(), self.shards) for t in (low_m, low_v))
+            low_m, low_v = (dtensor.sum_over_ranks(t.contiguous(), self.shards) for t in (low_m, low_v))
         return low_m.to(m.dtype).contiguous(), low_v.to(v.dtype).contiguous()
 
 
 def _replace(kept: Tensor, new: Tensor, skip: Tensor | None) -> None:
     """Write ``new`` in place, unless the step is skipped."""
     kept.copy_(new if skip is None else torch.where(skip > 0, kept.to(new.dtype), new))
+
+
+# ---- the index: what the optimizer knows of each parameter ------------------------------------------------------------------
+
+
+class Entry(NamedTuple):
+    """One parameter; ``slot`` is None for one that plain AdamW updates."""
+
+    group: dict[str, Any]
+    name: str
+    slot: Projected | None
+
+
+def make_index(
+    groups: list[dict[str, Any]],
+    ranks: Mapping[Tensor, int],
+    states: Mapping[Tensor, Mapping[str, Any]],
+    old: Mapping[Tensor, Entry],
+) -> dict[Tensor, Entry]:
+    """Return the entries of all parameters, in order.
+
+    Args:
+        groups: the optimizer's.
+        ranks: those of adopted parameters.
+        states: the optimizer's.
+        old: the last index. A parameter whose rank or side was changed since goes over to the new one at its next step.
+
+    Raises:
+        ConfigError: a parameter with a rank is no matrix any more; a change that its moments cannot follow.
+    """
+    named = list(_named_with_rank(groups, ranks))
+    count, position, found = sum(1 for entry in named if entry[3]), 0, {}
+    for p, group, name, rank in named:
+        slot, before = None, old[p].slot if p in old and states.get(p) else None
+        if rank:
+            if p.ndim < 2 or not p.numel():
+                raise ConfigError("params", name, "is flat now (FSDP1, DeepSpeed): use FSDP2 (ModelParallelStrategy)")
+            offset = position * group["update_proj_gap"] // count if group["stagger"] else 0
+            slot = Projected(p, group, {}, min(rank, largest_rank(p)), name, offset)
+            position += 1
+        if before is not None:
+            if slot is None:
+                raise _cannot_follow("rank", None, before)
+            slot.follow(before)
+        found[p] = Entry(group, name, slot)
+    return found
+
+
+def _named_with_rank(
+    groups: list[dict[str, Any]], ranks: Mapping[Tensor, int]
+) -> Iterator[tuple[Tensor, dict[str, Any], str, int]]:
+    for number, group in enumerate(groups):
+        for i, p in enumerate(group["params"]):
+            yield p, group, parameter_name(group, number, i), ranks.get(p) or group.get("rank") or 0
+
+
+def _cannot_follow(key: str, value: Any, before: Projected) -> ConfigError:
+    was = f"was {getattr(before, key, None)} so far ({before.name})"
+    return ConfigError(
+        key, value, f"{was} and the moments cannot follow: set it back, or drop the state (optimizer.state.pop(p))"
+    )

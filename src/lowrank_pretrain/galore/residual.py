@@ -1,7 +1,7 @@
-"""What the update adds outside the subspace: Fira's scaled residual, and APOLLO, which scales the whole gradient.
+"""Add an update outside the subspace: Fira's scaled residual, or APOLLO's scaled gradient.
 
-Both take a scale per column from Adam's direction N in the subspace, s_j = ‖N_j‖/‖R_j‖, and limit how fast the norm of what
-they add may grow (Fira, arXiv 2410.01623, eq. 8; APOLLO, arXiv 2412.05270, section 4). Written from the papers' formulae.
+Both take a scale per column from Adam's direction N in the subspace, s_j = ‖N_j‖/‖R_j‖, and limit how fast the norm of this
+addition may grow (Fira, arXiv 2410.01623, eq. 8; APOLLO, arXiv 2412.05270, section 4). Written from the papers' formulae.
 
 Shapes: W d×k the weight with its projected side first, M d×k its gradient alike, P d×r, R r×k, N r×k, s k.
 W ← W − ηα(P N + (M − P R)·diag(s)) = W − ηα P(N − R·diag(s)) − ηα M·diag(s): no d×k temporary.
@@ -22,7 +22,7 @@ _TINY = 1e-8
 def fira(
     weight: Tensor, matrix: Tensor, p: Tensor, low: Tensor, minus_n: Tensor, eta: float, c: float, state: dict[str, Any]
 ) -> None:
-    """One update with the scaled residual, in place.
+    """Update the weight with the scaled residual, in place.
 
     Args:
         weight: W.
@@ -43,7 +43,7 @@ def fira(
 
 
 def apollo(weight: Tensor, matrix: Tensor, low: Tensor, minus_n: Tensor, eta: float, c: float, state: dict[str, Any]) -> None:
-    """One update W ← W − ηα M·diag(s), in place; at rank 1 (APOLLO-Mini) one scale for the whole matrix."""
+    """Update W ← W − ηα M·diag(s), in place; at rank 1 (APOLLO-Mini) one scale for the whole matrix."""
     if low.shape[0] == 1:
         ratio = torch.linalg.vector_norm(minus_n.float()) / (torch.linalg.vector_norm(low.float()) + _TINY)
         scale = ratio.expand(low.shape[1])
@@ -54,13 +54,13 @@ def apollo(weight: Tensor, matrix: Tensor, low: Tensor, minus_n: Tensor, eta: fl
 
 
 def gaussian(d: int, rank: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
-    """APOLLO's random projection d×r, entries N(0, 1/r); drawn again from its seed at each step, never stored."""
+    """Return APOLLO's random projection d×r, entries N(0, 1/r); it is drawn anew from its seed at each step, never stored."""
     p = torch.randn(d, rank, generator=generator, dtype=torch.float32, device=generator.device)
     return p.mul_(rank**-0.5).to(dtype)
 
 
 def _outside(whole: Tensor, inside: Tensor) -> Tensor:
-    """‖(I−PPᵀ)M_j‖² of each column, since PᵀP = I; what rounding may have made is 0.
+    """Return ‖(I−PPᵀ)M_j‖² of each column, since PᵀP = I; 0 where it may be rounding alone.
 
     A gradient of rank r or less has no residual. Taken for one, its rounding would hold the next, real residual back for
     hundreds of steps.
@@ -76,7 +76,7 @@ def _columns(x: Tensor) -> Tensor:
 def _limit(norm: Tensor, state: dict[str, Any]) -> Tensor:
     last = state.get("residual_norm")
     factor = torch.ones_like(norm) if last is None else 1 / ((norm / (last + _TINY)).clamp_min(GROWTH) / GROWTH)
-    # a residual of exactly zero says nothing about the next one's size
+    # a residual of exactly zero tells nothing about the next one's size
     factor = torch.where(torch.as_tensor(last if last is not None else 0.0, device=norm.device) > 0, factor, 1.0)
     state["residual_norm"] = norm * factor
     return factor

@@ -1,4 +1,4 @@
-"""GaLore's subspaces, as pure functions of tensors: find a basis, follow it, carry Adam's moments over to the next one.
+"""Compute GaLore's subspaces, by pure functions of tensors: find a basis, follow it, carry Adam's moments to the next one.
 
 Shapes: G m×n a gradient; M d×k the same gradient with its projected side first (M = G, or its transpose); P d×r a basis,
 PᵀP = I; R = PᵀM r×k the projected gradient; m, v r×k Adam's moments of R; C = P_newᵀ P_old r×r. Two-sided: Q n×r is the
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lowrank_pretrain.core.dtypes import at_least_32
-from lowrank_pretrain.galore.surroundings import has_values
+from lowrank_pretrain.galore.guard import has_values
 
 PROJ_TYPES = ("std", "reverse_std", "right", "left", "full")
 REFRESHES = ("svd", "subspace", "track")
@@ -19,18 +19,23 @@ OVERSAMPLE = 8  # extra columns of the cold start
 COLD_ITERATIONS = 2  # power iterations of the cold start: with 8 extra columns .999 of a full SVD's energy
 # Relative weight of the old basis in the new one: below every direction that carries signal, above float32's rounding. It
 # is the shift of (MMᵀ + δI)P: same eigenvectors, but a full column rank whatever the gradient's (256 tokens have a
-# gradient of rank 256), and where the gradient says nothing the basis stays what it was.
+# gradient of rank 256), and in directions without a gradient the basis stays as it was.
 RIDGE = 1e-6
 
 
 def project_left(rows: int, cols: int, proj_type: str) -> bool:
-    """Whether an m×n matrix is projected from the left (P is m×r); a square one counts as tall, as in the published code."""
+    """Return whether an m×n matrix is projected from the left (P is m×r); a square one is tall, as in the published code.
+
+    Example:
+        >>> project_left(4, 8, "std"), project_left(8, 8, "std")
+        (True, False)
+    """
     tall = rows >= cols
     return {"std": not tall, "reverse_std": tall, "left": True, "right": False, "full": True}[proj_type]
 
 
 def product32(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b`` in float32 for half-precision ``a``, without a full-size float32 copy of it; else in a's dtype."""
+    """Return ``a @ b``, in float32 for half-precision ``a`` without a full-size float32 copy of it; else in a's dtype."""
     if a.dtype not in (torch.bfloat16, torch.float16):
         return a @ b.to(a.dtype)
     if a.is_cuda and "dtype" in torch.ops.aten.mm.overloads():  # torch 2.8 and later
@@ -43,7 +48,7 @@ def product32(a: Tensor, b: Tensor) -> Tensor:
 
 
 def orthonormal(y: Tensor, fallback: Tensor | None = None) -> Tensor:
-    """Orthonormal columns with the span of ``y`` (d×r), column j with a positive share of y's column j.
+    """Return orthonormal columns with the span of ``y`` (d×r), column j with a positive share of y's column j.
 
     Householder's QR; on CUDA, where a ``fallback`` basis is given for a failure, :func:`cholesky_qr`: far quicker there.
     """
@@ -55,7 +60,7 @@ def orthonormal(y: Tensor, fallback: Tensor | None = None) -> Tensor:
 
 
 def cholesky_qr(y: Tensor) -> tuple[Tensor, Tensor]:
-    """The same by CholeskyQR, twice, in float64, without waiting for the device; and a flag that says whether it worked.
+    """Return the same by CholeskyQR, twice, in float64, without waiting for the device; and a flag that tells if it worked.
 
     As exact as Householder's for the condition numbers that ``RIDGE`` leaves; in float32 it fails on one real gradient in
     ten, without an error.
@@ -69,7 +74,7 @@ def cholesky_qr(y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def svd_basis(grad: Tensor, rank: int, proj_type: str) -> list[Tensor]:
-    """The published basis: leading singular vectors of G (m×n); [P], or [P, Q] for ``full``.
+    """Return the published basis: leading singular vectors of G (m×n); [P], or [P, Q] for ``full``.
 
     Both sides have the signs that LAPACK gives for G itself, so that moments carried over without rotation mean the same
     as in the published code.
@@ -78,11 +83,11 @@ def svd_basis(grad: Tensor, rank: int, proj_type: str) -> list[Tensor]:
     left, right = u[:, :rank].clone(), vh[:rank].t().clone()  # a view would keep the whole factor alive
     if proj_type == "full":
         return [left, right]
-    return [left if project_left(*grad.shape, proj_type) else right]
+    return [left if project_left(grad.shape[0], grad.shape[1], proj_type) else right]
 
 
 def range_finder(matrix: Tensor, rank: int, generator: torch.Generator) -> Tensor:
-    """Cold start: basis d×r of the leading left singular space of M (d×k) by a randomized range finder (Halko et al. 2011)."""
+    """Find a first basis d×r of M's (d×k) leading left singular space, by a randomized range finder (Halko et al. 2011)."""
     d, k = matrix.shape
     width = min(rank + OVERSAMPLE, d, k)
     sketch = torch.randn(k, width, generator=generator, dtype=torch.float32, device=generator.device).to(matrix.device)
@@ -96,7 +101,7 @@ def range_finder(matrix: Tensor, rank: int, generator: torch.Generator) -> Tenso
 
 
 def _any_basis(y: Tensor) -> Tensor:
-    """Orthonormal columns whose span contains y's, of any column rank; may wait for the device."""
+    """Return orthonormal columns whose span contains y's, of any column rank; may wait for the device."""
     if y.is_cuda and has_values(y):
         q, good = cholesky_qr(unit(y.clone()))
         if good:
@@ -108,7 +113,7 @@ Mean = Callable[[Tensor], None] | None
 
 
 def power_step(matrix: Tensor, p: Tensor, mean: Mean = None) -> Tensor:
-    """Warm refresh: one power iteration orth(M MᵀP) from the last basis (d×r).
+    """Refresh a basis (d×r) by one power iteration orth(M MᵀP).
 
     ``mean`` averages the sketch M MᵀP over ranks, in place; from equal p it makes a basis of all their gradients.
     """
@@ -117,7 +122,7 @@ def power_step(matrix: Tensor, p: Tensor, mean: Mean = None) -> Tensor:
 
 
 def _sketch(matrix: Tensor, z: Tensor, mean: Mean) -> Tensor:
-    """M z to norm 1, the ranks' mean of it if there are several."""
+    """Return M z scaled to norm 1; with several ranks the mean of theirs."""
     y = product32(matrix, z)
     if mean is not None:
         mean(y)
@@ -125,7 +130,7 @@ def _sketch(matrix: Tensor, z: Tensor, mean: Mean) -> Tensor:
 
 
 def track_step(matrix: Tensor, p: Tensor, low: Tensor, m: Tensor, beta1: float) -> Tensor:
-    """One power iteration on the momentum mixture Ĝ = β₁ P m + (1−β₁) M, which is never formed.
+    """Take one power iteration on the momentum mixture Ĝ = β₁ P m + (1−β₁) M, which is never formed.
 
     ĜᵀP = β₁ mᵀ + (1−β₁) Rᵀ is at hand, and Ĝ Z = β₁ P (m Z) + (1−β₁) M Z costs one full product.
 
@@ -142,13 +147,13 @@ def track_step(matrix: Tensor, p: Tensor, low: Tensor, m: Tensor, beta1: float) 
 
 
 def two_sided_step(grad: Tensor, p: Tensor, q: Tensor, mean: Mean = None) -> tuple[Tensor, Tensor]:
-    """One alternating power iteration for both sides of G (m×n): Q ← orth(GᵀP), P ← orth(GQ); ``mean`` as above."""
+    """Take one alternating power iteration for both sides of G (m×n): Q ← orth(GᵀP), P ← orth(GQ); ``mean`` as above."""
     q = orthonormal(_sketch(grad.t(), p, mean).add_(q, alpha=RIDGE))
     return orthonormal(_sketch(grad, q, mean).add_(p, alpha=RIDGE)), q
 
 
 def two_sided_track(grad: Tensor, p: Tensor, q: Tensor, m: Tensor, beta1: float) -> tuple[Tensor, Tensor]:
-    """The same on the mixture Ĝ = β₁ P m Qᵀ + (1−β₁) G, m r×r."""
+    """Do the same on the mixture Ĝ = β₁ P m Qᵀ + (1−β₁) G, m r×r."""
     z = product32(grad.t(), p).mul_(1 - beta1).addmm_(q, m.t(), alpha=beta1)
     new_q = orthonormal(unit(z).add_(q, alpha=RIDGE))
     y = product32(grad, new_q).mul_(1 - beta1).addmm_(p, m @ (q.t() @ new_q), alpha=beta1)
@@ -156,33 +161,44 @@ def two_sided_track(grad: Tensor, p: Tensor, q: Tensor, m: Tensor, beta1: float)
 
 
 def change_of_basis(new: Tensor, old: Tensor) -> Tensor:
-    """C = P_newᵀ P_old, r×r."""
+    """Return C = P_newᵀ P_old, r×r."""
     return new.t() @ old
 
 
 def rotate(m: Tensor, v: Tensor, c: Tensor, c_right: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Adam's moments in the new basis: m ← C m, v ← (C∘C) v; two-sided C m C_rightᵀ and (C∘C) v (C_right∘C_right)ᵀ."""
+    """Return Adam's moments in the new basis: C m, (C∘C) v; two-sided C m C_rightᵀ and (C∘C) v (C_right∘C_right)ᵀ.
+
+    Example:
+        >>> turn = torch.tensor([[0.0, 1.0], [-1.0, 0.0]])  # by a right angle
+        >>> m, v = rotate(torch.tensor([[1.0], [2.0]]), torch.tensor([[1.0], [4.0]]), turn)
+        >>> m.flatten().tolist(), v.flatten().tolist()
+        ([2.0, -1.0], [4.0, 1.0])
+    """
     m, v = c @ m, (c * c) @ v
     return (m, v) if c_right is None else (m @ c_right.t(), v @ (c_right * c_right).t())
 
 
 def overlap(c: Tensor) -> Tensor:
-    """How much of the old subspace the new one keeps, ‖C‖²/r in [0, 1]; r/d for two random ones."""
+    """Return the share of the old subspace that the new one keeps, ‖C‖²/r in [0, 1]; r/d for two random ones.
+
+    Example:
+        >>> overlap(torch.eye(4)).item()
+        1.0
+    """
     return c.square().sum() / c.shape[0]
 
 
 def captured(matrix: Tensor, p: Tensor) -> Tensor:
-    """Share of M's energy inside the subspace, ‖PᵀM‖²/‖M‖²."""
+    """Return the share of M's energy inside the subspace, ‖PᵀM‖²/‖M‖²."""
     return product32(matrix.t(), p).square().sum() / matrix.float().square().sum()
 
 
 def unit(x: Tensor) -> Tensor:
-    """``x`` scaled to Frobenius norm 1, in place; zero stays zero."""
+    """Scale ``x`` to Frobenius norm 1, in place; zero stays zero."""
     tiny = torch.finfo(x.dtype).tiny
     norm = torch.linalg.vector_norm(x)
-    if (
-        x.is_cuda or not has_values(x) or not tiny**0.25 < norm < tiny**-0.25
-    ):  # the squares of very small and very large entries leave the range
+    # the squares of very small and very large entries leave the range
+    if x.is_cuda or not has_values(x) or not tiny**0.25 < norm < tiny**-0.25:
         x.div_(x.abs().max().clamp_min(tiny)) if x.numel() else x
         norm = torch.linalg.vector_norm(x)
     return x.mul_(1 / norm.clamp_min(tiny))

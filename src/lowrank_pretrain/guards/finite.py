@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from lowrank_pretrain.core.dtypes import at_least_32
 from lowrank_pretrain.core.errors import ConfigError
-from lowrank_pretrain.galore.used import UsedGradient
+from lowrank_pretrain.galore.layerwise import UsedGradient
 
 PATIENCE_FP16 = 20  # a gradient scaler halves its scale 16 times before it is down to 1
 DECAY = 0.98  # of the running mean that a spike is measured against: about the last 50 batches
