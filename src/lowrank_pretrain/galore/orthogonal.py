@@ -10,20 +10,24 @@ import math
 import torch
 from torch import Tensor
 
+from lowrank_pretrain.galore.factored import Total, alone
+
 QUINTIC = (3.4445, -4.7750, 2.0315)  # Muon's polynomial: singular values end between .7 and 1.2, after few steps
 STEPS = 5
 LIKE_ADAMW = 0.2  # root mean square of AdamW's updates (Liu et al., arXiv 2502.16982)
 
 
-def orthogonalise(u: Tensor, steps: int = STEPS) -> Tensor:
+def orthogonalise(u: Tensor, steps: int = STEPS, total: Total = alone) -> Tensor:
     """Return Muon's Newton-Schulz iteration of U (r×k), worked out in the Gram matrix r×r.
 
     X ← (αI + βA + γA²) X with A = XXᵀ multiplies X by polynomials in the first A alone. So these are multiplied up as Q (r×r,
-    all commute), and X is touched twice whatever the steps: once for A and once for Q X.
+    all commute), and X is touched twice for any number of steps: once for A and once for Q X. Where U is a piece of the
+    columns, ``total`` sums over the ranks.
     """
     alpha, beta, gamma = QUINTIC
-    x = u / torch.linalg.vector_norm(u).clamp_min(torch.finfo(u.dtype).tiny)
-    gram = x @ x.mT
+    norm = total(u.double().square().sum()).sqrt()  # in float64: the square of a small momentum would underflow
+    x = u / norm.to(u.dtype).clamp_min(torch.finfo(u.dtype).tiny)
+    gram = total(x @ x.mT)
     q: Tensor | None = None
     for _ in range(steps):
         polynomial = torch.addmm(gram, gram, gram, beta=beta, alpha=gamma)
