@@ -156,24 +156,21 @@ def test_modes_equal_their_twins_in_every_shape(mode, shape, rank):
 
 @pytest.mark.parametrize("mode", [FACTORED, MUON], ids=["factored", "muon"])
 def test_modes_in_half_precision_follow_their_twins(mode):
-    """Weights and gradients in bfloat16; the basis and the moments are float32, so the rounding is that of the weights."""
+    """Weights and gradients in bfloat16: products round to it, basis and moments are kept in float32."""
     settings = {"refresh": "track", "scale": 1.0, **mode}
     p = nn.Parameter(draw(12, 20).to(torch.bfloat16))
     matrix = p.detach().float()
     twin, ours = twin_of(matrix, 4, settings), optimizer_of(p, 4, settings)
-    for step in range(300):
-        grad = draw(12, 20, seed=step + 10, dtype=torch.float32).to(torch.bfloat16)
-        with torch.no_grad():
-            p.copy_(matrix)  # so that roundings of W do not add up
+    signal = draw(12, 4, seed=1, dtype=torch.float32) @ draw(4, 20, seed=2, dtype=torch.float32)  # decides the basis
+    for step in range(60):
+        grad = (signal * math.cos(step / 20) + draw(12, 20, seed=step + 10, dtype=torch.float32) / 10).to(torch.bfloat16)
         p.grad = grad.clone()
-        before = p.detach().float()
         ours.step()
-        start = matrix.clone()
         twin.step(grad.float())
-        assert ((p.detach().float() - before) - (matrix - start)).abs().max() < 2 * 2**-8 * max(1, matrix.abs().max())
     state = ours.state[p]
     assert all(value.dtype == torch.float32 for key, value in state.items() if key != "step")
-    torch.testing.assert_close(state["exp_avg"], twin.m, rtol=0, atol=1e-5)
+    assert (state["proj"] @ state["exp_avg"] - twin.p @ twin.m).norm() < 0.02 * twin.m.norm()
+    assert (p.float() - matrix).norm() < 0.04 * matrix.norm()
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has no Muon")
@@ -409,6 +406,10 @@ def test_zero_gradients_move_nothing_and_make_no_basis(mode):
     assert captured(p.grad, kept) > 0.5 and not torch.equal(p, start)
 
 
+def untimed(row):
+    return {key: value for key, value in row.items() if key != "galore/refresh_ms"}
+
+
 @pytest.mark.parametrize("name", ["galore_factored", "galore_muon"])
 @pytest.mark.parametrize("more", [(), ("method.residual=fira",)], ids=["", "fira"])
 def test_the_methods_run_and_resume(run, name, more):
@@ -417,4 +418,5 @@ def test_the_methods_run_and_resume(run, name, more):
     with pytest.raises(Interrupted):
         run("cut", sends(6), base=base)
     cut, _ = run("cut", "ckpt_path=last", base=base)
-    assert weights(cut) == weights(whole) and rows(cut) == rows(whole)
+    assert weights(cut) == weights(whole)
+    assert [untimed(row) for row in rows(cut)] == [untimed(row) for row in rows(whole)]

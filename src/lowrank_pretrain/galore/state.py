@@ -26,6 +26,7 @@ from lowrank_pretrain.galore.adam import BLOCK, SMALLEST_8BIT, moment_dtype, mom
 from lowrank_pretrain.galore.dtensor import local_piece
 from lowrank_pretrain.galore.groups import (
     KEYS,
+    MODE_DEFAULTS,
     check_group,
     check_rank_value,
     known_key,
@@ -92,7 +93,7 @@ def fit_saved_state(
     new_groups: list[dict[str, Any]] = []
     shares: list[float] = []
     for number, (group, source) in enumerate(zip(groups_here, sources, strict=True)):
-        then = requested_there[source] if len(requested_there) == len(groups) else None
+        then = {**MODE_DEFAULTS, **requested_there[source]} if len(requested_there) == len(groups) else None
         shares.append(_rate_share(then, requested[number]))
         new_groups.append(_settings(group, groups[source], requested[number], then))
     for place in places:
