@@ -81,9 +81,9 @@ def galore_param_groups(
             FSDP1 or DeepSpeed have flattened the weights.
 
     Example:
-        >>> groups = galore_param_groups(nn.Linear(8, 6), rank=2, scale=1.0)
+        >>> groups = galore_param_groups(nn.Sequential(nn.Linear(8, 6)), rank=2, scale=1.0)
         >>> [(group.get("rank"), [name for name, _ in group["params"]]) for group in groups]
-        [(2, ['weight']), (None, ['bias'])]
+        [(2, ['0.weight']), (None, ['0.bias'])]
     """
     check_rank_value(rank)
     check_keys(settings)

@@ -208,7 +208,7 @@ class UsedGradient(Tensor):
         made.factor, made.arrived = 1.0, None
         return made
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # torch's own has no types
         return f"UsedGradient({self.of}, shape={tuple(self.shape)})"
 
     @classmethod

@@ -237,6 +237,7 @@ class GaLoreAdamW(Adopter, Reports, Optimizer):
             self._step_on_device(some, device, entries)
 
     def _step_on_device(self, params: list[Tensor], device: torch.device, entries: Mapping[Tensor, Entry]) -> None:
+        """Check the gradients of one device's parameters, and step with them."""
         # sort: matrices to project, and the rest by group (thousands of groups, looked for one by one, would be slow)
         slots: list[Projected] = []
         plain: dict[int, list[PlainParameter]] = {}
@@ -317,7 +318,7 @@ class GaLoreAdamW(Adopter, Reports, Optimizer):
             parts = zip(slots, lows, ms, seconds, strict=True)
             minus_n = [slot.direction(low, m, second, skip) for slot, low, m, second in parts]
 
-        # back to W: W ← W − ηαP N
+        # back to W: W ← W − ηαP N; under LTE the update is added to D, of which W is formed
         for slot, low, n, m, second in zip(slots, lows, minus_n, ms, seconds, strict=True):
             if slot.local is None:
                 update(slot, low, n, eta, correction)

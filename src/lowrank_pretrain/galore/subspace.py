@@ -18,7 +18,7 @@ REFRESHES = ("svd", "subspace", "track")
 OVERSAMPLE = 8  # extra columns of the cold start
 COLD_ITERATIONS = 2  # power iterations of the cold start: with 8 extra columns .999 of a full SVD's energy
 # Relative weight of the old basis in the new one: below every direction that carries signal, above float32's rounding. It
-# is the shift of (MMᵀ + δI)P: same eigenvectors, but a full column rank whatever the gradient's (256 tokens have a
+# is the shift of (MMᵀ + δI)P: same eigenvectors, but full column rank for any gradient (256 tokens have a
 # gradient of rank 256), and in directions without a gradient the basis stays as it was.
 RIDGE = 1e-6
 
