@@ -11,9 +11,11 @@ from torch import nn
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.memory import optimizer_bytes
 from lowrank_pretrain.galore import GaLoreAdamW, factored, orthogonal
+from lowrank_pretrain.galore.local import LocalUpdate
 from lowrank_pretrain.galore.modes import mode_direction
 from lowrank_pretrain.galore.subspace import captured, orthonormal, rotate
 from lowrank_pretrain.run.interrupts import Interrupted
+from tests import lte_galore_workers
 from tests.reference.galore_modes import ModeTwin, newton_schulz
 from tests.test_baselines import TEXT
 from tests.test_galore_lightning import Regression, distance, fit
@@ -369,6 +371,27 @@ def test_modes_accumulate(mode, layerwise):
         fit(module, batch_size, accumulate_grad_batches=8 // batch_size)
         found.append(module)
     assert distance(*found) < 2e-4
+
+
+@pytest.mark.parametrize("mode", [FACTORED, MUON], ids=["factored", "muon"])
+def test_modes_keep_the_form_of_lte(mode):
+    """W = C·W_base + P·D between two merges, as LTE's update=galore keeps it, against the optimizer by itself."""
+    ours, theirs = (nn.Parameter(draw(6, 10)) for _ in range(2))
+    settings = {**mode, "update_proj_gap": 10, "stagger": False}
+    optimizers = [optimizer_of(p, 2, settings, weight_decay=0.5) for p in (ours, theirs)]
+    optimizers[0].local[ours] = LocalUpdate(ours)
+    for step in range(10):
+        for p, optimizer in zip((ours, theirs), optimizers, strict=True):
+            p.grad = draw(6, 10, seed=step + 1)
+            optimizer.step()
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("mode", [FACTORED, MUON], ids=["factored", "muon"])
+def test_two_workers_of_lte_merge_in_the_modes(ranks, mode):
+    found = ranks(2, lte_galore_workers.run, 2, settings=mode)
+    for name, weight in found[0]["weights"].items():
+        assert torch.equal(weight, found[1]["weights"][name]) and weight.isfinite().all()
 
 
 @pytest.mark.parametrize("mode", [FACTORED, MUON], ids=["factored", "muon"])
