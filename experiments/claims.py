@@ -183,7 +183,7 @@ CLAIMS: dict[str, Sequence[Claim]] = {
         Claim("the rank hardly matters for memory (rank 128)", "no figures", LLAMA, MEMORY,
               lambda rows: saved(rows, "llama1b", "bfloat16", "128"), f"LLaMA 1B, bfloat16, {SHAPES}"),
         Claim("the rank hardly matters for the loss", "no figures", LLAMA, RESULTS,
-              losses("adamw", "galore-r8", "galore-r32", "galore-r128"), "LLaMA of width 128, King James text"),
+              losses("galore-r128", "galore-r8", "galore-r32"), "LLaMA of width 128, King James text"),
         Claim("little gain on ViTs", "minimal", LLAMA, MEMORY, lambda rows: ", ".join(
             f"{name} {saved(rows, net, 'float32', '256')}" for name, net in VITS
         ), f"rank 256, float32, {SHAPES}"),
