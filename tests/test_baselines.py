@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from lowrank_pretrain.run.interrupts import Interrupted
 from omegaconf import OmegaConf
 from torch import nn
 
@@ -14,7 +15,6 @@ from lowrank_pretrain.baselines.sinkgd import SinkGD, sinkhorn
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.memory import optimizer_bytes
 from lowrank_pretrain.models.optim import Optim
-from lowrank_pretrain.run.interrupts import Interrupted
 from lowrank_pretrain.run.method import build
 from tests.conftest import SHORT, VIT
 from tests.reference.sinkgd import Twin

@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from lowrank_pretrain.run.interrupts import Interrupted
 from torch import nn
 
 from lowrank_pretrain.core.errors import ConfigError
@@ -14,7 +15,6 @@ from lowrank_pretrain.galore import GaLoreAdamW, factored, orthogonal
 from lowrank_pretrain.galore.local import LocalUpdate
 from lowrank_pretrain.galore.modes import mode_direction
 from lowrank_pretrain.galore.subspace import captured, orthonormal, rotate
-from lowrank_pretrain.run.interrupts import Interrupted
 from tests import lte_galore_workers
 from tests.reference.galore_modes import ModeTwin, newton_schulz
 from tests.test_baselines import TEXT

@@ -270,7 +270,7 @@ def test_norms_of_base_and_adapters_are_told_apart(monkeypatch):
     inject(model, {"0": 2}, seed=0)
     torch.nn.init.ones_(model[0].lora_B["W"])
     seen = {}
-    monkeypatch.setattr(norms, "log", lambda trainer, metrics, step: seen.update(metrics))
+    monkeypatch.setattr(norms, "log_row", lambda trainer, metrics, row=None: seen.update(metrics))
     state = SimpleNamespace(fn=TrainerFn.FITTING)
     norms.WeightNorms().on_validation_end(
         SimpleNamespace(state=state, sanity_checking=False, is_global_zero=True, global_step=1), model

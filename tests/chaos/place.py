@@ -128,14 +128,13 @@ def watch(here: Here) -> None:
     from lightning.pytorch.strategies import Strategy
 
     from lowrank_pretrain.checkpoints import files as checkpoints
-    from lowrank_pretrain.export import weights as export
     from lowrank_pretrain.galore.optimizer import GaLoreAdamW
     from lowrank_pretrain.galore.projection import Projected
     from lowrank_pretrain.loggers import csv as csv_log
     from lowrank_pretrain.lte.heads.head_set import HeadSet
     from lowrank_pretrain.phases import transition
     from lowrank_pretrain.phases.callback import PhaseCallback
-    from lowrank_pretrain.run import summary, train
+    from lowrank_pretrain.run import attempt, finish, summary
 
     def place(owner: Any, name: str, word: str | Callable[..., str | None]) -> None:
         inner = getattr(owner, name)
@@ -159,16 +158,16 @@ def watch(here: Here) -> None:
     place(Strategy, "optimizer_step", "step")
     place(_EvaluationLoop, "run", lambda loop: "test" if loop.trainer.testing else "validation")
     place(Trainer, "save_checkpoint", lambda trainer, path, *args, **kwargs: f"save {_file(path)}")
-    place(csv_log, "forget_after", "forget")
+    place(attempt, "forget_after", "forget")
     place(HeadSet, "exchange", "exchange")
     place(HeadSet, "_apply", "merge")
     place(Projected, "refresh", "refresh")
     place(GaLoreAdamW, "step", "galore step")
-    place(export, "export_module", "export")
+    place(finish, "export_module", "export")
     place(summary, "write", "summary")
     place(os, "replace", "replace")
     place(os, "fsync", "fsync")
-    place(train, "finish_run", "finish")
+    place(attempt, "finish_run", "finish")
 
     save, write_rows, fit, train_steps = torch.save, csv_log._Appending.save, Trainer.fit, _FitLoop.run
 
