@@ -165,9 +165,8 @@ def compare(args: argparse.Namespace, width: int | None) -> list[dict[str, Any]]
             times[name].append(runners[name].step())
     what = f"ViT, width {width}" if width else args.model
     print(f"\n{what}, depth {args.depth or 'all'}, batch {args.batch}, {args.precision}, {args.rounds} rounds")
-    print(
-        f"{'variant':14}{'CPU s':>9}{'of full':>9}{'wall s':>9}{'of full':>9}{'M par':>9}{'act MiB':>9}{'opt MiB':>9}{'GFLOP':>9}"
-    )
+    columns = ("CPU s", "of full", "wall s", "of full", "M par", "act MiB", "opt MiB", "GFLOP")
+    print(f"{'variant':14}" + "".join(f"{column:>9}" for column in columns))
     rows = []
     for name in names:
         of_full = [statistics.median(v[i] / f[i] for f, v in zip(times["full"], times[name], strict=True)) for i in (0, 1)]
