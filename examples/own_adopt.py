@@ -2,24 +2,23 @@
 
 import torch
 
+from lowrank_pretrain import Adopter
 from lowrank_pretrain.core.targets import all_targets
 
 
-class RowSparseAdamW(torch.optim.AdamW):
+class RowSparseAdamW(Adopter, torch.optim.AdamW):
     """AdamW; from the switch on a target of rank r trains the r rows whose gradients were largest (by second moment)."""
 
     def adopt(self, plan, module):
+        targets = all_targets(module)
         for name, rank in plan.items():
-            target = all_targets(module)[name]
+            target = targets[name]
             weight, rows = target.layer.weight, slice(target.start, target.start + target.rows)
             state = self.state[weight]
             activity = state.get("exp_avg_sq", torch.zeros_like(weight))[rows].sum(1)
             # among the state, so that it is saved and restored with the moments
             mask = state.setdefault("row_mask", torch.ones(len(weight), 1, dtype=weight.dtype, device=weight.device))
             mask[rows] = torch.zeros_like(mask[rows]).index_fill_(0, activity.topk(rank).indices, 1.0)
-
-    def release(self):
-        """The plan's freeze: nothing more to do."""
 
     @torch.no_grad()
     def step(self, closure=None):

@@ -25,6 +25,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 
+from lowrank_pretrain.core.protocols import phase_of
+
 PRELOAD = ["lightning.pytorch", "timm", "transformers", "torchmetrics", "lowrank_pretrain.run.train", "experiments.held_out"]
 PRELOAD += ["experiments.mixers"]
 
@@ -65,12 +67,6 @@ class Wire(pl.Callback):
                 sums = found.setdefault(phase, [0, 0])
                 sums[0], sums[1] = sums[0] + total - so_far, sums[1] + later - step
         return {phase: total / steps for phase, (total, steps) in found.items()}
-
-
-def phase_of(trainer: pl.Trainer) -> str:
-    """``full``, ``joint`` or ``lowrank``."""
-    phases = [callback.phase for callback in trainer.callbacks if hasattr(callback, "switch_step")]
-    return (phases or [getattr(trainer.strategy, "phase", "full")])[0]
 
 
 def by_socket() -> dict[int, int]:

@@ -11,6 +11,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, Wand
 from lightning.pytorch.loggers.logger import DummyLogger
 
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.protocols import LogsPhases
 from lowrank_pretrain.loggers import wandb as wandb_sections
 from lowrank_pretrain.loggers.guarded import TRIES, give_up, guard
 from lowrank_pretrain.loggers.wandb import RunWandbLogger
@@ -47,7 +48,7 @@ def _forgotten():
     wandb.teardown()
 
 
-class Broken(DummyLogger):
+class Broken(LogsPhases, DummyLogger):
     """Fails where it is told to."""
 
     def __init__(self, where: str = "log_metrics", after: int = 0) -> None:

@@ -7,10 +7,12 @@ import warnings
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import nn
 
 from lowrank_pretrain import LoRA, PreLoRA
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.protocols import Merges
 from lowrank_pretrain.core.targets import find_targets
 from lowrank_pretrain.lora.function import Part
 from lowrank_pretrain.lte import LTEStrategy
@@ -273,7 +275,8 @@ def test_orthogonality_of_a_modules_heads(tmp_path):
 def test_heads_of_all_workers_come_from_the_strategy(tmp_path):
     module, whole = headed(heads=1), headed(heads=4)
     made = trainer(tmp_path, HeadOrthogonality(every=3), max_epochs=1, logger=CSVLogger(tmp_path, name="", version=""))
-    made.strategy.all_heads = lambda: local_heads(whole)
+    every_head = {"all_heads": lambda _: local_heads(whole)}
+    made.strategy.__class__ = type("Merging", (SingleDeviceStrategy, Merges), every_head)
     made.fit(module, loader())
     rows = list(csv.DictReader((tmp_path / "metrics.csv").open()))
     cosines, _ = expected(whole)

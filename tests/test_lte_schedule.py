@@ -3,9 +3,11 @@
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import nn
 
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.protocols import Merges
 from lowrank_pretrain.lte import LTEStrategy
 from lowrank_pretrain.lte.heads.prune import prune_moments, reset_moments
 from lowrank_pretrain.lte.restarts import JaggedRestarts, jagged_factor
@@ -97,7 +99,7 @@ def test_it_follows_the_strategys_merges_and_refuses_another_rhythm(tmp_path):
     def fit(callback, merge_every=None):
         made = trainer(tmp_path, callback, max_epochs=1)
         if merge_every:
-            made.strategy.merge_every = merge_every
+            made.strategy.__class__ = type("Merging", (SingleDeviceStrategy, Merges), {"merge_every": merge_every})
         made.fit(toy(), loader())
         return callback
 

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from lowrank_pretrain.core import memory
 from lowrank_pretrain.core.memory import PeakMemory, formula_bytes, optimizer_bytes
 from lowrank_pretrain.core.plan import Plan
+from lowrank_pretrain.core.protocols import HasPhase, Reports, phase_callback, phase_of
 from lowrank_pretrain.core.text import digits
 from lowrank_pretrain.loggers.csv import RunCSVLogger
 from lowrank_pretrain.lora import model as lora
@@ -27,9 +28,7 @@ from lowrank_pretrain.observe.monitor import (
     PhaseRecord,
     batch_size_of,
     count_parameters,
-    low_rank_callback,
     optimizer_metrics,
-    phase_of,
 )
 from lowrank_pretrain.observe.step_clock import Step, StepClock, Thinned
 from lowrank_pretrain.run.progress import quiet_lightning
@@ -187,7 +186,7 @@ def test_adapters_are_told_by_their_names_and_counted_frozen_or_not():
     assert count_parameters(module) == {"trainable": 8 + 3, "adapters": 8 + 8, "total": 16 + 8 + 8 + 3}
 
 
-class Phases(Callback):
+class Phases(HasPhase, Callback):
     """A method that nobody knows: it says its phase and freezes the head."""
 
     def __init__(self, switch: int) -> None:
@@ -258,7 +257,7 @@ def test_what_is_logged(tmp_path):
     assert "throughput/tokens_per_sec" not in rows[0]
 
 
-class Talkative(torch.optim.SGD):
+class Talkative(Reports, torch.optim.SGD):
     """An optimizer that nobody knows, with something to say."""
 
     asked = 0
@@ -284,7 +283,7 @@ def test_an_optimizer_speaks_for_itself_at_logged_steps_only(tmp_path, monkeypat
     assert phase["optimizer_formula_gib"] == 3 / 1024 and phase["optimizer_gib"] == monitor.record.optimizer_gib
 
 
-class Seldom(torch.optim.SGD):
+class Seldom(Reports, torch.optim.SGD):
     """It has something to say behind its third step, and forgets it with its process."""
 
     def __init__(self, *args, **kwargs):
@@ -356,7 +355,14 @@ def test_records_survive_a_resume():
 def test_a_step_costs_microseconds(tmp_path):
     monitor, module = Monitor(), toy()
     run = SimpleNamespace(
-        global_step=0, world_size=1, callbacks=[Phases(99)], log_every_n_steps=0, optimizers=[], loggers=[], precision="32-true"
+        global_step=0,
+        world_size=1,
+        callbacks=[Phases(99)],
+        log_every_n_steps=0,
+        optimizers=[],
+        loggers=[],
+        precision="32-true",
+        strategy=None,
     )
     batch = (torch.zeros(8, 12), torch.zeros(8))
     monitor.on_train_start(run, module)
@@ -371,8 +377,8 @@ def test_a_step_costs_microseconds(tmp_path):
 
 
 def test_who_knows_the_phase():
-    assert low_rank_callback(SimpleNamespace(callbacks=[Callback(), Monitor()])) is None
-    assert phase_of(SimpleNamespace(callbacks=[])) == "full"
+    assert phase_callback(SimpleNamespace(callbacks=[Callback(), Monitor()])) is None
+    assert phase_of(SimpleNamespace(callbacks=[], strategy=None)) == "full"
     method = Phases(1)
     method.phase = "joint"
     assert phase_of(SimpleNamespace(callbacks=[Monitor(), method])) == "joint"

@@ -12,6 +12,7 @@ from torch import nn
 from lowrank_pretrain import LoRA, PhaseCallback, Plan, PreLoRA
 from lowrank_pretrain.core.agreement import fingerprint
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.protocols import Adopter, Inherit
 from lowrank_pretrain.core.targets import find_targets
 from lowrank_pretrain.lora import model as lora
 from tests.toy import AtEnd, Toy, adapters, loader, toy, trainer
@@ -171,7 +172,7 @@ class SwitchAt(PhaseCallback):
             self.freeze(trainer, pl_module)
 
 
-class RowAdamW(torch.optim.AdamW):
+class RowAdamW(Adopter, torch.optim.AdamW):
     """A fourth method: once it adopts a plan, it trains only the first `rank` rows of each target, through a new parameter."""
 
     calls: list[str]
@@ -183,7 +184,7 @@ class RowAdamW(torch.optim.AdamW):
         for name, rank in plan.items():
             layer = module.get_submodule(name)
             layer.rows = nn.Parameter(layer.weight.data[:rank])
-            inherited.append(lora.Inherit(layer.rows, layer.weight, 0, 0, rank))
+            inherited.append(Inherit(layer.rows, layer.weight, 0, 0, rank))
             layer.weight.register_hook(lambda g: torch.zeros_like(g))
         return inherited
 
@@ -191,6 +192,18 @@ class RowAdamW(torch.optim.AdamW):
         self.calls.append("release")
         for name in self.plan:
             self.module.get_submodule(name).weight.requires_grad_(False)
+
+
+def test_an_adopt_that_nobody_declared_is_refused_in_one_line(tmp_path):
+    class Undeclared(torch.optim.SGD):
+        def adopt(self, plan, module):
+            raise AssertionError("it was asked")
+
+    module = toy()
+    module.configure_optimizers = lambda: Undeclared(module.parameters(), lr=1e-2)
+    line = r"^optimizer='Undeclared': .* inherit from lowrank_pretrain.core.protocols.Adopter$"
+    with pytest.raises(ConfigError, match=line):
+        trainer(tmp_path, steps(targets="mlp"), max_epochs=1).fit(module, loader())
 
 
 def test_a_schedule_of_ones_own_takes_twenty_lines(tmp_path):

@@ -7,7 +7,7 @@ from experiments import figures
 from experiments.prelora_vit.study import EPOCHS, LATEST, RUNS, SEEDS, STEPS, final
 from experiments.runs import Job
 from experiments.tables import fill, keys, machines, mean, need, plain_row, series, spread, table, write_csv, write_curves
-from lowrank_pretrain.observe.monitor import PHASES
+from lowrank_pretrain.core.protocols import PHASES
 
 CURVES = ("val/acc1", "val/loss", "train/loss", "time/train_seconds", "lowrank/weight_norm/", "lowrank/base_norm/",
           "lowrank/adapter_norm/", "lowrank/phase")  # fmt: skip

@@ -8,6 +8,8 @@ from contextlib import suppress
 
 import torch
 
+from lowrank_pretrain.core.protocols import Reports
+
 GIB = 2**30
 
 
@@ -28,9 +30,10 @@ def optimizer_bytes(optimizers: Iterable[torch.optim.Optimizer]) -> int:
 
 
 def formula_bytes(optimizers: Iterable[torch.optim.Optimizer]) -> int | None:
-    """Bytes that the method's paper says the states take; None where no optimizer offers ``formula_bytes()``."""
-    said = [optimizer.formula_bytes() for optimizer in optimizers if hasattr(optimizer, "formula_bytes")]
-    return sum(said) if said else None
+    """Bytes that the method's paper says the states take; None where no optimizer says so (``Reports``)."""
+    said = [optimizer.formula_bytes() for optimizer in optimizers if isinstance(optimizer, Reports)]
+    known = [promised for promised in said if promised is not None]
+    return sum(known) if known else None
 
 
 def give_back() -> None:

@@ -1,5 +1,7 @@
 """Declare how the parts of a run meet: who takes a plan over, who has a phase, who reports figures.
 
+No part looks another's method up by its name: it asks ``isinstance`` for one of these classes.
+
 PreLoRA (or any phase callback) decides *when* training becomes low-rank, and for which targets. It then hands the plan
 ``{target: rank}`` to one :class:`Adopter`: the strategy, else an optimizer, else adapters of its own (``lora.Adapters``).
 Inherit from the classes here to join a run; each method has a default, so a new method writes only what it changes.
@@ -12,7 +14,8 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    from torch import nn
+    import lightning.pytorch as pl
+    from torch import Tensor, nn
     from torch.optim import Optimizer
 
     from lowrank_pretrain.core.plan import Plan
@@ -22,6 +25,9 @@ PHASES = ("full", "joint", "lowrank")  # logged as 0, 1, 2
 ADAPTER_DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {"alpha": None, "train_A": True, "adapter_lr": 1.0, "adapter_weight_decay": None}
 )
+
+# What heads of LTE allow of them.
+HEAD_SETTINGS: Mapping[str, Any] = MappingProxyType({"train_A": True})
 
 
 class Inherit(NamedTuple):
@@ -88,9 +94,20 @@ class Adopter:
 
 
 class HasPhase:
-    """Tell which phase a run is in: one of :data:`PHASES`. A callback's word counts before a strategy's."""
+    """Tell which phase a run is in.
 
+    The callback that has one is *the* phase callback (:func:`phase_callback`): it decides the run's phases, and hands a plan
+    over at the switch. Its word counts before a strategy's.
+    """
+
+    #: One of :data:`PHASES`.
     phase: str = "full"
+    #: {target: rank} after the switch.
+    plan: Plan | None = None
+    #: The optimizer step after which the switch came.
+    switch_step: int | None = None
+    #: The optimizer step after which the freeze came.
+    freeze_step: int | None = None
 
 
 class Reports:
@@ -105,6 +122,80 @@ class Reports:
         return None
 
 
+class Merges:
+    """Train on each worker separately, and merge now and then: for strategies."""
+
+    #: Optimizer steps between two merges.
+    merge_every: int
+    #: Whether workers hold different weights between merges, heads aside.
+    workers_differ: bool = False
+
+    def all_heads(self) -> Iterable[tuple[str, Tensor, dict[str, Tensor], tuple[Any, ...]]]:
+        """Yield by layer its name, A (N, ΣR, D), B (N, O, R) per part, and the parts, of all workers. All must call it."""
+        return ()
+
+
+class LogsPhases:
+    """Log the beginning of a phase as an event: for loggers."""
+
+    def log_phase(self, phase: str, step: int, counts: Mapping[str, int]) -> None:
+        """Log that a phase begins, or goes on after a resume.
+
+        Args:
+            phase: one of :data:`PHASES`.
+            step: optimizer steps before it.
+            counts: of parameters, by name.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must write log_phase(phase, step, counts)")
+
+
+class TriesOut:
+    """Run once before the first batch, to fail early: for modules."""
+
+    def try_out(self) -> None:
+        """Run the model on the smallest input.
+
+        Raises:
+            ConfigError: it cannot run.
+        """
+
+
+class CountsClasses:
+    """Tell the number of classes in the data: for data modules."""
+
+    def count_classes(self) -> int | None:
+        """Return the number of classes; None where the data have none."""
+        return None
+
+
+def overruled(asked: Mapping[str, Any], decided: Mapping[str, Any]) -> str | None:
+    """Return the first setting of adapters that asks for what the adopter does not allow; None if there is none.
+
+    Args:
+        asked: settings by name; a missing one asks for nothing.
+        decided: an adopter's ``adapter_settings``.
+
+    Example:
+        >>> overruled({"alpha": 8.0, "train_A": False}, HEAD_SETTINGS)
+        'train_A'
+    """
+    for key, allowed in decided.items():
+        if asked.get(key, ADAPTER_DEFAULTS[key]) not in (ADAPTER_DEFAULTS[key], allowed):
+            return key
+    return None
+
+
 def adopters(optimizers: Iterable[Optimizer]) -> Iterator[Adopter]:
     """Yield the optimizers that can take a plan over."""
     return (optimizer for optimizer in optimizers if isinstance(optimizer, Adopter))
+
+
+def phase_callback(trainer: pl.Trainer) -> HasPhase | None:
+    """Return the callback that decides the run's phases; None where the phase never changes."""
+    return next((callback for callback in trainer.callbacks if isinstance(callback, HasPhase)), None)
+
+
+def phase_of(trainer: pl.Trainer) -> str:
+    """Return the phase of a run: the callback's word, else the strategy's (LTE trains heads from the start), else ``full``."""
+    known = phase_callback(trainer) or trainer.strategy
+    return known.phase if isinstance(known, HasPhase) else HasPhase.phase

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.protocols import Adopter, Reports
 from lowrank_pretrain.core.seeds import run_seed
 from lowrank_pretrain.galore import adopt as transition
 from lowrank_pretrain.galore import checkpoint, memory, stepping
@@ -30,7 +31,7 @@ from lowrank_pretrain.galore.surroundings import closed, eager
 _PROJECTED = ("update_proj_gap", "scale", "proj_type", "refresh", "residual", "variant")  # settings of projected groups alone
 
 
-class GaLoreAdamW(Optimizer):
+class GaLoreAdamW(Adopter, Reports, Optimizer):
     """AdamW with projected gradients for every group that has a ``rank``; plain AdamW for the others.
 
     Works through Lightning's plain ``configure_optimizers``. Group keys, all but ``rank`` with the defaults given here:

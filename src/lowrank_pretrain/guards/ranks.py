@@ -7,6 +7,7 @@ from typing_extensions import override
 
 from lowrank_pretrain.core.agreement import agreed_hash
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.protocols import Merges
 
 
 class RanksAgree(Callback):
@@ -48,9 +49,9 @@ class RanksAgree(Callback):
         self._look(trainer, pl_module)
 
     def _look(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        rest = getattr(trainer.strategy, "rest", None)
-        if trainer.world_size == 1 or getattr(rest, "apart", False):
+        strategy = trainer.strategy
+        if trainer.world_size == 1 or (isinstance(strategy, Merges) and strategy.workers_differ):
             return
         if any(hasattr(p, "full_tensor") for p in pl_module.parameters()):
             return
-        agreed_hash(trainer.strategy, pl_module, f"at step {trainer.global_step}")
+        agreed_hash(strategy, pl_module, f"at step {trainer.global_step}")

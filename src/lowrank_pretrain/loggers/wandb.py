@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from typing_extensions import override
 
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.protocols import LogsPhases
 from lowrank_pretrain.run.interrupts import Interrupted
 
 STEP, TIME = "trainer/global_step", "time/train_seconds"
@@ -61,7 +62,7 @@ COUNTS = ("trainable", "adapters", "total")
 BEST = {"val/loss": "min", "val/ppl": "min", "val/acc1": "max", "val/acc5": "max"}
 
 
-class RunWandbLogger(WandbLogger):
+class RunWandbLogger(LogsPhases, WandbLogger):
     """Lightning's logger with defined axes, and with what a run directory knows besides curves.
 
     Each row carries the seconds trained so far, so that any metric can be drawn over time. Behind a switch the plan is

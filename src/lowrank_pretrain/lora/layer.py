@@ -11,24 +11,15 @@ block of a fused layer, ``lora_B.<part>`` (O_part, R_part); a layer that is not 
 import inspect
 import math
 import sys
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lowrank_pretrain.core.protocols import Inherit
 from lowrank_pretrain.core.seeds import generator
 from lowrank_pretrain.core.targets import Target, is_conv1d
 from lowrank_pretrain.lora.function import Part, RestPart, effective_bias, effective_weight, lora_linear, merged
-
-
-class Inherit(NamedTuple):
-    """A new parameter that takes over rows ``start … start+rows`` (along ``dim``) of an old one, optimizer state and all."""
-
-    new: nn.Parameter
-    old: nn.Parameter
-    dim: int
-    start: int
-    rows: int
 
 
 class Unannounced:

@@ -4,6 +4,7 @@ import copy
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -12,9 +13,10 @@ from torch.nn.parameter import is_lazy
 
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.plan import Plan
+from lowrank_pretrain.core.protocols import Adopter, Inherit
 from lowrank_pretrain.core.targets import Target, all_targets, output_heads, parts, plain_name, tied_layers
 from lowrank_pretrain.lora.function import RestPart
-from lowrank_pretrain.lora.layer import ADDED, Inherit, LoRALinear, give_adapters, keep_rows, take_adapters
+from lowrank_pretrain.lora.layer import ADDED, LoRALinear, give_adapters, keep_rows, take_adapters
 
 
 def inject(
@@ -220,8 +222,11 @@ def clone_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in state.items()}
 
 
-class Adapters:
-    """Takes a plan as LoRA adapters: what a phase callback falls back on if neither strategy nor optimizer offers ``adopt``."""
+class Adapters(Adopter):
+    """Take a plan over as LoRA adapters: what a phase callback does where neither strategy nor optimizer is an ``Adopter``."""
+
+    makes_adapters = True
+    adapter_settings: Mapping[str, Any] = MappingProxyType({})  # it takes them all from the callback
 
     def __init__(self, alpha: float | None = None, train_A: bool = True, freeze_rest: bool = False) -> None:
         self.alpha, self.train_A, self.freeze_rest = alpha, train_A, freeze_rest

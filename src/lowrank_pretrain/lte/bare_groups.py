@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lowrank_pretrain.core.errors import ConfigError
-from lowrank_pretrain.lora.layer import Inherit
+from lowrank_pretrain.core.protocols import Inherit
 
 
 @dataclass

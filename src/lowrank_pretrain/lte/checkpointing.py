@@ -13,8 +13,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.optim import Optimizer
 
 from lowrank_pretrain.checkpoints import random_state
+from lowrank_pretrain.core.protocols import Inherit
 from lowrank_pretrain.lora import model as lora
-from lowrank_pretrain.lora.layer import Inherit
 from lowrank_pretrain.lte import projected_state
 from lowrank_pretrain.lte.bare_groups import BareGroups
 from lowrank_pretrain.lte.heads import checkpoint as state

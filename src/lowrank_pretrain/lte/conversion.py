@@ -13,9 +13,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.plan import Plan, fit_ranks
+from lowrank_pretrain.core.protocols import Inherit, adopters
 from lowrank_pretrain.core.targets import Target, all_targets, first_named, say_left_out, select
 from lowrank_pretrain.lora import model as lora
-from lowrank_pretrain.lora.layer import Inherit, has_own_forward
+from lowrank_pretrain.lora.layer import has_own_forward
 from lowrank_pretrain.lte import rest
 from lowrank_pretrain.lte.advice import advise
 from lowrank_pretrain.lte.bare_groups import BareGroups, check_stacked
@@ -24,7 +25,6 @@ from lowrank_pretrain.lte.heads.head_set import HeadSet, Settings, head_names
 from lowrank_pretrain.lte.matrix import check_group
 from lowrank_pretrain.lte.projected import ProjectedSet
 from lowrank_pretrain.lte.workers import Workers
-from lowrank_pretrain.phases.adoption import ADAPTERS
 
 
 class Conversion(DDPStrategy):
@@ -146,11 +146,6 @@ class Conversion(DDPStrategy):
 
     # -- the protocol of ARCHITECTURE.md: a phase callback hands over a plan ---------------------------------------------
 
-    @property
-    def adapter_settings(self) -> dict[str, Any]:
-        """What the callback has no say in: heads have our scale and train their A; projections are no adapters."""
-        return ADAPTERS if self.update == "galore" else {"alpha": self.settings.alpha, "train_A": True}
-
     def check_adopt(self, names: Iterable[str], module: pl.LightningModule) -> None:
         """Before training: can the switch hand the targets on?"""
         if self.update == "lora":  # here and not at the freeze, which comes after days
@@ -200,7 +195,7 @@ class Conversion(DDPStrategy):
         return inherited
 
     def _adopters(self) -> list[Any]:
-        found = [optimizer for optimizer in self.optimizers if callable(getattr(optimizer, "adopt", None))]
+        found = [*adopters(self.optimizers)]
         if len(found) != 1:
             raise ConfigError(
                 "update", "galore", "needs one GaLoreAdamW from configure_optimizers (a group without rank is AdamW)"

@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import Callback
 
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.lr_factor import LRFactor
+from lowrank_pretrain.core.protocols import Merges
 from lowrank_pretrain.lte.strategy import LTEStrategy
 
 
@@ -79,7 +80,7 @@ class JaggedRestarts(Callback):
         """Agree with the strategy on when merges are."""
         if stage != "fit":
             return
-        merges = getattr(trainer.strategy, "merge_every", None)
+        merges = trainer.strategy.merge_every if isinstance(trainer.strategy, Merges) else None
         if self.every is None and merges is None:
             name = type(trainer.strategy).__name__
             raise ConfigError("every", None, f"must be a number of optimizer steps: {name} has no merge_every to take it from")

@@ -24,9 +24,18 @@ from torch.optim import Optimizer
 from lowrank_pretrain.core.agreement import agreed_hash
 from lowrank_pretrain.core.buckets import settle_buckets
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.protocols import (
+    ADAPTER_DEFAULTS,
+    HEAD_SETTINGS,
+    Adopter,
+    HasPhase,
+    Inherit,
+    Merges,
+    Reports,
+    phase_callback,
+)
 from lowrank_pretrain.core.targets import families
 from lowrank_pretrain.lora.function import Part
-from lowrank_pretrain.lora.layer import Inherit
 from lowrank_pretrain.lte import advice, rest
 from lowrank_pretrain.lte.bare_groups import BareGroups
 from lowrank_pretrain.lte.batches import shared_out
@@ -50,7 +59,7 @@ DRIFTED = (
 )
 
 
-class LTEStrategy(Conversion, CheckpointHooks, ViewHooks):
+class LTEStrategy(Conversion, CheckpointHooks, ViewHooks, Adopter, HasPhase, Reports, Merges):
     """Workers train heads apart and merge them every so many optimizer steps.
 
     With several heads on a device targets must see the batch as dim 0 of their input, and the loss must be a mean over it:
@@ -87,6 +96,7 @@ class LTEStrategy(Conversion, CheckpointHooks, ViewHooks):
     """
 
     strategy_name = "lte"
+    compares_ranks = True
 
     def __init__(
         self,
@@ -118,6 +128,9 @@ class LTEStrategy(Conversion, CheckpointHooks, ViewHooks):
         self.rank, self.targets = rank, targets if isinstance(targets, str) else [str(t) for t in targets]
         self.sync_rest, self.merge_timeout = sync_rest, merge_timeout
         self.update, self.basis = update, basis
+        self.makes_adapters = update == "lora"
+        # heads have the strategy's scale and train their A; projections are no adapters
+        self.adapter_settings = {**HEAD_SETTINGS, "alpha": alpha} if self.makes_adapters else ADAPTER_DEFAULTS
         self.settings = Settings(1 if update == "galore" else heads, merge_every, alpha, mode, reset, route, overlap, prune)
         self._forget()
 
@@ -142,6 +155,11 @@ class LTEStrategy(Conversion, CheckpointHooks, ViewHooks):
     def merge_every(self) -> int:
         """T."""
         return self.settings.merge_every
+
+    @property
+    def workers_differ(self) -> bool:
+        """Tell whether workers hold different weights between merges, heads aside."""
+        return self.rest is not None and self.rest.apart
 
     @property
     def phase(self) -> str:
@@ -173,7 +191,7 @@ class LTEStrategy(Conversion, CheckpointHooks, ViewHooks):
         if not fitting:
             return
         same_weights(self.lightning_module, self._workers)
-        if not any(hasattr(c, "phase") and hasattr(c, "switch") for c in trainer.callbacks):
+        if phase_callback(trainer) is None:
             transition.apply(trainer, self.lightning_module, self._convert_targets, replay=True)
         elif (self.rank, self.targets) != (16, "all"):
             raise ConfigError(

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.protocols import TriesOut
 from lowrank_pretrain.models.checks import check_count, check_layers, closest, one_line, plain, run_once
 from lowrank_pretrain.models.fsdp import shard
 from lowrank_pretrain.models.optim import Optim
@@ -65,7 +66,7 @@ NOT_OF_THE_NETWORK = ("architectures", "model_type", "transformers_version", "vo
 NOT_OF_THE_NETWORK += ("_name_or_path", "auto_map", "quantization_config")
 
 
-class CausalLM(LightningModule):
+class CausalLM(TriesOut, LightningModule):
     """A transformers causal language model, trained from scratch on packed token blocks.
 
     The network is ``self.model``. ``self.optim`` (:class:`Optim`) may be replaced any time before ``fit``.

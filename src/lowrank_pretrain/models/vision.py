@@ -19,6 +19,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 import lowrank_pretrain.models.mixer  # noqa: F401  registers a network with timm
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.protocols import TriesOut
 from lowrank_pretrain.models.checks import check_count, check_layers, closest, one_line, plain, run_once
 from lowrank_pretrain.models.fsdp import shard
 from lowrank_pretrain.models.optim import Optim
@@ -32,7 +33,7 @@ BAD_ARGUMENTS += (KeyError, IndexError, ZeroDivisionError, OverflowError)
 _NOT_ARCHITECTURE = ("num_classes", "pretrained", "pretrained_cfg_overlay")
 
 
-class VisionClassifier(LightningModule):
+class VisionClassifier(TriesOut, LightningModule):
     """A timm network, trained with cross entropy.
 
     The network is ``self.model``. ``self.optim`` (:class:`Optim`) may be replaced any time before ``fit``.

@@ -1,7 +1,7 @@
 """What a run costs, phase by phase: throughput, memory, parameters. Costs microseconds a step and never syncs a device.
 
-The words are the package's: a run is in phase ``full``, ``joint`` or ``lowrank``; any callback with an attribute
-``phase`` says which.
+The words are the package's: a run is in phase ``full``, ``joint`` or ``lowrank``; a callback that is a ``HasPhase`` says
+which.
 """
 
 from collections.abc import Iterable, Mapping
@@ -12,23 +12,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
 from lowrank_pretrain.core.memory import GIB, PeakMemory, formula_bytes, optimizer_bytes
+from lowrank_pretrain.core.protocols import PHASES, LogsPhases, Reports, phase_of
 from lowrank_pretrain.observe.flops import FlopCount, peak_flops
 from lowrank_pretrain.observe.phase_record import PhaseRecord
 from lowrank_pretrain.observe.step_clock import StepClock
 
-PHASES = ("full", "joint", "lowrank")
 RECENT = 50  # steps whose median is the throughput shown while training
-
-
-def low_rank_callback(trainer: Trainer) -> Callback | None:
-    """The callback that knows the run's phase; None where all weights train from first to last."""
-    return next((callback for callback in trainer.callbacks if getattr(callback, "phase", None) in PHASES), None)
-
-
-def phase_of(trainer: Trainer) -> str:
-    """``"full"``, ``"joint"`` or ``"lowrank"``: a callback's word, else the strategy's (LTE trains heads from the start)."""
-    callback = low_rank_callback(trainer)
-    return callback.phase if callback is not None else getattr(getattr(trainer, "strategy", None), "phase", "full")
 
 
 def count_parameters(module: torch.nn.Module) -> dict[str, int]:
@@ -43,10 +32,10 @@ def count_parameters(module: torch.nn.Module) -> dict[str, int]:
 
 
 def optimizer_metrics(optimizers: Iterable[torch.optim.Optimizer]) -> dict[str, float]:
-    """What the optimizers that offer ``metrics()`` say of themselves; the second with a name gets ``<name>-1``, and so on."""
+    """Return what the optimizers report (``Reports``); the second with a metric's name gets ``<name>-1``, and so on."""
     found: dict[str, float] = {}
     for optimizer in optimizers:
-        for key, value in optimizer.metrics().items() if hasattr(optimizer, "metrics") else ():
+        for key, value in optimizer.metrics().items() if isinstance(optimizer, Reports) else ():
             taken = sum(name == key or name.startswith(f"{key}-") for name in found)
             found[f"{key}-{taken}" if taken else key] = value
     return found
@@ -123,7 +112,7 @@ class Monitor(Callback):
         counts = count_parameters(pl_module)
         vars(self.record).update(counts)
         for logger in trainer.loggers:
-            if hasattr(logger, "log_phase"):  # one that shows events
+            if isinstance(logger, LogsPhases):
                 logger.log_phase(phase, trainer.global_step, counts)
         self.record.peak_flops = peak_flops(pl_module.device, trainer.precision)
         self._memory.restart()

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.protocols import Merges
 from lowrank_pretrain.core.targets import WHOLE, Target, families, find_targets, is_conv1d, plain_name
 from lowrank_pretrain.lora.function import Part, merged
 from lowrank_pretrain.observe.spectra import (
@@ -172,7 +173,7 @@ class HeadOrthogonality(Callback):
         """Look at the heads, on every process: gathering them is a collective."""
         if (trainer.global_step + 1) % self.every:
             return
-        heads = trainer.strategy.all_heads() if hasattr(trainer.strategy, "all_heads") else local_heads(pl_module)
+        heads = trainer.strategy.all_heads() if isinstance(trainer.strategy, Merges) else local_heads(pl_module)
         cosines, overlaps = {}, {}
         for layer_name, A, B, parts in heads:  # to the end on every process, whatever it does with them
             if A.shape[0] < 2 or not trainer.is_global_zero:

@@ -1,62 +1,66 @@
 """Who takes a plan over: the first of strategy, optimizer and adapters; and what must be known of them before training."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelPruning
-from torch.optim import Optimizer
 
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.plan import Plan
+from lowrank_pretrain.core.protocols import ADAPTER_DEFAULTS, Adopter, adopters, overruled
 from lowrank_pretrain.core.targets import Target, all_targets
 from lowrank_pretrain.lora import model as lora
 
-ADAPTERS = {"alpha": None, "train_A": True, "adapter_lr": 1.0, "adapter_weight_decay": None}  # what is said of adapters alone
+if TYPE_CHECKING:
+    from lowrank_pretrain.phases.callback import PhaseCallback
 
 
-def find_adopter(phases: Any, trainer: pl.Trainer) -> Any:
-    """The strategy or optimizer that offers ``adopt``, else adapters of the phase callback ``phases``'s own.
+def find_adopter(phases: PhaseCallback, trainer: pl.Trainer) -> Adopter:
+    """Return who takes the plan over: the strategy or the first optimizer that is an ``Adopter``, else adapters.
+
+    Args:
+        phases: the run's phase callback, whose settings its own adapters take.
+        trainer: the running trainer.
 
     Raises:
         ConfigError: ``then="galore"``, and the strategy takes the plan, or no optimizer does.
     """
-    if callable(getattr(trainer.strategy, "adopt", None)):
+    if isinstance(trainer.strategy, Adopter):
         if phases.then == "galore":
             name = type(trainer.strategy).__name__
             raise ConfigError("then", "galore", f"{name} takes the plan: leave `then` out; with LTE use update=galore")
         return trainer.strategy
-    for optimizer in trainer.optimizers:
-        if callable(getattr(optimizer, "adopt", None)):
-            return optimizer
+    for optimizer in adopters(trainer.optimizers):
+        return optimizer
     if phases.then == "galore":
         raise ConfigError("then", "galore", "needs GaLoreAdamW from configure_optimizers (a group without rank is AdamW)")
     return lora.Adapters(phases.alpha, phases.train_A, phases.freeze_rest)
 
 
-def check_adopter(phases: Any, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-    """Look now, rather than when the switch comes after days, whether the plan can be taken over.
+def check_adopter(phases: PhaseCallback, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    """Refuse before training what the adopter could not take over at the switch, which comes after days.
 
     Raises:
-        ConfigError: a setting of adapters where who takes the targets over makes none, or decides it (``adapter_settings``;
-            an optimizer makes none); or what its ``check_adopt`` says.
+        ConfigError: a strategy or optimizer has an ``adopt`` and is no ``Adopter``; a setting of adapters that the adopter
+            decides (``adapter_settings``); or what its ``check_adopt`` says.
     """
+    for kind, part in (("strategy", trainer.strategy), *(("optimizer", optimizer) for optimizer in trainer.optimizers)):
+        if hasattr(part, "adopt") and not isinstance(part, Adopter):
+            cure = "has a method adopt and would be passed over: inherit from lowrank_pretrain.core.protocols.Adopter"
+            raise ConfigError(kind, type(part).__name__, cure)
     adopter = find_adopter(phases, trainer)
-    decides = getattr(adopter, "adapter_settings", ADAPTERS if isinstance(adopter, Optimizer) else {})
-    for key, value in decides.items():
-        asked = getattr(phases, key)
-        if asked not in (ADAPTERS[key], value):
-            who = type(adopter).__name__
-            raise ConfigError(key, asked, f"is for the callback's own adapters, and {who} takes the targets over: leave it out")
-    check = getattr(adopter, "check_adopt", None)
-    if callable(check) and hasattr(phases, "targets"):
-        check(list(phases.plan or phases.chosen), pl_module)
-
-
-def gives_adapters(phases: Any, trainer: pl.Trainer) -> bool:
-    """Whether targets will get adapters or heads, which train only where they are called; projections need just a gradient."""
-    adopter = find_adopter(phases, trainer)
-    return not isinstance(adopter, Optimizer) and getattr(adopter, "update", "lora") != "galore"
+    asked = {key: getattr(phases, key) for key in ADAPTER_DEFAULTS}
+    key = overruled(asked, adopter.adapter_settings)
+    if key is not None:
+        who = type(adopter).__name__
+        raise ConfigError(
+            key, asked[key], f"is for the callback's own adapters, and {who} takes the targets over: leave it out"
+        )
+    if phases.targets is not None:
+        adopter.check_adopt(list(phases.plan or phases.chosen), pl_module)
 
 
 def unfit(trainer: pl.Trainer) -> Callable[[Target], str | None]:

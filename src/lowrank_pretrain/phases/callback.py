@@ -25,9 +25,10 @@ from lowrank_pretrain.core.buckets import settle_buckets
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.lr_factor import Rewarm
 from lowrank_pretrain.core.plan import Plan, fit_ranks
+from lowrank_pretrain.core.protocols import PHASES, Adopter, HasPhase
 from lowrank_pretrain.core.targets import Target, families, find_targets, first_named, say_left_out, select
 from lowrank_pretrain.lora import model as lora
-from lowrank_pretrain.observe.monitor import PHASES, count_parameters
+from lowrank_pretrain.observe.monitor import count_parameters
 from lowrank_pretrain.phases import adapter_groups, adoption, averaging, plain_checkpoint, refusals, transition
 from lowrank_pretrain.phases.adapter_watch import AdapterWatch, check_optimizers
 from lowrank_pretrain.phases.first_step import FirstStep
@@ -37,7 +38,7 @@ from lowrank_pretrain.phases.rehearsal import GradientWatch
 PATIENCE = 100  # optimizer steps without a gradient after which an adapter is said to be dead, where there are no windows
 
 
-class PhaseCallback(Callback):
+class PhaseCallback(HasPhase, Callback):
     """Base of callbacks that change the model in the middle of a fit. Subclasses call ``switch`` and ``freeze``.
 
     At both all ranks compare their weights and log the hash that they agree on as ``lowrank/hash``. Averages that Lightning's
@@ -64,7 +65,8 @@ class PhaseCallback(Callback):
         freeze_step: likewise for the freeze.
     """
 
-    targets: str | list[str]  # of callbacks that choose their own
+    targets: str | list[str] | None = None  # of callbacks that choose their own
+    ranks: list[int] | None = None  # likewise
 
     def __init__(
         self,
@@ -262,7 +264,7 @@ class PhaseCallback(Callback):
             self._look_at_gradients(pl_module, True)
         if self._first is not None:
             self._first.start()
-        if not callable(getattr(trainer.strategy, "after_transition", None)):  # one of ours looks itself
+        if not (isinstance(trainer.strategy, Adopter) and trainer.strategy.compares_ranks):
             agreed_hash(trainer.strategy, pl_module, "at the start of training")
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
@@ -457,7 +459,8 @@ class PhaseCallback(Callback):
     def _settings(self) -> dict[str, Any]:
         """Arguments that a resumed run must have again, as plain types."""
         names = ("train_A", "adapter_lr", "adapter_weight_decay", "freeze_rest", "targets", "ranks")
-        found = {name: getattr(self, name) for name in names if hasattr(self, name)}
+        found = {name: getattr(self, name) for name in names}
+        found = {name: value for name, value in found.items() if name not in ("targets", "ranks") or value is not None}
         return {name: [*value] if isinstance(value, tuple) else value for name, value in found.items()}
 
     def _check_settings(self, noted: Mapping[str, Any], pl_module: pl.LightningModule) -> None:

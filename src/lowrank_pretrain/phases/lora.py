@@ -72,7 +72,7 @@ class LoRA(PhaseCallback):
         if frozen and len(frozen) < len(targets):  # all of them: a frozen base, as it is meant
             names = ", ".join(dict.fromkeys(families(pl_module, frozen).values()))
             rank_zero_warn(f"LoRA: {names} are frozen, but in the optimizer: they get adapters, and these train")
-        if adoption.gives_adapters(self, trainer):
+        if adoption.find_adopter(self, trainer).makes_adapters:
             self._first = FirstStep(trainer, pl_module, targets)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -8,6 +8,7 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveragi
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.protocols import HasPhase
 from lowrank_pretrain.core.targets import Target, all_targets, tied_layers
 from lowrank_pretrain.phases import averaging
 
@@ -20,8 +21,6 @@ def check_run(phases: Any, trainer: pl.Trainer, pl_module: pl.LightningModule) -
     Raises:
         ConfigError: one of them cannot follow a change of the model.
     """
-    from lowrank_pretrain.phases.callback import PhaseCallback
-
     name = type(phases).__name__
     for kind in type(trainer.strategy).__mro__:
         if kind.__name__ in SHARDED:
@@ -37,7 +36,7 @@ def check_run(phases: Any, trainer: pl.Trainer, pl_module: pl.LightningModule) -
         if isinstance(callback, StochasticWeightAveraging) and phases.has_own_groups():
             allowed = "sets rates by group, which adapters with a rate of their own break: leave out adapter_lr"
             raise ConfigError("callbacks", type(callback).__name__, allowed)
-        if isinstance(callback, PhaseCallback) and callback is not phases:
+        if isinstance(callback, HasPhase) and callback is not phases:
             raise ConfigError("callbacks", type(callback).__name__, f"cannot run beside {name}: both change the model")
     if not pl_module.automatic_optimization:
         allowed = f"{name} needs Lightning's automatic optimization (with one optimizer)"

@@ -21,7 +21,7 @@ from lowrank_pretrain.core.agreement import agreed_hash
 from lowrank_pretrain.core.buckets import settle_buckets
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.memory import give_back
-from lowrank_pretrain.lora.model import Inherit
+from lowrank_pretrain.core.protocols import Adopter, Inherit
 from lowrank_pretrain.phases import averaging, compiled
 
 Change = Callable[[], Iterable[Inherit] | None]
@@ -58,9 +58,9 @@ def apply(
         strategy.model = strategy.lightning_module  # no reference to the old wrapper is kept: its reducer goes with it
     for p in module.parameters():
         p.grad = None  # gradients may be views of the old reducer's buckets
-    settled = getattr(strategy, "after_transition", None)  # a strategy of ours that keeps books on the optimizers' parameters
+    adopter = strategy if isinstance(strategy, Adopter) else Adopter()
     agreed = 0
-    if callable(settled) and not replay:
+    if adopter.compares_ranks and not replay:
         agreed = agreed_hash(strategy, module, f"before a change of the model behind step {trainer.global_step}")
     before = {id(p): p.requires_grad for p in module.parameters()}
     inherited = list(change() or ())
@@ -72,11 +72,10 @@ def apply(
         for optimizer in trainer.optimizers:
             optimizer.state.clear()
     give_back()
-    if callable(settled):
-        settled()
+    adopter.after_transition()
     averaging.follow(trainer.callbacks, module)
     compiled.allow_graphs(module)
-    if not callable(settled):  # before the new wrapper, which would give everyone rank 0's weights and so hide what went wrong
+    if not adopter.compares_ranks:  # before the new wrapper, which would give everyone rank 0's weights and hide a difference
         agreed = agreed_hash(strategy, module, f"at a change of the model behind step {trainer.global_step}")
     if wrapped:
         strategy.configure_ddp()

@@ -130,7 +130,7 @@ class PreLoRA(PhaseCallback):
         """Resolve the targets, with the layers of ``setup`` and ``configure_model`` there, so that a mistake shows at once."""
         targets = self._select(trainer, pl_module, self.ranks[-1], "ranks")
         self._check_length(trainer)
-        if adoption.gives_adapters(self, trainer):
+        if adoption.find_adopter(self, trainer).makes_adapters:
             self._first = FirstStep(trainer, pl_module, targets)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

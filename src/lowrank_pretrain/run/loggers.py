@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import CometLogger, Logger, MLFlowLogger, WandbLo
 from lightning.pytorch.utilities import rank_zero_only
 
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.protocols import LogsPhases
 from lowrank_pretrain.loggers.guarded import give_up, guard
 from lowrank_pretrain.run.build import build, check_finite, find_class
 
@@ -133,7 +134,7 @@ def _wandb(group: str, values: dict[str, Any], run_dir: Path, config: dict[str, 
         if values["offline"]:
             values["mode"] = "offline"  # in the environment, where Lightning puts it, wandb would no longer look
             rank_zero_only(print)(f"wandb: {why}, writing an offline run; {upload_later(run_dir)}")
-    if not hasattr(find_class(group, values["_target_"], Logger), "log_phase"):  # W&B's own class, without ours
+    if not issubclass(find_class(group, values["_target_"], Logger), LogsPhases):  # W&B's own class, without ours
         values.pop("init_timeout", None)
     # the same directory is the same run, so that a resumed one goes on in it
     run_id = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:12]

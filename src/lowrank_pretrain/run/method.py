@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.protocols import ADAPTER_DEFAULTS, HEAD_SETTINGS, overruled
 
 
 @dataclass
@@ -81,15 +82,13 @@ def _settle_owners(parts: "dict[str, _Part]", config: Mapping[str, Any]) -> None
     Raises:
         ConfigError: LTE and GaLore together, but not as update=galore; what belongs to adapters, where there are none.
     """
-    from lowrank_pretrain.phases.adoption import ADAPTERS
-
     phased = any(use in parts for use in _PHASED)
-    adapters = [key for key in ADAPTERS if "galore" in parts or ("lte" in parts and key == "train_A")]  # heads train their A
-    for key in adapters if phased else ():
-        if config.get(key, ADAPTERS[key]) != ADAPTERS[key]:
-            raise ConfigError(
-                f"method.{key}", config[key], "is for the callback's own adapters, and this method has none: leave it out"
-            )
+    decided = ADAPTER_DEFAULTS if "galore" in parts else HEAD_SETTINGS if "lte" in parts else {}  # LTE and callback share alpha
+    key = overruled(config, decided) if phased else None
+    if key is not None:
+        raise ConfigError(
+            f"method.{key}", config[key], "is for the callback's own adapters, and this method has none: leave it out"
+        )
     if "galore" in parts and phased:
         parts["galore"] = _adopting()
     if "lte" in parts and phased:

@@ -13,9 +13,10 @@ from rich.console import Console
 from rich.table import Table
 
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.protocols import HasPhase, Reports, phase_callback
 from lowrank_pretrain.core.text import digits
 from lowrank_pretrain.core.versions import versions
-from lowrank_pretrain.observe.monitor import Monitor, low_rank_callback
+from lowrank_pretrain.observe.monitor import Monitor
 from lowrank_pretrain.observe.phase_record import PhaseRecord
 
 FAILURE = "failure.txt"  # in the run directory: why the last attempt ended
@@ -29,9 +30,8 @@ def summarize(trainer: Trainer, monitor: Monitor, final: dict[str, float]) -> di
         monitor: its phase records.
         final: the last metrics by name.
     """
-    method = low_rank_callback(trainer)
-    traffic = getattr(trainer.strategy, "metrics", dict)()
-    plan = getattr(method, "plan", None)
+    method = phase_callback(trainer) or HasPhase()
+    traffic = trainer.strategy.metrics() if isinstance(trainer.strategy, Reports) else {}
     return {
         "phases": [
             {
@@ -46,9 +46,9 @@ def summarize(trainer: Trainer, monitor: Monitor, final: dict[str, float]) -> di
             }
             for record in monitor.records
         ],
-        "switch_step": getattr(method, "switch_step", None),
-        "freeze_step": getattr(method, "freeze_step", None),
-        "plan": None if plan is None else dict(plan),
+        "switch_step": method.switch_step,
+        "freeze_step": method.freeze_step,
+        "plan": None if method.plan is None else dict(method.plan),
         "final": final,
         "versions": versions(),
         **({"traffic": traffic} if traffic else {}),

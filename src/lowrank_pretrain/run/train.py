@@ -24,6 +24,7 @@ from lowrank_pretrain.checkpoints.longer_run import LongerRun
 from lowrank_pretrain.checkpoints.loop_state import LoopState
 from lowrank_pretrain.checkpoints.random_state import RandomState
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.protocols import CountsClasses, TriesOut
 from lowrank_pretrain.core.versions import version_line
 from lowrank_pretrain.export.facts import Facts, RememberFacts, facts_of_checkpoint
 from lowrank_pretrain.guards.divergence import DivergenceGuard
@@ -114,13 +115,13 @@ def attempt(config: dict[str, Any], run_dir: Path, ckpt: Path | None, guard: Div
     chosen = method.build(config["method"])
     optim = build("optim", config["optim"], base=Optim, build=chosen.optimizer)
     data = build("data", config["data"], base=pl.LightningDataModule)
-    if config["model"].get("num_classes", 0) is None and hasattr(data, "count_classes"):
+    if config["model"].get("num_classes", 0) is None and isinstance(data, CountsClasses):
         config["model"]["num_classes"] = data.count_classes()
     module = build("model", config["model"], base=pl.LightningModule)
     module.optim = optim
     if (chosen.callbacks or chosen.strategy) and {"all", "mlp"} & {*_listed(config["method"].get("targets", "all"))}:
         name_fused_experts(module)
-    if hasattr(module, "try_out"):
+    if isinstance(module, TriesOut):
         module.try_out()
 
     loggers = [RunCSVLogger(run_dir), *more_loggers(config.get("logger") or {}, run_dir, config, multirun)]

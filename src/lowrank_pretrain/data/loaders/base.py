@@ -7,6 +7,7 @@ from typing import Any
 import lightning as L
 
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.protocols import CountsClasses
 from lowrank_pretrain.data.images.arrays import GRAY
 from lowrank_pretrain.data.loaders.epoch import BatchSet, EpochBatches, EpochLoader
 from lowrank_pretrain.data.loaders.stream import PassLoader, StreamLoader
@@ -54,7 +55,7 @@ def public_name(path_or_name: str) -> str:
     return path.resolve().name if path.is_absolute() or path.exists() else path_or_name
 
 
-class PretrainData(L.LightningDataModule):
+class PretrainData(CountsClasses, L.LightningDataModule):
     """Base of the data modules: a subclass's ``setup`` sets ``train_set``, ``val_set`` and ``test_set``.
 
     The place in the data is saved by this module, not only by Lightning's fit loop: the loop restores its loader only

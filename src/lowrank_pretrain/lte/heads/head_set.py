@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lowrank_pretrain.core.dtypes import at_least_32
+from lowrank_pretrain.core.protocols import Inherit
 from lowrank_pretrain.core.targets import Target, parts
 from lowrank_pretrain.lora.function import RestPart
-from lowrank_pretrain.lora.layer import Inherit
 from lowrank_pretrain.lte.heads import prune, record
 from lowrank_pretrain.lte.heads.layer import MODES, Shared, draw_A, give_heads, prev_names, take_heads
 from lowrank_pretrain.lte.heads.record import Record

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.protocols import Inherit
 from lowrank_pretrain.core.seeds import generator
 from lowrank_pretrain.core.targets import Target, is_conv1d
 from lowrank_pretrain.lora.function import Part, RestPart, lora_linear
-from lowrank_pretrain.lora.layer import Inherit, Reclassed, has_own_forward, keep_rows, swap_class
+from lowrank_pretrain.lora.layer import Reclassed, has_own_forward, keep_rows, swap_class
 from lowrank_pretrain.lte.heads.function import Layout, heads_linear
 from lowrank_pretrain.lte.written import leaf, leaf_name
 
