@@ -91,35 +91,49 @@ class FactoredLinear(Reclassed):
         # a plain state dict (no factors) has W: its best factors of our ranks, which W must be to rounding
         whole = state_dict.get(f"{prefix}weight")
         if f"{prefix}factor_V" not in state_dict and whole is not None:
-            refusal = self._factors_of(whole.t() if self._transposed else whole)
-            if isinstance(refusal, str):
-                errors.append(f"{prefix}weight {refusal}")
+            rows = whole.t() if self._transposed else whole
+            refusal = self._refusal(rows)
+            if refusal is None:
+                state_dict |= {prefix + name: value for name, value in best_factors(rows, self._blocks).items()}
             else:
-                state_dict |= {prefix + name: value for name, value in refusal.items()}
-                del state_dict[f"{prefix}weight"]
+                errors.append(f"{prefix}weight {refusal}")
+            del state_dict[f"{prefix}weight"]
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
 
-    @torch.no_grad()
-    def _factors_of(self, rows: Tensor) -> dict[str, Tensor] | str:
-        """Return factors of a matrix (O, D) with the layer's ranks, or why there are none."""
+    def _refusal(self, rows: Tensor) -> str | None:
+        """Say why a matrix (O, D) cannot be loaded; ``None`` if it has the layer's shape, and its ranks but for rounding."""
         if rows.shape != (sum(b.rows for b in self._blocks), self.factor_V.shape[1]):
             return f"has shape {tuple(rows.shape)}, which is another layer's"
-        inner = torch.promote_types(rows.dtype, torch.float32)
-        found, V = {}, torch.empty_like(self.factor_V, dtype=inner)
+        found = best_factors(rows, self._blocks)
+        rounding = 1e-4 if rows.dtype in (torch.float32, torch.float64) else 2e-2
         for b in self._blocks:
-            part = rows[b.start : b.start + b.rows].to(V)
-            P = torch.linalg.svd(part, full_matrices=False)[0][:, : b.rank]
-            found[f"factor_U.{b.name}"], V[b.at : b.at + b.rank] = factors(part, P)
-            off = torch.linalg.vector_norm(part - found[f"factor_U.{b.name}"] @ V[b.at : b.at + b.rank])
-            rounding = 1e-4 if rows.dtype in (torch.float32, torch.float64) else 2e-2
+            part = rows[b.start : b.start + b.rows].to(found["factor_V"])
+            off = torch.linalg.vector_norm(part - found[f"factor_U.{b.name}"] @ found["factor_V"][b.at : b.at + b.rank])
             if off > rounding * torch.linalg.vector_norm(part):
                 return f"has a rank above {b.rank}, which this factored layer has: load it before the switch, or after the fit"
-        return found | {"factor_V": V}
+        return None
 
     def extra_repr(self) -> str:
         """Return the plain layer's line, and each block's rank."""
         ranks = ", ".join(f"{b.name}={b.rank}" for b in self._blocks)
         return f"{super().extra_repr()}, factored({ranks})"
+
+
+@torch.no_grad()
+def best_factors(rows: Tensor, blocks: tuple[Block, ...]) -> dict[str, Tensor]:
+    """Return the factors nearest to a matrix, by their names on the layer; float32 or more.
+
+    Args:
+        rows: W (O, D).
+        blocks: which ranks its row blocks get.
+    """
+    inner = torch.promote_types(rows.dtype, torch.float32)
+    U, V = {}, []
+    for b in blocks:
+        part = rows[b.start : b.start + b.rows].to(inner)
+        U[f"factor_U.{b.name}"], thin = factors(part, torch.linalg.svd(part, full_matrices=False)[0][:, : b.rank])
+        V.append(thin)
+    return {"factor_V": torch.cat(V)} | U
 
 
 def why_not(layer: nn.Module) -> str | None:

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from lowrank_pretrain.core.targets import WHOLE, Target, all_targets, families, 
 from lowrank_pretrain.factorize import moments
 from lowrank_pretrain.factorize.cost import largest_rank, largest_share
 from lowrank_pretrain.factorize.decompose import damped, spectrum
-from lowrank_pretrain.factorize.layer import FactoredLinear, give_factors, take_factors, why_not
+from lowrank_pretrain.factorize.layer import ADDED, FactoredLinear, give_factors, take_factors, why_not
 from lowrank_pretrain.factorize.ranks import Block, Cut, best_cut, ranks_of_budget
 
 STEPS = 8  # optimizer steps over which inputs are measured at least
@@ -40,6 +41,7 @@ class Factors(Adopter):
     """
 
     makes_adapters = True
+    joint_steps = STEPS
     adapter_settings: Mapping[str, Any] = {"alpha": None, "train_A": True}
 
     def __init__(
@@ -55,7 +57,8 @@ class Factors(Adopter):
         seed: int | None = None,
     ) -> None:
         self.energy, self.flops, self.freeze_rest, self.products = energy, flops, freeze_rest, products
-        self._total, self._from_first, self._is_first, self._exact, self._seed = total, from_first, is_first, exact, seed
+        self._total, self._from_first, self._is_first, self._seed = total, from_first, is_first, seed
+        self.exact = exact
         self.plan = Plan()
         self.kept: dict[str, float] = {}  # share of the output energy by layer, after the freeze
 
@@ -98,7 +101,7 @@ class Factors(Adopter):
         layers = list(self._layers(ranked=True))
         for _, layer, _ in self._layers(ranked=False):
             layer.requires_grad_(False)
-        cuts = self._cuts_of(self._exact) if self._exact is not None else self._from_first(self._decide(layers))
+        cuts = self._cuts_of(self.exact) if self.exact is not None else self._from_first(self._decide(layers))
         inherited, ranks = [], {name: 0 for name, rank in self.plan.items() if rank == 0}
         for name, layer, _ in layers:
             moments.end(layer)
@@ -115,6 +118,7 @@ class Factors(Adopter):
         if not inherited:
             raise ConfigError("targets", len(layers), "layers were looked at, and factors would pay for none: use lower ranks")
         self._say_whole(layers, cuts)
+        self.exact = None
         self.plan = Plan(ranks)
         if self.freeze_rest:
             factors = {id(p) for _, p in factor_parameters(self._module)}
@@ -147,7 +151,7 @@ class Factors(Adopter):
                 continue
             rank = None if self.energy is not None else ranks[name]
             draws = generator("factorize", name, seed=self._seed)
-            W = _rows(layer)
+            W = rows_of(layer)
             cut = best_cut(W, C.to(W), parts(name, layer), share, draws, rank, self.energy)
             if cut is not None:
                 at_home = {part: u.cpu() for part, u in cut.U.items()}
@@ -157,7 +161,7 @@ class Factors(Adopter):
     def _by_budget(self, layers: list[tuple[str, nn.Module, int]], share: float) -> dict[str, int]:
         found, sizes = {}, {}
         for name, layer, _ in layers:
-            W, C = _rows(layer), self._moment(name, layer)
+            W, C = rows_of(layer), self._moment(name, layer)
             if C is not None:
                 most = min(max(1, largest_rank(*W.shape, share)), *W.shape)
                 draws = generator("factorize", name, "budget", seed=self._seed)
@@ -233,6 +237,23 @@ def expand(module: nn.Module, check: bool = True) -> None:
         moments.end(layer)
 
 
+@contextmanager
+def shown_whole(module: nn.Module) -> Iterator[None]:
+    """Show factored layers for a while as plain ones with W = U V; then they are as they were. Nothing may train meanwhile."""
+    held = [(layer, type(layer), layer._parameters, layer._modules) for _, layer in factored_layers(module)]
+    try:
+        for layer, _, parameters, modules in held:
+            own = {"weight": nn.Parameter(layer.product(check=False))}
+            layer.__dict__["_parameters"] = own | {name: p for name, p in parameters.items() if name not in ADDED}
+            layer.__dict__["_modules"] = {name: inner for name, inner in modules.items() if name not in ADDED}
+            layer.__class__ = layer._plain_class
+        yield
+    finally:
+        for layer, kind, parameters, modules in held:
+            layer.__class__ = kind
+            layer.__dict__.update(_parameters=parameters, _modules=modules)
+
+
 def exact_factors(module: nn.Module) -> dict[str, Tensor]:
     """Return the factors by name, and the moments of layers that are measured: what a bit-exact resume needs."""
     factors = {name: p.detach() for name, p in factor_parameters(module)}
@@ -256,7 +277,7 @@ def load_exact_factors(module: nn.Module, exact: Mapping[str, Tensor]) -> None:
     moments.load_moments(module, {name: exact[plain_name(name)] for name in moments.exact_moments(module)})
 
 
-def _rows(layer: nn.Module) -> Tensor:
+def rows_of(layer: nn.Module) -> Tensor:
     """Return W as (O, D) in float32 or more, detached."""
     W = weight_rows(layer).detach()
     return W.to(torch.promote_types(W.dtype, torch.float32)).contiguous()

@@ -17,6 +17,7 @@ from lowrank_pretrain.observe.flops import FlopCount, peak_flops
 from lowrank_pretrain.observe.phase_record import PhaseRecord
 from lowrank_pretrain.observe.step_clock import StepClock
 
+_ADDED = ("lora_A", "lora_B", "factor_U", "factor_V")  # what adapters and factors are called on their layers
 RECENT = 50  # steps whose median is the throughput shown while training
 
 
@@ -27,7 +28,7 @@ def count_parameters(module: torch.nn.Module) -> dict[str, int]:
         # a row block that trains on beside adapters is a view of a weight that is counted already
         counts["total"] += parameter.numel() * {"rest_weight", "rest_bias"}.isdisjoint(name.split("."))
         counts["trainable"] += parameter.numel() * parameter.requires_grad
-        counts["adapters"] += parameter.numel() * any(part in ("lora_A", "lora_B") for part in name.split("."))
+        counts["adapters"] += parameter.numel() * any(part in _ADDED for part in name.split("."))
     return counts
 
 

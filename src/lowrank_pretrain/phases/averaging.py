@@ -4,6 +4,7 @@
 averaged model becomes a copy of the changed model, which has the same parameters in the same order, and takes the old
 average's values back by name; adapters join as they are (B = 0, so the average's function does not move). From then on W, A
 and B are averaged apart: W₀ + avg(B) avg(A), which is the average of the merged weights up to the factors' covariance.
+A factored average keeps of its W what the trained U reaches.
 
 Lightning keeps the averaged model in a private attribute; this is the one place that reads it.
 """
@@ -18,6 +19,8 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveragi
 from torch import nn
 
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.factorize.layer import follow_weight
+from lowrank_pretrain.factorize.model import factored_layers
 from lowrank_pretrain.lora.model import own_tensors
 
 
@@ -48,6 +51,9 @@ def follow(callbacks: Iterable[pl.Callback], module: pl.LightningModule) -> None
         with torch.no_grad():
             for name, value in own_tensors(new).items():
                 value.copy_(old.get(name, value))
+        for name, layer in factored_layers(new):  # U stays the trained one's, so that like is averaged with like
+            if f"{name}.weight" in old:
+                follow_weight(layer, old[f"{name}.weight"])
 
 
 def restart(callbacks: Iterable[pl.Callback], module: pl.LightningModule) -> None:

@@ -21,15 +21,17 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 
 from lowrank_pretrain.core.agreement import agreed_hash
+from lowrank_pretrain.core.checks import number
 from lowrank_pretrain.core.buckets import settle_buckets
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.lr_factor import Rewarm
 from lowrank_pretrain.core.plan import Plan, fit_ranks
 from lowrank_pretrain.core.protocols import PHASES, Adopter, HasPhase
 from lowrank_pretrain.core.targets import Target, families, find_targets, first_named, say_left_out, select
+from lowrank_pretrain.factorize.model import Factors
 from lowrank_pretrain.lora import model as lora
 from lowrank_pretrain.observe.monitor import count_parameters
-from lowrank_pretrain.phases import adapter_groups, adoption, averaging, plain_checkpoint, refusals, transition
+from lowrank_pretrain.phases import adapter_groups, adoption, averaging, layers, plain_checkpoint, refusals, transition
 from lowrank_pretrain.phases.adapter_watch import AdapterWatch, check_optimizers
 from lowrank_pretrain.phases.first_step import FirstStep
 from lowrank_pretrain.phases.plain_checkpoint import FORMAT, SIDE
@@ -56,7 +58,11 @@ class PhaseCallback(HasPhase, Callback):
         adapter_lr: the adapters' learning rate over that of their base weight.
         adapter_weight_decay: the adapters' weight decay; ``None``: that of their base weight.
         then: ``lora``: the plan goes to the strategy or optimizer if one offers ``adopt``, else to adapters;
-            ``galore``: the optimizer must offer it.
+            ``galore``: the optimizer must offer it; ``factorize``: at the switch the inputs of the targets begin to be
+            measured, and at the freeze (at least 8 steps later) each W becomes a product U V of its rank and is dropped.
+        energy: with ``then="factorize"``: the share of each layer's output energy that its rank must keep, in place of the
+            plan's ranks.
+        flops: likewise: the share of the targets' FLOPs that the factors may take in all.
 
     Attributes:
         phase: ``full``, ``joint`` or ``lowrank``.
@@ -78,6 +84,8 @@ class PhaseCallback(HasPhase, Callback):
         then: str = "lora",
         adapter_lr: float = 1.0,
         adapter_weight_decay: float | None = None,
+        energy: float | None = None,
+        flops: float | None = None,
     ) -> None:
         if alpha is not None and (not _is_number(alpha) or alpha <= 0):
             raise ConfigError("alpha", alpha, "must be a number above 0, or null for alpha = rank")
@@ -88,8 +96,16 @@ class PhaseCallback(HasPhase, Callback):
             raise ConfigError("optimizer_state", optimizer_state, "must be keep or reset")
         if not isinstance(rewarm, int) or isinstance(rewarm, bool) or rewarm < 0:
             raise ConfigError("rewarm", rewarm, "must be 0 or more optimizer steps")
-        if then not in ("lora", "galore"):
-            raise ConfigError("then", then, "must be lora or galore")
+        if then not in ("lora", "galore", "factorize"):
+            raise ConfigError("then", then, "must be lora, galore or factorize")
+        for key, value in (("energy", energy), ("flops", flops)):
+            if value is not None:
+                number(key, value, above=0, below=1, allowed="must be a fraction above 0 and below 1, or null")
+                if then != "factorize":
+                    raise ConfigError(key, value, 'is for then="factorize": leave it out')
+        if energy is not None and flops is not None:
+            raise ConfigError("flops", flops, f"and energy={energy} both decide the ranks: give one of them")
+        self.energy, self.flops = energy, flops
         if not _is_number(adapter_lr) or adapter_lr <= 0:
             raise ConfigError("adapter_lr", adapter_lr, "must be a number above 0, times the base weight's learning rate")
         if adapter_weight_decay is not None and (not _is_number(adapter_weight_decay) or adapter_weight_decay < 0):
@@ -113,6 +129,7 @@ class PhaseCallback(HasPhase, Callback):
         self.plan: Plan | None = None
         self.switch_step: int | None = None
         self.freeze_step: int | None = None
+        self.freeze_due = False  # the freeze was asked for before the adopter could do it
         self._unchecked = False  # whether a gradient reaches every adapter is still looked at
         self._adopter: Any = None
         self.chosen: dict[str, int] = {}  # target -> largest rank that it may get
@@ -135,7 +152,15 @@ class PhaseCallback(HasPhase, Callback):
         rank_zero_info(f"{type(self).__name__}: switch after step {self.switch_step}; targets by rank: {plan.summary()}")
 
     def freeze(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Joint -> lowrank: the targets' full weights stop training."""
+        """Joint -> lowrank: the targets' full weights stop training.
+
+        Where the adopter needs some steps in the joint phase first (``Adopter.joint_steps``) nothing happens yet and
+        ``freeze_due`` is true: call it again after a later step.
+        """
+        if trainer.global_step - (self.switch_step or 0) < self._adopter.joint_steps:
+            self.freeze_due = True
+            return
+        self.freeze_due = False
         self._freeze(trainer, pl_module, replay=False)
         self.freeze_step = trainer.global_step
         counts = count_parameters(pl_module)
@@ -150,7 +175,7 @@ class PhaseCallback(HasPhase, Callback):
         )
         if isinstance(self._adopter, Optimizer):
             plain_checkpoint.note_added(pl_module)
-        if self.has_own_groups():
+        if self.has_own_groups() and not isinstance(self._adopter, Factors):
             adapter_groups.separate(trainer, pl_module, self.adapter_lr, self.adapter_weight_decay)
         self._moving = AdapterWatch(pl_module)
         self.phase, self.plan = "joint", plan
@@ -159,17 +184,32 @@ class PhaseCallback(HasPhase, Callback):
         self._log_hash(trainer, agreed, replay)
 
     def _freeze(self, trainer: pl.Trainer, pl_module: pl.LightningModule, replay: bool) -> None:
+        if isinstance(self._adopter, Factors) and replay:
+            self._adopter.exact = self._exact
         agreed = transition.apply(trainer, pl_module, lambda: self._release(pl_module), self.optimizer_state, replay)
         self.phase = "lowrank"
+        if isinstance(self._adopter, Factors):
+            self._own_factors(trainer, pl_module, self._adopter, replay)
         self._look_at_gradients(pl_module, not replay)  # what freezing stopped may be what a gradient came through
         self._note(pl_module)
         self._log_hash(trainer, agreed, replay)
         if self.rewarm:  # from here on, so that its hook always comes behind that of the adapters' own groups
             self._rewarm = Rewarm(trainer, self, self.rewarm)
 
+    def _own_factors(self, trainer: pl.Trainer, pl_module: pl.LightningModule, factors: Factors, replay: bool) -> None:
+        """Note which ranks there are, and give the factors groups of their own.
+
+        Both factors decay, and at ``adapter_lr`` times the rate: with this share of W's decay U V decays just as W did.
+        """
+        self.plan = factors.plan
+        adapter_groups.separate(trainer, pl_module, self.adapter_lr, self.adapter_weight_decay, 0.5 / self.adapter_lr)
+        if not replay:
+            self._log(trainer, {f"lowrank/rank/{name}": float(rank) for name, rank in self.plan.items()})
+            self._log(trainer, {"lowrank/kept_energy": min(factors.kept.values())})
+
     def _release(self, pl_module: pl.LightningModule) -> Any:
         inherited = self._adopter.release()
-        if self.freeze_rest and not isinstance(self._adopter, lora.Adapters):
+        if self.freeze_rest and not isinstance(self._adopter, (lora.Adapters, Factors)):
             adoption.freeze_rest(pl_module, self.plan)
         return inherited
 
@@ -209,12 +249,12 @@ class PhaseCallback(HasPhase, Callback):
         continues = self.phase != "full" and plan is not None and plan == dict(self.plan or {})
         self._exact, self._diverged = None, False
         if continues:
-            self._exact = lora.clone_state(held["model"].exact() if known else lora.exact_state(pl_module))
+            self._exact = lora.clone_state(held["model"].exact() if known else layers.exact_state(pl_module))
         else:
             self._reset()
         if "_lowrank" in pl_module.__dict__:  # a fit that was interrupted left it so, or an optimizer that took the plan
             # a file may be about to replace the weights, which Lightning does not say yet: `on_fit_start` knows
-            self._diverged = not lora.is_finite(pl_module)
+            self._diverged = not layers.is_finite(pl_module)
             plain_checkpoint.restore_plain(pl_module, check=False)
             averaging.restart(trainer.callbacks, pl_module)  # those set up before us copied the adapters too
         plain_checkpoint.forget_held(pl_module)
@@ -241,10 +281,10 @@ class PhaseCallback(HasPhase, Callback):
                 self._freeze(trainer, pl_module, replay=True)
             self._unchecked = unchecked  # the watch itself begins with the first step
             if self._exact is not None:
-                lora.load_exact(pl_module, self._exact)
+                layers.load_exact(pl_module, self._exact)
             for where, averaged, callback in averaging.averages(trainer.callbacks):
                 if where in self._averages:
-                    lora.load_exact(averaged, self._averages[where])
+                    layers.load_exact(averaged, self._averages[where])
                 elif self._exact is not None:
                     averaging.restart([callback], pl_module)
             self._exact, self._averages = None, {}
@@ -312,7 +352,8 @@ class PhaseCallback(HasPhase, Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, rank: int, key: str, frozen: bool = False
     ) -> dict[str, Target]:
         """Resolve ``self.targets`` when all that a fit needs is there, and note what may be chosen."""
-        selection = select(pl_module, self.targets, frozen, adoption.unfit(trainer))
+        factored = pl_module if self.then == "factorize" else None
+        selection = select(pl_module, self.targets, frozen, adoption.unfit(trainer, factored))
         if selection.left_out:
             rank_zero_warn(f"{type(self).__name__}: {say_left_out(pl_module, self.targets, selection.left_out)}")
         targets = {name: target for name, target in selection.targets.items() if name not in self.left_out}
@@ -368,7 +409,7 @@ class PhaseCallback(HasPhase, Callback):
         """Make the module plain; keep what ``trainer.save_checkpoint`` and a second fit need for going on exactly."""
         if "_lowrank" not in pl_module.__dict__:
             return
-        if not any(True for _ in lora.lora_layers(pl_module)):  # strategy or optimizer took the plan
+        if not layers.has_changed(pl_module):  # strategy or optimizer took the plan
             plain_checkpoint.restore_flags(pl_module)
             return
         self._held = {
@@ -406,6 +447,7 @@ class PhaseCallback(HasPhase, Callback):
             "switch_step": self.switch_step,
             "freeze_step": self.freeze_step,
             "unchecked": self._unchecked,
+            "freeze_due": self.freeze_due,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -416,6 +458,7 @@ class PhaseCallback(HasPhase, Callback):
         self.plan = None if state_dict["plan"] is None else Plan(state_dict["plan"])
         self.switch_step, self.freeze_step = state_dict["switch_step"], state_dict["freeze_step"]
         self._unchecked = state_dict["unchecked"]
+        self.freeze_due = state_dict.get("freeze_due", False)
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Write the side entry: what an exact resume needs beside the plain model.
@@ -458,7 +501,8 @@ class PhaseCallback(HasPhase, Callback):
 
     def _settings(self) -> dict[str, Any]:
         """Arguments that a resumed run must have again, as plain types."""
-        names = ("train_A", "adapter_lr", "adapter_weight_decay", "freeze_rest", "targets", "ranks")
+        names = ["train_A", "adapter_lr", "adapter_weight_decay", "freeze_rest", "targets", "ranks"]
+        names += ["then", "energy", "flops"] if self.then == "factorize" else []
         found = {name: getattr(self, name) for name in names}
         found = {name: value for name, value in found.items() if name not in ("targets", "ranks") or value is not None}
         return {name: [*value] if isinstance(value, tuple) else value for name, value in found.items()}
@@ -470,7 +514,7 @@ class PhaseCallback(HasPhase, Callback):
             ConfigError: naming each that differs.
         """
         bound = {"full": ("targets",), "joint": [name for name in noted if name != "freeze_rest"]}.get(self.phase, list(noted))
-        now, differing = self._settings(), []
+        now, differing = {"then": self.then} | self._settings(), []
         for name in bound:
             if name not in noted or name not in now or now[name] == noted[name]:
                 continue
@@ -487,7 +531,7 @@ class PhaseCallback(HasPhase, Callback):
 
     def has_own_groups(self) -> bool:
         """Whether adapters have a learning rate or weight decay of their own."""
-        return self.adapter_lr != 1.0 or self.adapter_weight_decay is not None
+        return self.adapter_lr != 1.0 or self.adapter_weight_decay is not None or self.then == "factorize"
 
 
 def _is_number(value: Any) -> bool:

@@ -23,8 +23,10 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from torch import Tensor, nn
 
+from lowrank_pretrain.factorize.model import shown_whole
 from lowrank_pretrain.lora import model as lora
 from lowrank_pretrain.lora.function import merged
+from lowrank_pretrain.phases import layers
 
 SIDE = "lowrank_pretrain"  # the side entry's key
 FORMAT = 1
@@ -32,7 +34,7 @@ FORMAT = 1
 
 def restore_plain(pl_module: nn.Module, check: bool = True) -> None:
     """Merge and eject the adapters, restore the original ``requires_grad``: the module as the user made it, trained on."""
-    lora.eject(pl_module, check)
+    layers.make_plain(pl_module, check)
     restore_flags(pl_module)
     for key in ("_lowrank_requires_grad", "_lowrank_tied", "_lowrank_added", "_lowrank_before", "_lowrank"):
         pl_module.__dict__.pop(key, None)
@@ -119,7 +121,7 @@ class _AsPlain:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("keep_vars", False):  # who wants the parameters themselves gets them as they are
             return self.__wrapped__(*args, **kwargs)
-        with lora.shown_plain(self.module, self.module.__dict__.get("_lowrank_requires_grad", {})):
+        with shown_whole(self.module), lora.shown_plain(self.module, self.module.__dict__.get("_lowrank_requires_grad", {})):
             return self.__wrapped__(*args, **kwargs)
 
 
@@ -155,7 +157,7 @@ def exact_values(module: nn.Module, note: nn.Module | None = None) -> dict[str, 
     live = lora.own_tensors(module)
     # a head that came untied: in the plain model its name and the embedding's are one tensor, the last one loaded
     names = [*known.get("_lowrank_tied", ()), *known.get("_lowrank_added", ())]
-    return {name: live[name] for name in names if name in live} | lora.exact_state(module)
+    return {name: live[name] for name in names if name in live} | layers.exact_state(module)
 
 
 class Held:
@@ -181,7 +183,8 @@ class Held:
             )
             for name, layer in lora.lora_layers(module)
         ]
-        lora.eject(module, check=False)
+        self._factors = layers.HeldFactors(module)
+        layers.make_plain(module, check=False)
 
     def show(self) -> None:
         """Leave the factors readable on their layers, as attributes that are no parameters of the module."""
@@ -192,7 +195,7 @@ class Held:
         """Return the exact values; for a layer whose weight has changed since, the weight and B = 0."""
         module = self.module()
         live = {} if module is None else lora.own_tensors(module)
-        exact = {name: live[name] for name in self._tied if name in live}
+        exact = {name: live[name] for name in self._tied if name in live} | self._factors.exact()
         for name, layer, W, A, B, parts, transposed in self._layers:
             A, B = A.detach(), {part: factor.detach() for part, factor in B.items()}
             here = merged(W, A.to(W.device), [B[part.name].to(W.device) for part in parts], parts, transposed)

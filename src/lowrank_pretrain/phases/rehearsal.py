@@ -34,7 +34,8 @@ from torch.utils._pytree import tree_leaves
 from lowrank_pretrain.core.seeds import generator
 from lowrank_pretrain.core.targets import Target
 from lowrank_pretrain.lora.layer import LoRALinear, give_adapters, has_own_forward
-from lowrank_pretrain.lora.model import adapter_parameters, lora_layers
+from lowrank_pretrain.lora.model import lora_layers
+from lowrank_pretrain.phases.layers import added_parameters, layer_of
 
 _PRODUCTS = {
     "linear", "matmul", "mm", "bmm", "mv", "addmm", "addmv", "addbmm", "baddbmm", "einsum", "tensordot", "inner", "outer",
@@ -390,7 +391,7 @@ class GradientWatch:
 
     def __init__(self, module: nn.Module) -> None:
         self.steps, self._module = 0, module
-        self.without = {name: p for name, p in adapter_parameters(module) if p.requires_grad}
+        self.without = {name: p for name, p in added_parameters(module) if p.requires_grad}
         self.every = len(self.without)
         self._only_cut_off: dict[str, bool] = {}  # by layer that was called: only inside of a checkpoint, without autograd
         compiled = _compiled_parts(module)
@@ -416,7 +417,7 @@ class GradientWatch:
 
     def layers(self) -> list[str]:
         """Names of the layers whose adapters had no gradient so far."""
-        return list(dict.fromkeys(name.partition(".lora_")[0] for name in self.without))
+        return list(dict.fromkeys(layer_of(name) for name in self.without))
 
     def stop(self) -> None:
         """Take the hooks off."""

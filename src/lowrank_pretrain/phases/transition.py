@@ -128,7 +128,7 @@ def _keep_hooks(wrapper: nn.Module, hooks: Iterable[tuple[Callable, Any]]) -> No
 def _inherit_state(optimizer: Optimizer, inherited: Iterable[Inherit]) -> None:
     for new, old, dim, start, rows in inherited:
         state = optimizer.state.get(old)
-        if not state:
+        if not state or not rows:
             continue
         mine = optimizer.state[new] = {}
         for key, value in state.items():
