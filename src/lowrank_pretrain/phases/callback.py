@@ -21,8 +21,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 
 from lowrank_pretrain.core.agreement import agreed_hash
-from lowrank_pretrain.core.checks import number
 from lowrank_pretrain.core.buckets import settle_buckets
+from lowrank_pretrain.core.checks import number
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.lr_factor import Rewarm
 from lowrank_pretrain.core.plan import Plan, fit_ranks

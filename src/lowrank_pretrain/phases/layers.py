@@ -79,7 +79,8 @@ class HeldFactors:
 
     def __init__(self, module: nn.Module) -> None:
         self._exact = lora.clone_state(factorize.exact_factors(module))
-        self._layers = [(name, layer, layer._blocks, layer.product(check=False)) for name, layer in factorize.factored_layers(module)]
+        layers = factorize.factored_layers(module)
+        self._layers = [(name, layer, layer._blocks, layer.product(check=False)) for name, layer in layers]
 
     def exact(self) -> dict[str, Tensor]:
         """Return them; for a layer whose weight has changed since, that weight's best factors of the same ranks."""

@@ -13,7 +13,6 @@ from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.plan import Plan, is_integer
 from lowrank_pretrain.prelora.convergence import relative_change
 
-
 RANKS = [4, 8, 16, 32]  # by default
 
 

@@ -91,7 +91,7 @@ def _settle_owners(parts: "dict[str, _Part]", config: Mapping[str, Any]) -> None
         )
     taken = next((part for part in ("lte", "galore") if part in parts), None)
     if config.get("then") == "factorize" and phased and taken:
-        raise ConfigError("method.then", "factorize", f"{taken} takes the plan over in this method: use method=prelora_factorize")
+        raise ConfigError("method.then", "factorize", f"{taken} takes the plan over here: use method=prelora_factorize")
     if "galore" in parts and phased:
         parts["galore"] = _adopting()
     if "lte" in parts and phased:
