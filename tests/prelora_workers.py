@@ -15,7 +15,7 @@ from lowrank_pretrain.checkpoints.loop_state import LoopState
 from lowrank_pretrain.data.loaders.epoch import EpochBatches, EpochLoader
 from lowrank_pretrain.galore import GaLoreAdamW, galore_ddp_hook
 from lowrank_pretrain.lora.model import own_tensors
-from lowrank_pretrain.phases import averaging
+from lowrank_pretrain.phases import transition
 from tests.toy import Pairs, Toy, trainer
 
 
@@ -90,7 +90,7 @@ class Watch(pl.Callback):
         """While the module has its adapters: behind the fit it is plain."""
         self.model = {name: p.detach().clone() for name, p in module.named_parameters()}
         self.trainable = {name for name, p in module.named_parameters() if p.requires_grad}
-        found = averaging.averages(trainer.callbacks)
+        found = transition.averages(trainer.callbacks)
         self.average = {k: v.detach().clone() for _, m, _ in found for k, v in own_tensors(m).items()}
 
 

@@ -14,7 +14,7 @@ from lowrank_pretrain import GaLoreAdamW, LTEStrategy, PreLoRA, galore_param_gro
 from lowrank_pretrain.checkpoints.loop_state import LoopState
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.lora import model as lora
-from lowrank_pretrain.phases import averaging
+from lowrank_pretrain.phases import transition
 from tests.test_resume import assert_equal
 from tests.toy import AtEnd, Toy, adapters, loader, trainer
 
@@ -96,7 +96,7 @@ def outcome(module, run) -> dict:
         "model": dict(module.state_dict()),
         "optimizer": run.optimizers[0].state_dict(),
         "lr": [config.scheduler.state_dict() for config in run.lr_scheduler_configs],
-        "averages": {where: dict(model.state_dict()) for where, model, _ in averaging.averages(run.callbacks)},
+        "averages": {where: dict(model.state_dict()) for where, model, _ in transition.averages(run.callbacks)},
     }
 
 
@@ -289,7 +289,7 @@ def test_swa_averages_the_epochs_and_its_file_goes_on(tmp_path, method):
 
     class Look(pl.Callback):
         def on_train_start(self, trainer, module):
-            averaged = next(averaging.averages(trainer.callbacks))[1]  # unmerged, where state_dict would be the plain model's
+            averaged = next(transition.averages(trainer.callbacks))[1]  # unmerged, where state_dict would be the plain model's
             held.update(lora.clone_state(dict([*averaged.named_parameters(), *averaged.named_buffers()])))
 
     for at in (7, 13, 19):

@@ -14,8 +14,7 @@ from lowrank_pretrain.core.memory import GIB
 from lowrank_pretrain.core.targets import families
 from lowrank_pretrain.lora import model as lora
 from lowrank_pretrain.observe.monitor import Monitor
-from lowrank_pretrain.prelora.convergence import Window, check_convergence, relative_change
-from lowrank_pretrain.prelora.ranks import assign_ranks
+from lowrank_pretrain.prelora.decisions import Window, assign_ranks, check_convergence, relative_change
 from tests.reference import prelora as reference
 from tests.toy import AtEnd, Toy, adapted, adapters, loader, toy, trained, trainer
 

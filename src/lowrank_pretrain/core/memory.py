@@ -1,10 +1,8 @@
 """Memory as it is: the peak of a stretch of training, and the bytes an optimizer holds."""
 
-import ctypes
 import os
 import sys
 from collections.abc import Iterable
-from contextlib import suppress
 
 import torch
 
@@ -34,17 +32,6 @@ def formula_bytes(optimizers: Iterable[torch.optim.Optimizer]) -> int | None:
     said = [optimizer.formula_bytes() for optimizer in optimizers if isinstance(optimizer, Reports)]
     known = [promised for promised in said if promised is not None]
     return sum(known) if known else None
-
-
-def give_back() -> None:
-    """Return what was freed to the device and to the system, so that what a phase needs is what they report.
-
-    glibc keeps freed blocks of up to 32 MiB, which most matrices are; it is asked to let them go.
-    """
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    with suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 class PeakMemory:

@@ -1,19 +1,24 @@
-"""Does the optimizer train what it was given? New parameters were put into its groups; not every optimizer looks there.
+"""Watch adapters after a change of the model: does a gradient reach each of them, and does the optimizer move it?
 
-Some keep books of their own: over a partition of the parameters, over one flat copy of them, over a list made when they were
-built. What such an optimizer cannot follow is refused before training where it can be told, and found in the first steps
-after the switch where it cannot: an adapter that has a gradient and a learning rate, and does not move while others do.
+New parameters were put into the optimizer's groups, but some optimizers keep books of their own: over a partition of the
+parameters, over one flat copy of them, over a list made when they were built. An optimizer that cannot follow is refused before
+training where its kind is known. Otherwise it is found in the first steps after the switch, by an adapter that has a gradient
+and a learning rate, and does not move while other parameters do.
 """
 
 from collections.abc import Iterable
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.targets import families
 from lowrank_pretrain.lora import model as lora
+from lowrank_pretrain.phases.layers import added_parameters, layer_of
+from lowrank_pretrain.phases.rehearsal import Hook, compiled_parts, in_autograd_function
 
 # by the names of their classes, so that none need be installed
 KNOWN = {
@@ -74,7 +79,7 @@ def _books(optimizer: Optimizer) -> str | None:
 
 
 def _inside(optimizer: Optimizer) -> list[Optimizer]:
-    """Optimizers that an optimizer holds as attributes, one within another."""
+    """Return the optimizers that an optimizer holds as attributes, nested ones too."""
     found: list[Optimizer] = []
     stack: list[Any] = list(vars(optimizer).values())
     while stack:
@@ -88,7 +93,7 @@ def _inside(optimizer: Optimizer) -> list[Optimizer]:
 
 
 class AdapterWatch:
-    """Watches fresh adapters (B = 0, so that any update shows) until each has moved once, or for a few steps at most.
+    """Watch fresh adapters (B = 0, so that any update shows) until each has moved once, or for a few steps at most.
 
     Args:
         module: has adapters.
@@ -103,7 +108,7 @@ class AdapterWatch:
 
     @property
     def over(self) -> bool:
-        """Whether there is nothing left to watch."""
+        """Tell whether there is nothing left to watch."""
         return not self.waiting
 
     @torch.no_grad()
@@ -154,3 +159,95 @@ class AdapterWatch:
                 "optimizer", type(optimizer).__name__, f"does not train the adapters of {who}: they had a gradient and a "
                 "learning rate and did not move; it keeps books of its own on its parameters, use one that steps param_groups"
             )  # fmt: skip
+
+
+class GradientWatch:
+    """Watch whether a gradient reaches every adapter after the model changed: one that none reaches never trains.
+
+    One step without a gradient is no evidence (experts, LayerDrop, one task a batch, a loss that begins later), but for
+    activations that are checkpointed with ``use_reentrant=True``: where nothing below a block trains any more, its input needs
+    no gradient, and the block is never run again with autograd.
+
+    Args:
+        module: has adapters.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.steps, self._module = 0, module
+        self.without = {name: p for name, p in added_parameters(module) if p.requires_grad}
+        self.every = len(self.without)
+        self._only_cut_off: dict[str, bool] = {}  # by layer that was called: only inside of a checkpoint, without autograd
+        compiled = compiled_parts(module)
+        self._handles = [
+            layer.register_forward_pre_hook(_CutOff(self, name), with_kwargs=True)
+            for name, layer in lora.lora_layers(module)
+            if id(layer) not in compiled
+        ]
+
+    def look(self) -> list[str]:
+        """After a backward pass: forget the adapters that have a gradient.
+
+        Returns:
+            Names of the layers that reentrant checkpointing cuts off from the loss (after the first backward pass only).
+        """
+        if not any(p.grad is not None for p in self._module.parameters()):  # the step was skipped
+            return []
+        self.steps += 1
+        self.without = {name: p for name, p in self.without.items() if p.grad is None}
+        cut_off, self._only_cut_off = self._only_cut_off, {}
+        self.stop()
+        return [layer for layer in self.layers() if cut_off.get(layer)]
+
+    def judge(self, who: str, patience: int, said: set[str]) -> bool:
+        """After a backward pass: look, and warn once of adapters that no gradient has reached for too long.
+
+        Args:
+            who: the callback's name, for the warning.
+            patience: optimizer steps to wait.
+            said: layers that a warning has named; they are added to.
+
+        Returns:
+            Whether nothing is left to watch.
+
+        Raises:
+            ConfigError: checkpointing of activations cuts an adapter off; or no adapter at all had a gradient.
+        """
+        cut_off = self.look()
+        if cut_off:
+            raise ConfigError(
+                "targets", ", ".join(sorted(cut_off)), "checkpointing of activations cuts it off from the loss: its input "
+                "needs no gradient once everything before it is frozen (use_reentrant=False)"
+            )  # fmt: skip
+        if self.without and self.steps < patience:
+            return False
+        if set(self.layers()) - said:
+            said |= set(self.layers())
+            family = ", ".join(dict.fromkeys(families(self._module, self.layers()).values()))
+            steps = f"in the {self.steps} optimizer steps since the model changed"
+            if len(self.without) == self.every:
+                raise ConfigError("targets", family, f"no adapter had a gradient {steps}: does the loss depend on them?")
+            rank_zero_warn(
+                f"{who}: no gradient {steps} reached the adapters of {family}: they train only if later steps "
+                'use them. If none does, leave them out ("!name")'
+            )
+        return True
+
+    def layers(self) -> list[str]:
+        """Names of the layers whose adapters had no gradient so far."""
+        return list(dict.fromkeys(layer_of(name) for name in self.without))
+
+    def stop(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+
+class _CutOff(Hook):
+    """Note whether a layer is called only inside of a reentrant checkpoint, without autograd."""
+
+    def __call__(self, layer: nn.Module, args: tuple, kwargs: dict) -> None:
+        watch = self._watcher()
+        if watch is not None:
+            cut_off = not torch.is_grad_enabled() and in_autograd_function()
+            watch._only_cut_off[self._name] = cut_off and watch._only_cut_off.get(self._name, True)

@@ -1,4 +1,4 @@
-"""Who takes a plan over: the first of strategy, optimizer and adapters; and what must be known of them before training."""
+"""Find who takes a plan over, the first of strategy, optimizer and adapters, and check before training that it can."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from lowrank_pretrain.core.protocols import ADAPTER_DEFAULTS, Adopter, adopters,
 from lowrank_pretrain.core.targets import Target, all_targets, plain_name
 from lowrank_pretrain.factorize.model import Factors, obstacle_to_factors
 from lowrank_pretrain.lora import model as lora
+from lowrank_pretrain.phases.transition import note_of
 
 if TYPE_CHECKING:
     from lowrank_pretrain.phases.callback import PhaseCallback
@@ -28,14 +29,18 @@ def find_adopter(phases: PhaseCallback, trainer: pl.Trainer) -> Adopter:
         trainer: the running trainer.
 
     Raises:
-        ConfigError: ``then="galore"``, and the strategy takes the plan, or no optimizer does.
+        ConfigError: a strategy or optimizer has an ``adopt`` and is no ``Adopter``; ``then="galore"``, and the strategy takes
+            the plan, or no optimizer does; or ``then="factorize"``, and either takes it.
     """
+    for kind, part in (("strategy", trainer.strategy), *(("optimizer", optimizer) for optimizer in trainer.optimizers)):
+        if hasattr(part, "adopt") and not isinstance(part, Adopter):
+            cure = "has a method adopt and would be passed over: inherit from lowrank_pretrain.core.protocols.Adopter"
+            raise ConfigError(kind, type(part).__name__, cure)
     if isinstance(trainer.strategy, Adopter):
+        name = type(trainer.strategy).__name__
         if phases.then == "factorize":
-            name = type(trainer.strategy).__name__
             raise ConfigError("then", "factorize", f"{name} takes the plan for its heads: use ddp, or fit with LTE afterwards")
         if phases.then == "galore":
-            name = type(trainer.strategy).__name__
             raise ConfigError("then", "galore", f"{name} takes the plan: leave `then` out; with LTE use update=galore")
         return trainer.strategy
     for optimizer in adopters(trainer.optimizers):
@@ -63,18 +68,12 @@ def _factors(phases: PhaseCallback, trainer: pl.Trainer) -> Factors:
     )
 
 
-def check_adopter(phases: PhaseCallback, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+def check_adopter(phases: PhaseCallback, adopter: Adopter, pl_module: pl.LightningModule) -> None:
     """Refuse before training what the adopter could not take over at the switch, which comes after days.
 
     Raises:
-        ConfigError: a strategy or optimizer has an ``adopt`` and is no ``Adopter``; a setting of adapters that the adopter
-            decides (``adapter_settings``); or what its ``check_adopt`` says.
+        ConfigError: a setting of adapters that the adopter decides (``adapter_settings``); or what its ``check_adopt`` says.
     """
-    for kind, part in (("strategy", trainer.strategy), *(("optimizer", optimizer) for optimizer in trainer.optimizers)):
-        if hasattr(part, "adopt") and not isinstance(part, Adopter):
-            cure = "has a method adopt and would be passed over: inherit from lowrank_pretrain.core.protocols.Adopter"
-            raise ConfigError(kind, type(part).__name__, cure)
-    adopter = find_adopter(phases, trainer)
     asked = {key: getattr(phases, key) for key in ADAPTER_DEFAULTS}
     key = overruled(asked, adopter.adapter_settings)
     if key is not None:
@@ -87,7 +86,7 @@ def check_adopter(phases: PhaseCallback, trainer: pl.Trainer, pl_module: pl.Ligh
 
 
 def unfit(trainer: pl.Trainer, factored: pl.LightningModule | None = None) -> Callable[[Target], str | None]:
-    """Return what to ask of every target when a fit begins: is its weight in an optimizer, and will it stay a parameter?
+    """Return a check of one target: is its weight in an optimizer, and will it stay a parameter?
 
     Args:
         trainer: whose optimizers and callbacks.
@@ -113,10 +112,10 @@ def unfit(trainer: pl.Trainer, factored: pl.LightningModule | None = None) -> Ca
 
 
 def freeze_rest(pl_module: pl.LightningModule, plan: Plan) -> None:
-    """Stop everything but the plan's targets, where those train on in full (adapters see to it themselves)."""
+    """Freeze everything but the plan's targets, which train on in full. Adapters do this themselves."""
     targets = all_targets(pl_module)
     kept = {id(targets[name].layer.weight) for name in plan}
-    known = pl_module.__dict__["_lowrank_requires_grad"]
+    note = note_of(pl_module)
     for name, p in pl_module.named_parameters():
-        if name in known and id(p) not in kept:
+        if note is not None and name in note.requires_grad and id(p) not in kept:
             p.requires_grad_(False)

@@ -8,9 +8,9 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lowrank_pretrain.core.targets import Target
-from lowrank_pretrain.phases import averaging
 from lowrank_pretrain.phases.rehearsal import Rehearsal
 from lowrank_pretrain.phases.teachers import CURE, Pairing, teachers
+from lowrank_pretrain.phases.transition import averages
 
 SKIPPED = 3  # so many steps without any gradient are waited for
 
@@ -38,12 +38,13 @@ class FirstStep:
         self._targets, self._pairs = targets, pairs
         self._pairing: Pairing | None = None
         self.looking = False
+        self._all_seen = False  # whether every layer was called in the first step, by any process
         self.steps = 0  # optimizer steps over which layers that nobody calls were watched
 
     def start(self) -> None:
         """Begin to watch."""
         self._rehearsal.start()
-        followed = [model for _, model, _ in averaging.averages(self._trainer.callbacks)]
+        followed = [model for _, model, _ in averages(self._trainer.callbacks)]
         self._pairing = Pairing(self._module, self._pairs, self._targets, followed)
         self._pairing.start()
         step = self._module.training_step
@@ -75,7 +76,14 @@ class FirstStep:
         if not stepped and self.steps < SKIPPED:
             return None
         self._unwrap()
-        return self._rehearsal.finish(agreed)
+        reasons = self._rehearsal.finish(agreed)
+        self._all_seen = not self._rehearsal.unseen()
+        return reasons
+
+    @property
+    def over(self) -> bool:
+        """Tell whether nothing is left to watch (the same answer on all processes)."""
+        return self._all_seen and not self.looking and self._pairing is None
 
     def late(self) -> tuple[dict[str, str], list[str]]:
         """At any later step: reasons against layers that were called only after the first step, and targets never called.
@@ -85,7 +93,7 @@ class FirstStep:
         return self._rehearsal.finish(self._agreed()[0]), self._rehearsal.unseen()
 
     def stop(self) -> None:
-        """Stop watching."""
+        """Stop watching; may be called twice."""
         self._unwrap()
         self._rehearsal.stop()
         if self._pairing is not None:

@@ -12,7 +12,7 @@ from lowrank_pretrain.core.plan import Plan, is_integer
 from lowrank_pretrain.core.targets import check_patterns, families, plain_name
 from lowrank_pretrain.lora import model as lora
 from lowrank_pretrain.lora.layer import take_adapters
-from lowrank_pretrain.phases import adoption, transition
+from lowrank_pretrain.phases import transition
 from lowrank_pretrain.phases.callback import PhaseCallback
 from lowrank_pretrain.phases.first_step import FirstStep
 
@@ -72,7 +72,7 @@ class LoRA(PhaseCallback):
         if frozen and len(frozen) < len(targets):  # all of them: a frozen base, as it is meant
             names = ", ".join(dict.fromkeys(families(pl_module, frozen).values()))
             rank_zero_warn(f"LoRA: {names} are frozen, but in the optimizer: they get adapters, and these train")
-        if adoption.find_adopter(self, trainer).makes_adapters:
+        if self._adopter.makes_adapters:
             self._first = FirstStep(trainer, pl_module, targets)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -105,7 +105,7 @@ class LoRA(PhaseCallback):
             self._take_back(trainer, pl_module, names)
 
     def _take_back(self, trainer: pl.Trainer, pl_module: pl.LightningModule, names: list[str]) -> None:
-        flags = pl_module.__dict__["_lowrank_requires_grad"]
+        flags = transition.note_plain(pl_module).requires_grad
         plan = Plan({name: rank for name, rank in self.plan.items() if name not in names})
         layers = {name: layer for name, layer in lora.lora_layers(pl_module) if self._only_of(plain_name(name), names)}
 
@@ -119,8 +119,8 @@ class LoRA(PhaseCallback):
         transition.apply(trainer, pl_module, change)
         _rejoin(trainer.optimizers, self._owned, [p for layer in layers.values() for p in layer.parameters()])
         self._adopter.plan = self.plan = plan
-        self._look_at_gradients(pl_module, True)
-        self._note(pl_module)
+        self._look_at_gradients(True)
+        transition.note_plain(pl_module).plan = dict(plan)
 
     def _only_of(self, layer: str, names: list[str]) -> bool:
         parts = [name for name in self.plan if name == layer or name.rpartition(".")[0] == layer]

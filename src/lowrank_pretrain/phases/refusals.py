@@ -1,7 +1,9 @@
-"""What a callback that changes the model in mid-run cannot work with: each refused in one line with the cure, beforehand."""
+"""Validate strategy, callbacks, targets and resumed settings before training; raise ConfigError with the cure."""
+
+from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
@@ -9,17 +11,20 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.protocols import HasPhase
-from lowrank_pretrain.core.targets import Target, all_targets, tied_layers
-from lowrank_pretrain.phases import averaging
+from lowrank_pretrain.core.targets import Target, all_targets, find_targets, tied_layers
+from lowrank_pretrain.phases import transition
+
+if TYPE_CHECKING:
+    from lowrank_pretrain.phases.callback import PhaseCallback
 
 SHARDED = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
 
 
-def check_run(phases: Any, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-    """Strategy, other callbacks and the module's way to optimize, for the phase callback ``phases``.
+def check_run(phases: PhaseCallback, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    """Refuse a strategy, a callback or a module that cannot follow a change of the model.
 
     Raises:
-        ConfigError: one of them cannot follow a change of the model.
+        ConfigError: naming it.
     """
     name = type(phases).__name__
     for kind in type(trainer.strategy).__mro__:
@@ -43,8 +48,10 @@ def check_run(phases: Any, trainer: pl.Trainer, pl_module: pl.LightningModule) -
         raise ConfigError("automatic_optimization", False, allowed)
 
 
-def check_targets(phases: Any, trainer: pl.Trainer, pl_module: pl.LightningModule, targets: Mapping[str, Target]) -> None:
-    """What cannot work with these targets.
+def check_targets(
+    phases: PhaseCallback, trainer: pl.Trainer, pl_module: pl.LightningModule, targets: Mapping[str, Target]
+) -> None:
+    """Refuse targets that the run's processes or callbacks cannot follow.
 
     Raises:
         ConfigError: a tied target whose own copy spawned processes cannot hand back; parts of a fused layer under averaging.
@@ -56,9 +63,46 @@ def check_targets(phases: Any, trainer: pl.Trainer, pl_module: pl.LightningModul
     kept = [c for c in trainer.callbacks if isinstance(c, (WeightAveraging, StochasticWeightAveraging))]
     for target in targets.values() if kept and not phases.freeze_rest else ():
         if any(other.name not in targets for other in all_targets(pl_module).values() if other.layer is target.layer):
-            averaging.refuse_views(kept[0])
+            transition.refuse_views(kept[0])
+
+
+def settings_of(phases: PhaseCallback) -> dict[str, Any]:
+    """Return the arguments that a resumed run must have again, as plain types."""
+    names = ["train_A", "adapter_lr", "adapter_weight_decay", "freeze_rest"]
+    names += [name for name in ("targets", "ranks") if getattr(phases, name) is not None]
+    names += ["then", "energy", "flops"] if phases.then == "factorize" else []
+    found = {name: getattr(phases, name) for name in names}
+    return {name: [*value] if isinstance(value, tuple) else value for name, value in found.items()}
+
+
+def check_settings(phases: PhaseCallback, noted: Mapping[str, Any], pl_module: pl.LightningModule) -> None:
+    """Compare the arguments with those of a checkpoint's run. Before its switch all but targets may change.
+
+    Args:
+        phases: the run's phase callback.
+        noted: what ``settings_of`` gave there.
+        pl_module: the module, plain.
+
+    Raises:
+        ConfigError: naming each that differs.
+    """
+    bound = {"full": ["targets"], "joint": [name for name in noted if name != "freeze_rest"]}.get(phases.phase, list(noted))
+    now, differing = {"then": phases.then} | settings_of(phases), []
+    for name in bound:
+        if name not in noted or name not in now or now[name] == noted[name]:
+            continue
+        if name == "targets":
+            there, here = (find_targets(pl_module, words["targets"], warn=False, frozen=True) for words in (noted, now))
+            if set(there) == set(here):
+                continue  # other words for the same layers
+        differing.append(name)
+    if differing:
+        more = "".join(f"; {name}={now[name]!r}, there {noted[name]!r}" for name in differing[1:])
+        first = differing[0]
+        allowed = f"the checkpoint's run has {noted[first]!r}{more}: give the same, or start afresh from its weights alone"
+        raise ConfigError(first, now[first], allowed)
 
 
 def spawned(trainer: pl.Trainer) -> bool:
-    """Whether training runs in processes that ``fit`` spawns or forks, and that end with it."""
+    """Return whether training runs in processes that ``fit`` spawns or forks, and that end with it."""
     return isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)

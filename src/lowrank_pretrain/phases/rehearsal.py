@@ -34,8 +34,6 @@ from torch.utils._pytree import tree_leaves
 from lowrank_pretrain.core.seeds import generator
 from lowrank_pretrain.core.targets import Target
 from lowrank_pretrain.lora.layer import LoRALinear, give_adapters, has_own_forward
-from lowrank_pretrain.lora.model import lora_layers
-from lowrank_pretrain.phases.layers import added_parameters, layer_of
 
 _PRODUCTS = {
     "linear", "matmul", "mm", "bmm", "mv", "addmm", "addmv", "addbmm", "baddbmm", "einsum", "tensordot", "inner", "outer",
@@ -65,7 +63,7 @@ class Rehearsal:
     def __init__(self, module: nn.Module, targets: Mapping[str, Target], adapters: bool = True) -> None:
         self.targets = dict(targets)
         self.layers: dict[str, nn.Module] = {target.layer_name: target.layer for target in targets.values()}
-        compiled = _compiled_parts(module)
+        compiled = compiled_parts(module)
         self._watched = {name: layer for name, layer in self.layers.items() if id(layer) not in compiled}
         # an output head may share its weight with an embedding: as a target it comes untied, so that is no use of it elsewhere
         weights = {id(layer.weight): name for name, layer in self.layers.items()}
@@ -167,7 +165,7 @@ class Rehearsal:
 _OTHER = "computes something else than W x + b, which an adapter cannot follow: leave it out"
 
 
-class _Hook:
+class Hook:
     """A hook that copies and pickles of the layer do not keep alive."""
 
     def __init__(self, watcher: Any, name: str) -> None:
@@ -188,7 +186,7 @@ def _inert() -> Callable[..., None]:
     return _nothing
 
 
-class _Seen(_Hook):
+class _Seen(Hook):
     """Notes that the layer was called, and is gone."""
 
     def __call__(self, layer: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -199,7 +197,7 @@ class _Seen(_Hook):
                 rehearsal._handles.pop(self._name)[0].remove()
 
 
-class _Compare(_Hook):
+class _Compare(Hook):
     """At the first call of a layer with a forward of its own: does it compute the same with an adapter and merged?"""
 
     def __call__(self, layer: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -257,7 +255,7 @@ class _Outside(TorchFunctionMode):
         indexed = word == "getitem" and any(not t.is_floating_point() and t.dtype != torch.bool for t in others)
         wider = word in _ARITHMETIC and max(t.numel() for t in made) > mine
         meets_data = bool(others) and (word in _PRODUCTS or indexed or wider)
-        if torch.is_grad_enabled() or _in_function():  # else it is looked at, and adds nothing to the loss
+        if torch.is_grad_enabled() or in_autograd_function():  # else it is looked at, and adds nothing to the loss
             (self.rehearsal.elsewhere if meets_data else self.rehearsal.touched).update(names)
         if word in _FOLLOWED and not meets_data:
             for tensor in made:
@@ -281,7 +279,7 @@ def _inside(layer: nn.Module, rehearsal: Rehearsal, name: str) -> bool:
     return False
 
 
-def _in_function() -> bool:
+def in_autograd_function() -> bool:
     """Whether the forward of an ``autograd.Function`` is running, which has no autograd of its own."""
     frame = sys._getframe(2)
     while frame is not None:
@@ -365,7 +363,7 @@ def _call(layer: nn.Module, args: tuple, kwargs: dict) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
-def _compiled_parts(module: nn.Module) -> set[int]:
+def compiled_parts(module: nn.Module) -> set[int]:
     """Ids of all modules that are compiled, or inside of one that is."""
     dynamo = sys.modules.get("torch._dynamo")
     if dynamo is None:
@@ -376,61 +374,3 @@ def _compiled_parts(module: nn.Module) -> set[int]:
         if whole or getattr(child, "_compiled_call_impl", None) is not None or isinstance(child, dynamo.OptimizedModule):
             found |= {id(part) for part in child.modules()}
     return found
-
-
-class GradientWatch:
-    """Looks whether a gradient reaches every adapter after the model changed: one that none reaches never trains.
-
-    One step without a gradient is no evidence (experts, LayerDrop, one task a batch, a loss that begins later), but for
-    activations that are checkpointed with ``use_reentrant=True``: where nothing below a block trains any more, its input needs
-    no gradient, and the block is never run again with autograd.
-
-    Args:
-        module: has adapters.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        self.steps, self._module = 0, module
-        self.without = {name: p for name, p in added_parameters(module) if p.requires_grad}
-        self.every = len(self.without)
-        self._only_cut_off: dict[str, bool] = {}  # by layer that was called: only inside of a checkpoint, without autograd
-        compiled = _compiled_parts(module)
-        self._handles = [
-            layer.register_forward_pre_hook(_CutOff(self, name), with_kwargs=True)
-            for name, layer in lora_layers(module)
-            if id(layer) not in compiled
-        ]
-
-    def look(self) -> list[str]:
-        """After a backward pass: forget the adapters that have a gradient.
-
-        Returns:
-            Names of the layers that reentrant checkpointing cuts off from the loss (after the first backward pass only).
-        """
-        if not any(p.grad is not None for p in self._module.parameters()):  # the step was skipped
-            return []
-        self.steps += 1
-        self.without = {name: p for name, p in self.without.items() if p.grad is None}
-        cut_off, self._only_cut_off = self._only_cut_off, {}
-        self.stop()
-        return [layer for layer in self.layers() if cut_off.get(layer)]
-
-    def layers(self) -> list[str]:
-        """Names of the layers whose adapters had no gradient so far."""
-        return list(dict.fromkeys(layer_of(name) for name in self.without))
-
-    def stop(self) -> None:
-        """Take the hooks off."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-
-
-class _CutOff(_Hook):
-    """Notes whether a layer is called inside of a reentrant checkpoint only, and without autograd."""
-
-    def __call__(self, layer: nn.Module, args: tuple, kwargs: dict) -> None:
-        watch = self._watcher()
-        if watch is not None:
-            cut_off = not torch.is_grad_enabled() and _in_function()
-            watch._only_cut_off[self._name] = cut_off and watch._only_cut_off.get(self._name, True)

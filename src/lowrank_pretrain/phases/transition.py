@@ -1,30 +1,179 @@
-"""Changing a model in the middle of a fit, in one place.
+"""Change a model in the middle of a fit: note what it was, change it, and make trainer, optimizers and averages follow.
 
 ``apply`` takes the distributed wrapper off, runs the change, refits the optimizers' groups and wraps again, all at an
-optimizer-step boundary. **New parameters join the group that owns their base weight**: that is exact for every kind of
+optimizer-step boundary. **New parameters join the group that owns their base weight.** That is exact for every kind of
 scheduler, for resume and for layer-wise learning rates, where ``add_param_group`` raises or silently drifts. Frozen
 parameters leave their group (which may become empty, but is never removed); their state and ``.grad`` are released.
 
 Under DDP the new wrapper has a reducer of its own, with the strategy's arguments and communication hook, or else with the hooks
-that were registered on the old wrapper (Lightning registers ``ddp_comm_hook`` on CUDA only and drops it silently on a CPU). A
-hook's state that holds buffers by bucket (PowerSGD's) starts anew: the buckets are others.
+that were registered on the old wrapper (Lightning registers ``ddp_comm_hook`` on CUDA only and drops it silently on a CPU). The
+state of a hook that holds buffers by bucket (PowerSGD's) starts anew, because the buckets change.
+
+Lightning's ``WeightAveraging`` and ``StochasticWeightAveraging`` pair averaged and trained parameters by position. So each
+averaged model becomes a copy of the changed model, and takes the old average's values back by name. Adapters join as they are
+(B = 0, so the average's function does not move). From then on W, A and B are averaged separately: W₀ + avg(B) avg(A), which is
+the average of the merged weights up to the factors' covariance. A factored average keeps of its W what the trained U reaches.
+
+Private names of Lightning and torch that are read here: the loop's ``_should_accumulate``, DDP's ``_comm_hooks``, a module's
+``_compiled_call_impl``, and the callbacks' ``_average_model``.
 """
 
-from collections.abc import Callable, Iterable
+import copy
+import ctypes
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lowrank_pretrain.core.agreement import agreed_hash
 from lowrank_pretrain.core.buckets import settle_buckets
 from lowrank_pretrain.core.errors import ConfigError
-from lowrank_pretrain.core.memory import give_back
 from lowrank_pretrain.core.protocols import Adopter, Inherit
-from lowrank_pretrain.phases import averaging, compiled
+from lowrank_pretrain.factorize.layer import follow_weight
+from lowrank_pretrain.factorize.model import factored_layers, shown_whole
+from lowrank_pretrain.lora.model import own_tensors, shown_plain
 
 Change = Callable[[], Iterable[Inherit] | None]
+
+# -- what the module was ----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Note:
+    """Remember what a module was before its first change, and what was done to it. Kept on the module: it outlives the fit.
+
+    Args:
+        requires_grad: by parameter, before the first change.
+        tied: names of parameters that had more than one name.
+        before: names of all tensors.
+        added: names of the tensors that an optimizer registered on the module when it took a plan over.
+        phase: after the last change.
+        plan: {target: rank}; None until a change has succeeded.
+        alpha: of the adapters.
+    """
+
+    requires_grad: dict[str, bool]
+    tied: list[str]
+    before: set[str]
+    added: list[str] = field(default_factory=list)
+    phase: str = "full"
+    plan: dict[str, int] | None = None
+    alpha: float | None = None
+
+    def entry(self) -> dict[str, Any]:
+        """Return what a checkpoint must say, as plain types."""
+        return {"phase": self.phase, "plan": dict(self.plan or {}), "alpha": self.alpha}
+
+
+def note_of(module: nn.Module) -> Note | None:
+    """Return the note on a module; None before its first change."""
+    return module.__dict__.get(_NOTE)
+
+
+def note_of_changed(module: nn.Module) -> Note | None:
+    """Return the note on a module that was changed; None for one that is as its user made it."""
+    note = note_of(module)
+    return note if note is not None and note.plan is not None else None
+
+
+def note_plain(module: pl.LightningModule) -> Note:
+    """Note what a module is before a change. The first note stays."""
+    note = note_of(module)
+    if note is not None:
+        return note
+    named = list(module.named_parameters(remove_duplicate=False))
+    owned = [id(p) for _, p in named]
+    module.__dict__[_NOTE] = note = Note(
+        requires_grad={name: p.requires_grad for name, p in module.named_parameters()},
+        tied=[name for name, p in named if owned.count(id(p)) > 1],
+        before=set(own_tensors(module)),
+    )
+    for key in _WRITERS:
+        if _is_own(module, key):
+            module.__dict__[key] = _AsPlain(module, key)
+    return note
+
+
+def note_added(module: pl.LightningModule) -> None:
+    """After an optimizer took the plan: leave what it registered on the module out of the state dict, which stays plain."""
+    note = note_plain(module)
+    added, note.before = [name for name in own_tensors(module) if name not in note.before], set(own_tensors(module))
+    if added:
+        note.added = added
+        module.register_state_dict_post_hook(_leave_out_added)
+
+
+def _leave_out_added(module: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
+    note = note_of(module)
+    for name in () if note is None else note.added:
+        state_dict.pop(prefix + name, None)
+
+
+def forget_note(module: nn.Module) -> None:
+    """Remove the note and its hook. ``restore_flags`` comes first."""
+    module.__dict__.pop(_NOTE, None)
+    for key, hook in list(module._state_dict_hooks.items()):
+        if hook is _leave_out_added:
+            del module._state_dict_hooks[key]
+
+
+def restore_flags(module: nn.Module) -> None:
+    """Give the parameters the ``requires_grad`` that they had before the first change, and the module its own writers."""
+    note = note_of(module)
+    flags = {} if note is None else note.requires_grad
+    for name, p in module.named_parameters():
+        if name in flags:
+            p.requires_grad_(flags[name])
+    for key in _WRITERS:
+        writer = module.__dict__.get(key)
+        if isinstance(writer, _AsPlain):
+            del module.__dict__[key]
+            if writer.before is not None:
+                module.__dict__[key] = writer.before
+
+
+_NOTE = "_lowrank"
+_WRITERS = ("state_dict", "on_save_checkpoint")
+
+
+class _AsPlain:
+    """Show the plain model, with what it would train, to a user's own way to write the module into a file.
+
+    Whoever keeps only what trains would otherwise lose the frozen, merged weights, and find the adapters in their place.
+    """
+
+    def __init__(self, module: pl.LightningModule, name: str) -> None:
+        self.module, self.name = module, name  # copies and pickles of the module get one that is theirs
+        self.before = module.__dict__.get(name)
+
+    @property
+    def __wrapped__(self) -> Any:
+        """Lightning asks here whether the method is a user's own."""
+        return getattr(type(self.module), self.name).__get__(self.module) if self.before is None else self.before
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        note = note_of(self.module)
+        if kwargs.get("keep_vars", False):  # who wants the parameters themselves gets them as they are
+            return self.__wrapped__(*args, **kwargs)
+        with shown_whole(self.module), shown_plain(self.module, {} if note is None else note.requires_grad):
+            return self.__wrapped__(*args, **kwargs)
+
+
+def _is_own(module: pl.LightningModule, name: str) -> bool:
+    """Return whether a user's code has a say in what the method writes."""
+    if name in module.__dict__ or getattr(type(module), name) is not getattr(pl.LightningModule, name):
+        return True
+    return name == "state_dict" and any(type(child).state_dict is not nn.Module.state_dict for child in module.modules())
+
+
+# -- the change -------------------------------------------------------------------------------------------------------
 
 
 def apply(
@@ -41,8 +190,8 @@ def apply(
         replay: the change is repeated before the first step of a resumed fit, so no step boundary is needed.
 
     Returns:
-        A hash of all parameters behind the change, which all ranks hold alike (before it, under a strategy of ours, whose
-        workers' heads may differ from then on).
+        A hash of all parameters after the change, which all ranks hold alike. Under a strategy that compares the ranks itself
+        it is the hash before the change, because its workers' heads may differ from then on.
 
     Raises:
         RuntimeError: called between two micro-batches of one optimizer step.
@@ -52,18 +201,24 @@ def apply(
     if not replay and _mid_step(trainer):
         raise RuntimeError("a model may change only between two optimizer steps, not between micro-batches of one")
     strategy = trainer.strategy
+    by_strategy = isinstance(strategy, Adopter) and strategy.compares_ranks
+
+    # take the wrapper off
     wrapped = strategy.model is not strategy.lightning_module
     hooks = list(getattr(strategy.model, "_comm_hooks", ())) if wrapped else []
     if wrapped:
         strategy.model = strategy.lightning_module  # no reference to the old wrapper is kept: its reducer goes with it
     for p in module.parameters():
         p.grad = None  # gradients may be views of the old reducer's buckets
-    adopter = strategy if isinstance(strategy, Adopter) else Adopter()
+
+    # change the module
     agreed = 0
-    if adopter.compares_ranks and not replay:
+    if by_strategy and not replay:
         agreed = agreed_hash(strategy, module, f"before a change of the model behind step {trainer.global_step}")
     before = {id(p): p.requires_grad for p in module.parameters()}
     inherited = list(change() or ())
+
+    # refit the optimizers
     for optimizer in trainer.optimizers:
         _inherit_state(optimizer, inherited)
     _join(trainer.optimizers, module, before, inherited)
@@ -71,11 +226,16 @@ def apply(
     if optimizer_state == "reset":
         for optimizer in trainer.optimizers:
             optimizer.state.clear()
-    give_back()
-    adopter.after_transition()
-    averaging.follow(trainer.callbacks, module)
-    compiled.allow_graphs(module)
-    if not adopter.compares_ranks:  # before the new wrapper, which would give everyone rank 0's weights and hide a difference
+    _give_memory_back()
+    if isinstance(strategy, Adopter):
+        strategy.after_transition()
+
+    # let averages and compiled code follow
+    follow(trainer.callbacks, module)
+    allow_graphs(module)
+
+    # compare the ranks, and wrap again
+    if not by_strategy:  # before the new wrapper, which would give everyone rank 0's weights and hide a difference
         agreed = agreed_hash(strategy, module, f"at a change of the model behind step {trainer.global_step}")
     if wrapped:
         strategy.configure_ddp()
@@ -84,14 +244,52 @@ def apply(
     return agreed
 
 
+def _give_memory_back() -> None:
+    """Return freed memory to the device and to the system, so that what a phase needs is what they report.
+
+    glibc keeps freed blocks of up to 32 MiB, which most matrices are; it is asked to let them go.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def allow_graphs(module: nn.Module) -> int:
+    """Raise dynamo's ``recompile_limit`` to what layers that are compiled one by one need in three phases.
+
+    Blocks compiled each by itself (``block.compile()``) share one piece of code. While all are alike they share a graph. With
+    adapters of different ranks each needs its own, in each phase, for training and for evaluation. Beyond its limit (8) dynamo
+    goes back to eager code with no more than a warning.
+
+    Returns:
+        How many of the module's layers are compiled (or hold compiled code); 0 leaves the limit as it is.
+    """
+    dynamo = sys.modules.get("torch._dynamo")  # where nothing was compiled nobody has imported it
+    if dynamo is None:
+        return 0
+    count = sum(
+        getattr(child, "_compiled_call_impl", None) is not None or isinstance(child, dynamo.OptimizedModule)
+        for child in module.modules()
+    )
+    if count:
+        config = dynamo.config
+        config.recompile_limit = max(config.recompile_limit, 2 * (2 * count + 1))
+        config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, 8 * config.recompile_limit)
+    return count
+
+
+# -- optimizers -------------------------------------------------------------------------------------------------------
+
+
 def group_names(optimizers: Iterable[Optimizer], module: nn.Module) -> list[list[list[str]]]:
-    """Parameter names by optimizer and group, in order. Optimizer state is restored by position, so a resume compares."""
+    """Return parameter names by optimizer and group, in order: state is restored by position, so a resume compares them."""
     names = {id(p): name for name, p in module.named_parameters()}
     return [[[names.get(id(p), "?") for p in group["params"]] for group in opt.param_groups] for opt in optimizers]
 
 
 def check_restored(optimizers: Iterable[Optimizer], module: nn.Module) -> None:
-    """Refuse moments that landed on a parameter of another shape (loading by position does not notice).
+    """Refuse moments that landed on a parameter of another shape; loading by position does not notice.
 
     Raises:
         ConfigError: naming the parameter.
@@ -110,12 +308,12 @@ def check_restored(optimizers: Iterable[Optimizer], module: nn.Module) -> None:
 
 
 def _mid_step(trainer: pl.Trainer) -> bool:
-    # Lightning has no public way to ask; this is the one place where a private of its loops is read
+    # Lightning has no public way to ask
     return trainer.fit_loop.epoch_loop._should_accumulate()
 
 
 def _keep_hooks(wrapper: nn.Module, hooks: Iterable[tuple[Callable, Any]]) -> None:
-    """DDP has no public list of its hooks, so this reads its private one; a wrapper of another kind has none."""
+    """Register the old wrapper's hooks on the new one, where the strategy registered none."""
     for hook, state in hooks:
         for name in ("error_dict", "p_memory_dict", "q_memory_dict"):  # PowerSGD's, by bucket
             if isinstance(getattr(state, name, None), dict):
@@ -141,24 +339,24 @@ def _inherit_state(optimizer: Optimizer, inherited: Iterable[Inherit]) -> None:
 
 def _join(optimizers: list[Optimizer], module: nn.Module, before: dict[int, bool], inherited: Iterable[Inherit]) -> None:
     groups = {id(p): group for opt in optimizers for group in opt.param_groups for p in group["params"]}
-    forebears = {id(new): id(old) for new, old, *_ in inherited}
+    origins = {id(new): id(old) for new, old, *_ in inherited}
     named = dict(module.named_parameters())
     for name, p in named.items():
         if id(p) in before or not p.requires_grad or id(p) in groups:
             continue
-        owner = forebears.get(id(p)) or _base_weight(name, named, groups, forebears)
+        owner = origins.get(id(p)) or _base_weight(name, named, groups, origins)
         if owner not in groups:
             raise ConfigError(
                 "targets", name.partition(".lora_")[0], "is in no optimizer: configure_optimizers must hand over its weight"
             )
-        group = groups[id(p)] = groups[owner]  # what joins may itself be the owner of what comes next
+        group = groups[id(p)] = groups[owner]  # a joined parameter can own later ones
         group["params"].append(p)
         if "param_names" in group:
             group["param_names"].append(name)
 
 
-def _base_weight(name: str, named: dict[str, nn.Parameter], groups: dict[int, Any], forebears: dict[int, int]) -> int | None:
-    """The nearest parameter above a new one that an optimizer owns: ``fc1.lora_B.W`` -> ``fc1.weight``."""
+def _base_weight(name: str, named: dict[str, nn.Parameter], groups: dict[int, Any], origins: dict[int, int]) -> int | None:
+    """Find the nearest parameter above a new one that an optimizer owns: ``fc1.lora_B.W`` -> ``fc1.weight``."""
     words = name.split(".")
     for end in range(len(words) - 1, 0, -1):
         prefix = ".".join(words[:end])
@@ -166,14 +364,14 @@ def _base_weight(name: str, named: dict[str, nn.Parameter], groups: dict[int, An
         for sibling in siblings:
             if sibling in named:
                 own = id(named[sibling])
-                found = next((owner for owner in (own, forebears.get(own)) if owner in groups), None)
+                found = next((owner for owner in (own, origins.get(own)) if owner in groups), None)
                 if found is not None:
                     return found
     return None
 
 
 def _leave(optimizers: list[Optimizer], module: nn.Module, before: dict[int, bool]) -> None:
-    """Parameters that were frozen or removed by the change leave their group, with their state."""
+    """Remove parameters that the change froze or removed from their group, with their state."""
     after = {id(p): p.requires_grad for p in module.parameters()}
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -187,3 +385,60 @@ def _leave(optimizers: list[Optimizer], module: nn.Module, before: dict[int, boo
             for key in ("params", "param_names"):
                 if key in group:
                     group[key][:] = [item for item, stay in zip(group[key], stays, strict=True) if stay]
+
+
+# -- averages that Lightning's callbacks keep ---------------------------------------------------------------------------
+
+
+def averages(callbacks: Iterable[pl.Callback]) -> Iterator[tuple[str, nn.Module, pl.Callback]]:
+    """Yield (where its state dict lies in a checkpoint, averaged model, callback) for each callback that keeps an average."""
+    for callback in callbacks:
+        if isinstance(callback, WeightAveraging) and callback._average_model is not None:
+            yield "state_dict", callback._average_model.module, callback
+        elif isinstance(callback, StochasticWeightAveraging) and callback._average_model is not None:
+            yield callback.state_key, callback._average_model, callback
+
+
+def follow(callbacks: Iterable[pl.Callback], module: pl.LightningModule) -> None:
+    """Give every averaged model the changed module's shape; it keeps its values by name.
+
+    Raises:
+        ConfigError: two of the module's parameters are views of one another: averaging both would average twice.
+    """
+    for _, averaged, callback in averages(callbacks):
+        old = own_tensors(averaged)
+        if list(old) == list(own_tensors(module)):
+            continue
+        storages = [p.untyped_storage().data_ptr() for p in module.parameters()]
+        if len(set(storages)) < len(storages):
+            refuse_views(callback)
+        _replace_average(callback, copy.deepcopy(module).to(next(averaged.parameters()).device))
+        new = next(model for _, model, owner in averages([callback]))
+        with torch.no_grad():
+            for name, value in own_tensors(new).items():
+                value.copy_(old.get(name, value))
+        for name, layer in factored_layers(new):  # U stays the trained one's, so that like is averaged with like
+            if f"{name}.weight" in old:
+                follow_weight(layer, old[f"{name}.weight"])
+
+
+def restart_averages(callbacks: Iterable[pl.Callback], module: pl.LightningModule) -> None:
+    """Make every average a copy of the module as it is, as at the start of a fit."""
+    for _, averaged, callback in averages(callbacks):
+        _replace_average(callback, copy.deepcopy(module).to(next(averaged.parameters()).device))
+
+
+def refuse_views(callback: pl.Callback) -> None:
+    """Refuse to average a fused layer of which only some row blocks are targets: the others train on as views of W."""
+    raise ConfigError(
+        "callbacks", type(callback).__name__,
+        "would average the rows of a fused layer twice of which only some are targets: name all its parts as targets, or set "
+        "freeze_rest=True, or remove the averaging",
+    )  # fmt: skip
+
+
+def _replace_average(callback: Any, model: pl.LightningModule) -> None:
+    if isinstance(callback, WeightAveraging):
+        callback._average_model.module = model
+    else:
+        callback._average_model = model

@@ -14,11 +14,17 @@ from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.plan import Plan, is_integer
 from lowrank_pretrain.core.targets import Target, all_targets, check_patterns, families, obstacles
 from lowrank_pretrain.factorize.ranks import rank_of_fraction
-from lowrank_pretrain.phases import adoption
 from lowrank_pretrain.phases.callback import PATIENCE, PhaseCallback
 from lowrank_pretrain.phases.first_step import FirstStep
-from lowrank_pretrain.prelora.convergence import Verdict, Window, check_convergence
-from lowrank_pretrain.prelora.ranks import RANKS, assign_ranks, check_fractions, check_ranks
+from lowrank_pretrain.prelora.decisions import (
+    RANKS,
+    Verdict,
+    Window,
+    assign_ranks,
+    check_convergence,
+    check_fractions,
+    check_ranks,
+)
 
 
 class PreLoRA(PhaseCallback):
@@ -147,7 +153,7 @@ class PreLoRA(PhaseCallback):
         if self.then == "factorize":
             self.chosen = {name: targets[name].max_rank for name in self.chosen}
         self._check_length(trainer)
-        if adoption.find_adopter(self, trainer).makes_adapters:
+        if self._adopter.makes_adapters:
             self._first = FirstStep(trainer, pl_module, targets)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
