@@ -43,6 +43,14 @@ class RestPart(NamedTuple):
     rows: int
 
 
+class Layout(NamedTuple):
+    """Hold what of a layer with adapters is no tensor."""
+
+    parts: tuple[Part, ...]
+    rest: tuple[RestPart, ...]
+    transposed: bool  # W is D×O (transformers' Conv1D)
+
+
 def lora_linear(
     x: Tensor,
     weight: Tensor,
@@ -55,22 +63,27 @@ def lora_linear(
     rest_weight: tuple[Tensor, ...] = (),
     rest_bias: tuple[Tensor, ...] = (),
 ) -> Tensor:
-    """Linear layer with low-rank adapters on its row blocks.
+    """Apply a linear layer with low-rank adapters on its row blocks.
 
     Args:
         x: (..., D).
         weight: (O, D), or (D, O) if ``transposed`` (transformers' Conv1D).
         bias: (O,) or None.
-        lora_A: (ΣR, D), the parts' factors one below the other.
+        lora_A: (ΣR, D), the parts' factors stacked by row.
         lora_B: per part (O_p, R_p).
         parts: where each part lies in W and in ``lora_A``.
         transposed: layout of ``weight``.
-        rest: row blocks that train in full beside frozen others.
+        rest: row blocks that train in full while the others are frozen.
         rest_weight: per rest block a view of its rows of ``weight`` (gradients only; ``weight`` already holds the values).
-        rest_bias: likewise for the bias, empty if there is none.
+        rest_bias: the same for the bias, empty if there is none.
 
     Returns:
         (..., O), in autocast's dtype under autocast.
+
+    Example:
+        >>> x, W, A, B = torch.ones(1, 2), torch.eye(2), torch.tensor([[1.0, 1.0]]), torch.tensor([[1.0], [0.0]])
+        >>> lora_linear(x, W, None, A, [B], (Part("W", 0, 2, 0, 1, 0.5),))  # 0.5 B A x = (1, 0)
+        tensor([[2., 1.]])
     """
     if not is_ordinary(x):
         return affine(
@@ -80,7 +93,8 @@ def lora_linear(
             transposed,
         )
     # autograd casts, not the function: what the function keeps for backward is then its input, which second derivatives need
-    return _LoRALinear.apply(for_autocast(x), weight, bias, lora_A, parts, transposed, rest, *lora_B, *rest_weight, *rest_bias)
+    layout = Layout(parts, rest, transposed)
+    return _LoRALinear.apply(for_autocast(x), weight, bias, lora_A, layout, *lora_B, *rest_weight, *rest_bias)
 
 
 def is_ordinary(x: Any) -> bool:
@@ -152,7 +166,7 @@ def _in_order(whole: Tensor, blocks: dict[tuple[int, int], Tensor]) -> Tensor:
 
 
 def merged(weight: Tensor, lora_A: Tensor, lora_B: list[Tensor], parts: tuple[Part, ...], transposed: bool) -> Tensor:
-    """Wₑ = W + scale · B A per row block, a new tensor of the layout and dtype of ``weight``; float32 inside."""
+    """Return Wₑ = W + scale · B A per row block, a new tensor of the layout and dtype of ``weight``; float32 inside."""
     out = weight.detach().clone(memory_format=torch.contiguous_format)
     for part, factor in zip(parts, lora_B, strict=True):
         rows = slice(part.start, part.start + part.rows)
@@ -166,17 +180,46 @@ def merged(weight: Tensor, lora_A: Tensor, lora_B: list[Tensor], parts: tuple[Pa
 
 
 def forms_merged_weight(n: int, weight: Tensor) -> bool:
-    """Whether Wₑ is formed: W holds float32 or more, and N is large enough (measured: break-even at 2 to 4 DO/(D+O))."""
+    """Return whether to form Wₑ: W holds float32 or more, and N is large (measured: break-even at 2 to 4 DO/(D+O))."""
     d, o = weight.shape
     return weight.dtype in (torch.float32, torch.float64) and n * (d + o) >= 3 * d * o
 
 
+class _Needs(NamedTuple):
+    """Tell which inputs of ``_LoRALinear`` need a gradient."""
+
+    x: bool
+    weight: bool
+    bias: bool
+    lora_A: bool
+    lora_B: tuple[bool, ...]
+    rest_weight: tuple[bool, ...]
+    rest_bias: tuple[bool, ...]  # empty if there is none
+
+    @property
+    def factors(self) -> bool:
+        """Return whether A or any B needs one."""
+        return self.lora_A or any(self.lora_B)
+
+    @property
+    def rest(self) -> bool:
+        """Return whether any rest block needs one."""
+        return any(self.rest_weight) or any(self.rest_bias)
+
+
+def _needs(ctx: Any, layout: Layout) -> _Needs:
+    x, weight, bias, lora_A, _, *factors = ctx.needs_input_grad
+    p, r = len(layout.parts), len(layout.rest)
+    return _Needs(x, weight, bias, lora_A, tuple(factors[:p]), tuple(factors[p : p + r]), tuple(factors[p + r :]))
+
+
 class _LoRALinear(torch.autograd.Function):
-    """See the module's text; saves the float32 Parameters themselves and casts again in backward."""
+    """Save the float32 Parameters themselves, and cast again in backward. The module's text says why."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, parts: tuple[Part, ...],
-                transposed: bool, rest: tuple[RestPart, ...], *factors: Tensor) -> Tensor:  # fmt: skip
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, layout: Layout,
+                *factors: Tensor) -> Tensor:  # fmt: skip
+        parts, transposed = layout.parts, layout.transposed
         lora_B = list(factors[: len(parts)])
         device, dtype, cols = x.device.type, x.dtype, x.shape[-1]
         # in-place products after an autocast op fail ("BFloat16 and Float"), so all casts are made here and before
@@ -190,18 +233,16 @@ class _LoRALinear(torch.autograd.Function):
                 z = x.reshape(-1, cols) @ lora_A.to(dtype).t()  # (N, ΣR)
                 add_low_rank(y.view(-1, y.shape[-1]), z, lora_B, parts, dtype)
 
-        needs = ctx.needs_input_grad
-        full_rows = any(needs[7 + len(parts) :])
-        needs_x = needs[1] or needs[3] or full_rows  # W, A or a rest block trains
-        if not needs_x and z is None and any(needs[7:]):
+        # x if something needs it, else only the R-wide z (LoRA-FA); never both
+        needs = _needs(ctx, layout)
+        needs_x = needs.weight or needs.lora_A or needs.rest
+        if not needs_x and z is None and any(needs.lora_B):
             with torch.autocast(device, enabled=False):
                 z = x.reshape(-1, cols) @ lora_A.to(dtype).t()
-        # x if something needs it, else only the R-wide z (LoRA-FA); never both
         ctx.save_for_backward(weight, lora_A, x if needs_x else None, z if not needs_x else None, *lora_B)
-        ctx.parts, ctx.rest, ctx.transposed, ctx.use_merged = parts, rest, transposed, use_merged
-        ctx.dtype, ctx.x_shape = dtype, x.shape
-        ctx.factor_dtypes = [f.dtype for f in factors]
+        ctx.layout, ctx.use_merged, ctx.dtype, ctx.x_shape = layout, use_merged, dtype, x.shape
         ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.rest_dtypes = [f.dtype for f in factors[len(parts) :]]
         return y
 
     @staticmethod
@@ -209,59 +250,89 @@ class _LoRALinear(torch.autograd.Function):
         if wants_graph(dy):
             return _gradients(ctx, dy)
         weight, lora_A, x, z, *lora_B = ctx.saved_tensors
-        parts, needs, dtype, transposed = ctx.parts, ctx.needs_input_grad, ctx.dtype, ctx.transposed
+        layout, dtype, needs = ctx.layout, ctx.dtype, _needs(ctx, ctx.layout)
         dy = dy.reshape(-1, dy.shape[-1])  # (N, O)
         if x is not None:
             x = x.reshape(-1, x.shape[-1])  # (N, D)
-        dx = dW = db = dA = None
-        dB: list[Tensor | None] = [None] * len(parts)
-        wants_factors = needs[3] or any(needs[7 : 7 + len(parts)])
-        dz = None
-        if (wants_factors and not needs[1]) or (needs[0] and not ctx.use_merged):
-            dz = times_B(dy, lora_B, parts, lora_A.shape[0], dtype)  # (N, ΣR)
+        dx = dW = dz = None
 
-        if needs[1]:  # joint phase: one full gradient serves W, A and B
-            G = dy.t() @ x  # (O, D)
-            Gw = G.to(weight.dtype)
-            dW = Gw.t() if transposed else Gw
-            if wants_factors:
-                G = G.to(lora_A.dtype)
-                dA = torch.empty_like(lora_A)
-                for i, (p, B) in enumerate(zip(parts, lora_B, strict=True)):
-                    rows, ranks = G[p.start : p.start + p.rows], slice(p.a, p.a + p.rank)
-                    torch.mm(B.t(), rows, out=dA[ranks]).mul_(p.scale)
-                    dB[i] = (rows @ lora_A[ranks].t()).mul_(p.scale)
-                if not needs[3]:
-                    dA = None
-        elif wants_factors:
-            if needs[3]:
-                dA = (x.t() @ dz).t().to(lora_A.dtype, memory_format=torch.contiguous_format)
-            if any(needs[7 : 7 + len(parts)]):
-                z = x @ lora_A.to(dtype).t() if z is None else z
-                for i, p in enumerate(parts):
-                    block = dy[:, p.start : p.start + p.rows].t() @ z[:, p.a : p.a + p.rank]
-                    dB[i] = block.to(ctx.factor_dtypes[i]).mul_(p.scale)
+        # W, A and B
+        if (needs.factors and not needs.weight) or (needs.x and not ctx.use_merged):
+            dz = times_B(dy, lora_B, layout.parts, lora_A.shape[0], dtype)  # (N, ΣR)
+        if needs.weight:
+            dW, dA, dB = _joint_gradients(dy, x, weight, lora_A, lora_B, layout, needs)
+        else:
+            dA, dB = _factor_gradients(dy, dz, x, z, lora_A, lora_B, layout, needs, dtype)
 
-        if needs[0]:
-            w = merged(weight, lora_A, lora_B, parts, transposed) if ctx.use_merged else weight
+        # x
+        if needs.x:
+            w = merged(weight, lora_A, lora_B, layout.parts, layout.transposed) if ctx.use_merged else weight
             w = w.to(dtype)
-            dx = dy @ (w.t() if transposed else w)
+            dx = dy @ (w.t() if layout.transposed else w)
             if not ctx.use_merged:
                 dx.addmm_(dz, lora_A.to(dtype))
             dx = dx.view(ctx.x_shape)
-        if needs[2]:
-            db = dy.sum(0).to(ctx.bias_dtype)
 
-        d_rest: list[Tensor | None] = [None] * (len(needs) - 7 - len(parts))
-        for i, p in enumerate(ctx.rest):  # rest weights come first, then rest biases (if any)
-            rows = dy[:, p.start : p.start + p.rows]
-            if needs[7 + len(parts) + i]:
-                block = rows.t() @ x
-                d_rest[i] = (block.t() if transposed else block).to(ctx.factor_dtypes[len(parts) + i])
-            j = len(ctx.rest) + i
-            if j < len(d_rest) and needs[7 + len(parts) + j]:
-                d_rest[j] = rows.sum(0).to(ctx.factor_dtypes[len(parts) + j])
-        return dx, dW, db, dA, None, None, None, *dB, *d_rest
+        # what trains in full
+        db = dy.sum(0).to(ctx.bias_dtype) if needs.bias else None
+        d_rest = _rest_gradients(dy, x, layout, needs, ctx.rest_dtypes)
+        return dx, dW, db, dA, None, *dB, *d_rest
+
+
+def _joint_gradients(
+    dy: Tensor, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: list[Tensor], layout: Layout, needs: _Needs
+) -> tuple[Tensor, Tensor | None, list[Tensor | None]]:
+    """Return dW, dA and dB while W trains: one full gradient dWₑ = dyᵀ x serves all three."""
+    G = dy.t() @ x  # (O, D)
+    dW = G.to(weight.dtype)
+    dW = dW.t() if layout.transposed else dW
+    dB: list[Tensor | None] = [None] * len(lora_B)
+    if not needs.factors:
+        return dW, None, dB
+    G = G.to(lora_A.dtype)
+    dA = torch.empty_like(lora_A)
+    for i, (p, B) in enumerate(zip(layout.parts, lora_B, strict=True)):
+        rows, ranks = G[p.start : p.start + p.rows], slice(p.a, p.a + p.rank)
+        torch.mm(B.t(), rows, out=dA[ranks]).mul_(p.scale)  # dA = Bᵀ dWₑ
+        dB[i] = (rows @ lora_A[ranks].t()).mul_(p.scale)  # dB = dWₑ Aᵀ
+    return dW, dA if needs.lora_A else None, dB
+
+
+def _factor_gradients(
+    dy: Tensor, dz: Tensor | None, x: Tensor | None, z: Tensor | None, lora_A: Tensor, lora_B: list[Tensor], layout: Layout,
+    needs: _Needs, dtype: torch.dtype,
+) -> tuple[Tensor | None, list[Tensor | None]]:  # fmt: skip
+    """Return dA and dB while W is frozen: dA = dzᵀ x, dB = dyᵀ z."""
+    dA = None
+    dB: list[Tensor | None] = [None] * len(lora_B)
+    if needs.lora_A:
+        assert x is not None and dz is not None  # kept for this
+        dA = (x.t() @ dz).t().to(lora_A.dtype, memory_format=torch.contiguous_format)
+    if any(needs.lora_B):
+        if z is None:
+            assert x is not None
+            z = x @ lora_A.to(dtype).t()  # (N, ΣR)
+        for i, (p, B) in enumerate(zip(layout.parts, lora_B, strict=True)):
+            block = dy[:, p.start : p.start + p.rows].t() @ z[:, p.a : p.a + p.rank]
+            dB[i] = block.to(B.dtype).mul_(p.scale)
+    return dA, dB
+
+
+def _rest_gradients(
+    dy: Tensor, x: Tensor | None, layout: Layout, needs: _Needs, dtypes: list[torch.dtype]
+) -> list[Tensor | None]:
+    """Return the gradients of the rest blocks' weights, then of their biases."""
+    found: list[Tensor | None] = []
+    for span, need in zip(layout.rest, needs.rest_weight, strict=True):
+        block = None
+        if need:
+            assert x is not None
+            block = dy[:, span.start : span.start + span.rows].t() @ x
+            block = (block.t() if layout.transposed else block).to(dtypes[len(found)])
+        found.append(block)
+    for span, need in zip(layout.rest, needs.rest_bias, strict=False):
+        found.append(dy[:, span.start : span.start + span.rows].sum(0).to(dtypes[len(found)]) if need else None)
+    return found
 
 
 def wants_graph(dy: Tensor) -> bool:
@@ -277,12 +348,12 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple:
     ``narrow`` and not ``[:, a:b]``: of a slice that is the whole, the old kind of vmap (``is_grads_batched``) makes an error.
     """
     weight, lora_A, x, z, *lora_B = ctx.saved_tensors
-    parts, needs, dtype, transposed = ctx.parts, ctx.needs_input_grad, ctx.dtype, ctx.transposed
+    (parts, rest, transposed), dtype, needs = ctx.layout, ctx.dtype, _needs(ctx, ctx.layout)
     dy = dy.reshape(-1, dy.shape[-1])  # (N, O)
-    if z is not None and needs[0] and torch.is_grad_enabled():
+    if z is not None and needs.x and torch.is_grad_enabled():
         z = _end_here(z)
     dx = dW = dA = None
-    if needs[0]:
+    if needs.x:
         W = weight.to(dtype)
         dx = dy @ (W.t() if transposed else W)
         for p, B in zip(parts, lora_B, strict=True):
@@ -290,29 +361,28 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple:
             dx = dx + dz @ lora_A.narrow(0, p.a, p.rank).to(dtype)
         dx = dx.reshape(ctx.x_shape)
     G = None if x is None else dy.t() @ x.reshape(-1, x.shape[-1])  # (O, D)
-    if needs[1]:
+    if needs.weight:
         dW = (G.t() if transposed else G).to(weight.dtype)
     dB: list[Tensor | None] = [None] * len(parts)
     d_ranks = []
     for i, (p, B) in enumerate(zip(parts, lora_B, strict=True)):
         rows = None if G is None else G.narrow(0, p.start, p.rows).to(B.dtype)
-        if needs[3]:
+        if needs.lora_A:
             d_ranks.append(B.t() @ rows * p.scale)
-        if needs[7 + i]:
+        if needs.lora_B[i]:
             A, thin = lora_A.narrow(0, p.a, p.rank).to(B.dtype), dy.narrow(1, p.start, p.rows)
-            block = thin.t() @ z.narrow(1, p.a, p.rank) if G is None else rows @ A.t()
+            block = thin.t() @ z.narrow(1, p.a, p.rank) if rows is None else rows @ A.t()
             dB[i] = (block * p.scale).to(B.dtype)
-    if needs[3]:
+    if needs.lora_A:
         dA = torch.cat(d_ranks).to(lora_A.dtype)
-    db = dy.sum(0).to(ctx.bias_dtype) if needs[2] else None
-    d_rest: list[Tensor | None] = [None] * (len(needs) - 7 - len(parts))
-    for j in range(len(d_rest)):
-        if needs[7 + len(parts) + j]:
-            p = ctx.rest[j % len(ctx.rest)]  # rest weights come first, then rest biases (if any)
-            of_bias = j >= len(ctx.rest)
-            block = dy.narrow(1, p.start, p.rows).sum(0) if of_bias else G.narrow(0, p.start, p.rows)
-            d_rest[j] = (block.t() if transposed and not of_bias else block).to(ctx.factor_dtypes[len(parts) + j])
-    return dx, dW, db, dA, None, None, None, *dB, *d_rest
+    db = dy.sum(0).to(ctx.bias_dtype) if needs.bias else None
+    d_rest: list[Tensor | None] = []
+    for span, need in zip(rest, needs.rest_weight, strict=True):
+        block = G.narrow(0, span.start, span.rows) if need else None
+        d_rest.append(None if block is None else (block.t() if transposed else block).to(ctx.rest_dtypes[len(d_rest)]))
+    for span, need in zip(rest, needs.rest_bias, strict=False):
+        d_rest.append(dy.narrow(1, span.start, span.rows).sum(0).to(ctx.rest_dtypes[len(d_rest)]) if need else None)
+    return dx, dW, db, dA, None, *dB, *d_rest
 
 
 def _end_here(z: Tensor) -> Tensor:
@@ -333,7 +403,7 @@ def own_memory(y: Tensor) -> Tensor:
 
 
 def affine(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
-    """X W + b by the very call that the plain layer makes, so that an adapter of zeros changes no bit."""
+    """Return x Wᵀ + b by the very call that the plain layer makes, so that an adapter of zeros changes no bit."""
     if not transposed:
         return F.linear(x, weight, bias)
     flat = x.reshape(-1, x.shape[-1])
@@ -342,13 +412,13 @@ def affine(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> 
 
 
 def add_low_rank(y: Tensor, z: Tensor, lora_B: list[Tensor], parts: tuple[Part, ...], dtype: torch.dtype) -> None:
-    """Y[:, rows of p] += scale · z_p B_pᵀ for every part, in place. y: (N, O), z: (N, ΣR)."""
+    """Add scale · z_p B_pᵀ to the columns of y that are part p's, in place. y: (N, O), z: (N, ΣR)."""
     for p, B in zip(parts, lora_B, strict=True):
         y[:, p.start : p.start + p.rows].addmm_(z[:, p.a : p.a + p.rank], B.to(dtype).t(), alpha=p.scale)
 
 
 def times_B(dy: Tensor, lora_B: list[Tensor], parts: tuple[Part, ...], total: int, dtype: torch.dtype) -> Tensor:
-    """Dz = scale · dy B, (N, ΣR), the parts' columns side by side."""
+    """Return dz = scale · dy B, (N, ΣR), the parts' columns next to each other."""
     if len(parts) == 1:
         return (dy[:, parts[0].start : parts[0].start + parts[0].rows] @ lora_B[0].to(dtype)).mul_(parts[0].scale)
     dz = dy.new_empty(dy.shape[0], total)
