@@ -11,6 +11,9 @@ from lowrank_pretrain import GaLoreAdamW, LoRA, LTEStrategy, PhaseCallback, Plan
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.targets import find_targets
 from lowrank_pretrain.factorize.model import factor_parameters, factored_layers
+from tests import prelora_workers as workers
+from tests.test_prelora_distributed import assert_equal as assert_ranks_equal
+from tests.test_prelora_distributed import assert_same
 from tests.test_resume import assert_equal, run
 from tests.toy import AtEnd, Toy, loader, toy, trainer
 
@@ -212,6 +215,28 @@ def test_another_rank_or_method_on_resume_is_refused(tmp_path):
         fit(tmp_path, steps(ranks=(0.5,)), toy(), ckpt=file)
     with pytest.raises(ConfigError, match="then"):
         fit(tmp_path, steps(then="lora", ranks=(4, 8)), toy(), ckpt=file)
+
+
+FACTORIZE = {"then": "factorize", "ranks": (0.25,), "warmup": 0, "latest": 3}
+
+
+@pytest.mark.parametrize("how", [{}, {"ema": True, "method": {"adapter_lr": 2.0, "flops": 0.5}}], ids=lambda how: "-".join(how))
+def test_two_processes_are_one_and_resume_exactly(ranks, tmp_path, how):
+    how = {**how, "method": FACTORIZE | how.get("method", {})}
+    one, two = workers.fit(1, tmp_path, **how), ranks(2, workers.fit, 2, tmp_path, save_at=[5, 10, 17], **how)
+    assert one["state"]["phase"] == "lowrank"
+    assert_same(two)
+    for result in two:
+        assert result["state"]["plan"] == one["state"]["plan"] and result["state"]["freeze_step"] == 14
+        assert result["sent"] == result["trained"] and result["trained"][-1] < 0.75 * result["trained"][0]
+        # the moments are sums in float32, in another order
+        assert max(abs(a - b) for a, b in zip(one["losses"][14:], result["losses"][14:], strict=True)) < 1
+    for at in (5, 10, 17):
+        again = ranks(2, workers.fit, 2, tmp_path / "again", ckpt=str(tmp_path / f"step={at}.ckpt"), **how)
+        assert_same(again)
+        for a, b in zip(two, again, strict=True):
+            assert_ranks_equal(a, b)
+            assert a["losses"][at:] == b["losses"]
 
 
 def test_lte_and_adapters_go_on_from_a_factored_run(tmp_path):

@@ -126,6 +126,19 @@ class Factors(Adopter):
                 p.requires_grad_(id(p) in factors)
         return inherited
 
+    def gather_moments(self) -> None:
+        """Give the first process the sums of all, for a checkpoint, which has only its values; it and the run go on alike."""
+        for _, layer in moments.measured_layers(self._module):
+            for own in (layer._moment, layer._rows_seen):
+                own.copy_(self._total(own))
+        self.keep_moments()
+
+    def keep_moments(self) -> None:
+        """After ``gather_moments``, here or in a checkpoint that was just read: only the first process keeps the sums."""
+        for _, layer in moments.measured_layers(self._module) if not self._is_first else ():
+            layer._moment.zero_()
+            layer._rows_seen.zero_()
+
     def _layers(self, ranked: bool) -> Iterator[tuple[str, nn.Module, int]]:
         """(name, layer, its parts' largest rank) of the plan's layers, in the module's order."""
         found: dict[str, list[Target]] = {}

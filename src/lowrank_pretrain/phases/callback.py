@@ -276,6 +276,8 @@ class PhaseCallback(HasPhase, Callback):
         self._unchecked = unchecked
         if brought.exact is not None:
             layers.load_exact(pl_module, brought.exact)
+            if isinstance(self._adopter, Factors):
+                self._adopter.keep_moments()
         for where, averaged, callback in transition.averages(trainer.callbacks):
             if where in brought.averages:
                 layers.load_exact(averaged, brought.averages[where])
@@ -446,6 +448,8 @@ class PhaseCallback(HasPhase, Callback):
         side["groups"] = transition.group_names(trainer.optimizers, pl_module)
         note = transition.note_of_changed(pl_module)
         if note is not None:
+            if isinstance(self._adopter, Factors) and self.phase == "joint" and trainer.world_size > 1:
+                self._adopter.gather_moments()
             exact = plain_checkpoint.exact_values(pl_module)
             if self._adopter is trainer.strategy:  # its workers may hold values of their own: those of the file count
                 exact |= {name: checkpoint["state_dict"][name] for name in exact if name in note.tied}
