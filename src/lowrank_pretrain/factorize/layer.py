@@ -23,12 +23,15 @@ from lowrank_pretrain.lora.layer import Reclassed, has_own_forward, swap_class
 ADDED = ("factor_V", "factor_U")  # what factoring registers on a layer
 
 
-class FactoredLinear(Reclassed):
+class FactoredLinear(Reclassed, nn.Module):
     """What a layer's class gains by factoring (mixed in before ``nn.Linear``, ``Conv1D`` or a user's subclass of them)."""
 
     _blocks: tuple[Block, ...]
     _transposed: bool
     _whole: nn.Parameter  # what W was: empty, kept for its identity
+    factor_V: nn.Parameter  # (Σk, D)
+    factor_U: nn.ParameterDict  # by block (O_p, k_p)
+    bias: nn.Parameter | None
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """(.., D) -> (.., O), called like the plain class's forward and equal to it with U V for W."""
@@ -79,7 +82,7 @@ class FactoredLinear(Reclassed):
         if kwargs.get("keep_vars", False):  # who wants the parameters themselves gets them all
             return super().state_dict(*args, **kwargs)
         plain = self._plain_class.__new__(self._plain_class)
-        own = {"weight": self.product(check=False)}
+        own: dict[str, Tensor | None] = {"weight": self.product(check=False)}
         own |= {name: p for name, p in self._parameters.items() if name not in ADDED}
         children = {name: child for name, child in self._modules.items() if name not in ADDED}
         object.__setattr__(plain, "__dict__", {**self.__dict__, "_parameters": own, "_modules": children})
@@ -143,7 +146,7 @@ def why_not(layer: nn.Module) -> str | None:
     return None
 
 
-def give_factors(layer: nn.Module, cut: Cut) -> None:
+def give_factors(layer: Any, cut: Cut) -> None:
     """Swap the layer's class and replace its weight by the factors; the weight's memory is given back."""
     whole = layer.weight
     like = {"dtype": whole.dtype, "device": whole.device}
@@ -157,7 +160,7 @@ def give_factors(layer: nn.Module, cut: Cut) -> None:
     whole.data, whole.grad = whole.data.new_empty(0), None
 
 
-def take_factors(layer: nn.Module, check: bool = True) -> None:
+def take_factors(layer: Any, check: bool = True) -> None:
     """Make the layer plain again: W, the same Parameter as before, holds U V.
 
     Raises:
@@ -174,7 +177,7 @@ def take_factors(layer: nn.Module, check: bool = True) -> None:
 
 
 @torch.no_grad()
-def follow_weight(layer: nn.Module, weight: Tensor) -> None:
+def follow_weight(layer: FactoredLinear, weight: Tensor) -> None:
     """Let a factored layer compute, as far as its U reaches, what another weight does: V = U⁺ W.
 
     For an average of the trained weights: of the W that was just factored it gives V itself, and U stays the trained one's, so

@@ -17,6 +17,7 @@ from lowrank_pretrain.factorize import moments
 from lowrank_pretrain.factorize.cost import largest_rank, largest_share
 from lowrank_pretrain.factorize.decompose import damped, spectrum
 from lowrank_pretrain.factorize.layer import ADDED, FactoredLinear, give_factors, take_factors, why_not
+from lowrank_pretrain.factorize.moments import MeasuredLinear
 from lowrank_pretrain.factorize.ranks import Block, Cut, best_cut, ranks_of_budget
 
 STEPS = 8  # optimizer steps over which inputs are measured at least
@@ -139,7 +140,7 @@ class Factors(Adopter):
             layer._moment.zero_()
             layer._rows_seen.zero_()
 
-    def _layers(self, ranked: bool) -> Iterator[tuple[str, nn.Module, int]]:
+    def _layers(self, ranked: bool) -> Iterator[tuple[str, Any, int]]:
         """(name, layer, its parts' largest rank) of the plan's layers, in the module's order."""
         found: dict[str, list[Target]] = {}
         for name, target in all_targets(self._module).items():
@@ -151,7 +152,7 @@ class Factors(Adopter):
                 yield name, group[0].layer, rank
 
     @torch.no_grad()
-    def _decide(self, layers: list[tuple[str, nn.Module, int]]) -> dict[str, Cut] | None:
+    def _decide(self, layers: list[tuple[str, Any, int]]) -> dict[str, Cut] | None:
         """Cut every layer, in the first process; the others only give their part of the moments."""
         share = largest_share(self.products or layers[0][1].weight.dtype)
         ranks = {name: rank for name, _, rank in layers}
@@ -171,18 +172,19 @@ class Factors(Adopter):
                 cuts[name] = cut._replace(U=at_home, V=cut.V.cpu())
         return cuts if self._is_first else None
 
-    def _by_budget(self, layers: list[tuple[str, nn.Module, int]], share: float) -> dict[str, int]:
+    def _by_budget(self, layers: list[tuple[str, Any, int]], share: float) -> dict[str, int]:
         found, sizes = {}, {}
         for name, layer, _ in layers:
             W, C = rows_of(layer), self._moment(name, layer)
             if C is not None:
-                most = min(max(1, largest_rank(*W.shape, share)), *W.shape)
+                rows, cols = W.shape
+                most = min(max(1, largest_rank(rows, cols, share)), rows, cols)
                 draws = generator("factorize", name, "budget", seed=self._seed)
                 found[name] = spectrum(W, C.to(W), most, draws)._replace(basis=W[:0])  # only the energies are needed now
-                sizes[name] = (W.shape[0], W.shape[1])
+                sizes[name] = (rows, cols)
         return {name: 1 for name, *_ in layers} | ranks_of_budget(found, sizes, self.flops or 1.0)
 
-    def _moment(self, name: str, layer: nn.Module) -> Tensor | None:
+    def _moment(self, name: str, layer: MeasuredLinear) -> Tensor | None:
         C = moments.moment_of(name, layer, self._total)
         return None if C is None else damped(C)
 
@@ -205,7 +207,7 @@ class Factors(Adopter):
             cuts[name] = Cut(tuple(blocks), U, V, 1.0)
         return cuts
 
-    def _say_whole(self, layers: list[tuple[str, nn.Module, int]], cuts: Mapping[str, Cut]) -> None:
+    def _say_whole(self, layers: list[tuple[str, Any, int]], cuts: Mapping[str, Cut]) -> None:
         whole = [name for name, *_ in layers if name not in cuts]
         if whole and self._is_first:
             said = ", ".join(dict.fromkeys(families(self._module, whole).values()))
@@ -224,7 +226,7 @@ def obstacle_to_factors(layer: nn.Module, tied_to: list[str] | None = None) -> s
     return why_not(layer)
 
 
-def factored_layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def factored_layers(module: nn.Module) -> Iterator[tuple[str, FactoredLinear]]:
     """(name, layer) of every factored layer, in the module's order."""
     return ((name, layer) for name, layer in module.named_modules() if isinstance(layer, FactoredLinear))
 
@@ -246,14 +248,16 @@ def expand(module: nn.Module, check: bool = True) -> None:
     """
     for _, layer in list(factored_layers(module)):
         take_factors(layer, check)
-    for _, layer in list(moments.measured_layers(module)):
-        moments.end(layer)
+    for _, measured in list(moments.measured_layers(module)):
+        moments.end(measured)
 
 
 @contextmanager
 def shown_whole(module: nn.Module) -> Iterator[None]:
     """Show factored layers for a while as plain ones with W = U V; then they are as they were. Nothing may train meanwhile."""
-    held = [(layer, type(layer), layer._parameters, layer._modules) for _, layer in factored_layers(module)]
+    held: list[tuple[Any, type, Any, Any]] = [
+        (layer, type(layer), layer._parameters, layer._modules) for _, layer in factored_layers(module)
+    ]
     try:
         for layer, _, parameters, modules in held:
             own = {"weight": nn.Parameter(layer.product(check=False))}

@@ -20,7 +20,7 @@ ROWS = 1024  # of a forward's input rows (batch times tokens) that are looked at
 FADE = 0.98  # what a moment counts for after one more forward: about the last 50 matter
 
 
-class MeasuredLinear(Reclassed):
+class MeasuredLinear(Reclassed, nn.Module):
     """What a layer's class gains while its inputs are measured; the sums are no parameters or buffers of the module."""
 
     _moment: Tensor  # (D, D), Σ fade · xᵀ x
@@ -45,12 +45,12 @@ class MeasuredLinear(Reclassed):
         return f"{super().extra_repr()}, measured"
 
 
-def measured_layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def measured_layers(module: nn.Module) -> Iterator[tuple[str, MeasuredLinear]]:
     """(name, layer) of every layer that is measured, in the module's order."""
     return ((name, layer) for name, layer in module.named_modules() if isinstance(layer, MeasuredLinear))
 
 
-def begin(layer: nn.Module) -> None:
+def begin(layer: Any) -> None:
     """Measure a layer's inputs from now on."""
     cols = weight_rows(layer).shape[1]
     swap_class(layer, MeasuredLinear)
@@ -59,14 +59,14 @@ def begin(layer: nn.Module) -> None:
     layer.__dict__["_rows_seen"] = torch.zeros((), device=layer.weight.device)
 
 
-def end(layer: nn.Module) -> None:
+def end(layer: Any) -> None:
     """Give a measured layer its plain class back, and its moment's memory too."""
     layer.__class__ = layer._plain_class
     for key in ("_rest", "_moment", "_rows_seen"):
         layer.__dict__.pop(key, None)
 
 
-def moment_of(name: str, layer: nn.Module, total: Callable[[Tensor], Tensor] = lambda local: local) -> Tensor | None:
+def moment_of(name: str, layer: MeasuredLinear, total: Callable[[Tensor], Tensor] = lambda local: local) -> Tensor | None:
     """Return C (D, D) of a measured layer; ``None`` if no training step called it.
 
     Args:
@@ -89,7 +89,7 @@ def moment_of(name: str, layer: nn.Module, total: Callable[[Tensor], Tensor] = l
 
 def exact_moments(module: nn.Module) -> dict[str, Tensor]:
     """Return the sums of every measured layer by name: what a resume in the middle of measuring needs."""
-    found = {}
+    found: dict[str, Tensor] = {}
     for name, layer in measured_layers(module):
         found |= {f"{name}.input_moment": layer._moment, f"{name}.input_rows": layer._rows_seen}
     return found
