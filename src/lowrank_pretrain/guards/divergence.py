@@ -1,9 +1,9 @@
-"""What to do when training diverges: stop, or go back to the last good checkpoint and on behind the batches in between.
+"""Stop when training diverges, or go back to the last good checkpoint and skip the batches in between.
 
 A rewind is a resume. The last good checkpoint is written again with the data's position moved on to where training stood,
 and the run resumes from that file like from any other: weights, moments, schedules, phases and random states are those of
 the checkpoint, only the batches between it and the failure are never seen. So it works wherever a resume works, in every
-phase and across a switch, and a process that is killed behind a rewind goes on behind it too.
+phase and across a switch, and a process that is killed after a rewind resumes after it.
 """
 
 import copy
@@ -32,12 +32,12 @@ LOGGED = "_batches_that_stepped"  # in epoch_loop.state_dict: the step that logg
 
 
 def is_divergence(error: BaseException) -> bool:
-    """Whether `error` says that numbers are out of hand: ours, or GaLoreAdamW's own guard."""
+    """Return whether `error` reports a divergence: this guard's, or GaLoreAdamW's own."""
     return isinstance(error, (Diverged, FloatingPointError))
 
 
 class DivergenceGuard(FiniteGuard):
-    """Detects a NaN or infinite loss or gradient and, if asked to, a loss that shoots up; stops the run or rewinds it.
+    """Detect a NaN or infinite loss or gradient and, if asked to, a loss spike; stop the run or rewind it.
 
     To stop, it is a callback like any other. To rewind, start the fit with :meth:`fit`::
 
@@ -46,7 +46,7 @@ class DivergenceGuard(FiniteGuard):
         guard.fit(trainer, module, loader)
 
     Rewinding needs a training loader that can resume (one with ``state_dict``, e.g. torchdata's StatefulDataLoader, or our
-    data modules) and a single process. An epoch whose last batch is left out ends without a validation at that place.
+    data modules) and a single process. If the skipped batch was the epoch's last, that validation is skipped too.
 
     Args:
         on_divergence: ``stop`` or ``rewind``.
@@ -132,7 +132,7 @@ class DivergenceGuard(FiniteGuard):
         return f"{count}: back to {good.name} behind step {checkpoint['global_step']}, {skipped} batches left out"
 
     def fit(self, trainer: Trainer, model: LightningModule, *args: Any, ckpt_path: Any = None, **kwargs: Any) -> None:
-        """``trainer.fit``, again from a rewound checkpoint (``rewound.ckpt`` beside the good one) where training diverges.
+        """Call ``trainer.fit``, and again from a rewound checkpoint (``rewound.ckpt`` next to the good one) after a divergence.
 
         Args:
             trainer: with this callback and a ModelCheckpoint that has a directory.
@@ -174,7 +174,7 @@ def _data_state(trainer: pl.Trainer) -> dict[str, Any]:
 
 
 def position(trainer: pl.Trainer) -> dict[str, Any]:
-    """Where training stands in the data: Lightning's loops, and the data module's own state."""
+    """Return the position in the data: that of Lightning's loops, and the data module's own state."""
     loops = copy.deepcopy(trainer.fit_loop.state_dict())
     progress = loops["epoch_loop.batch_progress"]
     for count in (progress["total"], progress["current"]):

@@ -1,4 +1,4 @@
-"""A loss or a gradient that is no number, or a loss that shoots up, ends the run; no checkpoint is written of such a model."""
+"""Stop on a NaN or infinite loss or gradient, or on a loss spike. Never checkpoint a diverged model."""
 
 import math
 from collections.abc import Mapping
@@ -36,9 +36,9 @@ class Diverged(Exception):
 
 
 class FiniteGuard(Callback):
-    """Watches loss and gradients on the device and looks at what it saw now and then, so no step waits for the device.
+    """Watch loss and gradients on the device, and read the result now and then, so that no step waits for the device.
 
-    It looks behind each optimizer step where there is one process and it is on the CPU, else every `log_every_n_steps`, and
+    It reads after each optimizer step where there is one process and it is on the CPU, else every `log_every_n_steps`, and
     before each checkpoint. All processes hear of what one has seen. With a gradient scaler (16-mixed) non-finite numbers are
     part of the game, so only a long row of them counts.
 

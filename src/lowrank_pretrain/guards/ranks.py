@@ -1,4 +1,4 @@
-"""Now and then, whether all ranks still hold the same weights: replicas that drift apart do not crash by themselves."""
+"""Compare the weights of all ranks now and then: replicas that drift apart do not crash by themselves."""
 
 from typing import Any
 
@@ -11,9 +11,9 @@ from lowrank_pretrain.core.protocols import Merges
 
 
 class RanksAgree(Callback):
-    """Compares the ranks' weights every so many optimizer steps and before each checkpoint; one pass over them, one wait.
+    """Compare the ranks' weights every so many optimizer steps and before each checkpoint; one pass over them, one wait.
 
-    What LTE keeps apart is left out: its heads, its rest where that is averaged at merges only. Weights that are cut over
+    What LTE trains separately is left out: its heads, and its rest where that is averaged at merges only. Weights cut over
     the ranks (FSDP2) have nothing to be compared with.
 
     Args:

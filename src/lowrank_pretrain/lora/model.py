@@ -218,7 +218,7 @@ def load_exact(module: nn.Module, exact: Mapping[str, Tensor]) -> None:
 
 
 def clone_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A copy that no later step changes."""
+    """Return a copy that no later step changes."""
     return {name: tensor.clone() for name, tensor in state.items()}
 
 
@@ -232,12 +232,12 @@ class Adapters(Adopter):
         self.alpha, self.train_A, self.freeze_rest = alpha, train_A, freeze_rest
 
     def adopt(self, plan: Plan, module: nn.Module) -> list[Inherit]:
-        """The switch: give every target of the plan an adapter."""
+        """Give every target of the plan an adapter, at the switch."""
         self.plan, self.module = plan, module
         return inject(module, plan, self.alpha, self.train_A)
 
     def release(self) -> list[Inherit]:
-        """The freeze: targets' W and b train no more."""
+        """Stop training the targets' W and b, at the freeze."""
         return freeze(self.module, self.plan, self.freeze_rest)
 
 

@@ -1,4 +1,4 @@
-"""A learning rate or weight decay of their own for adapters, in optimizer groups that no scheduler sees.
+"""Give adapters a learning rate or weight decay of their own, in optimizer groups that no scheduler sees.
 
 A group added in mid-run makes most of torch's schedulers raise (their lists of base rates are too short) or drift silently.
 So the adapters' group follows its source group: before each step its lr is ratio times the source's, and the schedulers are
@@ -16,14 +16,14 @@ _FOLLOWED = ("betas", "momentum")  # what OneCycleLR and CyclicLR change beside 
 
 
 class ScheduledGroups:
-    """The optimizer as a scheduler shall see it: without the groups that follow another."""
+    """Show the optimizer to a scheduler without the groups that follow another."""
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """Looked up each time: ``load_state_dict`` replaces the optimizer's list."""
+        """Return the groups that follow none; looked up each time, as ``load_state_dict`` replaces the optimizer's list."""
         return [group for group in self._optimizer.param_groups if "follows" not in group]
 
     def __getattr__(self, name: str) -> Any:

@@ -101,7 +101,7 @@ class AdapterWatch:
 
     def __init__(self, module: nn.Module) -> None:
         self.waiting = {name: p for name, p in lora.adapter_parameters(module) if ".lora_B" in name and p.requires_grad}
-        self.still = dict.fromkeys(self.waiting, 0)
+        self.still = dict.fromkeys(self.waiting, 0.0)
         self.steps = 0
         self._asked: list[str] = []  # adapters that the step under way should move
         self._other: tuple[Tensor, Tensor] | None = None  # another parameter that it should move, and a copy from before

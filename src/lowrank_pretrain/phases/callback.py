@@ -200,7 +200,7 @@ class PhaseCallback(HasPhase, Callback):
     def _release(self, pl_module: pl.LightningModule) -> list[Inherit] | None:
         inherited = self._adopter.release()
         if self.freeze_rest and not isinstance(self._adopter, (lora.Adapters, Factors)):
-            adoption.freeze_rest(pl_module, self.plan or {})
+            adoption.freeze_rest(pl_module, self.plan or Plan({}))
         return inherited
 
     def _look_at_gradients(self, on: bool) -> None:
@@ -338,10 +338,11 @@ class PhaseCallback(HasPhase, Callback):
             ConfigError: the patterns name one of them, or none is left.
         """
         reasons = {name: reason for name, reason in reasons.items() if name in self.chosen}
-        named = first_named(pl_module, self.targets, reasons) if refuse else None
+        patterns = self.targets or []
+        named = first_named(pl_module, patterns, reasons) if refuse else None
         if named is not None:
             raise ConfigError("targets", named, reasons[named])
-        said = say_left_out(pl_module, self.targets, reasons)
+        said = say_left_out(pl_module, patterns, reasons)
         if len(reasons) == len(self.chosen):
             raise ConfigError("targets", self.targets, f"leaves no target: {said.partition(': ')[2]}")
         self.left_out = self.left_out | reasons

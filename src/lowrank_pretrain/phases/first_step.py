@@ -1,4 +1,4 @@
-"""The rehearsal of a Lightning fit: from its first batch to its first optimizer step, agreed on by all processes."""
+"""Run the rehearsal of a Lightning fit, from its first batch to its first optimizer step; all processes agree on it."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,7 +16,7 @@ SKIPPED = 3  # so many steps without any gradient are waited for
 
 
 class FirstStep:
-    """Wraps ``training_step`` until the first optimizer step, and asks a ``Rehearsal`` what it saw.
+    """Wrap ``training_step`` until the first optimizer step, and ask a ``Rehearsal`` what it saw.
 
     Args:
         trainer: its strategy gathers what every process saw.
@@ -59,7 +59,7 @@ class FirstStep:
         self._module.__dict__["training_step"] = watched
 
     def look(self) -> dict[str, str] | None:
-        """After the backward pass of the first optimizer step: why targets cannot have an adapter. Later: ``None``.
+        """Return, after the first step's backward pass, why targets cannot have an adapter. Later: ``None``.
 
         All processes must call it, and get the same.
         """
@@ -86,7 +86,7 @@ class FirstStep:
         return self._all_seen and not self.looking and self._pairing is None
 
     def late(self) -> tuple[dict[str, str], list[str]]:
-        """At any later step: reasons against layers that were called only after the first step, and targets never called.
+        """Return, at any later step, reasons against layers that were called late, and the targets never called.
 
         All processes must call it, and get the same.
         """
@@ -101,7 +101,7 @@ class FirstStep:
             self._pairing = None
 
     def _agreed(self) -> tuple[list[list[int]], bool]:
-        """What any process saw, and whether any gradient is there (a ``training_step`` may return ``None``)."""
+        """Return what any process saw, and whether there is any gradient (a ``training_step`` may return ``None``)."""
         seen = self._rehearsal.evidence()
         stepped = any(p.grad is not None for p in self._module.parameters())
         table = torch.tensor([[int(stepped)] * len(seen[0]), *seen], device=self._module.device)

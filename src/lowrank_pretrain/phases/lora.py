@@ -1,4 +1,4 @@
-"""Plain LoRA as a callback: adapters of one rank from the first step (also for fine-tuning from a checkpoint)."""
+"""Train plain LoRA as a callback: adapters of one rank from the first step, also for fine-tuning from a checkpoint."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -89,7 +89,7 @@ class LoRA(PhaseCallback):
     def leave_out(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, reasons: Mapping[str, str], refuse: bool = True
     ) -> None:
-        """Adapters are there already: they are taken away again after this step."""
+        """Note targets whose adapters go away again after this step."""
         if not isinstance(self._adopter, lora.Adapters):  # heads of a strategy, which keeps books on them
             name = next(iter(reasons))
             raise ConfigError("targets", name, reasons[name])
@@ -99,7 +99,7 @@ class LoRA(PhaseCallback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """After the first step: layers that cannot have adapters train as they are."""
+        """Remove adapters, after the first step, from layers that cannot have them: these train in full."""
         if self._to_take_back:
             names, self._to_take_back = self._to_take_back, []
             self._take_back(trainer, pl_module, names)
@@ -127,7 +127,7 @@ class LoRA(PhaseCallback):
         return bool(parts) and all(name in names for name in parts)
 
     def state_dict(self) -> dict[str, Any]:
-        """Also the rank: narrow targets may all have less."""
+        """Add the rank: narrow targets may all have less."""
         return super().state_dict() | {"rank": self.rank}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -139,7 +139,7 @@ class LoRA(PhaseCallback):
 
 
 def _snapshot(optimizers: list[Any]) -> list[list[dict[int, tuple[nn.Parameter, str]]]]:
-    """Per group its parameters in order, by id, with their names if it has names."""
+    """Return each group's parameters in order, by id, with their names if it has names."""
     found = []
     for optimizer in optimizers:
         groups = [(group["params"], group.get("param_names", [""] * len(group["params"]))) for group in optimizer.param_groups]

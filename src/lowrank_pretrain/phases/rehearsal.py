@@ -52,7 +52,7 @@ _FOLLOWED = _PRODUCTS | _ARITHMETIC | {
 
 
 class Rehearsal:
-    """Watches targets through one training step.
+    """Watch targets through one training step.
 
     Args:
         module: names of the targets count from it.
@@ -166,7 +166,7 @@ _OTHER = "computes something else than W x + b, which an adapter cannot follow: 
 
 
 class Hook:
-    """A hook that copies and pickles of the layer do not keep alive."""
+    """Be a hook that copies and pickles of the layer do not keep."""
 
     def __init__(self, watcher: Any, name: str) -> None:
         self._watcher, self._name = weakref.ref(watcher), name
@@ -179,7 +179,7 @@ class Hook:
 
 
 def _nothing(*_: Any) -> None:
-    """What a copied layer has in place of a hook."""
+    """Do nothing, in a copied layer, in place of a hook."""
 
 
 def _inert() -> Callable[..., None]:
@@ -187,7 +187,7 @@ def _inert() -> Callable[..., None]:
 
 
 class _Seen(Hook):
-    """Notes that the layer was called, and is gone."""
+    """Note that the layer was called, once."""
 
     def __call__(self, layer: nn.Module, args: tuple, kwargs: dict) -> None:
         rehearsal = self._watcher()
@@ -198,7 +198,7 @@ class _Seen(Hook):
 
 
 class _Compare(Hook):
-    """At the first call of a layer with a forward of its own: does it compute the same with an adapter and merged?"""
+    """Compare, at the first call of a layer with a forward of its own, its output with an adapter and with it merged."""
 
     def __call__(self, layer: nn.Module, args: tuple, kwargs: dict) -> None:
         rehearsal = self._watcher()
@@ -213,7 +213,7 @@ class _Compare(Hook):
 
 
 class _Outside(TorchFunctionMode):
-    """Sees the targets' weights in operations outside of their layers, and what is made of them there."""
+    """Follow the targets' weights, and what is made of them, through operations outside of their layers."""
 
     def __init__(self, rehearsal: Rehearsal) -> None:
         super().__init__()
@@ -280,7 +280,7 @@ def _inside(layer: nn.Module, rehearsal: Rehearsal, name: str) -> bool:
 
 
 def in_autograd_function() -> bool:
-    """Whether the forward of an ``autograd.Function`` is running, which has no autograd of its own."""
+    """Return whether the forward of an ``autograd.Function`` is running, which has no autograd of its own."""
     frame = sys._getframe(2)
     while frame is not None:
         if frame.f_code.co_name == "forward" and isinstance(frame.f_locals.get("ctx"), FunctionCtx):
@@ -291,7 +291,7 @@ def in_autograd_function() -> bool:
 
 @torch.no_grad()
 def differs(layer: nn.Module, targets: list[Target], args: tuple, kwargs: dict) -> str | None:
-    """Say so if a layer with an adapter would compute something else than with the adapter merged into its weight.
+    """Tell whether a layer with an adapter computes something else than with the adapter merged into its weight.
 
     Args:
         layer: plain, or with adapters; not changed.
@@ -338,7 +338,7 @@ def _draw(layer: nn.Module, part: Any) -> None:
 
 
 def _copy(layer: nn.Module) -> nn.Module:
-    """A layer of the same class with tensors of its own and without hooks."""
+    """Return a layer of the same class with tensors of its own and without hooks."""
     twin = copy.copy(layer)
     for kind in ("_parameters", "_buffers"):
         own = {}
@@ -355,7 +355,7 @@ def _copy(layer: nn.Module) -> nn.Module:
 
 
 def _call(layer: nn.Module, args: tuple, kwargs: dict) -> list[Tensor]:
-    """The layer's floating outputs, on copies of its arguments; the random state is put back."""
+    """Return the layer's floating outputs for copies of its arguments; the random state is put back."""
     args, kwargs = torch.utils._pytree.tree_map(lambda a: a.detach().clone() if isinstance(a, Tensor) else a, (args, kwargs))
     devices = {t.device for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.device.type == "cuda"}
     with torch.random.fork_rng(devices=sorted(devices, key=str)):
@@ -364,7 +364,7 @@ def _call(layer: nn.Module, args: tuple, kwargs: dict) -> list[Tensor]:
 
 
 def compiled_parts(module: nn.Module) -> set[int]:
-    """Ids of all modules that are compiled, or inside of one that is."""
+    """Return the ids of all modules that are compiled, or inside of one that is."""
     dynamo = sys.modules.get("torch._dynamo")
     if dynamo is None:
         return set()

@@ -1,4 +1,4 @@
-"""Frozen copies of a model that trains, which users keep inside of one module: DINO's, BYOL's, MoCo's, mean teachers.
+"""Find frozen copies of a model that trains, which users keep inside of one module: DINO, BYOL, MoCo, mean teachers.
 
 Their owners update them from the trained one, and most do so by the position of ``parameters()``. Adapters change number and
 order of those, so the update would fail, or pair what does not belong together, after the switch; one by name from
@@ -27,7 +27,7 @@ CURE = (
 
 
 def teachers(module: nn.Module, targets: Mapping[str, Target], trained: set[int]) -> list[tuple[str, str]]:
-    """Pairs (student, teacher) of modules that are alike, where only the first has targets and nothing of the second trains.
+    """Return pairs (student, teacher) of modules that are alike: the first has targets, and nothing of the second trains.
 
     Args:
         module: holds both.
@@ -64,7 +64,7 @@ def teachers(module: nn.Module, targets: Mapping[str, Target], trained: set[int]
 
 
 class Pairing:
-    """Notices for the length of a step whether parameters of a student and of its teacher are taken in turn, as by ``zip``.
+    """Notice during a step whether parameters of a student and of its teacher are taken in turn, as by ``zip``.
 
     Args:
         module: holds the students.

@@ -73,6 +73,8 @@ class PreLoRA(PhaseCallback):
             cannot be a target, or a run too short to ever switch.
     """
 
+    ranks: list[int]
+
     def __init__(
         self,
         targets: str | Sequence[str] = "all",
@@ -157,7 +159,7 @@ class PreLoRA(PhaseCallback):
             self._first = FirstStep(trainer, pl_module, targets)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Begin to count where the trainer stands."""
+        """Begin to count at the trainer's step."""
         super().on_train_start(trainer, pl_module)
         self._check_length(trainer, has_data=True)
         self._seen_step = trainer.global_step
@@ -197,7 +199,7 @@ class PreLoRA(PhaseCallback):
             self._end_of_window(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Say so when a run ended before its last phase."""
+        """Warn when a run ended before its last phase."""
         super().on_train_end(trainer, pl_module)
         if self.phase != "lowrank":
             changes = {family: round(change, 4) for family, change in self.verdict.family_changes.items()}
@@ -268,7 +270,7 @@ class PreLoRA(PhaseCallback):
         return Plan({n: rank_of_fraction(f, targets[n].rows, targets[n].cols) for n, f in fractions.items()})
 
     def _present(self, pl_module: pl.LightningModule) -> dict[str, Target]:
-        """The chosen targets that the module still has as such."""
+        """Return the chosen targets that are still targets of the module."""
         return {name: target for name, target in all_targets(pl_module).items() if name in self.chosen}
 
     def _say_unseen(self, pl_module: pl.LightningModule) -> None:
@@ -283,7 +285,7 @@ class PreLoRA(PhaseCallback):
             )
 
     def _check_again(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Just before the switch: what happened to targets since the fit began."""
+        """Just before the switch, leave out what is no target any more, or was never called."""
         against, reasons = obstacles(pl_module), {}
         present = self._present(pl_module)
         for name in self.chosen:
@@ -350,14 +352,14 @@ class PreLoRA(PhaseCallback):
             )  # fmt: skip
 
     def patience(self, trainer: pl.Trainer) -> int:
-        """One window."""
+        """Return the optimizer steps of one window."""
         per_epoch = _steps(trainer)[1] if self.window_unit == "epoch" else 1
         return max(1, int(self.window * per_epoch)) if math.isfinite(per_epoch) else PATIENCE
 
     # -- state ------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the next decision depends on, as plain types."""
+        """Return everything that the next decision depends on, as plain types."""
         return super().state_dict() | {
             "history": [[w.loss, w.norms] for w in self.history],
             "grad_norms": self.grad_norms,
@@ -383,13 +385,13 @@ class PreLoRA(PhaseCallback):
         self._restored = loss if isinstance(loss[0], list) else [loss]
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Lightning writes rank 0's state; a window's loss so far is of all ranks."""
+        """Write the window's loss so far of all ranks; Lightning itself writes rank 0's state."""
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
         checkpoint["callbacks"][self.state_key]["loss"] = trainer.strategy.all_gather(self._loss).reshape(-1, 2).tolist()
 
 
 def _norms(targets: dict[str, Target], grad: bool = False) -> dict[str, float]:
-    """‖·‖_F of each target's weight, or of its gradient, in float32 and read from the device at once."""
+    """Return ‖·‖_F of each target's weight or gradient, in float32; the device is read once."""
     if not targets:
         return {}
     blocks = [(t.rows_of_grad() if grad else t.matrix()).detach() for t in targets.values()]
@@ -399,7 +401,7 @@ def _norms(targets: dict[str, Target], grad: bool = False) -> dict[str, float]:
 
 
 def _steps(trainer: pl.Trainer) -> tuple[float, float]:
-    """``max_steps``, and the optimizer steps of an epoch; infinite where there is no limit, or none is known."""
+    """Return ``max_steps`` and the optimizer steps of an epoch; infinite where there is no limit, or none is known."""
     batches = trainer.num_training_batches
     changes = any(isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks)
     known = math.isfinite(batches) and not changes
@@ -408,7 +410,7 @@ def _steps(trainer: pl.Trainer) -> tuple[float, float]:
 
 
 def _on(device: torch.device, total: Tensor) -> Tensor:
-    """A float64 sum on the device, or where it is if the device has no float64 (Apple's)."""
+    """Move a float64 sum to the device; leave it where it is if the device has no float64 (Apple's)."""
     try:
         return total.to(device)
     except (TypeError, RuntimeError):
