@@ -220,9 +220,8 @@ def test_another_rank_or_method_on_resume_is_refused(tmp_path):
 FACTORIZE = {"then": "factorize", "ranks": (0.25,), "warmup": 0, "latest": 3}
 
 
-@pytest.mark.parametrize("how", [{}, {"ema": True, "method": {"adapter_lr": 2.0, "flops": 0.5}}], ids=lambda how: "-".join(how))
-def test_two_processes_are_one_and_resume_exactly(ranks, tmp_path, how):
-    how = {**how, "method": FACTORIZE | how.get("method", {})}
+def test_two_processes_are_one_and_resume_exactly(ranks, tmp_path):
+    how = {"ema": True, "method": FACTORIZE | {"adapter_lr": 2.0}}
     one, two = workers.fit(1, tmp_path, **how), ranks(2, workers.fit, 2, tmp_path, save_at=[5, 10, 17], **how)
     assert one["state"]["phase"] == "lowrank"
     assert_same(two)
@@ -232,7 +231,8 @@ def test_two_processes_are_one_and_resume_exactly(ranks, tmp_path, how):
         # the moments are sums in float32, in another order
         assert max(abs(a - b) for a, b in zip(one["losses"][14:], result["losses"][14:], strict=True)) < 1
     for at in (5, 10, 17):
-        again = ranks(2, workers.fit, 2, tmp_path / "again", ckpt=str(tmp_path / f"step={at}.ckpt"), **how)
+        file = str(tmp_path / f"step={at}.ckpt")  # a file of the joint phase gathers the moments: in the same steps, as here
+        again = ranks(2, workers.fit, 2, tmp_path / "again", ckpt=file, save_at=[10, 17], **how)
         assert_same(again)
         for a, b in zip(two, again, strict=True):
             assert_ranks_equal(a, b)

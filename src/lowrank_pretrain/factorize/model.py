@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.plan import Plan
-from lowrank_pretrain.core.protocols import Adopter, Inherit
+from lowrank_pretrain.core.protocols import Adopter, Inherit, Reports
 from lowrank_pretrain.core.seeds import generator
 from lowrank_pretrain.core.targets import WHOLE, Target, all_targets, families, parts, plain_name, tied_layers, weight_rows
 from lowrank_pretrain.factorize import moments
@@ -23,7 +23,7 @@ from lowrank_pretrain.factorize.ranks import Block, Cut, best_cut, ranks_of_budg
 STEPS = 8  # optimizer steps over which inputs are measured at least
 
 
-class Factors(Adopter):
+class Factors(Adopter, Reports):
     """Take a plan over by factoring: at the switch the targets' inputs begin to be measured, at the freeze W becomes U V.
 
     In between W trains on as before. A layer that would not get faster stays as it is and trains on (``cost``), and so does
@@ -127,8 +127,17 @@ class Factors(Adopter):
                 p.requires_grad_(id(p) in factors)
         return inherited
 
+    def metrics(self) -> dict[str, float]:
+        """Return each target's rank, and the least share of its output energy that a layer has kept."""
+        ranks = {f"lowrank/rank/{name}": float(rank) for name, rank in self.plan.items()}
+        return ranks | {"lowrank/kept_energy": min(self.kept.values(), default=1.0)}
+
     def gather_moments(self) -> None:
-        """Give the first process the sums of all, for a checkpoint, which has only its values; it and the run go on alike."""
+        """Give the first process the sums of all, for a checkpoint, which has only its values.
+
+        The run that goes on and the one that is resumed hold the same from then on. (Adding in another order rounds otherwise:
+        a run that writes no file in these few steps may differ in the last bits from one that does.)
+        """
         for _, layer in moments.measured_layers(self._module):
             for own in (layer._moment, layer._rows_seen):
                 own.copy_(self._total(own))

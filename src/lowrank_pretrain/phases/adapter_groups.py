@@ -36,6 +36,14 @@ class ScheduledGroups:
         return hash(self._optimizer)
 
 
+def separate_factors(trainer: pl.Trainer, module: pl.LightningModule, lr_ratio: float, weight_decay: float | None) -> None:
+    """Do as ``separate`` for factors of weights, whose product decays just as the weight did.
+
+    Both decay, and at ``lr_ratio`` times the rate: so each gets the share 1 / (2 · ``lr_ratio``) of the weight's decay.
+    """
+    separate(trainer, module, lr_ratio, weight_decay, 0.5 / lr_ratio)
+
+
 def separate(
     trainer: pl.Trainer, module: pl.LightningModule, lr_ratio: float, weight_decay: float | None, decay_ratio: float = 1.0
 ) -> None:

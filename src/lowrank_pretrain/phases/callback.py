@@ -102,7 +102,7 @@ class PhaseCallback(HasPhase, Callback):
         choice("optimizer_state", optimizer_state, ("keep", "reset"))
         whole("rewarm", rewarm, 0, "optimizer steps")
         choice("then", then, ("lora", "galore", "factorize"))
-        _check_rule(then, energy, flops)
+        refusals.check_rank_rule(then, energy, flops)
         self.energy, self.flops = energy, flops
         number("adapter_lr", adapter_lr, above=0, allowed="must be a number above 0, times the base weight's learning rate")
         if adapter_weight_decay is not None:
@@ -178,24 +178,16 @@ class PhaseCallback(HasPhase, Callback):
         agreed = transition.apply(trainer, pl_module, lambda: self._release(pl_module), self.optimizer_state, replay)
         self.phase = "lowrank"
         if isinstance(self._adopter, Factors):
-            self._own_factors(trainer, pl_module, self._adopter, replay)
+            self.plan = self._adopter.plan
+            transition.note_plain(pl_module).plan = dict(self.plan)
+            adapter_groups.separate_factors(trainer, pl_module, self.adapter_lr, self.adapter_weight_decay)
+            if not replay:
+                self._log(trainer, self._adopter.metrics())
         self._look_at_gradients(not replay)  # what freezing stopped may be what a gradient came through
         transition.note_plain(pl_module).phase = self.phase
         self._log_hash(trainer, agreed, replay)
         if self.rewarm:  # from here on, so that its hook always comes after that of the adapters' own groups
             self._rewarm = Rewarm(trainer, self, self.rewarm)
-
-    def _own_factors(self, trainer: pl.Trainer, pl_module: pl.LightningModule, factors: Factors, replay: bool) -> None:
-        """Note which ranks there are, and give the factors groups of their own.
-
-        Both factors decay, and at ``adapter_lr`` times the rate: with this share of W's decay U V decays just as W did.
-        """
-        self.plan = factors.plan
-        transition.note_plain(pl_module).plan = dict(self.plan)
-        adapter_groups.separate(trainer, pl_module, self.adapter_lr, self.adapter_weight_decay, 0.5 / self.adapter_lr)
-        if not replay:
-            self._log(trainer, {f"lowrank/rank/{name}": float(rank) for name, rank in self.plan.items()})
-            self._log(trainer, {"lowrank/kept_energy": min(factors.kept.values())})
 
     def _release(self, pl_module: pl.LightningModule) -> list[Inherit] | None:
         inherited = self._adopter.release()
@@ -476,14 +468,3 @@ class PhaseCallback(HasPhase, Callback):
     def has_own_groups(self) -> bool:
         """Return whether adapters have a learning rate or weight decay of their own."""
         return self.adapter_lr != 1.0 or self.adapter_weight_decay is not None or self.then == "factorize"
-
-
-def _check_rule(then: str, energy: float | None, flops: float | None) -> None:
-    """Refuse rules for ranks that are out of range, that exclude one another, or that nothing would follow."""
-    for key, value in (("energy", energy), ("flops", flops)):
-        if value is not None:
-            number(key, value, above=0, below=1, allowed="must be a fraction above 0 and below 1, or null")
-            if then != "factorize":
-                raise ConfigError(key, value, 'is for then="factorize": leave it out')
-    if energy is not None and flops is not None:
-        raise ConfigError("flops", flops, f"and energy={energy} both decide the ranks: give one of them")

@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
+from lowrank_pretrain.core.checks import number
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.protocols import HasPhase
 from lowrank_pretrain.core.targets import Target, all_targets, find_targets, tied_layers
@@ -64,6 +65,21 @@ def check_targets(
     for target in targets.values() if kept and not phases.freeze_rest else ():
         if any(other.name not in targets for other in all_targets(pl_module).values() if other.layer is target.layer):
             transition.refuse_views(kept[0])
+
+
+def check_rank_rule(then: str, energy: float | None, flops: float | None) -> None:
+    """Refuse rules for the ranks of factors that are out of range, that exclude each other, or that nothing would follow.
+
+    Raises:
+        ConfigError: naming the one.
+    """
+    for key, value in (("energy", energy), ("flops", flops)):
+        if value is not None:
+            number(key, value, above=0, below=1, allowed="must be a fraction above 0 and below 1, or null")
+            if then != "factorize":
+                raise ConfigError(key, value, 'is for then="factorize": leave it out')
+    if energy is not None and flops is not None:
+        raise ConfigError("flops", flops, f"and energy={energy} both decide the ranks: give one of them")
 
 
 def settings_of(phases: PhaseCallback) -> dict[str, Any]:
