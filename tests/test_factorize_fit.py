@@ -1,16 +1,21 @@
 """``then="factorize"`` in a Lightning fit: the switch, a bit-exact resume, plain checkpoints, averages, and what is refused."""
 
 import copy
+from collections import OrderedDict
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
+from safetensors.torch import load_file
 from torch import nn
+from torch.utils.data import DataLoader
 
 from lowrank_pretrain import GaLoreAdamW, LoRA, LTEStrategy, PhaseCallback, Plan, PreLoRA, galore_param_groups
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.targets import find_targets
+from lowrank_pretrain.export.weights import export
 from lowrank_pretrain.factorize.model import factor_parameters, factored_layers
+from lowrank_pretrain.models.vision import VisionClassifier
 from tests import prelora_workers as workers
 from tests.test_prelora_distributed import assert_equal as assert_ranks_equal
 from tests.test_prelora_distributed import assert_same
@@ -215,6 +220,42 @@ def test_another_rank_or_method_on_resume_is_refused(tmp_path):
         fit(tmp_path, steps(ranks=(0.5,)), toy(), ckpt=file)
     with pytest.raises(ConfigError, match="then"):
         fit(tmp_path, steps(then="lora", ranks=(4, 8)), toy(), ckpt=file)
+
+
+def test_exports_dense_and_factored(tmp_path):
+    timm = pytest.importorskip("timm")
+    module = VisionClassifier(
+        "vit_tiny_patch16_224", num_classes=3, img_size=16, in_chans=1, model_kwargs={"patch_size": 8, "embed_dim": 16,
+        "depth": 1, "num_heads": 2},
+    )  # fmt: skip
+    data = DataLoader([(torch.randn(1, 16, 16), i % 3) for i in range(32)], batch_size=8)
+    running = trainer(tmp_path, steps(), every=20, max_epochs=5)
+    running.fit(module, data)
+    out = export(tmp_path / "step=20.ckpt", "factored", tmp_path / "out")
+    dense = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
+    network, x = timm.create_model(f"local-dir:{out}", pretrained=False).eval(), torch.randn(2, 1, 16, 16)
+    state = load_file(out / "factored.safetensors")
+    for name in [key.removesuffix(".V.weight") for key in state if key.endswith(".V.weight")]:
+        (rank, cols), (rows, _) = state[name + ".V.weight"].shape, state[name + ".U.weight"].shape
+        pair = {"V": nn.Linear(cols, rank, bias=False), "U": nn.Linear(rank, rows, bias=name + ".U.bias" in state)}
+        network.set_submodule(name, nn.Sequential(OrderedDict(pair)))
+    network.load_state_dict(state)
+    torch.testing.assert_close(network(x), dense(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(dense(x), module.model.eval()(x), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ConfigError, match="holds no factors"):
+        running = trainer(tmp_path, every=2, max_steps=2)
+        running.fit(VisionClassifier(**module.hparams), data)
+        export(tmp_path / "step=2.ckpt", "factored", tmp_path / "none")
+
+
+def test_a_compiled_model_is_measured_and_factored(tmp_path):
+    plain, module = toy(), toy()
+    fit(tmp_path, steps(), plain)
+    module.compile(backend="eager")
+    callback = steps()
+    fit(tmp_path, callback, module)
+    assert callback.phase == "lowrank" and len(callback.plan) == 11
+    torch.testing.assert_close(module.losses, plain.losses, rtol=1e-3, atol=1e-3)
 
 
 FACTORIZE = {"then": "factorize", "ranks": (0.25,), "warmup": 0, "latest": 3}
