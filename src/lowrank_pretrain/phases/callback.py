@@ -182,7 +182,8 @@ class PhaseCallback(HasPhase, Callback):
             transition.note_plain(pl_module).plan = dict(self.plan)
             adapter_groups.separate_factors(trainer, pl_module, self.adapter_lr, self.adapter_weight_decay)
             if not replay:
-                self._log(trainer, self._adopter.metrics())
+                for logger in trainer.loggers:
+                    logger.log_metrics(self._adopter.metrics(), step=max(trainer.global_step - 1, 0))
         self._look_at_gradients(not replay)  # what freezing stopped may be what a gradient came through
         transition.note_plain(pl_module).phase = self.phase
         self._log_hash(trainer, agreed, replay)

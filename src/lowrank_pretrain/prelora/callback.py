@@ -189,14 +189,14 @@ class PreLoRA(PhaseCallback):
         if self.phase == "full":
             self._add_loss(trainer, outputs)
         stepped = trainer.global_step != self._seen_step
-        if stepped and self.freeze_due:
-            self.freeze(trainer, pl_module)
         self._seen_step = trainer.global_step
         self._units += int(stepped if self.window_unit == "step" else trainer.is_last_batch)
         self._due = self._due or self._units >= self.window
         if self._due and stepped:
             self._due, self._units = False, 0
             self._end_of_window(trainer, pl_module)
+        if stepped and self.freeze_due:  # asked for before the adopter was ready
+            self.freeze(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Warn when a run ended before its last phase."""
