@@ -94,6 +94,12 @@ class Adopter:
         """Finish the joint phase, at the freeze; returns as ``adopt`` does."""
         return []
 
+    def after_replay(self) -> None:
+        """Follow a resume: the changes are repeated, and the exact values of the checkpoint are back."""
+
+    def before_checkpoint(self) -> None:
+        """Prepare for a file that holds the first process's values. All processes call it."""
+
     def after_transition(self) -> None:
         """Follow a change of the model: optimizers hold the new parameters now, and the wrapper is not there again yet."""
 

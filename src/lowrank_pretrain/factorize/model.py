@@ -60,7 +60,7 @@ class Factors(Adopter, Reports):
         self.energy, self.flops, self.freeze_rest, self.products = energy, flops, freeze_rest, products
         self._total, self._from_first, self._is_first, self._seed = total, from_first, is_first, seed
         self.exact = exact
-        self.plan = Plan()
+        self.plan, self._module = Plan(), nn.Module()
         self.kept: dict[str, float] = {}  # share of the output energy by layer, after the freeze
 
     def check_adopt(self, names: Iterable[str], module: nn.Module) -> None:
@@ -132,7 +132,7 @@ class Factors(Adopter, Reports):
         ranks = {f"lowrank/rank/{name}": float(rank) for name, rank in self.plan.items()}
         return ranks | {"lowrank/kept_energy": min(self.kept.values(), default=1.0)}
 
-    def gather_moments(self) -> None:
+    def before_checkpoint(self) -> None:
         """Give the first process the sums of all, for a checkpoint, which has only its values.
 
         The run that goes on and the one that is resumed hold the same from then on. (Adding in another order rounds otherwise:
@@ -141,10 +141,10 @@ class Factors(Adopter, Reports):
         for _, layer in moments.measured_layers(self._module):
             for own in (layer._moment, layer._rows_seen):
                 own.copy_(self._total(own))
-        self.keep_moments()
+        self.after_replay()
 
-    def keep_moments(self) -> None:
-        """After ``gather_moments``, here or in a checkpoint that was just read: only the first process keeps the sums."""
+    def after_replay(self) -> None:
+        """Keep the sums in the first process only, for they are those of all."""
         for _, layer in moments.measured_layers(self._module) if not self._is_first else ():
             layer._moment.zero_()
             layer._rows_seen.zero_()

@@ -15,6 +15,7 @@ from lowrank_pretrain.core.protocols import ADAPTER_DEFAULTS, Adopter, adopters,
 from lowrank_pretrain.core.targets import Target, all_targets, plain_name
 from lowrank_pretrain.factorize.model import Factors, obstacle_to_factors
 from lowrank_pretrain.lora import model as lora
+from lowrank_pretrain.phases import adapter_groups
 from lowrank_pretrain.phases.transition import note_of
 
 if TYPE_CHECKING:
@@ -65,7 +66,26 @@ def _factors(phases: PhaseCallback, trainer: pl.Trainer) -> Factors:
         total=lambda local: trainer.strategy.reduce(local.clone(), reduce_op="sum"),
         from_first=lambda mine: trainer.strategy.broadcast(mine, 0),
         is_first=trainer.is_global_zero,
+        exact=phases._brought.exact if phases.phase == "lowrank" else None,
     )
+
+
+def settle_factors(
+    phases: PhaseCallback, factors: Factors, trainer: pl.Trainer, pl_module: pl.LightningModule, replay: bool
+) -> Plan:
+    """After weights were factored: note and log which ranks there are, and give the factors groups of their own.
+
+    Returns:
+        The plan as it came out.
+    """
+    note = note_of(pl_module)
+    if note is not None:
+        note.plan = dict(factors.plan)
+    adapter_groups.separate_factors(trainer, pl_module, phases.adapter_lr, phases.adapter_weight_decay)
+    for logger in () if replay else trainer.loggers:
+        # the row of the step just taken; Lightning counts rows from 0
+        logger.log_metrics(factors.metrics(), step=max(trainer.global_step - 1, 0))
+    return factors.plan
 
 
 def check_adopter(phases: PhaseCallback, adopter: Adopter, pl_module: pl.LightningModule) -> None:
@@ -85,12 +105,13 @@ def check_adopter(phases: PhaseCallback, adopter: Adopter, pl_module: pl.Lightni
         adopter.check_adopt(list(phases.plan or phases.chosen), pl_module)
 
 
-def unfit(trainer: pl.Trainer, factored: pl.LightningModule | None = None) -> Callable[[Target], str | None]:
+def unfit(trainer: pl.Trainer, pl_module: pl.LightningModule, then: str) -> Callable[[Target], str | None]:
     """Return a check of one target: is its weight in an optimizer, and will it stay a parameter?
 
     Args:
         trainer: whose optimizers and callbacks.
-        factored: the module of targets that shall be factored, which not every layer can be.
+        pl_module: the module.
+        then: what becomes of the targets; not every layer can be factored.
     """
     owned = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
     pruning = [callback for callback in trainer.callbacks if isinstance(callback, ModelPruning)]
@@ -102,8 +123,8 @@ def unfit(trainer: pl.Trainer, factored: pl.LightningModule | None = None) -> Ca
             return "is pruned by ModelPruning: its weight is computed at every forward then. Leave it out of one of the two"
         if id(target.layer.weight) not in owned:
             return "is in no optimizer: configure_optimizers must hand over its weight, or leave it out"
-        if factored is not None:
-            every = factored.named_parameters(remove_duplicate=False)
+        if then == "factorize":
+            every = pl_module.named_parameters(remove_duplicate=False)
             owners = [plain_name(name).removesuffix(".weight") for name, p in every if p is target.layer.weight]
             return obstacle_to_factors(target.layer, [name for name in owners if name != target.layer_name])
         return None

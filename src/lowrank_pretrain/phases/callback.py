@@ -58,10 +58,9 @@ class PhaseCallback(HasPhase, Callback):
         adapter_lr: the adapters' learning rate over that of their base weight.
         adapter_weight_decay: the adapters' weight decay; ``None``: that of their base weight.
         then: ``lora``: the plan goes to the strategy or optimizer if one is an ``Adopter``, else to adapters;
-            ``galore``: the optimizer must be one; ``factorize``: after the switch the inputs of the targets are measured while
-            W trains on, and at the freeze (at least 8 steps later) each W becomes a product U V of its rank and is dropped.
-        energy: with ``then="factorize"``: the share of each layer's output energy that its rank must keep, in place of the
-            plan's ranks.
+            ``galore``: the optimizer must be one; ``factorize``: at the freeze, at least 8 steps after the switch, each W
+            becomes a product U V of its rank.
+        energy: with ``factorize``, in place of the plan's ranks: the share of each layer's output energy that must stay.
         flops: likewise: the share of the targets' FLOPs that the factors may take in all.
 
     Attributes:
@@ -102,8 +101,7 @@ class PhaseCallback(HasPhase, Callback):
         choice("optimizer_state", optimizer_state, ("keep", "reset"))
         whole("rewarm", rewarm, 0, "optimizer steps")
         choice("then", then, ("lora", "galore", "factorize"))
-        refusals.check_rank_rule(then, energy, flops)
-        self.energy, self.flops = energy, flops
+        self.energy, self.flops = refusals.check_rank_rule(then, energy, flops)
         number("adapter_lr", adapter_lr, above=0, allowed="must be a number above 0, times the base weight's learning rate")
         if adapter_weight_decay is not None:
             allowed = "must be a number of 0 or more, or null"
@@ -145,11 +143,7 @@ class PhaseCallback(HasPhase, Callback):
         rank_zero_info(f"{type(self).__name__}: switch after step {self.switch_step}; targets by rank: {plan.summary()}")
 
     def freeze(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Stop training the targets' full weights: joint -> lowrank.
-
-        Where the adopter needs some steps in the joint phase first (``Adopter.joint_steps``) nothing happens yet and
-        ``freeze_due`` is true: call it again after a later step.
-        """
+        """Stop training the targets' full weights: joint -> lowrank. Sets ``freeze_due`` where the adopter needs more steps."""
         self.freeze_due = trainer.global_step - (self.switch_step or 0) < self._adopter.joint_steps
         if self.freeze_due:
             return
@@ -178,12 +172,7 @@ class PhaseCallback(HasPhase, Callback):
         agreed = transition.apply(trainer, pl_module, lambda: self._release(pl_module), self.optimizer_state, replay)
         self.phase = "lowrank"
         if isinstance(self._adopter, Factors):
-            self.plan = self._adopter.plan
-            transition.note_plain(pl_module).plan = dict(self.plan)
-            adapter_groups.separate_factors(trainer, pl_module, self.adapter_lr, self.adapter_weight_decay)
-            if not replay:
-                for logger in trainer.loggers:
-                    logger.log_metrics(self._adopter.metrics(), step=max(trainer.global_step - 1, 0))
+            self.plan = adoption.settle_factors(self, self._adopter, trainer, pl_module, replay)
         self._look_at_gradients(not replay)  # what freezing stopped may be what a gradient came through
         transition.note_plain(pl_module).phase = self.phase
         self._log_hash(trainer, agreed, replay)
@@ -263,14 +252,11 @@ class PhaseCallback(HasPhase, Callback):
         phase, unchecked = self.phase, self._unchecked
         self._switch(trainer, pl_module, self.plan or Plan({}), replay=True)
         if phase == "lowrank":
-            if isinstance(self._adopter, Factors):
-                self._adopter.exact = brought.exact
             self._freeze(trainer, pl_module, replay=True)
         self._unchecked = unchecked
         if brought.exact is not None:
             layers.load_exact(pl_module, brought.exact)
-            if isinstance(self._adopter, Factors):
-                self._adopter.keep_moments()
+            self._adopter.after_replay()
         for where, averaged, callback in transition.averages(trainer.callbacks):
             if where in brought.averages:
                 layers.load_exact(averaged, brought.averages[where])
@@ -346,8 +332,7 @@ class PhaseCallback(HasPhase, Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, rank: int, key: str, frozen: bool = False
     ) -> dict[str, Target]:
         """Resolve ``self.targets`` when all that a fit needs is there, and note what may be chosen."""
-        factored = pl_module if self.then == "factorize" else None
-        selection = select(pl_module, self.targets, frozen, adoption.unfit(trainer, factored))
+        selection = select(pl_module, self.targets, frozen, adoption.unfit(trainer, pl_module, self.then))
         if selection.left_out:
             rank_zero_warn(f"{type(self).__name__}: {say_left_out(pl_module, self.targets, selection.left_out)}")
         targets = {name: target for name, target in selection.targets.items() if name not in self.left_out}
@@ -425,8 +410,7 @@ class PhaseCallback(HasPhase, Callback):
         self.phase = state_dict["phase"]
         self.plan = None if state_dict["plan"] is None else Plan(state_dict["plan"])
         self.switch_step, self.freeze_step = state_dict["switch_step"], state_dict["freeze_step"]
-        self._unchecked = state_dict["unchecked"]
-        self.freeze_due = state_dict.get("freeze_due", False)
+        self._unchecked, self.freeze_due = state_dict["unchecked"], state_dict.get("freeze_due", False)
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Write the side entry: what an exact resume needs next to the plain model.
@@ -442,8 +426,7 @@ class PhaseCallback(HasPhase, Callback):
         side["groups"] = transition.group_names(trainer.optimizers, pl_module)
         note = transition.note_of_changed(pl_module)
         if note is not None:
-            if isinstance(self._adopter, Factors) and self.phase == "joint" and trainer.world_size > 1:
-                self._adopter.gather_moments()
+            self._adopter.before_checkpoint()
             exact = plain_checkpoint.exact_values(pl_module)
             if self._adopter is trainer.strategy:  # its workers may hold values of their own: those of the file count
                 exact |= {name: checkpoint["state_dict"][name] for name in exact if name in note.tied}

@@ -67,8 +67,8 @@ def check_targets(
             transition.refuse_views(kept[0])
 
 
-def check_rank_rule(then: str, energy: float | None, flops: float | None) -> None:
-    """Refuse rules for the ranks of factors that are out of range, that exclude each other, or that nothing would follow.
+def check_rank_rule(then: str, energy: float | None, flops: float | None) -> tuple[float | None, float | None]:
+    """Return the rules for the ranks of factors; refuse what is out of range, excludes the other, or nothing would follow.
 
     Raises:
         ConfigError: naming the one.
@@ -80,6 +80,7 @@ def check_rank_rule(then: str, energy: float | None, flops: float | None) -> Non
                 raise ConfigError(key, value, 'is for then="factorize": leave it out')
     if energy is not None and flops is not None:
         raise ConfigError("flops", flops, f"and energy={energy} both decide the ranks: give one of them")
+    return energy, flops
 
 
 def settings_of(phases: PhaseCallback) -> dict[str, Any]:
