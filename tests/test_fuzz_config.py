@@ -81,7 +81,7 @@ LEGAL = {
     "method.alpha": (0.5, HUGE, None), "method.freeze_rest": FLAG, "method.train_A": FLAG, "method.adapter_lr": (0.5, HUGE),
     "method.adapter_weight_decay": (0, 0.5, HUGE, None), "method.seed": (-1, 0, HUGE, None),
     "method.weight_tol": (0.5,), "method.loss_tol": (0.5,), "method.warmup": COUNT_FROM_0, "method.earliest": (0,),
-    "method.latest": (HUGE, None), "method.rewarm": COUNT_FROM_0,
+    "method.energy": (None,), "method.flops": (None,), "method.latest": (HUGE, None), "method.rewarm": COUNT_FROM_0,
     "method.update_proj_gap": (HUGE,), "method.scale": (0, 0.5, HUGE), "method.rotate_moments": FLAG, "method.stagger": FLAG,
     "method.layerwise": FLAG, "method.residual": (None,),
     "method.merge_every": (HUGE,), "method.reset": FLAG, "method.route": (None,), "method.overlap": (0,),

@@ -31,7 +31,10 @@ HEAD_SETTINGS: Mapping[str, Any] = MappingProxyType({"train_A": True})
 
 
 class Inherit(NamedTuple):
-    """A new parameter that takes over rows ``start … start+rows`` (along ``dim``) of an old one, with its optimizer state."""
+    """A new parameter that takes over rows ``start … start+rows`` (along ``dim``) of an old one, with its optimizer state.
+
+    With ``rows`` 0 it joins the old one's parameter group and takes no state over.
+    """
 
     new: nn.Parameter
     old: nn.Parameter
@@ -59,6 +62,8 @@ class Adopter:
     makes_adapters: bool = False
     #: Settings of adapters (:data:`ADAPTER_DEFAULTS`) that the adopter decides, with the only value it allows.
     adapter_settings: Mapping[str, Any] = ADAPTER_DEFAULTS
+    #: Optimizer steps that the adopter needs between switch and freeze, at least.
+    joint_steps: int = 0
     #: Whether the adopter compares the weights of all ranks itself when training starts and after a change of the model.
     compares_ranks: bool = False
 
@@ -88,6 +93,12 @@ class Adopter:
     def release(self) -> list[Inherit] | None:
         """Finish the joint phase, at the freeze; returns as ``adopt`` does."""
         return []
+
+    def after_replay(self) -> None:
+        """Follow a resume: the changes are repeated, and the exact values of the checkpoint are back."""
+
+    def before_checkpoint(self) -> None:
+        """Prepare for a file that holds the first process's values. All processes call it."""
 
     def after_transition(self) -> None:
         """Follow a change of the model: optimizers hold the new parameters now, and the wrapper is not there again yet."""

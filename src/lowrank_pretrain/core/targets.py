@@ -122,6 +122,8 @@ def obstacle(layer: nn.Module) -> str | None:
     """
     if _bypassed(layer):
         return "belongs to nn.MultiheadAttention, which never calls it: it cannot be a target"
+    if "weight" not in layer._parameters and hasattr(layer, "_plain_class"):
+        return None  # factored: its weight is a product of ours
     for own in ("weight", "bias"):
         if own not in layer._parameters:
             return _computed(layer, own)

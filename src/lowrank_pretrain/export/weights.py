@@ -1,12 +1,13 @@
 """Export trained weights from a checkpoint or a module into the formats that stock libraries read.
 
-    python -m lowrank_pretrain.export ckpt=PATH out=DIR [format=timm|hf|peft]
+    python -m lowrank_pretrain.export ckpt=PATH out=DIR [format=timm|hf|peft|factored]
 
     timm   DIR/{model.safetensors, config.json}: the merged network; timm.create_model("local-dir:DIR", pretrained=True),
            or timm.create_model(NAME, checkpoint_path="DIR/model.safetensors", ...)
     hf     the same for AutoModelForCausalLM.from_pretrained("DIR")
     peft   DIR/{adapter_model.safetensors, adapter_config.json}: the adapters, not merged, and DIR/base: the weights
            that they belong to, as above; PeftModel.from_pretrained(BASE, "DIR")
+    factored   DIR as above, and DIR/factored.safetensors: each W = U V as two linear layers (export/factored.py loads it)
 
 The folder also holds what a reader of the weights needs: preprocessing and class names (timm; transformers'
 pipeline("image-classification") reads the same folder), tokenizer and special ids (hf), and a README.md with the lines that
@@ -36,6 +37,7 @@ from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.files import write_whole
 from lowrank_pretrain.core.text import one_line
 from lowrank_pretrain.export import card as model_card
+from lowrank_pretrain.export.factored import factored_names, write_factors
 from lowrank_pretrain.export.facts import KEY as FACTS
 from lowrank_pretrain.export.facts import Facts
 from lowrank_pretrain.export.peft import adapted_layers, write_adapters
@@ -43,7 +45,7 @@ from lowrank_pretrain.lora.model import plain_state
 
 log = logging.getLogger("lowrank_pretrain.export")  # run as a command, __name__ differs
 
-FORMATS = ("timm", "hf", "peft")
+FORMATS = ("timm", "hf", "peft", "factored")
 _VISION = {"name", "num_classes", "img_size", "in_chans", "model_kwargs"}
 _LANGUAGE = {"name", "vocab_size", "seq_len", "config"}
 
@@ -78,7 +80,7 @@ def export(ckpt: str | Path, format: str | None, out: str | Path) -> Path:
 
     Args:
         ckpt: a Lightning checkpoint of this package's modules, or of a user's own.
-        format: ``"timm"``, ``"hf"``, ``"peft"``, or ``None``: what the checkpoint holds.
+        format: ``"timm"``, ``"hf"``, ``"peft"``, ``"factored"``, or ``None``: what the checkpoint holds.
         out: the folder to make.
 
     Returns:
@@ -95,6 +97,8 @@ def export(ckpt: str | Path, format: str | None, out: str | Path) -> Path:
     source = read(Path(ckpt))
     if format == "peft":
         _write_peft(source, out)
+    elif format == "factored":
+        _write_factored(source, out)
     elif format is not None and source.kind not in (format, None):
         raise ConfigError("format", format, f"{source.label} holds a {source.kind} model; use format={source.kind}")
     else:
@@ -281,6 +285,15 @@ def _write_peft(source: Source, out: Path) -> Path:
     return out
 
 
+def _write_factored(source: Source, out: Path) -> Path:
+    """Write the dense weights in `out`, and next to them the factors."""
+    exact = _tensors(source.lowrank.get("exact", {}))
+    if not factored_names(exact):
+        raise ConfigError("format", "factored", f"{source.label} holds no factors; leave format= out for its merged weights")
+    _write(source, out)
+    return write_factors(source.state, exact, out, "model." if source.kind else "")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit code (2: wrong arguments or an unusable checkpoint)."""
     argv = sys.argv[1:] if argv is None else argv
@@ -294,7 +307,7 @@ def main(argv: list[str] | None = None) -> int:
         given = key_values(argv, ("ckpt", "format", "out"))
         for key in ("ckpt", "out"):
             if not given.get(key):
-                raise ConfigError(key, None, "is missing; usage: ckpt=PATH out=DIR [format=timm|hf|peft]")
+                raise ConfigError(key, None, "is missing; usage: ckpt=PATH out=DIR [format=timm|hf|peft|factored]")
         out = export(given["ckpt"], given.get("format"), given["out"])
     except (ConfigError, OSError) as error:
         sys.stderr.write(f"error: {one_line(error, 600)}\n")

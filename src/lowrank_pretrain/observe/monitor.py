@@ -30,7 +30,7 @@ def count_parameters(module: torch.nn.Module) -> dict[str, int]:
         # a row block that trains on next to adapters is a view of a weight that is counted already
         counts["total"] += parameter.numel() * {"rest_weight", "rest_bias"}.isdisjoint(name.split("."))
         counts["trainable"] += parameter.numel() * parameter.requires_grad
-        counts["adapters"] += parameter.numel() * any(part in ("lora_A", "lora_B") for part in name.split("."))
+        counts["adapters"] += parameter.numel() * (not _ADDED.isdisjoint(name.split(".")))
     return counts
 
 
@@ -53,6 +53,9 @@ def batch_size_of(batch: Any) -> tuple[int, int]:
         return (len(batch) if batch.ndim else 1), 0
     parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else ()
     return next((found for found in map(batch_size_of, parts) if found[0]), (0, 0))
+
+
+_ADDED = frozenset(("lora_A", "lora_B", "factor_U", "factor_V"))  # what adapters and factors are called on their layers
 
 
 class Monitor(Callback):

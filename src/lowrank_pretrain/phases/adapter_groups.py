@@ -10,7 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 from torch.optim import Optimizer
 
-from lowrank_pretrain.lora import model as lora
+from lowrank_pretrain.phases import layers
 
 _FOLLOWED = ("betas", "momentum")  # what OneCycleLR and CyclicLR change beside lr
 
@@ -36,16 +36,27 @@ class ScheduledGroups:
         return hash(self._optimizer)
 
 
-def separate(trainer: pl.Trainer, module: pl.LightningModule, lr_ratio: float, weight_decay: float | None) -> None:
+def separate_factors(trainer: pl.Trainer, module: pl.LightningModule, lr_ratio: float, weight_decay: float | None) -> None:
+    """Do as ``separate`` for factors of weights, whose product decays just as the weight did.
+
+    Both decay, and at ``lr_ratio`` times the rate: so each gets the share 1 / (2 · ``lr_ratio``) of the weight's decay.
+    """
+    separate(trainer, module, lr_ratio, weight_decay, 0.5 / lr_ratio)
+
+
+def separate(
+    trainer: pl.Trainer, module: pl.LightningModule, lr_ratio: float, weight_decay: float | None, decay_ratio: float = 1.0
+) -> None:
     """Move adapters from their weights' groups into groups that follow those.
 
     Args:
         trainer: its optimizers and schedulers are changed.
         module: has adapters in the optimizers' groups.
         lr_ratio: the adapters' learning rate over their weight's.
-        weight_decay: theirs; ``None``: their weight's.
+        weight_decay: theirs; ``None``: their weight's, times
+        decay_ratio: what it is multiplied with then.
     """
-    adapters = {id(p) for _, p in lora.adapter_parameters(module)}
+    adapters = {id(p) for _, p in layers.added_parameters(module)}
     for optimizer in trainer.optimizers:
         identities = _identities(optimizer)  # before the first follower joins
         for index, source in enumerate(list(optimizer.param_groups)):
@@ -57,6 +68,8 @@ def separate(trainer: pl.Trainer, module: pl.LightningModule, lr_ratio: float, w
             follower |= {"follows": index, "lr_ratio": lr_ratio, "lr": source["lr"] * lr_ratio}
             if weight_decay is not None:
                 follower["weight_decay"] = weight_decay
+            elif "weight_decay" in source and decay_ratio != 1.0:
+                follower["weight_decay"] = source["weight_decay"] * decay_ratio
             for key in ("params", "param_names"):
                 if key in source:
                     follower[key] = [item for item, is_mine in zip(source[key], mine, strict=True) if is_mine]

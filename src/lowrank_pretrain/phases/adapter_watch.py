@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.targets import families
 from lowrank_pretrain.lora import model as lora
+from lowrank_pretrain.phases.layers import added_parameters, layer_of
 from lowrank_pretrain.phases.rehearsal import Hook, compiled_parts, in_autograd_function
 
 # by the names of their classes, so that none need be installed
@@ -173,7 +174,7 @@ class GradientWatch:
 
     def __init__(self, module: nn.Module) -> None:
         self.steps, self._module = 0, module
-        self.without = {name: p for name, p in lora.adapter_parameters(module) if p.requires_grad}
+        self.without = {name: p for name, p in added_parameters(module) if p.requires_grad}
         self.every = len(self.without)
         self._only_cut_off: dict[str, bool] = {}  # by layer that was called: only inside of a checkpoint, without autograd
         compiled = compiled_parts(module)
@@ -233,7 +234,7 @@ class GradientWatch:
 
     def layers(self) -> list[str]:
         """Names of the layers whose adapters had no gradient so far."""
-        return list(dict.fromkeys(name.partition(".lora_")[0] for name in self.without))
+        return list(dict.fromkeys(layer_of(name) for name in self.without))
 
     def stop(self) -> None:
         """Remove the hooks."""

@@ -6,13 +6,16 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import ModelPruning
 
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.plan import Plan
 from lowrank_pretrain.core.protocols import ADAPTER_DEFAULTS, Adopter, adopters, overruled
-from lowrank_pretrain.core.targets import Target, all_targets
+from lowrank_pretrain.core.targets import Target, all_targets, plain_name
+from lowrank_pretrain.factorize.model import Factors, obstacle_to_factors
 from lowrank_pretrain.lora import model as lora
+from lowrank_pretrain.phases import adapter_groups
 from lowrank_pretrain.phases.transition import note_of
 
 if TYPE_CHECKING:
@@ -27,23 +30,62 @@ def find_adopter(phases: PhaseCallback, trainer: pl.Trainer) -> Adopter:
         trainer: the running trainer.
 
     Raises:
-        ConfigError: a strategy or optimizer has an ``adopt`` and is no ``Adopter``; or ``then="galore"``, and the strategy
-            takes the plan, or no optimizer does.
+        ConfigError: a strategy or optimizer has an ``adopt`` and is no ``Adopter``; ``then="galore"``, and the strategy takes
+            the plan, or no optimizer does; or ``then="factorize"``, and either takes it.
     """
     for kind, part in (("strategy", trainer.strategy), *(("optimizer", optimizer) for optimizer in trainer.optimizers)):
         if hasattr(part, "adopt") and not isinstance(part, Adopter):
             cure = "has a method adopt and would be passed over: inherit from lowrank_pretrain.core.protocols.Adopter"
             raise ConfigError(kind, type(part).__name__, cure)
     if isinstance(trainer.strategy, Adopter):
+        name = type(trainer.strategy).__name__
+        if phases.then == "factorize":
+            raise ConfigError("then", "factorize", f"{name} takes the plan for its heads: use ddp, or fit with LTE afterwards")
         if phases.then == "galore":
-            name = type(trainer.strategy).__name__
             raise ConfigError("then", "galore", f"{name} takes the plan: leave `then` out; with LTE use update=galore")
         return trainer.strategy
     for optimizer in adopters(trainer.optimizers):
+        if phases.then == "factorize":
+            name = type(optimizer).__name__
+            raise ConfigError("then", "factorize", f"{name} projects the gradients of whole weights: use AdamW, or then=galore")
         return optimizer
     if phases.then == "galore":
         raise ConfigError("then", "galore", "needs GaLoreAdamW from configure_optimizers (a group without rank is AdamW)")
+    if phases.then == "factorize":
+        return _factors(phases, trainer)
     return lora.Adapters(phases.alpha, phases.train_A, phases.freeze_rest)
+
+
+def _factors(phases: PhaseCallback, trainer: pl.Trainer) -> Factors:
+    """Return the adopter of ``then="factorize"``, which sums over this run's processes and follows its first one."""
+    return Factors(
+        energy=phases.energy,
+        flops=phases.flops,
+        freeze_rest=phases.freeze_rest,
+        products=torch.bfloat16 if "mixed" in str(trainer.precision) else None,
+        total=lambda local: trainer.strategy.reduce(local.clone(), reduce_op="sum"),
+        from_first=lambda mine: trainer.strategy.broadcast(mine, 0),
+        is_first=trainer.is_global_zero,
+        exact=phases._brought.exact if phases.phase == "lowrank" else None,
+    )
+
+
+def settle_factors(
+    phases: PhaseCallback, factors: Factors, trainer: pl.Trainer, pl_module: pl.LightningModule, replay: bool
+) -> Plan:
+    """After weights were factored: note and log which ranks there are, and give the factors groups of their own.
+
+    Returns:
+        The plan as it came out.
+    """
+    note = note_of(pl_module)
+    if note is not None:
+        note.plan = dict(factors.plan)
+    adapter_groups.separate_factors(trainer, pl_module, phases.adapter_lr, phases.adapter_weight_decay)
+    for logger in () if replay else trainer.loggers:
+        # the row of the step just taken; Lightning counts rows from 0
+        logger.log_metrics(factors.metrics(), step=max(trainer.global_step - 1, 0))
+    return factors.plan
 
 
 def check_adopter(phases: PhaseCallback, adopter: Adopter, pl_module: pl.LightningModule) -> None:
@@ -63,8 +105,14 @@ def check_adopter(phases: PhaseCallback, adopter: Adopter, pl_module: pl.Lightni
         adopter.check_adopt(list(phases.plan or phases.chosen), pl_module)
 
 
-def unfit(trainer: pl.Trainer) -> Callable[[Target], str | None]:
-    """Return a check of one target: is its weight in an optimizer, and will it stay a parameter?"""
+def unfit(trainer: pl.Trainer, pl_module: pl.LightningModule, then: str) -> Callable[[Target], str | None]:
+    """Return a check of one target: is its weight in an optimizer, and will it stay a parameter?
+
+    Args:
+        trainer: whose optimizers and callbacks.
+        pl_module: the module.
+        then: what becomes of the targets; not every layer can be factored.
+    """
     owned = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
     pruning = [callback for callback in trainer.callbacks if isinstance(callback, ModelPruning)]
     # Lightning has no public way to ask what it prunes; it does so at the end of an epoch
@@ -75,6 +123,10 @@ def unfit(trainer: pl.Trainer) -> Callable[[Target], str | None]:
             return "is pruned by ModelPruning: its weight is computed at every forward then. Leave it out of one of the two"
         if id(target.layer.weight) not in owned:
             return "is in no optimizer: configure_optimizers must hand over its weight, or leave it out"
+        if then == "factorize":
+            every = pl_module.named_parameters(remove_duplicate=False)
+            owners = [plain_name(name).removesuffix(".weight") for name, p in every if p is target.layer.weight]
+            return obstacle_to_factors(target.layer, [name for name in owners if name != target.layer_name])
         return None
 
     return reason

@@ -29,9 +29,10 @@ from lowrank_pretrain.core.plan import Plan, fit_ranks
 from lowrank_pretrain.core.protocols import PHASES, Adopter, HasPhase, Inherit
 from lowrank_pretrain.core.steps import log_row
 from lowrank_pretrain.core.targets import Target, first_named, say_left_out, select
+from lowrank_pretrain.factorize.model import Factors
 from lowrank_pretrain.lora import model as lora
 from lowrank_pretrain.observe.monitor import count_parameters
-from lowrank_pretrain.phases import adapter_groups, adoption, plain_checkpoint, refusals, transition
+from lowrank_pretrain.phases import adapter_groups, adoption, layers, plain_checkpoint, refusals, transition
 from lowrank_pretrain.phases.adapter_watch import AdapterWatch, GradientWatch, check_optimizers
 from lowrank_pretrain.phases.first_step import FirstStep
 from lowrank_pretrain.phases.plain_checkpoint import Brought, Ended, Held
@@ -59,7 +60,10 @@ class PhaseCallback(HasPhase, Callback):
         adapter_lr: the adapters' learning rate over that of their base weight.
         adapter_weight_decay: the adapters' weight decay; ``None``: that of their base weight.
         then: ``lora``: the plan goes to the strategy or optimizer if one is an ``Adopter``, else to adapters;
-            ``galore``: the optimizer must be one.
+            ``galore``: the optimizer must be one; ``factorize``: at the freeze, at least 8 steps after the switch, each W
+            becomes a product U V of its rank.
+        energy: with ``factorize``, in place of the plan's ranks: the share of each layer's output energy that must stay.
+        flops: likewise: the share of the targets' FLOPs that the factors may take in all.
 
     Attributes:
         phase: ``full``, ``joint`` or ``lowrank``.
@@ -89,6 +93,8 @@ class PhaseCallback(HasPhase, Callback):
         then: str = "lora",
         adapter_lr: float = 1.0,
         adapter_weight_decay: float | None = None,
+        energy: float | None = None,
+        flops: float | None = None,
     ) -> None:
         if alpha is not None:
             number("alpha", alpha, above=0, allowed="must be a number above 0, or null for alpha = rank")
@@ -96,7 +102,8 @@ class PhaseCallback(HasPhase, Callback):
         flag("freeze_rest", freeze_rest)
         choice("optimizer_state", optimizer_state, ("keep", "reset"))
         whole("rewarm", rewarm, 0, "optimizer steps")
-        choice("then", then, ("lora", "galore"))
+        choice("then", then, ("lora", "galore", "factorize"))
+        self.energy, self.flops = refusals.check_rank_rule(then, energy, flops)
         number("adapter_lr", adapter_lr, above=0, allowed="must be a number above 0, times the base weight's learning rate")
         if adapter_weight_decay is not None:
             allowed = "must be a number of 0 or more, or null"
@@ -117,6 +124,7 @@ class PhaseCallback(HasPhase, Callback):
         self.plan: Plan | None = None
         self.switch_step: int | None = None
         self.freeze_step: int | None = None
+        self.freeze_due = False  # the freeze was asked for before the adopter could do it
         self._adopter = Adopter()  # found when a fit starts
         self.chosen: dict[str, int] = {}  # target -> largest rank that it may get
         self.left_out: dict[str, str] = {}  # target -> what the first step said against it
@@ -137,7 +145,10 @@ class PhaseCallback(HasPhase, Callback):
         rank_zero_info(f"{type(self).__name__}: switch after step {self.switch_step}; targets by rank: {plan.summary()}")
 
     def freeze(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Stop training the targets' full weights: joint -> lowrank."""
+        """Stop training the targets' full weights: joint -> lowrank. Sets ``freeze_due`` where the adopter needs more steps."""
+        self.freeze_due = trainer.global_step - (self.switch_step or 0) < self._adopter.joint_steps
+        if self.freeze_due:
+            return
         self._freeze(trainer, pl_module, replay=False)
         self.freeze_step = trainer.global_step
         counts = count_parameters(pl_module)
@@ -151,7 +162,7 @@ class PhaseCallback(HasPhase, Callback):
         )
         if isinstance(self._adopter, Optimizer):
             transition.note_added(pl_module)
-        if self.has_own_groups():
+        if self.has_own_groups() and not isinstance(self._adopter, Factors):
             adapter_groups.separate(trainer, pl_module, self.adapter_lr, self.adapter_weight_decay)
         self._unmoved, self._moving = True, None
         self.phase, self.plan = "joint", plan
@@ -162,6 +173,8 @@ class PhaseCallback(HasPhase, Callback):
     def _freeze(self, trainer: pl.Trainer, pl_module: pl.LightningModule, replay: bool) -> None:
         agreed = transition.apply(trainer, pl_module, lambda: self._release(pl_module), self.optimizer_state, replay)
         self.phase = "lowrank"
+        if isinstance(self._adopter, Factors):
+            self.plan = adoption.settle_factors(self, self._adopter, trainer, pl_module, replay)
         self._look_at_gradients(not replay)  # what freezing stopped may be what a gradient came through
         transition.note_plain(pl_module).phase = self.phase
         self._log_hash(trainer, agreed, replay)
@@ -170,7 +183,7 @@ class PhaseCallback(HasPhase, Callback):
 
     def _release(self, pl_module: pl.LightningModule) -> list[Inherit] | None:
         inherited = self._adopter.release()
-        if self.freeze_rest and not isinstance(self._adopter, lora.Adapters):
+        if self.freeze_rest and not isinstance(self._adopter, (lora.Adapters, Factors)):
             adoption.freeze_rest(pl_module, self.plan or Plan({}))
         return inherited
 
@@ -199,12 +212,12 @@ class PhaseCallback(HasPhase, Callback):
         note = left if ended is None else ended.note
         self._brought, self._diverged = Brought(), False
         if self.phase != "full" and note is not None and note.plan == dict(self.plan or {}):  # the fit goes on
-            self._brought.exact = lora.clone_state(lora.exact_state(pl_module) if ended is None else ended.model.exact())
+            self._brought.exact = lora.clone_state(layers.exact_state(pl_module) if ended is None else ended.model.exact())
         else:
             self._reset()
         if left is not None:  # a fit that was interrupted left it so, or an optimizer that took the plan
             # a file may be about to replace the weights, which Lightning does not say yet: `on_fit_start` knows
-            self._diverged = not lora.is_finite(pl_module)
+            self._diverged = not layers.is_finite(pl_module)
             plain_checkpoint.restore_plain(pl_module, check=False)
             transition.restart_averages(trainer.callbacks, pl_module)  # those set up before us copied the adapters too
         plain_checkpoint.forget_held(pl_module)
@@ -238,10 +251,11 @@ class PhaseCallback(HasPhase, Callback):
             self._freeze(trainer, pl_module, replay=True)
         self._unchecked = unchecked
         if brought.exact is not None:
-            lora.load_exact(pl_module, brought.exact)
+            layers.load_exact(pl_module, brought.exact)
+            self._adopter.after_replay()
         for where, averaged, callback in transition.averages(trainer.callbacks):
             if where in brought.averages:
-                lora.load_exact(averaged, brought.averages[where])
+                layers.load_exact(averaged, brought.averages[where])
             elif brought.exact is not None:
                 transition.restart_averages([callback], pl_module)
 
@@ -314,7 +328,7 @@ class PhaseCallback(HasPhase, Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, rank: int, key: str, frozen: bool = False
     ) -> dict[str, Target]:
         """Resolve ``self.targets`` when all that a fit needs is there, and note what may be chosen."""
-        selection = select(pl_module, self.targets, frozen, adoption.unfit(trainer))
+        selection = select(pl_module, self.targets, frozen, adoption.unfit(trainer, pl_module, self.then))
         if selection.left_out:
             rank_zero_warn(f"{type(self).__name__}: {say_left_out(pl_module, self.targets, selection.left_out)}")
         targets = {name: target for name, target in selection.targets.items() if name not in self.left_out}
@@ -350,7 +364,7 @@ class PhaseCallback(HasPhase, Callback):
         note = transition.note_of_changed(pl_module)
         if note is None:
             return
-        if not any(True for _ in lora.lora_layers(pl_module)):  # strategy or optimizer took the plan
+        if not layers.has_changed(pl_module):  # strategy or optimizer took the plan
             transition.restore_flags(pl_module)
             return
         groups = transition.group_names(trainer.optimizers, pl_module)
@@ -382,6 +396,7 @@ class PhaseCallback(HasPhase, Callback):
             "switch_step": self.switch_step,
             "freeze_step": self.freeze_step,
             "unchecked": self._unchecked,
+            "freeze_due": self.freeze_due,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -391,7 +406,7 @@ class PhaseCallback(HasPhase, Callback):
         self.phase = state_dict["phase"]
         self.plan = None if state_dict["plan"] is None else Plan(state_dict["plan"])
         self.switch_step, self.freeze_step = state_dict["switch_step"], state_dict["freeze_step"]
-        self._unchecked = state_dict["unchecked"]
+        self._unchecked, self.freeze_due = state_dict["unchecked"], state_dict.get("freeze_due", False)
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Write the side entry: what an exact resume needs next to the plain model.
@@ -407,6 +422,7 @@ class PhaseCallback(HasPhase, Callback):
         side["groups"] = transition.group_names(trainer.optimizers, pl_module)
         note = transition.note_of_changed(pl_module)
         if note is not None:
+            self._adopter.before_checkpoint()
             exact = plain_checkpoint.exact_values(pl_module)
             if self._adopter is trainer.strategy:  # its workers may hold values of their own: those of the file count
                 exact |= {name: checkpoint["state_dict"][name] for name in exact if name in note.tied}
@@ -430,4 +446,4 @@ class PhaseCallback(HasPhase, Callback):
 
     def has_own_groups(self) -> bool:
         """Return whether adapters have a learning rate or weight decay of their own."""
-        return self.adapter_lr != 1.0 or self.adapter_weight_decay is not None
+        return self.adapter_lr != 1.0 or self.adapter_weight_decay is not None or self.then == "factorize"

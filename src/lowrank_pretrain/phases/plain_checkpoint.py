@@ -25,12 +25,13 @@ from torch import Tensor, nn
 
 from lowrank_pretrain.lora import model as lora
 from lowrank_pretrain.lora.function import Part, merged
+from lowrank_pretrain.phases import layers
 from lowrank_pretrain.phases.transition import Note, forget_note, note_of, restore_flags
 
 
 def restore_plain(pl_module: nn.Module, check: bool = True) -> None:
     """Merge and eject the adapters, and restore the original ``requires_grad``: the module as its user made it, trained."""
-    lora.eject(pl_module, check)
+    layers.make_plain(pl_module, check)
     restore_flags(pl_module)
     forget_note(pl_module)
     forget_held(pl_module)
@@ -72,7 +73,7 @@ def exact_values(module: nn.Module, noted: nn.Module | None = None) -> dict[str,
     live = lora.own_tensors(module)
     # a head that came untied: in the plain model its name and the embedding's are one tensor, the last one loaded
     names = [] if note is None else [*note.tied, *note.added]
-    return {name: live[name] for name in names if name in live} | lora.exact_state(module)
+    return {name: live[name] for name in names if name in live} | layers.exact_state(module)
 
 
 class _HeldLayer(NamedTuple):
@@ -102,7 +103,8 @@ class Held:
                        layer._transposed)
             for name, layer in lora.lora_layers(module)
         ]  # fmt: skip
-        lora.eject(module, check=False)
+        self._factors = layers.HeldFactors(module)
+        layers.make_plain(module, check=False)
 
     def show(self) -> None:
         """Leave the factors readable on their layers, as attributes that are no parameters of the module."""
@@ -113,7 +115,7 @@ class Held:
         """Return the exact values; for a layer whose weight has changed since, the weight and B = 0."""
         module = self.module()
         live = {} if module is None else lora.own_tensors(module)
-        exact = {name: live[name] for name in self._tied if name in live}
+        exact = {name: live[name] for name in self._tied if name in live} | self._factors.exact()
         for held in self._layers:
             W, A = held.weight, held.lora_A.detach()
             B = {part: factor.detach() for part, factor in held.lora_B.items()}

@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
+from lowrank_pretrain.core.checks import number
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.protocols import HasPhase
 from lowrank_pretrain.core.targets import Target, all_targets, find_targets, tied_layers
@@ -66,10 +67,27 @@ def check_targets(
             transition.refuse_views(kept[0])
 
 
+def check_rank_rule(then: str, energy: float | None, flops: float | None) -> tuple[float | None, float | None]:
+    """Return the rules for the ranks of factors; refuse what is out of range, excludes the other, or nothing would follow.
+
+    Raises:
+        ConfigError: naming the one.
+    """
+    for key, value in (("energy", energy), ("flops", flops)):
+        if value is not None:
+            number(key, value, above=0, below=1, allowed="must be a fraction above 0 and below 1, or null")
+            if then != "factorize":
+                raise ConfigError(key, value, 'is for then="factorize": leave it out')
+    if energy is not None and flops is not None:
+        raise ConfigError("flops", flops, f"and energy={energy} both decide the ranks: give one of them")
+    return energy, flops
+
+
 def settings_of(phases: PhaseCallback) -> dict[str, Any]:
     """Return the arguments that a resumed run must have again, as plain types."""
     names = ["train_A", "adapter_lr", "adapter_weight_decay", "freeze_rest"]
     names += [name for name in ("targets", "ranks") if getattr(phases, name) is not None]
+    names += ["then", "energy", "flops"] if phases.then == "factorize" else []
     found = {name: getattr(phases, name) for name in names}
     return {name: [*value] if isinstance(value, tuple) else value for name, value in found.items()}
 
@@ -86,7 +104,7 @@ def check_settings(phases: PhaseCallback, noted: Mapping[str, Any], pl_module: p
         ConfigError: naming each that differs.
     """
     bound = {"full": ["targets"], "joint": [name for name in noted if name != "freeze_rest"]}.get(phases.phase, list(noted))
-    now, differing = settings_of(phases), []
+    now, differing = {"then": phases.then} | settings_of(phases), []
     for name in bound:
         if name not in noted or name not in now or now[name] == noted[name]:
             continue

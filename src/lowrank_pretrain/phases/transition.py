@@ -12,7 +12,7 @@ state of a hook that holds buffers by bucket (PowerSGD's) starts anew, because t
 Lightning's ``WeightAveraging`` and ``StochasticWeightAveraging`` pair averaged and trained parameters by position. So each
 averaged model becomes a copy of the changed model, and takes the old average's values back by name. Adapters join as they are
 (B = 0, so the average's function does not move). From then on W, A and B are averaged separately: W₀ + avg(B) avg(A), which is
-the average of the merged weights up to the factors' covariance.
+the average of the merged weights up to the factors' covariance. A factored average keeps of its W what the trained U reaches.
 
 Private names of Lightning and torch that are read here: the loop's ``_should_accumulate``, DDP's ``_comm_hooks``, a module's
 ``_compiled_call_impl``, and the callbacks' ``_average_model``.
@@ -36,6 +36,8 @@ from lowrank_pretrain.core.agreement import agreed_hash
 from lowrank_pretrain.core.buckets import settle_buckets
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.protocols import Adopter, Inherit
+from lowrank_pretrain.factorize.layer import follow_weight
+from lowrank_pretrain.factorize.model import factored_layers, shown_whole
 from lowrank_pretrain.lora.model import own_tensors, shown_plain
 
 Change = Callable[[], Iterable[Inherit] | None]
@@ -160,7 +162,7 @@ class _AsPlain:
         note = note_of(self.module)
         if kwargs.get("keep_vars", False):  # who wants the parameters themselves gets them as they are
             return self.__wrapped__(*args, **kwargs)
-        with shown_plain(self.module, {} if note is None else note.requires_grad):
+        with shown_whole(self.module), shown_plain(self.module, {} if note is None else note.requires_grad):
             return self.__wrapped__(*args, **kwargs)
 
 
@@ -324,7 +326,7 @@ def _keep_hooks(wrapper: nn.Module, hooks: Iterable[tuple[Callable, Any]]) -> No
 def _inherit_state(optimizer: Optimizer, inherited: Iterable[Inherit]) -> None:
     for new, old, dim, start, rows in inherited:
         state = optimizer.state.get(old)
-        if not state:
+        if not state or not rows:
             continue
         mine = optimizer.state[new] = {}
         for key, value in state.items():
@@ -415,6 +417,9 @@ def follow(callbacks: Iterable[pl.Callback], module: pl.LightningModule) -> None
         with torch.no_grad():
             for name, value in own_tensors(new).items():
                 value.copy_(old.get(name, value))
+        for name, layer in factored_layers(new):  # U stays the trained one's, so that like is averaged with like
+            if f"{name}.weight" in old:
+                follow_weight(layer, old[f"{name}.weight"])
 
 
 def restart_averages(callbacks: Iterable[pl.Callback], module: pl.LightningModule) -> None:

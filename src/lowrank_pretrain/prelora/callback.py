@@ -1,7 +1,7 @@
 """PreLoRA as a Lightning callback (arXiv 2509.21619): *when* training becomes low-rank."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -14,9 +14,18 @@ from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.plan import Plan, is_integer
 from lowrank_pretrain.core.steps import StepWatch, log_row
 from lowrank_pretrain.core.targets import Target, all_targets, check_patterns, families, obstacles
+from lowrank_pretrain.factorize.ranks import rank_of_fraction
 from lowrank_pretrain.phases.callback import PATIENCE, PhaseCallback
 from lowrank_pretrain.phases.first_step import FirstStep
-from lowrank_pretrain.prelora.decisions import Verdict, Window, assign_ranks, check_convergence, check_ranks
+from lowrank_pretrain.prelora.decisions import (
+    RANKS,
+    Verdict,
+    Window,
+    assign_ranks,
+    check_convergence,
+    check_fractions,
+    check_ranks,
+)
 
 
 class PreLoRA(PhaseCallback):
@@ -35,7 +44,8 @@ class PreLoRA(PhaseCallback):
             one leaves out what it matches. What cannot be a target (frozen, parametrized, in no optimizer, never called, ...)
             is left out of a preset with one warning, and refused where it is named.
         ranks: increasing powers of two to choose from; may begin with 0 (frozen without an adapter). A target narrower than
-            its rank gets min(D, O), with one warning, and is refused where it is named.
+            its rank gets min(D, O), with one warning, and is refused where it is named. With ``then="factorize"`` increasing
+            fractions of min(D, O) instead, by default (0.25,).
         window: length of a window, in units of ``window_unit``.
         window_unit: ``epoch`` or ``step`` (optimizer steps).
         windows: k, how many windows the test looks at; at least 2.
@@ -52,7 +62,12 @@ class PreLoRA(PhaseCallback):
         optimizer_state: ``keep``, or ``reset`` all moments at both transitions as the authors' code does.
         adapter_lr: the adapters' learning rate over that of their base weight.
         adapter_weight_decay: the adapters' weight decay; ``None``: that of their base weight.
-        then: ``lora``, or ``galore``: the optimizer (GaLoreAdamW) takes the targets over, without adapters.
+        then: ``lora``, or ``galore``: the optimizer (GaLoreAdamW) takes the targets over, without adapters; or ``factorize``:
+            W trains on through the joint phase (at least 8 steps), and then becomes a product U V of its rank: everything
+            shrinks with it. A target that would not get faster stays whole and trains on.
+        energy: with ``then="factorize"``: the share of each layer's output energy that its rank must keep, in place of
+            ``ranks``.
+        flops: likewise: the share of the targets' FLOPs that the factors may take in all, in place of ``ranks``.
 
     Raises:
         ConfigError: a wrong value; at the start of fit or in its first step, a pattern without a match, one that names what
@@ -82,10 +97,17 @@ class PreLoRA(PhaseCallback):
         then: str = "lora",
         adapter_lr: float = 1.0,
         adapter_weight_decay: float | None = None,
+        energy: float | None = None,
+        flops: float | None = None,
     ) -> None:
-        super().__init__(alpha, train_A, freeze_rest, optimizer_state, rewarm, then, adapter_lr, adapter_weight_decay)
+        own = (adapter_lr, adapter_weight_decay, energy, flops)
+        super().__init__(alpha, train_A, freeze_rest, optimizer_state, rewarm, then, *own)
         self.targets = check_patterns(targets)
-        self.ranks = check_ranks(ranks)
+        if then == "factorize":
+            unset = isinstance(ranks, Sequence) and list(ranks) == RANKS
+            self.ranks = check_fractions((0.25,) if unset else ranks)
+        else:
+            self.ranks = check_ranks(ranks)
         for key, value, least in (
             ("window", window, 1),
             ("windows", windows, 2),
@@ -129,7 +151,10 @@ class PreLoRA(PhaseCallback):
 
     def choose_targets(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Resolve the targets, with the layers of ``setup`` and ``configure_model`` there, so that a mistake shows at once."""
-        targets = self._select(trainer, pl_module, self.ranks[-1], "ranks")
+        # a fraction of min(D, O) is never too large: nothing needs cutting down
+        targets = self._select(trainer, pl_module, 1 if self.then == "factorize" else self.ranks[-1], "ranks")
+        if self.then == "factorize":
+            self.chosen = {name: targets[name].max_rank for name in self.chosen}
         self._check_length(trainer)
         if self._adopter.makes_adapters:
             self._first = FirstStep(trainer, pl_module, targets)
@@ -170,6 +195,8 @@ class PreLoRA(PhaseCallback):
         if self._due and stepped:
             self._due, self._units = False, 0
             self._end_of_window(trainer, pl_module)
+        if stepped and self.freeze_due:  # asked for before the adopter was ready
+            self.freeze(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Warn when a run ended before its last phase."""
@@ -210,14 +237,16 @@ class PreLoRA(PhaseCallback):
                 rank_zero_info(f"PreLoRA: not converged by window {self.windows_done}, switching because of latest")
             self._check_again(trainer, pl_module)
             family_of = {name: family for name, family in family_of.items() if name in self.chosen}
-            plan = Plan(trainer.strategy.broadcast(dict(self._assign(family_of))))
+            plan = Plan(trainer.strategy.broadcast(dict(self._assign(family_of, targets))))
             self.switch(trainer, pl_module, plan)
             self.windows_done = 0
             log_row(trainer, {f"lowrank/rank/{name}": float(rank) for name, rank in plan.items()})
             if self.warmup == 0:
                 self.freeze(trainer, pl_module)
 
-    def _assign(self, family_of: dict[str, str]) -> Plan:
+    def _assign(self, family_of: dict[str, str], targets: Mapping[str, Target]) -> Plan:
+        if self.then == "factorize":
+            return self._assign_fractions(family_of, targets)
         signal = [w.norms for w in self.history] if self.rank_signal == "weight_norm" else self.grad_norms
         if len(signal) < 2 or any(name not in norms for norms in signal[-2:] for name in family_of):
             rank_zero_warn(f"PreLoRA: fewer than two windows of {self.rank_signal}: every target gets rank {self.ranks[0]}")
@@ -228,6 +257,17 @@ class PreLoRA(PhaseCallback):
             rank_zero_warn(f"PreLoRA: every target would get rank 0: they get {self.ranks[1]}")
             plan = Plan(dict.fromkeys(plan, self.ranks[1]))
         return Plan({name: min(rank, self.chosen[name]) for name, rank in plan.items()})
+
+    def _assign_fractions(self, family_of: dict[str, str], targets: Mapping[str, Target]) -> Plan:
+        """Choose among fractions as among ranks; where energy or a budget decides later, this is the most that it may be."""
+        if self.energy is not None or self.flops is not None:
+            return Plan({name: self.chosen[name] for name in family_of})
+        signal = [w.norms for w in self.history] if self.rank_signal == "weight_norm" else self.grad_norms
+        index = dict.fromkeys(family_of, 0)
+        if len(signal) > 1 and all(name in norms for norms in signal[-2:] for name in family_of):
+            index = assign_ranks(signal[-2], signal[-1], family_of, range(len(self.ranks)))
+        fractions = {name: self.ranks[index[name]] for name in family_of}
+        return Plan({n: rank_of_fraction(f, targets[n].rows, targets[n].cols) for n, f in fractions.items()})
 
     def _present(self, pl_module: pl.LightningModule) -> dict[str, Target]:
         """Return the chosen targets that are still targets of the module."""

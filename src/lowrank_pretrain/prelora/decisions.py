@@ -16,7 +16,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from lowrank_pretrain.core.checks import is_integer
+from lowrank_pretrain.core.checks import is_integer, number
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.plan import Plan
 
@@ -90,6 +90,9 @@ def check_convergence(
     return Verdict(converged, loss_change, changes)
 
 
+RANKS = [4, 8, 16, 32]  # by default
+
+
 def assign_ranks(
     before: Mapping[str, float], after: Mapping[str, float], families: Mapping[str, str], ranks: Sequence[int]
 ) -> Plan:
@@ -144,6 +147,23 @@ def check_ranks(ranks: Sequence[int]) -> list[int]:
     if not any(ranks):
         raise ConfigError("ranks", ranks, "needs a rank above 0")
     return ranks
+
+
+def check_fractions(ranks: Sequence[float]) -> list[float]:
+    """Return the fractions of min(D, O) to choose from, as a list.
+
+    Raises:
+        ConfigError: not a list of increasing fractions above 0 and below 1.
+    """
+    given = [] if isinstance(ranks, (str, bytes, Mapping)) or not isinstance(ranks, Iterable) else [*_items(ranks)]
+    allowed = 'with then="factorize" ranks are increasing fractions of min(D, O) above 0 and below 1, such as [0.125, 0.25]'
+    if not given:
+        raise ConfigError("ranks", ranks, allowed)
+    for fraction in given:
+        number("ranks", fraction, above=0, below=1, allowed=allowed)
+    if given != sorted(set(given)):
+        raise ConfigError("ranks", given, "must increase")
+    return [float(fraction) for fraction in given]
 
 
 def _items(values: Iterable[Any]) -> Iterator[Any]:

@@ -90,6 +90,9 @@ def _settle_owners(parts: "dict[str, _Part]", config: Mapping[str, Any]) -> None
         raise ConfigError(
             f"method.{key}", config[key], "is for the callback's own adapters, and this method has none: leave it out"
         )
+    taken = next((part for part in ("lte", "galore") if part in parts), None)
+    if config.get("then") == "factorize" and phased and taken:
+        raise ConfigError("method.then", "factorize", f"{taken} takes the plan over here: use method=prelora_factorize")
     if "galore" in parts and phased:
         parts["galore"] = _adopting()
     if "lte" in parts and phased:

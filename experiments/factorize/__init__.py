@@ -1,0 +1,1 @@
+"""Factored weights next to adapters and full training."""

@@ -1,0 +1,116 @@
+"""Do factored weights keep full training's quality, and what do they cost next to adapters, a narrower model, fewer steps?
+
+    make study NAME=factorize                          or  python -m experiments.factorize.study
+    python -m experiments.factorize.study --table      only tables, from the runs there are
+
+Images (a ViT of two layers) and text (a LLaMA of two layers) at three widths; 20 epochs of 30 steps. Full training tries three
+learning rates on seed 0 (more where the best is at an edge), by the validation half. Low-rank runs keep that rate, for they
+branch off a full run; what is theirs to try, as often, is the rate of their adapters or factors over it. A narrower dense
+model and one that is factored from the first steps try their own rates. Reported: seeds 1-3, test half; one run at a time,
+since time counts.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from experiments import tasks
+from experiments.command import main
+from experiments.rates import chosen, rounds
+from experiments.runs import Job
+
+EPOCHS, STEPS = 20, 30
+SEEDS, WIDTHS = (1, 2, 3), (128, 192, 256)
+TASKS = {"images": tasks.images, "text": tasks.llama}
+MIDDLE_LR = {"images": 2e-3, "text": 4e-3}
+MIDDLE_RATIO = 2.0
+PRELORA = ["method=prelora", "method.windows=2", "method.weight_tol=1e-9", "method.warmup=0", "method.rewarm=12"]
+FACTORIZE = ["method=prelora_factorize", "method.windows=2", "method.weight_tol=1e-9", "method.rewarm=12"]
+
+
+def at(share: float) -> list[str]:
+    """Switch after this share of the run."""
+    return [f"method.latest={max(1, round(share * EPOCHS))}"]
+
+
+DENSE = {"full": 1.0, "full, 0.8 of the steps": 0.8}  # share of the epochs
+OWN_RATE = {  # side -> overrides; the first steps are eight of measuring
+    "narrow": ["method=full"],  # 5/8 of the width: the FLOPs of rank 1/4
+    "factored from the start": [*FACTORIZE, "method.ranks=[0.25]", "method.window_unit=step", "method.latest=1"],
+}
+LOW_RANK = {
+    "adapters r16": [*PRELORA, "method.ranks=[16]", *at(0.4)],
+    "factored 1/2": [*FACTORIZE, "method.ranks=[0.5]", *at(0.4)],
+    "factored 1/4": [*FACTORIZE, "method.ranks=[0.25]", *at(0.4)],
+    "factored 1/8": [*FACTORIZE, "method.ranks=[0.125]", *at(0.4)],
+    "factored, energy .99": [*FACTORIZE, "method.energy=0.99", *at(0.4)],
+    "factored 1/4 at 20 %": [*FACTORIZE, "method.ranks=[0.25]", *at(0.2)],
+    "factored 1/4 at 60 %": [*FACTORIZE, "method.ranks=[0.25]", *at(0.6)],
+    "factored 1/4, PreLoRA's test": [*FACTORIZE, "method.ranks=[0.25]", "method.windows=3", "method.weight_tol=0.01",
+                                     *at(0.8)],
+}  # fmt: skip
+Side = tuple[str, int, str]  # task, width, run
+
+
+def job(side: Side, lr: float, ratio: float = 1.0, seed: int = 0) -> Job:
+    """Return one run of a side."""
+    task, width, run = side
+    overrides = ["method=full"] if run in DENSE else OWN_RATE.get(run) or LOW_RANK[run]
+    epochs = round(DENSE.get(run, 1.0) * EPOCHS)
+    wide = width * 5 // 8 if run == "narrow" else width
+    more = [f"method.adapter_lr={ratio:g}"] if "factored" in run or run in LOW_RANK else []
+    name = "".join(letter if letter.isalnum() else "-" for letter in run)
+    return Job(
+        f"{task}-{width}-{name}-lr{lr:g}-a{ratio:g}-seed{seed}",
+        [*TASKS[task](width=wide), *tasks.length(epochs, STEPS), *overrides, *more, f"optim.lr={lr:g}", f"seed={seed}"],
+        {"task": task, "width": width, "run": run, "lr": lr, "ratio": ratio, "seed": seed},
+    )
+
+
+def own_rates() -> list[tuple[Side, float]]:
+    """Return the sides that try learning rates, each with the one in the middle."""
+    return [((task, width, run), MIDDLE_LR[task]) for task in TASKS for width in WIDTHS for run in ("full", *OWN_RATE)]
+
+
+def ratios() -> list[tuple[Side, float]]:
+    """Return the sides that try rates of their adapters or factors."""
+    return [((task, width, run), MIDDLE_RATIO) for task in TASKS for width in WIDTHS for run in LOW_RANK]
+
+
+def low_rank(where: Path, side: Side, ratio: float, seed: int = 0) -> Job:
+    """Return a run at its full run's learning rate."""
+    full = (side[0], side[1], "full")
+    return job(side, chosen(full, MIDDLE_LR[side[0]], job, where), ratio, seed)
+
+
+def final(where: Path) -> list[Job]:
+    """Return the reported runs.
+
+    Raises:
+        Missing: a rate is not chosen yet.
+    """
+    found = []
+    for seed in SEEDS:
+        for side, middle in own_rates():
+            found.append(job(side, chosen(side, middle, job, where), seed=seed))
+        for task in TASKS:
+            for width in WIDTHS:
+                found.append(low_rank(where, (task, width, "full, 0.8 of the steps"), 1.0, seed))
+        for side, middle in ratios():
+            ratio = chosen(side, middle, lambda one, rate: low_rank(where, one, rate), where)
+            found.append(low_rank(where, side, ratio, seed))
+    return found
+
+
+def stages(where: Path) -> Iterator[tuple[list[Job], int]]:
+    """Yield what to run, one stage after another."""
+    for jobs in rounds(own_rates(), job, where):
+        yield jobs, 2
+    for jobs in rounds(ratios(), lambda side, rate: low_rank(where, side, rate), where):
+        yield jobs, 2
+    yield final(where), 1
+
+
+if __name__ == "__main__":
+    from experiments.factorize.table import write
+
+    main(__doc__, __file__, stages, write)

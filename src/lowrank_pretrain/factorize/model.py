@@ -1,0 +1,309 @@
+"""Factored weights over a whole model: measure, cut, expand, and the factors' state (pure torch)."""
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.plan import Plan
+from lowrank_pretrain.core.protocols import Adopter, Inherit, Reports
+from lowrank_pretrain.core.seeds import generator
+from lowrank_pretrain.core.targets import WHOLE, Target, all_targets, families, parts, plain_name, tied_layers, weight_rows
+from lowrank_pretrain.factorize import moments
+from lowrank_pretrain.factorize.cost import largest_rank, largest_share
+from lowrank_pretrain.factorize.decompose import damped, spectrum
+from lowrank_pretrain.factorize.layer import ADDED, FactoredLinear, give_factors, take_factors, why_not
+from lowrank_pretrain.factorize.moments import MeasuredLinear
+from lowrank_pretrain.factorize.ranks import Block, Cut, best_cut, ranks_of_budget
+
+STEPS = 8  # optimizer steps over which inputs are measured at least
+
+
+class Factors(Adopter, Reports):
+    """Take a plan over by factoring: at the switch the targets' inputs begin to be measured, at the freeze W becomes U V.
+
+    In between W trains on as before. A layer that would not get faster stays as it is and trains on (``cost``), and so does
+    one that nobody called.
+
+    Args:
+        energy: the share of each layer's output energy that must stay, in place of the plan's ranks.
+        flops: the share of the targets' FLOPs that the factors may take in all, in place of the plan's ranks.
+        freeze_rest: at the freeze everything but the factors stops.
+        products: the dtype of the layers' products; default: that of the weights.
+        total: sums a tensor over all processes.
+        from_first: gives every process what the first one has; called with ``None`` elsewhere.
+        is_first: whether this is the first process.
+        exact: factors of a checkpoint that is being resumed, in place of new ones.
+        seed: of the range finder's private generators; default: the run's seed.
+    """
+
+    makes_adapters = True
+    joint_steps = STEPS
+    adapter_settings: Mapping[str, Any] = {"alpha": None, "train_A": True}
+
+    def __init__(
+        self,
+        energy: float | None = None,
+        flops: float | None = None,
+        freeze_rest: bool = False,
+        products: torch.dtype | None = None,
+        total: Callable[[Tensor], Tensor] = lambda local: local,
+        from_first: Callable[[Any], Any] = lambda mine: mine,
+        is_first: bool = True,
+        exact: Mapping[str, Tensor] | None = None,
+        seed: int | None = None,
+    ) -> None:
+        self.energy, self.flops, self.freeze_rest, self.products = energy, flops, freeze_rest, products
+        self._total, self._from_first, self._is_first, self._seed = total, from_first, is_first, seed
+        self.exact = exact
+        self.plan, self._module = Plan(), nn.Module()
+        self.kept: dict[str, float] = {}  # share of the output energy by layer, after the freeze
+
+    def check_adopt(self, names: Iterable[str], module: nn.Module) -> None:
+        """Refuse layers that cannot be factored, or of which only a part is a target.
+
+        Raises:
+            ConfigError: naming the layer, with the cure.
+        """
+        names, targets = set(names), all_targets(module)
+        for layer_name, layer in {targets[name].layer_name: targets[name].layer for name in names if name in targets}.items():
+            reason = obstacle_to_factors(layer, tied_layers(module).get(layer_name))
+            if reason is not None:
+                raise ConfigError("targets", layer_name, reason)
+            missing = [n for n, target in targets.items() if target.layer_name == layer_name and n not in names]
+            if missing:
+                raise ConfigError(
+                    "targets", missing[0], f"is no target but other rows of {layer_name} are: a fused layer is factored whole, "
+                    "so name all its parts or none"
+                )  # fmt: skip
+
+    def adopt(self, plan: Plan, module: nn.Module) -> list[Inherit]:
+        """Begin to measure the inputs of the plan's targets; nothing else changes."""
+        self.check_adopt(plan, module)
+        self.plan, self._module = Plan(plan).check(all_targets(module)), module
+        for _, layer, _ in self._layers(ranked=True):
+            moments.begin(layer)
+        return []
+
+    def release(self) -> list[Inherit]:
+        """Replace each target's W by U V where that pays; ``plan`` then says which ranks there are.
+
+        Returns:
+            The factors, each with the weight whose parameter group it joins; they take no optimizer state over.
+
+        Raises:
+            ConfigError: inputs were NaN or infinite, or no target is left.
+        """
+        whole_targets = all_targets(self._module)
+        layers = list(self._layers(ranked=True))
+        for _, layer, _ in self._layers(ranked=False):
+            layer.requires_grad_(False)
+        cuts = self._cuts_of(self.exact) if self.exact is not None else self._from_first(self._decide(layers))
+        inherited, ranks = [], {name: 0 for name, rank in self.plan.items() if rank == 0}
+        for name, layer, _ in layers:
+            moments.end(layer)
+            cut = cuts.get(name)
+            if cut is None:
+                continue
+            whole = layer.weight
+            give_factors(layer, cut)
+            inherited += [Inherit(p, whole, 0, 0, 0) for p in layer.factor_parameters().values()]
+            own = {target.part: target.name for target in whole_targets.values() if target.layer_name == name}
+            of_block = {block.name: block.rank for block in cut.blocks}
+            ranks |= {full: of_block.get(part, of_block.get(WHOLE, 0)) for part, full in own.items()}
+            self.kept[name] = cut.kept
+        if not inherited:
+            raise ConfigError("targets", len(layers), "layers were looked at, and factors would pay for none: use lower ranks")
+        self._say_whole(layers, cuts)
+        self.exact = None
+        self.plan = Plan(ranks)
+        if self.freeze_rest:
+            factors = {id(p) for _, p in factor_parameters(self._module)}
+            for p in self._module.parameters():
+                p.requires_grad_(id(p) in factors)
+        return inherited
+
+    def metrics(self) -> dict[str, float]:
+        """Return each target's rank, and the least share of its output energy that a layer has kept."""
+        ranks = {f"lowrank/rank/{name}": float(rank) for name, rank in self.plan.items()}
+        return ranks | {"lowrank/kept_energy": min(self.kept.values(), default=1.0)}
+
+    def before_checkpoint(self) -> None:
+        """Give the first process the sums of all, for a checkpoint, which has only its values.
+
+        The run that goes on and the one that is resumed hold the same from then on. (Adding in another order rounds otherwise:
+        a run that writes no file in these few steps may differ in the last bits from one that does.)
+        """
+        for _, layer in moments.measured_layers(self._module):
+            for own in (layer._moment, layer._rows_seen):
+                own.copy_(self._total(own))
+        self.after_replay()
+
+    def after_replay(self) -> None:
+        """Keep the sums in the first process only, for they are those of all."""
+        for _, layer in moments.measured_layers(self._module) if not self._is_first else ():
+            layer._moment.zero_()
+            layer._rows_seen.zero_()
+
+    def _layers(self, ranked: bool) -> Iterator[tuple[str, Any, int]]:
+        """(name, layer, its parts' largest rank) of the plan's layers, in the module's order."""
+        found: dict[str, list[Target]] = {}
+        for name, target in all_targets(self._module).items():
+            if name in self.plan:
+                found.setdefault(target.layer_name, []).append(target)
+        for name, group in found.items():
+            rank = max(self.plan[target.name] for target in group)
+            if (rank > 0) == ranked:
+                yield name, group[0].layer, rank
+
+    @torch.no_grad()
+    def _decide(self, layers: list[tuple[str, Any, int]]) -> dict[str, Cut] | None:
+        """Cut every layer, in the first process; the others only give their part of the moments."""
+        share = largest_share(self.products or layers[0][1].weight.dtype)
+        ranks = {name: rank for name, _, rank in layers}
+        if self.flops is not None:
+            ranks = self._by_budget(layers, share)
+        cuts = {}
+        for name, layer, _ in layers:
+            C = self._moment(name, layer)
+            if C is None or not self._is_first:
+                continue
+            rank = None if self.energy is not None else ranks[name]
+            draws = generator("factorize", name, seed=self._seed)
+            W = rows_of(layer)
+            cut = best_cut(W, C.to(W), parts(name, layer), share, draws, rank, self.energy)
+            if cut is not None:
+                at_home = {part: u.cpu() for part, u in cut.U.items()}
+                cuts[name] = cut._replace(U=at_home, V=cut.V.cpu())
+        return cuts if self._is_first else None
+
+    def _by_budget(self, layers: list[tuple[str, Any, int]], share: float) -> dict[str, int]:
+        found, sizes = {}, {}
+        for name, layer, _ in layers:
+            W, C = rows_of(layer), self._moment(name, layer)
+            if C is not None:
+                rows, cols = W.shape
+                most = min(max(1, largest_rank(rows, cols, share)), rows, cols)
+                draws = generator("factorize", name, "budget", seed=self._seed)
+                found[name] = spectrum(W, C.to(W), most, draws)._replace(basis=W[:0])  # only the energies are needed now
+                sizes[name] = (rows, cols)
+        return {name: 1 for name, *_ in layers} | ranks_of_budget(found, sizes, self.flops or 1.0)
+
+    def _moment(self, name: str, layer: MeasuredLinear) -> Tensor | None:
+        C = moments.moment_of(name, layer, self._total)
+        return None if C is None else damped(C)
+
+    def _cuts_of(self, exact: Mapping[str, Tensor]) -> dict[str, Cut]:
+        """Return the cuts that a checkpoint has, with its factors."""
+        cuts = {}
+        for name, layer, _ in self._layers(ranked=True):
+            V = exact.get(f"{name}.factor_V")
+            if V is None:
+                continue
+            prefix, rows = f"{name}.factor_U.", {part: (start, count) for part, start, count in parts(name, layer)}
+            rows[WHOLE] = (0, weight_rows(layer).shape[0])
+            U, blocks, at = {}, [], 0
+            for key, u in exact.items():
+                if key.startswith(prefix):
+                    part = key.removeprefix(prefix)
+                    U[part] = u
+                    blocks.append(Block(part, *rows[part], at, u.shape[1]))
+                    at += u.shape[1]
+            cuts[name] = Cut(tuple(blocks), U, V, 1.0)
+        return cuts
+
+    def _say_whole(self, layers: list[tuple[str, Any, int]], cuts: Mapping[str, Cut]) -> None:
+        whole = [name for name, *_ in layers if name not in cuts]
+        if whole and self._is_first:
+            said = ", ".join(dict.fromkeys(families(self._module, whole).values()))
+            warnings.warn(f"factors would not pay for {said}, or no step called it: it stays whole and trains on", stacklevel=2)
+
+
+def obstacle_to_factors(layer: nn.Module, tied_to: list[str] | None = None) -> str | None:
+    """Say why a layer cannot be factored although it could have adapters; ``None`` if it can.
+
+    Args:
+        layer: a linear layer.
+        tied_to: names of layers that share its weight.
+    """
+    if tied_to:
+        return f"shares its weight with {', '.join(tied_to)}, and factors cannot be shared: leave it out"
+    return why_not(layer)
+
+
+def factored_layers(module: nn.Module) -> Iterator[tuple[str, FactoredLinear]]:
+    """(name, layer) of every factored layer, in the module's order."""
+    return ((name, layer) for name, layer in module.named_modules() if isinstance(layer, FactoredLinear))
+
+
+def factor_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """(name, parameter) of every factor."""
+    return ((f"{name}.{own}", p) for name, layer in factored_layers(module) for own, p in layer.factor_parameters().items())
+
+
+def expand(module: nn.Module, check: bool = True) -> None:
+    """Make every layer plain again: W = U V, and what was measured is forgotten.
+
+    Args:
+        module: is changed.
+        check: refuse factors that are NaN or infinite.
+
+    Raises:
+        ValueError: they are.
+    """
+    for _, layer in list(factored_layers(module)):
+        take_factors(layer, check)
+    for _, measured in list(moments.measured_layers(module)):
+        moments.end(measured)
+
+
+@contextmanager
+def shown_whole(module: nn.Module) -> Iterator[None]:
+    """Show factored layers for a while as plain ones with W = U V; then they are as they were. Nothing may train meanwhile."""
+    held: list[tuple[Any, type, Any, Any]] = [
+        (layer, type(layer), layer._parameters, layer._modules) for _, layer in factored_layers(module)
+    ]
+    try:
+        for layer, _, parameters, modules in held:
+            own = {"weight": nn.Parameter(layer.product(check=False))}
+            layer.__dict__["_parameters"] = own | {name: p for name, p in parameters.items() if name not in ADDED}
+            layer.__dict__["_modules"] = {name: inner for name, inner in modules.items() if name not in ADDED}
+            layer.__class__ = layer._plain_class
+        yield
+    finally:
+        for layer, kind, parameters, modules in held:
+            layer.__class__ = kind
+            layer.__dict__.update(_parameters=parameters, _modules=modules)
+
+
+def exact_factors(module: nn.Module) -> dict[str, Tensor]:
+    """Return the factors by name, and the moments of layers that are measured: what a bit-exact resume needs."""
+    factors = {name: p.detach() for name, p in factor_parameters(module)}
+    return {plain_name(name): tensor for name, tensor in (factors | moments.exact_moments(module)).items()}
+
+
+@torch.no_grad()
+def load_exact_factors(module: nn.Module, exact: Mapping[str, Tensor]) -> None:
+    """Put back what ``exact_factors`` gave, into a module that was changed by the same plan.
+
+    Raises:
+        ConfigError: a factor is missing, or has another shape.
+    """
+    for name, p in factor_parameters(module):
+        there = exact.get(plain_name(name))
+        if there is None or there.shape != p.shape:
+            said = "is missing" if there is None else f"has shape {tuple(there.shape)}"
+            allowed = f"{said} in the checkpoint, and shape {tuple(p.shape)} here: another rank"
+            raise ConfigError("ckpt_path", plain_name(name), allowed)
+        p.copy_(there)
+    moments.load_moments(module, {name: exact[plain_name(name)] for name in moments.exact_moments(module)})
+
+
+def rows_of(layer: nn.Module) -> Tensor:
+    """Return W as (O, D) in float32 or more, detached."""
+    W = weight_rows(layer).detach()
+    return W.to(torch.promote_types(W.dtype, torch.float32)).contiguous()
