@@ -290,9 +290,7 @@ class GaLoreAdamW(Adopter, Reports, Optimizer):
         elif group["residual"] == "fira":
             update = Projected.add_update_and_residual
 
-        lows: list[Tensor] = []
-        ms: list[Tensor] = []
-        seconds: list[list[Tensor]] = []
+        lows, ms, seconds = list[Tensor](), list[Tensor](), list[list[Tensor]]()
         for slot in slots:
             m, second = slot.read_moments(slot.p if slot.grad is None else slot.grad)
             # renew the basis P, where it is due, and carry the moments over into it
