@@ -4,14 +4,14 @@ What is kept of the second moment has one of three forms: ``full`` (v, r×k), ``
 functions here take it as a list of tensors: [v], [row, col] or []. Shapes: R, m, N r×k; W d×k.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lowrank_pretrain.core.dtypes import at_least_32
-from lowrank_pretrain.galore.adam import bias_correction
+from lowrank_pretrain.galore.adam import bias_correction, read_first_moment, read_moments
 from lowrank_pretrain.galore.factored import Total, alone, average_squares, nesterov, root, turn
 from lowrank_pretrain.galore.orthogonal import like_adamw, orthogonalise
 
@@ -33,6 +33,25 @@ def second_form(group: Mapping[str, Any]) -> str:
 def is_fused(group: Mapping[str, Any]) -> bool:
     """Return whether the fused kernel makes the directions of this group."""
     return group["rule"] == "adam" and group["second_moment"] == "full" and not group["nesterov"]
+
+
+def read_kept(
+    state: Mapping[str, Any], form: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, list[Tensor]]:
+    """Return the first moment (r×k) and what is kept of the second; zeros before the first step."""
+    if form == "full":
+        m, v = read_moments(state, shape, dtype, device)
+        return m, [v]
+    parts = zip(PARTS[form], shape, strict=False)
+    second = [state[key] if key in state else torch.zeros(size, dtype=dtype, device=device) for key, size in parts]
+    return read_first_moment(state, shape, dtype, device), second
+
+
+def whole_second(m: Tensor, second: list[Tensor], total: Total = alone, columns: int = 0) -> Tensor:
+    """Return v (r×k) of what is kept of it, zeros of nothing."""
+    if len(second) == 2:
+        return root(second[0], second[1], total, columns).square()
+    return second[0] if second else torch.zeros_like(m)
 
 
 def mode_direction(

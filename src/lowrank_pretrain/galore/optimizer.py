@@ -54,11 +54,10 @@ class GaLoreAdamW(Adopter, Reports, Optimizer):
         moments: ``auto``, ``float32``, ``grad`` (the gradient's dtype) or ``8bit`` (needs bitsandbytes).
         residual: ``fira`` adds the scaled part of the gradient outside the subspace, with a limit on its growth.
         variant: ``apollo`` scales the whole gradient by what Adam does to a random projection of it (rank 1: APOLLO-Mini).
-        second_moment: ``factored`` keeps a row and a column of means in place of v: r + k numbers for r×k, no more products,
-            the same losses. Take it wherever state counts; with ``refresh="track"`` and ``nesterov`` it is .20 of AdamW's.
-        nesterov: step on β₁m + (1−β₁)R, one step ahead of the momentum: no state, no product. It helps on texts.
-        rule: ``muon`` steps on the orthogonalised momentum of the subspace: no second moment at all, .18 of AdamW's state, two
-            products of r×r by r×k more, and an update of AdamW's size. Take it for pictures.
+        second_moment: ``factored`` keeps r + k numbers for the r×k of v, with no more products: .20 of AdamW's state at d/4.
+        nesterov: step on β₁m + (1−β₁)R, one step ahead of the momentum: no state, no product. Take it for texts.
+        rule: ``muon`` steps on the orthogonalised momentum, without a second moment: .18 of AdamW's state, two small products
+            (r×r by r×k) more, an update of AdamW's size. Take it for pictures.
         seed: of random projections; by default the run's.
         rank: with a model for ``params``: its groups are ``galore_param_groups(model, rank, targets)``, and norms, biases and
             embeddings have no weight decay. A HF ``Trainer`` takes it as
@@ -291,9 +290,7 @@ class GaLoreAdamW(Adopter, Reports, Optimizer):
         elif group["residual"] == "fira":
             update = Projected.add_update_and_residual
 
-        lows: list[Tensor] = []
-        ms: list[Tensor] = []
-        seconds: list[list[Tensor]] = []
+        lows, ms, seconds = list[Tensor](), list[Tensor](), list[list[Tensor]]()
         for slot in slots:
             m, second = slot.read_moments(slot.p if slot.grad is None else slot.grad)
             # renew the basis P, where it is due, and carry the moments over into it

@@ -17,20 +17,12 @@ from torch import Tensor
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.seeds import generator
 from lowrank_pretrain.galore import dtensor, residual, subspace
-from lowrank_pretrain.galore.adam import (
-    count_step,
-    moment_dtype,
-    moment_kind,
-    read_first_moment,
-    read_moments,
-    steps_taken,
-    write_moments,
-)
-from lowrank_pretrain.galore.factored import alone, factor, root
+from lowrank_pretrain.galore.adam import count_step, moment_dtype, moment_kind, steps_taken, write_moments
+from lowrank_pretrain.galore.factored import Total, alone, factor
 from lowrank_pretrain.galore.groups import largest_rank, parameter_name
 from lowrank_pretrain.galore.guard import has_values, wide_dtype
 from lowrank_pretrain.galore.local import LocalUpdate
-from lowrank_pretrain.galore.modes import PARTS, mode_direction, second_form, turn_moments
+from lowrank_pretrain.galore.modes import PARTS, mode_direction, read_kept, second_form, turn_moments, whole_second
 
 
 class SharedBasis(Protocol):
@@ -220,16 +212,9 @@ class Projected:
         if self.distributed:
             device = dtensor.local_piece(self.p).device
             columns = self.rank if self.two_sided else self.matrix(self.p).shape[1]
-        shape = (self.rank, columns)
-        if self.second == "full" or self._is_whole:
-            m, v = read_moments(self.state, shape, dtype, device)
-            return dtensor.local_piece(m), [dtensor.local_piece(v)]
-        m = read_first_moment(self.state, shape, dtype, device)
-        second = [
-            dtensor.local_piece(self.state[key]) if key in self.state else torch.zeros(size, dtype=dtype, device=device)
-            for key, size in zip(PARTS[self.second], shape, strict=False)
-        ]
-        return dtensor.local_piece(m), second
+        form = "full" if self._is_whole else self.second
+        m, second = read_kept(self.state, form, (self.rank, columns), dtype, device)
+        return dtensor.local_piece(m), [dtensor.local_piece(t) for t in second]
 
     @property
     def _is_whole(self) -> bool:
@@ -241,44 +226,36 @@ class Projected:
         if "exp_avg" not in self.state:
             return None
         m, second = self.read_moments(self.p)
-        if len(second) == 2:
-            total, columns = self._over_ranks
-            return root(second[0], second[1], total, columns).square()
-        return second[0] if second else m.square()
+        return whole_second(m, second, *self._over_ranks) if second else m.square()
 
     def whole_moments(self, state: dict[str, Any], dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
         """Return the moments outside the basis, m×n: P m and (P∘P) v, for a basis of another form to take them over."""
-        wide = state["proj"].dtype
         shape = (self.rank, self.numel_low // self.rank)
-        if self.second == "full":
-            low_m, low_v = (t.to(wide) for t in read_moments(state, (), dtype, self.p.device))
-        else:
-            low_m = read_first_moment(state, shape, dtype, self.p.device).to(wide)
-            second = [state[key].to(wide) for key in PARTS[self.second]]
-            low_v = root(second[0], second[1]).square() if second else torch.zeros_like(low_m)
+        kept, second = read_kept(state, self.second, shape, dtype, self.p.device)
+        low_m, low_v = (t.to(state["proj"].dtype) for t in (kept, whole_second(kept, second)))
         m, v = subspace.rotate(low_m, low_v, state["proj"], state.get("proj_right"))
         return (m.to(dtype), [v.to(dtype)]) if self.left else (m.t().to(dtype), [v.t().to(dtype)])
 
     def write_moments(self, m: Tensor, second: list[Tensor]) -> None:
         """Keep the moments, and count the step."""
-        cut = None if self.left else 1
-        columns = self.numel_low // self.rank
-        if self.shards is not None:
-            m = dtensor.as_dtensor(m, self.p, (self.rank, columns), cut)
-        if self.second == "factored":
-            row, col = second
-            if self.shards is not None:
-                row = dtensor.as_dtensor(row, self.p, (self.rank,), None)
-                col = dtensor.as_dtensor(col, self.p, (columns,), None if cut is None else 0)
-            self.state["exp_avg_sq_row"], self.state["exp_avg_sq_col"] = row, col
-        v = second[0] if self.second == "full" else None
-        if v is not None and self.shards is not None:
-            v = dtensor.as_dtensor(v, self.p, (self.rank, columns), cut)
+        for key, kept in zip(PARTS[self.second], second, strict=True):
+            if self.shards is not None:  # of the row's part each rank has all, of the column's its piece
+                kept = self._as_dtensor(kept, 1 if key == "exp_avg_sq" else 0 if key == "exp_avg_sq_col" else None)
+            self.state[key] = kept
+        v = self.state["exp_avg_sq"] if self.second == "full" else None
+        m = m if self.shards is None else self._as_dtensor(m, 1)
         write_moments(self.state, m, v, moment_kind(self.group) == "8bit")
         count_step(self.state)
 
+    def _as_dtensor(self, piece: Tensor, columns: int | None) -> Tensor:
+        """Return a piece of state on p's mesh; ``columns`` is the dimension of R's columns in it, None: it has none."""
+        whole = list(piece.shape)
+        if columns is not None:
+            whole[columns] = self.numel_low // self.rank
+        return dtensor.as_dtensor(piece, self.p, whole, None if self.left else columns)
+
     @property
-    def _over_ranks(self) -> tuple[Any, int]:
+    def _over_ranks(self) -> tuple[Total, int]:
         """Return what sums over the ranks that R's columns are cut over, and the number of columns (0: all are here)."""
         if self.shards is None or self.left:
             return alone, 0
