@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -28,6 +28,13 @@ _MLP = re.compile(
 
 
 _ALLOWED = f"must be one of {', '.join(PRESETS)}, a glob, or a list of these; with ! before it to leave out"
+
+
+class MatrixLayer(nn.Module):
+    """Declare, for types, what every layer has that a target lies in: ``nn.Linear``, ``Conv1D``, or a subclass of them."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
 
 
 @dataclass(frozen=True)
@@ -50,7 +57,7 @@ class Target:
     start: int
     rows: int
     cols: int
-    layer: nn.Module = field(repr=False, compare=False)
+    layer: MatrixLayer = field(repr=False, compare=False)
 
     @property
     def max_rank(self) -> int:
@@ -63,7 +70,7 @@ class Target:
 
     def rows_of_grad(self) -> Tensor:
         """The weight's gradient as an (O, D) view."""
-        grad = self.layer.weight.grad
+        grad = cast(Tensor, self.layer.weight.grad)
         return (grad.t() if is_conv1d(self.layer) else grad)[self.start : self.start + self.rows]
 
 
@@ -75,7 +82,8 @@ def is_conv1d(layer: nn.Module) -> bool:
 
 def weight_rows(layer: nn.Module) -> Tensor:
     """The layer's weight as O x D, whatever its own layout."""
-    return layer.weight.t() if is_conv1d(layer) else layer.weight
+    weight = cast(MatrixLayer, layer).weight
+    return weight.t() if is_conv1d(layer) else weight
 
 
 def parts(layer_name: str, layer: nn.Module) -> list[tuple[str, int, int]]:
@@ -321,9 +329,10 @@ def families(module: nn.Module, names: Iterable[str]) -> dict[str, str]:
 def _survey(module: nn.Module) -> dict[str, tuple[Target, str | None]]:
     """Every linear layer's matrices with the obstacle there is, if any; then the layer counts as one matrix."""
     found: dict[str, tuple[Target, str | None]] = {}
-    for layer_name, layer in module.named_modules():
-        if not (isinstance(layer, nn.Linear) or is_conv1d(layer)):
+    for layer_name, child in module.named_modules():
+        if not (isinstance(child, nn.Linear) or is_conv1d(child)):
             continue
+        layer = cast(MatrixLayer, child)
         name, reason = plain_name(layer_name), obstacle(layer)
         if reason is not None:
             found[name] = Target(name, name, WHOLE, 0, 0, 0, layer), reason
@@ -409,7 +418,8 @@ def _bypassed(layer: nn.Module) -> bool:
 def _computed(layer: nn.Module, own: str) -> str:
     """A weight or bias that is no parameter of its layer."""
     if own in getattr(layer, "parametrizations", {}):
-        kinds = ", ".join(dict.fromkeys(type(p).__name__.strip("_") for p in layer.parametrizations[own]))
+        each = cast(nn.ModuleDict, layer.parametrizations)[own]
+        kinds = ", ".join(dict.fromkeys(type(p).__name__.strip("_") for p in each.children()))
         how, cure = f"is parametrized ({kinds})", "leave it out, or call parametrize.remove_parametrizations before the fit"
     elif f"{own}_mask" in layer._buffers:
         how, cure = "is pruned by a mask", "leave it out, or call prune.remove before the fit"

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lowrank_pretrain.core.agreement import run_seed
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.protocols import Adopter, Reports
-from lowrank_pretrain.core.seeds import run_seed
 from lowrank_pretrain.galore import adam, groups, state
 from lowrank_pretrain.galore.adam import PlainParameter, fit_layout
 from lowrank_pretrain.galore.clock import RefreshTimer

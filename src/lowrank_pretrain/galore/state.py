@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from lowrank_pretrain.core.checks import is_number
 from lowrank_pretrain.core.dtypes import at_least_32
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.lightning_private import inner_schedulers
 from lowrank_pretrain.core.targets import all_targets, plain_name
 from lowrank_pretrain.galore.adam import BLOCK, SMALLEST_8BIT, moment_dtype, moment_kind
 from lowrank_pretrain.galore.dtensor import local_piece
@@ -219,7 +220,7 @@ def follow_rates(scheduler: Any) -> None:
     A scheduler restores its base rates after the optimizer's state; without this they would replace the rates in the code.
     """
     shares = getattr(getattr(scheduler, "optimizer", None), "rate_shares", [])
-    for one in (scheduler, *getattr(scheduler, "_schedulers", ())):
+    for one in (scheduler, *inner_schedulers(scheduler)):
         bases = getattr(one, "base_lrs", [])
         if bases and len(bases) == len(shares):
             one.base_lrs = [base * share for base, share in zip(bases, shares, strict=True)]

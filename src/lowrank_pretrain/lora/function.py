@@ -18,8 +18,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn import functional as F
+
+from lowrank_pretrain.core.lightning_private import (
+    forward_mode_active,
+    is_legacy_batched,
+    is_traced,
+    is_view,
+    transforms_active,
+)
 
 _is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)  # since torch 2.7
 
@@ -104,9 +111,9 @@ def is_ordinary(x: Any) -> bool:
     return (
         (type(x) is Tensor or type(x) is torch.nn.Parameter)
         and not x.is_nested
-        and not torch._C._are_functorch_transforms_active()
-        and forward_ad._current_level < 0
-        and not torch._C._is_tracing()
+        and not transforms_active()
+        and not forward_mode_active()
+        and not is_traced()
         and not _is_exporting()
     )
 
@@ -339,7 +346,7 @@ def wants_graph(dy: Tensor) -> bool:
     """Return whether a backward pass is itself followed: by autograd (``create_graph=True``) or by a batch of gradients."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return torch.is_grad_enabled()
-    return torch._C._are_functorch_transforms_active() or torch._C._functorch.is_legacy_batchedtensor(dy)
+    return transforms_active() or is_legacy_batched(dy)
 
 
 def _gradients(ctx: Any, dy: Tensor) -> tuple:
@@ -399,7 +406,7 @@ def _end_here(z: Tensor) -> Tensor:
 def own_memory(y: Tensor) -> Tensor:
     """Return y, contiguous and not as a view: autograd forbids to write into a view that a function of our own returns."""
     y = y.contiguous()
-    return y.data if not torch.compiler.is_compiling() and y._is_view() else y
+    return y.data if not torch.compiler.is_compiling() and is_view(y) else y
 
 
 def affine(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:

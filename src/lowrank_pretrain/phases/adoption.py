@@ -9,9 +9,11 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelPruning
 
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.lightning_private import pruned_layers
 from lowrank_pretrain.core.plan import Plan
 from lowrank_pretrain.core.protocols import ADAPTER_DEFAULTS, Adopter, adopters, overruled
 from lowrank_pretrain.core.targets import Target, all_targets
+from lowrank_pretrain.core.trainer import callbacks_of
 from lowrank_pretrain.lora import model as lora
 from lowrank_pretrain.phases.transition import note_of
 
@@ -66,9 +68,8 @@ def check_adopter(phases: PhaseCallback, adopter: Adopter, pl_module: pl.Lightni
 def unfit(trainer: pl.Trainer) -> Callable[[Target], str | None]:
     """Return a check of one target: is its weight in an optimizer, and will it stay a parameter?"""
     owned = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
-    pruning = [callback for callback in trainer.callbacks if isinstance(callback, ModelPruning)]
-    # Lightning has no public way to ask what it prunes; it does so at the end of an epoch
-    pruned = {id(layer) for callback in pruning for layer, _ in callback._parameters_to_prune or ()}
+    pruning = [callback for callback in callbacks_of(trainer) if isinstance(callback, ModelPruning)]  # at an epoch's end
+    pruned = {id(layer) for callback in pruning for layer in pruned_layers(callback)}
 
     def reason(target: Target) -> str | None:
         if id(target.layer) in pruned:

@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lowrank_pretrain.core.targets import Target
+from lowrank_pretrain.core.trainer import callbacks_of
 from lowrank_pretrain.phases.rehearsal import Rehearsal
 from lowrank_pretrain.phases.teachers import CURE, Pairing, teachers
 from lowrank_pretrain.phases.transition import averages
@@ -44,7 +45,7 @@ class FirstStep:
     def start(self) -> None:
         """Begin to watch."""
         self._rehearsal.start()
-        followed = [model for _, model, _ in averages(self._trainer.callbacks)]
+        followed = [model for _, model, _ in averages(callbacks_of(self._trainer))]
         self._pairing = Pairing(self._module, self._pairs, self._targets, followed)
         self._pairing.start()
         step = self._module.training_step
@@ -55,8 +56,9 @@ class FirstStep:
             with self._rehearsal.forward():
                 return step(*args, **kwargs)
 
-        watched.__wrapped__ = getattr(step, "__wrapped__", step)  # Lightning reads the arguments there, one level deep
-        self._module.__dict__["training_step"] = watched
+        watching: Any = watched
+        watching.__wrapped__ = getattr(step, "__wrapped__", step)  # Lightning reads the arguments there, one level deep
+        self._module.__dict__["training_step"] = watching
 
     def look(self) -> dict[str, str] | None:
         """Return, after the first step's backward pass, why targets cannot have an adapter. Later: ``None``.

@@ -23,6 +23,7 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from torch import Tensor, nn
 
+from lowrank_pretrain.core.lightning_private import trainer_of
 from lowrank_pretrain.lora import model as lora
 from lowrank_pretrain.lora.function import Part, merged
 from lowrank_pretrain.phases.transition import Note, forget_note, note_of, restore_flags
@@ -54,7 +55,7 @@ def merge(module: nn.Module) -> nn.Module:
         RuntimeError: the module is being trained.
         ValueError: the adapters hold NaN or infinite numbers.
     """
-    trainer = getattr(module, "_trainer", None)
+    trainer = trainer_of(module)
     if trainer is not None and trainer.state.fn == TrainerFn.FITTING and trainer.state.status == TrainerStatus.RUNNING:
         raise RuntimeError("the module is being trained: merge a copy of it, lowrank_pretrain.merge(copy.deepcopy(module))")
     restore_plain(module)

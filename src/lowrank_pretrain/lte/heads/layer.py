@@ -12,14 +12,14 @@ changes with every window.
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from lowrank_pretrain.core.agreement import generator
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.protocols import Inherit
-from lowrank_pretrain.core.seeds import generator
 from lowrank_pretrain.core.targets import WHOLE, Target, is_conv1d
 from lowrank_pretrain.lora.function import Part, RestPart, lora_linear
 from lowrank_pretrain.lora.layer import Reclassed, has_own_forward, keep_rows, swap_class
@@ -27,21 +27,12 @@ from lowrank_pretrain.lte.heads.function import Layout, heads_linear
 from lowrank_pretrain.lte.local_targets import Shared
 from lowrank_pretrain.lte.merge import Factors
 
-if TYPE_CHECKING:
-    _Layer = nn.Linear  # or Conv1D, or a subclass of them: the mixin comes before it
-else:
-    _Layer = object
 
-
-class MultiheadLoRALinear(Reclassed, _Layer):
+class MultiheadLoRALinear(Reclassed):
     """A linear layer with heads: ``give_heads`` mixes this in before ``nn.Linear``, ``Conv1D`` or a subclass of them."""
 
-    _parts: tuple[Part, ...]
     _shared: Shared
     _name: str
-    lora_A: nn.Parameter
-    lora_B: nn.ParameterDict
-    rest_weight: nn.ParameterDict
     prev_A: Tensor | None
 
     def forward(self, x: Tensor) -> Tensor:
