@@ -122,9 +122,13 @@ def has_begun(logger: Any) -> bool:
 # -- torch: modules, loaders, optimizers ----------------------------------------------------------------------------
 
 
+COMPILED_CALL = "_compiled_call_impl"
+"""The attribute of a module that ``module.compile()`` sets, else None. Tried with torch 2.14.1."""
+
+
 def is_compiled(module: nn.Module) -> bool:
     """Return whether a module is compiled, by ``module.compile()`` or ``torch.compile``. Tried with torch 2.14.1."""
-    if getattr(module, "_compiled_call_impl", None) is not None:
+    if getattr(module, COMPILED_CALL, None) is not None:
         return True
     dynamo = sys.modules.get("torch._dynamo")  # where nothing was compiled nobody has imported it
     return dynamo is not None and isinstance(module, dynamo.OptimizedModule)

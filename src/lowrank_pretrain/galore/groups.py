@@ -90,7 +90,8 @@ def galore_param_groups(
     lazy = next((name for name, p in named.items() if is_lazy(p)), None)
     if lazy is not None:
         raise ConfigError("params", lazy, "is lazy and has no shape yet: call the model once before its optimizer is made")
-    chosen = {f"{name}.weight": named[f"{name}.weight"] for name in layers}
+    weights = [f"{name}.weight".removeprefix(".") for name in layers]  # no name: the model is the layer itself
+    chosen = {name: named[name] for name in weights}
     explicit = any(t not in PRESETS for t in ([targets] if isinstance(targets, str) else targets) if not t.startswith("!"))
     for name, p in chosen.items():
         if explicit and rank > largest_rank(p):

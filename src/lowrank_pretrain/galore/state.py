@@ -342,7 +342,7 @@ def adoptable_weights(names: Iterable[str], module: nn.Module, entries: Mapping[
     named = {plain_name(name): p for name, p in module.named_parameters()}
     found: dict[str, Tensor] = {}
     for layer in dict.fromkeys(targets[name].layer_name for name in names):
-        p = named[f"{layer}.weight"]
+        p = named[f"{layer}.weight".removeprefix(".")]
         if p not in entries or entries[p].slot is not None:
             raise ConfigError("targets", layer, "must be in a group of this optimizer, and not projected already")
         group = entries[p].group

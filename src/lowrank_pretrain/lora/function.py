@@ -276,7 +276,7 @@ class _LoRALinear(torch.autograd.Function):
             w = merged(weight, lora_A, lora_B, layout.parts, layout.transposed) if ctx.use_merged else weight
             w = w.to(dtype)
             dx = dy @ (w.t() if layout.transposed else w)
-            if not ctx.use_merged:
+            if dz is not None and not ctx.use_merged:
                 dx.addmm_(dz, lora_A.to(dtype))
             dx = dx.view(ctx.x_shape)
 
@@ -368,7 +368,7 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple:
             dx = dx + dz @ lora_A.narrow(0, p.a, p.rank).to(dtype)
         dx = dx.reshape(ctx.x_shape)
     G = None if x is None else dy.t() @ x.reshape(-1, x.shape[-1])  # (O, D)
-    if needs.weight:
+    if needs.weight and G is not None:
         dW = (G.t() if transposed else G).to(weight.dtype)
     dB: list[Tensor | None] = [None] * len(parts)
     d_ranks = []
@@ -385,7 +385,7 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple:
     db = dy.sum(0).to(ctx.bias_dtype) if needs.bias else None
     d_rest: list[Tensor | None] = []
     for span, need in zip(rest, needs.rest_weight, strict=True):
-        block = G.narrow(0, span.start, span.rows) if need else None
+        block = G.narrow(0, span.start, span.rows) if need and G is not None else None
         d_rest.append(None if block is None else (block.t() if transposed else block).to(ctx.rest_dtypes[len(d_rest)]))
     for span, need in zip(rest, needs.rest_bias, strict=False):
         d_rest.append(dy.narrow(1, span.start, span.rows).sum(0).to(ctx.rest_dtypes[len(d_rest)]) if need else None)

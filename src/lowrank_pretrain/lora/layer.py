@@ -164,7 +164,7 @@ class LoRALinear(Reclassed):
         if kwargs.get("keep_vars", False):  # who wants the parameters themselves (torch.jit.trace does) gets them all
             return super().state_dict(*args, **kwargs)
         plain = self._plain_class.__new__(self._plain_class)
-        own = {name: p for name, p in self._parameters.items() if name != "lora_A"}
+        own: dict[str, Tensor | None] = {name: p for name, p in self._parameters.items() if name != "lora_A"}
         own["weight"] = self.merged_weight(check=False)
         children = {name: child for name, child in self._modules.items() if name not in ADDED}
         object.__setattr__(plain, "__dict__", {**self.__dict__, "_parameters": own, "_modules": children})

@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -70,7 +70,7 @@ def freeze(module: nn.Module, plan: Mapping[str, int], freeze_rest: bool = False
         others = [p for p in parts(layer_name, layer) if p[0] not in chosen]
         trained = layer.weight.requires_grad
         if others and trained and not freeze_rest:
-            inherited += keep_rows(layer, [RestPart(*other) for other in others])
+            inherited += keep_rows(cast(LoRALinear, layer), [RestPart(*other) for other in others])
         layer.weight.requires_grad_(False)
         if layer.bias is not None:
             layer.bias.requires_grad_(False)
@@ -292,10 +292,11 @@ def untie(module: nn.Module, layer_names: set[str]) -> list[Inherit]:
             )
     if untied:
         for child in module.modules():
-            config = getattr(child, "config", None)
+            config: Any = getattr(child, "config", None)
             if getattr(config, "tie_word_embeddings", False):
-                child.config = copy.copy(config)
-                child.config.tie_word_embeddings = False
+                config = copy.copy(config)
+                config.tie_word_embeddings = False
+                child.config = config
     return untied
 
 
@@ -303,9 +304,10 @@ def switch_fast_path(module: nn.Module, off: bool) -> None:
     """``nn.TransformerEncoderLayer`` in eval reads the weights of linear1/2 itself and would skip their adapters."""
     for child in module.modules():
         if isinstance(child, nn.TransformerEncoderLayer):
+            layer: Any = child
             if off:
-                child._lora_activation = child.activation_relu_or_gelu
-                child.activation_relu_or_gelu = 0  # "activation was not relu or gelu": the layer takes its slow path
-            elif hasattr(child, "_lora_activation"):
-                child.activation_relu_or_gelu = child._lora_activation
-                del child._lora_activation
+                layer._lora_activation = layer.activation_relu_or_gelu
+                layer.activation_relu_or_gelu = 0  # "activation was not relu or gelu": the layer takes its slow path
+            elif hasattr(layer, "_lora_activation"):
+                layer.activation_relu_or_gelu = layer._lora_activation
+                del layer._lora_activation

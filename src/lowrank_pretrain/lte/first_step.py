@@ -62,7 +62,8 @@ class FirstStep(Unwatched):
         super().__init__()
         self._rehearsal = Rehearsal(module, targets, adapters=False)
         # heads change number and order of the parameters: who averages by position is found out in the first step
-        self._pairing: Pairing | None = Pairing(module, teachers(module, targets, trained), others=True)
+        self._pairing: Pairing | None = Pairing(module, teachers(module, targets, trained))
+        self._pairing.watch_whole()
         self._workers = workers
         self._started = False
         self.waits = True

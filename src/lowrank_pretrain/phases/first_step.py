@@ -45,8 +45,7 @@ class FirstStep:
     def start(self) -> None:
         """Begin to watch."""
         self._rehearsal.start()
-        followed = [model for _, model, _ in averages(callbacks_of(self._trainer))]
-        self._pairing = Pairing(self._module, self._pairs, self._targets, followed)
+        self._pairing = Pairing(self._module, self._pairs)
         self._pairing.start()
         step = self._module.training_step
         self._before = self._module.__dict__.get("training_step")
@@ -71,8 +70,8 @@ class FirstStep:
                 self._pairing.stop()
                 self._pairing = None
             return None
-        if self._pairing is not None:
-            self._pairing.outside = True  # before it, a module may well be filled from another one
+        if self._pairing is not None and self.steps == 1:  # before it, a module may well be filled from another one
+            self._pairing.watch_outside(self._targets, [model for _, model, _ in averages(callbacks_of(self._trainer))])
         self._rehearsal.after_backward()
         agreed, stepped = self._agreed()
         if not stepped and self.steps < SKIPPED:

@@ -24,6 +24,7 @@ from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from torch import Tensor, nn
 
 from lowrank_pretrain.core.lightning_private import trainer_of
+from lowrank_pretrain.core.targets import MatrixLayer
 from lowrank_pretrain.lora import model as lora
 from lowrank_pretrain.lora.function import Part, merged
 from lowrank_pretrain.phases.transition import Note, forget_note, note_of, restore_flags
@@ -78,7 +79,7 @@ def exact_values(module: nn.Module, noted: nn.Module | None = None) -> dict[str,
 
 class _HeldLayer(NamedTuple):
     name: str
-    layer: nn.Module  # plain by now
+    layer: MatrixLayer  # plain by now
     weight: Tensor  # W before the merge
     lora_A: nn.Parameter
     lora_B: dict[str, nn.Parameter]

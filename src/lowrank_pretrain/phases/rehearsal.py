@@ -202,7 +202,7 @@ class _Seen(Hook):
 class _Compare(Hook):
     """Compare, at the first call of a layer with a forward of its own, its output with an adapter and with it merged."""
 
-    def __call__(self, layer: nn.Module, args: tuple, kwargs: dict) -> None:
+    def __call__(self, layer: MatrixLayer, args: tuple, kwargs: dict) -> None:
         rehearsal = self._watcher()
         if rehearsal is None or self._name not in rehearsal._handles:
             return

@@ -33,9 +33,9 @@ from lowrank_pretrain.core.agreement import agreed_hash
 from lowrank_pretrain.core.buckets import settle_buckets
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.lightning_private import (
+    COMPILED_CALL,
     averaged_model,
     comm_hooks,
-    is_compiled,
     set_averaged_model,
     state_dict_hooks,
 )
@@ -271,7 +271,10 @@ def allow_graphs(module: nn.Module) -> int:
     dynamo = sys.modules.get("torch._dynamo")  # where nothing was compiled nobody has imported it
     if dynamo is None:
         return 0
-    count = sum(is_compiled(child) for child in module.modules())
+    count = sum(
+        getattr(child, COMPILED_CALL, None) is not None or isinstance(child, dynamo.OptimizedModule)
+        for child in module.modules()
+    )
     if count:
         config = dynamo.config
         config.recompile_limit = max(config.recompile_limit, 2 * (2 * count + 1))
