@@ -161,16 +161,6 @@ def inner_schedulers(scheduler: Any) -> Sequence[Any]:
     return getattr(scheduler, "_schedulers", ())
 
 
-def before_loading(optimizer: Optimizer) -> Iterable[Callable]:
-    """Return the hooks that come before ``load_state_dict`` of an optimizer that writes its own. Tried with torch 2.14.1."""
-    return optimizer._optimizer_load_state_dict_pre_hooks.values()
-
-
-def after_loading(optimizer: Optimizer) -> Iterable[Callable]:
-    """Return the hooks that come after ``load_state_dict`` of an optimizer that writes its own. Tried with torch 2.14.1."""
-    return optimizer._optimizer_load_state_dict_post_hooks.values()
-
-
 def found_infinities(scaler: Any, optimizer: Optimizer) -> Iterator[Tensor]:
     """Yield a gradient scaler's notes, one a device, of whether it met an infinite gradient. Tried with torch 2.14.1."""
     yield from scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"].values()
@@ -257,11 +247,6 @@ def is_traced() -> bool:
 def is_legacy_batched(tensor: Tensor) -> bool:
     """Return whether ``autograd.grad(is_grads_batched=True)`` has made a tensor. Tried with torch 2.14.1."""
     return torch._C._functorch.is_legacy_batchedtensor(tensor)
-
-
-def is_fake(tensor: Tensor) -> bool:
-    """Return whether a tensor has a shape but no values, as ``torch.export`` passes. Tried with torch 2.14.1."""
-    return isinstance(tensor, FakeTensor)
 
 
 def is_view(tensor: Tensor) -> bool:

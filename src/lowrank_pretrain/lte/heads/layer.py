@@ -10,7 +10,7 @@ changes with every window.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -284,11 +284,6 @@ def take_heads(layer: MultiheadLoRALinear) -> Held:
 def prev_names(layer: HeadLayer) -> list[str]:
     """Return the names of a layer's buffers that hold what W has of its heads."""
     return ["prev_A", *(f"prev_B{index}" for index in range(len(layer._parts)))]
-
-
-def head_layers(module: nn.Module) -> Iterator[tuple[str, MultiheadLoRALinear]]:
-    """Yield (name, layer) of every layer with heads, in the module's order."""
-    return ((name, layer) for name, layer in module.named_modules() if isinstance(layer, MultiheadLoRALinear))
 
 
 def factor_parameters(layers: Mapping[str, HeadLayer]) -> dict[str, nn.Parameter]:
