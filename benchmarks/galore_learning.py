@@ -42,6 +42,9 @@ SIDES = {
     "track_fira": ({"refresh": "track", "residual": "fira"}, 1.0),
     "fira": ({"residual": "fira"}, 2.0),
     "apollo": ({"variant": "apollo"}, 4.0),
+    "factored": ({"refresh": "track", "second_moment": "factored", "nesterov": True}, 2.0),
+    "factored_fira": ({"refresh": "track", "second_moment": "factored", "nesterov": True, "residual": "fira"}, 1.5),
+    "galore_muon": ({"refresh": "track", "rule": "muon", "nesterov": True}, 2.0),
 }
 DEFAULT_SIDES = ["adamw", "published", "galore", "track", "track_fira"]
 # part -> (width, steps, AdamW's first learning rates: matrices, the rest)

@@ -1,19 +1,19 @@
-"""The embedded data with its test part in two halves: one to choose settings by (validation), one to report on (test)."""
+"""Data with their test part in two halves: one to choose settings by (validation), one to report on (test)."""
 
 from typing import Any
 
 from lowrank_pretrain.data.images.arrays import ArrayImages
-from lowrank_pretrain.data.images.fashion_mnist import MEAN, STD, FashionMNIST, read_sample
+from lowrank_pretrain.data.images.fashion_mnist import MEAN, STD, FashionMNIST, read_files, read_sample
 from lowrank_pretrain.data.text.tokens import TokenData, TokenSet
 
 
 class Images(FashionMNIST):
-    """Embedded Fashion-MNIST; 1,000 images each for validation and test."""
+    """Fashion-MNIST; half of its test images each for validation and test (of the embedded sample 1,000)."""
 
     def setup(self, stage: str | None = None) -> None:
         """As the base class, then cut."""
         super().setup(stage)
-        images, labels = read_sample()["test"]
+        images, labels = (read_sample() if self.root == "sample" else read_files(self.root))["test"]
         common: dict[str, Any] = {"num_classes": self.num_classes, "img_size": self.img_size, "in_chans": self.in_chans}
         halves = [ArrayImages(images[k::2], labels[k::2], **common, mean=MEAN, std=STD, seed=self.seed) for k in range(2)]
         self.val_set, self.test_set = halves

@@ -148,7 +148,7 @@ def _rank(rank: int, world: int, port: int, job: Job, run_dir: Path) -> None:
             "GROUP_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "study",
         }  # fmt: skip
     run_dir.mkdir(parents=True, exist_ok=True)
-    if rank == 0:  # what a run that was cut off left
+    if rank == 0 and "ckpt_path=last" not in job.overrides:  # what a run that was cut off left
         for old in (*run_dir.glob("checkpoints/*"), *run_dir.glob("metrics.csv*"), *run_dir.glob("summary.json")):
             old.unlink(missing_ok=True)
     log = (run_dir / f"rank{rank}.log").open("w")

@@ -26,6 +26,7 @@ from lowrank_pretrain.observe.monitor import Monitor
 from lowrank_pretrain.run.method import galore_optimizer
 
 RANK, GAP, STEPS, WIDTH = 4, 4, 10, 16
+MODES = ({"second_moment": "factored", "nesterov": True}, {"rule": "muon", "nesterov": True})
 
 
 def net():
@@ -109,6 +110,12 @@ def hook_fira(rank):
 
 def hook_two_sided(rank):
     hook(rank, "", proj_type="full")
+
+
+def hook_modes(rank):
+    for mode in MODES:
+        hook(rank, "everything", refresh="track", **mode)
+        hook(rank, **mode)
 
 
 def hook_refuses(rank):
@@ -197,6 +204,12 @@ def fsdp2_two_sided(rank):
     fsdp2(rank, proj_type="full")
 
 
+def fsdp2_modes(rank):
+    for mode in MODES:
+        for kind in ("left", "right", "full"):
+            fsdp2(rank, refresh="track", proj_type=kind, **mode)
+
+
 def fsdp2_published(rank):
     fsdp2(rank, refresh="svd", rotate_moments=False, stagger=False)
 
@@ -255,18 +268,23 @@ def fsdp1_is_refused(rank):
     raise AssertionError("not refused when wrapped later")
 
 
-def fsdp2_adopts(rank):
+def fsdp2_adopts(rank, **mode):
     """Wide and tall, from either side: whole moments enter the first basis as in one process."""
     for kind in ("std", "left", "right", "full"):
         one, two = net(), sharded(net())
         for model, ranks in ((one, [0, 1]), (two, [rank])):
             optimizer = GaLoreAdamW(
-                list(model.named_parameters()), lr=1e-2, weight_decay=0.1, proj_type=kind, update_proj_gap=2
+                list(model.named_parameters()), lr=1e-2, weight_decay=0.1, proj_type=kind, update_proj_gap=2, **mode
             )
             train(model, optimizer, range(3), ranks)
             optimizer.adopt({"0": RANK, "2": RANK}, model)
             train(model, optimizer, range(3, 7), ranks)
         assert_close(one, two)
+
+
+def fsdp2_modes_adopt(rank):
+    for mode in MODES:
+        fsdp2_adopts(rank, **mode)
 
 
 class Fsdp2(Lit):
@@ -424,10 +442,16 @@ def checkpoint_of_fsdp2(rank):
     _checkpoint(rank, sharded)
 
 
+def checkpoint_of_fsdp2_modes(rank):
+    for mode in MODES:
+        _checkpoint(rank, sharded, refresh="track", **mode)
+
+
 SCENARIOS = [
     hook, hook_tracking, hook_fira, hook_two_sided, hook_refuses, fsdp2, fsdp2_left_and_right, fsdp2_tracking, fsdp2_two_sided,
     fsdp2_published, fsdp2_layerwise, fsdp2_adopts, fsdp2_not_finite, fsdp2_refuses, checkpoint_of_ddp, checkpoint_of_fsdp2,
     hook_in_lightning, layerwise_refuses_ddp, fsdp2_in_lightning, our_modules_under_fsdp2,
+    hook_modes, fsdp2_modes, fsdp2_modes_adopt, checkpoint_of_fsdp2_modes,
     fsdp1_is_refused, our_modules_under_fsdp2_resume_and_clip, our_modules_refuse_tensor_parallelism,
 ]  # fmt: skip
 

@@ -69,22 +69,33 @@ def read_moments(
         return torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device)
     if "exp_avg_scale" not in state:
         return state["exp_avg"], state["exp_avg_sq"]
-    m, v = (
-        _decode(state[key].to(device), state[f"{key}_scale"].to(device), signed)
-        for key, signed in zip(_KEYS, (True, False), strict=True)
-    )
-    return m.to(dtype), v.square_().to(dtype)
+    v = _decode(state["exp_avg_sq"].to(device), state["exp_avg_sq_scale"].to(device), signed=False)
+    return read_first_moment(state, shape, dtype, device), v.square_().to(dtype)
 
 
-def write_moments(state: dict[str, Any], m: Tensor, v: Tensor, eight_bit: bool) -> None:
-    """Keep the moments; in 8 bit the root of v, whose range the code spans twice as well as v's."""
+def read_first_moment(state: Mapping[str, Any], shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return the first moment alone, for a rule that keeps no second one or another form of it."""
+    if "exp_avg" not in state:
+        return torch.zeros(shape, dtype=dtype, device=device)
+    if "exp_avg_scale" not in state:
+        return state["exp_avg"]
+    return _decode(state["exp_avg"].to(device), state["exp_avg_scale"].to(device), signed=True).to(dtype)
+
+
+def write_moments(state: dict[str, Any], m: Tensor, v: Tensor | None, eight_bit: bool) -> None:
+    """Keep the moments; in 8 bit the root of v, whose range the code spans twice as well as v's. None: there is no v."""
+    for key in _KEYS:  # left over from a larger tensor, from 8-bit moments, or from before an adoption
+        state.pop(f"{key}_scale", None)
+    if v is None:
+        state.pop("exp_avg_sq", None)
     if eight_bit and m.numel() >= SMALLEST_8BIT:
         state["exp_avg"], state["exp_avg_scale"] = _encode(m, signed=True)
-        state["exp_avg_sq"], state["exp_avg_sq_scale"] = _encode(v.sqrt(), signed=False)
+        if v is not None:
+            state["exp_avg_sq"], state["exp_avg_sq_scale"] = _encode(v.sqrt(), signed=False)
     else:
-        state["exp_avg"], state["exp_avg_sq"] = m, v
-        for key in _KEYS:  # left over from a larger tensor, or from 8-bit moments
-            state.pop(f"{key}_scale", None)
+        state["exp_avg"] = m
+        if v is not None:
+            state["exp_avg_sq"] = v
 
 
 def steps_taken(state: Mapping[str, Any]) -> int:
@@ -152,14 +163,17 @@ def adam_directions(
 
 
 def bias_correction(step: int, group: Mapping[str, Any]) -> float:
-    """Return the bias correction √(1−β₂ᵗ)/(1−β₁ᵗ) that N contains at step t; 1 without.
+    """Return the bias correction √(1−β₂ᵗ)/(1−β₁ᵗ) that N contains at step t (Nesterov: 1−β₁ᵗ⁺¹); 1 without, and for Muon.
 
     Example:
         >>> round(bias_correction(1, {"betas": (0.9, 0.999), "correct_bias": True}), 4)
         0.3162
     """
     beta1, beta2 = group["betas"]
-    return math.sqrt(1 - beta2**step) / (1 - beta1**step) if group["correct_bias"] else 1.0
+    if not group["correct_bias"] or group.get("rule") == "muon":
+        return 1.0
+    ahead = step + 1 if group.get("nesterov") else step  # the sum of the weights of all gradients in the mixture
+    return math.sqrt(1 - beta2**step) / (1 - beta1**ahead)
 
 
 def decay_weights(weights: list[Tensor], group: Mapping[str, Any], skip: Tensor | None) -> None:

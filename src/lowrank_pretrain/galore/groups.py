@@ -25,16 +25,19 @@ from lowrank_pretrain.core.targets import (
     tied_layers,
 )
 from lowrank_pretrain.galore.adam import MOMENTS, load_bitsandbytes
+from lowrank_pretrain.galore.modes import RULES, SECOND_MOMENTS
 from lowrank_pretrain.galore.subspace import PROJ_TYPES, REFRESHES
 from lowrank_pretrain.models.optim import undecayed_names
 
-_PROJECTED = ("update_proj_gap", "scale", "proj_type", "refresh", "residual", "variant")  # settings of projected groups alone
+MODE_DEFAULTS = {"second_moment": "full", "nesterov": False, "rule": "adam"}
+# settings of projected groups alone
+_PROJECTED = ("update_proj_gap", "scale", "proj_type", "refresh", "residual", "variant", *MODE_DEFAULTS)
 RESIDUALS = (None, "fira")
 VARIANTS = ("galore", "apollo")
 # settings that a group may have, and other keys that torch, its schedulers, Lightning and timm put into one
 KEYS = (
     "rank", "lr", "betas", "eps", "weight_decay", "correct_bias", "update_proj_gap", "scale", "proj_type", "refresh",
-    "rotate_moments", "stagger", "layerwise", "moments", "residual", "variant", "seed",
+    "rotate_moments", "stagger", "layerwise", "moments", "residual", "variant", "second_moment", "nesterov", "rule", "seed",
 )  # fmt: skip
 _OTHERS = (
     "params", "param_names", "initial_lr", "max_lr", "min_lr", "base_lr", "max_momentum", "base_momentum", "swa_lr", "name",
@@ -278,15 +281,23 @@ def check_values(group: Mapping[str, Any]) -> None:
         ("moments", MOMENTS),
         ("residual", RESIDUALS),
         ("variant", VARIANTS),
+        ("second_moment", SECOND_MOMENTS),
+        ("rule", RULES),
     ):
         choice(key, group[key], allowed)
-    for key in ("rotate_moments", "stagger", "layerwise", "correct_bias"):
+    for key in ("rotate_moments", "stagger", "layerwise", "correct_bias", "nesterov"):
         flag(key, group[key])
     for key in ("lr", "eps", "weight_decay", "scale"):
         number(key, _plain_number(group[key]), least=0, allowed="must be a number, 0 or more")
     betas = group["betas"]
     if not isinstance(betas, (tuple, list)) or len(betas) != 2 or not all(_is_decay(_plain_number(beta)) for beta in betas):
         raise ConfigError("betas", betas, "must be two numbers in [0, 1)")
+    if group["rule"] == "muon" and group["second_moment"] == "factored":
+        raise ConfigError("second_moment", "factored", "rule=muon keeps no second moment: leave second_moment at full")
+    if group["rule"] == "muon" and group["variant"] == "apollo":
+        raise ConfigError("rule", "muon", "orthogonalises the momentum in a basis, which variant=apollo has not: use galore")
+    if group["nesterov"] and not _plain_number(betas[0]):
+        raise ConfigError("nesterov", True, "needs momentum: betas[0] must be above 0")
     whole("update_proj_gap", group["update_proj_gap"], 1, "steps")
     if not is_integer(group["seed"]):
         raise ConfigError("seed", group["seed"], "must be an integer, or null for the run's")
@@ -401,7 +412,7 @@ def warn_of_unused(settings: Mapping[str, Any], usual: inspect.Signature, groups
 # A change of any of these in the middle of a fit makes the index anew; lr, betas and decay are read at each step.
 _INDEXED = (
     "rank", "proj_type", "variant", "update_proj_gap", "stagger", "refresh", "rotate_moments", "moments", "residual",
-    "layerwise", "scale", "eps", "correct_bias", "seed",
+    "layerwise", "scale", "eps", "correct_bias", "second_moment", "nesterov", "rule", "seed",
 )  # fmt: skip
 
 

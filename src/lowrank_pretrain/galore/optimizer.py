@@ -25,6 +25,7 @@ from lowrank_pretrain.galore.dtensor import is_distributed, local_piece
 from lowrank_pretrain.galore.guard import Guard, check_dense_and_real, closed, eager
 from lowrank_pretrain.galore.layerwise import Layerwise, UsedGradient
 from lowrank_pretrain.galore.local import LocalUpdate
+from lowrank_pretrain.galore.modes import is_fused
 from lowrank_pretrain.galore.projection import Entry, Projected, SharedBasis, make_index
 
 
@@ -53,6 +54,11 @@ class GaLoreAdamW(Adopter, Reports, Optimizer):
         moments: ``auto``, ``float32``, ``grad`` (the gradient's dtype) or ``8bit`` (needs bitsandbytes).
         residual: ``fira`` adds the scaled part of the gradient outside the subspace, with a limit on its growth.
         variant: ``apollo`` scales the whole gradient by what Adam does to a random projection of it (rank 1: APOLLO-Mini).
+        second_moment: ``factored`` keeps a row and a column of means in place of v: r + k numbers for r×k, no more products,
+            the same losses. Take it wherever state counts; with ``refresh="track"`` and ``nesterov`` it is .20 of AdamW's.
+        nesterov: step on β₁m + (1−β₁)R, one step ahead of the momentum: no state, no product. It helps on texts.
+        rule: ``muon`` steps on the orthogonalised momentum of the subspace: no second moment at all, .18 of AdamW's state, two
+            products of r×r by r×k more, and an update of AdamW's size. Take it for pictures.
         seed: of random projections; by default the run's.
         rank: with a model for ``params``: its groups are ``galore_param_groups(model, rank, targets)``, and norms, biases and
             embeddings have no weight decay. A HF ``Trainer`` takes it as
@@ -84,6 +90,9 @@ class GaLoreAdamW(Adopter, Reports, Optimizer):
         moments: str = "auto",
         residual: str | None = None,
         variant: str = "galore",
+        second_moment: str = "full",
+        nesterov: bool = False,
+        rule: str = "adam",
         seed: int | None = None,
         rank: int | None = None,
         targets: str | Sequence[str] = "all",
@@ -92,7 +101,8 @@ class GaLoreAdamW(Adopter, Reports, Optimizer):
             "lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay, "correct_bias": correct_bias,
             "update_proj_gap": update_proj_gap, "scale": scale, "proj_type": proj_type, "refresh": refresh,
             "rotate_moments": rotate_moments, "stagger": stagger, "layerwise": layerwise, "moments": moments,
-            "residual": residual, "variant": variant, "seed": run_seed() if seed is None else seed,
+            "residual": residual, "variant": variant, "second_moment": second_moment, "nesterov": nesterov, "rule": rule,
+            "seed": run_seed() if seed is None else seed,
         }  # fmt: skip
         params = groups.groups_of_model(params, rank, targets, weight_decay)
         self._reset({})
@@ -281,13 +291,15 @@ class GaLoreAdamW(Adopter, Reports, Optimizer):
         elif group["residual"] == "fira":
             update = Projected.add_update_and_residual
 
-        lows, ms, vs = [], [], []
+        lows: list[Tensor] = []
+        ms: list[Tensor] = []
+        seconds: list[list[Tensor]] = []
         for slot in slots:
-            m, v = slot.read_moments(slot.p if slot.grad is None else slot.grad)
+            m, second = slot.read_moments(slot.p if slot.grad is None else slot.grad)
             # renew the basis P, where it is due, and carry the moments over into it
             if slot.due:
                 began = self._timer.start(slot.p)
-                m, v, overlap = slot.refresh(slot.whole_grad, m, v, skip)
+                m, second, overlap = slot.refresh(slot.whole_grad, m, second, skip)
                 self._timer.stop(slot.p, began, step, overlap)
             # project: R = PᵀG, plus that of earlier micro-batches
             low = slot.low
@@ -296,18 +308,23 @@ class GaLoreAdamW(Adopter, Reports, Optimizer):
             assert low is not None, slot.name
             lows.append(low)
             ms.append(fit_layout(m, low, slot.name, "first moment"))
-            vs.append(fit_layout(v, low, slot.name, "second moment"))
+            full = slot.second == "full"
+            seconds.append([fit_layout(v, low, slot.name, "second moment") for v in second] if full else second)
 
-        # Adam on R: the moments in place, and −N, for all of them in one call
-        minus_n = adam.adam_directions(lows, ms, vs, step, group, skip)
+        # Adam on R: the moments in place, and −N, for all of them in one call; the other rules one by one
+        if is_fused(group):
+            minus_n = adam.adam_directions(lows, ms, [v for second in seconds for v in second], step, group, skip)
+        else:
+            parts = zip(slots, lows, ms, seconds, strict=True)
+            minus_n = [slot.direction(low, m, second, skip) for slot, low, m, second in parts]
 
         # back to W: W ← W − ηαP N; under LTE the update is added to D, of which W is formed
-        for slot, low, n, m, v in zip(slots, lows, minus_n, ms, vs, strict=True):
+        for slot, low, n, m, second in zip(slots, lows, minus_n, ms, seconds, strict=True):
             if slot.local is None:
                 update(slot, low, n, eta, correction)
             else:
                 slot.local.take(slot, n, decay)
-            slot.write_moments(m, v)
+            slot.write_moments(m, second)
             slot.grad = slot.low = None
 
         # decoupled weight decay, after the update, as published
@@ -414,6 +431,7 @@ class GaLoreAdamW(Adopter, Reports, Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         # a deep copy or an unpickled optimizer has none of our private attributes; load_state_dict comes here as well
         super().__setstate__({key: value for key, value in state.items() if key not in ("_ranks", "_asked")})
+        self.defaults = groups.MODE_DEFAULTS | self.defaults  # pickled by a version without modes
         shared, local = getattr(self, "shared", None), getattr(self, "local", {})
         self._reset(state.get("_ranks", getattr(self, "_ranks", {})))
         self.shared, self.local = shared, local

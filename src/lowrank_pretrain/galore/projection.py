@@ -3,7 +3,8 @@
 Shapes: W, G m×n (an N-D weight is taken as out × the rest); M d×k = G or Gᵀ, projected side first; P d×r; R, m, v r×k. For
 ``proj_type="full"`` M = G, P m×r, Q n×r and R, m, v are r×r. The arithmetic of bases is in ``subspace``.
 
-State: ``proj`` P (``proj_right`` Q), ``exp_avg``, ``exp_avg_sq``, ``step``: plain tensors.
+State: ``proj`` P (``proj_right`` Q), ``exp_avg``, ``exp_avg_sq``, ``step``: plain tensors. A factored second moment is
+``exp_avg_sq_row`` (r) and ``exp_avg_sq_col`` (k) instead; Muon's rule keeps none.
 """
 
 from collections.abc import Iterator, Mapping
@@ -16,10 +17,20 @@ from torch import Tensor
 from lowrank_pretrain.core.agreement import generator
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.galore import dtensor, residual, subspace
-from lowrank_pretrain.galore.adam import count_step, moment_dtype, moment_kind, read_moments, steps_taken, write_moments
+from lowrank_pretrain.galore.adam import (
+    count_step,
+    moment_dtype,
+    moment_kind,
+    read_first_moment,
+    read_moments,
+    steps_taken,
+    write_moments,
+)
+from lowrank_pretrain.galore.factored import alone, factor, root
 from lowrank_pretrain.galore.groups import largest_rank, parameter_name
 from lowrank_pretrain.galore.guard import has_values, wide_dtype
 from lowrank_pretrain.galore.local import LocalUpdate
+from lowrank_pretrain.galore.modes import PARTS, mode_direction, second_form, turn_moments
 
 
 class SharedBasis(Protocol):
@@ -72,6 +83,7 @@ class Projected:
         self.rows, self.cols = self.p.shape[0], self.p.numel() // self.p.shape[0]
         # settings that the state's shapes depend on are kept here: the group may be changed in the middle of a fit
         self.shape, self.variant, self.proj_type = self.p.shape, self.group["variant"], self.group["proj_type"]
+        self.second = second_form(self.group)
         self.left = subspace.project_left(self.rows, self.cols, self.proj_type)
         self.two_sided = self.proj_type == "full"
         self.numel_low = self.rank * (self.rank if self.two_sided else self.cols if self.left else self.rows)  # elements of R
@@ -95,6 +107,12 @@ class Projected:
             ConfigError: the moments cannot follow the change.
         """
         if self.form != before.form:
+            if self.second != before.second:
+                key = "rule" if "none" in (self.second, before.second) else "second_moment"
+                raise ConfigError(
+                    key, self.group[key], f"was another when {self.name} made its state: set it back, or drop the state "
+                    "(optimizer.state.pop(p))"
+                )  # fmt: skip
             if "apollo" in (self.variant, before.variant) or self.distributed or before.local is not None:
                 key = "rank" if self.rank != before.rank else "proj_type" if self.variant == before.variant else "variant"
                 raise _cannot_follow(key, getattr(self, key), before)
@@ -110,7 +128,7 @@ class Projected:
     @property
     def form(self) -> tuple[Any, ...]:
         """Return the settings that decide the shapes and the meaning of the state."""
-        return self.rank, self.left, self.two_sided, self.variant
+        return self.rank, self.left, self.two_sided, self.variant, self.second
 
     @property
     def cold(self) -> bool:
@@ -127,7 +145,8 @@ class Projected:
             self._blank = False
             # the published code keeps such a basis for a gap
             if "proj" in self.state and self.group["refresh"] != "svd" and has_values(self.p):
-                v = self.state.get("exp_avg_sq_scale", self.state["exp_avg_sq"])  # of 8-bit codes the scales
+                key = "exp_avg" if self.second == "none" else PARTS[self.second][0]
+                v = self.state.get(f"{key}_scale", self.state[key])  # of 8-bit codes the scales
                 flag = dtensor.agree_on_flags(~dtensor.local_piece(v).any().reshape(1), [self.p])
                 self._blank = bool(flag if self.shared is None else self.shared.agree(flag))
         return self._blank
@@ -189,36 +208,91 @@ class Projected:
         start = dtensor.first_local_row(self.p)
         return p[start : start + dtensor.local_piece(self.p).shape[0]]
 
-    def read_moments(self, grad: Tensor) -> tuple[Tensor, Tensor]:
-        """Return first and second moment, r×k (or, just adopted, still of the whole matrix), this rank's piece."""
+    def read_moments(self, grad: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Return the first moment r×k, and what is kept of the second: [v], [row, column] or []; of these this rank's pieces.
+
+        Of a parameter that was just adopted both are still AdamW's, of the whole matrix.
+        """
         dtype = moment_dtype(self.group, grad.dtype)
         if self.former is not None:
             return self.former.whole_moments(self.state, dtype)
-        if not self.distributed:
-            return read_moments(self.state, (self.rank, self.numel_low // self.rank), dtype, self.p.device)
-        shape = (self.rank, self.rank if self.two_sided else self.matrix(self.p).shape[1])
-        m, v = read_moments(self.state, shape, dtype, dtensor.local_piece(self.p).device)
-        return dtensor.local_piece(m), dtensor.local_piece(v)
+        device, columns = self.p.device, self.numel_low // self.rank
+        if self.distributed:
+            device = dtensor.local_piece(self.p).device
+            columns = self.rank if self.two_sided else self.matrix(self.p).shape[1]
+        shape = (self.rank, columns)
+        if self.second == "full" or self._is_whole:
+            m, v = read_moments(self.state, shape, dtype, device)
+            return dtensor.local_piece(m), [dtensor.local_piece(v)]
+        m = read_first_moment(self.state, shape, dtype, device)
+        second = [
+            dtensor.local_piece(self.state[key]) if key in self.state else torch.zeros(size, dtype=dtype, device=device)
+            for key, size in zip(PARTS[self.second], shape, strict=False)
+        ]
+        return dtensor.local_piece(m), second
+
+    @property
+    def _is_whole(self) -> bool:
+        """Return whether the moments are those of the whole matrix: it was adopted, and has no basis yet."""
+        return self.variant == "galore" and "exp_avg" in self.state and "proj" not in self.state
 
     def second_moment(self) -> Tensor | None:
-        """Return v; None before the first step."""
-        return self.read_moments(self.p)[1] if "exp_avg" in self.state else None
+        """Return v, or the squares of the first moment where there is none; None before the first step."""
+        if "exp_avg" not in self.state:
+            return None
+        m, second = self.read_moments(self.p)
+        if len(second) == 2:
+            total, columns = self._over_ranks
+            return root(second[0], second[1], total, columns).square()
+        return second[0] if second else m.square()
 
-    def whole_moments(self, state: dict[str, Any], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def whole_moments(self, state: dict[str, Any], dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
         """Return the moments outside the basis, m×n: P m and (P∘P) v, for a basis of another form to take them over."""
-        low_m, low_v = (t.to(state["proj"].dtype) for t in read_moments(state, (), dtype, self.p.device))
+        wide = state["proj"].dtype
+        shape = (self.rank, self.numel_low // self.rank)
+        if self.second == "full":
+            low_m, low_v = (t.to(wide) for t in read_moments(state, (), dtype, self.p.device))
+        else:
+            low_m = read_first_moment(state, shape, dtype, self.p.device).to(wide)
+            second = [state[key].to(wide) for key in PARTS[self.second]]
+            low_v = root(second[0], second[1]).square() if second else torch.zeros_like(low_m)
         m, v = subspace.rotate(low_m, low_v, state["proj"], state.get("proj_right"))
-        return (m.to(dtype), v.to(dtype)) if self.left else (m.t().to(dtype), v.t().to(dtype))
+        return (m.to(dtype), [v.to(dtype)]) if self.left else (m.t().to(dtype), [v.t().to(dtype)])
 
-    def write_moments(self, m: Tensor, v: Tensor) -> None:
+    def write_moments(self, m: Tensor, second: list[Tensor]) -> None:
         """Keep the moments, and count the step."""
+        cut = None if self.left else 1
+        columns = self.numel_low // self.rank
         if self.shards is not None:
-            shape, cut = (self.rank, self.numel_low // self.rank), None if self.left else 1
-            m, v = dtensor.as_dtensor(m, self.p, shape, cut), dtensor.as_dtensor(v, self.p, shape, cut)
+            m = dtensor.as_dtensor(m, self.p, (self.rank, columns), cut)
+        if self.second == "factored":
+            row, col = second
+            if self.shards is not None:
+                row = dtensor.as_dtensor(row, self.p, (self.rank,), None)
+                col = dtensor.as_dtensor(col, self.p, (columns,), None if cut is None else 0)
+            self.state["exp_avg_sq_row"], self.state["exp_avg_sq_col"] = row, col
+        v = second[0] if self.second == "full" else None
+        if v is not None and self.shards is not None:
+            v = dtensor.as_dtensor(v, self.p, (self.rank, columns), cut)
         write_moments(self.state, m, v, moment_kind(self.group) == "8bit")
         count_step(self.state)
 
-    def refresh(self, grad: Tensor, m: Tensor, v: Tensor, skip: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    @property
+    def _over_ranks(self) -> tuple[Any, int]:
+        """Return what sums over the ranks that R's columns are cut over, and the number of columns (0: all are here)."""
+        if self.shards is None or self.left:
+            return alone, 0
+        shards = self.shards
+        return lambda part: dtensor.sum_over_ranks(part, shards), self.numel_low // self.rank
+
+    def direction(self, low: Tensor, m: Tensor, second: list[Tensor], skip: Tensor | None) -> Tensor:
+        """Return −N where the fused kernel does not make it; the moments are updated in place."""
+        d, k = (self.rows, self.cols) if self.left else (self.cols, self.rows)
+        return mode_direction(low, m, second, self.step + 1, self.group, (d, k), skip, self._over_ranks[0])
+
+    def refresh(
+        self, grad: Tensor, m: Tensor, second: list[Tensor], skip: Tensor | None
+    ) -> tuple[Tensor, list[Tensor], Tensor | None]:
         """Renew the basis; returns the moments in it, and its overlap with the old one (None if new)."""
         matrix = self.matrix(dtensor.gather_whole(grad))
         keys = [] if self.cold else self._keys()
@@ -238,15 +312,22 @@ class Projected:
             if not self.two_sided:
                 self.state.pop("proj_right", None)
             self._blank = self.former = None
-            return (m, v, None) if again else (*self._enter(m, v, new), None)
+            return (m, second, None) if again else (*self._enter(m, second, new), None)
         turns = [subspace.change_of_basis(after, before) for before, after in zip(old, new, strict=True)]
         if self.group["rotate_moments"]:
-            turned = subspace.rotate(m.to(old[0].dtype), v.to(old[0].dtype), turns[0], turns[1] if self.two_sided else None)
-            for kept, new_moment in zip((m, v), turned, strict=True):
+            wide = [t.to(old[0].dtype) for t in (m, *second)]
+            right = turns[1] if self.two_sided else None
+            turned: list[Tensor]
+            if self.second == "full":
+                turned = list(subspace.rotate(wide[0], wide[1], turns[0], right))
+            else:
+                first, others = turn_moments(wide[0], wide[1:], turns[0], right)
+                turned = [first, *others]
+            for kept, new_moment in zip((m, *second), turned, strict=True):
                 _replace(kept, new_moment, skip)
         for key, basis in zip(self._keys(), new, strict=True):
             _replace(self.state[key], basis, skip)
-        return m, v, subspace.overlap(turns[0])
+        return m, second, subspace.overlap(turns[0])
 
     # ---- back to W: three updates, of which a group has one. η is the learning rate times ``scale`` -------------------------
 
@@ -310,16 +391,20 @@ class Projected:
             return list(subspace.two_sided_step(matrix, old[0], old[1], mean))
         return [subspace.power_step(matrix, old[0], mean)]
 
-    def _enter(self, m: Tensor, v: Tensor, new: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def _enter(self, m: Tensor, second: list[Tensor], new: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Carry moments of the whole matrix (an adopted parameter's) into the first basis: m ← Pᵀm, v ← (P∘P)ᵀv."""
         if "exp_avg" not in self.state:
-            return m, v
-        wide_m, wide_v = (self.matrix(t).to(new[0].dtype) for t in (m, v))
+            return m, second
+        wide_m, wide_v = (self.matrix(t).to(new[0].dtype) for t in (m, second[0]))
         right = new[1].t() if self.two_sided else None
         low_m, low_v = subspace.rotate(wide_m, wide_v, self._rows(new[0]).t(), right)
         if self.shards is not None and self.left:  # each rank has had its rows of the sum
             low_m, low_v = (dtensor.sum_over_ranks(t.contiguous(), self.shards) for t in (low_m, low_v))
-        return low_m.to(m.dtype).contiguous(), low_v.to(v.dtype).contiguous()
+        m, v = low_m.to(m.dtype).contiguous(), low_v.to(m.dtype).contiguous()
+        if self.second == "factored":
+            total, columns = self._over_ranks
+            return m, list(factor(v, total, columns))
+        return m, [v] if self.second == "full" else []
 
 
 def _replace(kept: Tensor, new: Tensor, skip: Tensor | None) -> None:

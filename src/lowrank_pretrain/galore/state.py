@@ -27,6 +27,7 @@ from lowrank_pretrain.galore.adam import BLOCK, SMALLEST_8BIT, moment_dtype, mom
 from lowrank_pretrain.galore.dtensor import local_piece
 from lowrank_pretrain.galore.groups import (
     KEYS,
+    MODE_DEFAULTS,
     check_group,
     check_rank_value,
     known_key,
@@ -34,10 +35,11 @@ from lowrank_pretrain.galore.groups import (
     parameter_name,
     parameter_names,
 )
+from lowrank_pretrain.galore.modes import second_form
 from lowrank_pretrain.galore.projection import Entry
 from lowrank_pretrain.galore.subspace import project_left
 
-_FIXED = ("rank", "proj_type", "variant")  # settings that decide what the state's tensors look like
+_FIXED = ("rank", "proj_type", "variant", "second_moment", "rule")  # settings that decide what the state's tensors look like
 _OURS = ("variant", "refresh", "stagger", "residual", "moments", "layerwise", "rotate_moments")  # no other optimizer's keys
 _RATES = ("lr", "betas", "weight_decay")  # schedules change these; they stay if a file does not tell the code's values
 _SHAPES = ("exp_avg", "exp_avg_sq", "proj", "proj_right")
@@ -92,7 +94,7 @@ def fit_saved_state(
     new_groups: list[dict[str, Any]] = []
     shares: list[float] = []
     for number, (group, source) in enumerate(zip(groups_here, sources, strict=True)):
-        then = requested_there[source] if len(requested_there) == len(groups) else None
+        then = {**MODE_DEFAULTS, **requested_there[source]} if len(requested_there) == len(groups) else None
         shares.append(_rate_share(then, requested[number]))
         new_groups.append(_settings(group, groups[source], requested[number], then))
     for place in places:
@@ -260,12 +262,12 @@ def _check_shapes(state: dict[str, Any], p: Tensor, group: dict[str, Any], adopt
             or "proj" in state
             or tuple(getattr(state.get("exp_avg"), "shape", ())) != tuple(p.shape)
         ):
-            shapes = dict.fromkeys(("exp_avg", "exp_avg_sq"), low)
+            shapes = _low_shapes(second_form(group), low)
         if group["variant"] == "galore" and shapes["exp_avg"] == low:
             shapes |= {"proj": (d, rank)} | ({"proj_right": (k, rank)} if two_sided else {})
     if "exp_avg_scale" in state or "exp_avg_sq_scale" in state:
         blocks = -(-math.prod(shapes["exp_avg"]) // BLOCK)
-        shapes |= {f"{key}_scale": (blocks,) for key in ("exp_avg", "exp_avg_sq")}
+        shapes |= {f"{key}_scale": (blocks,) for key in ("exp_avg", "exp_avg_sq") if key in shapes}
     if "residual_norm" in state:
         shapes["residual_norm"] = ()
     for key, shape in shapes.items():
@@ -282,11 +284,19 @@ def _check_shapes(state: dict[str, Any], p: Tensor, group: dict[str, Any], adopt
         raise ConfigError("ckpt_path", name, f"its step is {step!r} there, but must be a whole number, 0 or more")
 
 
+def _low_shapes(second: str, low: tuple[int, int]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a projected matrix's moments by key."""
+    if second == "full":
+        return dict.fromkeys(("exp_avg", "exp_avg_sq"), low)
+    row, col = ((low[0],), (low[1],))
+    return {"exp_avg": low} | ({"exp_avg_sq_row": row, "exp_avg_sq_col": col} if second == "factored" else {})
+
+
 def _own_tensors(state: dict[str, Any], p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
     """Return copies of the state's tensors in the mode's dtypes, on p's device, so that two optimizers do not share them."""
     narrow = getattr(p, "grad_dtype", None) or p.dtype  # that of the gradients to come
     wide, own = at_least_32(narrow), moment_dtype(group, narrow)
-    kept = {"exp_avg": own, "exp_avg_sq": own}
+    kept = dict.fromkeys(("exp_avg", "exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col"), own)
     kept["proj"] = kept["proj_right"] = wide if moment_kind(group) == "float32" else narrow
     new = {}
     for key, value in state.items():
@@ -375,6 +385,7 @@ def adoptable_ranks(plan: Mapping[str, int], module: nn.Module, entries: Mapping
 def formula_bytes(entries: Mapping[Tensor, Entry]) -> int:
     """Return the paper's mr + 2nr for each projected m×n matrix (m the projected side) and 2mn for each other one, in bytes.
 
+    A factored second moment is r + n of it in place of nr, and Muon's rule has mr + nr.
     8-bit moments count with one float32 scale per 256 elements; APOLLO's basis and the step counters count nothing. Under
     FSDP2 it is this rank's share: bases are whole everywhere, moments are cut unless the projection is from the left.
     """
@@ -390,8 +401,13 @@ def formula_bytes(entries: Mapping[Tensor, Entry]) -> int:
             if group["variant"] == "galore":
                 total += slot.rank * (d + (k if slot.two_sided else 0)) * narrow
             total += wide if group["residual"] or group["variant"] == "apollo" else 0
+        each = wide if kept == "8bit" else narrow
+        second = "full" if slot is None else slot.second
+        if slot is not None and second == "factored":
+            total += (slot.rank + elements // slot.rank) * each
+        moments = 2 if second == "full" else 1
         if kept == "8bit" and elements >= SMALLEST_8BIT:
-            total += 2 * (elements + -(-elements // BLOCK) * 4)
+            total += moments * (elements + -(-elements // BLOCK) * 4)
         else:
-            total += 2 * elements * (wide if kept == "8bit" else narrow)
+            total += moments * elements * each
     return total

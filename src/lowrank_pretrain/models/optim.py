@@ -1,10 +1,10 @@
-"""The optimizer and its schedule: AdamW in two groups, linear warm-up, then cosine or constant.
+"""The optimizer and its schedule: AdamW with one or two rates, linear warm-up, then cosine or constant.
 
 AdamW is torch's own. The schedule is not: see :class:`Schedule`.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from lowrank_pretrain.core.checks import number
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.targets import Target, find_targets
 from lowrank_pretrain.models.checks import plain
 
 SCHEDULES = ("cosine", "constant")
@@ -150,6 +151,7 @@ def _steps(steps: int | float) -> str:
 
 
 # what a group's settings are called here and on the command line; what the method itself sets it looks after itself
+REST = "rest"  # begins the names of groups that `rest_lr` moves
 SETTINGS = {"initial_lr": "lr", "weight_decay": "weight_decay", "betas": "betas", "eps": "eps", "lr_ratio": "adapter_lr"}
 
 
@@ -168,7 +170,9 @@ def settings_win(optimizer: torch.optim.Optimizer) -> None:
             for key, value in mine.items():
                 before = tuple(theirs[key]) if key == "betas" and key in theirs else theirs.get(key, value)
                 if before != value:
-                    changed.setdefault(SETTINGS[key], f"{SETTINGS[key]} is now {value} (it was {before} in the checkpoint)")
+                    rest = key == "initial_lr" and str(theirs.get("name", "")).startswith(REST)
+                    word = "rest_lr" if rest else SETTINGS[key]
+                    changed.setdefault(word, f"{word} is now {value} (it was {before} in the checkpoint)")
 
     def put_back(optimizer: torch.optim.Optimizer) -> None:
         for group, mine in zip(optimizer.param_groups, ours, strict=True):
@@ -185,7 +189,7 @@ class Optim:
     """How a module is optimized; a module's ``configure_optimizers`` returns ``self.optim.configure(self)``.
 
     Args:
-        lr: peak learning rate, > 0.
+        lr: peak learning rate, > 0. With ``rest_lr`` that of the targets' matrices alone.
         weight_decay: AdamW's decoupled decay, >= 0; matrices only.
         betas: AdamW's two averages, each in [0, 1).
         eps: AdamW's epsilon, > 0.
@@ -194,6 +198,8 @@ class Optim:
         schedule: ``"cosine"`` (to ``final_lr`` at the last step) or ``"constant"``.
         final_lr: where the cosine ends, as a share of each group's peak in [0, 1); ``"constant"`` does not use it.
         build: makes the optimizer instead of AdamW, from (module, this setting); the schedule stays.
+        rest_lr: peak learning rate of the rest (embedding, output head, norms, biases), > 0; None: ``lr``. It holds for every
+            method, so that a comparison gives each side the same two rates.
 
     Raises:
         ConfigError: a value outside its range.
@@ -207,9 +213,12 @@ class Optim:
     schedule: str = "cosine"
     final_lr: float = 0.0
     build: Callable[[LightningModule, "Optim"], torch.optim.Optimizer] | None = None
+    rest_lr: float | None = None
 
     def __post_init__(self) -> None:
         number("lr", self.lr, above=0)
+        if self.rest_lr is not None:
+            number("rest_lr", self.rest_lr, above=0, allowed="must be a number above 0, or null for the same as lr")
         number("weight_decay", self.weight_decay, least=0, allowed="must be a number, 0 or more")
         number("eps", self.eps, above=0)
         betas = plain(self.betas)
@@ -231,18 +240,59 @@ class Optim:
         number("final_lr", self.final_lr, least=0, below=1, allowed="must be a share of the peak learning rate in [0, 1)")
 
     def groups(self, module: nn.Module) -> list[dict[str, Any]]:
-        """Return two param groups of the trainable parameters: ``decay`` (matrices) and ``no_decay`` (the rest)."""
+        """Return the param groups of the trainable parameters.
+
+        Without ``rest_lr`` they are two: ``decay`` (matrices) and ``no_decay`` (everything else). With it: see :meth:`split`.
+
+        Raises:
+            ConfigError: ``rest_lr`` is given and no matrix can be a target, so there is nothing that ``lr`` would move.
+        """
+        if self.rest_lr is not None:
+            try:
+                return self.split(module, find_targets(module, warn=False))
+            except ConfigError as error:
+                if error.key != "targets":
+                    raise
+                raise ConfigError("rest_lr", self.rest_lr, f"needs matrices that lr moves: {error.allowed}") from None
+        decay, rest = self._by_decay(module)
+        groups = [
+            {"params": decay, "weight_decay": self.weight_decay, "name": "decay"},
+            {"params": rest, "weight_decay": 0.0, "name": "no_decay"},
+        ]
+        return [group for group in groups if group["params"]]
+
+    def split(self, module: nn.Module, targets: Mapping[str, Target]) -> list[dict[str, Any]]:
+        """Return up to three param groups: ``matrices`` with ``lr``, and the rest with ``rest_lr``.
+
+        Args:
+            module: the module to train.
+            targets: as ``find_targets`` returns them; a part of a fused matrix stands for all of it.
+
+        Returns:
+            ``matrices``, ``rest_decay`` (other tables and convolutions that decay) and ``rest`` (norms, biases, embeddings).
+        """
+        chosen = {id(target.layer.weight) for target in targets.values()}
+        matrices = [p for p in module.parameters() if id(p) in chosen and p.requires_grad]
+        decay, plain_rest = self._by_decay(module)
+        rate = self.lr if self.rest_lr is None else self.rest_lr
+        groups: list[dict[str, Any]] = [
+            {"params": matrices, "lr": self.lr, "name": "matrices"},
+            {"params": [p for p in decay if id(p) not in chosen], "lr": rate, "name": f"{REST}_decay"},
+            {"params": [p for p in plain_rest if id(p) not in chosen], "lr": rate, "name": REST},
+        ]
+        for group, decayed in zip(groups, (self.weight_decay, self.weight_decay, 0.0), strict=True):
+            group["weight_decay"] = decayed
+        return [group for group in groups if group["params"]]
+
+    def _by_decay(self, module: nn.Module) -> tuple[Sequence[nn.Parameter], Sequence[nn.Parameter]]:
+        """Return the trainable parameters that weight decay takes, and the others."""
         undecayed = undecayed_names(module)
         decay: list[nn.Parameter] = []
         rest: list[nn.Parameter] = []
         for name, param in module.named_parameters():
             if param.requires_grad:
                 (decay if param.ndim >= 2 and name not in undecayed else rest).append(param)
-        groups = [
-            {"params": decay, "weight_decay": self.weight_decay, "name": "decay"},
-            {"params": rest, "weight_decay": 0.0, "name": "no_decay"},
-        ]
-        return [group for group in groups if group["params"]]
+        return decay, rest
 
     def configure(self, module: LightningModule) -> dict[str, Any]:
         """What ``configure_optimizers`` returns: the optimizer and its schedule, stepped per optimizer step.

@@ -5,6 +5,7 @@ the same name in YAML, on the command line and in Python. An unknown key is an e
 """
 
 import difflib
+import importlib
 import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -155,6 +156,9 @@ def galore_optimizer(rank: int = 128, targets: str | Sequence[str] = "all", **se
 
     def make(module: Any, optim: Any) -> Any:
         groups = galore_param_groups(module, rank, targets, weight_decay=optim.weight_decay)
+        for group in groups if optim.rest_lr is not None else ():
+            if not group.get("rank"):
+                group["lr"] = optim.rest_lr
         return GaLoreAdamW(groups, lr=optim.lr, betas=tuple(optim.betas), eps=optim.eps, **settings)
 
     return make
@@ -178,6 +182,21 @@ def _adopting() -> _Part:
         method.optimizer = make
 
     return _Part({name: name for name in _arguments(galore_optimizer) if name not in ("rank", "targets", "scale")}, add)
+
+
+def _baseline(name: str) -> Callable[[], _Part]:
+    """Return the part of an optimizer to compare with; its keys are the arguments of what makes it."""
+
+    def part() -> _Part:
+        module = importlib.import_module(f"lowrank_pretrain.baselines.{name}")
+        constructor: Callable[..., Any] = getattr(module, f"{name}_optimizer")
+
+        def add(method: Method, arguments: dict[str, Any]) -> None:
+            method.optimizer = constructor(**arguments)
+
+        return _Part({key: key for key in _arguments(constructor)}, add)
+
+    return part
 
 
 def _lte() -> _Part:
@@ -226,6 +245,9 @@ _PARTS: dict[str, Callable[[], _Part]] = {
     "jagged": _jagged,
     "effective_rank": _effective_rank,
     "orthogonality": _orthogonality,
+    "muon": _baseline("muon"),
+    "sinkgd": _baseline("sinkgd"),
+    "adamw8bit": _baseline("adamw8bit"),
 }
 
 

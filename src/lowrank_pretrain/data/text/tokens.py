@@ -67,8 +67,9 @@ class TokenData(PretrainData):
         seq_len: tokens per sequence, T.
         vocab_size: of the model; at least that of the files.
         train_file: training tokens, a path under ``root``.
-        val_file: validation tokens, a path under ``root``; testing uses them too.
+        val_file: validation tokens, a path under ``root``.
         seed: None: the run's.
+        test_file: tokens to test on, a path under ``root``; None: the validation tokens.
 
     Raises:
         ConfigError: a wrong value, or (from ``setup``) a file that is missing or does not fit.
@@ -84,10 +85,11 @@ class TokenData(PretrainData):
         train_file: str = "train.bin",
         val_file: str = "val.bin",
         seed: int | None = None,
+        test_file: str | None = None,
     ) -> None:
         super().__init__(batch_size, num_workers, seed)
         self.root, self.seq_len, self.vocab_size = root, seq_len, vocab_size
-        self.train_file, self.val_file = train_file, val_file
+        self.train_file, self.val_file, self.test_file = train_file, val_file, test_file
         self.dataset_name = "King James Bible" if root == "kjv" else public_name(root or "tokens")
 
     def setup(self, stage: str | None = None) -> None:
@@ -95,20 +97,21 @@ class TokenData(PretrainData):
         if self.train_set is not None:
             return
         if self.root == "kjv":
-            train, val = SAMPLES / "kjv_train.bin", SAMPLES / "kjv_val.bin"
+            paths = {"train_file": SAMPLES / "kjv_train.bin", "val_file": SAMPLES / "kjv_val.bin"}
         else:
             if not self.root or not Path(self.root).is_dir():
                 files = f"{self.train_file} and {self.val_file}"
-                allowed = f"must be a folder with {files}, written by `python -m lowrank_pretrain.data.prepare`"
-                raise ConfigError("root", self.root, allowed)
-            train, val = Path(self.root) / self.train_file, Path(self.root) / self.val_file
-        sets = []
-        for key, path in (("train_file", train), ("val_file", val)):
+                made = "`python -m lowrank_pretrain.data.prepare` (for data=docs_corpus: `.data.corpus`)"
+                raise ConfigError("root", self.root, f"must be a folder with {files}, written by {made}")
+            names = {"train_file": self.train_file, "val_file": self.val_file, "test_file": self.test_file}
+            paths = {key: Path(self.root) / name for key, name in names.items() if name is not None}
+        sets = {}
+        for key, path in paths.items():
             tokens, _ = open_bin(path, self.vocab_size, key)
             args = tokens, self.seq_len, self.vocab_size, path
-            sets.append(TokenSet(*args, jitter=key == "train_file", seed=self.seed))
-        self.train_set, self.val_set = sets
-        self.test_set = self.val_set
+            sets[key] = TokenSet(*args, jitter=key == "train_file", seed=self.seed)
+        self.train_set, self.val_set = sets["train_file"], sets["val_file"]
+        self.test_set = sets.get("test_file", self.val_set)
         tokenizer = "kjv" if self.root == "kjv" else str(Path(self.root) / "tokenizer.json")
         if self.root == "kjv" or Path(tokenizer).is_file():  # left there by prepare
             self.remember_tokenizer(tokenizer, *load_tokenizer(tokenizer))

@@ -1,0 +1,175 @@
+"""results.csv, search.csv, the README's tables and figure.png of ``optimizers``, of the cells whose runs are all done."""
+
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments import figures
+from experiments.optimizers.sides import Cell
+from experiments.optimizers.space import Point
+from experiments.optimizers.study import ANCHOR, Study, seconds_of
+from experiments.runs import done
+from experiments.tables import Missing, fill, machines, mean, need, plain_row, spread, table, write_csv
+
+# 97.5 % points of Student's t by degrees of freedom: the half-width of a 95 % interval in standard errors
+T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+BLANK = "# Optimizers\n\n" + "".join(f"<!-- {name} -->\n<!-- /{name} -->\n\n" for name in ("machine", "losses", "settings"))
+Found = dict[tuple[str, int], dict[str, Any]]
+
+
+def interval(differences: Sequence[float]) -> tuple[float, float]:
+    """Return mean and half-width of the 95 % t-interval of paired differences; the width of one pair is infinite."""
+    if len(differences) < 2:
+        return mean(differences), math.inf
+    error = statistics.stdev(differences) / math.sqrt(len(differences))
+    return mean(differences), T.get(len(differences) - 1, 1.96) * error
+
+
+def verdict(differences: Sequence[float]) -> str:
+    """Return ``better``, ``worse`` or ``even``, by the rule that ``study.py`` states."""
+    middle, half = interval(differences)
+    return "better" if middle + half < 0 else "worse" if middle - half > 0 else "even"
+
+
+def write(study: Study, here: Path) -> None:
+    """Write the record of every cell that is finished into ``here``.
+
+    Raises:
+        Missing: no cell is finished.
+    """
+    cells, lacking = {}, ""
+    for cell in study.cells:
+        try:
+            jobs = study.reported(cell)
+            cells[cell] = dict(zip(jobs, need([*jobs.values()], study.where), strict=True))
+        except Missing as error:
+            lacking = lacking or str(error)
+    if not cells:
+        raise Missing(lacking)
+    readme = here / "README.md"
+    if not readme.is_file():
+        readme.write_text(BLANK)
+    rows = [plain_row(study.reported(cell)[key], one) for cell, found in cells.items() for key, one in found.items()]
+    write_csv(here / "results.csv", rows)
+    write_csv(here / "search.csv", searches(study, list(cells)))
+    fill(readme, "machine", machines([one for found in cells.values() for one in found.values()], 1))
+    parts = [
+        f"### {cell.name}: {cell.steps(study.images):,} steps\n\n{losses(study, cell, found)}" for cell, found in cells.items()
+    ]
+    fill(readme, "losses", "\n\n".join(parts))
+    fill(readme, "settings", "\n\n".join(f"### {cell.name}\n\n{chosen(study, cell)}" for cell in cells))
+    draw(study, cells, here / "figure.png")
+
+
+def tests(found: Found, side: str, seeds: Sequence[int]) -> list[float]:
+    """Return a side's test losses."""
+    return [found[side, seed]["summary"]["final"]["test/loss"] for seed in seeds]
+
+
+def losses(study: Study, cell: Cell, found: Found) -> str:
+    """Return the table of a cell: loss, paired difference, verdict, state, seconds."""
+    sides = [side for side in study.sides if (side, study.seeds[0]) in found]
+    rivals = [name for name in (ANCHOR, "muon") if name in sides]
+    timed = at_equal_seconds(study, cell)
+    state = {side: found[side, study.seeds[0]]["optimizer_mib"] for side in sides}
+    middle = {side: mean(tests(found, side, study.seeds)) for side in sides}
+    lines = []
+    for side in sides:
+        line = [side, spread(tests(found, side, study.seeds), "{:.4f}")]
+        for rival in rivals:
+            pairs = zip(tests(found, side, study.seeds), tests(found, rival, study.seeds), strict=True)
+            line.append("–" if side == rival else paired([100 * (a / b - 1) for a, b in pairs]))
+        line.append(timed.get(side, "–"))
+        fewer = [other for other in sides if state[other] <= state[side] * 1.001]
+        line.append("yes" if min(fewer, key=lambda other: middle[other]) == side else "no")
+        steps = cell.steps(study.images)
+        milliseconds = statistics.median(1e3 * seconds_of(found[side, seed]) / steps for seed in study.seeds)
+        lines.append([*line, f"{state[side]:.2f}", f"{milliseconds:.1f}"])
+    head = ["side", "test loss", *(f"against {rival}, %" for rival in rivals), f"at {ANCHOR}'s seconds, %",
+            "best at its bytes or fewer", "states, MiB", "ms a step"]  # fmt: skip
+    return table(head, lines)
+
+
+def paired(differences: Sequence[float]) -> str:
+    """Return ``mean ± half-width (verdict)``."""
+    middle, half = interval(differences)
+    return f"{middle:+.2f} ± {half:.2f} ({verdict(differences)})"
+
+
+def at_equal_seconds(study: Study, cell: Cell) -> dict[str, str]:
+    """Return by side the paired difference to AdamW, where each trains as long as AdamW does; what is not run is left out."""
+    try:
+        jobs, anchors = study.equal_seconds(cell), study.reported(cell)
+    except Missing:
+        return {}
+    result = {}
+    for side in study.sides:
+        pairs = [
+            (done(jobs[side, s], study.where), done(anchors[ANCHOR, s], study.where)) for s in study.seeds if (side, s) in jobs
+        ]
+        finals = [[one["summary"]["final"]["test/loss"] for one in pair if one and "summary" in one] for pair in pairs]
+        if finals and all(len(pair) == 2 for pair in finals):
+            result[side] = paired([100 * (a / b - 1) for a, b in finals])
+    return result
+
+
+def chosen(study: Study, cell: Cell) -> str:
+    """Return what each side has chosen, in how many runs, and whether the search has settled."""
+    lines = []
+    for side in study.sides:
+        descent = study.best(side, cell)
+        values = study.space.values(descent.point, study.origin(side, cell)[1])
+        edges = ", ".join(descent.at_an_edge())
+        state = "no neighbour is better" if descent.settled else "the budget ended it"
+        lines.append(
+            [
+                side,
+                *(f"{value:g}" for value in values.values()),
+                len(descent.tried),
+                state + (f"; at an edge: {edges}" if edges else ""),
+            ]
+        )
+    return table(["side", "lr", "rest_lr", "beta1", "beta2", "weight_decay", "warmup", "runs", "end"], lines)
+
+
+def searches(study: Study, cells: Sequence[Cell]) -> list[dict[str, Any]]:
+    """Return every run of every search with its dev loss."""
+    rows = []
+    for cell in cells:
+        for side in study.sides:
+            descent = study.best(side, cell)
+            for point in sorted(descent.tried):
+                values = study.space.values(point, study.origin(side, cell)[1])
+                best = point == descent.point
+                rows.append(
+                    {"cell": cell.name, "side": side, **values, "dev_loss": study.loss(side, cell, point), "chosen": best}
+                )
+    return rows
+
+
+def along_the_rate(study: Study, side: str, cell: Cell) -> list[tuple[float, float]]:
+    """Return (matrices' rate, dev loss) of the points that differ from the best in that rate alone."""
+    descent = study.best(side, cell)
+
+    def others(point: Point) -> list[tuple[str, int]]:
+        return [pair for pair in point if pair[0] != "lr"]
+
+    some = [point for point in descent.tried if others(point) == others(descent.point)]
+    pairs = [(study.space.values(p, study.origin(side, cell)[1])["lr"], study.loss(side, cell, p)) for p in some]
+    return sorted(pair for pair in pairs if math.isfinite(pair[1]))
+
+
+def draw(study: Study, cells: dict[Cell, Found], path: Path) -> None:
+    """Draw, for each cell, loss over the matrices' rate and test loss over state."""
+    figure, axes = figures.panels(len(cells), 2)
+    for (cell, found), (rate, state) in zip(cells.items(), axes, strict=True):
+        for number, side in enumerate(study.sides):
+            figures.line(rate, along_the_rate(study, side, cell), number, side)
+            middle = mean(tests(found, side, study.seeds))
+            figures.line(state, [(found[side, study.seeds[0]]["optimizer_mib"], middle)], number, side)
+        rate.set_xscale("log")
+        figures.named(rate, f"{cell.name}: sensitivity", "learning rate of matrices", "dev loss, seed 0")
+        figures.named(state, f"{cell.name}: loss over memory", "optimizer state, MiB", "test loss")
+    figures.save(figure, path)

@@ -1,0 +1,92 @@
+"""The directions that torch's fused Adam does not make: factored second moment, Nesterov's mixture, Muon's rule.
+
+What is kept of the second moment has one of three forms: ``full`` (v, r×k), ``factored`` (r + k numbers), ``none`` (Muon). The
+functions here take it as a list of tensors: [v], [row, col] or []. Shapes: R, m, N r×k; W d×k.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowrank_pretrain.core.dtypes import at_least_32
+from lowrank_pretrain.galore.adam import bias_correction
+from lowrank_pretrain.galore.factored import Total, alone, average_squares, nesterov, root, turn
+from lowrank_pretrain.galore.orthogonal import like_adamw, orthogonalise
+
+SECOND_MOMENTS = ("full", "factored")
+RULES = ("adam", "muon")
+PARTS = {"full": ("exp_avg_sq",), "factored": ("exp_avg_sq_row", "exp_avg_sq_col"), "none": ()}  # keys of the state
+
+
+def second_form(group: Mapping[str, Any]) -> str:
+    """Return what a projected group keeps of the second moment: ``full``, ``factored`` or ``none``.
+
+    Example:
+        >>> second_form({"rule": "muon", "second_moment": "full"})
+        'none'
+    """
+    return "none" if group["rule"] == "muon" else group["second_moment"]
+
+
+def is_fused(group: Mapping[str, Any]) -> bool:
+    """Return whether the fused kernel makes the directions of this group."""
+    return group["rule"] == "adam" and group["second_moment"] == "full" and not group["nesterov"]
+
+
+def mode_direction(
+    low: Tensor,
+    m: Tensor,
+    second: list[Tensor],
+    step: int,
+    group: Mapping[str, Any],
+    shape: tuple[int, int],
+    skip: Tensor | None = None,
+    total: Total = alone,
+) -> Tensor:
+    """Update the moments in place and return −N.
+
+    Args:
+        low: R.
+        m: first moment.
+        second: what is kept of the second.
+        step: this step's number, from 1.
+        group: its ``betas``, ``eps``, ``correct_bias``, ``nesterov`` and ``rule``.
+        shape: (d, k) of the whole matrix.
+        skip: device scalar, 1.0 where a gradient of this step is not finite: then moments stay and 0 is returned.
+        total: sums over ranks, where R's columns are cut over them.
+    """
+    beta1, beta2 = group["betas"]
+    rank, columns = low.shape[0], shape[1] if total is not alone else 0
+    keep = None
+    if skip is not None:
+        keep = (1 - skip).to(low.dtype)
+        low = torch.where(skip > 0, 0, low)
+    # momentum, or one step ahead of it
+    m.lerp_(low, 1 - beta1 if keep is None else (1 - beta1) * keep)
+    u = nesterov(m, low, beta1) if group["nesterov"] else m
+    if group["rule"] == "muon":
+        wide = u.to(at_least_32(u.dtype))
+        n = orthogonalise(wide, total=total).mul_(like_adamw(*shape, rank)).to(low.dtype)
+    else:
+        # the root of the second moment, whose ε is outside of its bias correction, as published
+        if len(second) == 2:
+            row, col = second
+            average_squares(row, col, low, beta2, keep, total, columns)
+            scale = root(row, col, total, columns)
+        else:
+            second[0].lerp_(low.square(), 1 - beta2 if keep is None else (1 - beta2) * keep)
+            scale = second[0].sqrt()
+        n = u / scale.add_(group["eps"])
+        n.mul_(bias_correction(step, group))
+    return n.neg_() if keep is None else n.mul_(-keep)
+
+
+def turn_moments(m: Tensor, second: list[Tensor], c: Tensor, c_right: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+    """Return first moment and the factored (or no) second one in the new basis; a one-sided column's part stays."""
+    m = c @ m if c_right is None else c @ m @ c_right.t()
+    if not second:
+        return m, []
+    row, col = second
+    return m, [turn(row, c), col if c_right is None else turn(col, c_right)]

@@ -1,0 +1,45 @@
+"""Muon's orthogonalised momentum inside GaLore's subspace, as pure functions of tensors.
+
+P O with O = (U Uᵀ)^(-1/2) U is the orthogonal factor of P U, because PᵀP = I: the small matrix is all that the iteration needs.
+
+Shapes: U r×k the momentum in the basis, r ≤ k; d×k the whole matrix with its projected side first.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from lowrank_pretrain.galore.factored import Total, alone
+
+QUINTIC = (3.4445, -4.7750, 2.0315)  # Muon's polynomial: singular values end between .7 and 1.2, after few steps
+STEPS = 5
+LIKE_ADAMW = 0.2  # root mean square of AdamW's updates (Liu et al., arXiv 2502.16982)
+
+
+def orthogonalise(u: Tensor, steps: int = STEPS, total: Total = alone) -> Tensor:
+    """Return Muon's Newton-Schulz iteration of U (r×k), worked out in the Gram matrix r×r.
+
+    X ← (αI + βA + γA²) X with A = XXᵀ multiplies X by polynomials in the first A alone. So these are multiplied up as Q (r×r,
+    all commute), and X is touched twice for any number of steps: once for A and once for Q X. Where U is a piece of the
+    columns, ``total`` sums over the ranks.
+    """
+    alpha, beta, gamma = QUINTIC
+    norm = total(u.double().square().sum()).sqrt()  # in float64: the square of a small momentum would underflow
+    x = u / norm.to(u.dtype).clamp_min(torch.finfo(u.dtype).tiny)
+    gram = total(x @ x.mT)
+    q: Tensor | None = None
+    for _ in range(steps):
+        polynomial = torch.addmm(gram, gram, gram, beta=beta, alpha=gamma)
+        polynomial.diagonal().add_(alpha)
+        q = polynomial if q is None else polynomial @ q
+        gram = polynomial @ gram @ polynomial
+    return x if q is None else q @ x
+
+
+def like_adamw(d: int, k: int, rank: int) -> float:
+    """Return the factor 0.2·√(dk/r) that gives P O (d×k, r singular values near 1) the size of AdamW's update.
+
+    At full rank it is 0.2·√max(d, k), torch's ``match_rms_adamw``.
+    """
+    return LIKE_ADAMW * math.sqrt(d * k / rank)
