@@ -223,7 +223,7 @@ class Projected:
         shape = (self.rank, columns)
         if self.second == "full" or self._is_whole:
             m, v = read_moments(self.state, shape, dtype, device)
-            return dtensor.local_piece(m), [dtensor.local_piece(v)]
+            return (dtensor.local_piece(m), [dtensor.local_piece(v)]) if self.distributed else (m, [v])
         m = read_first_moment(self.state, shape, dtype, device)
         second = [
             dtensor.local_piece(self.state[key]) if key in self.state else torch.zeros(size, dtype=dtype, device=device)
