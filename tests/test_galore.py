@@ -636,3 +636,14 @@ def test_private_generators_leave_the_global_one_alone():
         before = torch.random.get_rng_state()
         optimizer.step()
         assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_a_bare_layer_is_a_model():
+    layer = nn.Linear(8, 6)
+    groups = galore_param_groups(layer, rank=2)
+    assert [(group.get("rank"), [name for name, _ in group["params"]]) for group in groups] == [
+        (2, ["weight"]),
+        (None, ["bias"]),
+    ]
+    layer(torch.ones(4, 8)).sum().backward()
+    GaLoreAdamW(groups).step()

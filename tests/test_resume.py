@@ -9,6 +9,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.precision import MixedPrecision
 
 from lowrank_pretrain import LoRA, PreLoRA
+from lowrank_pretrain.checkpoints.format import check_format
+from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.lora import model as lora
 from tests.toy import AtEnd, Toy, loader, toy, trainer
 
@@ -306,6 +308,11 @@ def test_a_checkpoint_of_a_newer_format_is_refused(tmp_path):
     torch.save(file, tmp_path / "new.ckpt")
     with pytest.raises(ValueError, match="has format 99"):
         trainer(tmp_path, steps(), max_epochs=5).fit(toy(), loader(), ckpt_path=tmp_path / "new.ckpt")
+
+
+def test_a_newer_format_of_another_entry_is_named():
+    with pytest.raises(ConfigError, match="has format 7 in its entry lte_state"):
+        check_format({"format": 7}, "last.ckpt", name="lte_state")
 
 
 def test_another_alpha_on_resume_is_refused(tmp_path):

@@ -9,7 +9,7 @@ import math
 
 import torch
 
-from lowrank_pretrain.core.seeds import generator
+from lowrank_pretrain.core.agreement import generator
 
 RIDGE, GROWTH, TINY = 1e-6, 1.01, 1e-8
 

@@ -19,10 +19,9 @@ from lowrank_pretrain.core.checks import whole
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.files import replace_durably
 from lowrank_pretrain.core.interrupts import Interrupted, Interrupts
-from lowrank_pretrain.core.lightning_private import is_trial
 from lowrank_pretrain.core.protocols import PHASES
-from lowrank_pretrain.core.steps import StepWatch
 from lowrank_pretrain.core.text import first_line
+from lowrank_pretrain.core.trainer import StepWatch, is_trial
 
 __all__ = ["LastCheckpoint", "NotWritten", "WholeCheckpointIO"]
 

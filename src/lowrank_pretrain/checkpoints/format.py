@@ -35,6 +35,8 @@ def check_format(entry: Any, path: Any, key: str = "ckpt_path", name: str = SIDE
     """
     version = entry.get("format", FORMAT)
     if is_integer(version) and version > FORMAT:
-        raise ConfigError(key, str(path), f"has format {version}, this version reads up to {FORMAT}: update lowrank_pretrain")
+        where = "" if name == SIDE else f" in its entry {name}"
+        allowed = f"has format {version}{where}, this version reads up to {FORMAT}: update lowrank_pretrain"
+        raise ConfigError(key, str(path), allowed)
     if not is_integer(version) or version < 1:
         raise ConfigError(key, str(path), f"is damaged or not ours: its entry {name}.format is {str(version)[:60]!r}")

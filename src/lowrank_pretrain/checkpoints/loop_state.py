@@ -8,7 +8,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
 from lowrank_pretrain.core.buckets import settle_buckets
-from lowrank_pretrain.core.lightning_private import callbacks_of
+from lowrank_pretrain.core.trainer import callbacks_of
 from lowrank_pretrain.galore.state import follow_rates
 
 KEY = "loop_state"

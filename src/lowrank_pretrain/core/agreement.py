@@ -1,5 +1,11 @@
-"""Do all ranks hold the same weights? Adapters drawn apart, or a reducer that missed some, would drift without a word."""
+"""Let all ranks have the same: random numbers that depend on nothing but their purpose, and weights, which are compared.
 
+Random numbers never come from torch's global generator, so a resumed or validated run draws the same. Weights are compared
+because adapters drawn differently, or a reducer that missed some, would let ranks drift apart without a word.
+"""
+
+import hashlib
+import os
 from collections.abc import Collection
 from typing import Any
 
@@ -7,7 +13,29 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lowrank_pretrain.core.lightning_private import left_out_by_ddp
+from lowrank_pretrain.core.lightning_private import LEFT_OUT_OF_DDP
+
+
+def run_seed() -> int:
+    """Return the seed given to ``lightning.seed_everything``; 0 if none was."""
+    return int(os.environ.get("PL_GLOBAL_SEED", 0))
+
+
+def generator(*words: object, seed: int | None = None) -> torch.Generator:
+    """Return a CPU generator seeded by a stable hash of the run's seed and ``words``.
+
+    Args:
+        words: what the numbers are for, e.g. target name, head id, refresh count.
+        seed: the run's seed; by default the one given to ``lightning.seed_everything`` (0 if none was).
+
+    Returns:
+        A generator that yields the same numbers in every process and on every machine.
+    """
+    if seed is None:
+        seed = run_seed()
+    text = "\x1f".join(str(word) for word in (seed, *words))
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
 class Disagreement(RuntimeError):
@@ -15,7 +43,7 @@ class Disagreement(RuntimeError):
 
 
 def fingerprint(p: Tensor) -> Tensor:
-    """A 64-bit integer of the bits of a tensor, on its device; equal tensors have equal ones.
+    """Return a 64-bit integer of the bits of a tensor, on its device; equal tensors have equal ones.
 
     Sums of bit patterns by row, weighted by the row's number: no temporary is larger than one number per row, and a change
     of bits, or rows that changed places, shows.
@@ -33,14 +61,13 @@ def fingerprint(p: Tensor) -> Tensor:
 
 @torch.no_grad()
 def agreed_hash(strategy: Any, module: nn.Module, when: str, apart: Collection[str] | None = None, cause: str = "") -> int:
-    """A hash of all parameters, of which every rank has made sure that the others hold the same.
+    """Return a hash of all parameters, of which every rank has made sure that the others hold the same.
 
     Args:
         strategy: the trainer's, which all ranks must come to together.
         module: its parameters.
         when: for the message, e.g. ``after the switch at step 8``.
-        apart: names of those that may differ; ``None``: what DDP was told to leave apart
-            (``_ddp_params_and_buffers_to_ignore``).
+        apart: names of those that may differ; ``None``: what DDP was told to leave out.
         cause: what is likely to have made them drift, for the message.
 
     Returns:
@@ -49,7 +76,7 @@ def agreed_hash(strategy: Any, module: nn.Module, when: str, apart: Collection[s
     Raises:
         Disagreement: on every rank, naming the first parameter that differs and the ranks that hold another one.
     """
-    apart = left_out_by_ddp(module) if apart is None else set(apart)
+    apart = set(getattr(module, LEFT_OUT_OF_DDP, ())) if apart is None else set(apart)
     named = [(name, p) for name, p in module.named_parameters() if name not in apart and not is_lazy(p)]
     if not named:
         return 0

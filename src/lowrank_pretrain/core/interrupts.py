@@ -11,7 +11,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
-from lowrank_pretrain.core.lightning_private import log_interval
+from lowrank_pretrain.core.trainer import log_interval
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 

@@ -16,12 +16,11 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.fabric.loggers.logger import _DummyExperiment
-from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor as FakeTensor  # a tensor with a shape and no values: torch 2.14.1
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode  # in torch's documents, under this name only
@@ -34,17 +33,12 @@ from torch.utils.data import DataLoader
 LOGGED_STEPS = "_batches_that_stepped"
 """The key of the step that loggers write, in the state of ``fit_loop.epoch_loop``. Tried with Lightning 2.6.6."""
 
+SHOULD_ACCUMULATE = "_should_accumulate"
+"""The method of ``fit_loop.epoch_loop`` that ``core.trainer.accumulates`` calls. Tried with Lightning 2.6.6."""
+
 
 class NoExperiment(_DummyExperiment):
     """Stand in for a logger's experiment: any attribute is a function that does nothing. Tried with Lightning 2.6.6."""
-
-
-def accumulates(trainer: pl.Trainer) -> bool:
-    """Return whether the running batch is not the last of its optimizer step.
-
-    ``accumulate_grad_batches`` alone does not tell: the last batch of an epoch always ends a step. Tried with Lightning 2.6.6.
-    """
-    return trainer.fit_loop.epoch_loop._should_accumulate()
 
 
 def averaged_model(callback: pl.Callback) -> nn.Module | None:
@@ -125,51 +119,16 @@ def has_begun(logger: Any) -> bool:
     return getattr(logger, "_experiment", None) is not None
 
 
-# -- Lightning: public attributes of the Trainer that its connectors set, where a type checker does not see them -------
-
-
-def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:
-    """Return ``trainer.callbacks``. Tried with Lightning 2.6.6."""
-    callbacks: list[pl.Callback] = _untyped(trainer).callbacks
-    return callbacks
-
-
-def log_interval(trainer: pl.Trainer) -> int:
-    """Return ``trainer.log_every_n_steps``. Tried with Lightning 2.6.6."""
-    steps: int = _untyped(trainer).log_every_n_steps
-    return steps
-
-
-def datamodule_of(trainer: pl.Trainer) -> pl.LightningDataModule | None:
-    """Return ``trainer.datamodule``. Tried with Lightning 2.6.6."""
-    return _untyped(trainer).datamodule
-
-
-def profiler_of(trainer: pl.Trainer) -> Any:
-    """Return ``trainer.profiler``. Tried with Lightning 2.6.6."""
-    return _untyped(trainer).profiler
-
-
-def process_rank() -> int:
-    """Return ``rank_zero_only.rank``: this process's number in the run. Tried with Lightning 2.6.6."""
-    return getattr(rank_zero_only, "rank", 0)
-
-
-def is_trial(trainer: pl.Trainer) -> bool:
-    """Return whether ``trainer.fast_dev_run`` is on. Tried with Lightning 2.6.6."""
-    return bool(_untyped(trainer).fast_dev_run)
-
-
-def _untyped(value: Any) -> Any:
-    return value
-
-
 # -- torch: modules, loaders, optimizers ----------------------------------------------------------------------------
+
+
+COMPILED_CALL = "_compiled_call_impl"
+"""The attribute of a module that ``module.compile()`` sets, else None. Tried with torch 2.14.1."""
 
 
 def is_compiled(module: nn.Module) -> bool:
     """Return whether a module is compiled, by ``module.compile()`` or ``torch.compile``. Tried with torch 2.14.1."""
-    if getattr(module, "_compiled_call_impl", None) is not None:
+    if getattr(module, COMPILED_CALL, None) is not None:
         return True
     dynamo = sys.modules.get("torch._dynamo")  # where nothing was compiled nobody has imported it
     return dynamo is not None and isinstance(module, dynamo.OptimizedModule)
@@ -202,29 +161,25 @@ def inner_schedulers(scheduler: Any) -> Sequence[Any]:
     return getattr(scheduler, "_schedulers", ())
 
 
-def before_loading(optimizer: Optimizer) -> Iterable[Callable]:
-    """Return the hooks that come before ``load_state_dict`` of an optimizer that writes its own. Tried with torch 2.14.1."""
-    return optimizer._optimizer_load_state_dict_pre_hooks.values()
-
-
-def after_loading(optimizer: Optimizer) -> Iterable[Callable]:
-    """Return the hooks that come after ``load_state_dict`` of an optimizer that writes its own. Tried with torch 2.14.1."""
-    return optimizer._optimizer_load_state_dict_post_hooks.values()
-
-
 def found_infinities(scaler: Any, optimizer: Optimizer) -> Iterator[Tensor]:
     """Yield a gradient scaler's notes, one a device, of whether it met an infinite gradient. Tried with torch 2.14.1."""
     yield from scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"].values()
 
 
+# called in every step, so without a function of our own around them
+fused_adamw = torch._fused_adamw_
+"""The kernel of ``torch.optim.AdamW(fused=True)``, without what is around it there. Tried with torch 2.14.1."""
+foreach_norm = torch._foreach_norm
+"""The kernel of ``tensor_norms``, for lists of tensors of one dtype and device. Tried with torch 2.14.1."""
+
+
+aten_norms = torch.ops.aten._foreach_norm
+"""``foreach_norm`` as a subclass of ``Tensor`` sees it. Tried with torch 2.14.1."""
+
+
 def tensor_norms(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
     """Return the 2-norm of each tensor; on CUDA by one kernel for all. Tried with torch 2.14.1."""
-    return list(torch._foreach_norm(list(tensors), 2, dtype=dtype))
-
-
-def fused_adamw(*args: Any, **kwargs: Any) -> None:
-    """Call the kernel of ``torch.optim.AdamW(fused=True)``, without what is around it there. Tried with torch 2.14.1."""
-    torch._fused_adamw_(*args, **kwargs)
+    return list(foreach_norm(list(tensors), 2, dtype=dtype))
 
 
 def keep_out_of_graphs(function: Callable) -> Callable:
@@ -237,20 +192,18 @@ def keep_out_of_graphs(function: Callable) -> Callable:
 
 # -- torch: processes -----------------------------------------------------------------------------------------------
 
+LEFT_OUT_OF_DDP = "_ddp_params_and_buffers_to_ignore"
+"""The attribute of a module that names the parameters and buffers which DDP leaves out. Tried with torch 2.14.1."""
+
 
 def comm_hooks(wrapper: Any) -> list[tuple[Callable, Any]]:
     """Return DDP's communication hooks as (hook, state); a wrapper of another kind has none. Tried with torch 2.14.1."""
     return list(getattr(wrapper, "_comm_hooks", ()))
 
 
-def left_out_by_ddp(module: Any) -> set[str]:
-    """Return the parameters and buffers, by name, that DDP was told to leave out. Tried with torch 2.14.1."""
-    return set(getattr(module, "_ddp_params_and_buffers_to_ignore", ()))
-
-
 def leave_out_of_ddp(module: Any, names: Iterable[str]) -> None:
     """Let DDP leave parameters and buffers out, once it wraps the module. Tried with torch 2.14.1."""
-    module._ddp_params_and_buffers_to_ignore = sorted(names)
+    setattr(module, LEFT_OUT_OF_DDP, sorted(names))
 
 
 def rebuild_buckets(wrapper: DistributedDataParallel) -> None:
@@ -294,11 +247,6 @@ def is_traced() -> bool:
 def is_legacy_batched(tensor: Tensor) -> bool:
     """Return whether ``autograd.grad(is_grads_batched=True)`` has made a tensor. Tried with torch 2.14.1."""
     return torch._C._functorch.is_legacy_batchedtensor(tensor)
-
-
-def is_fake(tensor: Tensor) -> bool:
-    """Return whether a tensor has a shape but no values, as ``torch.export`` passes. Tried with torch 2.14.1."""
-    return isinstance(tensor, FakeTensor)
 
 
 def is_view(tensor: Tensor) -> bool:

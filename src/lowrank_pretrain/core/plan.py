@@ -24,12 +24,12 @@ class Plan(dict[str, int]):
     def __init__(self, ranks: Mapping[str, int] | None = None) -> None:
         ranks = ranks or {}
         for name, rank in ranks.items():
-            if not is_integer(rank) or rank < 0:
+            if not isinstance(rank, Integral) or isinstance(rank, bool) or rank < 0:
                 raise ConfigError("plan", {name: rank}, "a rank must be an integer of 0 or more")
         super().__init__((name, int(ranks[name])) for name in sorted(ranks))
 
     def to_json(self) -> str:
-        """The plan as JSON text, the same text for equal plans."""
+        """Return the plan as JSON text, the same text for equal plans."""
         return json.dumps(self, indent=1, sort_keys=True)
 
     @classmethod
@@ -56,7 +56,7 @@ class Plan(dict[str, int]):
         return self
 
     def summary(self) -> dict[int, int]:
-        """How many targets have each rank, by rank."""
+        """Return the number of targets of each rank, by rank."""
         ranks = sorted(self.values())
         return {rank: ranks.count(rank) for rank in dict.fromkeys(ranks)}
 
@@ -98,8 +98,3 @@ def fit_ranks(
         cut[line] = target.max_rank
     said = ", ".join(f"{line} gets at most {most}" for line, most in cut.items())
     return {name: min(rank, target.max_rank) for name, target in targets.items()}, f"{key}={rank}: {said}" if cut else None
-
-
-def is_integer(value: Any) -> bool:
-    """Whether a value is an integer, numpy's included, and no truth value."""
-    return isinstance(value, Integral) and not isinstance(value, bool)

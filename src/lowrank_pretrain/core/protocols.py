@@ -13,6 +13,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from lowrank_pretrain.core.trainer import callbacks_of
+
 if TYPE_CHECKING:
     import lightning.pytorch as pl
     from torch import Tensor, nn
@@ -203,7 +205,7 @@ def adopters(optimizers: Iterable[Optimizer]) -> Iterator[Adopter]:
 
 def phase_callback(trainer: pl.Trainer) -> HasPhase | None:
     """Return the callback that decides the run's phases; None where the phase never changes."""
-    return next((callback for callback in trainer.callbacks if isinstance(callback, HasPhase)), None)
+    return next((callback for callback in callbacks_of(trainer) if isinstance(callback, HasPhase)), None)
 
 
 def phase_of(trainer: pl.Trainer) -> str:

@@ -1,4 +1,4 @@
-"""Which matrices: patterns -> named targets. All three methods choose their matrices here.
+"""Resolve patterns to named targets. All three methods choose their matrices here.
 
 A *target* is one weight matrix, or one row block of a fused one, by its qualified name counted from the module handed in:
 ``blocks.3.mlp.fc1``, ``blocks.3.attn.qkv.q``, ``transformer.h.0.attn.c_attn.k``. O out, D in; a matrix is O x D.
@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -25,9 +25,14 @@ _MLP = re.compile(
     r"(^|_)(mlp|ffn|feed_forward|feedforward|intermediate|experts?)|^(fc[12]|linear[12]|c_fc|output|[wW][123])$|"
     r"^(gate|up|down|gate_up)_proj$"
 )
-
-
 _ALLOWED = f"must be one of {', '.join(PRESETS)}, a glob, or a list of these; with ! before it to leave out"
+
+
+class MatrixLayer(nn.Module):
+    """Declare, for types, what every layer has that a target lies in: ``nn.Linear``, ``Conv1D``, or a subclass of them."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
 
 
 @dataclass(frozen=True)
@@ -50,36 +55,37 @@ class Target:
     start: int
     rows: int
     cols: int
-    layer: nn.Module = field(repr=False, compare=False)
+    layer: MatrixLayer = field(repr=False, compare=False)
 
     @property
     def max_rank(self) -> int:
-        """Largest rank that an update of this matrix can have: min(D, O)."""
+        """Return the largest rank that an update of this matrix can have: min(D, O)."""
         return min(self.rows, self.cols)
 
     def matrix(self) -> Tensor:
-        """The weight as an (O, D) view that shares memory with the parameter."""
+        """Return the weight as an (O, D) view that shares memory with the parameter."""
         return weight_rows(self.layer)[self.start : self.start + self.rows]
 
     def rows_of_grad(self) -> Tensor:
-        """The weight's gradient as an (O, D) view."""
-        grad = self.layer.weight.grad
+        """Return the weight's gradient as an (O, D) view."""
+        grad = cast(Tensor, self.layer.weight.grad)
         return (grad.t() if is_conv1d(self.layer) else grad)[self.start : self.start + self.rows]
 
 
 def is_conv1d(layer: nn.Module) -> bool:
-    """Whether the layer is transformers' ``Conv1D`` (a Linear whose weight is D x O), without importing transformers."""
+    """Return whether the layer is transformers' ``Conv1D`` (its weight is D x O), without importing transformers."""
     hf = sys.modules.get("transformers.pytorch_utils")
     return hf is not None and isinstance(layer, hf.Conv1D)
 
 
 def weight_rows(layer: nn.Module) -> Tensor:
-    """The layer's weight as O x D, whatever its own layout."""
-    return layer.weight.t() if is_conv1d(layer) else layer.weight
+    """Return the layer's weight as O x D, in any layout of its own."""
+    weight = cast(MatrixLayer, layer).weight
+    return weight.t() if is_conv1d(layer) else weight
 
 
 def parts(layer_name: str, layer: nn.Module) -> list[tuple[str, int, int]]:
-    """Row blocks of a layer as (part, first row, number of rows); one block named ``W`` if it is not fused."""
+    """Return the row blocks of a layer as (part, first row, number of rows); one block named ``W`` if it is not fused."""
     out_features, in_features = weight_rows(layer).shape
     exactly = _FUSED.get(layer_name.rpartition(".")[2])
     if exactly is None or out_features % 3 or (exactly and out_features != 3 * in_features):
@@ -89,13 +95,13 @@ def parts(layer_name: str, layer: nn.Module) -> list[tuple[str, int, int]]:
 
 
 def plain_name(name: str) -> str:
-    """The name without what ``torch.compile`` adds to it."""
+    """Return the name without what ``torch.compile`` adds to it."""
     return name.replace("_orig_mod.", "")
 
 
 @dataclass(frozen=True)
 class Selection:
-    """What patterns choose.
+    """Hold what patterns choose.
 
     Attributes:
         targets: by name, in the module's order.
@@ -107,11 +113,7 @@ class Selection:
 
 
 def all_targets(module: nn.Module) -> dict[str, Target]:
-    """Every matrix that could be a target, by name, in the module's order.
-
-    ``nn.MultiheadAttention.out_proj`` is left out: its forward is never called, so an adapter on it would be dead. So is what
-    ``obstacle`` names.
-    """
+    """Return every matrix that could be a target (``obstacle`` names none against it), by name, in the module's order."""
     return {name: target for name, (target, reason) in _survey(module).items() if reason is None}
 
 
@@ -142,7 +144,7 @@ def obstacle(layer: nn.Module) -> str | None:
 
 
 def obstacles(module: nn.Module, frozen: bool = False) -> dict[str, str]:
-    """Why a linear layer's matrix is no target, by the name that it would have as one.
+    """Return why a linear layer's matrix is no target, by the name that it would have as one.
 
     Args:
         module: the module that names count from.
@@ -180,10 +182,7 @@ def find_targets(
         unfit: a further reason why a matrix can be no target, or ``None``.
 
     Returns:
-        Targets by name, in the module's order.
-
-    Raises:
-        ConfigError: as ``select``.
+        Targets by name, in the module's order. Raises as ``select`` does.
     """
     chosen = select(module, patterns, frozen, unfit)
     if warn and chosen.left_out:
@@ -239,7 +238,7 @@ def select(
 
 
 def first_named(module: nn.Module, patterns: str | Sequence[str], unfit: Iterable[str]) -> str | None:
-    """The first of the ``unfit`` matrices that the patterns name, rather than choose among others (see ``select``)."""
+    """Return the first of the ``unfit`` matrices that the patterns name, rather than choose among others (see ``select``)."""
     _, wanted, unwanted = _split(patterns)
     matching = _Matching(module)
     without = set().union(*(matching.hits(pattern, excluding=True) for pattern in unwanted))
@@ -253,12 +252,12 @@ def first_named(module: nn.Module, patterns: str | Sequence[str], unfit: Iterabl
 
 
 def say_left_out(module: nn.Module, patterns: str | Sequence[str], left_out: Mapping[str, str]) -> str:
-    """One line that names what the patterns leave out, and why."""
+    """Return one line that names what the patterns leave out, and why."""
     return f"targets={patterns!r} leaves out what cannot be a target: {_listed(module, left_out)}"
 
 
 def check_patterns(patterns: Any, key: str = "targets") -> str | list[str]:
-    """Patterns as a word or a list of words.
+    """Return patterns as a word or a list of words.
 
     Raises:
         ConfigError: anything else, an empty list, or an exclusion of nothing.
@@ -276,7 +275,7 @@ def check_patterns(patterns: Any, key: str = "targets") -> str | list[str]:
 
 
 def output_heads(module: nn.Module) -> set[int]:
-    """Ids of the layers of the output head, where a model inside names one (timm and transformers models do)."""
+    """Return the ids of the layers of the output head, where a model inside names one (timm and transformers models do)."""
     heads: list[nn.Module] = []
     for child in module.modules():
         for getter in ("get_classifier", "get_output_embeddings"):
@@ -291,7 +290,7 @@ def output_heads(module: nn.Module) -> set[int]:
 
 
 def tied_layers(module: nn.Module) -> dict[str, list[str]]:
-    """Layers whose weight is also another layer's, with the names of those others."""
+    """Return the layers whose weight is also another layer's, with the names of those others."""
     owners: dict[int, list[str]] = {}
     for name, child in module.named_modules():
         weight = child._parameters.get("weight")
@@ -321,11 +320,12 @@ def families(module: nn.Module, names: Iterable[str]) -> dict[str, str]:
 
 
 def _survey(module: nn.Module) -> dict[str, tuple[Target, str | None]]:
-    """Every linear layer's matrices with the obstacle there is, if any; then the layer counts as one matrix."""
+    """Return every linear layer's matrices with the obstacle there is, if any; then the layer counts as one matrix."""
     found: dict[str, tuple[Target, str | None]] = {}
-    for layer_name, layer in module.named_modules():
-        if not (isinstance(layer, nn.Linear) or is_conv1d(layer)):
+    for layer_name, child in module.named_modules():
+        if not (isinstance(child, nn.Linear) or is_conv1d(child)):
             continue
+        layer = cast(MatrixLayer, child)
         name, reason = plain_name(layer_name), obstacle(layer)
         if reason is not None:
             found[name] = Target(name, name, WHOLE, 0, 0, 0, layer), reason
@@ -337,7 +337,7 @@ def _survey(module: nn.Module) -> dict[str, tuple[Target, str | None]]:
 
 
 class _Matching:
-    """Patterns against one module's matrices, those that cannot be targets included."""
+    """Match patterns with one module's matrices, those that cannot be targets included."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -354,7 +354,7 @@ class _Matching:
             self._names[name] = layers | ({f"{layer}.{target.part}" for layer in layers} if target.part != WHOLE else set())
 
     def hits(self, pattern: str, excluding: bool = False) -> set[str]:
-        """Names that the pattern matches.
+        """Return the names that the pattern matches.
 
         Raises:
             ConfigError: there are none.
@@ -367,7 +367,7 @@ class _Matching:
         return found
 
     def named(self, pattern: str, hits: set[str], reasons: Mapping[str, str]) -> str | None:
-        """The first matrix with a reason against it that the pattern names, rather than meets among others."""
+        """Return the first matrix with a reason against it that the pattern names, rather than meets among others."""
         spoilt = [name for name in self.everything if name in hits and name in reasons]
         if not spoilt or (pattern in PRESETS and any(self._in_preset(pattern, self.everything[name]) for name in hits)):
             return None
@@ -389,7 +389,7 @@ class _Matching:
 
 
 def _paths(module: nn.Module, prefix: str = "", above: tuple[int, ...] = ()) -> Iterator[tuple[str, nn.Module]]:
-    """Every name of every module: one that is registered twice comes twice (``named_modules`` names it once)."""
+    """Yield every name of every module: one that is registered twice comes twice (``named_modules`` names it once)."""
     yield prefix, module
     for name, child in module._modules.items():
         if child is not None and child is not module and id(child) not in above:
@@ -397,7 +397,7 @@ def _paths(module: nn.Module, prefix: str = "", above: tuple[int, ...] = ()) -> 
 
 
 def _split(patterns: Any) -> tuple[list[str], list[str], list[str]]:
-    """All patterns, what is wanted, and what is not; only exclusions are taken from ``all``."""
+    """Return all patterns, what is wanted, and what is not; only exclusions are taken from ``all``."""
     words = check_patterns(patterns)
     words = [words] if isinstance(words, str) else words
     unwanted = [word.removeprefix("!") for word in words if word.startswith("!")]
@@ -409,9 +409,10 @@ def _bypassed(layer: nn.Module) -> bool:
 
 
 def _computed(layer: nn.Module, own: str) -> str:
-    """A weight or bias that is no parameter of its layer."""
+    """Tell why a weight or bias is no parameter of its layer."""
     if own in getattr(layer, "parametrizations", {}):
-        kinds = ", ".join(dict.fromkeys(type(p).__name__.strip("_") for p in layer.parametrizations[own]))
+        each = cast(nn.ModuleDict, layer.parametrizations)[own]
+        kinds = ", ".join(dict.fromkeys(type(p).__name__.strip("_") for p in each.children()))
         how, cure = f"is parametrized ({kinds})", "leave it out, or call parametrize.remove_parametrizations before the fit"
     elif f"{own}_mask" in layer._buffers:
         how, cure = "is pruned by a mask", "leave it out, or call prune.remove before the fit"
@@ -425,13 +426,12 @@ def _computed(layer: nn.Module, own: str) -> str:
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Whether a glob matches the name, or a suffix of it that begins at a dot."""
-    words = name.split(".")
-    return any(fnmatchcase(".".join(words[i:]), pattern) for i in range(len(words)))
+    """Return whether a glob matches the name, or a suffix of it that begins at a dot."""
+    return any(fnmatchcase(name[at:], pattern) for at in (0, *(dot.end() for dot in re.finditer(r"\.", name))))
 
 
 def _listed(module: nn.Module, reasons: Mapping[str, str]) -> str:
-    """Names by family, with their reason (without the cure)."""
+    """List names by family, with their reason (without the cure)."""
     names = families(module, reasons)
     counts: dict[tuple[str, str], int] = {}
     for name, family in names.items():

@@ -48,7 +48,7 @@ class FactoredLinear(Reclassed, nn.Module):
         return torch.cat(outs, -1)
 
     @property
-    def weight(self) -> Tensor:
+    def weight(self) -> Tensor:  # type: ignore[override]  # computed here, a parameter in a plain layer
         """U V in the layout of the plain layer's weight: a new tensor at each reading, through which gradients flow."""
         rows = [self.factor_U[b.name] @ self.factor_V.narrow(0, b.at, b.rank) for b in self._blocks]
         product = rows[0] if len(rows) == 1 else torch.cat(rows)

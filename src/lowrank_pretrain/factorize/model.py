@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowrank_pretrain.core.agreement import generator
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.plan import Plan
 from lowrank_pretrain.core.protocols import Adopter, Inherit, Reports
-from lowrank_pretrain.core.seeds import generator
 from lowrank_pretrain.core.targets import WHOLE, Target, all_targets, families, parts, plain_name, tied_layers, weight_rows
 from lowrank_pretrain.factorize import moments
 from lowrank_pretrain.factorize.cost import largest_rank, largest_share

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.lightning_private import fused_adamw
 from lowrank_pretrain.galore.dtensor import as_dtensor, local_piece
 from lowrank_pretrain.galore.guard import has_values, wide_dtype
 
@@ -154,7 +155,7 @@ def adam_directions(
     steps = torch.full((len(grads),), float(step) if correct else 1e9, dtype=torch.float32, device=grads[0].device)
     eps = group["eps"] / math.sqrt(1 - beta2**step) if correct else group["eps"]
     # the kernel of torch.optim.AdamW(fused=True), without what is around it there
-    torch._fused_adamw_(
+    fused_adamw(
         out, grads, ms, vs, [], list(steps.unbind()), found_inf=skip,
         amsgrad=False, beta1=beta1, beta2=beta2, lr=lr, weight_decay=0.0, eps=eps, maximize=False,
     )  # fmt: skip

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
+
+from lowrank_pretrain.core.lightning_private import FakeTensor
 
 
 @dataclass

@@ -93,7 +93,8 @@ def galore_param_groups(
     lazy = next((name for name, p in named.items() if is_lazy(p)), None)
     if lazy is not None:
         raise ConfigError("params", lazy, "is lazy and has no shape yet: call the model once before its optimizer is made")
-    chosen = {f"{name}.weight": named[f"{name}.weight"] for name in layers}
+    weights = [f"{name}.weight".removeprefix(".") for name in layers]  # no name: the model is the layer itself
+    chosen = {name: named[name] for name in weights}
     explicit = any(t not in PRESETS for t in ([targets] if isinstance(targets, str) else targets) if not t.startswith("!"))
     for name, p in chosen.items():
         if explicit and rank > largest_rank(p):
@@ -437,10 +438,10 @@ class GroupsSnapshot:
         """Return whether the groups, their parameters and their settings are the same."""
         if not self.has_same_lists(groups) or not all(map(operator.is_, groups, self._groups)):
             return False
-        for group, params, settings in zip(groups, self._params, self._settings, strict=True):
-            if not all(map(operator.is_, group["params"], params)) or tuple(map(group.get, _INDEXED)) != settings:
-                return False
-        return True
+        return all(
+            all(map(operator.is_, group["params"], params)) and tuple(map(group.get, _INDEXED)) == settings
+            for group, params, settings in zip(groups, self._params, self._settings, strict=True)
+        )
 
     def changed_groups(self, groups: list[dict[str, Any]]) -> list[int]:
         """Return the numbers of groups that are new or have other settings now."""

@@ -18,10 +18,10 @@ from typing import ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from lowrank_pretrain.core.dtypes import at_least_32
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.lightning_private import FakeTensor, foreach_norm, keep_out_of_graphs
 from lowrank_pretrain.galore.dtensor import agree_on_flags, local_piece
 
 P = ParamSpec("P")
@@ -59,8 +59,7 @@ def closed(function: Callable[P, T]) -> Callable[P, T]:
 
 def eager(function: Callable[P, T]) -> Callable[P, T]:
     """Wrap a function so that ``torch.compile`` calls it as it is."""
-    # as torch's optimizers do; the public name would import dynamo with this package
-    return torch._disable_dynamo(function)
+    return keep_out_of_graphs(function)
 
 
 def check_dense_and_real(grad: Tensor, name: str) -> None:
@@ -196,7 +195,7 @@ def _sizes(grads: list[Tensor], matrices: int) -> Tensor:
 def _norms(grads: list[Tensor]) -> Tensor:
     wide = {wide_dtype(dtype) for dtype in {g.dtype for g in grads}}
     if len(wide) == 1:
-        return torch.stack(torch._foreach_norm(grads, 2, dtype=wide.pop()))  # on CUDA one kernel for all of them
+        return torch.stack(foreach_norm(grads, 2, dtype=wide.pop()))  # on CUDA one kernel for all of them
     return torch.stack([torch.linalg.vector_norm(g, dtype=wide_dtype(g.dtype)).double() for g in grads])
 
 

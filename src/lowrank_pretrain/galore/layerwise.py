@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.lightning_private import aten_norms, trainer_of
 from lowrank_pretrain.galore.dtensor import is_distributed, local_piece
 from lowrank_pretrain.galore.guard import closed
 
@@ -102,8 +103,7 @@ class Layerwise:
         """
         # Lightning hands over a functools.partial with the LightningModule among its arguments
         for argument in getattr(closure, "args", ()):
-            # `_trainer`: the property raises where a module is used without a Trainer
-            clip = getattr(getattr(argument, "_trainer", None), "gradient_clip_val", None)
+            clip = getattr(trainer_of(argument), "gradient_clip_val", None)
             if clip:
                 raise ConfigError(
                     "gradient_clip_val", clip, "cannot clip gradients that layerwise has already used: set it to null, or "
@@ -217,9 +217,9 @@ class UsedGradient(Tensor):
     ) -> Any:
         """Do what clipping, gradient accumulation and ``zero_grad`` do; refuse the rest."""
         packet, first = func.overloadpacket, args[0]
-        if packet in (_aten._foreach_norm, _aten._foreach_mul_, _aten._foreach_zero_):
+        if packet in (aten_norms, _aten._foreach_mul_, _aten._foreach_zero_):
             single = {
-                _aten._foreach_norm: torch.linalg.vector_norm,
+                aten_norms: torch.linalg.vector_norm,
                 _aten._foreach_mul_: Tensor.mul_,
                 _aten._foreach_zero_: Tensor.zero_,
             }

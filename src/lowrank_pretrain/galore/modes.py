@@ -30,11 +30,6 @@ def second_form(group: Mapping[str, Any]) -> str:
     return "none" if group["rule"] == "muon" else group["second_moment"]
 
 
-def is_fused(group: Mapping[str, Any]) -> bool:
-    """Return whether the fused kernel makes the directions of this group."""
-    return group["rule"] == "adam" and group["second_moment"] == "full" and not group["nesterov"]
-
-
 def read_kept(
     state: Mapping[str, Any], form: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, list[Tensor]]:

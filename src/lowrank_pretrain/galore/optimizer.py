@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lowrank_pretrain.core.agreement import run_seed
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.protocols import Adopter, Reports
-from lowrank_pretrain.core.seeds import run_seed
 from lowrank_pretrain.galore import adam, groups, state
 from lowrank_pretrain.galore.adam import PlainParameter, fit_layout
 from lowrank_pretrain.galore.clock import RefreshTimer
@@ -25,7 +25,6 @@ from lowrank_pretrain.galore.dtensor import is_distributed, local_piece
 from lowrank_pretrain.galore.guard import Guard, check_dense_and_real, closed, eager
 from lowrank_pretrain.galore.layerwise import Layerwise, UsedGradient
 from lowrank_pretrain.galore.local import LocalUpdate
-from lowrank_pretrain.galore.modes import is_fused
 from lowrank_pretrain.galore.projection import Entry, Projected, SharedBasis, make_index
 
 
@@ -309,7 +308,7 @@ class GaLoreAdamW(Adopter, Reports, Optimizer):
             seconds.append([fit_layout(v, low, slot.name, "second moment") for v in second] if full else second)
 
         # Adam on R: the moments in place, and −N, for all of them in one call; the other rules one by one
-        if is_fused(group):
+        if group["rule"] == "adam" and group["second_moment"] == "full" and not group["nesterov"]:  # the fused kernel
             minus_n = adam.adam_directions(lows, ms, [v for second in seconds for v in second], step, group, skip)
         else:
             parts = zip(slots, lows, ms, seconds, strict=True)

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from lowrank_pretrain.core.agreement import generator
 from lowrank_pretrain.core.errors import ConfigError
-from lowrank_pretrain.core.seeds import generator
 from lowrank_pretrain.galore import dtensor, residual, subspace
 from lowrank_pretrain.galore.adam import count_step, moment_dtype, moment_kind, steps_taken, write_moments
 from lowrank_pretrain.galore.factored import Total, alone, factor

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from lowrank_pretrain.core.checks import is_number
 from lowrank_pretrain.core.dtypes import at_least_32
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.lightning_private import inner_schedulers
 from lowrank_pretrain.core.targets import all_targets, plain_name
 from lowrank_pretrain.galore.adam import BLOCK, SMALLEST_8BIT, moment_dtype, moment_kind
 from lowrank_pretrain.galore.dtensor import local_piece
@@ -221,7 +222,7 @@ def follow_rates(scheduler: Any) -> None:
     A scheduler restores its base rates after the optimizer's state; without this they would replace the rates in the code.
     """
     shares = getattr(getattr(scheduler, "optimizer", None), "rate_shares", [])
-    for one in (scheduler, *getattr(scheduler, "_schedulers", ())):
+    for one in (scheduler, *inner_schedulers(scheduler)):
         bases = getattr(one, "base_lrs", [])
         if bases and len(bases) == len(shares):
             one.base_lrs = [base * share for base, share in zip(bases, shares, strict=True)]
@@ -351,7 +352,7 @@ def adoptable_weights(names: Iterable[str], module: nn.Module, entries: Mapping[
     named = {plain_name(name): p for name, p in module.named_parameters()}
     found: dict[str, Tensor] = {}
     for layer in dict.fromkeys(targets[name].layer_name for name in names):
-        p = named[f"{layer}.weight"]
+        p = named[f"{layer}.weight".removeprefix(".")]
         if p not in entries or entries[p].slot is not None:
             raise ConfigError("targets", layer, "must be in a group of this optimizer, and not projected already")
         group = entries[p].group

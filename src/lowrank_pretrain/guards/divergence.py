@@ -20,7 +20,8 @@ from lowrank_pretrain.checkpoints.files import newest_whole
 from lowrank_pretrain.checkpoints.io import WholeCheckpointIO, local_path
 from lowrank_pretrain.core.checks import choice, whole
 from lowrank_pretrain.core.errors import ConfigError
-from lowrank_pretrain.core.lightning_private import LOGGED_STEPS, datamodule_of, log_interval
+from lowrank_pretrain.core.lightning_private import LOGGED_STEPS
+from lowrank_pretrain.core.trainer import datamodule_of, log_interval
 from lowrank_pretrain.guards.finite import Diverged, FiniteGuard
 
 POLICIES = ("stop", "rewind")

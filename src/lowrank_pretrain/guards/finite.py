@@ -11,8 +11,8 @@ from typing_extensions import override
 
 from lowrank_pretrain.core.checks import number, whole
 from lowrank_pretrain.core.dtypes import at_least_32
-from lowrank_pretrain.core.lightning_private import log_interval, tensor_norms
-from lowrank_pretrain.core.steps import StepWatch
+from lowrank_pretrain.core.lightning_private import tensor_norms
+from lowrank_pretrain.core.trainer import StepWatch, log_interval
 from lowrank_pretrain.galore.layerwise import UsedGradient
 
 PATIENCE_FP16 = 20  # a gradient scaler halves its scale 16 times before it is down to 1

@@ -8,7 +8,7 @@ from typing_extensions import override
 from lowrank_pretrain.core.agreement import agreed_hash
 from lowrank_pretrain.core.checks import whole
 from lowrank_pretrain.core.protocols import Merges
-from lowrank_pretrain.core.steps import StepWatch
+from lowrank_pretrain.core.trainer import StepWatch
 
 
 class RanksAgree(Callback):

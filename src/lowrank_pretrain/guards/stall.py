@@ -14,7 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
 from lowrank_pretrain.core.checks import number
-from lowrank_pretrain.core.lightning_private import profiler_of
+from lowrank_pretrain.core.trainer import profiler_of
 
 GRACE = 30.0  # seconds that the main thread has to hear of it, before the process is ended from outside
 ASKED = "_next"  # how the names end that Lightning gives to asking a loader for a batch

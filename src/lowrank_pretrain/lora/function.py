@@ -18,8 +18,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn import functional as F
+
+from lowrank_pretrain.core.lightning_private import (
+    forward_mode_active,
+    is_legacy_batched,
+    is_traced,
+    is_view,
+    transforms_active,
+)
 
 _is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)  # since torch 2.7
 
@@ -104,9 +111,9 @@ def is_ordinary(x: Any) -> bool:
     return (
         (type(x) is Tensor or type(x) is torch.nn.Parameter)
         and not x.is_nested
-        and not torch._C._are_functorch_transforms_active()
-        and forward_ad._current_level < 0
-        and not torch._C._is_tracing()
+        and not transforms_active()
+        and not forward_mode_active()
+        and not is_traced()
         and not _is_exporting()
     )
 
@@ -269,7 +276,7 @@ class _LoRALinear(torch.autograd.Function):
             w = merged(weight, lora_A, lora_B, layout.parts, layout.transposed) if ctx.use_merged else weight
             w = w.to(dtype)
             dx = dy @ (w.t() if layout.transposed else w)
-            if not ctx.use_merged:
+            if dz is not None and not ctx.use_merged:
                 dx.addmm_(dz, lora_A.to(dtype))
             dx = dx.view(ctx.x_shape)
 
@@ -339,7 +346,7 @@ def wants_graph(dy: Tensor) -> bool:
     """Return whether a backward pass is itself followed: by autograd (``create_graph=True``) or by a batch of gradients."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return torch.is_grad_enabled()
-    return torch._C._are_functorch_transforms_active() or torch._C._functorch.is_legacy_batchedtensor(dy)
+    return transforms_active() or is_legacy_batched(dy)
 
 
 def _gradients(ctx: Any, dy: Tensor) -> tuple:
@@ -361,7 +368,7 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple:
             dx = dx + dz @ lora_A.narrow(0, p.a, p.rank).to(dtype)
         dx = dx.reshape(ctx.x_shape)
     G = None if x is None else dy.t() @ x.reshape(-1, x.shape[-1])  # (O, D)
-    if needs.weight:
+    if needs.weight and G is not None:
         dW = (G.t() if transposed else G).to(weight.dtype)
     dB: list[Tensor | None] = [None] * len(parts)
     d_ranks = []
@@ -378,7 +385,7 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple:
     db = dy.sum(0).to(ctx.bias_dtype) if needs.bias else None
     d_rest: list[Tensor | None] = []
     for span, need in zip(rest, needs.rest_weight, strict=True):
-        block = G.narrow(0, span.start, span.rows) if need else None
+        block = G.narrow(0, span.start, span.rows) if need and G is not None else None
         d_rest.append(None if block is None else (block.t() if transposed else block).to(ctx.rest_dtypes[len(d_rest)]))
     for span, need in zip(rest, needs.rest_bias, strict=False):
         d_rest.append(dy.narrow(1, span.start, span.rows).sum(0).to(ctx.rest_dtypes[len(d_rest)]) if need else None)
@@ -399,7 +406,7 @@ def _end_here(z: Tensor) -> Tensor:
 def own_memory(y: Tensor) -> Tensor:
     """Return y, contiguous and not as a view: autograd forbids to write into a view that a function of our own returns."""
     y = y.contiguous()
-    return y.data if not torch.compiler.is_compiling() and y._is_view() else y
+    return y.data if not torch.compiler.is_compiling() and is_view(y) else y
 
 
 def affine(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:

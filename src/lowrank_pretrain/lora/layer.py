@@ -11,14 +11,14 @@ block of a fused layer, ``lora_B.<part>`` (O_part, R_part); a layer that is not 
 import inspect
 import math
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any, SupportsIndex, cast
 
 import torch
 from torch import Tensor, nn
 
+from lowrank_pretrain.core.agreement import generator
 from lowrank_pretrain.core.protocols import Inherit
-from lowrank_pretrain.core.seeds import generator
-from lowrank_pretrain.core.targets import Target, is_conv1d
+from lowrank_pretrain.core.targets import MatrixLayer, Target, is_conv1d
 from lowrank_pretrain.lora.function import Part, RestPart, effective_bias, effective_weight, lora_linear, merged
 
 
@@ -29,15 +29,28 @@ class Unannounced:
         """Do nothing, before the parent's own can."""
 
 
-class Reclassed(Unannounced):
-    """A layer whose class was swapped for one that is made at run time, and which may hold rows of W as parameters.
+if TYPE_CHECKING:
+    _Plain = MatrixLayer  # the class that the layer had: the mixin comes before it
+else:
+    _Plain = object
 
-    What ``LoRALinear`` and LTE's ``MultiheadLoRALinear`` share: copying, pickling and moving to a device.
+
+class Reclassed(Unannounced, _Plain):
+    """Copy, pickle and move a layer whose class was made at run time, and which may hold rows of W as parameters.
+
+    ``LoRALinear`` and LTE's ``MultiheadLoRALinear`` share it.
     """
 
     _plain_class: type[nn.Module]
-    _mixin: type
+    _mixin: "type[Reclassed]"
+    _own_forward: bool
+    _transposed: bool
+    _parts: tuple[Part, ...]
     _rest: tuple[RestPart, ...]
+    lora_A: nn.Parameter
+    lora_B: nn.ParameterDict
+    rest_weight: nn.ParameterDict
+    rest_bias: nn.ParameterDict
 
     def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
         super()._apply(*args, **kwargs)
@@ -49,14 +62,14 @@ class Reclassed(Unannounced):
         dim = 1 if is_conv1d(self) else 0
         for part in self._rest:
             self.rest_weight[part.name].data = self.weight.data.narrow(dim, part.start, part.rows)
-            if part.name in self.rest_bias:
+            if self.bias is not None and part.name in self.rest_bias:
                 self.rest_bias[part.name].data = self.bias.data.narrow(0, part.start, part.rows)
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
         self._tie_rest()
 
-    def __reduce_ex__(self, protocol: int) -> tuple:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple:
         # the class has no importable name: rebuild it from the plain one
         return _blank, (self._mixin, self._plain_class), self.__dict__
 
@@ -67,17 +80,17 @@ def swap_class(layer: nn.Module, mixin: type[Reclassed]) -> None:
 
 
 def has_own_forward(layer: nn.Module) -> bool:
-    """Whether the layer (or what it was before its class was swapped) computes something else than its parent class."""
+    """Return whether the layer (or what it was before its class was swapped) computes something else than its parent class."""
     return getattr(layer, "_plain_class", type(layer)).forward not in _known_forwards()
 
 
-def with_weight(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
+def with_weight(layer: Reclassed, weight: Tensor, bias: Tensor | None) -> nn.Module:
     """Return the layer as its plain class sees it, but with another weight: for one call of the plain class's forward.
 
     It shares the layer's ``__dict__``, so what the forward reads and writes on itself (buffers, counters, children) is the
     layer's. The layer itself is not touched: other threads, and hooks that look at its weight, notice nothing.
     """
-    twin_class = _twin_of(layer._plain_class)
+    twin_class: Any = _twin_of(layer._plain_class)
     twin = twin_class.__new__(twin_class)
     object.__setattr__(twin, "__dict__", layer.__dict__)
     twin_class._lowrank_weight.__set__(twin, weight)
@@ -91,12 +104,8 @@ ADDED = ("lora_A", "lora_B", "rest_weight", "rest_bias")  # what adapters regist
 class LoRALinear(Reclassed):
     """What a layer's class gains by injection (mixed in before ``nn.Linear``, ``Conv1D`` or a user's subclass of them)."""
 
-    _parts: tuple[Part, ...]
-    _own_forward: bool
-    _transposed: bool
-
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """(.., D) -> (.., O), called like the plain class's forward and equal to it with W + scale · B A for W.
+        """Map (.., D) to (.., O); called like the plain class's forward, and equal to it with W + scale · B A for W.
 
         A class with a forward of its own may do anything with its weight (mask it, scale what comes out, take more
         arguments), so its own forward runs, and finds the effective weight under the weight's name.
@@ -133,7 +142,7 @@ class LoRALinear(Reclassed):
         )
 
     def merged_weight(self, check: bool = True) -> Tensor:
-        """W + scale · B A in the layer's own layout, a new tensor.
+        """Return W + scale · B A in the layer's own layout, a new tensor.
 
         Args:
             check: refuse what is NaN or infinite.
@@ -155,7 +164,7 @@ class LoRALinear(Reclassed):
         if kwargs.get("keep_vars", False):  # who wants the parameters themselves (torch.jit.trace does) gets them all
             return super().state_dict(*args, **kwargs)
         plain = self._plain_class.__new__(self._plain_class)
-        own = {name: p for name, p in self._parameters.items() if name != "lora_A"}
+        own: dict[str, Tensor | None] = {name: p for name, p in self._parameters.items() if name != "lora_A"}
         own["weight"] = self.merged_weight(check=False)
         children = {name: child for name, child in self._modules.items() if name not in ADDED}
         object.__setattr__(plain, "__dict__", {**self.__dict__, "_parameters": own, "_modules": children})
@@ -177,7 +186,7 @@ class LoRALinear(Reclassed):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
-        """The plain layer's line, and each part's rank."""
+        """Return the plain layer's line, and each part's rank."""
         ranks = ", ".join(f"{part.name}={part.rank}" for part in self._parts)
         return f"{super().extra_repr()}, lora_rank({ranks})"
 
@@ -186,9 +195,9 @@ def give_adapters(
     layer: nn.Module, ranked: list[tuple[Target, int]], alpha: float | None, train_A: bool, seed: int | None
 ) -> None:
     """Swap the layer's class and register factors for its ranked targets; ``lora.inject`` explains the arguments."""
-    weight = layer.weight
+    weight = cast(MatrixLayer, layer).weight
     # under AMP W is float32 and so are the adapters; under bf16-true they follow W
-    like = {"dtype": weight.dtype, "device": weight.device}
+    like: dict[str, Any] = {"dtype": weight.dtype, "device": weight.device}
     total = sum(rank for _, rank in ranked)
     cols = weight.shape[0] if is_conv1d(layer) else weight.shape[1]
     A = torch.empty(total, cols)
@@ -201,12 +210,13 @@ def give_adapters(
         factors[target.part] = nn.Parameter(torch.zeros(target.rows, rank, **like))
         at += rank
     swap_class(layer, LoRALinear)
+    layer = cast(LoRALinear, layer)
     layer._parts, layer._rest = tuple(spans), ()
     layer.lora_A = nn.Parameter(A.to(**like), requires_grad=train_A and total > 0)
     layer.lora_B = nn.ParameterDict(factors)
 
 
-def keep_rows(layer: nn.Module, rest: list[RestPart], bias: bool = True) -> list[Inherit]:
+def keep_rows(layer: Reclassed, rest: list[RestPart], bias: bool = True) -> list[Inherit]:
     """Make row blocks of W (and of b, where all of it freezes) parameters of their own that are views, to train on."""
     layer._rest = tuple(rest)
     layer.rest_weight, layer.rest_bias = nn.ParameterDict(), nn.ParameterDict()
@@ -223,12 +233,12 @@ def keep_rows(layer: nn.Module, rest: list[RestPart], bias: bool = True) -> list
     return inherited
 
 
-def take_adapters(layer: nn.Module) -> None:
+def take_adapters(layer: LoRALinear) -> None:
     """Give the layer its plain class back; what the adapters hold is lost unless it was merged."""
     for name in ADDED:
         if hasattr(layer, name):
             delattr(layer, name)
-    layer.__class__ = layer._plain_class
+    object.__setattr__(layer, "__class__", layer._plain_class)
     del layer._parts, layer._rest
 
 
@@ -237,10 +247,10 @@ def _known_forwards() -> tuple:
     return (nn.Linear.forward, hf.Conv1D.forward) if hf else (nn.Linear.forward,)
 
 
-_classes: dict[tuple[type, type], type] = {}
+_classes: dict[tuple[type[Reclassed], type[nn.Module]], type[nn.Module]] = {}
 
 
-def _class_of(mixin: type, plain: type) -> type:
+def _class_of(mixin: type[Reclassed], plain: type[nn.Module]) -> type[nn.Module]:
     if (mixin, plain) not in _classes:
         name = mixin.__name__.removesuffix("Linear") + plain.__name__
         hf = sys.modules.get("transformers.pytorch_utils")
@@ -254,10 +264,10 @@ def _class_of(mixin: type, plain: type) -> type:
     return _classes[mixin, plain]
 
 
-_twins: dict[type, type] = {}
+_twins: dict[type[nn.Module], type] = {}
 
 
-def _twin_of(plain: type) -> type:
+def _twin_of(plain: type[nn.Module]) -> type:
     """Return the class of ``with_weight``: ``weight`` and ``bias`` are its own, all else lies in the shared ``__dict__``."""
     if plain not in _twins:
         body = {
@@ -269,7 +279,7 @@ def _twin_of(plain: type) -> type:
     return _twins[plain]
 
 
-def _only_argument(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def _only_argument(layer: Reclassed, *args: Any, **kwargs: Any) -> Any:
     """Return the input, also where it came by the name that the plain class gives it.
 
     Raises:
@@ -278,6 +288,6 @@ def _only_argument(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return inspect.signature(type(layer)._plain_class.forward).bind(layer, *args, **kwargs).args[1]
 
 
-def _blank(mixin: type, plain: type) -> nn.Module:
+def _blank(mixin: type[Reclassed], plain: type[nn.Module]) -> nn.Module:
     cls = _class_of(mixin, plain)
     return cls.__new__(cls)

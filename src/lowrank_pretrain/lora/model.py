@@ -5,13 +5,14 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.lightning_private import state_dict_hooks
 from lowrank_pretrain.core.plan import Plan
 from lowrank_pretrain.core.protocols import Adopter, Inherit
 from lowrank_pretrain.core.targets import Target, all_targets, output_heads, parts, plain_name, tied_layers
@@ -69,7 +70,7 @@ def freeze(module: nn.Module, plan: Mapping[str, int], freeze_rest: bool = False
         others = [p for p in parts(layer_name, layer) if p[0] not in chosen]
         trained = layer.weight.requires_grad
         if others and trained and not freeze_rest:
-            inherited += keep_rows(layer, [RestPart(*other) for other in others])
+            inherited += keep_rows(cast(LoRALinear, layer), [RestPart(*other) for other in others])
         layer.weight.requires_grad_(False)
         if layer.bias is not None:
             layer.bias.requires_grad_(False)
@@ -110,9 +111,9 @@ def eject(module: nn.Module, check: bool = True) -> None:
             take_adapters(layer)  # the factors keep their values: who holds them can go on exactly
     switch_fast_path(module, off=False)
     for child in module.modules():
-        for key, hook in list(child._state_dict_hooks.items()):
-            if isinstance(hook, _Shared):
-                del child._state_dict_hooks[key]
+        hooks = state_dict_hooks(child)
+        for key in [key for key, hook in hooks.items() if isinstance(hook, _Shared)]:
+            del hooks[key]
 
 
 @contextmanager
@@ -139,7 +140,7 @@ def shown_plain(module: nn.Module, flags: Mapping[str, bool]) -> Iterator[None]:
                 child.__dict__["_modules"] = {name: inner for name, inner in modules.items() if name not in ADDED}
             child.__dict__["_parameters"] = own
         for layer, _ in layers:
-            layer.__class__ = layer._plain_class
+            object.__setattr__(layer, "__class__", layer._plain_class)
         for name, p in module.named_parameters():
             if name in flags:
                 p.requires_grad_(flags[name])
@@ -160,13 +161,13 @@ def is_finite(module: nn.Module) -> bool:
     return all(bool(torch.isfinite(p).all()) for _, p in adapter_parameters(module))
 
 
-def lora_layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(name, layer) of every layer with adapters, in the module's order."""
+def lora_layers(module: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
+    """Yield (name, layer) of every layer with adapters, in the module's order."""
     return ((name, layer) for name, layer in module.named_modules() if isinstance(layer, LoRALinear))
 
 
 def adapter_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """(name, parameter) of every adapter factor."""
+    """Yield (name, parameter) of every adapter factor."""
     for name, layer in lora_layers(module):
         for own, p in layer.named_parameters():
             if own.startswith("lora_"):
@@ -185,7 +186,7 @@ def plain_state(module: nn.Module) -> dict[str, Tensor]:
 
 
 def exact_state(module: nn.Module) -> dict[str, Tensor]:
-    """The unmerged W and the factors of every layer with adapters: what a bit-exact resume needs beside the state dict."""
+    """Return the unmerged W and the factors of every layer with adapters, which a bit-exact resume needs."""
     exact = {}
     for name, layer in lora_layers(module):
         exact[f"{name}.weight"] = layer.weight.detach()
@@ -291,10 +292,11 @@ def untie(module: nn.Module, layer_names: set[str]) -> list[Inherit]:
             )
     if untied:
         for child in module.modules():
-            config = getattr(child, "config", None)
+            config: Any = getattr(child, "config", None)
             if getattr(config, "tie_word_embeddings", False):
-                child.config = copy.copy(config)
-                child.config.tie_word_embeddings = False
+                config = copy.copy(config)
+                config.tie_word_embeddings = False
+                child.config = config
     return untied
 
 
@@ -302,9 +304,10 @@ def switch_fast_path(module: nn.Module, off: bool) -> None:
     """``nn.TransformerEncoderLayer`` in eval reads the weights of linear1/2 itself and would skip their adapters."""
     for child in module.modules():
         if isinstance(child, nn.TransformerEncoderLayer):
+            layer: Any = child
             if off:
-                child._lora_activation = child.activation_relu_or_gelu
-                child.activation_relu_or_gelu = 0  # "activation was not relu or gelu": the layer takes its slow path
-            elif hasattr(child, "_lora_activation"):
-                child.activation_relu_or_gelu = child._lora_activation
-                del child._lora_activation
+                layer._lora_activation = layer.activation_relu_or_gelu
+                layer.activation_relu_or_gelu = 0  # "activation was not relu or gelu": the layer takes its slow path
+            elif hasattr(layer, "_lora_activation"):
+                layer.activation_relu_or_gelu = layer._lora_activation
+                del layer._lora_activation

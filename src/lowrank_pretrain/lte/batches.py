@@ -32,6 +32,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from lowrank_pretrain.checkpoints import random_state
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.lightning_private import wrapped_sampler
 from lowrank_pretrain.data.loaders.epoch import EpochLoader
 from lowrank_pretrain.data.loaders.stream import StreamLoader
 from lowrank_pretrain.lte.leaves import digest
@@ -140,7 +141,7 @@ def _check_shared_once(sampler: DistributedSampler) -> None:
     """Refuse a sampler that shares out already: Lightning's own would share its part out again."""
     if not isinstance(sampler, DistributedSamplerWrapper):
         return
-    inner = getattr(sampler.dataset, "_sampler", None)
+    inner = wrapped_sampler(sampler)
     if any(isinstance(n := getattr(inner, key, 1), int) and n > 1 for key in ("num_replicas", "world_size")):
         raise ConfigError(
             "sampler", type(inner).__name__, "shares the samples out already, and Lightning would do so once more: set "
@@ -157,7 +158,7 @@ def _part(data: Any) -> str | None:
 
 def _dealt(sampler: DistributedSampler, data: Any) -> tuple[int, int] | None:
     """Return how many samples a user's sampler gives, and their number in all, where Lightning laid its own over it."""
-    inner = getattr(sampler.dataset, "_sampler", None) if isinstance(sampler, DistributedSamplerWrapper) else None
+    inner = wrapped_sampler(sampler) if isinstance(sampler, DistributedSamplerWrapper) else None
     if inner is None or type(inner).__module__.startswith("torch.") or not isinstance(data, Sized):
         return None
     return (len(inner), len(data)) if isinstance(inner, Sized) else None

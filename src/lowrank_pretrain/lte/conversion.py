@@ -18,8 +18,8 @@ from torch.optim import Optimizer
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.plan import fit_ranks
 from lowrank_pretrain.core.protocols import Inherit
-from lowrank_pretrain.core.steps import log_row
 from lowrank_pretrain.core.targets import Target, all_targets, families, first_named, say_left_out, select
+from lowrank_pretrain.core.trainer import log_row
 from lowrank_pretrain.lora import model as lora
 from lowrank_pretrain.lora.layer import has_own_forward
 from lowrank_pretrain.lte.bare_groups import BareGroups, check_stacked

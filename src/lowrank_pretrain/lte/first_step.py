@@ -15,8 +15,7 @@ from torch import nn
 
 from lowrank_pretrain.core.targets import Target
 from lowrank_pretrain.lte.workers import Workers
-from lowrank_pretrain.phases.rehearsal import Rehearsal
-from lowrank_pretrain.phases.teachers import Pairing, teachers
+from lowrank_pretrain.phases.first_step import FirstStepWatch
 
 
 class Unwatched:
@@ -48,7 +47,7 @@ class Unwatched:
         """Stop watching: the fit is over."""
 
 
-class FirstStep(Unwatched):
+class FirstStep(FirstStepWatch, Unwatched):
     """Watch a model with heads.
 
     Args:
@@ -59,20 +58,17 @@ class FirstStep(Unwatched):
     """
 
     def __init__(self, module: nn.Module, targets: Mapping[str, Target], workers: Workers, trained: set[int]) -> None:
-        super().__init__()
-        self._rehearsal = Rehearsal(module, targets, adapters=False)
-        # heads change number and order of the parameters: who averages by position is found out in the first step
-        self._pairing: Pairing | None = Pairing(module, teachers(module, targets, trained), others=True)
-        self._workers = workers
+        Unwatched.__init__(self)
+        FirstStepWatch.__init__(self, module, targets, trained, adapters=False)
+        self._module, self._workers = module, workers
         self._started = False
         self.waits = True
 
     def _start(self) -> None:
         """Begin at the first step, when DDP has wrapped what it averages and the model's summary is printed."""
         self._started = True
-        if self._pairing is not None:
-            self._pairing.start()
-        self._rehearsal.start()
+        # heads change number and order of the parameters: who averages by position is found out in the first step
+        self._begin(self._module).watch_whole()
         for name, layer in self._rehearsal.layers.items():
             if name not in self._rehearsal.called:
                 layer.weight.requires_grad_(True)
@@ -120,13 +116,3 @@ class FirstStep(Unwatched):
     def watches(self) -> bool:
         """Tell whether some layers have not been called yet, on any worker (the same answer on all)."""
         return not self.waits and bool(self._rehearsal.unseen())
-
-    def _unpair(self) -> None:
-        if self._pairing is not None:
-            self._pairing.stop()
-            self._pairing = None
-
-    def stop(self) -> None:
-        """Stop watching: the fit is over."""
-        self._unpair()
-        self._rehearsal.stop()

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lowrank_pretrain.core.bits import stamp
 from lowrank_pretrain.core.dtypes import at_least_32
+from lowrank_pretrain.core.lightning_private import tensor_norms, unsaved_buffers
 from lowrank_pretrain.lte.bare_groups import BareGroups
 from lowrank_pretrain.lte.view import read_stamps
 from lowrank_pretrain.lte.workers import Workers
@@ -124,7 +125,7 @@ class SharedParameters:
         live = [] if self.apart or self.workers.size == 1 else [p.detach() for p in self.parameters.values() if p.numel()]
         if not live:
             return True
-        sizes = torch.stack([size.double().to(live[0].device) for size in torch._foreach_norm(live)])
+        sizes = torch.stack([size.double().to(live[0].device) for size in tensor_norms(live)])
         return len({theirs[0] for theirs in self.workers.gather_numbers([int(stamp(sizes))])}) == 1
 
     # -- averages in place -------------------------------------------------------------------------------------------------
@@ -291,8 +292,6 @@ class SharedParameters:
 def saved_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield (name, buffer) of every buffer that ``state_dict`` holds."""
     lost = {
-        f"{prefix}.{name}" if prefix else name
-        for prefix, child in module.named_modules()
-        for name in child._non_persistent_buffers_set
+        f"{prefix}.{name}" if prefix else name for prefix, child in module.named_modules() for name in unsaved_buffers(child)
     }
     return ((name, b) for name, b in module.named_buffers() if name not in lost)

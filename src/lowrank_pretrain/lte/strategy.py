@@ -23,8 +23,10 @@ from torch.optim import Optimizer
 from lowrank_pretrain.core.agreement import agreed_hash
 from lowrank_pretrain.core.buckets import settle_buckets
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.lightning_private import LEFT_OUT_OF_DDP, leave_out_of_ddp, set_sampler_injection
 from lowrank_pretrain.core.plan import Plan
 from lowrank_pretrain.core.protocols import Adopter, HasPhase, Inherit, Merges, Reports, phase_callback
+from lowrank_pretrain.core.trainer import accumulates, callbacks_of
 from lowrank_pretrain.lora import model as lora
 from lowrank_pretrain.lte import checkpoint as files
 from lowrank_pretrain.lte.batches import shared_out
@@ -149,8 +151,7 @@ class LTEStrategy(DDPStrategy, Adopter, HasPhase, Reports, Merges):
             self._begin_fit(trainer)
         if self.world_size == 1 and self._use_sampler is None:
             # nothing to share out: a loader that Lightning cannot take apart runs
-            connector = trainer._accelerator_connector
-            self._use_sampler, connector.use_distributed_sampler = connector.use_distributed_sampler, False
+            self._use_sampler = set_sampler_injection(trainer, False)
         self._holding = True
         super().setup(trainer)
         self._holding = False
@@ -170,7 +171,7 @@ class LTEStrategy(DDPStrategy, Adopter, HasPhase, Reports, Merges):
         setattr(self.precision_plugin, "clip_grad_by_norm", self.converted.clip)  # noqa: B010  # shadows the method
 
     def _begin_fit(self, trainer: pl.Trainer) -> None:
-        check_callbacks(trainer.callbacks)  # type: ignore[attr-defined]  # Lightning sets it outside of the class
+        check_callbacks(callbacks_of(trainer))
         self._forget()
         workers = Workers()
         if dist.is_initialized() and dist.get_world_size() > 1:
@@ -182,7 +183,7 @@ class LTEStrategy(DDPStrategy, Adopter, HasPhase, Reports, Merges):
         if not self._module.automatic_optimization:
             workers.hint = " (in manual optimization all workers must take equally many optimizer steps)"
         local = KINDS[self.update](self.settings, workers)
-        ignored = set(getattr(self._module, "_ddp_params_and_buffers_to_ignore", ()))
+        ignored = set(getattr(self._module, LEFT_OUT_OF_DDP, ()))
         self.converted = ConvertedModule(
             self._module, local, workers, self.sync_rest, ignored, lambda: self.model is not self.lightning_module
         )
@@ -302,8 +303,7 @@ class LTEStrategy(DDPStrategy, Adopter, HasPhase, Reports, Merges):
         """Leave out, or refuse, targets that the first step showed to be none."""
         reasons = self.local.first_step.finish()
         if reasons:
-            accumulates = self._module.trainer.fit_loop.epoch_loop._should_accumulate()
-            self.converted.leave_out(reasons, accumulates)
+            self.converted.leave_out(reasons, accumulates(self._module.trainer))
             self._wrap_again()
 
     # -- what is reported -------------------------------------------------------------------------------------------
@@ -362,12 +362,12 @@ class LTEStrategy(DDPStrategy, Adopter, HasPhase, Reports, Merges):
             self._ticks.remove()
             self._ticks = None
         if self._use_sampler is not None:
-            self._module.trainer._accelerator_connector.use_distributed_sampler = self._use_sampler
+            set_sampler_injection(self._module.trainer, self._use_sampler)
             self._use_sampler = None
         with suppress(AttributeError):
             del self.precision_plugin.clip_grad_by_norm
         if self.local.attached:
-            setattr(self._module, "_ddp_params_and_buffers_to_ignore", sorted(self.converted.ignored))  # noqa: B010
+            leave_out_of_ddp(self._module, self.converted.ignored)
         self.converted.detach()
         super().teardown()
         if self._patience is None and self.converted.workers.size > 1 and dist.is_initialized():
@@ -435,7 +435,7 @@ class LTEStrategy(DDPStrategy, Adopter, HasPhase, Reports, Merges):
             return
         module = self._module
         ignored = self.converted.ignored | self.local.unsynced(module)
-        setattr(module, "_ddp_params_and_buffers_to_ignore", sorted(ignored))  # noqa: B010  # DDP reads it there
+        leave_out_of_ddp(module, ignored)
         synced = [name for name, p in module.named_parameters() if p.requires_grad and name not in ignored]
         at_merges = self.local.begun and self.settings.mode != "joint" and self.sync_rest == "merge"
         if not synced or at_merges or self.converted.workers.size == 1:

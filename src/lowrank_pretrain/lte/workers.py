@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lowrank_pretrain.core.dtypes import at_least_32
+from lowrank_pretrain.core.lightning_private import LEFT_OUT_OF_DDP, found_infinities, send_module, set_timeout
 
 
 class Workers:
@@ -237,7 +237,7 @@ def set_patience(limit: timedelta) -> None:
 
     Call it after the rendezvous, which a short limit would bound too.
     """
-    getattr(dist, "set_timeout", dist.distributed_c10d._set_pg_timeout)(limit)
+    set_timeout(limit)
 
 
 # What gloo and NCCL say when a worker is gone or too late; other errors (sizes that do not fit, a full device) say other things
@@ -264,13 +264,13 @@ def same_weights(module: nn.Module, workers: Workers) -> None:
         return
     if len(set(_checksums(module, workers))) > 1:
         rank_zero_warn("workers start with different weights: rank 0's are taken (seed_everything gives all the same)")
-    _sync_module_states(module)
+    send_module(module)
     if len(set(_checksums(module, workers))) > 1:
         raise RuntimeError("LTE: workers still hold different weights after rank 0's were broadcast")
 
 
 def _checksums(module: nn.Module, workers: Workers) -> list[float]:
-    ignored = set(getattr(module, "_ddp_params_and_buffers_to_ignore", ()))
+    ignored = set(getattr(module, LEFT_OUT_OF_DDP, ()))
     shared = [p.detach() for name, p in module.named_parameters() if name not in ignored]
     mine = sum(p.double().nan_to_num().abs().sum().item() for p in shared)
     sums: list[Any] = [None] * workers.size
@@ -316,8 +316,7 @@ def share_overflow(scaler: Any, group: Any) -> None:
 
     def unscale_together(optimizer: Any) -> None:
         unscale(optimizer)
-        # torch keeps the verdict in this private record alone
-        for found in scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"].values():
+        for found in found_infinities(scaler, optimizer):
             dist.all_reduce(found, op=dist.ReduceOp.MAX, group=group)
 
     setattr(unscale_together, SHARED, True)

@@ -11,21 +11,15 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_only
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
+from lowrank_pretrain.core.checks import number
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.targets import Target, find_targets
 from lowrank_pretrain.models.checks import plain
 
 SCHEDULES = ("cosine", "constant")
-
-
-def _number(key: str, value: Any, low: float, high: float, allowed: str, closed_low: bool = True) -> None:
-    """Raises :class:`ConfigError` unless `value` is a real number in [low, high), or (low, high)."""
-    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not ok or value >= high or value < low or (value == low and not closed_low):
-        raise ConfigError(key, value, allowed)
 
 
 def undecayed_names(module: nn.Module) -> set[str]:
@@ -109,8 +103,8 @@ class Schedule(LRScheduler):
         self.anchor = (0, 0.0)  # step and epoch from which on an epoch has had `per_epoch` steps
         super().__init__(optimizer)
 
-    def get_lr(self) -> list[float]:
-        """The rates of the step that comes next."""
+    def get_lr(self) -> list[float | Tensor]:
+        """Return the rates of the step that comes next."""
         share = self.shape(self.last_epoch)
         # from the groups and not from `base_lrs`: groups may join in the middle of a run
         return [group.setdefault("initial_lr", group["lr"]) * share for group in self.optimizer.param_groups]
@@ -222,23 +216,28 @@ class Optim:
     rest_lr: float | None = None
 
     def __post_init__(self) -> None:
-        _number("lr", self.lr, 0, math.inf, "must be a number above 0", closed_low=False)
+        number("lr", self.lr, above=0)
         if self.rest_lr is not None:
-            allowed = "must be a number above 0, or null for the same as lr"
-            _number("rest_lr", self.rest_lr, 0, math.inf, allowed, closed_low=False)
-        _number("weight_decay", self.weight_decay, 0, math.inf, "must be a number, 0 or more")
-        _number("eps", self.eps, 0, math.inf, "must be a number above 0", closed_low=False)
+            number("rest_lr", self.rest_lr, above=0, allowed="must be a number above 0, or null for the same as lr")
+        number("weight_decay", self.weight_decay, least=0, allowed="must be a number, 0 or more")
+        number("eps", self.eps, above=0)
         betas = plain(self.betas)
         if not isinstance(betas, (list, tuple)) or len(betas) != 2:
             raise ConfigError("betas", betas, "must be two numbers in [0, 1), such as [0.9, 0.999]")
         for beta in betas:
-            _number("betas", beta, 0, 1, "must be two numbers in [0, 1), such as [0.9, 0.999]")
+            number("betas", beta, least=0, below=1, allowed="must be two numbers in [0, 1), such as [0.9, 0.999]")
         self.betas = (float(betas[0]), float(betas[1]))
         high = math.inf if isinstance(self.warmup, int) else 1
-        _number("warmup", self.warmup, 0, high, "must be a whole number of steps, or a share of all steps in [0, 1)")
+        number(
+            "warmup",
+            self.warmup,
+            least=0,
+            below=high,
+            allowed="must be a whole number of steps, or a share of all steps in [0, 1)",
+        )
         if self.schedule not in SCHEDULES:
             raise ConfigError("schedule", self.schedule, f"must be one of {', '.join(SCHEDULES)}")
-        _number("final_lr", self.final_lr, 0, 1, "must be a share of the peak learning rate in [0, 1)")
+        number("final_lr", self.final_lr, least=0, below=1, allowed="must be a share of the peak learning rate in [0, 1)")
 
     def groups(self, module: nn.Module) -> list[dict[str, Any]]:
         """Return the param groups of the trainable parameters.

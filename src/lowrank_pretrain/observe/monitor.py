@@ -11,10 +11,9 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
-from lowrank_pretrain.core.lightning_private import log_interval
 from lowrank_pretrain.core.memory import GIB, PeakMemory, formula_bytes, optimizer_bytes
 from lowrank_pretrain.core.protocols import PHASES, LogsPhases, Reports, phase_of
-from lowrank_pretrain.core.steps import StepWatch
+from lowrank_pretrain.core.trainer import StepWatch, log_interval
 from lowrank_pretrain.observe.flops import FlopCount, peak_flops
 from lowrank_pretrain.observe.phase_record import PhaseRecord
 from lowrank_pretrain.observe.step_clock import StepClock

@@ -6,8 +6,8 @@ from lightning.pytorch import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
-from lowrank_pretrain.core.steps import log_row
 from lowrank_pretrain.core.targets import all_targets
+from lowrank_pretrain.core.trainer import log_row
 from lowrank_pretrain.observe.rank_analysis import by_family, present_matrices
 
 

@@ -61,11 +61,6 @@ def update_cosines(A: Tensor, B: Tensor) -> Tensor:
     return inner / norms.outer(norms)
 
 
-def update_cosine(A1: Tensor, B1: Tensor, A2: Tensor, B2: Tensor) -> Tensor:
-    """Normalised Frobenius inner product of B₁A₁ and B₂A₂, a scalar in [−1, 1]; A (R, D), B (O, R) of one R."""
-    return update_cosines(torch.stack([A1, A2]), torch.stack([B1, B2]))[0, 1]
-
-
 @torch.no_grad()
 def row_bases(A: Tensor) -> Tensor:
     """Orthonormal bases of the row spaces of A (N, R, D) or (R, D), as columns: (N, D, R) or (D, R)."""

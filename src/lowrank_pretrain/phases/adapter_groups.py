@@ -10,6 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 from torch.optim import Optimizer
 
+from lowrank_pretrain.core.lightning_private import inner_schedulers
 from lowrank_pretrain.phases import layers
 
 _FOLLOWED = ("betas", "momentum")  # what OneCycleLR and CyclicLR change beside lr
@@ -102,5 +103,5 @@ def _follow(optimizer: Optimizer, *_: Any) -> None:
 def _hide(scheduler: Any, optimizer: Optimizer) -> None:
     if scheduler.optimizer is optimizer:
         scheduler.optimizer = ScheduledGroups(optimizer)
-    for inner in getattr(scheduler, "_schedulers", ()):
+    for inner in inner_schedulers(scheduler):
         _hide(inner, optimizer)

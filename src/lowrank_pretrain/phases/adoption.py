@@ -10,9 +10,11 @@ import torch
 from lightning.pytorch.callbacks import ModelPruning
 
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.lightning_private import pruned_layers
 from lowrank_pretrain.core.plan import Plan
 from lowrank_pretrain.core.protocols import ADAPTER_DEFAULTS, Adopter, adopters, overruled
 from lowrank_pretrain.core.targets import Target, all_targets, plain_name
+from lowrank_pretrain.core.trainer import callbacks_of
 from lowrank_pretrain.factorize.model import Factors, obstacle_to_factors
 from lowrank_pretrain.lora import model as lora
 from lowrank_pretrain.phases import adapter_groups
@@ -114,9 +116,8 @@ def unfit(trainer: pl.Trainer, pl_module: pl.LightningModule, then: str) -> Call
         then: what becomes of the targets; not every layer can be factored.
     """
     owned = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
-    pruning = [callback for callback in trainer.callbacks if isinstance(callback, ModelPruning)]
-    # Lightning has no public way to ask what it prunes; it does so at the end of an epoch
-    pruned = {id(layer) for callback in pruning for layer, _ in callback._parameters_to_prune or ()}
+    pruning = [callback for callback in callbacks_of(trainer) if isinstance(callback, ModelPruning)]  # at an epoch's end
+    pruned = {id(layer) for callback in pruning for layer in pruned_layers(callback)}
 
     def reason(target: Target) -> str | None:
         if id(target.layer) in pruned:

@@ -27,8 +27,8 @@ from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.lr_factor import Rewarm
 from lowrank_pretrain.core.plan import Plan, fit_ranks
 from lowrank_pretrain.core.protocols import PHASES, Adopter, HasPhase, Inherit
-from lowrank_pretrain.core.steps import log_row
 from lowrank_pretrain.core.targets import Target, first_named, say_left_out, select
+from lowrank_pretrain.core.trainer import callbacks_of, log_row
 from lowrank_pretrain.factorize.model import Factors
 from lowrank_pretrain.lora import model as lora
 from lowrank_pretrain.observe.monitor import count_parameters
@@ -219,7 +219,7 @@ class PhaseCallback(HasPhase, Callback):
             # a file may be about to replace the weights, which Lightning does not say yet: `on_fit_start` knows
             self._diverged = not layers.is_finite(pl_module)
             plain_checkpoint.restore_plain(pl_module, check=False)
-            transition.restart_averages(trainer.callbacks, pl_module)  # those set up before us copied the adapters too
+            transition.restart_averages(callbacks_of(trainer), pl_module)  # those set up before us copied the adapters too
         plain_checkpoint.forget_held(pl_module)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -253,7 +253,7 @@ class PhaseCallback(HasPhase, Callback):
         if brought.exact is not None:
             layers.load_exact(pl_module, brought.exact)
             self._adopter.after_replay()
-        for where, averaged, callback in transition.averages(trainer.callbacks):
+        for where, averaged, callback in transition.averages(callbacks_of(trainer)):
             if where in brought.averages:
                 layers.load_exact(averaged, brought.averages[where])
             elif brought.exact is not None:
@@ -328,11 +328,12 @@ class PhaseCallback(HasPhase, Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, rank: int, key: str, frozen: bool = False
     ) -> dict[str, Target]:
         """Resolve ``self.targets`` when all that a fit needs is there, and note what may be chosen."""
-        selection = select(pl_module, self.targets, frozen, adoption.unfit(trainer, pl_module, self.then))
+        patterns = self.targets or []
+        selection = select(pl_module, patterns, frozen, adoption.unfit(trainer, pl_module, self.then))
         if selection.left_out:
-            rank_zero_warn(f"{type(self).__name__}: {say_left_out(pl_module, self.targets, selection.left_out)}")
+            rank_zero_warn(f"{type(self).__name__}: {say_left_out(pl_module, patterns, selection.left_out)}")
         targets = {name: target for name, target in selection.targets.items() if name not in self.left_out}
-        self.chosen, cut = fit_ranks(pl_module, self.targets, targets, rank, key)
+        self.chosen, cut = fit_ranks(pl_module, patterns, targets, rank, key)
         if cut is not None:
             rank_zero_warn(f"{type(self).__name__}: {cut}, which is min(D, O)")
         refusals.check_targets(self, trainer, pl_module, targets)
@@ -368,7 +369,7 @@ class PhaseCallback(HasPhase, Callback):
             transition.restore_flags(pl_module)
             return
         groups = transition.group_names(trainer.optimizers, pl_module)
-        averages = {where: Held(averaged, pl_module) for where, averaged, _ in transition.averages(trainer.callbacks)}
+        averages = {where: Held(averaged, pl_module) for where, averaged, _ in transition.averages(callbacks_of(trainer))}
         self._ended = Ended(Held(pl_module), averages, note, groups)
         plain_checkpoint.restore_plain(pl_module)
         self._ended.model.show()
@@ -428,7 +429,7 @@ class PhaseCallback(HasPhase, Callback):
                 exact |= {name: checkpoint["state_dict"][name] for name in exact if name in note.tied}
             averages = {
                 where: plain_checkpoint.exact_values(averaged, pl_module)
-                for where, averaged, _ in transition.averages(trainer.callbacks)
+                for where, averaged, _ in transition.averages(callbacks_of(trainer))
             }
             side |= {"format": FORMAT, **note.entry(), "exact": exact, "averages": averages}
 

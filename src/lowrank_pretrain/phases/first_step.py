@@ -6,8 +6,10 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import nn
 
 from lowrank_pretrain.core.targets import Target
+from lowrank_pretrain.core.trainer import callbacks_of
 from lowrank_pretrain.phases.rehearsal import Rehearsal
 from lowrank_pretrain.phases.teachers import CURE, Pairing, teachers
 from lowrank_pretrain.phases.transition import averages
@@ -15,7 +17,41 @@ from lowrank_pretrain.phases.transition import averages
 SKIPPED = 3  # so many steps without any gradient are waited for
 
 
-class FirstStep:
+class FirstStepWatch:
+    """Look at the targets through the first optimizer step, and at copies of the module that are paired with it.
+
+    Args:
+        module: holds both.
+        targets: by name.
+        trained: ids of the parameters that an optimizer trains.
+        adapters: as for ``Rehearsal``.
+    """
+
+    def __init__(self, module: nn.Module, targets: Mapping[str, Target], trained: set[int], adapters: bool) -> None:
+        self._rehearsal = Rehearsal(module, targets, adapters)
+        self._pairs = teachers(module, targets, trained)
+        self._pairing: Pairing | None = None
+
+    def _begin(self, module: nn.Module) -> Pairing:
+        """Begin to watch."""
+        self._rehearsal.start()
+        self._pairing = Pairing(module, self._pairs)
+        self._pairing.start()
+        return self._pairing
+
+    def _unpair(self) -> None:
+        """Look no more at pairs: what users do after a step is over."""
+        if self._pairing is not None:
+            self._pairing.stop()
+            self._pairing = None
+
+    def stop(self) -> None:
+        """Stop watching; may be called twice."""
+        self._unpair()
+        self._rehearsal.stop()
+
+
+class FirstStep(FirstStepWatch):
     """Wrap ``training_step`` until the first optimizer step, and ask a ``Rehearsal`` what it saw.
 
     Args:
@@ -28,25 +64,19 @@ class FirstStep:
     def __init__(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, targets: Mapping[str, Target], adapters: bool = True
     ) -> None:
-        self._trainer, self._module = trainer, pl_module
-        self._rehearsal = Rehearsal(pl_module, targets, adapters)
+        self._trainer, self._module, self._targets = trainer, pl_module, targets
         self._before: Any = None  # a training_step that the module itself holds, not its class
         trained = {id(p) for o in trainer.optimizers for g in o.param_groups for p in g["params"] if p.requires_grad}
-        pairs = teachers(pl_module, targets, trained)
-        for student, teacher in pairs:
+        super().__init__(pl_module, targets, trained, adapters)
+        for student, teacher in self._pairs:
             rank_zero_warn(f"{teacher} looks like a frozen copy of {student}, whose layers become low-rank: {CURE}")
-        self._targets, self._pairs = targets, pairs
-        self._pairing: Pairing | None = None
         self.looking = False
         self._all_seen = False  # whether every layer was called in the first step, by any process
         self.steps = 0  # optimizer steps over which layers that nobody calls were watched
 
     def start(self) -> None:
         """Begin to watch."""
-        self._rehearsal.start()
-        followed = [model for _, model, _ in averages(self._trainer.callbacks)]
-        self._pairing = Pairing(self._module, self._pairs, self._targets, followed)
-        self._pairing.start()
+        self._begin(self._module)
         step = self._module.training_step
         self._before = self._module.__dict__.get("training_step")
         self.looking = True
@@ -55,8 +85,9 @@ class FirstStep:
             with self._rehearsal.forward():
                 return step(*args, **kwargs)
 
-        watched.__wrapped__ = getattr(step, "__wrapped__", step)  # Lightning reads the arguments there, one level deep
-        self._module.__dict__["training_step"] = watched
+        watching: Any = watched
+        watching.__wrapped__ = getattr(step, "__wrapped__", step)  # Lightning reads the arguments there, one level deep
+        self._module.__dict__["training_step"] = watching
 
     def look(self) -> dict[str, str] | None:
         """Return, after the first step's backward pass, why targets cannot have an adapter. Later: ``None``.
@@ -65,12 +96,10 @@ class FirstStep:
         """
         self.steps += 1
         if not self.looking:
-            if self._pairing is not None:  # what users do after a step is over by now
-                self._pairing.stop()
-                self._pairing = None
+            self._unpair()
             return None
-        if self._pairing is not None:
-            self._pairing.outside = True  # before it, a module may well be filled from another one
+        if self._pairing is not None and self.steps == 1:  # before it, a module may well be filled from another one
+            self._pairing.watch_outside(self._targets, [model for _, model, _ in averages(callbacks_of(self._trainer))])
         self._rehearsal.after_backward()
         agreed, stepped = self._agreed()
         if not stepped and self.steps < SKIPPED:
@@ -95,10 +124,7 @@ class FirstStep:
     def stop(self) -> None:
         """Stop watching; may be called twice."""
         self._unwrap()
-        self._rehearsal.stop()
-        if self._pairing is not None:
-            self._pairing.stop()
-            self._pairing = None
+        super().stop()
 
     def _agreed(self) -> tuple[list[list[int]], bool]:
         """Return what any process saw, and whether there is any gradient (a ``training_step`` may return ``None``)."""

@@ -7,8 +7,9 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
+from lowrank_pretrain.core.checks import whole
 from lowrank_pretrain.core.errors import ConfigError
-from lowrank_pretrain.core.plan import Plan, is_integer
+from lowrank_pretrain.core.plan import Plan
 from lowrank_pretrain.core.targets import check_patterns, families, plain_name
 from lowrank_pretrain.lora import model as lora
 from lowrank_pretrain.lora.layer import take_adapters
@@ -50,8 +51,7 @@ class LoRA(PhaseCallback):
         adapter_lr: float = 1.0,
         adapter_weight_decay: float | None = None,
     ) -> None:
-        if not is_integer(rank) or rank < 1:
-            raise ConfigError("rank", rank, "must be an integer of 1 or more")
+        whole("rank", rank, 1)
         super().__init__(alpha, train_A, freeze_rest, adapter_lr=adapter_lr, adapter_weight_decay=adapter_weight_decay)
         self.rank = int(rank)
         self.targets = check_patterns(targets)
@@ -94,7 +94,7 @@ class LoRA(PhaseCallback):
             name = next(iter(reasons))
             raise ConfigError("targets", name, reasons[name])
         super().leave_out(trainer, pl_module, reasons, refuse)
-        self._to_take_back = [name for name in reasons if name in self.plan]
+        self._to_take_back = [name for name in reasons if name in (self.plan or {})]
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -106,7 +106,7 @@ class LoRA(PhaseCallback):
 
     def _take_back(self, trainer: pl.Trainer, pl_module: pl.LightningModule, names: list[str]) -> None:
         flags = transition.note_plain(pl_module).requires_grad
-        plan = Plan({name: rank for name, rank in self.plan.items() if name not in names})
+        plan = Plan({name: rank for name, rank in (self.plan or {}).items() if name not in names})
         layers = {name: layer for name, layer in lora.lora_layers(pl_module) if self._only_of(plain_name(name), names)}
 
         def change() -> None:
@@ -118,12 +118,14 @@ class LoRA(PhaseCallback):
 
         transition.apply(trainer, pl_module, change)
         _rejoin(trainer.optimizers, self._owned, [p for layer in layers.values() for p in layer.parameters()])
-        self._adopter.plan = self.plan = plan
+        self.plan = plan
+        if isinstance(self._adopter, lora.Adapters):
+            self._adopter.plan = plan
         self._look_at_gradients(True)
         transition.note_plain(pl_module).plan = dict(plan)
 
     def _only_of(self, layer: str, names: list[str]) -> bool:
-        parts = [name for name in self.plan if name == layer or name.rpartition(".")[0] == layer]
+        parts = [name for name in self.plan or {} if name == layer or name.rpartition(".")[0] == layer]
         return bool(parts) and all(name in names for name in parts)
 
     def state_dict(self) -> dict[str, Any]:

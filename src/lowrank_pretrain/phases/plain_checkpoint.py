@@ -23,6 +23,8 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from torch import Tensor, nn
 
+from lowrank_pretrain.core.lightning_private import trainer_of
+from lowrank_pretrain.core.targets import MatrixLayer
 from lowrank_pretrain.lora import model as lora
 from lowrank_pretrain.lora.function import Part, merged
 from lowrank_pretrain.phases import layers
@@ -55,7 +57,7 @@ def merge(module: nn.Module) -> nn.Module:
         RuntimeError: the module is being trained.
         ValueError: the adapters hold NaN or infinite numbers.
     """
-    trainer = getattr(module, "_trainer", None)
+    trainer = trainer_of(module)
     if trainer is not None and trainer.state.fn == TrainerFn.FITTING and trainer.state.status == TrainerStatus.RUNNING:
         raise RuntimeError("the module is being trained: merge a copy of it, lowrank_pretrain.merge(copy.deepcopy(module))")
     restore_plain(module)
@@ -78,7 +80,7 @@ def exact_values(module: nn.Module, noted: nn.Module | None = None) -> dict[str,
 
 class _HeldLayer(NamedTuple):
     name: str
-    layer: nn.Module  # plain by now
+    layer: MatrixLayer  # plain by now
     weight: Tensor  # W before the merge
     lora_A: nn.Parameter
     lora_B: dict[str, nn.Parameter]

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 from lowrank_pretrain.core.checks import number
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.lightning_private import comm_state, spawns_processes
 from lowrank_pretrain.core.protocols import HasPhase
 from lowrank_pretrain.core.targets import Target, all_targets, find_targets, tied_layers
+from lowrank_pretrain.core.trainer import callbacks_of
 from lowrank_pretrain.phases import transition
 
 if TYPE_CHECKING:
@@ -32,13 +33,13 @@ def check_run(phases: PhaseCallback, trainer: pl.Trainer, pl_module: pl.Lightnin
         if kind.__name__ in SHARDED:
             allowed = f"{name} changes the model in mid-run, which sharded parameters cannot follow: use ddp"
             raise ConfigError("strategy", kind.__name__, allowed)
-    state = getattr(trainer.strategy, "_ddp_comm_state", None)  # Lightning offers no public way to ask
+    state = comm_state(trainer.strategy)
     if type(state).__name__ == "PostLocalSGDState":
         allowed = (
             f"lets ranks drift apart, which {name}'s switch would undo: use plain ddp, or LTEStrategy to merge now and then"
         )
         raise ConfigError("ddp_comm_state", type(state).__name__, allowed)
-    for callback in trainer.callbacks:
+    for callback in callbacks_of(trainer):
         if isinstance(callback, StochasticWeightAveraging) and phases.has_own_groups():
             allowed = "sets rates by group, which adapters with a rate of their own break: leave out adapter_lr"
             raise ConfigError("callbacks", type(callback).__name__, allowed)
@@ -59,9 +60,9 @@ def check_targets(
     """
     tied = tied_layers(pl_module)
     for name, target in targets.items():
-        if target.layer_name in tied and spawned(trainer):
+        if target.layer_name in tied and spawns_processes(trainer):
             raise ConfigError("targets", name, "is tied and comes untied, which spawned processes cannot hand back: use ddp")
-    kept = [c for c in trainer.callbacks if isinstance(c, (WeightAveraging, StochasticWeightAveraging))]
+    kept = [c for c in callbacks_of(trainer) if isinstance(c, (WeightAveraging, StochasticWeightAveraging))]
     for target in targets.values() if kept and not phases.freeze_rest else ():
         if any(other.name not in targets for other in all_targets(pl_module).values() if other.layer is target.layer):
             transition.refuse_views(kept[0])
@@ -118,8 +119,3 @@ def check_settings(phases: PhaseCallback, noted: Mapping[str, Any], pl_module: p
         first = differing[0]
         allowed = f"the checkpoint's run has {noted[first]!r}{more}: give the same, or start afresh from its weights alone"
         raise ConfigError(first, now[first], allowed)
-
-
-def spawned(trainer: pl.Trainer) -> bool:
-    """Return whether training runs in processes that ``fit`` spawns or forks, and that end with it."""
-    return isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)

@@ -23,16 +23,18 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from types import FrameType
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
-from lowrank_pretrain.core.seeds import generator
-from lowrank_pretrain.core.targets import Target
+from lowrank_pretrain.core.agreement import generator
+from lowrank_pretrain.core.lightning_private import is_compiled, is_compiled_whole, tree_leaves, tree_map
+from lowrank_pretrain.core.targets import MatrixLayer, Target
+from lowrank_pretrain.lora.function import Part
 from lowrank_pretrain.lora.layer import LoRALinear, give_adapters, has_own_forward
 
 _PRODUCTS = {
@@ -62,7 +64,7 @@ class Rehearsal:
 
     def __init__(self, module: nn.Module, targets: Mapping[str, Target], adapters: bool = True) -> None:
         self.targets = dict(targets)
-        self.layers: dict[str, nn.Module] = {target.layer_name: target.layer for target in targets.values()}
+        self.layers: dict[str, MatrixLayer] = {target.layer_name: target.layer for target in targets.values()}
         compiled = compiled_parts(module)
         self._watched = {name: layer for name, layer in self.layers.items() if id(layer) not in compiled}
         # an output head may share its weight with an embedding: as a target it comes untied, so that is no use of it elsewhere
@@ -200,7 +202,7 @@ class _Seen(Hook):
 class _Compare(Hook):
     """Compare, at the first call of a layer with a forward of its own, its output with an adapter and with it merged."""
 
-    def __call__(self, layer: nn.Module, args: tuple, kwargs: dict) -> None:
+    def __call__(self, layer: MatrixLayer, args: tuple, kwargs: dict) -> None:
         rehearsal = self._watcher()
         if rehearsal is None or self._name not in rehearsal._handles:
             return
@@ -263,10 +265,10 @@ class _Outside(TorchFunctionMode):
                     self._add(tensor, names)
 
 
-def _inside(layer: nn.Module, rehearsal: Rehearsal, name: str) -> bool:
+def _inside(layer: MatrixLayer, rehearsal: Rehearsal, name: str) -> bool:
     """Tell whether the layer's own forward is running, or that of a layer that its weight is tied to."""
     sharing = rehearsal._sharing.get(name, ())
-    frame = sys._getframe(2)
+    frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         if frame.f_code.co_name in _CALLS:
             running = frame.f_locals.get("self")
@@ -281,7 +283,7 @@ def _inside(layer: nn.Module, rehearsal: Rehearsal, name: str) -> bool:
 
 def in_autograd_function() -> bool:
     """Return whether the forward of an ``autograd.Function`` is running, which has no autograd of its own."""
-    frame = sys._getframe(2)
+    frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         if frame.f_code.co_name == "forward" and isinstance(frame.f_locals.get("ctx"), FunctionCtx):
             return True
@@ -290,7 +292,7 @@ def in_autograd_function() -> bool:
 
 
 @torch.no_grad()
-def differs(layer: nn.Module, targets: list[Target], args: tuple, kwargs: dict) -> str | None:
+def differs(layer: MatrixLayer, targets: list[Target], args: tuple, kwargs: dict) -> str | None:
     """Tell whether a layer with an adapter computes something else than with the adapter merged into its weight.
 
     Args:
@@ -303,9 +305,10 @@ def differs(layer: nn.Module, targets: list[Target], args: tuple, kwargs: dict) 
         The reason, or ``None``.
     """
     try:
-        adapted = _copy(layer)
-        if not isinstance(adapted, LoRALinear):
-            give_adapters(adapted, [(target, 1) for target in targets], None, True, seed=0)
+        copied = _copy(layer)
+        if not isinstance(copied, LoRALinear):
+            give_adapters(copied, [(target, 1) for target in targets], None, True, seed=0)
+        adapted = cast(LoRALinear, copied)
         for part in adapted._parts:
             _draw(adapted, part)
         merged, plain = _copy(layer), _copy(layer)
@@ -328,7 +331,7 @@ def _norm(tensor: Tensor) -> float:
     return float(torch.linalg.vector_norm(tensor))
 
 
-def _draw(layer: nn.Module, part: Any) -> None:
+def _draw(layer: LoRALinear, part: Part) -> None:
     """Give a part a B with which its update is a third of W."""
     B, A = layer.lora_B[part.name], layer.lora_A[part.a : part.a + part.rank]
     B.copy_(torch.randn(B.shape, generator=generator("rehearsal", part.name, seed=0)))
@@ -337,15 +340,16 @@ def _draw(layer: nn.Module, part: Any) -> None:
     B.mul_((0.3 * weight if weight > 0 else 1.0) / (part.scale * update).clamp_min(1e-12))
 
 
-def _copy(layer: nn.Module) -> nn.Module:
+def _copy(layer: MatrixLayer) -> MatrixLayer:
     """Return a layer of the same class with tensors of its own and without hooks."""
     twin = copy.copy(layer)
     for kind in ("_parameters", "_buffers"):
         own = {}
         for name, tensor in layer.__dict__[kind].items():
-            own[name] = tensor if tensor is None else tensor.detach().clone()
-            if kind == "_parameters" and tensor is not None:
-                own[name] = nn.Parameter(own[name], requires_grad=False)
+            if tensor is not None:
+                tensor = tensor.detach().clone()
+                tensor = nn.Parameter(tensor, requires_grad=False) if kind == "_parameters" else tensor
+            own[name] = tensor
         twin.__dict__[kind] = own
     twin.__dict__["_modules"] = {name: copy.deepcopy(child) for name, child in layer._modules.items()}
     for name, held in layer.__dict__.items():
@@ -356,7 +360,7 @@ def _copy(layer: nn.Module) -> nn.Module:
 
 def _call(layer: nn.Module, args: tuple, kwargs: dict) -> list[Tensor]:
     """Return the layer's floating outputs for copies of its arguments; the random state is put back."""
-    args, kwargs = torch.utils._pytree.tree_map(lambda a: a.detach().clone() if isinstance(a, Tensor) else a, (args, kwargs))
+    args, kwargs = tree_map(lambda a: a.detach().clone() if isinstance(a, Tensor) else a, (args, kwargs))
     devices = {t.device for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.device.type == "cuda"}
     with torch.random.fork_rng(devices=sorted(devices, key=str)):
         out = layer.forward(*args, **kwargs)
@@ -365,12 +369,10 @@ def _call(layer: nn.Module, args: tuple, kwargs: dict) -> list[Tensor]:
 
 def compiled_parts(module: nn.Module) -> set[int]:
     """Return the ids of all modules that are compiled, or inside of one that is."""
-    dynamo = sys.modules.get("torch._dynamo")
-    if dynamo is None:
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled
         return set()
     found: set[int] = set()
     for child in module.modules():
-        whole = getattr(child, "_compiler_ctx", None) is not None  # Lightning's note on a compiled LightningModule
-        if whole or getattr(child, "_compiled_call_impl", None) is not None or isinstance(child, dynamo.OptimizedModule):
+        if is_compiled_whole(child) or is_compiled(child):
             found |= {id(part) for part in child.modules()}
     return found

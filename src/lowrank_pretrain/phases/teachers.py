@@ -11,7 +11,7 @@ over, where an average is updated, by a ``zip`` with a module that has targets.
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -63,45 +63,82 @@ def teachers(module: nn.Module, targets: Mapping[str, Target], trained: set[int]
     return found
 
 
+class _Watch(NamedTuple):
+    """Look at parameters as they are taken: at a student's and a teacher's, in turn.
+
+    Attributes:
+        side: the student's name for what is taken of it, ``""`` for what is taken of a teacher, ``None`` for anything else.
+        teacher: its name; ``None``: that of its class.
+        same_shapes: whether only parameters of equal shapes make a pair.
+        taken: the last four.
+    """
+
+    side: Callable[[nn.Module, nn.Parameter], str | None]
+    teacher: str | None
+    same_shapes: bool
+    taken: list[tuple[str | None, nn.Module, nn.Parameter]]
+
+    def note(self, module: nn.Module, p: nn.Parameter) -> tuple[str, str] | None:
+        """Note that a module yields a parameter; return (student, teacher) if the last four were taken in turn."""
+        self.taken.append((self.side(module, p), module, p))
+        del self.taken[:-4]
+        sides = [side for side, _, _ in self.taken]
+        student = max((side for side in sides if side), default="")
+        if not student or sides not in ([student, ""] * 2, ["", student] * 2):
+            return None
+        if len({id(q) for _, _, q in self.taken}) < 4:  # the first one again, of which models ask dtype and device
+            return None
+        shapes = [q.shape for _, _, q in self.taken]
+        if self.same_shapes and (shapes[0] != shapes[1] or shapes[2] != shapes[3]):
+            return None
+        kind = next(type(owner).__name__ for side, owner, _ in self.taken if side == "")
+        return student, self.teacher or f"a module outside of it ({kind})"
+
+
 class Pairing:
     """Notice during a step whether parameters of a student and of its teacher are taken in turn, as by ``zip``.
 
     Args:
         module: holds the students.
         pairs: as ``teachers`` gives them.
-        targets: by name; with them, teachers outside of the module can be looked for (``outside``).
-        followed: models outside of the module that follow its changes.
-        others: notice any model that is paired with the whole module too, or an ``AveragedModel`` inside of it.
     """
 
-    def __init__(
-        self,
-        module: nn.Module,
-        pairs: Iterable[tuple[str, str]],
-        targets: Mapping[str, Target] | None = None,
-        followed: Iterable[nn.Module] = (),
-        others: bool = False,
-    ) -> None:
-        by_name = {plain_name(name): child for name, child in module.named_modules()}
-        self._pairs: list[tuple[str, str, set[int], set[int] | None]] = [
-            (student, teacher, _ids(by_name[student]), _ids(by_name[teacher])) for student, teacher in pairs
+    def __init__(self, module: nn.Module, pairs: Iterable[tuple[str, str]]) -> None:
+        self._module = module
+        self._named = {plain_name(name): child for name, child in module.named_modules()}
+        self._watches = [
+            _Watch(_by_ids(student, _ids(self._named[student]), _ids(self._named[teacher])), teacher, False, [])
+            for student, teacher in pairs
         ]
-        if others:
-            whole, own = type(module).__name__, _ids(module)
-            inside = {name: child for name, child in by_name.items() if isinstance(child, AveragedModel)}
-            self._pairs += [(whole, name, own - _ids(child), _ids(child)) for name, child in inside.items()]
-            self._pairs.append((whole, "another model", own, None))
-        self._turns: list[list[tuple[str, int]]] = [[] for _ in self._pairs]
         self._plain: Callable[..., Any] | None = None
-        self.outside = False  # whether teachers that the module does not hold are looked for too
-        layers = {id(target.layer) for target in (targets or {}).values()}
-        self._students = {  # id of a module with targets -> its name
-            id(child): name or type(module).__name__
-            for name, child in by_name.items()
+
+    def watch_whole(self) -> None:
+        """Notice any model that is paired with the whole module too, or an ``AveragedModel`` inside of it."""
+        whole, own = type(self._module).__name__, _ids(self._module)
+        for name, child in self._named.items():
+            if isinstance(child, AveragedModel):
+                self._watches.append(_Watch(_by_ids(whole, own - _ids(child), _ids(child)), name, False, []))
+        self._watches.append(_Watch(_by_ids(whole, own, None), "another model", False, []))
+
+    def watch_outside(self, targets: Mapping[str, Target], followed: Iterable[nn.Module]) -> None:
+        """Notice a model that the module does not hold too, where it is paired with a part of the module that has targets.
+
+        Args:
+            targets: by name.
+            followed: models outside of the module that follow its changes.
+        """
+        layers = {id(target.layer) for target in targets.values()}
+        students = {
+            id(child): name or type(self._module).__name__
+            for name, child in self._named.items()
             if any(id(inner) in layers for inner in child.modules())
         }
-        self._own = _ids(module).union(*(_ids(model) for model in followed))
-        self._last: list[tuple[str, nn.Parameter]] = []  # the last four: the student's name or "", and what was taken
+        own = _ids(self._module).union(*(_ids(model) for model in followed))
+
+        def side(module: nn.Module, p: nn.Parameter) -> str | None:
+            return students.get(id(module), None if id(p) in own else "")
+
+        self._watches.append(_Watch(side, None, True, []))
 
     def start(self) -> None:
         """Begin to notice."""
@@ -115,37 +152,36 @@ class Pairing:
                     pairing._note(module, p)
                 yield name, p
 
-        nn.Module.named_parameters = named_parameters
+        _set_named_parameters(named_parameters)
 
     def stop(self) -> None:
         """Put everything back."""
         if self._plain is not None:
-            nn.Module.named_parameters, self._plain = self._plain, None
+            _set_named_parameters(self._plain)
+            self._plain = None
 
     def _note(self, module: nn.Module, p: nn.Parameter) -> None:
-        for (student, teacher, of_student, of_teacher), turns in zip(self._pairs, self._turns, strict=True):
-            other = of_teacher is None or id(p) in of_teacher
-            turns.append(("student" if id(p) in of_student else "teacher" if other else "", id(p)))
-            del turns[:-4]
-            alternate = [whose for whose, _ in turns] in (["student", "teacher"] * 2, ["teacher", "student"] * 2)
-            if alternate and len(set(turns)) == 4:  # and not the first one again, of which models ask dtype and device
+        for watch in self._watches:
+            found = watch.note(module, p)
+            if found is not None:
                 self.stop()
-                raise ConfigError("targets", student, f"{teacher} pairs its parameters with these by position: {CURE}")
-        if self.outside:
-            self._note_outside(module, p)
+                raise ConfigError("targets", found[0], f"{found[1]} pairs its parameters with these by position: {CURE}")
 
-    def _note_outside(self, module: nn.Module, p: nn.Parameter) -> None:
-        student = self._students.get(id(module), "")
-        self._last = [*self._last[-3:], (student, p)]
-        names, taken = zip(*self._last, strict=True)
-        student = max(names)
-        in_turn = [bool(name) for name in names] in ([True, False] * 2, [False, True] * 2)
-        if in_turn and set(names) == {"", student} and all(a.shape == b.shape for a, b in (taken[:2], taken[2:])):
-            if not any(id(q) in self._own for name, q in self._last if not name):
-                self.stop()
-                kind = type(module).__name__
-                held = f"a module outside of it ({kind}) pairs its parameters with these by position"
-                raise ConfigError("targets", student, f"{held}: {CURE}")
+
+def _by_ids(student: str, of_student: set[int], of_teacher: set[int] | None) -> Callable[[nn.Module, nn.Parameter], str | None]:
+    """Return a watch's ``side`` by the parameters' ids; a teacher without ids is any other model."""
+
+    def side(_: nn.Module, p: nn.Parameter) -> str | None:
+        if id(p) in of_student:
+            return student
+        return "" if of_teacher is None or id(p) in of_teacher else None
+
+    return side
+
+
+def _set_named_parameters(function: Callable[..., Any]) -> None:
+    every: Any = nn.Module
+    every.named_parameters = function
 
 
 def _ids(module: nn.Module) -> set[int]:

@@ -13,9 +13,6 @@ Lightning's ``WeightAveraging`` and ``StochasticWeightAveraging`` pair averaged 
 averaged model becomes a copy of the changed model, and takes the old average's values back by name. Adapters join as they are
 (B = 0, so the average's function does not move). From then on W, A and B are averaged separately: W₀ + avg(B) avg(A), which is
 the average of the merged weights up to the factors' covariance. A factored average keeps of its W what the trained U reaches.
-
-Private names of Lightning and torch that are read here: the loop's ``_should_accumulate``, DDP's ``_comm_hooks``, a module's
-``_compiled_call_impl``, and the callbacks' ``_average_model``.
 """
 
 import copy
@@ -35,7 +32,15 @@ from torch.optim import Optimizer
 from lowrank_pretrain.core.agreement import agreed_hash
 from lowrank_pretrain.core.buckets import settle_buckets
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.lightning_private import (
+    COMPILED_CALL,
+    averaged_model,
+    comm_hooks,
+    set_averaged_model,
+    state_dict_hooks,
+)
 from lowrank_pretrain.core.protocols import Adopter, Inherit
+from lowrank_pretrain.core.trainer import accumulates, callbacks_of
 from lowrank_pretrain.factorize.layer import follow_weight
 from lowrank_pretrain.factorize.model import factored_layers, shown_whole
 from lowrank_pretrain.lora.model import own_tensors, shown_plain
@@ -119,9 +124,9 @@ def _leave_out_added(module: nn.Module, state_dict: dict[str, Any], prefix: str,
 def forget_note(module: nn.Module) -> None:
     """Remove the note and its hook. ``restore_flags`` comes first."""
     module.__dict__.pop(_NOTE, None)
-    for key, hook in list(module._state_dict_hooks.items()):
-        if hook is _leave_out_added:
-            del module._state_dict_hooks[key]
+    hooks = state_dict_hooks(module)
+    for key in [key for key, hook in hooks.items() if hook is _leave_out_added]:
+        del hooks[key]
 
 
 def restore_flags(module: nn.Module) -> None:
@@ -198,14 +203,14 @@ def apply(
         ConfigError: a new parameter has no base weight in any optimizer.
         Disagreement: the ranks drifted apart before the change or by it, on every rank.
     """
-    if not replay and _mid_step(trainer):
+    if not replay and accumulates(trainer):
         raise RuntimeError("a model may change only between two optimizer steps, not between micro-batches of one")
-    strategy = trainer.strategy
+    strategy: Any = trainer.strategy
     by_strategy = isinstance(strategy, Adopter) and strategy.compares_ranks
 
     # take the wrapper off
     wrapped = strategy.model is not strategy.lightning_module
-    hooks = list(getattr(strategy.model, "_comm_hooks", ())) if wrapped else []
+    hooks = comm_hooks(strategy.model) if wrapped else []
     if wrapped:
         strategy.model = strategy.lightning_module  # no reference to the old wrapper is kept: its reducer goes with it
     for p in module.parameters():
@@ -231,7 +236,7 @@ def apply(
         strategy.after_transition()
 
     # let averages and compiled code follow
-    follow(trainer.callbacks, module)
+    follow(callbacks_of(trainer), module)
     allow_graphs(module)
 
     # compare the ranks, and wrap again
@@ -269,7 +274,7 @@ def allow_graphs(module: nn.Module) -> int:
     if dynamo is None:
         return 0
     count = sum(
-        getattr(child, "_compiled_call_impl", None) is not None or isinstance(child, dynamo.OptimizedModule)
+        getattr(child, COMPILED_CALL, None) is not None or isinstance(child, dynamo.OptimizedModule)
         for child in module.modules()
     )
     if count:
@@ -307,19 +312,14 @@ def check_restored(optimizers: Iterable[Optimizer], module: nn.Module) -> None:
                     )  # fmt: skip
 
 
-def _mid_step(trainer: pl.Trainer) -> bool:
-    # Lightning has no public way to ask
-    return trainer.fit_loop.epoch_loop._should_accumulate()
-
-
-def _keep_hooks(wrapper: nn.Module, hooks: Iterable[tuple[Callable, Any]]) -> None:
+def _keep_hooks(wrapper: Any, hooks: Iterable[tuple[Callable, Any]]) -> None:
     """Register the old wrapper's hooks on the new one, where the strategy registered none."""
     for hook, state in hooks:
         for name in ("error_dict", "p_memory_dict", "q_memory_dict"):  # PowerSGD's, by bucket
             if isinstance(getattr(state, name, None), dict):
                 getattr(state, name).clear()
                 state.iter = 0  # it sends whole gradients until DDP has settled its buckets
-        if not wrapper._comm_hooks:
+        if not comm_hooks(wrapper):
             wrapper.register_comm_hook(state, hook)
 
 
@@ -393,10 +393,10 @@ def _leave(optimizers: list[Optimizer], module: nn.Module, before: dict[int, boo
 def averages(callbacks: Iterable[pl.Callback]) -> Iterator[tuple[str, nn.Module, pl.Callback]]:
     """Yield (where its state dict lies in a checkpoint, averaged model, callback) for each callback that keeps an average."""
     for callback in callbacks:
-        if isinstance(callback, WeightAveraging) and callback._average_model is not None:
-            yield "state_dict", callback._average_model.module, callback
-        elif isinstance(callback, StochasticWeightAveraging) and callback._average_model is not None:
-            yield callback.state_key, callback._average_model, callback
+        if isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
+            model = averaged_model(callback)
+            if model is not None:
+                yield "state_dict" if isinstance(callback, WeightAveraging) else callback.state_key, model, callback
 
 
 def follow(callbacks: Iterable[pl.Callback], module: pl.LightningModule) -> None:
@@ -412,7 +412,7 @@ def follow(callbacks: Iterable[pl.Callback], module: pl.LightningModule) -> None
         storages = [p.untyped_storage().data_ptr() for p in module.parameters()]
         if len(set(storages)) < len(storages):
             refuse_views(callback)
-        _replace_average(callback, copy.deepcopy(module).to(next(averaged.parameters()).device))
+        set_averaged_model(callback, copy.deepcopy(module).to(next(averaged.parameters()).device))
         new = next(model for _, model, owner in averages([callback]))
         with torch.no_grad():
             for name, value in own_tensors(new).items():
@@ -425,7 +425,7 @@ def follow(callbacks: Iterable[pl.Callback], module: pl.LightningModule) -> None
 def restart_averages(callbacks: Iterable[pl.Callback], module: pl.LightningModule) -> None:
     """Make every average a copy of the module as it is, as at the start of a fit."""
     for _, averaged, callback in averages(callbacks):
-        _replace_average(callback, copy.deepcopy(module).to(next(averaged.parameters()).device))
+        set_averaged_model(callback, copy.deepcopy(module).to(next(averaged.parameters()).device))
 
 
 def refuse_views(callback: pl.Callback) -> None:
@@ -435,10 +435,3 @@ def refuse_views(callback: pl.Callback) -> None:
         "would average the rows of a fused layer twice of which only some are targets: name all its parts as targets, or set "
         "freeze_rest=True, or remove the averaging",
     )  # fmt: skip
-
-
-def _replace_average(callback: Any, model: pl.LightningModule) -> None:
-    if isinstance(callback, WeightAveraging):
-        callback._average_model.module = model
-    else:
-        callback._average_model = model

@@ -10,10 +10,11 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
+from lowrank_pretrain.core.checks import choice, number, whole
 from lowrank_pretrain.core.errors import ConfigError
-from lowrank_pretrain.core.plan import Plan, is_integer
-from lowrank_pretrain.core.steps import StepWatch, log_row
+from lowrank_pretrain.core.plan import Plan
 from lowrank_pretrain.core.targets import Target, all_targets, check_patterns, families, obstacles
+from lowrank_pretrain.core.trainer import StepWatch, callbacks_of, is_trial, log_row
 from lowrank_pretrain.factorize.ranks import rank_of_fraction
 from lowrank_pretrain.phases.callback import PATIENCE, PhaseCallback
 from lowrank_pretrain.phases.first_step import FirstStep
@@ -105,30 +106,20 @@ class PreLoRA(PhaseCallback):
         self.targets = check_patterns(targets)
         if then == "factorize":
             unset = isinstance(ranks, Sequence) and list(ranks) == RANKS
-            self.ranks = check_fractions((0.25,) if unset else ranks)
+            self.ranks = check_fractions((0.25,) if unset else ranks)  # type: ignore[assignment]  # shares of min(D, O) here
         else:
             self.ranks = check_ranks(ranks)
-        for key, value, least in (
-            ("window", window, 1),
-            ("windows", windows, 2),
-            ("warmup", warmup, 0),
-            ("earliest", earliest, 0),
-            ("latest", latest, 1),
-        ):
-            if key == "latest" and value is None:
-                continue
-            if not is_integer(value) or value < least:
-                raise ConfigError(key, value, f"must be an integer of {least} or more")
-        for key, value in (("weight_tol", weight_tol), ("loss_tol", loss_tol)):
-            if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < 1:
-                raise ConfigError(key, value, "must be a fraction above 0 and below 1 (1 % is 0.01)")
-        if window_unit not in ("epoch", "step"):
-            raise ConfigError("window_unit", window_unit, "must be epoch or step")
-        if rank_signal not in ("weight_norm", "grad_norm"):
-            raise ConfigError("rank_signal", rank_signal, "must be weight_norm or grad_norm")
-        self.window, self.window_unit, self.windows, self.warmup = int(window), window_unit, int(windows), int(warmup)
-        self.weight_tol, self.loss_tol = float(weight_tol), float(loss_tol)
-        self.earliest, self.latest, self.rank_signal = int(earliest), None if latest is None else int(latest), rank_signal
+        fraction = "must be a fraction above 0 and below 1 (1 % is 0.01)"
+        self.window, self.windows, self.warmup = (
+            whole("window", window, 1),
+            whole("windows", windows, 2),
+            whole("warmup", warmup, 0),
+        )
+        self.earliest, self.latest = whole("earliest", earliest, 0), None if latest is None else whole("latest", latest, 1)
+        self.weight_tol = float(number("weight_tol", weight_tol, above=0, below=1, allowed=fraction))
+        self.loss_tol = float(number("loss_tol", loss_tol, above=0, below=1, allowed=fraction))
+        self.window_unit = choice("window_unit", window_unit, ("epoch", "step"))
+        self.rank_signal = choice("rank_signal", rank_signal, ("weight_norm", "grad_norm"))
 
     def _reset(self) -> None:
         super()._reset()
@@ -275,7 +266,9 @@ class PreLoRA(PhaseCallback):
 
     def _say_unseen(self, pl_module: pl.LightningModule) -> None:
         """After the first window, name layers that nobody called; a single step is no evidence against one."""
-        late, unseen = self._first.late() if self._first is not None else ({}, [])
+        if self._first is None:
+            return
+        late, unseen = self._first.late()
         unseen = [name for name in unseen if name in self.chosen and name not in late]
         if unseen:
             names = ", ".join(dict.fromkeys(families(pl_module, unseen).values()))
@@ -320,7 +313,7 @@ class PreLoRA(PhaseCallback):
         Raises:
             ConfigError: naming the limit.
         """
-        if self.phase != "full" or trainer.fast_dev_run:
+        if self.phase != "full" or is_trial(trainer):
             return
         windows = max(self.windows, self.earliest)
         windows = windows if self.latest is None else min(windows, self.latest)
@@ -403,7 +396,7 @@ def _norms(targets: dict[str, Target], grad: bool = False) -> dict[str, float]:
 def _steps(trainer: pl.Trainer) -> tuple[float, float]:
     """Return ``max_steps`` and the optimizer steps of an epoch; infinite where there is no limit, or none is known."""
     batches = trainer.num_training_batches
-    changes = any(isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks)
+    changes = any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks_of(trainer))
     known = math.isfinite(batches) and not changes
     per_epoch = math.ceil(batches / trainer.accumulate_grad_batches) if known else math.inf
     return (trainer.max_steps if trainer.max_steps not in (None, -1) else math.inf), per_epoch

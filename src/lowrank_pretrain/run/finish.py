@@ -6,7 +6,7 @@ from typing import Any
 import lightning.pytorch as pl
 
 from lowrank_pretrain.checkpoints.files import take_states
-from lowrank_pretrain.core.lightning_private import callbacks_of
+from lowrank_pretrain.core.trainer import callbacks_of
 from lowrank_pretrain.export import card
 from lowrank_pretrain.export.facts import Facts, facts_of_checkpoint
 from lowrank_pretrain.export.weights import export_module

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO
 
 from lowrank_pretrain.core.errors import ConfigError
-from lowrank_pretrain.core.lightning_private import process_rank
+from lowrank_pretrain.core.trainer import process_rank
 
 if sys.platform != "win32":  # directories are not locked there
     import fcntl

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lowrank_pretrain.checkpoints.files import check_sums, inspect, newest_whole, remove_unfinished
 from lowrank_pretrain.core.errors import ConfigError
-from lowrank_pretrain.core.lightning_private import process_rank
+from lowrank_pretrain.core.trainer import process_rank
 from lowrank_pretrain.run.ownership import LOCK, owned, refuse_full
 
 TRACES = ("metrics.csv", "summary.json", "checkpoints/*.ckpt")  # any of these and the directory holds a run

@@ -13,9 +13,9 @@ from rich.table import Table
 
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.files import write_whole
-from lowrank_pretrain.core.lightning_private import process_rank
 from lowrank_pretrain.core.protocols import HasPhase, Reports, phase_callback
 from lowrank_pretrain.core.text import format_number
+from lowrank_pretrain.core.trainer import process_rank
 from lowrank_pretrain.core.versions import versions
 from lowrank_pretrain.observe.monitor import Monitor
 from lowrank_pretrain.observe.phase_record import PhaseRecord

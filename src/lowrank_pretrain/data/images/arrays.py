@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from lowrank_pretrain.core.agreement import generator
 from lowrank_pretrain.core.checks import is_integer, whole
 from lowrank_pretrain.core.errors import ConfigError
-from lowrank_pretrain.core.seeds import generator
 from lowrank_pretrain.data.images.mixing import Mixing
 from lowrank_pretrain.data.loaders.batch import Fetched
 

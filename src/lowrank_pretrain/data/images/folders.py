@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from lowrank_pretrain.core.agreement import generator
 from lowrank_pretrain.core.errors import ConfigError
-from lowrank_pretrain.core.seeds import generator
 
 TRAIN = ("train", "training")
 EVAL = ("val", "valid", "validation", "eval", "evaluation", "test", "testing")

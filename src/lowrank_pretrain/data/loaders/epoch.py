@@ -14,8 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch.utils.data import DataLoader, Sampler
 
+from lowrank_pretrain.core.agreement import generator
 from lowrank_pretrain.core.errors import ConfigError
-from lowrank_pretrain.core.seeds import generator
 from lowrank_pretrain.data.loaders.batch import BadInputs, Fetched, end_workers, torch_loader
 
 

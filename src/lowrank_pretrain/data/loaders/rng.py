@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from lowrank_pretrain.core.seeds import generator
+from lowrank_pretrain.core.agreement import generator
 
 
 @contextmanager

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
+from lowrank_pretrain.core.agreement import generator
 from lowrank_pretrain.core.errors import ConfigError
-from lowrank_pretrain.core.seeds import generator
 from lowrank_pretrain.data.loaders.batch import Fetched
 from lowrank_pretrain.data.text.documents import Documents
 from lowrank_pretrain.data.text.opening import read_error

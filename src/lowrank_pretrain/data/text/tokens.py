@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from lowrank_pretrain.core.agreement import generator
 from lowrank_pretrain.core.checks import whole
 from lowrank_pretrain.core.errors import ConfigError
-from lowrank_pretrain.core.seeds import generator
 from lowrank_pretrain.data import SAMPLES
 from lowrank_pretrain.data.loaders.base import PretrainData, public_name
 from lowrank_pretrain.data.loaders.batch import Fetched

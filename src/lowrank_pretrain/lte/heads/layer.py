@@ -10,16 +10,16 @@ changes with every window.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from lowrank_pretrain.core.agreement import generator
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.protocols import Inherit
-from lowrank_pretrain.core.seeds import generator
 from lowrank_pretrain.core.targets import WHOLE, Target, is_conv1d
 from lowrank_pretrain.lora.function import Part, RestPart, lora_linear
 from lowrank_pretrain.lora.layer import Reclassed, has_own_forward, keep_rows, swap_class
@@ -27,21 +27,12 @@ from lowrank_pretrain.lte.heads.function import Layout, heads_linear
 from lowrank_pretrain.lte.local_targets import Shared
 from lowrank_pretrain.lte.merge import Factors
 
-if TYPE_CHECKING:
-    _Layer = nn.Linear  # or Conv1D, or a subclass of them: the mixin comes before it
-else:
-    _Layer = object
 
-
-class MultiheadLoRALinear(Reclassed, _Layer):
+class MultiheadLoRALinear(Reclassed):
     """A linear layer with heads: ``give_heads`` mixes this in before ``nn.Linear``, ``Conv1D`` or a subclass of them."""
 
-    _parts: tuple[Part, ...]
     _shared: Shared
     _name: str
-    lora_A: nn.Parameter
-    lora_B: nn.ParameterDict
-    rest_weight: nn.ParameterDict
     prev_A: Tensor | None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -293,11 +284,6 @@ def take_heads(layer: MultiheadLoRALinear) -> Held:
 def prev_names(layer: HeadLayer) -> list[str]:
     """Return the names of a layer's buffers that hold what W has of its heads."""
     return ["prev_A", *(f"prev_B{index}" for index in range(len(layer._parts)))]
-
-
-def head_layers(module: nn.Module) -> Iterator[tuple[str, MultiheadLoRALinear]]:
-    """Yield (name, layer) of every layer with heads, in the module's order."""
-    return ((name, layer) for name, layer in module.named_modules() if isinstance(layer, MultiheadLoRALinear))
 
 
 def factor_parameters(layers: Mapping[str, HeadLayer]) -> dict[str, nn.Parameter]:

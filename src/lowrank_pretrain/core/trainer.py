@@ -1,0 +1,101 @@
+"""Ask Lightning's Trainer about its steps and parts, and log a row to its loggers.
+
+Some public attributes of the Trainer are set by its connectors, where a type checker does not see them: they are read here.
+All was tried with Lightning 2.6.6.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+
+from lowrank_pretrain.core.lightning_private import SHOULD_ACCUMULATE
+
+# -- steps ----------------------------------------------------------------------------------------------------------
+
+
+class StepWatch:
+    """Tell at the end of a batch whether it ended an optimizer step.
+
+    Example:
+        >>> from types import SimpleNamespace as Trainer
+        >>> watch = StepWatch()
+        >>> watch.begin(Trainer(global_step=3))
+        >>> [watch.stepped(Trainer(global_step=step)) for step in (3, 4, 4, 5)]
+        [False, True, False, True]
+    """
+
+    def __init__(self) -> None:
+        self.step = 0  #: optimizer steps, when last asked
+
+    def begin(self, trainer: pl.Trainer) -> None:
+        """Note where training starts, in ``on_train_start``."""
+        self.step = trainer.global_step
+
+    def stepped(self, trainer: pl.Trainer) -> bool:
+        """Return whether there was a step since the last call; call it once in each ``on_train_batch_end``."""
+        before, self.step = self.step, trainer.global_step
+        return self.step != before
+
+
+def accumulates(trainer: pl.Trainer) -> bool:
+    """Return whether the running batch is not the last of its optimizer step.
+
+    ``accumulate_grad_batches`` alone does not tell: the last batch of an epoch always ends a step.
+    """
+    return getattr(trainer.fit_loop.epoch_loop, SHOULD_ACCUMULATE)()
+
+
+def log_row(trainer: pl.Trainer, metrics: Mapping[str, float], row: int | None = None) -> None:
+    """Log metrics to every logger, past Lightning's own rhythm.
+
+    Args:
+        trainer: it has the loggers.
+        metrics: by name.
+        row: the row's number. None: that of the step just taken, which is one less than the steps taken, for Lightning counts
+            rows from 0.
+    """
+    row = max(trainer.global_step - 1, 0) if row is None else row
+    for logger in trainer.loggers:
+        logger.log_metrics(dict(metrics), step=row)
+
+
+# -- parts ----------------------------------------------------------------------------------------------------------
+
+
+def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:
+    """Return ``trainer.callbacks``."""
+    untyped: Any = trainer
+    callbacks: list[pl.Callback] = untyped.callbacks
+    return callbacks
+
+
+def log_interval(trainer: pl.Trainer) -> int:
+    """Return ``trainer.log_every_n_steps``."""
+    untyped: Any = trainer
+    steps: int = untyped.log_every_n_steps
+    return steps
+
+
+def datamodule_of(trainer: pl.Trainer) -> pl.LightningDataModule | None:
+    """Return ``trainer.datamodule``."""
+    untyped: Any = trainer
+    return untyped.datamodule
+
+
+def profiler_of(trainer: pl.Trainer) -> Any:
+    """Return ``trainer.profiler``."""
+    untyped: Any = trainer
+    return untyped.profiler
+
+
+def is_trial(trainer: pl.Trainer) -> bool:
+    """Return whether ``trainer.fast_dev_run`` is on."""
+    untyped: Any = trainer
+    return bool(untyped.fast_dev_run)
+
+
+def process_rank() -> int:
+    """Return ``rank_zero_only.rank``: this process's number in the run."""
+    return getattr(rank_zero_only, "rank", 0)
