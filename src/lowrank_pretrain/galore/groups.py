@@ -436,9 +436,8 @@ class GroupsSnapshot:
 
     def is_current(self, groups: list[dict[str, Any]]) -> bool:
         """Return whether the groups, their parameters and their settings are the same."""
-        if not self.has_same_lists(groups) or not all(map(operator.is_, groups, self._groups)):
-            return False
-        return all(
+        same = self.has_same_lists(groups) and all(map(operator.is_, groups, self._groups))
+        return same and all(
             all(map(operator.is_, group["params"], params)) and tuple(map(group.get, _INDEXED)) == settings
             for group, params, settings in zip(groups, self._params, self._settings, strict=True)
         )
