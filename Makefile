@@ -15,7 +15,7 @@ STAMP  := $(VENV)/.set-up
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow chaos lint bench studies study clean
+.PHONY: help demo test test-slow chaos lint docs docs-test bench studies study clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,7 +36,7 @@ demo: $(STAMP) ## Pre-train a pocket Vision Transformer with PreLoRA: minutes on
 	$(BIN)/python -m lowrank_pretrain ckpt_path=last
 
 test: $(STAMP) ## Run the tests, two files at a time (JOBS=4 for more)
-	$(BIN)/python -m pytest -m "not slow" -n $(JOBS) --dist loadfile
+	$(BIN)/python -m pytest -m "not slow and not docs" -n $(JOBS) --dist loadfile
 
 test-slow: $(STAMP) ## Run the tests that take longer than a few seconds each
 	$(BIN)/python -m pytest -m slow
@@ -49,6 +49,14 @@ lint: $(STAMP) ## Check style, types, and which rooms import which
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/mypy
+
+docs: $(STAMP) ## Build the site from docs/ into site/ (open site/index.html)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+	@echo "the site: site/index.html"
+
+docs-test: $(STAMP) ## Run every command of README and docs/, shortened
+	$(BIN)/python -m pytest tests/test_docs.py -m docs
 
 bench: $(STAMP) ## Measure speed and memory against peers (an idle machine, please)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
@@ -63,4 +71,4 @@ study: $(STAMP) ## One study: make study NAME=prelora_vit
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m experiments.$(NAME).study
 
 clean: ## Remove .venv and caches (runs/ stays)
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .import_linter_cache src/*.egg-info
+	rm -rf $(VENV) build dist site .pytest_cache .ruff_cache .mypy_cache .import_linter_cache src/*.egg-info

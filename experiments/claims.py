@@ -1,6 +1,6 @@
-"""The README's table: what the sources claim, and what this repository finds, every figure read from a study's CSV.
+"""The table of docs/results.md: what the sources claim, and what this repository finds, every figure read from a study's CSV.
 
-python -m experiments.claims        fills README.md between its marks; a study that has no record yet leaves its rows empty
+python -m experiments.claims        fills docs/results.md between its marks; a study without a record leaves its rows empty
 """
 
 import csv
@@ -44,7 +44,7 @@ class Claim(NamedTuple):
         if path.is_file():
             with path.open(newline="") as file:
                 rows = [json.loads(line) for line in file] if path.suffix == ".jsonl" else list(csv.DictReader(file))
-            ours = f"[{self.ours(rows)}]({self.study}/{self.file})"
+            ours = f"[{self.ours(rows)}](../{self.study}/{self.file})"
         command = self.command or f"`make study NAME={Path(self.study).name}`"
         return [source, self.words, self.theirs, ours, self.scale, command]
 
@@ -129,7 +129,7 @@ VIT, LTE, GPT2, LLAMA, PATH = (
     f"experiments/{name}" for name in ("prelora_vit", "lte_vit", "cs744_gpt2", "cs744_galore", "cs744_pathmnist")
 )
 BENCH = "benchmarks/results"
-VITL, DRY = "ViT-L/16, batch 2, CPU", f"[its record]({BENCH}/prelora_vitl_memory_cpu.md)"
+VITL, DRY = "ViT-L/16, batch 2, CPU", f"[its record](../{BENCH}/prelora_vitl_memory_cpu.md)"
 VITS = (("ViT-B", "vit_base"), ("ViT-L", "vit_large"))
 RESULTS, MEMORY, SPEED, CURVES = "results.csv", "memory.csv", "speed.csv", "curves.csv"
 CLAIMS: dict[str, Sequence[Claim]] = {
@@ -204,4 +204,4 @@ CLAIMS: dict[str, Sequence[Claim]] = {
 if __name__ == "__main__":
     head = ["source", "claim", "theirs", "ours", "at which scale", "command"]
     rows = [claim.line(source) for source, claims in CLAIMS.items() for claim in claims]
-    fill(HERE.parent / "README.md", "results", table(head, rows))
+    fill(HERE.parent / "docs" / "results.md", "results", table(head, rows))

@@ -297,7 +297,7 @@ def test_every_folder_of_ours_is_a_package_of_the_wheel():
 
 
 def test_no_hint_names_a_package_that_cannot_be_installed():
-    for folder in ("src", "conf", "README.md"):
+    for folder in ("src", "conf", "docs", "README.md"):
         for path in [ROOT / folder] if (ROOT / folder).is_file() else (ROOT / folder).rglob("*"):
             if path.suffix in (".py", ".yaml", ".md"):
                 assert not re.search(r"pip install '?lowrank_pretrain\[", path.read_text()), path
@@ -320,6 +320,8 @@ def test_the_readmes_example_runs(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("group", ["experiment", "method", "data", "model", "trainer", "logger", "sweep"])
-def test_the_readme_names_only_what_there_is(group):
-    named = re.findall(rf"\b{group}=([a-z][a-z0-9_,]*)", (ROOT / "README.md").read_text())
+def test_readme_and_site_name_only_what_there_is(group):
+    text = "".join(path.read_text() for path in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")))
+    text = re.sub(r"```python.*?```", "", text, flags=re.S)  # there model=model is an argument
+    named = re.findall(rf"\b{group}=([a-z][a-z0-9_,]*)", text)
     assert named and {name for some in named for name in some.split(",")} <= set(names(group))

@@ -1,4 +1,4 @@
-"""Every cell of the composition matrix (README, "Methods"): resumes to the bit, alone and on two ranks, which end with equal
+"""Every cell of the composition matrix (docs/concepts.md): resumes to the bit, alone and on two ranks, which end with equal
 weights; its checkpoints and its end are a plain model."""
 
 import pytest
