@@ -15,7 +15,7 @@ STAMP  := $(VENV)/.set-up
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow chaos lint docs docs-test bench studies study clean
+.PHONY: help demo test test-slow chaos lint docs matrix docs-test bench studies study clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -54,6 +54,9 @@ docs: $(STAMP) ## Build the site from docs/ into site/ (open site/index.html)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 	@echo "the site: site/index.html"
+
+matrix: $(STAMP) ## Write docs/support-matrix.md from tests/matrix.py
+	$(BIN)/python -m tests.matrix
 
 docs-test: $(STAMP) ## Run every command of README and docs/, shortened
 	$(BIN)/python -m pytest tests/test_docs.py -m docs

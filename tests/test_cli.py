@@ -256,14 +256,17 @@ main()
 
 def test_the_wheel_holds_everything_a_run_needs_and_imports_for_a_tenth_of_lightning(tmp_path):
     source = tmp_path / "source"
-    for name in ("src", "conf", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("src", "conf", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("*.egg-info", "__pycache__"))
         else:
             source.mkdir(exist_ok=True)
             shutil.copy(ROOT / name, source / name)
+    script = f"from setuptools import build_meta; build_meta.build_sdist({str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", script], cwd=source, check=True, capture_output=True)
+    (sdist,) = tmp_path.glob("*.tar.gz")  # as `python -m build` does: the wheel is made from what the sdist holds
     built = subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "--no-build-isolation", "-w", tmp_path, source],
+        [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "--no-build-isolation", "-w", tmp_path, sdist],
         check=True, capture_output=True, text=True,
     )  # fmt: skip
     assert "absent from the `packages`" not in built.stdout + built.stderr, "setuptools warns in a box for each folder"
@@ -279,7 +282,7 @@ def test_the_wheel_holds_everything_a_run_needs_and_imports_for_a_tenth_of_light
     assert (elsewhere / "run" / "summary.json").is_file()
     assert (target / "lowrank_pretrain" / "py.typed").is_file()
     scripts = next(target.glob("*.dist-info")) / "entry_points.txt"
-    assert "lowrank-pretrain = lowrank_pretrain.run.train:main" in scripts.read_text()
+    assert "lowrank-pretrain = lowrank_pretrain.__main__:main" in scripts.read_text()
 
 
 def test_every_folder_of_ours_is_a_package_of_the_wheel():

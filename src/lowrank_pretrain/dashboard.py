@@ -10,6 +10,7 @@ from typing import Any
 
 from lowrank_pretrain.core.arguments import as_flags
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.extras import optional_import
 from lowrank_pretrain.core.metrics import AXES, STEP
 from lowrank_pretrain.loggers.wandb import SECTIONS
 from lowrank_pretrain.run.loggers import has_wandb_key
@@ -26,11 +27,9 @@ def workspace(entity: str, project: str, name: str = "lowrank_pretrain") -> Any:
     Raises:
         ConfigError: wandb-workspaces is not installed.
     """
-    try:
+    with optional_import("dashboard", project):
         from wandb_workspaces import workspaces
         from wandb_workspaces.reports import v2
-    except ModuleNotFoundError as error:
-        raise ConfigError("dashboard", project, "needs wandb-workspaces: pip install wandb-workspaces") from error
 
     sections: list[Any] = []
     for section, panels in SECTIONS.items():

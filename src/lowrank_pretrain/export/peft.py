@@ -12,9 +12,9 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors.torch import save_file
 from torch import Tensor
 
+from lowrank_pretrain.core.extras import optional_import
 from lowrank_pretrain.core.files import write_whole
 
 _PARTS = ("W", "q", "k", "v")  # in the order of their rows
@@ -58,6 +58,9 @@ def write_adapters(exact: Mapping[str, Tensor], alpha: float | None, out: Path, 
         prefix: to drop from the names: peft's names count from the network.
         task_type: peft's, ``"CAUSAL_LM"`` or nothing.
     """
+    with optional_import():
+        from safetensors.torch import save_file
+
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     transposed = False

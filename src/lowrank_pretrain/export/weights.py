@@ -25,7 +25,6 @@ from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lowrank_pretrain.checkpoints.format import check_format
@@ -34,6 +33,7 @@ from lowrank_pretrain.checkpoints.safe_load import safe_load, unread
 from lowrank_pretrain.core.arguments import key_values
 from lowrank_pretrain.core.checks import choice
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.extras import optional_import
 from lowrank_pretrain.core.files import write_whole
 from lowrank_pretrain.core.text import one_line
 from lowrank_pretrain.export import card as model_card
@@ -157,6 +157,9 @@ def _tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
 def _write(source: Source, out: Path) -> Path:
     """Write one ``.safetensors`` into `out`, with its ``config.json`` where the network is known."""
     if source.kind is None:
+        with optional_import():
+            from safetensors.torch import save_file
+
         out.mkdir(parents=True, exist_ok=True)
         # copies: safetensors refuses tensors that share memory, as tied weights do
         save_file({key: value.clone().contiguous() for key, value in source.state.items()}, out / "model.safetensors")
@@ -309,7 +312,7 @@ def main(argv: list[str] | None = None) -> int:
             if not given.get(key):
                 raise ConfigError(key, None, "is missing; usage: ckpt=PATH out=DIR [format=timm|hf|peft|factored]")
         out = export(given["ckpt"], given.get("format"), given["out"])
-    except (ConfigError, OSError) as error:
+    except (ConfigError, OSError, ModuleNotFoundError) as error:
         sys.stderr.write(f"error: {one_line(error, 600)}\n")
         return 2
     print(f"written: {', '.join(str(path) for path in sorted(out.rglob('*')) if path.is_file())}")

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.extras import optional_import
 from lowrank_pretrain.core.lightning_private import fused_adamw
 from lowrank_pretrain.galore.dtensor import as_dtensor, local_piece
 from lowrank_pretrain.galore.guard import has_values, wide_dtype
@@ -387,10 +388,8 @@ def load_bitsandbytes() -> Any:
     Raises:
         ConfigError: it is not installed.
     """
-    try:
+    with optional_import("moments", "8bit"):
         return importlib.import_module("bitsandbytes.functional")
-    except ImportError:
-        raise ConfigError("moments", "8bit", "needs bitsandbytes: pip install bitsandbytes") from None
 
 
 def _encode(x: Tensor, signed: bool) -> tuple[Tensor, Tensor]:

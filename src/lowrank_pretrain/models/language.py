@@ -12,18 +12,21 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchmetrics import Metric
-from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.extras import optional_import
 from lowrank_pretrain.core.protocols import TriesOut
 from lowrank_pretrain.core.text import closest, one_line
 from lowrank_pretrain.models.checks import check_count, check_layers, plain, run_once
 from lowrank_pretrain.models.fsdp import shard
 from lowrank_pretrain.models.optim import Optim
+
+with optional_import():
+    from transformers import AutoConfig, AutoModelForCausalLM  # isort: skip  first, so that its extra is named
+    from safetensors.torch import load_file
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 log = logging.getLogger(__name__)
 

@@ -8,23 +8,27 @@ import logging
 from pathlib import Path
 from typing import Any, cast
 
-import timm
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-from timm.layers import PatchEmbed
-from timm.models import load_state_dict
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
-import lowrank_pretrain.models.mixer  # noqa: F401  registers a network with timm
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.extras import optional_import
 from lowrank_pretrain.core.protocols import TriesOut
 from lowrank_pretrain.core.text import closest, one_line
 from lowrank_pretrain.models.checks import check_count, check_layers, plain, run_once
 from lowrank_pretrain.models.fsdp import shard
 from lowrank_pretrain.models.optim import Optim
+
+with optional_import():
+    import timm
+    from timm.layers import PatchEmbed
+    from timm.models import load_state_dict
+
+    import lowrank_pretrain.models.mixer  # noqa: F401  registers a network with timm
 
 log = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(as_flags(arguments, parser))
     try:
         print(f"report: {os.path.relpath(write_report(given.run_dir, given.out))}")
-    except ConfigError as error:
+    except (ConfigError, ModuleNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

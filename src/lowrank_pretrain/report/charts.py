@@ -10,6 +10,7 @@ from html import escape
 from textwrap import fill
 from typing import Any
 
+from lowrank_pretrain.core.extras import optional_import
 from lowrank_pretrain.report.runs import Series
 
 WIDTH = 4.0  # inches: text of 9 points is still read on a phone, where a chart is as wide as the screen
@@ -145,8 +146,9 @@ def _columns(series: dict[str, Series]) -> int:
 
 
 def _figure(height: float) -> tuple[Any, Any]:
-    import matplotlib
-    from matplotlib.figure import Figure  # without pyplot: no global state, no display
+    with optional_import():
+        import matplotlib
+        from matplotlib.figure import Figure  # without pyplot: no global state, no display
 
     with matplotlib.rc_context({**STYLE, **dict.fromkeys(INKED, INK)}):
         figure = Figure(figsize=(WIDTH, height), layout="constrained")

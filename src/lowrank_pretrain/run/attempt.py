@@ -19,7 +19,7 @@ from lowrank_pretrain.run.finish import finish_run
 from lowrank_pretrain.run.loggers import finish, more_loggers, publish
 from lowrank_pretrain.run.parts import build_parts
 from lowrank_pretrain.run.progress import quiet_lightning
-from lowrank_pretrain.run.trainer import build_trainer, check_values, refuse_popen_sweep
+from lowrank_pretrain.run.trainer import build_trainer, check_values, refuse_popen_sweep, with_chosen_precision
 
 
 def attempt(config: dict[str, Any], run_dir: Path, ckpt: Path | None, guard: DivergenceGuard, multirun: bool) -> dict[str, Any]:
@@ -37,6 +37,7 @@ def attempt(config: dict[str, Any], run_dir: Path, ckpt: Path | None, guard: Div
     """
     quiet_lightning()
     pl.seed_everything(config["seed"], workers=True, verbose=False)
+    config, precision = with_chosen_precision(config)
     check_values(config["trainer"])  # what is cheap to check comes first
     watched = RunCallbacks(config, run_dir, ckpt, guard)
     parts = build_parts(config)
@@ -52,6 +53,8 @@ def attempt(config: dict[str, Any], run_dir: Path, ckpt: Path | None, guard: Div
             forget_after(run_dir / "metrics.csv", step)
         if ckpt is not None:
             announce(trainer, f"going on from {os.path.relpath(ckpt)} after step {step}")
+        if precision is not None:
+            announce(trainer, precision)
         announce(trainer, f"run directory: {os.path.relpath(run_dir)}")
 
         trainer.fit(parts.module, datamodule=parts.data, ckpt_path=ckpt, weights_only=True)

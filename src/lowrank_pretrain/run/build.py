@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.extras import missing_module, missing_words
 from lowrank_pretrain.core.text import first_line
 
 SIMPLE = (bool, int, float, str, type(None))
@@ -154,7 +155,9 @@ def find_class(group: str, name: Any, base: type = object) -> type:
     try:
         found = get_object(name) if isinstance(name, str) else None
     except (ImportError, ValueError, AttributeError) as error:
-        raise ConfigError(f"{group}._target_", name, f"must be the dotted name of {what}") from error
+        module = missing_module(error)
+        allowed = f"must be the dotted name of {what}" if module is None else missing_words(module)
+        raise ConfigError(f"{group}._target_", name, allowed) from error
     if not (inspect.isclass(found) and issubclass(found, base)):
         raise ConfigError(f"{group}._target_", name, f"must be the dotted name of {what}")
     return found

@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from lowrank_pretrain.checkpoints.files import NotWritten
 from lowrank_pretrain.core.agreement import Disagreement
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.extras import missing_module, missing_words
 from lowrank_pretrain.core.interrupts import Interrupted
 from lowrank_pretrain.core.text import one_line
 from lowrank_pretrain.guards.divergence import DIVERGENCES
@@ -56,6 +57,8 @@ def describe(error: BaseException, cfg: DictConfig, run_dir: Path) -> tuple[str,
         what = f"{type(error).__name__}: {one_line(error, 200)}"
         cure = "; another method or optimizer starts afresh, with hydra.run.dir=DIR" if "parameter group" in what else ""
         return f"error: ckpt_path={cfg.get('ckpt_path')!r}: its contents do not fit this run ({what}){cure}", 2
+    if isinstance(error, ModuleNotFoundError) and (module := missing_module(error)) is not None:
+        return f"error: {missing_words(module)}", 2
     if isinstance(error, MisconfigurationException) or _is_lightnings(error):
         return _trainers(one_line(error, None), cfg), 2
     if isinstance(error, Interrupted):

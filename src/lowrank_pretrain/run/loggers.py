@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import CometLogger, Logger, MLFlowLogger, WandbLo
 from lightning.pytorch.utilities import rank_zero_only
 
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.extras import missing_words
 from lowrank_pretrain.core.lightning_private import has_begun
 from lowrank_pretrain.core.protocols import LogsPhases
 from lowrank_pretrain.core.text import one_line
@@ -213,7 +214,7 @@ def _missing(error: ModuleNotFoundError) -> str:
     words = one_line(error, 300)
     for package in ("tensorboard", "mlflow", "comet-ml", "neptune", "wandb", "sqlalchemy"):
         if package in words.lower().replace("_", "-"):
-            return f"needs {package}: pip install {package}"
+            return missing_words(package)
     return f"needs a package that is not installed: {words}"
 
 

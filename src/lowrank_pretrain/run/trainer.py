@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -26,6 +27,25 @@ LIMITS: dict[str, tuple[float, float, str]] = {
     "num_nodes": (1, MOST_DEVICES, f"must be a number of machines, 1 to {MOST_DEVICES}"),
 }
 OURS = {"logger": "use the logger group", "default_root_dir": "use hydra.run.dir", "enable_checkpointing": "leave it out"}
+AUTO = "auto"  # trainer.precision: what the device likes
+
+
+def with_chosen_precision(config: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
+    """Replace ``trainer.precision=auto`` by what the device likes: bf16-mixed on a GPU, float32 elsewhere.
+
+    Args:
+        config: a run's plain configuration.
+
+    Returns:
+        The configuration, and the line that says what was chosen; None where nothing was to be chosen.
+    """
+    values = config["trainer"]
+    if values.get("precision") != AUTO:
+        return config, None
+    on_gpu = values.get("accelerator", "auto") in ("auto", "gpu", "cuda") and CUDAAccelerator.is_available()
+    chosen, device, other = ("bf16-mixed", "a GPU", "32-true") if on_gpu else ("32-true", "no GPU", "bf16-mixed")
+    said = f"precision: {chosen}, because the run has {device} (trainer.precision={other} for the other)"
+    return {**config, "trainer": {**values, "precision": chosen}}, said
 
 
 def build_trainer(

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from lowrank_pretrain.core.checks import choice, is_number, number
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.extras import optional_import
 from lowrank_pretrain.data.images.files import MapImages, Picture, StreamImages
 from lowrank_pretrain.data.images.folders import split_folder
 from lowrank_pretrain.data.images.mixing import Mixing
@@ -210,7 +211,8 @@ class ImageData(ImageModule):
         return StreamImages(self.name, open_pass, size, picture, self.batch_size, self.ranks[0], mixed, endless=training)
 
     def _transform(self, training: bool) -> Callable:
-        from timm.data import create_transform
+        with optional_import():
+            from timm.data import create_transform
 
         options: dict[str, Any] = self.train_transform if training else self.eval_transform
         try:

@@ -9,16 +9,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
 from torch.utils.data import IterableDataset, get_worker_info
 
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.extras import optional_import
 from lowrank_pretrain.core.text import first_line
 from lowrank_pretrain.data.images.arrays import with_channels
 from lowrank_pretrain.data.images.mixing import Mixing
 from lowrank_pretrain.data.images.sources import take_dropped
 from lowrank_pretrain.data.loaders.batch import Fetched
 from lowrank_pretrain.data.loaders.rng import borrowed, reseed
+
+with optional_import():
+    from PIL import ExifTags, Image, ImageOps
 
 # what PIL raises for a file that is not an image, is truncated, or would fill the memory
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)

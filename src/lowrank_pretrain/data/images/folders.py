@@ -15,10 +15,13 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 
 from lowrank_pretrain.core.agreement import generator
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.extras import optional_import
+
+with optional_import():
+    from PIL import Image
 
 TRAIN = ("train", "training")
 EVAL = ("val", "valid", "validation", "eval", "evaluation", "test", "testing")

@@ -12,6 +12,7 @@ import numpy as np
 
 from lowrank_pretrain.core.checks import choice
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.extras import optional_import
 from lowrank_pretrain.data.images.arrays import ArrayImages
 from lowrank_pretrain.data.images.module import ImageModule
 from lowrank_pretrain.data.loaders.base import evaluation_recipe
@@ -95,10 +96,8 @@ class MedMNIST(ImageModule):
         """Download the file on one process, if it is missing and ``download`` is on."""
         if not self.download or self.path is None or self.path.is_file():
             return
-        try:
+        with optional_import("download", True):
             import medmnist
-        except ImportError as error:
-            raise ConfigError("download", True, "needs the package medmnist: pip install medmnist") from error
         if self.flag not in medmnist.INFO:
             raise ConfigError("flag", self.flag, f"must be one of {', '.join(medmnist.INFO)}")
         self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,7 @@ import torch
 
 from lowrank_pretrain.core.checks import number
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.extras import optional_import
 from lowrank_pretrain.data.loaders.rng import borrowed, reseed
 
 MixingOptions = tuple[float, float, float, float, float]  # mixup, cutmix, mix_prob, switch_prob, smoothing
@@ -49,7 +50,8 @@ class Mixing:
         self.active = self.mixes or smoothing > 0
         self._mixup = None
         if self.mixes:
-            from timm.data import Mixup
+            with optional_import("mixup", mixup):
+                from timm.data import Mixup
 
             self._mixup = Mixup(
                 mixup_alpha=mixup,

@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.extras import missing_module, missing_words, optional_import
 from lowrank_pretrain.core.text import first_line
 from lowrank_pretrain.data.images.folders import EVAL, TRAIN, VALIDATION, held_out
 
@@ -119,7 +120,8 @@ def open_images(name: str, root: str | None, split: str, split_key: str, downloa
         raise ConfigError("root", root, "must be an existing folder with the data")
     if prefix == "torch":
         return TorchvisionImages(_torchvision(rest.lower(), root, split, split_key, download))
-    from timm.data import create_dataset
+    with optional_import("name", name):
+        from timm.data import create_dataset
 
     if prefix == "wds":
         _name_what_webdataset_drops()
@@ -127,7 +129,9 @@ def open_images(name: str, root: str | None, split: str, split_key: str, downloa
         opened = create_dataset(name, root=root, split=split, input_img_mode="", **kwargs)
         return HubImages(opened) if prefix == "hfds" else opened
     except ImportError as error:
-        raise ConfigError("name", name, f"needs a package that is not installed: {error}") from error
+        module = missing_module(error)
+        needed = f"needs a package that is not installed: {error}" if module is None else missing_words(module)
+        raise ConfigError("name", name, needed) from error
     except ValueError as error:  # datasets: 'Unknown split "x". Should be one of [...]'
         if "num_samples" in str(error):
             key = "train_samples" if split_key == "train_split" else "val_samples"
@@ -216,8 +220,9 @@ class _Once(logging.Filter):
 
 
 def _torchvision(name: str, root: str | None, split: str, split_key: str, download: bool) -> Any:
-    from timm.data import create_dataset
-    from torchvision import datasets
+    with optional_import("name", name):
+        from timm.data import create_dataset
+        from torchvision import datasets
 
     known = {c.lower(): getattr(datasets, c) for c in datasets.__all__ if inspect.isclass(getattr(datasets, c))}
     cls: Any = known.get(name.replace("_", ""))

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset
-from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.extras import optional_import
 from lowrank_pretrain.data.loaders.batch import BadInputs, Fetched, end_workers, torch_loader
 
 
@@ -29,6 +29,9 @@ class StreamLoader:
     def __init__(
         self, dataset: IterableDataset, batches_per_epoch: int, num_workers: int = 0, rank: int = 0, world_size: int = 1
     ) -> None:
+        with optional_import():  # here: a strategy knows this class, and needs no torchdata for it
+            from torchdata.stateful_dataloader import StatefulDataLoader
+
         self.num_workers, self.rank, self.world_size = num_workers, rank, world_size
         self.batches_per_epoch = batches_per_epoch
         self.epoch = 0

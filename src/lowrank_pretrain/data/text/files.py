@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.extras import optional_import
 
 KINDS = {
     ".json": "json", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet", ".txt": "text", ".md": "text", ".text": "text",
@@ -72,10 +73,8 @@ def open_bytes(path: Path) -> BinaryIO:
     if packing == ".xz":
         return cast(BinaryIO, lzma.open(path))
     if packing == ".zst":
-        try:
+        with optional_import("root", str(path)):
             import zstandard
-        except ImportError as error:
-            raise ConfigError("root", str(path), "needs the package zstandard: pip install zstandard") from error
         return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(path.open("rb"), read_across_frames=True))
     return path.open("rb")
 
@@ -316,10 +315,8 @@ def _cell(cells: list[str], column: int, text_key: str) -> str:
 
 
 def _parquet(path: Path, text_key: str, place: Any) -> Iterator[Row]:
-    try:
+    with optional_import("root", str(path)):
         import pyarrow.parquet
-    except ImportError as error:
-        raise ConfigError("root", str(path), "needs the package pyarrow: pip install pyarrow") from error
     group, done = place or (0, 0)
     with pyarrow.parquet.ParquetFile(path) as file:
         schema = file.schema_arrow

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.extras import missing_words, optional_import
 from lowrank_pretrain.core.text import first_line
 from lowrank_pretrain.data.text.documents import Documents, FileDocuments, HubDocuments, SavedDocuments
 from lowrank_pretrain.data.text.files import is_packed, kind_of, not_utf8, open_bytes
@@ -47,17 +48,15 @@ def open_documents(
         return SavedDocuments(_load_saved(folder, split, split_key), folder, "root" if dataset is None else "dataset", text_key)
     if dataset is None:
         return FileDocuments(find_files(root, files, files_key), files_key, text_key)
-    try:
+    with optional_import("dataset", dataset):
         from datasets import load_dataset
-    except ImportError as error:
-        raise ConfigError("dataset", dataset, "needs the package datasets: pip install datasets") from error
     try:
         return HubDocuments(load_dataset(dataset, config, split=split, streaming=True), dataset, text_key)
     except Exception as error:
         message = first_line(error)
         if "split" in message.lower():
             raise ConfigError(split_key, split, message) from error
-        hint = "; zstandard is missing: pip install zstandard" if "zstd" in message else ""
+        hint = f"; {missing_words('zstandard')}" if "zstd" in message else ""
         raise ConfigError("dataset", dataset, f"cannot be opened: {message}{hint}") from error
 
 
@@ -70,10 +69,8 @@ def saved_folder(root: str | None, split: str) -> Path | None:
 
 
 def _load_saved(folder: Path, split: str, split_key: str) -> "Dataset":
-    try:
+    with optional_import("root", str(folder)):
         from datasets import DatasetDict, load_from_disk
-    except ImportError as error:
-        raise ConfigError("root", str(folder), "needs the package datasets: pip install datasets") from error
     try:
         found = load_from_disk(str(folder))
     except Exception as error:  # pyarrow's and others' classes

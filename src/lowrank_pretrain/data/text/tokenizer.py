@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.extras import optional_import
 from lowrank_pretrain.core.text import first_line
 from lowrank_pretrain.data import SAMPLES
 
@@ -20,7 +21,8 @@ GPT2_FILES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))  # th
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> "Tokenizer":
     """Train a GPT-2-like byte-level BPE of ``vocab_size`` tokens; id 0 is ``<|endoftext|>``."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    with optional_import("vocab_size", vocab_size):
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -66,7 +68,8 @@ def load_tokenizer(name: str, key: str = "tokenizer", end_token: str | None = No
     Raises:
         ConfigError: no such tokenizer, an unreadable one, or one without an end-of-document token.
     """
-    from tokenizers import Tokenizer
+    with optional_import(key, name):
+        from tokenizers import Tokenizer
 
     path = SAMPLES / "kjv_tokenizer.json" if name == "kjv" else Path(name)
     try:
