@@ -176,7 +176,10 @@ class Projected:
         if self.variant == "apollo":
             since = self.step // self.group["update_proj_gap"]
             rng = self._generator("apollo", since)
-            return residual.gaussian(self.matrix(grad).shape[0], self.rank, rng, grad.dtype).to(grad.device)
+            p = residual.gaussian(self.matrix(grad).shape[0], self.rank, rng, grad.dtype)
+            if grad.is_cuda and has_values(grad):
+                p = p.pin_memory()  # from other memory the copy would wait for the device
+            return p.to(grad.device, non_blocking=grad.is_cuda)
         p = self.state["proj"]
         if p.dtype != grad.dtype:
             p = p.to(grad.dtype)
@@ -250,7 +253,7 @@ class Projected:
 
     # ---- back to W: three updates, of which a group has one. η is the learning rate times ``scale`` -------------------------
 
-    def add_update(self, low: Tensor, minus_n: Tensor, eta: float, correction: float) -> None:
+    def add_update(self, low: Tensor, minus_n: Tensor, eta: float, correction: float, skip: Tensor | None) -> None:
         """W ← W − ηP N, in place."""
         weight = self.matrix(self.p)
         back = minus_n if minus_n.dtype == weight.dtype else minus_n.to(weight.dtype)
@@ -259,16 +262,18 @@ class Projected:
         weight.addmm_(self.basis(self.p), back, alpha=eta)
         self._copy_back(weight)
 
-    def add_update_and_residual(self, low: Tensor, minus_n: Tensor, eta: float, correction: float) -> None:
+    def add_update_and_residual(self, low: Tensor, minus_n: Tensor, eta: float, correction: float, skip: Tensor | None) -> None:
         """W ← W − ηP N, and Fira's scaled part of the gradient outside the subspace, in place."""
         weight = self.matrix(self.p)
-        residual.fira(weight, self.matrix(self.whole_grad), self.basis(self.p), low, minus_n, eta, correction, self.state)
+        residual.fira(
+            weight, self.matrix(self.whole_grad), self.basis(self.p), low, minus_n, eta, correction, self.state, skip
+        )
         self._copy_back(weight)
 
-    def add_scaled_gradient(self, low: Tensor, minus_n: Tensor, eta: float, correction: float) -> None:
+    def add_scaled_gradient(self, low: Tensor, minus_n: Tensor, eta: float, correction: float, skip: Tensor | None) -> None:
         """W ← W − ηG·diag(s), APOLLO's scaled gradient, in place."""
         weight = self.matrix(self.p)
-        residual.apollo(weight, self.matrix(self.whole_grad), low, minus_n, eta, correction, self.state)
+        residual.apollo(weight, self.matrix(self.whole_grad), low, minus_n, eta, correction, self.state, skip)
         self._copy_back(weight)
 
     @property
