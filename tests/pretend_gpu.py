@@ -66,7 +66,9 @@ class NoWaiting(TorchDispatchMode):
         """Return whether the device can write to the tensor's memory by itself."""
         return any(t.untyped_storage()._cdata == other.untyped_storage()._cdata for other in self.pinned)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         """Look at an operation, and pass it on."""
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
@@ -135,3 +137,36 @@ def autocast(dtype: torch.dtype | None) -> Iterator[None]:
         torch.set_autocast_enabled("cuda", before[0])
         torch.set_autocast_dtype("cuda", before[1])
         torch.clear_autocast_cache()
+
+
+class Call:
+    """One call of an ``autograd.Function``, without autograd, whose engine asks the device."""
+
+    def __init__(self, function: type[torch.autograd.Function], args: tuple[Any, ...]) -> None:
+        self.function, self.saved_tensors = function, ()
+        self.needs_input_grad = tuple(isinstance(t, Tensor) and t.requires_grad for t in args)
+        with torch.no_grad():
+            self.y = function.forward(self, *args)
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        """Keep tensors, as autograd's context does."""
+        self.saved_tensors = tensors
+
+    def backward(self) -> tuple[Any, ...]:
+        """Return the gradients for a gradient of ones."""
+        with torch.no_grad():
+            return self.function.backward(self, torch.ones_like(self.y))
+
+
+@contextmanager
+def by_hand(function: type[torch.autograd.Function]) -> Iterator[list[Call]]:
+    """Run a function's forward as it is, and yield its calls."""
+    calls: list[Call] = []
+
+    def apply(*args: Any) -> Tensor:
+        calls.append(Call(function, args))
+        return calls[-1].y
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(function, "apply", apply)
+        yield calls
