@@ -265,9 +265,7 @@ class Projected:
     def add_update_and_residual(self, low: Tensor, minus_n: Tensor, eta: float, correction: float, skip: Tensor | None) -> None:
         """W ← W − ηP N, and Fira's scaled part of the gradient outside the subspace, in place."""
         weight = self.matrix(self.p)
-        residual.fira(
-            weight, self.matrix(self.whole_grad), self.basis(self.p), low, minus_n, eta, correction, self.state, skip
-        )
+        residual.fira(weight, self.matrix(self.whole_grad), self.basis(self.p), low, minus_n, eta, correction, self.state, skip)
         self._copy_back(weight)
 
     def add_scaled_gradient(self, low: Tensor, minus_n: Tensor, eta: float, correction: float, skip: Tensor | None) -> None:
