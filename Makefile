@@ -6,6 +6,7 @@ KILLS  ?= 100
 SEED   ?= 0
 NAME   ?=
 JOBS   ?= 2
+GPU    ?=
 STUDIES := prelora_vit lte_vit cs744_gpt2 cs744_galore cs744_pathmnist composition
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -15,7 +16,7 @@ STAMP  := $(VENV)/.set-up
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow chaos lint docs matrix docs-test bench studies study clean
+.PHONY: help demo test test-slow chaos lint docs matrix docs-test bench gpu studies study clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -63,7 +64,11 @@ docs-test: $(STAMP) ## Run every command of README and docs/, shortened
 
 bench: $(STAMP) ## Measure speed and memory against peers (an idle machine, please)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
-	@for file in benchmarks/[a-z]*.py; do echo "$$file"; $(BIN)/python $$file || exit 1; done
+	@for file in $(filter-out benchmarks/gpu.py benchmarks/llama.py,$(sort $(wildcard benchmarks/[a-z]*.py))); do echo "$$file"; $(BIN)/python $$file || exit 1; done
+
+gpu: $(STAMP) ## On a machine with a GPU: its tests and every benchmark at real sizes, 25 minutes (GPU="--device cpu --tiny" to try)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
+	$(BIN)/python benchmarks/gpu.py $(GPU)
 
 studies: $(STAMP) ## All studies one after another, each from where it stopped (on two idle cores)
 	@for name in $(STUDIES); do $(MAKE) --no-print-directory study NAME=$$name || failed="$$failed $$name"; done; \

@@ -44,6 +44,7 @@ SHAPES = {
     "vit_s": (vit(384, 12), [], 96),
     "vit_l": (vit(1024, 24), [], 256),
     "gpt2": ([(768, 2304), (768, 768), (768, 3072), (3072, 768)] * 12, [], 192),
+    "tiny": (vit(64, 1), [], 8),
     "llama_1b": (LLAMA_1B, [(32000, 2048), (32000, 2048), *[(2048,)] * 49], 512),
 }
 
@@ -86,6 +87,29 @@ def torchao(matrices, rest, rank, gap):
     return AdamW8bit([*matrices, *rest], lr=1e-6)
 
 
+class MuonAndAdamW:
+    """torch's Muon for the matrices, its AdamW for the rest."""
+
+    def __init__(self, matrices, rest):
+        self.parts = [torch.optim.Muon(matrices, lr=1e-6, weight_decay=0.0)]
+        self.parts += [torch.optim.AdamW(rest, lr=1e-6, weight_decay=0.0, fused=True)] if rest else []
+
+    @property
+    def state(self):
+        """Of both."""
+        return {p: kept for part in self.parts for p, kept in part.state.items()}
+
+    def step(self):
+        """Of both."""
+        for part in self.parts:
+            part.step()
+
+
+def muon(matrices, rest, rank, gap):
+    """Muon of torch (2.9 and later)."""
+    return MuonAndAdamW(matrices, rest)
+
+
 def _rest(params, settings):
     keep = {key: settings[key] for key in ("moments", "layerwise") if key in settings}
     return [{"params": params, **keep}] if params else []
@@ -95,6 +119,7 @@ def _rest(params, settings):
 SIDES = {
     "adamw fused": (adamw, None, False),
     "torchao AdamW8bit": (torchao, None, False),
+    "muon": (muon, None, False),
     "galore_torch": (galore_torch, False, True),
     "pytorch_optimizer": (pytorch_optimizer, False, True),
     "ours": (ours(), False, False),
@@ -374,6 +399,8 @@ def main():
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--slow", action="store_true", help="also time the full SVDs of large shapes on the CPU")
     parser.add_argument("--refresh-only", action="store_true")
+    parser.add_argument("--no-refresh", action="store_true", help="leave out the refresh against the SVD")
+    parser.add_argument("--no-memory", action="store_true", help="leave out the memory of whole steps (CUDA)")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -388,13 +415,14 @@ def main():
         rows.writerow([str(date.today()), machine, f"torch {torch.__version__}", f"{args.threads} threads"])
         rows.writerow(["shapes", "device", "threads", "side", "step_ms", "fastest_ms", "refresh_ms", "amortised_ms",
                        "of_published", "of_adamw", "state_mib", "temporary_mib"])  # fmt: skip
-        refresh_against_svd(args.device, rows.writerow)
+        if not args.no_refresh:
+            refresh_against_svd(args.device, rows.writerow)
         if args.refresh_only:
             return
         for name in shapes:
             show(name, compare(name, args), args, rows.writerow)
             file.flush()
-        if args.device == "cuda":
+        if args.device == "cuda" and not args.no_memory:
             step_memory(args, rows.writerow)
 
 

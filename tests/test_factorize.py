@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from lowrank_pretrain.core.agreement import generator
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.plan import Plan
-from lowrank_pretrain.core.seeds import generator
 from lowrank_pretrain.core.targets import all_targets
 from lowrank_pretrain.factorize import moments
 from lowrank_pretrain.factorize.cost import largest_rank, numbers_of

@@ -410,7 +410,12 @@ def test_a_gradient_that_is_not_finite_names_its_parameter_and_harms_nothing():
             assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("settings", [{}, {"refresh": "track"}, {"proj_type": "full"}, {"moments": "grad"}, PUBLISHED], ids=str)
+OUTSIDE = [{"residual": "fira"}, {"variant": "apollo"}]  # what these add to W is masked separately
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"refresh": "track"}, {"proj_type": "full"}, {"moments": "grad"}, PUBLISHED, *OUTSIDE], ids=str
+)
 def test_a_step_masked_on_the_device_changes_nothing(settings, monkeypatch):
     # on CUDA the flag stays on the device; here it is handed in
     model, x = Net(), torch.randn(4, 3, 8, 8)
@@ -434,7 +439,7 @@ def test_a_step_masked_on_the_device_changes_nothing(settings, monkeypatch):
         assert torch.equal(value, kept[1][key]), key
 
 
-@pytest.mark.parametrize("settings", [{}, {"refresh": "track"}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"refresh": "track"}, *OUTSIDE], ids=str)
 def test_a_mask_that_lets_pass_changes_nothing_either(settings, monkeypatch):
     results = []
     for mask in (None, torch.tensor(0.0)):

@@ -26,6 +26,7 @@ from lowrank_pretrain.galore.dtensor import agree_on_flags, local_piece
 
 P = ParamSpec("P")
 T = TypeVar("T")
+_LAG = 8  # steps that the device may be behind before an answer is waited for
 _LARGE = 2.0**40  # no real gradient is as large: looked at again, exactly
 _AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu")
 
@@ -87,6 +88,7 @@ class _Pending:
     flags: Tensor  # on the host, one per gradient: is it finite?
     names: list[str]
     event: "torch.cuda.Event"
+    step: int
 
 
 @dataclass
@@ -97,6 +99,12 @@ class Guard:
     spikes: list[int] = field(default_factory=list)  # gradients of this check that are finite, but whose square is not
     norms: Tensor | None = None  # of the last check's gradients
     warned: bool = False
+    steps: int = 0
+
+    def begin_step(self) -> None:
+        """Count a step, and raise for answers that have arrived."""
+        self.steps += 1
+        self.raise_arrived()
 
     def check(
         self, grads: list[Tensor], names: list[str], params: list[Tensor], wait: bool, alone: bool = False, matrices: int = 0
@@ -139,12 +147,15 @@ class Guard:
         flags = torch.empty(finite.shape, dtype=torch.bool, pin_memory=True).copy_(finite, non_blocking=True)
         event = torch.cuda.Event()
         event.record()
-        self.pending.append(_Pending(flags, names, event))
+        self.pending.append(_Pending(flags, names, event, self.steps))
         return 1.0 - finite.all().float()
 
-    def raise_arrived(self, limit: int = 8) -> None:
-        """Raise for answers that have arrived; wait only if more than ``limit`` are outstanding."""
-        while self.pending and (self.pending[0].event.query() or len(self.pending) > limit):
+    def raise_arrived(self) -> None:
+        """Raise for answers that have arrived; wait only for those of more than ``_LAG`` steps ago.
+
+        Layer-wise updates ask for an answer per parameter, so the number of answers is no measure.
+        """
+        while self.pending and (self.pending[0].event.query() or self.steps - self.pending[0].step > _LAG):
             first = self.pending.pop(0)
             first.event.synchronize()
             _raise_unless_finite(

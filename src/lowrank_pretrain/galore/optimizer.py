@@ -204,7 +204,7 @@ class GaLoreAdamW(Adopter, Reports, Optimizer):
                 self._layerwise.refuse_clipping(closure)
             with torch.enable_grad(), self._layerwise.inside():
                 loss = closure()
-        self._guard.raise_arrived()
+        self._guard.begin_step()
         params, waiting = self.lookup(thorough=True), self._layerwise
         for p in self.local if self.shared is not None else ():  # the other workers wait for its share of the basis
             if p.grad is None and p.requires_grad:
@@ -262,8 +262,8 @@ class GaLoreAdamW(Adopter, Reports, Optimizer):
         grads = list(map(getattr, owners, keys))
         if self._distributed:
             grads = [local_piece(grad) for grad in grads]
-        # Fira and APOLLO write the gradient itself into W, and a first basis has nothing to keep: no mask can undo these
-        wait = any(slot.cold or slot.group["residual"] or slot.group["variant"] == "apollo" for slot in slots)
+        # a first basis has nothing to keep: no mask can undo it
+        wait = any(slot.cold for slot in slots)
         names, cut = [owner.name for owner in owners], params if self._distributed else []
         skip = self._guard.check(grads, names, cut, wait, layerwise.stepping, matrices)
         for i in self._guard.spikes:
@@ -317,7 +317,7 @@ class GaLoreAdamW(Adopter, Reports, Optimizer):
         # back to W: W ← W − ηαP N; under LTE the update is added to D, of which W is formed
         for slot, low, n, m, second in zip(slots, lows, minus_n, ms, seconds, strict=True):
             if slot.local is None:
-                update(slot, low, n, eta, correction)
+                update(slot, low, n, eta, correction, skip)
             else:
                 slot.local.take(slot, n, decay)
             slot.write_moments(m, second)

@@ -187,7 +187,10 @@ class Projected:
         if self.variant == "apollo":
             since = self.step // self.group["update_proj_gap"]
             rng = self._generator("apollo", since)
-            return residual.gaussian(self.matrix(grad).shape[0], self.rank, rng, grad.dtype).to(grad.device)
+            p = residual.gaussian(self.matrix(grad).shape[0], self.rank, rng, grad.dtype)
+            if grad.is_cuda and has_values(grad):
+                p = p.pin_memory()  # from other memory the copy would wait for the device
+            return p.to(grad.device, non_blocking=grad.is_cuda)
         p = self.state["proj"]
         if p.dtype != grad.dtype:
             p = p.to(grad.dtype)
@@ -308,7 +311,7 @@ class Projected:
 
     # ---- back to W: three updates, of which a group has one. η is the learning rate times ``scale`` -------------------------
 
-    def add_update(self, low: Tensor, minus_n: Tensor, eta: float, correction: float) -> None:
+    def add_update(self, low: Tensor, minus_n: Tensor, eta: float, correction: float, skip: Tensor | None) -> None:
         """W ← W − ηP N, in place."""
         weight = self.matrix(self.p)
         back = minus_n if minus_n.dtype == weight.dtype else minus_n.to(weight.dtype)
@@ -317,16 +320,16 @@ class Projected:
         weight.addmm_(self.basis(self.p), back, alpha=eta)
         self._copy_back(weight)
 
-    def add_update_and_residual(self, low: Tensor, minus_n: Tensor, eta: float, correction: float) -> None:
+    def add_update_and_residual(self, low: Tensor, minus_n: Tensor, eta: float, correction: float, skip: Tensor | None) -> None:
         """W ← W − ηP N, and Fira's scaled part of the gradient outside the subspace, in place."""
         weight = self.matrix(self.p)
-        residual.fira(weight, self.matrix(self.whole_grad), self.basis(self.p), low, minus_n, eta, correction, self.state)
+        residual.fira(weight, self.matrix(self.whole_grad), self.basis(self.p), low, minus_n, eta, correction, self.state, skip)
         self._copy_back(weight)
 
-    def add_scaled_gradient(self, low: Tensor, minus_n: Tensor, eta: float, correction: float) -> None:
+    def add_scaled_gradient(self, low: Tensor, minus_n: Tensor, eta: float, correction: float, skip: Tensor | None) -> None:
         """W ← W − ηG·diag(s), APOLLO's scaled gradient, in place."""
         weight = self.matrix(self.p)
-        residual.apollo(weight, self.matrix(self.whole_grad), low, minus_n, eta, correction, self.state)
+        residual.apollo(weight, self.matrix(self.whole_grad), low, minus_n, eta, correction, self.state, skip)
         self._copy_back(weight)
 
     @property
@@ -435,16 +438,12 @@ def make_index(
     return found
 
 
-def _named_with_rank(
-    groups: list[dict[str, Any]], ranks: Mapping[Tensor, int]
-) -> Iterator[tuple[Tensor, dict[str, Any], str, int]]:
+def _named_with_rank(groups: list[dict[str, Any]], ranks: Mapping[Tensor, int]) -> Iterator[tuple[Tensor, dict, str, int]]:
     for number, group in enumerate(groups):
         for i, p in enumerate(group["params"]):
             yield p, group, parameter_name(group, number, i), ranks.get(p) or group.get("rank") or 0
 
 
 def _cannot_follow(key: str, value: Any, before: Projected) -> ConfigError:
-    was = f"was {getattr(before, key, None)} so far ({before.name})"
-    return ConfigError(
-        key, value, f"{was} and the moments cannot follow: set it back, or drop the state (optimizer.state.pop(p))"
-    )
+    cure = "and the moments cannot follow: set it back, or drop the state (optimizer.state.pop(p))"
+    return ConfigError(key, value, f"was {getattr(before, key, None)} so far ({before.name}) {cure}")

@@ -6,6 +6,8 @@ addition may grow (Fira, arXiv 2410.01623, eq. 8; APOLLO, arXiv 2412.05270, sect
 Shapes: W d×k the weight with its projected side first, M d×k its gradient alike, P d×r, R r×k, N r×k, s k.
 W ← W − ηα(P N + (M − P R)·diag(s)) = W − ηα P(N − R·diag(s)) − ηα M·diag(s): no d×k temporary.
 
+A step that is masked on the device (``skip``) changes nothing: M and R are taken as zero there, and the residual's norm stays.
+
 The limiter compares norms before Adam's bias correction c = √(1−β₂ᵗ)/(1−β₁ᵗ), as Fira's code does: corrected ones begin small,
 and a residual that may grow by 1 % a step would be held back for hundreds of steps.
 """
@@ -20,8 +22,9 @@ _TINY = 1e-8
 
 
 def fira(
-    weight: Tensor, matrix: Tensor, p: Tensor, low: Tensor, minus_n: Tensor, eta: float, c: float, state: dict[str, Any]
-) -> None:
+    weight: Tensor, matrix: Tensor, p: Tensor, low: Tensor, minus_n: Tensor, eta: float, c: float, state: dict[str, Any],
+    skip: Tensor | None = None,
+) -> None:  # fmt: skip
     """Update the weight with the scaled residual, in place.
 
     Args:
@@ -33,23 +36,29 @@ def fira(
         eta: ηα.
         c: bias correction that N contains.
         state: keeps ``residual_norm``, the last residual's norm (0 before the first).
+        skip: device scalar, 1.0 where nothing may change; −N is 0 then.
     """
+    matrix, low = _unless(skip, matrix), _unless(skip, low)
     scale = _columns(minus_n) / (_columns(low) + _TINY)
     outside = _outside(_columns(matrix).square(), _columns(low).square())
-    scale = scale * _limit((scale.square() * outside).sum().sqrt() / c, state)
+    scale = scale * _limit((scale.square() * outside).sum().sqrt() / c, state, skip)
     minus_n.addcmul_(low, scale)
     weight.addmm_(p, minus_n.to(weight.dtype), alpha=eta)
     weight.addcmul_(matrix, scale.to(weight.dtype), value=-eta)
 
 
-def apollo(weight: Tensor, matrix: Tensor, low: Tensor, minus_n: Tensor, eta: float, c: float, state: dict[str, Any]) -> None:
+def apollo(
+    weight: Tensor, matrix: Tensor, low: Tensor, minus_n: Tensor, eta: float, c: float, state: dict[str, Any],
+    skip: Tensor | None = None,
+) -> None:  # fmt: skip
     """Update W ← W − ηα M·diag(s), in place; at rank 1 (APOLLO-Mini) one scale for the whole matrix."""
+    matrix, low = _unless(skip, matrix), _unless(skip, low)
     if low.shape[0] == 1:
         ratio = torch.linalg.vector_norm(minus_n.float()) / (torch.linalg.vector_norm(low.float()) + _TINY)
         scale = ratio.expand(low.shape[1])
     else:
         scale = _columns(minus_n) / (_columns(low) + _TINY)
-    scale = scale * _limit((scale * _columns(matrix)).square().sum().sqrt() / c, state)
+    scale = scale * _limit((scale * _columns(matrix)).square().sum().sqrt() / c, state, skip)
     weight.addcmul_(matrix, scale.to(weight.dtype), value=-eta)
 
 
@@ -73,10 +82,16 @@ def _columns(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, dim=0, dtype=torch.float32 if x.dtype != torch.float64 else None)
 
 
-def _limit(norm: Tensor, state: dict[str, Any]) -> Tensor:
+def _unless(skip: Tensor | None, t: Tensor) -> Tensor:
+    """Return t, or zeros where the step is skipped: NaN times a mask would be NaN still."""
+    return t if skip is None else torch.where(skip > 0, torch.zeros((), dtype=t.dtype, device=t.device), t)
+
+
+def _limit(norm: Tensor, state: dict[str, Any], skip: Tensor | None) -> Tensor:
     last = state.get("residual_norm")
-    factor = torch.ones_like(norm) if last is None else 1 / ((norm / (last + _TINY)).clamp_min(GROWTH) / GROWTH)
-    # a residual of exactly zero tells nothing about the next one's size
-    factor = torch.where(torch.as_tensor(last if last is not None else 0.0, device=norm.device) > 0, factor, 1.0)
-    state["residual_norm"] = norm * factor
+    if last is None:
+        last = torch.zeros_like(norm)
+    # a residual of exactly zero tells nothing about the next one's size, nor does one that there was not
+    factor = torch.where(last > 0, 1 / ((norm / (last + _TINY)).clamp_min(GROWTH) / GROWTH), 1.0)
+    state["residual_norm"] = norm * factor if skip is None else torch.where(skip > 0, last, norm * factor)
     return factor
