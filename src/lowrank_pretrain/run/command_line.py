@@ -64,7 +64,7 @@ def refuse_unknown(arguments: list[str]) -> None:
     if any(argument.startswith("-") for argument in arguments):
         return
     try:
-        _composed(arguments)
+        _configuration(arguments)
     except MissingConfigException as error:
         group, _, name = (error.missing_cfg_file or "").partition("/")
         if f"{group}={name}" in arguments:
@@ -81,7 +81,7 @@ def refuse_unknown(arguments: list[str]) -> None:
             raise ConfigError(key, given[0].partition("=")[2], allowed) from error
 
 
-def _composed(arguments: list[str]) -> DictConfig:
+def _configuration(arguments: list[str]) -> DictConfig:
     with initialize_config_module("lowrank_pretrain.conf", version_base="1.3"):
         return compose("train", overrides=arguments)
 
@@ -90,7 +90,7 @@ def _keys_next_to(key: str, arguments: list[str]) -> list[str]:
     """Return the keys of the group that `key` would belong to; none where other arguments are wrong too."""
     parent, dot, _ = key.rpartition(".")
     try:
-        config = _composed(arguments)
+        config = _configuration(arguments)
         group = OmegaConf.select(config, parent) if parent else config
     except Exception:  # another mistake, which Hydra tells
         return []
