@@ -75,9 +75,9 @@ def refuse_unknown(arguments: list[str]) -> None:
             return
         key = found[1]
         given = [argument for argument in arguments if argument.partition("=")[0] == key]
-        keys = _keys_next_to(key, [argument for argument in arguments if argument not in given])
-        if given and keys and key not in keys:
-            allowed = f"Could not override '{key}', which is no key; {_near(key, keys)}; +{given[0]} adds it"
+        hint = _hint(key, [argument for argument in arguments if argument not in given])
+        if given and hint:
+            allowed = f"Could not override '{key}', which is no key; {hint}"
             raise ConfigError(key, given[0].partition("=")[2], allowed) from error
 
 
@@ -86,20 +86,25 @@ def _configuration(arguments: list[str]) -> DictConfig:
         return compose("train", overrides=arguments)
 
 
-def _keys_next_to(key: str, arguments: list[str]) -> list[str]:
-    """Return the keys of the group that `key` would belong to; none where other arguments are wrong too."""
-    parent, dot, _ = key.rpartition(".")
+def _hint(key: str, arguments: list[str]) -> str:
+    """Return which keys there are in the group of an unknown one, or in which group it is; nothing if more is wrong."""
+    parent, dot, word = key.rpartition(".")
     try:
         config = _configuration(arguments)
         group = OmegaConf.select(config, parent) if parent else config
     except Exception:  # another mistake, which Hydra tells
-        return []
-    return [f"{parent}{dot}{name}" for name in group] if isinstance(group, DictConfig) else []
+        return ""
+    if not isinstance(group, DictConfig) or word in group:
+        return ""
+    if parent:
+        return f"{_near(word, [str(name) for name in group], parent + dot)}; +{key}=VALUE adds one"
+    within = [f"{name}.{word}" for name in group if isinstance(group[name], DictConfig) and word in group[name]]
+    return f"did you mean {' or '.join(within)}?" if within else _near(word, [str(name) for name in group])
 
 
-def _near(word: str, words: list[str]) -> str:
+def _near(word: str, words: list[str], prefix: str = "") -> str:
     close = get_close_matches(word, words, 1, 0.6)
-    return f"{f'did you mean {close[0]}? ' if close else ''}There are {', '.join(words)}"
+    return f"{f'did you mean {prefix}{close[0]}? ' if close else ''}There are {', '.join(words)}"
 
 
 def prepare_process() -> None:
