@@ -77,7 +77,7 @@ def test_a_run_writes_to_and_goes_on_from_a_directory_with_an_equals_sign(cli, t
     ("method=preloar", r"method='preloar': Could not find 'method/preloar'; did you mean prelora\? There are apollo, .*relora"),
     ("experiment=prelora_poket", r".* did you mean prelora_pocket\? There are .*prelora_vitl"),
     ("methd=full", r"methd='full': Could not override 'methd', .*; did you mean method\? There are .*data.*"),
-    ("trainer.max_epoch=3", r"trainer.max_epoch='3': .* did you mean trainer.max_epochs\? .*; \+trainer.max_epoch=VALUE adds one"),
+    ("trainer.max_epoch=3", r".* did you mean trainer.max_epochs\? .*; \+trainer.max_epoch=VALUE adds one"),
     ("batch_size=16", r"batch_size='16': .* did you mean data.batch_size\?"),
     ("data.nosuch=1", r".*'data.nosuch', which is no key; There are _target_, .*batch_size, .*"),
 ])  # fmt: skip
