@@ -96,10 +96,11 @@ def _hint(key: str, arguments: list[str]) -> str:
         return ""
     if not isinstance(group, DictConfig) or word in group:
         return ""
+    names = [str(name) for name in group]
     if parent:
-        return f"{_near(word, [str(name) for name in group], parent + dot)}; +{key}=VALUE adds one"
-    within = [f"{name}.{word}" for name in group if isinstance(group[name], DictConfig) and word in group[name]]
-    return f"did you mean {' or '.join(within)}?" if within else _near(word, [str(name) for name in group])
+        return f"{_near(word, names, parent + dot)}; +{key}=VALUE adds one"
+    within = [f"{name}.{word}" for name in names if isinstance(group[name], DictConfig) and word in group[name]]
+    return f"did you mean {' or '.join(within)}?" if within else _near(word, names)
 
 
 def _near(word: str, words: list[str], prefix: str = "") -> str:
