@@ -1,5 +1,6 @@
 # Everything runs in .venv, which is made once from the package index and never borrows what the machine happens to have.
 #   make demo   the main job          make test   the tests          make help   all targets
+#   source .venv/bin/activate         afterwards, to type commands of your own
 
 PYTHON ?= python3
 KILLS  ?= 100
@@ -10,13 +11,15 @@ GPU    ?=
 STUDIES := prelora_vit lte_vit cs744_gpt2 cs744_galore cs744_pathmnist composition
 VENV   := .venv
 BIN    := $(VENV)/bin
+DEMO   := runs/prelora_pocket-prelora_pocket-0
+FULL   := runs/prelora_pocket-full-0
 STAMP  := $(VENV)/.set-up
 
 # A stranger's PYTHONPATH or activated environment must not leak into ours.
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow chaos lint docs matrix docs-test bench gpu studies study clean
+.PHONY: help demo demo-full test test-slow chaos lint docs matrix docs-test bench gpu studies study clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,15 +29,22 @@ help: ## Show this list
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "error: PYTHON=$(PYTHON): must be Python 3.10 or newer (make PYTHON=python3.12 ...)" >&2; exit 2; }
+	@echo "setting up $(VENV), once: about 3 GB are downloaded (torch with its CUDA libraries), 6 GB on disk, some minutes"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
 	  { rm -rf $(VENV); echo "error: $(PYTHON) -m venv failed; on Debian: apt-get install python3-venv" >&2; exit 2; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch torchvision
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check torch torchvision
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@
 
 demo: $(STAMP) ## Pre-train a pocket Vision Transformer with PreLoRA: minutes on two cores
-	$(BIN)/python -m lowrank_pretrain ckpt_path=last
+	@echo "the demo: 12,000 embedded pictures, nothing more to download; 8 epochs, about two minutes on two idle cores"
+	$(BIN)/python -m lowrank_pretrain ckpt_path=last hydra.run.dir=$(DEMO)
+	$(BIN)/python -m lowrank_pretrain.report $(DEMO)
+
+demo-full: demo ## Train the same steps in full, and draw both on one page
+	$(BIN)/python -m lowrank_pretrain method=full ckpt_path=last hydra.run.dir=$(FULL)
+	$(BIN)/python -m lowrank_pretrain.report $(FULL) $(DEMO) --out runs/demo.html
 
 test: $(STAMP) ## Run the tests, two files at a time (JOBS=4 for more)
 	$(BIN)/python -m pytest -m "not slow and not docs" -n $(JOBS) --dist loadfile

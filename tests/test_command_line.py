@@ -1,12 +1,13 @@
 """The command line before Hydra reads it: paths that its grammar refuses, the home directory, logger=null."""
 
 import os
+import re
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from lowrank_pretrain.core.errors import ConfigError
-from lowrank_pretrain.run.command_line import prepare
+from lowrank_pretrain.run.command_line import prepare, refuse_unknown
 from tests.test_cli import ONE_STEP, cli  # noqa: F401  a fixture
 
 
@@ -70,3 +71,25 @@ def test_a_run_writes_to_and_goes_on_from_a_directory_with_an_equals_sign(cli, t
     assert code == 0 and "going on from runs/lr=1/checkpoints/last.ckpt" in out, err
     code, _, err = cli(*ONE_STEP, "data.root=[a=b")
     assert code == 2 and err.startswith("error: data.root='[a=b': ") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(("argument", "line"), [
+    ("method=preloar", r"method='preloar': Could not find 'method/preloar'; did you mean prelora\? There are apollo, .*relora"),
+    ("experiment=prelora_poket", r".* did you mean prelora_pocket\? There are .*prelora_vitl"),
+    ("methd=full", r"methd='full': Could not override 'methd', .*; did you mean method\? There are .*data.*"),
+    ("trainer.max_epoch=3", r".* did you mean trainer.max_epochs\? .*; \+trainer.max_epoch=VALUE adds one"),
+    ("batch_size=16", r"batch_size='16': .* did you mean data.batch_size\?"),
+    ("data.nosuch=1", r".*'data.nosuch', which is no key; There are _target_, .*batch_size, .*"),
+])  # fmt: skip
+def test_an_unknown_name_or_key_is_one_line_with_the_nearest(argument, line):
+    with pytest.raises(ConfigError) as error:
+        refuse_unknown(["seed=1", argument])
+    assert re.fullmatch(line, str(error.value)), str(error.value)
+
+
+@pytest.mark.parametrize("arguments", [
+    [], ["method=full", "hydra.run.dir=x"], ["-m", "method=nosuch"], ["--help"], ["sweep=seeds"], ["+trainer.new=1"],
+    ["optim.lr=interval(0,1)"], ["hydra/launcher=nosuch"],
+])  # fmt: skip
+def test_what_hydra_takes_or_tells_itself_is_left_to_it(arguments):
+    refuse_unknown(arguments)

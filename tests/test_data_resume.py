@@ -2,6 +2,8 @@
 
 import pickle
 import shutil
+import signal
+import subprocess
 
 import lightning as L
 import pytest
@@ -10,7 +12,8 @@ import torch
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.data.images.datasets import ImageData
 from lowrank_pretrain.data.images.fashion_mnist import FashionMNIST
-from lowrank_pretrain.data.loaders.epoch import EpochBatches
+from lowrank_pretrain.data.loaders.batch import Fetched, end_workers
+from lowrank_pretrain.data.loaders.epoch import EpochBatches, EpochLoader
 from lowrank_pretrain.data.text.stream import TextData
 from lowrank_pretrain.data.text.tokens import TokenData
 from tests.data_helpers import SaveAt, fingerprint, fit, image_folder, jsonl_gz, sentences
@@ -34,6 +37,16 @@ def folder(root, num_workers=0):
 def stream(root, num_workers=0, **kwargs):
     sizes = {"seq_len": 32, "vocab_size": 2048, "batches_per_epoch": PER_EPOCH, "shuffle_block": 7} | kwargs
     return TextData(str(root), "train*", "val*", tokenizer="kjv", batch_size=2, num_workers=num_workers, **sizes)
+
+
+class Numbers:
+    """A set of 16 numbers."""
+
+    def __len__(self):
+        return 16
+
+    def fetch(self, epoch, indices):
+        return Fetched(torch.tensor(indices), [])
 
 
 def check(make, tmp_path, hook, step, per_epoch=PER_EPOCH, **kwargs):
@@ -81,6 +94,30 @@ def test_tokens(tmp_path, hook, step):
 
 def test_images_in_memory_with_two_workers(tmp_path):
     check(lambda: sample(2), tmp_path, "batch", 8)
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="macOS cannot tell who sent a signal")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_loading_processes_outlive_a_signal_to_the_whole_group(number):
+    """``timeout``, SLURM and Ctrl-C signal them too; the training process must be able to write its checkpoint."""
+    loader = EpochLoader(Numbers(), EpochBatches(16, 2, False), num_workers=2)
+    batches = iter(loader)
+    first = next(batches)
+    workers = loader._loader._iterator._workers
+    subprocess.run(["kill", f"-{number.value}", *(str(worker.pid) for worker in workers)], check=True)  # not their parent
+    assert len([first, *batches]) == 8 and all(worker.is_alive() for worker in workers)
+    end_workers(loader._loader)
+    assert not any(worker.is_alive() for worker in workers)
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="macOS cannot tell who sent a signal")
+def test_a_loading_process_obeys_the_training_process():
+    loader = EpochLoader(Numbers(), EpochBatches(16, 2, False), num_workers=1)
+    next(iter(loader))
+    (worker,) = loader._loader._iterator._workers
+    worker.terminate()
+    worker.join(10)
+    assert worker.exitcode == 0
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

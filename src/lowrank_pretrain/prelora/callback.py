@@ -339,9 +339,11 @@ class PreLoRA(PhaseCallback):
             name = {self.latest: "latest", self.earliest: "earliest", self.windows: "windows"}[windows]
             more = "" if key == f"max_{self.window_unit}s" else f" epochs of {per_epoch} steps"
             done = f" ({windows * self.window - needed} of them are over)" if needed < windows * self.window else ""
+            reached = (left + windows * self.window - needed) // self.window  # windows by the end of the run
+            cure = f"; latest={int(reached)} would" if name == "windows" and reached >= 1 else ""
             raise ConfigError(
                 key, int(allowed), f"must be at least {name} * window = {windows * self.window}{more}{done}, else the run can "
-                "never switch"
+                f"never switch{cure}"
             )  # fmt: skip
 
     def patience(self, trainer: pl.Trainer) -> int:

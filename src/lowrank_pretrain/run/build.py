@@ -35,7 +35,8 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
         raise ConfigError(error.full_key or "?", "???", "must be given") from error
     except OmegaConfBaseException as error:
         # e.g. an image model for text, which has no num_classes
-        raise ConfigError(error.full_key or "?", "${...}", f"does not fit the rest: {first_line(error)}") from error
+        cure = "model= must be one for data=, images or text; begin with experiment=none and choose both"
+        raise ConfigError(error.full_key or "?", "${...}", f"does not fit the rest: {first_line(error)}; {cure}") from error
 
 
 def check_arguments(group: str, target: Callable, given: dict[str, Any], ours: Collection[str] = ()) -> None:

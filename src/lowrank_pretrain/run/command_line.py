@@ -1,11 +1,14 @@
-"""Prepare the command line before Hydra reads it: paths that its grammar refuses, and ``logger=null``."""
+"""Prepare the command line before Hydra reads it: paths that its grammar refuses, ``logger=null``, unknown names and keys."""
 
 import os
 import re
 import sys
+from difflib import get_close_matches
 
+from hydra import compose, initialize_config_module
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
 
 from lowrank_pretrain.core.errors import ConfigError
 
@@ -50,6 +53,61 @@ def _prepared(argument: str, sweep: bool) -> str:
         return f"{key}='{value}'"
 
 
+def refuse_unknown(arguments: list[str]) -> None:
+    """Refuse a name that is no option of its group, and a key that there is not, in one line; Hydra takes many.
+
+    A sweep and Hydra's own flags are left to Hydra, and so is any other mistake.
+
+    Raises:
+        ConfigError: with the nearest name or key, and all that there are.
+    """
+    if any(argument.startswith("-") for argument in arguments):
+        return
+    try:
+        _configuration(arguments)
+    except MissingConfigException as error:
+        group, _, name = (error.missing_cfg_file or "").partition("/")
+        if f"{group}={name}" in arguments:
+            allowed = f"Could not find '{group}/{name}'; {_near(name, list(error.options or []))}"
+            raise ConfigError(group, name, allowed) from error
+    except HydraException as error:
+        if (found := re.match(r"Could not override '([\w.]+)'", str(error))) is None:
+            return
+        key = found[1]
+        given = [argument for argument in arguments if argument.partition("=")[0] == key]
+        hint = _hint(key, [argument for argument in arguments if argument not in given])
+        if given and hint:
+            allowed = f"Could not override '{key}', which is no key; {hint}"
+            raise ConfigError(key, given[0].partition("=")[2], allowed) from error
+
+
+def _configuration(arguments: list[str]) -> DictConfig:
+    with initialize_config_module("lowrank_pretrain.conf", version_base="1.3"):
+        return compose("train", overrides=arguments)
+
+
+def _hint(key: str, arguments: list[str]) -> str:
+    """Return which keys there are in the group of an unknown one, or in which group it is; nothing if more is wrong."""
+    parent, dot, word = key.rpartition(".")
+    try:
+        config = _configuration(arguments)
+        group = OmegaConf.select(config, parent) if parent else config
+    except Exception:  # another mistake, which Hydra tells
+        return ""
+    if not isinstance(group, DictConfig) or word in group:
+        return ""
+    names = [str(name) for name in group]
+    if parent:
+        return f"{_near(word, names, parent + dot)}; +{key}=VALUE adds one"
+    within = [f"{name}.{word}" for name in names if isinstance(group[name], DictConfig) and word in group[name]]
+    return f"did you mean {' or '.join(within)}?" if within else _near(word, names)
+
+
+def _near(word: str, words: list[str], prefix: str = "") -> str:
+    close = get_close_matches(word, words, 1, 0.6)
+    return f"{f'did you mean {prefix}{close[0]}? ' if close else ''}There are {', '.join(words)}"
+
+
 def prepare_process() -> None:
     """Prepare this process's own arguments, which Hydra reads, and with which Lightning starts further processes.
 
@@ -58,6 +116,7 @@ def prepare_process() -> None:
     """
     try:
         sys.argv[1:] = prepare(sys.argv[1:])
+        refuse_unknown(sys.argv[1:])
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

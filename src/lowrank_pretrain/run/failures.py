@@ -70,6 +70,9 @@ def describe(error: BaseException, cfg: DictConfig, run_dir: Path) -> tuple[str,
         return f"error: {one_line(error, None)}; {last_good(run_dir)}; {cures}", 1
     if isinstance(error, (Stalled, Disagreement)):
         return f"error: {one_line(error, None)}; {last_good(run_dir)}", 1
+    if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):  # killed, for want of memory perhaps
+        cure = "fewer data.num_workers need less memory, 0 loads in this process and shows why"
+        return f"error: a loading process died ({one_line(error, 200)}); {last_good(run_dir)}; {cure}", 1
     if isinstance(error, torch.OutOfMemoryError):
         return "error: the device is out of memory; lower data.batch_size and raise trainer.accumulate_grad_batches", 1
     if isinstance(error, NotWritten) or getattr(error, "errno", None) in DISK:

@@ -32,6 +32,7 @@ REMARKS += ("Failed to load CPU gemm_4bit",)  # bitsandbytes, whose 8-bit moment
 WARNINGS = (
     r".*treespec, LeafSpec",
     r".*does not have many workers",
+    r".*This DataLoader will create",  # more workers than cores: data.num_workers may suit another machine
     r".*Checkpoint directory .* exists and is not empty",
     r".*smaller than the logging interval",
     r".*You have overridden `on_before_batch_transfer`",

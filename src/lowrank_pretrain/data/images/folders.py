@@ -111,7 +111,9 @@ def split_folder(root: str | None, splits: Mapping[str, str | None], fraction: f
     """
     path = Path(root) if root is not None else None
     if path is None or not path.exists():
-        raise ConfigError("root", root, "must be an existing folder of images, <root>/<split>/<class>/<image>")
+        raise ConfigError(
+            "root", root, "must be an existing folder of images, <root>/<class>/<image> or <root>/<split>/<class>/<image>"
+        )
     found = find_pictures(path)
     if not found.pictures:
         raise ConfigError("root", root, f"must hold images: Found 0 images there{_count(found.others, ', but ')}")

@@ -1,5 +1,8 @@
 """Take batches out of worker processes: what a dataset hands over, unreadable inputs, and the start and end of workers."""
 
+import os
+import signal
+import threading
 import warnings
 from typing import Any, NamedTuple
 
@@ -65,8 +68,29 @@ def torch_loader(cls: type[DataLoader], dataset: Any, num_workers: int, **kwargs
             pin_memory=torch.cuda.is_available(),
             collate_fn=_identity,
             generator=torch.Generator().manual_seed(0),
+            worker_init_fn=_outlive_signals,
             **kwargs,
         )
+
+
+def _outlive_signals(worker: int) -> None:
+    """Make a loading process deaf to Ctrl-C, and to SIGTERM unless the training process sends it.
+
+    A terminal, ``timeout`` and SLURM signal the whole process group. The training process answers by a checkpoint; without its
+    workers it would fail while it writes.
+    """
+    if not hasattr(signal, "sigwaitinfo"):  # macOS
+        return
+    heard = {signal.SIGINT, signal.SIGTERM}
+    signal.pthread_sigmask(signal.SIG_BLOCK, heard)
+    threading.Thread(target=_wait_for_parent, args=(heard,), daemon=True).start()
+
+
+def _wait_for_parent(heard: set[signal.Signals]) -> None:
+    while True:
+        info = signal.sigwaitinfo(heard)
+        if info.si_signo == signal.SIGTERM and info.si_pid == os.getppid():
+            os._exit(0)
 
 
 def end_workers(loader: DataLoader) -> None:
