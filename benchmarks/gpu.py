@@ -69,7 +69,7 @@ TINY_VIT = f"{LORA} --model test_vit --batch 2 --rounds 1 --threads 1"
 ROWS = "--out {out}.jsonl"
 VIT_L = f"{LORA} --device cuda --model vit_large_patch16_224 --batch 64"
 PIECES = [
-    Piece("vit_l_bf16", 180, f"{VIT_L} --precision bf16 {ROWS}", f"{TINY_VIT} --precision bf16 {ROWS}"),
+    Piece("vit_l_bf16", 180, f"{VIT_L} --precision bf16-mixed {ROWS}", f"{TINY_VIT} --precision bf16-mixed {ROWS}"),
     Piece("llama_1b", 240, f"{LLAMA} --device cuda {ROWS}", f"{LLAMA} --rounds 1 {ROWS}", transformers),
     Piece(
         "galore_step", 360, f"{GALORE} --device cuda --out {{out}}.csv",
