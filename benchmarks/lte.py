@@ -34,8 +34,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lowrank_pretrain.core.targets import find_targets, weight_rows
-from lowrank_pretrain.lte.heads.head_set import HeadSet, Settings
-from lowrank_pretrain.lte.merge import ROUTES
+from lowrank_pretrain.lte.heads.head_set import HeadSet
+from lowrank_pretrain.lte.settings import ROUTES, Settings
 from lowrank_pretrain.lte.traffic import traffic
 from lowrank_pretrain.lte.workers import Workers
 
@@ -94,7 +94,7 @@ def put_heads(model: nn.Module, heads: int, mode: str = "parallel") -> HeadSet:
     owner = HeadSet(Settings(heads=heads, merge_every=1, mode=mode, seed=0), Workers())
     targets = find_targets(model)
     owner.convert(targets, dict.fromkeys(targets, RANK))
-    for B in (factor for name, factor in owner.factors().items() if "lora_B" in name):
+    for B in (factor for name, factor in owner.parameters().items() if "lora_B" in name):
         nn.init.normal_(B, std=1e-3)
     owner.after_step()
     return owner
@@ -273,7 +273,7 @@ def merge_rank(rank: int, world: int, name: str, depth: int, args: argparse.Name
     targets = find_targets(module)
     heads.convert(targets, dict.fromkeys(targets, RANK))
     chosen = {piece.route for piece in heads.pieces}
-    for B in (factor for key, factor in heads.factors().items() if "lora_B" in key):
+    for B in (factor for key, factor in heads.parameters().items() if "lora_B" in key):
         nn.init.normal_(B, std=1e-3)
     total = sum(p.numel() * p.itemsize for p in module.parameters() if not p.requires_grad)
     bucket = torch.zeros(BUCKET // 4, device=device)

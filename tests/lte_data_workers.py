@@ -180,7 +180,7 @@ def outcomes(world, names, injected=False):
         )  # fmt: skip
         try:
             run.fit(module, LOADERS[name]())
-            found[name] = module.seen, run.strategy.heads.clock
+            found[name] = module.seen, run.strategy.local.clock
         except Exception as error:
             found[name] = f"{type(error).__name__}: {error}"
     return found

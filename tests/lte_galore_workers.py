@@ -46,7 +46,7 @@ def outcome(module, trainer, strategy):
 
 def run(world, **kwargs):
     module, trainer, strategy = fit(world, **kwargs)
-    heads = strategy.heads
+    heads = strategy.local
     return {**outcome(module, trainer, strategy), "metrics": strategy.metrics(), "sent": heads.workers.sent,
             "merges": heads.merges, "clock": heads.clock}  # fmt: skip
 
@@ -55,7 +55,7 @@ class WatchTargets(Watch):
     """After every batch the targets and the rest."""
 
     def on_train_batch_end(self, trainer, module, *_):
-        heads = trainer.strategy.heads
+        heads = trainer.strategy.local
         targets = {id(piece.p) for piece in heads.pieces}
         self.W.append([piece.p.detach().clone() for piece in heads.pieces])
         self.rest.append([p.detach().clone() for p in module.parameters() if id(p) not in targets])

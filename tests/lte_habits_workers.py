@@ -114,7 +114,7 @@ def bypassed(world, targets="all", how="linear", folder=None, ckpt=None, exact=F
     more = {"folder": folder, "save_at": (3,)} if folder else {}
     more["exact"] = exact or bool(folder or ckpt)
     module, _, strategy = fit(world, module=module, targets=targets, ckpt=ckpt, **more, **kwargs)
-    return {"weights": weights(module), "losses": module.losses, "targets": [p.name for p in strategy.heads.pieces]}
+    return {"weights": weights(module), "losses": module.losses, "targets": [p.name for p in strategy.local.pieces]}
 
 
 class Buffers(Net):

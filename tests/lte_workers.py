@@ -142,7 +142,7 @@ def layout(world, **kwargs):
     module, run, strategy = fit(world, **kwargs)
     return {
         "weights": weights(module), "losses": module.losses, "seen": module.seen, "scores": module.scores,
-        "metrics": strategy.metrics(), "A": {n: p.detach().clone() for n, p in strategy.heads.factors().items()},
+        "metrics": strategy.metrics(), "A": {n: p.detach().clone() for n, p in strategy.local.parameters().items()},
         "step": run.global_step, "logged": {k: float(v) for k, v in run.callback_metrics.items()},
     }  # fmt: skip
 
@@ -157,12 +157,12 @@ class Watch(pl.Callback):
         self.W, self.rest, self.heads = [], [], []
 
     def on_train_batch_end(self, trainer, module, *_):
-        owned = {id(p) for p in trainer.strategy.heads.factors().values()}
-        targets = {id(layer.weight) for layer in trainer.strategy.heads.layers.values()}
+        owned = {id(p) for p in trainer.strategy.local.parameters().values()}
+        targets = {id(layer.weight) for layer in trainer.strategy.local.layers.values()}
         named = list(module.parameters())
         self.W.append([p.detach().clone() for p in named if id(p) in targets])
         self.rest.append([p.detach().clone() for p in named if id(p) not in targets and id(p) not in owned])
-        self.heads.append([p.detach().clone() for p in trainer.strategy.heads.factors().values()])
+        self.heads.append([p.detach().clone() for p in trainer.strategy.local.parameters().values()])
 
 
 def watched(world, trainer=None, **kwargs):
@@ -175,11 +175,11 @@ def watched(world, trainer=None, **kwargs):
 def saved(world, folder, save_at, **kwargs):
     """A run that writes checkpoints; what it ends with."""
     module, run, strategy = fit(world, folder=folder, save_at=save_at, exact=True, **kwargs)
-    heads = {name: p.detach().clone() for name, p in strategy.heads.factors().items()}
+    heads = {name: p.detach().clone() for name, p in strategy.local.parameters().items()}
     owned = [(o, p) for o in run.optimizers for group in o.param_groups for p in group["params"]]
     moments = [v.clone() for o, p in owned for v in o.state.get(p, {}).values()]
     return {"weights": weights(module), "losses": module.losses, "heads": heads, "moments": moments,
-            "clock": (strategy.heads.clock, strategy.heads.merges)}  # fmt: skip
+            "clock": (strategy.local.clock, strategy.local.merges)}  # fmt: skip
 
 
 class Overflow(pl.Callback):
@@ -190,7 +190,7 @@ class Overflow(pl.Callback):
 
     def on_after_backward(self, trainer, module):
         if trainer.global_rank == self.rank and trainer.global_step == self.step:
-            next(iter(trainer.strategy.heads.factors().values())).grad.view(-1)[0] = float("inf")
+            next(iter(trainer.strategy.local.parameters().values())).grad.view(-1)[0] = float("inf")
 
 
 def overflowing(world, **kwargs):
@@ -262,8 +262,8 @@ def counted(world, **kwargs):
         _, _, strategy = fit(world, **kwargs)
     finally:
         dist.all_gather_into_tensor, dist.all_reduce = gather, reduce
-    return {"seen": seen, "metrics": strategy.metrics(), "sent": strategy.heads.workers.sent, "merges": strategy.heads.merges,
-            "routes": [p.route for p in strategy.heads.pieces]}  # fmt: skip
+    return {"seen": seen, "metrics": strategy.metrics(), "sent": strategy.local.workers.sent, "merges": strategy.local.merges,
+            "routes": [p.route for p in strategy.local.pieces]}  # fmt: skip
 
 
 class Dies(pl.Callback):
@@ -394,7 +394,7 @@ class SaveByClock(pl.Callback):
         self.folder, self.at, self.merged = folder, at, []
 
     def on_train_batch_end(self, trainer, module, *_):
-        heads = trainer.strategy.heads
+        heads = trainer.strategy.local
         self.merged.append(heads.merges)
         if heads.clock == self.at:
             trainer.save_checkpoint(self.folder / f"clock={self.at}.ckpt")
@@ -408,7 +408,7 @@ def by_hand(world, folder, way, ckpt=None, at=5, epochs=2, **kwargs):
         world, steps=-1, module=Manual(way), exact=True, folder=folder, ckpt=ckpt, trainer=options, merge_every=3, **kwargs
     )
     logged = [step for step, row in rows.rows if "lte/merge_mib" in row]
-    return {"merged": save.merged, "weights": weights(module), "clock": strategy.heads.clock, "logged": logged}
+    return {"merged": save.merged, "weights": weights(module), "clock": strategy.local.clock, "logged": logged}
 
 
 def patience(world, how):
@@ -436,7 +436,7 @@ class Remember(pl.Callback):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if trainer.global_step in (4, 6):
-            layers = trainer.strategy.heads.layers.values()
+            layers = trainer.strategy.local.layers.values()
             self.held.append([t.clone() for layer in layers for t in (layer.prev_A, *layer.prev_B)])
 
 

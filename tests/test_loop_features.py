@@ -190,7 +190,7 @@ def test_layerwise_galore_under_a_schedule_of_accumulation(tmp_path):
 
 def test_lte_merges_by_optimizer_steps_under_a_schedule_of_accumulation(tmp_path):
     merges = []
-    _, run = fit(tmp_path, "lte", schedule(), Steps(lambda t, _: merges.append(t.strategy.heads.merges)))
+    _, run = fit(tmp_path, "lte", schedule(), Steps(lambda t, _: merges.append(t.strategy.local.merges)))
     assert merges == [0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3]
 
 
@@ -515,7 +515,7 @@ def test_lte_with_two_optimizers_merges_behind_the_step_of_that_which_holds_the_
     one, _ = fit(tmp_path, "lte", module=One(True), lte=lte)
     for order in ((0, 1), (1, 0)):
         module, run = fit(tmp_path, "lte", module=Two(True, order), lte=lte)
-        assert run.strategy.heads.clock == 24 and run.strategy.heads.merges == 6
+        assert run.strategy.local.clock == 24 and run.strategy.local.merges == 6
         for (name, a), b in zip(one.state_dict().items(), module.state_dict().values(), strict=True):
             assert torch.equal(a, b), (order, name)
 

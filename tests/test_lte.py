@@ -12,8 +12,9 @@ from torch.nn import functional as F
 from lowrank_pretrain import ConfigError, PreLoRA
 from lowrank_pretrain.core.targets import all_targets
 from lowrank_pretrain.lte import LTEStrategy
-from lowrank_pretrain.lte.heads.head_set import HeadSet, Settings
+from lowrank_pretrain.lte.heads.head_set import HeadSet
 from lowrank_pretrain.lte.heads.layer import draw_A
+from lowrank_pretrain.lte.settings import Settings
 from lowrank_pretrain.lte.workers import Workers
 from tests.lte_workers import WIDTH, Net, Samples, fit, layout, weights
 from tests.reference import lte as reference
@@ -91,7 +92,7 @@ def head_set(module, rank=2, seed=0, **how):
 def stir(heads, seed=1):
     """As if the heads had trained: factors from a generator."""
     g = torch.Generator().manual_seed(seed)
-    for p in heads.factors().values():
+    for p in heads.parameters().values():
         p.data.copy_(torch.randn(p.shape, generator=g, dtype=torch.float64) * 0.1)
 
 
@@ -145,7 +146,7 @@ def test_forward_goes_on_at_a_merge_and_merging_again_changes_nothing():
     layer = nn.Sequential(nn.Linear(6, 10).double())
     heads = head_set(layer)
     stir(heads)
-    view = heads.view.merged()["0"]
+    view = heads.view.merged_weights()["0"]
     heads.after_step()
     assert torch.equal(view, layer[0].weight)  # what was looked at is what the merge makes
     x = torch.randn(4, 6, dtype=torch.float64)
@@ -180,9 +181,9 @@ def test_bfloat16_weights_are_formed_from_float32(tmp_path):
     for step in range(300):
         for heads in sets:
             g = torch.Generator().manual_seed(step)
-            for p in heads.factors().values():
+            for p in heads.parameters().values():
                 p.data += (torch.randn(p.shape, generator=g, dtype=torch.float64) * 1e-3).to(p.dtype)
-        for p, q in zip(sets[0].factors().values(), sets[1].factors().values(), strict=True):
+        for p, q in zip(sets[0].parameters().values(), sets[1].parameters().values(), strict=True):
             p.data.copy_(q.data)  # the factors are the same numbers
         for heads in sets:
             heads.after_step()
@@ -198,9 +199,9 @@ def test_looking_under_inference_mode_leaves_training_possible():
     stir(heads)
     x = torch.randn(4, 6, dtype=torch.float64)
     with torch.inference_mode():
-        heads.view.look()
+        heads.view.swap_in()
         looked = layer(x).clone()
-        heads.view.look_away()
+        heads.view.swap_out()
     heads.after_step()
     heads.shared.batch = 4
     y = layer(x)
@@ -245,7 +246,7 @@ def test_sequential_trains_one_head_at_a_time():
 
     class Look(pl.Callback):
         def on_train_batch_end(self, trainer, *_):
-            seen.append((trainer.strategy.heads.turn, trainer.strategy.heads.factors()["net.0.lora_A"].shape[0]))
+            seen.append((trainer.strategy.local.turn, trainer.strategy.local.parameters()["net.0.lora_A"].shape[0]))
 
     fit(steps=9, mode="sequential", heads=3, merge_every=2, trainer={"callbacks": [Look()]})
     assert seen == [(0, 1), (1, 1), (1, 1), (2, 1), (2, 1), (0, 1), (0, 1), (1, 1), (1, 1)]
@@ -258,7 +259,7 @@ def test_fused_layers_have_heads_per_part_and_train_the_rest(tmp_path):
     start = weights(module)
     run = trainer(tmp_path, strategy=LTEStrategy(rank=2, heads=2, targets=["*.q", "*.v"], merge_every=2), max_epochs=1)
     run.fit(module, loader())
-    assert set(run.strategy.heads.factors()) >= {"blocks.0.qkv.lora_A", "blocks.0.qkv.lora_B.q", "blocks.0.qkv.lora_B.v"}
+    assert set(run.strategy.local.parameters()) >= {"blocks.0.qkv.lora_A", "blocks.0.qkv.lora_B.q", "blocks.0.qkv.lora_B.v"}
     change = (module.blocks[0].qkv.weight - start["blocks.0.qkv.weight"]).detach()
     ranks = [int(torch.linalg.matrix_rank(block)) for block in change.chunk(3)]
     assert ranks[0] <= 4 and ranks[2] <= 4 and ranks[1] > 4  # k trains in full
@@ -314,7 +315,7 @@ def test_accumulation_is_one_larger_batch():
 
 
 def test_clipping_by_norm_takes_each_head_by_its_own():
-    from lowrank_pretrain.lte.clipping import clip_norms
+    from lowrank_pretrain.lte.workers import clip_norms
 
     rest, factor = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(2, 4))
     rest.grad, factor.grad = torch.tensor([3.0, 0.0, 4.0]), torch.tensor([[0.1] * 4, [5.0] * 4])
@@ -344,13 +345,13 @@ def test_lr_finder_leaves_no_trace():
         def on_fit_start(self, trainer, module):
             super().on_fit_start(trainer, module)
             self.clock = (
-                trainer.strategy.heads.clock,
-                max(p.abs().max().item() for n, p in trainer.strategy.heads.factors().items() if ".lora_B" in n),
+                trainer.strategy.local.clock,
+                max(p.abs().max().item() for n, p in trainer.strategy.local.parameters().items() if ".lora_B" in n),
             )
 
     find = Find(num_training_steps=6, update_attr=False)
     module, _, strategy = fit(steps=4, trainer={"callbacks": [find]})
-    assert find.clock == (0, 0.0) and strategy.heads.clock == 4
+    assert find.clock == (0, 0.0) and strategy.local.clock == 4
 
 
 BAD = [

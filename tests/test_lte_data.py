@@ -234,7 +234,7 @@ def test_two_loaders_at_once_share_out_each_its_own_batch(order):
         return sum(self.run(x.float(), y) for _, x, y in batch.values())
 
     _, run = feed(both, {k: DataLoader(Samples(16), {"a": 4, "b": 8}[k]) for k in order})
-    assert run.strategy.heads.clock == 4
+    assert run.strategy.local.clock == 4
 
 
 def part(self, batch):
@@ -253,7 +253,7 @@ def windows(self, batch):
 @pytest.mark.parametrize("forward", [part, graphs, windows])
 def test_a_layers_own_first_dimension_is_shared_out(forward):
     _, run = feed(forward, with_front())
-    assert run.strategy.heads.clock == 2
+    assert run.strategy.local.clock == 2
 
 
 class Experts(pl.LightningModule):
@@ -284,7 +284,7 @@ def test_an_expert_that_few_tokens_reach_is_no_reason_to_stop():
         enable_progress_bar=False, enable_checkpointing=False, enable_model_summary=False,
     )  # fmt: skip
     run.fit(Experts(), with_front())
-    assert run.strategy.heads.clock == 2
+    assert run.strategy.local.clock == 2
 
 
 def test_a_layer_that_sees_no_batch_is_named_before_the_first_step():
@@ -296,7 +296,7 @@ def test_a_layer_that_sees_no_batch_is_named_before_the_first_step():
         feed(conditioned, with_front(), targets=["net.0", "net.4"])
     with pytest.warns(UserWarning, match=r"leaves out what cannot be a target: net.0 its input has 1 in dim 0"):
         module, run = feed(conditioned, with_front())
-    assert [piece.name for piece in run.strategy.heads.pieces] == ["net.4"]
+    assert [piece.name for piece in run.strategy.local.pieces] == ["net.4"]
     with pytest.raises(ConfigError, match=r"heads=9: a batch holds 8 samples"):
         feed(plainly, with_front(), heads=9)
 
@@ -328,7 +328,7 @@ def test_on_one_device_a_batch_sampler_of_ones_own_runs_as_it_is():
         return self.run(batch[1].float(), batch[2])
 
     _, run = feed(look, DataLoader(Samples(16), batch_sampler=Batches()))
-    assert seen == list(range(8)) and run.strategy.heads.clock == 2
+    assert seen == list(range(8)) and run.strategy.local.clock == 2
     assert run._accelerator_connector.use_distributed_sampler  # as it was asked for
     run.test(Net(dtype=torch.float64), DataLoader(Samples(16), batch_sampler=Batches()), verbose=False)
     assert run._accelerator_connector.use_distributed_sampler  # as it was asked for

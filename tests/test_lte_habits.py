@@ -231,7 +231,7 @@ KINDS = ["frozen", "parametrized", "pruned", "old spectral_norm", "subclass", "i
 def test_presets_leave_out_what_cannot_have_heads(kind):
     with pytest.warns(UserWarning, match="leaves out what cannot be a target: net.4"):
         _, _, strategy = fit(module=spoilt(kind), steps=2)
-    assert [piece.name for piece in strategy.heads.pieces] == ["net.0"]
+    assert [piece.name for piece in strategy.local.pieces] == ["net.0"]
     with pytest.raises(ConfigError, match=r"targets=.net\.4.: "):
         fit(module=spoilt(kind), steps=2, targets=["net.0", "net.4"])
 
@@ -239,7 +239,7 @@ def test_presets_leave_out_what_cannot_have_heads(kind):
 def test_presets_cut_ranks_down():
     with pytest.warns(UserWarning, match="at most 8"):
         _, _, strategy = fit(rank=12, steps=2)
-    assert {piece.part.rank for piece in strategy.heads.pieces} == {8}
+    assert {piece.part.rank for piece in strategy.local.pieces} == {8}
 
 
 # ---- what is averaged -------------------------------------------------------------------------------------------------
@@ -337,9 +337,9 @@ class Asks(pl.Callback):
         copied = copy.deepcopy(module).state_dict()
         assert copied.keys() == state.keys() and all(torch.equal(copied[name], state[name]) for name in state)
         assert module.net.state_dict().keys() == self.bare.net.state_dict().keys()
-        trainer.strategy._look()
+        trainer.strategy.converted.swap_in()
         merged = {name: value.clone() for name, value in module.state_dict().items()}
-        trainer.strategy._look_away()
+        trainer.strategy.converted.swap_out()
         assert not any("lora" in name for name in merged)
         self.seen.append(max(float((merged[name] - state[name]).abs().max()) for name in merged))
 
@@ -440,7 +440,7 @@ def test_models_that_differentiate_twice_or_forward_train(model, how):
             fit(module=model(), steps=2, **how)
         return
     module, _, strategy = fit(module=model(), steps=6, **how)
-    assert (module.net[0].weight - Net().net[0].weight).abs().max() > 1e-3 and strategy.heads.merges == 1
+    assert (module.net[0].weight - Net().net[0].weight).abs().max() > 1e-3 and strategy.local.merges == 1
 
 
 # ---- optimizers -------------------------------------------------------------------------------------------------------

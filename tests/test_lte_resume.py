@@ -133,7 +133,7 @@ def test_a_file_without_lte_goes_on_under_lte(tmp_path):
     run.fit(module, torch.utils.data.DataLoader(Samples(), batch_size=8))
     run.save_checkpoint(tmp_path / "plain.ckpt")
     again, went, strategy = workers.fit(steps=10, ckpt=str(tmp_path / "plain.ckpt"))
-    assert went.global_step == 10 and strategy.heads.clock == 4
+    assert went.global_step == 10 and strategy.local.clock == 4
 
 
 def test_saved_after_the_fit_it_goes_on(tmp_path):
@@ -187,7 +187,7 @@ def test_prelora_hands_over_to_lte_and_resumes(tmp_path, reset):
         module, _, _ = workers.fit(
             steps=16, folder=folder, save_at=at, ckpt=ckpt, exact=True, strategy=strategy, trainer={"callbacks": [callback]}
         )
-        assert callback.phase == "lowrank" and strategy.heads is not None
+        assert callback.phase == "lowrank" and strategy.local.begun
         return {"weights": workers.weights(module), "losses": module.losses}
 
     whole = go(tmp_path, at=[2, 5, 8, 11, 13])

@@ -186,7 +186,8 @@ def slow_prune(moment: torch.Tensor, fraction: float) -> torch.Tensor:
 def test_pruning_zeroes_each_heads_smallest_moments_and_nothing_else(fraction):
     optimizer, parameters, rest = stepped(amsgrad=True)
     keys = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
-    wanted = [{key: slow_prune(optimizer.state[p][key], fraction) for key in keys} for p in parameters]
+    kept = [slow_prune(optimizer.state[p]["exp_avg"], fraction) != 0 for p in parameters]  # momentum decides for all moments
+    wanted = [{key: optimizer.state[p][key] * mask for key in keys} for p, mask in zip(parameters, kept, strict=True)]
     untouched = {key: value.clone() for key, value in optimizer.state[rest].items()}
     values = [p.detach().clone() for p in parameters]
     share = prune_moments(optimizer, parameters, fraction)
@@ -208,6 +209,20 @@ def test_heads_prune_alike_together_and_apart():
     prune_moments(other, apart, 0.7)
     for key in ("exp_avg", "exp_avg_sq"):
         assert torch.equal(optimizer.state[together][key], torch.cat([other.state[p][key] for p in apart]))
+
+
+def test_what_keeps_its_momentum_keeps_its_mean_square():
+    """Else the next step would be up to a thousand times too long there, as in the authors' code."""
+    optimizer, parameters, _ = stepped()
+    prune_moments(optimizer, parameters, 0.9)
+    for p in parameters:
+        state = optimizer.state[p]
+        assert (state["exp_avg"] != 0).any() and ((state["exp_avg"] == 0) | (state["exp_avg_sq"] > 0)).all()
+    before = [p.detach().clone() for p in parameters]
+    for p in parameters:
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert max((p - was).abs().max() for p, was in zip(parameters, before, strict=True)) < 5 * 1e-2  # lr
 
 
 def test_equal_magnitudes_do_not_overshoot_and_strided_moments_are_pruned_in_place():
@@ -248,7 +263,7 @@ def test_ramps_follow_the_merges_of_each_fit(tmp_path):
             fit.optimizers[0].register_step_pre_hook(lambda o, *_: self.rates.append(o.param_groups[0]["lr"]))
 
         def on_train_batch_end(self, fit, *_):
-            self.merges.append(fit.strategy.heads.merges)
+            self.merges.append(fit.strategy.local.merges)
 
     look, module = Look(), toy()
     strategy = LTEStrategy(rank=2, heads=2, merge_every=4, reset=True, targets=["*.fc1"])

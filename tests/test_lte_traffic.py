@@ -11,9 +11,9 @@ from torch import nn
 
 from lowrank_pretrain import ConfigError
 from lowrank_pretrain.core.targets import find_targets
-from lowrank_pretrain.lte.heads import record
-from lowrank_pretrain.lte.heads.head_set import HeadSet, Settings, head_names
-from lowrank_pretrain.lte.rest import Rest
+from lowrank_pretrain.lte.heads.head_set import HeadSet
+from lowrank_pretrain.lte.rest import SharedParameters
+from lowrank_pretrain.lte.settings import Settings
 from lowrank_pretrain.lte.traffic import traffic
 from lowrank_pretrain.lte.workers import Workers
 
@@ -160,8 +160,8 @@ def measured(world, route):
     heads = HeadSet(Settings(heads=2, route=route, seed=0), workers)
     chosen = find_targets(net)
     heads.convert(chosen, dict.fromkeys(chosen, 16))
-    owned = {id(p) for p in record.factors(heads.layers).values()}
-    rest = Rest(net, owned, head_names(net, heads.layers), workers, "merge")
+    owned = {id(p) for p in heads.parameters().values()}
+    rest = SharedParameters(net, owned, heads.hidden(net), workers, "merge")
     found["merge"] = on_the_wire(lambda: heads.exchange().wait())
     found["rest"] = on_the_wire(rest.merge)
     return found, workers.sent

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_pretrain.core.targets import find_targets, weight_rows
-from lowrank_pretrain.lte.heads.head_set import HeadSet, Settings
+from lowrank_pretrain.lte.heads.head_set import HeadSet
+from lowrank_pretrain.lte.settings import Settings
 from lowrank_pretrain.lte.workers import Workers
 
 

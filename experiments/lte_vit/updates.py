@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from lowrank_pretrain.core.targets import find_targets
-from lowrank_pretrain.lte.heads.head_set import HeadSet, Settings
+from lowrank_pretrain.lte.heads.head_set import HeadSet
+from lowrank_pretrain.lte.settings import Settings
 from lowrank_pretrain.lte.workers import Workers
 
 BATCH, RATE = 512, 1e-3

@@ -1,4 +1,4 @@
-"""LTE (LoRA-the-Explorer, arXiv 2402.16828): workers train low-rank heads apart and merge them now and then."""
+"""LTE (LoRA-the-Explorer, arXiv 2402.16828): workers train low-rank heads separately and merge them now and then."""
 
 from lightning.pytorch.strategies import StrategyRegistry
 
@@ -9,4 +9,4 @@ from lowrank_pretrain.observe.rank_analysis import EffectiveRank, HeadOrthogonal
 __all__ = ["EffectiveRank", "HeadOrthogonality", "JaggedRestarts", "LTEStrategy"]
 
 if "lte" not in StrategyRegistry:  # a second registration raises
-    StrategyRegistry.register("lte", LTEStrategy, description="LoRA-the-Explorer: heads train apart and merge now and then")
+    StrategyRegistry.register("lte", LTEStrategy, description="LoRA-the-Explorer: heads train separately, then merge")

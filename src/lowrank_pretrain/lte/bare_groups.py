@@ -1,7 +1,7 @@
-"""Optimizer states as a run without LTE would have them, and the heads' own apart.
+"""Keep optimizer states as a run without LTE would have them, separately from the heads' own.
 
-LTE moves parameters about: W leaves its group, heads join it. A checkpoint says what the bare model's optimizer would: its
-groups in their order, W among them without moments. Heads' moments are told by name, all N heads stacked.
+LTE moves parameters: W leaves its group, heads join it. A checkpoint holds what the bare model's optimizer would: its groups in
+their order, W among them without moments. The heads' moments are saved by name, all N heads stacked.
 """
 
 import copy
@@ -21,12 +21,12 @@ from lowrank_pretrain.core.protocols import Inherit
 
 @dataclass
 class BareGroups:
-    """What an optimizer's groups were before the model was converted.
+    """An optimizer's groups as they were before the model was converted.
 
     Attributes:
-        optimizer: it.
+        optimizer: the optimizer.
         groups: its parameters, group by group.
-        inherited: parameters that are row blocks of a converted layer's W and train in full beside heads.
+        inherited: parameters that are row blocks of a converted layer's W and train in full next to heads.
     """
 
     optimizer: Optimizer
@@ -35,16 +35,16 @@ class BareGroups:
 
     @classmethod
     def of(cls, optimizer: Optimizer, leave_out: Iterable[Tensor] = ()) -> "BareGroups":
-        """As they are now, without ``leave_out``."""
+        """Return the groups as they are now, without ``leave_out``."""
         out = {id(p) for p in leave_out}
         return cls(optimizer, [[p for p in g["params"] if id(p) not in out] for g in optimizer.param_groups], [])
 
     def _follow(self) -> None:
-        """Groups that joined in mid-fit, as a callback that unfreezes adds them, are the bare model's too."""
+        """Take in groups that joined in mid-fit: those that a callback adds when it unfreezes are the bare model's too."""
         self.groups += [list(group["params"]) for group in self.optimizer.param_groups[len(self.groups) :]]
 
     def numbers(self, params: Iterable[Tensor]) -> set[int]:
-        """The numbers that ``state_dict`` gives to those of these parameters that were there before."""
+        """Return the numbers that ``state_dict`` gives to those of these parameters that were there before."""
         position = {id(p): n for n, p in enumerate(p for group in self.groups for p in group)}
         return {position[id(p)] for p in params if id(p) in position}
 
@@ -52,7 +52,7 @@ class BareGroups:
         """Give the optimizer weights back where they were, in place of parameters that are gone.
 
         Args:
-            weights: by id.
+            weights: the weights by id.
             gone: ids of what had taken their place.
         """
         self._follow()
@@ -75,7 +75,7 @@ class BareGroups:
         self.inherited = [i for i in self.inherited if id(i.new) not in gone]
 
     def state_dict(self) -> dict[str, Any]:
-        """What ``optimizer.state_dict()`` of the bare model would be."""
+        """Return what ``optimizer.state_dict()`` of the bare model would be."""
         self._follow()
         order = [p for group in self.groups for p in group]
         live = self.optimizer.state_dict()
@@ -137,12 +137,12 @@ _PLAIN = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)  # known to trea
 
 
 def check_stacked(optimizer: Optimizer, like: Tensor) -> None:
-    """Find out by a step on a toy parameter whether an optimizer can train heads, which are stacked (H, R, D).
+    """Try by a step on a toy parameter whether an optimizer can train heads, which are stacked (H, R, D).
 
     The optimizer holds its own parameters and states again afterwards.
 
     Args:
-        optimizer: it.
+        optimizer: the optimizer.
         like: a head's factor, for dtype and device.
 
     Raises:
@@ -152,8 +152,9 @@ def check_stacked(optimizer: Optimizer, like: Tensor) -> None:
     if type(optimizer) in _PLAIN or hasattr(optimizer, "optim") or type(optimizer).__module__.startswith("lowrank_pretrain"):
         return
     both = torch.linspace(-1, 1, 128).square().view(2, 8, 8) - torch.eye(8)
-    alone = [_trial(optimizer, matrix, like) for matrix in both]
-    if any(isinstance(found, Exception) for found in alone):
+    tried = [_trial(optimizer, matrix, like) for matrix in both]
+    alone = [found[0] for found in tried if not isinstance(found, Exception)]
+    if len(alone) < len(tried):
         return  # it wants more than gradients (a closure, a mode): nothing can be told here
     found = _trial(optimizer, both, like)
     if isinstance(found, Exception):
@@ -162,7 +163,7 @@ def check_stacked(optimizer: Optimizer, like: Tensor) -> None:
     p, state = found
     for key, value in state.items():
         check_moment(kind, key, value, p)
-    if not all(torch.allclose(p[k], alone[k][0], rtol=1e-3, atol=1e-5) for k in range(2)):
+    if not all(torch.allclose(p[k], alone[k], rtol=1e-3, atol=1e-5) for k in range(2)):
         rank_zero_warn(
             f"LTE: {kind} takes all heads of a matrix together (a norm over the whole parameter?), so a head depends "
             "on which heads share its device: AdamW keeps them independent"
@@ -181,7 +182,7 @@ def check_moment(kind: str, key: str, value: Any, p: Tensor) -> None:
 
 
 def _trial(optimizer: Optimizer, value: Tensor, like: Tensor) -> tuple[Tensor, dict[str, Any]] | Exception:
-    """What the optimizer's step makes of one parameter, and what it keeps of it."""
+    """Return one parameter after the optimizer's step, and the state that is kept of it."""
     p = nn.Parameter(value.to(like).clone())
     p.grad = value.flip(-1).to(like)
     kept = dict(optimizer.__dict__)
@@ -201,5 +202,5 @@ def _trial(optimizer: Optimizer, value: Tensor, like: Tensor) -> tuple[Tensor, d
 
 
 def _numbered(optimizer: Optimizer) -> Iterable[tuple[int, Tensor]]:
-    """(number, parameter) in the order in which ``state_dict`` numbers them."""
+    """Yield (number, parameter) in the order in which ``state_dict`` numbers them."""
     return enumerate(p for group in optimizer.param_groups for p in group["params"])

@@ -1,8 +1,8 @@
-"""Do the workers see different data, and equally much of it? Checked, because neither shows in any loss curve.
+"""Check that the workers see different data, and equally much of it: neither shows in a loss curve.
 
-Lightning gives a map-style loader a ``DistributedSampler``. All else (a sampler or a batch sampler of one's own, a data set
-that was split beforehand, a stream) is judged by what arrives: the first batches of all workers are compared. Workers with
-more batches than the others would wait for ever at the next merge: where a loader may not have as many as it says, the
+Lightning gives a map-style loader a ``DistributedSampler``. Other loaders (a sampler or a batch sampler of the user's own, a
+data set that was split beforehand, a stream) are judged by what arrives: the first batches of all workers are compared. A
+worker with more batches than the others would wait for ever at the next merge: where a loader may have fewer than it says, the
 workers ask one another before every batch.
 """
 
@@ -45,14 +45,14 @@ class Facts:
     """What a worker tells the others of its training loader.
 
     Attributes:
-        length: batches; ``None``: it does not know.
-        name: of the kind of sampler, for messages.
+        length: number of batches; ``None``: it does not know.
+        name: kind of sampler, for messages.
         share: (workers, rank, seed) of the sampler that shares the samples out; ``None``: there is none.
         trusted: whether the batches are what the sampler says, so that they need not be compared.
-        exact: whether it surely has as many batches as it says.
+        exact: whether it is certain to have as many batches as it says.
         first: a hash of the data set's first sample, where a sampler would give it to every worker.
         part: a hash of which samples the data set has, where it lies in memory; ``None``: unknown.
-        own: samples that the user's sampler deals of how many, where Lightning shares them out once more.
+        own: samples that the user's sampler gives, and their number in all, where Lightning shares them out once more.
     """
 
     length: int | None
@@ -66,13 +66,13 @@ class Facts:
 
 
 def shared_out(loader: Any, workers: int) -> Any:
-    """The training loader, made safe: its data are this worker's own, and it ends when that of any worker ends.
+    """Return the training loader, made safe: its data are this worker's own, and it ends when that of any worker ends.
 
-    All workers must call it together. One that is known to be right is returned as it is.
+    All workers call it together. A loader that is known to be right is returned as it is.
 
     Args:
         loader: a training loader; anything that can be iterated.
-        workers: how many.
+        workers: number of workers.
 
     Raises:
         ConfigError: on all workers: a ``DistributedSampler`` of another number of workers, or of one rank twice; workers
@@ -84,8 +84,8 @@ def shared_out(loader: Any, workers: int) -> Any:
     dist.all_gather_object(everyone, _facts(loader))
     _check_samplers(everyone, workers)
     _warn_of_parts(everyone, workers)
-    lengths = [facts.length for facts in everyone]
-    known = None if None in lengths else min(lengths)
+    lengths = [facts.length for facts in everyone if facts.length is not None]
+    known = min(lengths) if len(lengths) == workers else None
     if known == 0 and max(lengths) > 0:
         raise ConfigError("train_dataloader", "0 batches", f"is what worker {lengths.index(0)} has; each needs at least one")
     shares = all(facts.trusted for facts in everyone)
@@ -126,7 +126,7 @@ def _facts(loader: Any) -> Facts:
 
 
 def _first_sample(loader: DataLoader) -> str | None:
-    """A hash of the data set's first sample, drawn without a trace in the random generators."""
+    """Return a hash of the data set's first sample, drawn without a trace in the random generators."""
     drawn = random_state.capture()
     try:
         return digest(loader.dataset[0])
@@ -137,7 +137,7 @@ def _first_sample(loader: DataLoader) -> str | None:
 
 
 def _check_shared_once(sampler: DistributedSampler) -> None:
-    """Lightning lays a sampler that shares out already over one of its own: a worker would see a part of its part."""
+    """Refuse a sampler that shares out already: Lightning's own would share its part out again."""
     if not isinstance(sampler, DistributedSamplerWrapper):
         return
     inner = getattr(sampler.dataset, "_sampler", None)
@@ -149,14 +149,14 @@ def _check_shared_once(sampler: DistributedSampler) -> None:
 
 
 def _part(data: Any) -> str | None:
-    """A hash of which samples a data set has, of those that are sure to be read without a trace."""
+    """Return a hash of which samples a data set has, where they can be read without a trace."""
     if isinstance(data, Subset):
         return digest(np.asarray(data.indices))
     return digest(data[0]) if isinstance(data, TensorDataset) and len(data) else None
 
 
 def _dealt(sampler: DistributedSampler, data: Any) -> tuple[int, int] | None:
-    """How many samples a sampler of the user's own gives, of how many, under one that Lightning laid over it."""
+    """Return how many samples a user's sampler gives, and their number in all, where Lightning laid its own over it."""
     inner = getattr(sampler.dataset, "_sampler", None) if isinstance(sampler, DistributedSamplerWrapper) else None
     if inner is None or type(inner).__module__.startswith("torch.") or not isinstance(data, Sized):
         return None
@@ -164,31 +164,31 @@ def _dealt(sampler: DistributedSampler, data: Any) -> tuple[int, int] | None:
 
 
 def _warn_of_parts(everyone: list[Facts], workers: int) -> None:
-    """What is shared out twice trains on a part of each part only. It is not refused: parts may be meant to overlap."""
+    """Warn of data that are shared out twice: a part of each part trains. It is not refused: parts may be meant to overlap."""
     again = f"is shared out once more by Lightning's sampler, so that only 1/{workers} of it is seen"
     cure = "set Trainer(use_distributed_sampler=False), if each worker's part is its own already"
     parts = {facts.part for facts in everyone}
-    own = [facts.own for facts in everyone]
+    own = [facts.own for facts in everyone if facts.own is not None]
     if None not in parts and len(parts) == workers:
         rank_zero_warn(f"LTE: every worker has another training set, and each {again}: {cure}")
-    elif None not in own and all(0 <= of - workers * dealt + workers - 1 <= 2 * (workers - 1) for dealt, of in own):
+    elif len(own) == len(everyone) and all(0 <= of - workers * dealt + workers - 1 <= 2 * (workers - 1) for dealt, of in own):
         dealt, of = own[0]
         rank_zero_warn(f"LTE: the sampler gives {dealt} of {of} samples on each of {workers} workers, and that {again}: {cure}")
 
 
 def _check_samplers(everyone: list[Facts], workers: int) -> None:
-    """Those that say whose part they give must give each worker a part of its own, and no part to nobody."""
+    """Refuse samplers that do not give each worker a part of its own, and every part to one."""
     cure = "leave Trainer(use_distributed_sampler=True), or give DistributedSampler the right rank and num_replicas"
     firsts = {(facts.first, facts.length) for facts in everyone}
     if len(firsts) == 1 and everyone[0].first is not None:
         raise ConfigError("sampler", everyone[0].name, f"gives each of {workers} workers the same samples: {cure}")
-    shares = [facts.share for facts in everyone]
-    if None in shares:
+    shares = [facts.share for facts in everyone if facts.share is not None]
+    if len(shares) < len(everyone):
         return
-    for facts in everyone:
-        if facts.share[0] != workers:
+    for facts, (among, _, _) in zip(everyone, shares, strict=True):
+        if among != workers:
             raise ConfigError(
-                "sampler", facts.name, f"shares the samples out among {facts.share[0]} workers, and there are {workers}: {cure}"
+                "sampler", facts.name, f"shares the samples out among {among} workers, and there are {workers}: {cure}"
             )
     ranks = [rank for _, rank, _ in shares]
     if len(set(ranks)) < workers:
@@ -207,11 +207,11 @@ def _check_samplers(everyone: list[Facts], workers: int) -> None:
 
 
 class _Shared:
-    """A loader in every respect but when it ends.
+    """Be a loader in every respect but when it ends.
 
     Args:
-        loader: it.
-        workers: how many there are.
+        loader: the user's loader.
+        workers: number of workers.
         length: batches after which all end; ``None``: nobody knows.
         compared: whether its first batches are compared with the other workers'.
         asks: whether the workers ask one another before every batch.
@@ -220,7 +220,7 @@ class _Shared:
     def __init__(self, loader: Any, workers: int, length: int | None, compared: bool, asks: bool) -> None:
         self._loader, self._workers, self._length = loader, workers, length
         self._compared, self._asks = compared, asks
-        self._told = False
+        self._warned = False
 
     def __getattr__(self, name: str) -> Any:
         if name == "_loader":
@@ -246,7 +246,7 @@ class _Shared:
             yield batch
 
     def _next(self, batches: Iterator[Any]) -> Any:
-        """The next batch that is one. A worker that left a step out would leave the others waiting for it."""
+        """Return the next batch that is not None. A worker that left a step out would leave the others waiting for it."""
         batch = next(batches, _END)
         while batch is None and self._asks:
             self._say("the training loader gave None: this worker takes its next batch instead")
@@ -254,14 +254,14 @@ class _Shared:
         return batch
 
     def _say(self, text: str) -> None:
-        if not self._told:
-            self._told = True
+        if not self._warned:
+            self._warned = True
             warnings.warn(text, stacklevel=2)
 
     def _compare(self, batches: Iterator[Any], ahead: deque[Any]) -> None:
-        """Refuse two workers with the same batches. What was looked at is handed out afterwards.
+        """Refuse two workers with the same batches. The batches that were compared are handed out afterwards.
 
-        One batch suffices where they differ; equal ones may be chance (a constant, a label), so that some more are looked at.
+        One batch is enough where they differ; equal ones may be chance (a constant, a label), so that more are compared.
         """
         same: set[tuple[int, int]] | None = None
         for looked in range(1, LOOKED_AT + 1):
@@ -288,30 +288,34 @@ class _Shared:
 
 
 class _Sized(_Shared):
-    """With a length, which Lightning asks for by type."""
+    """Have a length, which Lightning asks for by type."""
+
+    _length: int
 
     def __len__(self) -> int:
         return self._length
 
 
 class _State:
-    """With a position in a checkpoint, which Lightning asks for by type."""
+    """Have a position in a checkpoint, which Lightning asks for by type."""
+
+    _loader: Any
 
     def state_dict(self) -> dict[str, Any]:
-        """The loader's own."""
+        """Return the loader's own."""
         return self._loader.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Hand it on."""
+        """Hand it on to the loader."""
         self._loader.load_state_dict(state)
 
 
 class _StatefulShared(_State, _Shared):
-    """Both."""
+    """Have both."""
 
 
 class _StatefulSized(_State, _Sized):
-    """All three."""
+    """Have all three."""
 
 
 # by whether it has a length, and whether it has a state
@@ -319,7 +323,7 @@ _KINDS = {(False, False): _Shared, (True, False): _Sized, (False, True): _Statef
 
 
 def _who_ended(mine: bool, workers: int) -> list[int]:
-    """The workers that have no more batches."""
+    """Return the workers that have no more batches."""
     # numbers on the CPU, also where gradients go over NCCL: a device sync per batch would cost more
     ended = torch.zeros(workers, dtype=torch.int32)
     ended[dist.get_rank()] = mine
@@ -327,9 +331,15 @@ def _who_ended(mine: bool, workers: int) -> list[int]:
     return ended.nonzero().flatten().tolist()
 
 
+_cpu_groups: dict[Any, Any] = {}  # of the world that there is now
+
+
 def _cpu_group() -> Any:
+    """Return a group that sends numbers on the CPU."""
+    world = dist.group.WORLD
     if dist.get_backend() == "gloo":
-        return dist.group.WORLD
-    if getattr(_cpu_group, "world", None) is not dist.group.WORLD:  # another world than the one it was made in
-        _cpu_group.made, _cpu_group.world = dist.new_group(backend="gloo"), dist.group.WORLD
-    return _cpu_group.made
+        return world
+    if world not in _cpu_groups:  # another world than the one that the last was made in
+        _cpu_groups.clear()
+        _cpu_groups[world] = dist.new_group(backend="gloo")
+    return _cpu_groups[world]

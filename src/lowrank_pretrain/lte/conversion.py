@@ -1,203 +1,373 @@
-"""How a model comes to be trained by LTE, as hooks of the strategy: at once, or at a phase callback's freeze.
+"""Convert a module for LTE, and hold what it then consists of: targets of this worker's own, and the rest that all share.
 
 ``update="lora"``: targets get heads. ``update="galore"``: nothing is converted, each worker's targets become its own.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lowrank_pretrain.core.errors import ConfigError
-from lowrank_pretrain.core.plan import Plan, fit_ranks
-from lowrank_pretrain.core.protocols import Inherit, adopters
-from lowrank_pretrain.core.targets import Target, all_targets, first_named, say_left_out, select
+from lowrank_pretrain.core.plan import fit_ranks
+from lowrank_pretrain.core.protocols import Inherit
+from lowrank_pretrain.core.steps import log_row
+from lowrank_pretrain.core.targets import Target, all_targets, families, first_named, say_left_out, select
 from lowrank_pretrain.lora import model as lora
 from lowrank_pretrain.lora.layer import has_own_forward
-from lowrank_pretrain.lte import rest
-from lowrank_pretrain.lte.advice import advise
 from lowrank_pretrain.lte.bare_groups import BareGroups, check_stacked
 from lowrank_pretrain.lte.first_step import FirstStep
-from lowrank_pretrain.lte.heads.head_set import HeadSet, Settings, head_names
-from lowrank_pretrain.lte.matrix import check_group
-from lowrank_pretrain.lte.projected import ProjectedSet
-from lowrank_pretrain.lte.workers import Workers
+from lowrank_pretrain.lte.local_targets import Fit, LocalTargets, NoTargets
+from lowrank_pretrain.lte.rest import SharedParameters, not_wrapped
+from lowrank_pretrain.lte.workers import Workers, clip_norms
+
+if TYPE_CHECKING:
+    from lowrank_pretrain.lte.heads.head_set import HeadSet
 
 
-class Conversion(DDPStrategy):
-    """What ``LTEStrategy`` does to begin."""
+class ConvertedModule:
+    """A module in a fit under LTE.
 
-    rank: int
-    targets: str | Sequence[str]
-    update: str
-    basis: str
-    sync_rest: str
-    settings: Settings
-    heads: HeadSet | ProjectedSet | None
-    rest: rest.Rest | None
-    rehearsal: FirstStep | None
-    _ignored: set[str]
-    _bare: list[BareGroups]
-    _untied: list[Inherit]
-    _workers: Workers | None
-    _stash: Mapping[str, Any] | None
+    Args:
+        module: the LightningModule.
+        local: its targets, which have not begun yet.
+        workers: who trains together.
+        sync_rest: ``step`` or ``merge``.
+        ignored: parameters that the module itself keeps from DDP.
+        wrapped: tells whether DDP has wrapped the module, and gives worker 0's buffers to all.
 
-    def _convert_targets(self) -> list[Inherit]:
-        if self.update == "galore":
-            return self._part_ways()
-        if any(group.get("rank") for optimizer in self.optimizers for group in optimizer.param_groups):
-            raise ConfigError("update", "lora", "cannot train heads by a projecting optimizer: use update=galore, or AdamW")
-        module = self.lightning_module
-        chosen = select(module, self.targets, unfit=self._obstacle)
-        gone = set((self._stash or {}).get("left_out", ()))  # the run that is resumed found out in its first step
-        targets = {name: target for name, target in chosen.targets.items() if name not in gone}
-        ranks, narrow = fit_ranks(module, self.targets, targets, self.rank)
-        for line in (say_left_out(module, self.targets, chosen.left_out) if chosen.left_out else None, narrow):
-            if line is not None:
-                rank_zero_warn(f"LTE: {line}")
-        self._untied = lora.untie(module, {t.layer_name for t in targets.values()})
-        targets = {name: target for name, target in all_targets(module).items() if name in targets}
-        inherited = self._untied + self._convert(targets, ranks)
-        self.heads.left_out_names = sorted(gone)
-        trained = {id(p) for o in self.optimizers for group in o.param_groups for p in group["params"] if p.requires_grad}
-        trained |= {id(target.layer.weight) for target in targets.values()}
-        self.rehearsal = FirstStep(module, targets, self._workers, trained)
+    Attributes:
+        rest: all other parameters.
+        bare: the optimizers' groups as the bare model has them.
+    """
+
+    def __init__(
+        self, module: pl.LightningModule, local: LocalTargets, workers: Workers, sync_rest: str, ignored: set[str],
+        wrapped: Callable[[], bool] = not_wrapped,
+    ) -> None:  # fmt: skip
+        self.module, self.local, self.workers = module, local, workers
+        self.sync_rest, self.ignored = sync_rest, ignored
+        self.rest = SharedParameters(nn.Module(), set(), set(), Workers(), sync_rest)
+        self.bare: list[BareGroups] = []
+        self._wrapped = wrapped
+
+    @classmethod
+    def none(cls) -> "ConvertedModule":
+        """Return one without anything: before a fit."""
+        return cls(pl.LightningModule(), NoTargets(), Workers(), "step", set())
+
+    # -- conversion -------------------------------------------------------------------------------------------------
+
+    def begin(self, fit: Fit) -> list[Inherit]:
+        """Make the targets this worker's own, at the start of a fit; returns what new parameters take over."""
+        inherited = self.local.begin(fit)
+        adapters = [p for _, p in lora.adapter_parameters(self.module)] if self.local.makes_adapters else []
+        return self._begun(fit, inherited, adapters)
+
+    def release(self, fit: Fit) -> list[Inherit]:
+        """Make the targets this worker's own, at the freeze; returns as ``begin`` does."""
+        return self._begun(fit, self.local.release(fit), [])
+
+    def _begun(self, fit: Fit, inherited: list[Inherit], adapters: list[nn.Parameter]) -> list[Inherit]:
+        self.bare = [BareGroups.of(optimizer, adapters) for optimizer in fit.optimizers]
+        for groups in self.bare:
+            groups.inherited = list(self.local.row_blocks)
         return inherited
 
-    def _obstacle(self, target: Target) -> str | None:
-        """Why a matrix can have no heads, beyond what no method can take."""
-        if has_own_forward(target.layer):
-            return "has a class with a forward of its own, which heads cannot follow: leave it out"
-        if f"{target.layer_name}.weight" in self._ignored:
-            return "is kept from DDP by the module's _ddp_params_and_buffers_to_ignore: leave it out"
-        if not any(p is target.layer.weight for o in self.optimizers for group in o.param_groups for p in group["params"]):
-            return "is in no optimizer: configure_optimizers must hand over its weight, or leave it out"
-        return None
+    def assign_optimizers(self, optimizers: list[Optimizer]) -> None:
+        """Tell targets and rest apart, now that the optimizers hold both; the one with the targets comes first.
 
-    def _leave_out(self, reasons: Mapping[str, str]) -> None:
-        """Targets turn out to be none in the first step: their W trains on in full, from this step's gradient on.
+        The clock follows the first: merging between the step of one optimizer and that of another would mix two windows.
+
+        Raises:
+            ConfigError: two optimizers hold targets; or the one that does cannot train them.
+        """
+        owned = {id(p) for p in self.local.parameters().values()}
+        held = [any(id(p) in owned for group in o.param_groups for p in group["params"]) for o in optimizers]
+        if sum(held) > 1:
+            raise ConfigError("configure_optimizers", f"{sum(held)} optimizers", "LTE's targets must all be in one of them")
+        for optimizer, holds in zip(optimizers, held, strict=True):
+            if holds:
+                self.local.check_optimizer(optimizer)
+        self.local.optimizers = [o for _, o in sorted(zip(held, optimizers, strict=True), key=lambda pair: not pair[0])]
+        self._collect_rest()
+        self.local.warn_at_start()
+        self._warn_of_heavy_rest()
+
+    def _collect_rest(self) -> None:
+        owned = {id(p) for p in self.local.parameters().values()}
+        left_out = self.local.hidden(self.module) | self.ignored
+        self.rest = SharedParameters(self.module, owned, left_out, self.workers, self.sync_rest, self._wrapped)
+
+    def _warn_of_heavy_rest(self) -> None:
+        """Warn of a rest that sends more at every step than a merge sends for the targets."""
+        local, rest = self.local, self.rest
+        if rest.apart or local.workers.size == 1:
+            return
+        if rest.bytes() * local.settings.merge_every > 4 * sum(piece.bytes_sent() for piece in local.pieces):
+            rank_zero_warn(
+                f"LTE: sync_rest='step' sends {rest.bytes() / 2**20:.1f} MiB of other parameters at every step, more "
+                "than the merges: sync_rest='merge' saves most of it"
+            )
+
+    def leave_out(self, reasons: Mapping[str, str], accumulates: bool) -> None:
+        """Give up targets that the first step showed to be none: their W trains on in full, from this step's gradient on.
+
+        Args:
+            reasons: why, by target.
+            accumulates: whether the step goes on: then the new wrapper sends the sum of its gradients.
 
         Raises:
             ConfigError: the user named one of them; or none is left.
         """
-        module, heads = self.lightning_module, self.heads
-        layers = {piece.layer_name for piece in heads.pieces if piece.name in reasons}
-        named = first_named(module, self.targets, reasons)
+        local, patterns = self.local, self.local.settings.targets
+        layers = {piece.weight_name for piece in local.pieces if piece.name in reasons}
+        named = first_named(self.module, patterns, reasons)
         if named is not None:
             raise ConfigError("targets", named, reasons[named])
-        if all(piece.layer_name in layers for piece in heads.pieces):
+        if all(piece.weight_name in layers for piece in local.pieces):
             first = next(iter(reasons))
-            raise ConfigError("targets", self.targets, f"leaves no target: {first} {reasons[first]}")
-        rank_zero_warn(f"LTE: {say_left_out(module, self.targets, reasons)}; they train in full")
-        heads.left_out_names += [piece.name for piece in heads.pieces if piece.layer_name in layers]
-        gone = heads.leave_out(layers)
-        for bare in self._bare:
-            bare.put_back({id(layer.weight): layer.weight for layer in gone.values()}, heads.parameters_of(gone))
-        left_out = head_names(module, heads.layers) | self._ignored
-        owned = {id(p) for p in heads.factors().values()}
-        self.rest = rest.Rest(module, owned, left_out, self._workers, self.sync_rest, lambda: self.model is not module)
-        weights = [layer.weight for layer in gone.values() if layer.weight.requires_grad]
-        accumulates = module.trainer.fit_loop.epoch_loop._should_accumulate()  # then the new wrapper sends their sum
-        if self._workers.size > 1 and self.sync_rest == "step" and not accumulates:
-            for p in weights:
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            self._workers.average([p.grad for p in weights], counted=False)
-        self.model = module
-        self.configure_ddp()
+            raise ConfigError("targets", patterns, f"leaves no target: {first} {reasons[first]}")
+        rank_zero_warn(f"LTE: {say_left_out(self.module, patterns, reasons)}; they train in full")
+        weights, gone = local.leave_out(layers)
+        for groups in self.bare:
+            groups.put_back({id(W): W for W in weights.values()}, gone)
+        self._collect_rest()
+        if self.workers.size > 1 and self.sync_rest == "step" and not accumulates:
+            # DDP did not know these weights in this step's backward pass
+            gradients: list[Tensor] = []
+            for W in (W for W in weights.values() if W.requires_grad):
+                W.grad = torch.zeros_like(W) if W.grad is None else W.grad
+                gradients.append(W.grad)
+            self.workers.average(gradients, counted=False)
 
-    def _convert(self, targets: Mapping, ranks: Mapping[str, int]) -> list[Inherit]:
-        self._bare = [BareGroups.of(o, (p for _, p in lora.adapter_parameters(self.lightning_module))) for o in self.optimizers]
-        self.heads = HeadSet(self.settings, self._workers)
-        inherited = self.heads.convert(targets, ranks)
-        for bare in self._bare:
-            bare.inherited = list(inherited)
-        lora.switch_fast_path(self.lightning_module, off=True)
-        return inherited
+    def follow_unfrozen(self) -> bool:
+        """Train what a callback has unfrozen with the rest, and average it with the rest; returns whether there was any."""
+        frozen = self.local.frozen_weights()
+        found = self.rest.follow({id(W) for W in frozen})
+        if found:
+            for W in frozen:  # unfrozen with all else; its heads are what trains
+                W.requires_grad_(False)
+        return found
 
-    def _part_ways(self) -> list[Inherit]:
-        """From here on the GaLore targets of each worker are its own."""
-        self._bare = [BareGroups.of(optimizer) for optimizer in self.optimizers]
-        self.heads = ProjectedSet(self.settings, self._workers, self.optimizers, self.lightning_module, self.basis)
-        return []
+    # -- a step -----------------------------------------------------------------------------------------------------
 
-    def after_transition(self) -> None:
-        """The optimizers hold the heads now: tell the rest from the heads, warn, take a checkpoint's heads."""
-        heads, module = self.heads, self.lightning_module
-        if heads is None or heads.optimizers:
-            return
-        owned = {id(p) for p in heads.factors().values()}
-        # the clock follows the first: merging between the step of one optimizer and that of another would mix two windows
-        held = [any(id(p) in owned for group in o.param_groups for p in group["params"]) for o in self.optimizers]
-        if sum(held) > 1:
-            raise ConfigError("configure_optimizers", f"{sum(held)} optimizers", "LTE's targets must all be in one of them")
-        for optimizer, holds in zip(self.optimizers, held, strict=True):
-            if holds and self.update == "lora":
-                check_stacked(optimizer, next(iter(heads.factors().values())))
-        heads.optimizers = [o for _, o in sorted(zip(held, self.optimizers, strict=True), key=lambda pair: not pair[0])]
-        left_out = head_names(module, heads.layers) | self._ignored
-        self.rest = rest.Rest(module, owned, left_out, self._workers, self.sync_rest, lambda: self.model is not module)
-        advise(heads, self.rest)
-        stash, self._stash = self._stash, None
-        if stash is not None:
-            self._take_stash(stash)
+    def check_step(self, output: Any, watching: bool) -> None:
+        """Check after a training step's forward pass that it has a loss, and that the batch could be shared out.
 
-    # -- the protocol of ARCHITECTURE.md: a phase callback hands over a plan ---------------------------------------------
-
-    def check_adopt(self, names: Iterable[str], module: pl.LightningModule) -> None:
-        """Before training: can the switch hand the targets on?"""
-        if self.update == "lora":  # here and not at the freeze, which comes after days
-            weights = {id(target.layer.weight): target.layer.weight for target in all_targets(module).values()}
-            for optimizer in self.optimizers:
-                held = [weights[id(p)] for group in optimizer.param_groups for p in group["params"] if id(p) in weights]
-                if held:
-                    check_stacked(optimizer, held[0])
-        if self.update == "galore":
-            targets, names = all_targets(module), list(names)
-            for optimizer in self._adopters():
-                optimizer.check_adopt(names, module)
-                chosen = {id(targets[name].layer.weight) for name in names}
-                for p, entry in optimizer.lookup().items():
-                    if id(p) in chosen:
-                        check_group(entry.group)
-
-    def adopt(self, plan: Plan, module: pl.LightningModule) -> list[Inherit]:
-        """The switch: one synchronous adapter per target, averaged like everything else; or the optimizer's projections.
+        Args:
+            output: what ``training_step`` returned.
+            watching: whether this is the first step, in which unfit targets may still be left out.
 
         Raises:
-            ConfigError: every target has rank 0.
+            ConfigError: there is no loss, and other workers wait for gradients; or a target has fewer samples than heads.
         """
-        if not any(plan.values()):
-            raise ConfigError("ranks", 0, "the plan gives 0 to every target, and LTE has nothing to train apart: leave 0 out")
-        self._plan = plan
-        if self.update == "galore":
-            for optimizer in self._adopters():
-                optimizer.adopt(plan, module)
-            return []
-        return lora.Adapters(self.settings.alpha).adopt(plan, module)
-
-    def release(self) -> list[Inherit]:
-        """The freeze: every head starts from the joint phase's adapter, which W holds from now on."""
-        if self.update == "galore":
-            for optimizer in self._adopters():
-                optimizer.release()
-            return self._part_ways()
-        module = self.lightning_module
-        ranks = dict(self._plan)
-        old = {name: (layer.lora_A, dict(layer.lora_B.items())) for name, layer in lora.lora_layers(module)}
-        for layer in [layer for _, layer in lora.lora_layers(module)]:
-            lora.take_adapters(layer)
-        every = {name: target for name, target in all_targets(module).items() if name in ranks}
-        inherited = self._convert(every, ranks)
-        inherited += self.heads.start_from(old)
-        return inherited
-
-    def _adopters(self) -> list[Any]:
-        found = [*adopters(self.optimizers)]
-        if len(found) != 1:
+        local, settings = self.local, self.local.settings
+        if output is None and self.workers.size > 1 and self.module.automatic_optimization:
+            # Lightning refuses it too, and names neither the worker nor a cure
             raise ConfigError(
-                "update", "galore", "needs one GaLoreAdamW from configure_optimizers (a group without rank is AdamW)"
-            )
-        return found
+                "training_step", None, f"is what worker {self.workers.rank} returned, and the others would wait for its "
+                "gradients: leave such batches out in the loader, or return the loss times 0"
+            )  # fmt: skip
+        if local.shared.seen is None:
+            return
+        unfit = local.shared.check_seen(settings.heads if settings.shares_batch else 1, partial(families, self.module))
+        if watching:
+            local.first_step.unfit |= unfit
+        elif unfit:
+            name, reason = next(iter(unfit.items()))
+            raise ConfigError("targets", name, reason)
+
+    def merge_rest(self) -> bool:
+        """Average the rest at the end of a window; returns whether all workers hold it alike, where they should."""
+        settings = self.local.settings
+        if settings.mode == "joint" or self.local.clock % settings.merge_every:
+            return True
+        self.rest.merge()
+        return self.rest.agrees()
+
+    def clip(self, optimizer: Optimizer, limit: float) -> None:
+        """Clip the gradients of the rest, of the targets, and of what the module keeps from DDP, by norms of their own."""
+        targets = list(self.local.parameters().values()) if self.local.unsynced(self.module) else []
+        alone = [p for name, p in self.module.named_parameters() if name in self.ignored and p.grad is not None]
+        separate = {id(p) for p in (*targets, *alone)}
+        mine = {id(p): p for group in optimizer.param_groups for p in group["params"]}
+        rest = [p for n, p in mine.items() if n not in separate]
+        clip_norms(rest, [p for p in targets if id(p) in mine], limit, stacked=self.local.stacked)
+        clip_norms([], [p for p in alone if id(p) in mine], limit, stacked=False)
+
+    def differing(self) -> set[str]:
+        """Return names of what workers need not hold alike after a merge."""
+        names = self.local.hidden(self.module) | self.ignored
+        if self.rest.apart and self.local.settings.overlap:  # the rest was averaged when the merge began, and has moved since
+            names |= set(self.rest.parameters)
+        return names
+
+    def metrics(self) -> dict[str, float]:
+        """Return MiB that this worker sent for the last merge and for the rest in that window, and milliseconds waited."""
+        if not self.local.begun:
+            return {}
+        sent, seconds = self.local.last_cost
+        return {
+            "lte/merge_mib": sent / 2**20,
+            "lte/rest_mib": self.rest.sent_per_window(self.local.settings.merge_every) / 2**20,
+            "lte/merge_ms": 1000 * seconds,
+        }
+
+    def log(self, agreed: Callable[[], int]) -> None:
+        """Log a merge's cost, and a hash of what all workers hold alike after it.
+
+        Args:
+            agreed: forms the hash; all workers call it together.
+        """
+        trainer, every = self.module.trainer, self.local.settings.merge_every
+        often = max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]  # Lightning sets it outside of the class
+        # Lightning counts the steps it sees: none of a raw optimizer's
+        step = max(trainer.global_step, self.local.clock - 1)
+        # by the step alone, so that a resumed run logs at the same merges
+        if step // often == (step - every) // often and self.local.merges > 1:
+            return
+        metrics = self.metrics()
+        if self.workers.size > 1 and self.local.settings.mode != "joint":
+            metrics["lte/hash"] = float(agreed())
+        log_row(trainer, metrics, step)
+
+    # -- the merged model -------------------------------------------------------------------------------------------
+
+    def swap_in(self) -> None:
+        """Put merged weights and averages in place, to be looked at. All workers call it together."""
+        if self.local.attached:
+            self.rest.swap_in()  # first: the merged weights take rows of the rest along
+            self.local.view.swap_in()
+
+    def swap_out(self) -> None:
+        """Put this worker's own back in place."""
+        if self.local.attached:
+            self.local.view.swap_out()
+            self.rest.swap_out()
+
+    def swap_out_keeping_writes(self) -> None:
+        """Swap out; what a callback wrote into the weights that it saw joins those that train. All call it together."""
+        if self.local.attached:
+            self.local.view.swap_out_keeping_writes()
+            self.rest.swap_out_keeping_writes()
+
+    @contextmanager
+    def swapped_in_to_write(self) -> Iterator[None]:
+        """Have the merged model in place on worker 0, which writes; no other holds more than a few matrices' factors.
+
+        All workers call it together.
+        """
+        shared, writes = self.local.shared, self.workers.rank == 0
+        self.rest.swap_in_to_write(writes)
+        self.local.view.swap_in(piecemeal=True, writes=writes)
+        viewing, shared.viewing = shared.viewing, True  # heads add nothing of their own to what they are asked for
+        try:
+            yield
+        finally:
+            shared.viewing = viewing
+        self.swap_out()
+
+    def detach(self) -> None:
+        """Leave the module plain and merged.
+
+        After an exception W stays that of the last merge (the other workers may be gone). A fit that resumes a finished run
+        takes no step, and ``on_train_end`` does not come: the merged weights are swapped in here.
+        """
+        local = self.local
+        local.first_step.stop()
+        if not local.attached:
+            return
+        together = local.workers.size == 1 or not self.module.trainer.interrupted
+        if local.optimizers and not local.view.swapped_in and together:
+            self.swap_in()
+        local.detach()
+        self.rest.keep()
+        lora.switch_fast_path(self.module, off=False)
+
+
+def begin_heads(heads: "HeadSet", fit: Fit) -> list[Inherit]:
+    """Give heads to the targets that the settings choose, and watch them in the first step.
+
+    Returns:
+        What new parameters take over, for the optimizer.
+
+    Raises:
+        ConfigError: the optimizer projects gradients; or a target that is named cannot have heads.
+    """
+    if any(group.get("rank") for optimizer in fit.optimizers for group in optimizer.param_groups):
+        raise ConfigError("update", "lora", "cannot train heads by a projecting optimizer: use update=galore, or AdamW")
+    module, patterns = fit.module, heads.settings.targets
+    # choose targets and ranks
+    chosen = select(module, patterns, unfit=lambda target: _obstacle(target, fit))
+    targets = {name: target for name, target in chosen.targets.items() if name not in fit.left_out}
+    ranks, narrow = fit_ranks(module, patterns, targets, heads.settings.rank)
+    for line in (say_left_out(module, patterns, chosen.left_out) if chosen.left_out else None, narrow):
+        if line is not None:
+            rank_zero_warn(f"LTE: {line}")
+    # convert
+    heads.untied = lora.untie(module, {t.layer_name for t in targets.values()})
+    targets = {name: target for name, target in all_targets(module).items() if name in targets}
+    inherited = heads.untied + heads.convert(targets, ranks)
+    lora.switch_fast_path(module, off=True)
+    heads.left_out_names = sorted(fit.left_out)
+    # watch the first step
+    trained = {id(p) for o in fit.optimizers for group in o.param_groups for p in group["params"] if p.requires_grad}
+    trained |= {id(target.layer.weight) for target in targets.values()}
+    heads.first_step = FirstStep(module, targets, fit.workers, trained)
+    return inherited
+
+
+def _obstacle(target: Target, fit: Fit) -> str | None:
+    """Return why a matrix can have no heads, beyond what no method can take."""
+    if has_own_forward(target.layer):
+        return "has a class with a forward of its own, which heads cannot follow: leave it out"
+    if f"{target.layer_name}.weight" in fit.ignored:
+        return "is kept from DDP by the module's _ddp_params_and_buffers_to_ignore: leave it out"
+    if not any(p is target.layer.weight for o in fit.optimizers for group in o.param_groups for p in group["params"]):
+        return "is in no optimizer: configure_optimizers must hand over its weight, or leave it out"
+    return None
+
+
+def check_optimizers(fit: Fit) -> None:
+    """Refuse optimizers that hold weights and cannot train heads in their place.
+
+    Raises:
+        ConfigError: such an optimizer.
+    """
+    weights = {id(W): W for W in (cast(nn.Parameter, target.layer.weight) for target in all_targets(fit.module).values())}
+    for optimizer in fit.optimizers:
+        held = [weights[id(p)] for group in optimizer.param_groups for p in group["params"] if id(p) in weights]
+        if held:
+            check_stacked(optimizer, held[0])
+
+
+def begin_from_adapters(heads: "HeadSet", fit: Fit) -> list[Inherit]:
+    """Turn the joint phase's adapters into heads, at the freeze; returns as ``begin_heads`` does."""
+    module, ranks = fit.module, dict(heads.plan)
+    adapted: list[tuple[str, Any]] = list(lora.lora_layers(module))
+    old = {name: (layer.lora_A, dict(layer.lora_B.items())) for name, layer in adapted}
+    for _, layer in adapted:
+        lora.take_adapters(layer)
+    inherited = heads.convert({name: target for name, target in all_targets(module).items() if name in ranks}, ranks)
+    lora.switch_fast_path(module, off=True)
+    return inherited + heads.start_from(old)
+
+
+def check_callbacks(callbacks: Iterable[Callback]) -> None:
+    """Refuse callbacks that average weights by position.
+
+    Raises:
+        ConfigError: such a callback.
+    """
+    for callback in callbacks:
+        if isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
+            allowed = "pairs weights by position and would average the heads: remove it, or average the exports"
+            raise ConfigError("callbacks", type(callback).__name__, allowed)

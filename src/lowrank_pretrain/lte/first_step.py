@@ -1,9 +1,9 @@
-"""The first training step with heads: is every target called, and is its weight used nowhere else?
+"""Watch the first training step with heads: each target must be called, and its weight must be used nowhere else.
 
 W is frozen where heads are, so a layer that is never called would not train at all. For the first backward pass W takes
-gradients once more (a layer with heads gives it none): what arrives there comes from another use of it. Who is found out
-before the first optimizer step trains on in full and loses no gradient. A layer that nobody has called yet (an expert) goes on
-being watched, at merges.
+gradients once more (a layer with heads gives it none): what arrives there comes from another use of it. A target that proves
+unfit before the first optimizer step trains on in full and loses no gradient. A layer that has not been called yet (an
+expert) is watched further, at merges.
 """
 
 from collections.abc import Mapping
@@ -15,13 +15,41 @@ from torch import nn
 
 from lowrank_pretrain.core.targets import Target
 from lowrank_pretrain.lte.workers import Workers
-from lowrank_pretrain.lte.written import everyones
 from lowrank_pretrain.phases.rehearsal import Rehearsal
 from lowrank_pretrain.phases.teachers import Pairing, teachers
 
 
-class FirstStep:
-    """Watches a model with heads.
+class Unwatched:
+    """Nothing to watch: what ``FirstStep`` is where targets get no heads, or a phase callback has watched before.
+
+    Attributes:
+        unfit: layers whose input cannot be shared out among heads, and why.
+        waits: the first backward pass is still to come.
+    """
+
+    def __init__(self) -> None:
+        self.unfit: dict[str, str] = {}
+        self.waits = False
+
+    def forward(self) -> AbstractContextManager:
+        """Watch a training step's forward pass."""
+        return nullcontext()
+
+    def finish(self) -> dict[str, str]:
+        """Return why a target cannot have heads, by name, after a backward pass. All workers call it together."""
+        return {}
+
+    @property
+    def watches(self) -> bool:
+        """Tell whether some layers have not been called yet, on any worker (the same answer on all)."""
+        return False
+
+    def stop(self) -> None:
+        """Stop watching: the fit is over."""
+
+
+class FirstStep(Unwatched):
+    """Watch a model with heads.
 
     Args:
         module: the LightningModule.
@@ -31,18 +59,19 @@ class FirstStep:
     """
 
     def __init__(self, module: nn.Module, targets: Mapping[str, Target], workers: Workers, trained: set[int]) -> None:
+        super().__init__()
         self._rehearsal = Rehearsal(module, targets, adapters=False)
         # heads change number and order of the parameters: who averages by position is found out in the first step
         self._pairing: Pairing | None = Pairing(module, teachers(module, targets, trained), others=True)
         self._workers = workers
-        self.unfit: dict[str, str] = {}  # layers whose input cannot be shared out among heads, and why
         self._started = False
-        self.waits = True  # for the first backward pass
+        self.waits = True
 
     def _start(self) -> None:
-        """At the first step, when DDP has wrapped what it averages and the model's summary is printed."""
+        """Begin at the first step, when DDP has wrapped what it averages and the model's summary is printed."""
         self._started = True
-        self._pairing.start()
+        if self._pairing is not None:
+            self._pairing.start()
         self._rehearsal.start()
         for name, layer in self._rehearsal.layers.items():
             if name not in self._rehearsal.called:
@@ -58,13 +87,13 @@ class FirstStep:
 
     @torch.no_grad()
     def finish(self) -> dict[str, str]:
-        """After a backward pass: why a target cannot have heads, by name. All workers must call it together."""
+        """Return why a target cannot have heads, by name, after a backward pass. All workers call it together."""
         rehearsal = self._rehearsal
         rehearsal.after_backward()
         penalised = [n for n, layer in rehearsal.layers.items() if n in rehearsal.touched and layer.weight.grad is not None]
         mine = [[*flags, int(name in self.unfit)] for name, flags in zip(rehearsal.layers, rehearsal.evidence(), strict=True)]
         width = len(mine[0])
-        flat = everyones([flag for flags in mine for flag in flags], self._workers)
+        flat = self._workers.gather_numbers([flag for flags in mine for flag in flags])
         most = [max(flags) for flags in zip(*flat, strict=True)]
         found = dict(zip(rehearsal.layers, (most[at : at + width] for at in range(0, len(most), width)), strict=True))
         reasons = rehearsal.finish([flags[:-1] for flags in found.values()])
@@ -89,7 +118,7 @@ class FirstStep:
 
     @property
     def watches(self) -> bool:
-        """Whether there are layers that nobody has called yet, on any worker (the same answer on all)."""
+        """Tell whether some layers have not been called yet, on any worker (the same answer on all)."""
         return not self.waits and bool(self._rehearsal.unseen())
 
     def _unpair(self) -> None:
@@ -98,6 +127,6 @@ class FirstStep:
             self._pairing = None
 
     def stop(self) -> None:
-        """The fit is over."""
+        """Stop watching: the fit is over."""
         self._unpair()
         self._rehearsal.stop()

@@ -1,4 +1,4 @@
-"""What a batch consists of, in whatever container it comes: tensors, arrays, texts and numbers, one after the other."""
+"""Find what a batch consists of, in any container: tensors, arrays, texts and numbers, one after the other."""
 
 import hashlib
 import inspect
@@ -17,10 +17,10 @@ _END = object()
 
 
 def leaves(batch: Any) -> Iterator[Any]:
-    """Everything in a batch that is no container, in the containers' order.
+    """Yield everything in a batch that is no container, in the containers' order.
 
-    Mappings, sequences and sets, data classes, and objects that keep what they hold in attributes (graphs, batch classes of
-    one's own). An object that is met twice counts once. Nothing that can be used up (an iterator) is touched.
+    Mappings, sequences and sets, data classes, and objects that hold things in attributes (graphs, batch classes of the
+    user's own). An object that is met twice counts once. Nothing that can be used up (an iterator) is touched.
     """
     pending, met = [iter((batch,))], {}
     while pending:
@@ -39,7 +39,7 @@ def leaves(batch: Any) -> Iterator[Any]:
 
 
 def _inside(item: Any) -> Iterable[Any] | None:
-    """What a container holds; ``None``: it is none."""
+    """Return what a container holds; ``None``: it is none."""
     if isinstance(item, Mapping):
         return (item[key] for key in sorted(item, key=str))
     if isinstance(item, (list, tuple, deque)):
@@ -61,7 +61,7 @@ def _slots(kind: type) -> list[str]:
 
 
 def digest(batch: Any) -> str:
-    """A hash by which equal batches are told from others.
+    """Return a hash by which equal batches are told from others.
 
     Tensors, arrays and texts decide where there are any. Numbers that stand alone (a temperature, a rank, the time of day)
     say nothing on the samples, so that they count in their absence only.
@@ -77,7 +77,7 @@ def digest(batch: Any) -> str:
 
 
 def _bytes(leaf: Any) -> bytes:
-    """A leaf's content. One whose content cannot be had says what kind of thing it is, and no more."""
+    """Return a leaf's content, or its class's name where the content cannot be had."""
     if isinstance(leaf, (bytes, bytearray)):
         return bytes(leaf)
     if isinstance(leaf, str):
@@ -95,7 +95,7 @@ def _bytes(leaf: Any) -> bytes:
 
 
 def _tensor_bytes(t: Tensor) -> bytes:
-    """The bits of a tensor of any layout and type, with its shape."""
+    """Return the bits of a tensor of any layout and type, with its shape."""
     t = t.detach()
     if t.is_nested:
         return b"".join(_tensor_bytes(part) for part in t.unbind())
@@ -115,11 +115,11 @@ def _tensor_bytes(t: Tensor) -> bytes:
 
 
 def batch_size(batch: Any, looked_at: int = 64) -> int:
-    """How many samples a batch holds: the first dimension that more than half of its tensors have; 0: there is none such.
+    """Return how many samples a batch holds: the first dimension that more than half of its tensors have; 0: there is none.
 
     Args:
-        batch: of any make.
-        looked_at: leaves after which to stop looking: it is asked at every step.
+        batch: a batch of any kind.
+        looked_at: leaves after which to stop: it is called at every step.
     """
     some = list(itertools.islice(leaves(batch), looked_at))
     sizes = Counter(leaf.shape[0] for leaf in some if isinstance(leaf, Tensor) and not leaf.is_nested and leaf.ndim)

@@ -5,81 +5,42 @@ Two routes carry the same sum. ``factors``: every worker gets every head's A and
 heads on w workers, f = N/w · R(D+O) numbers of its own and b bytes a number, rings send (w−1)·f·b and 2(w−1)/w·DO·b bytes:
 the fewer are taken. All targets of a route travel in one flat buffer.
 
-Whatever route, every worker computes the same numbers in the same order, so W is equal on all of them bit for bit, and it is
+On either route every worker computes the same numbers in the same order, so W is equal on all of them bit for bit, and it is
 computed from W₀ in float32 at least, so that storing W in half precision rounds once instead of at every merge.
 
 O out, D in, R rank, H heads here, N in all.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lowrank_pretrain.core.dtypes import at_least_32
-from lowrank_pretrain.core.targets import WHOLE, is_conv1d
 from lowrank_pretrain.lora.function import Part
 from lowrank_pretrain.lte.workers import Workers
-from lowrank_pretrain.lte.written import leaf
 
-ROUTES = ("factors", "dense")
+Factors = tuple[Tensor, Tensor]  # A (H, R, D), B (H, O, R)
 
 
-@dataclass
-class Piece:
-    """One target with heads.
+class Mergeable(Protocol):
+    """One target, as ``Exchange`` sees it.
 
     Attributes:
-        name: the target's name.
-        layer: the layer with heads.
-        part: its row block.
-        base: W₀, (O, D) in float32 at least; ``None``: W itself is what the next merge adds to.
+        part: its row block; its scale is s.
         route: ``factors`` or ``dense``.
     """
 
-    name: str
-    layer: nn.Module
     part: Part
-    base: Tensor | None = field(default=None, repr=False)
-    route: str = "factors"
+    route: str
 
-    @property
-    def layer_name(self) -> str:
-        """The name of the layer that it is a part of."""
-        return self.name if self.part.name == WHOLE else self.name.rpartition(".")[0]
-
-    def rows(self) -> Tensor:
-        """W's rows, an (O, D) view."""
-        return self.rows_of(leaf(self.layer).detach())
-
-    def rows_of(self, weight: Tensor) -> Tensor:
-        """The piece's rows of a tensor that lies as its layer's W does, an (O, D) view."""
-        rows = weight.t() if is_conv1d(self.layer) else weight
-        return rows[self.part.start : self.part.start + self.part.rows]
-
-    def factors(self) -> "Factors":
-        """The heads' live A (H, R, D), a view, and B (H, O, R)."""
-        rows = slice(self.part.a, self.part.a + self.part.rank)
-        return self.layer.lora_A.detach()[:, rows], self.layer.lora_B[self.part.name].detach()
-
-    def choose_route(self, route: str | None, workers: int) -> None:
-        """The route of fewer bytes, unless ``route`` says which."""
-        self.route = cheaper_route(route, workers, *self.factors(), self.part.rows)
-
-
-def cheaper_route(route: str | None, workers: int, A: Tensor, B: Tensor, rows: int) -> str:
-    """The route of fewer bytes for factors A (H, R, D) and B (H, O, R), unless ``route`` says which."""
-    own = A.numel() * A.itemsize + B.numel() * B.itemsize
-    dense = rows * A.shape[2] * at_least_32(A.dtype).itemsize
-    return route or ("factors" if (workers - 1) * own <= 2 * (workers - 1) / workers * dense else "dense")
-
-
-Factors = tuple[Tensor, Tensor]
+    def merge_base(self, dtype: torch.dtype) -> Tensor:
+        """Return W₀, (O, D): what the merge adds to. In ``dtype`` where it is made for this."""
 
 
 class Exchange:
-    """One merge's traffic, perhaps still under way. ``updated`` gives what W becomes.
+    """Send one merge's factors or sums, and form what W becomes (``updated``).
 
     Args:
         pieces: all targets, in one order on all workers.
@@ -90,7 +51,7 @@ class Exchange:
     """
 
     def __init__(
-        self, pieces: Sequence[Piece], snapshot: Sequence[Factors], workers: Workers, divisor: int, overlap: bool = False
+        self, pieces: Sequence[Mergeable], snapshot: Sequence[Factors], workers: Workers, divisor: int, overlap: bool = False
     ) -> None:
         self.pieces, self.snapshot, self.workers, self.divisor = pieces, snapshot, workers, divisor
         self._at: list[tuple[torch.dtype, int]] = []  # per piece its buffer and its place there
@@ -110,10 +71,12 @@ class Exchange:
                 sizes[route, dtype] = at + piece.part.rows * A.shape[2]
         self._gathered: dict[torch.dtype, Tensor] = {}
         self._summed: dict[torch.dtype, Tensor] = {}
-        self._works = []
+        self._works: list[Any] = []
+        # factors: gather everyone's A and B
         for dtype, flat in factors.items():
             self._gathered[dtype], work = workers.gather(torch.cat(flat), async_op=overlap)
             self._works.append(work)
+        # dense: form the sum over the heads here, and add everyone's
         for dtype, indices in dense.items():
             device = snapshot[indices[0]][0].device
             self._summed[dtype] = torch.empty(sizes["dense", dtype], dtype=dtype, device=device)
@@ -122,30 +85,29 @@ class Exchange:
             self._works.append(workers.add(self._summed[dtype], async_op=overlap))
 
     def _summed_of(self, index: int) -> Tensor:
-        """A piece's place in the dense buffer, (O, D)."""
+        """Return a piece's place in the dense buffer, (O, D)."""
         rows, cols = self.pieces[index].part.rows, self.snapshot[index][0].shape[2]
         dtype, at = self._at[index]
         return self._summed[dtype][at : at + rows * cols].view(rows, cols)
 
     def wait(self) -> None:
-        """Until all have answered."""
+        """Wait until all have answered."""
         while self._works:
             work = self._works.pop()
             if not isinstance(work, Tensor):
                 self.workers.wait(work)
 
     def updated(self, index: int, base: Tensor | None = None) -> Tensor:
-        """W₀ + (s/N) Σ BₙAₙ of one piece, (O, D) in float32 at least. Ask once, and copy what is to be kept.
+        """Return W₀ + (s/N) Σ BₙAₙ of one piece, (O, D) in float32 at least. Call it once, and copy what is to be kept.
 
         Args:
-            index: the piece's.
+            index: number of the piece.
             base: another W₀ than the piece's own.
         """
         self.wait()
         piece, (A, B) = self.pieces[index], self.snapshot[index]
-        base = piece.base if base is None else base
         if base is None:
-            base = piece.rows().to(at_least_32(A.dtype))
+            base = piece.merge_base(at_least_32(A.dtype))
         if piece.route == "dense" and self.workers.size > 1:
             return self._summed_of(index).add_(base)
         (dtype, at), n = self._at[index], A.numel()
@@ -154,8 +116,8 @@ class Exchange:
         B = gathered[:, at + n : at + n + B.numel()].reshape(-1, *B.shape[1:])  # (N, O, R)
         return self._sum(piece, A, B, base)
 
-    def _sum(self, piece: Piece, A: Tensor, B: Tensor, base: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-        """(s / N) Σ BₙAₙ, one product of depth N·R, added to ``base``, or written to ``out``."""
+    def _sum(self, piece: Mergeable, A: Tensor, B: Tensor, base: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        """Return (s / N) Σ BₙAₙ, one product of depth N·R, added to ``base``, or written to ``out``."""
         dtype = at_least_32(A.dtype)
         A, B = A.to(dtype).flatten(0, 1), B.to(dtype).permute(1, 0, 2).flatten(1)  # (N·R, D), (O, N·R)
         scale = piece.part.scale / self.divisor

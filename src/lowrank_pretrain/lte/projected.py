@@ -1,4 +1,4 @@
-"""LTE × GaLore: workers step ``GaLoreAdamW`` on their own full weights, and send what they did as factors.
+"""LTE × GaLore: step ``GaLoreAdamW`` on each worker's own full weights, and send what was done as factors.
 
     window:  worker n's targets are Wₙ = Cₙ·W_base + Pₙ·Dₙ (``galore.local``); Pₙ stays what the window's first step found
     merge:   W_base ← mean(C)·W_base + (1/N) Σ PₙDₙ, in one order on all workers; W = W_base, D = 0, C = 1
@@ -7,166 +7,291 @@
 ``basis="shared"``: one basis from all workers' sketches; D alone travels at a merge, and r·m numbers at the refresh.
 Moments stay with their worker. The model is not converted. A worker that is alone is plain GaLore, and pays for nothing.
 
-D is r×k.
+Layout d×k, the projected side first: P d×r, D r×k.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.plan import Plan
+from lowrank_pretrain.core.protocols import Inherit, adopters
+from lowrank_pretrain.core.targets import all_targets
 from lowrank_pretrain.galore import GaLoreAdamW
 from lowrank_pretrain.galore.local import LocalUpdate
-from lowrank_pretrain.lte.heads.head_set import Settings
-from lowrank_pretrain.lte.heads.layer import Shared
-from lowrank_pretrain.lte.matrix import Matrix, check_group
-from lowrank_pretrain.lte.merge import Exchange, cheaper_route
+from lowrank_pretrain.galore.projection import Projected
+from lowrank_pretrain.lora.function import Part
+from lowrank_pretrain.lte import projected_checkpoint
+from lowrank_pretrain.lte.local_targets import Fit, LocalTarget, LocalTargets
+from lowrank_pretrain.lte.merge import Exchange, Factors
+from lowrank_pretrain.lte.settings import Settings
 from lowrank_pretrain.lte.workers import Workers
-from lowrank_pretrain.lte.written import everyones, mean_of, stamps, tell
-
-BASES = ("own", "shared")
 
 
-class ProjectedSet:
-    """The targets of a module that this worker trains apart from the others; in the strategy it stands where heads do.
+class ProjectedTarget:
+    """One matrix that a worker trains by GaLore on its own: W = C·W_base + P·D.
 
     Args:
-        settings: ``merge_every`` and ``route`` are used.
-        workers: who merges with whom.
-        optimizers: the module's; the targets are the projected parameters of the GaLore ones among them.
-        module: the LightningModule.
-        basis: one of ``BASES``.
+        name: the parameter's name in the module.
+        p: the parameter.
+        optimizer: the optimizer whose target it is.
 
     Attributes:
-        clock: optimizer steps taken or attempted.
-        merges: merges done.
-        last_cost: bytes that this worker sent for the last merge and the refresh before it, and seconds that it waited.
-        pieces: the targets.
-
-    Raises:
-        ConfigError: no GaLoreAdamW, no target, or a setting of it that leaves the subspace.
+        local: what this worker has done to it; ``None`` where the worker is alone.
+        exact: W from a checkpoint, where others had written into it.
+        share: mean(C), while a merge is being formed.
     """
 
-    layers: Mapping[str, nn.Module] = {}  # none is converted
+    def __init__(self, name: str, p: nn.Parameter, optimizer: GaLoreAdamW) -> None:
+        self.name, self.p, self.optimizer = name, p, optimizer
+        self.local: LocalUpdate | None = None
+        self.exact: Tensor | None = None
+        self.route = "factors"
+        self.share = 1.0
+        d, k = self.slot.matrix(p).shape
+        self.shape = (d, k)
+        self.part = Part(name, 0, d, 0, self.slot.rank, 1.0)
 
-    def __init__(
-        self, settings: Settings, workers: Workers, optimizers: Sequence[Optimizer], module: nn.Module, basis: str = "own"
-    ) -> None:
-        self.settings, self.workers, self.basis = settings, workers, basis
-        self.shared = Shared("parallel", workers.size)
-        self.clock = self.merges = 0
-        self.last_cost = (0.0, 0.0)
-        self._sketch = SketchMean(workers) if basis == "shared" else None
-        self.worn = True
-        self.optimizers: list[Optimizer] = []  # set once the strategy has told rest and targets apart
+    @property
+    def slot(self) -> Projected:
+        """Return its projection as it stands."""
+        return cast(Projected, self.optimizer.projected(self.p))
+
+    @property
+    def weight_name(self) -> str:
+        """Return the parameter's name."""
+        return self.name
+
+    @property
+    def update(self) -> LocalUpdate:
+        """Return what this worker has done to it, which merges with others."""
+        return cast(LocalUpdate, self.local)
+
+    def live(self) -> Tensor:
+        """Return the weight as it is in place now, a view."""
+        return self.p.detach()
+
+    def as_live(self, merged: Tensor) -> Tensor:
+        """Return a d×k tensor in the parameter's own shape."""
+        return (merged if self.slot.left else merged.t()).reshape(self.p.shape)
+
+    def write(self, merged: Tensor, into: Tensor) -> None:
+        """Write a merged d×k weight into a tensor of the parameter's shape."""
+        into.copy_(self.as_live(merged))
+
+    def merge_base(self, dtype: torch.dtype) -> Tensor:
+        """Return mean(C)·W_base, d×k."""
+        return self.slot.matrix(self.update.base) * self.share
+
+    def factors(self) -> Factors:
+        """Return D (1, r, k) and P (1, d, r); zeros before the first step."""
+        if self.local is None or self.local.D is None:
+            dtype = torch.float32 if self.local is None else self.local.base.dtype
+            d, k = self.shape
+            D = torch.zeros(1, self.part.rank, k, dtype=dtype, device=self.p.device)
+            return D, torch.zeros(1, d, self.part.rank, dtype=dtype, device=self.p.device)
+        P, D = self.local.factors(self.optimizer.state[self.p])
+        return D[None].contiguous(), P[None].contiguous()
+
+    def bytes_sent(self) -> int:
+        """Return the bytes of this worker's factors."""
+        return sum(factor.numel() * factor.itemsize for factor in self.factors())
+
+
+class ProjectedSet(LocalTargets):
+    """The targets of a GaLoreAdamW, from ``start`` to ``detach``.
+
+    Args:
+        settings: ``merge_every``, ``route`` and ``basis`` are used.
+        workers: who merges with whom.
+
+    Attributes:
+        sketch: with ``basis="shared"``, makes the common basis.
+    """
+
+    def __init__(self, settings: Settings, workers: Workers) -> None:
+        super().__init__(settings, workers, workers.size)
+        self.differs = workers.size > 1
+        self.pieces: list[ProjectedTarget] = []
+        self.basis = settings.basis
+        self.sketch = SketchMean(workers) if settings.basis == "shared" else None
+        self._galore: list[GaLoreAdamW] = []
+
+    # -- beginning and ending ---------------------------------------------------------------------------------------
+
+    def begin(self, fit: Fit) -> list[Inherit]:
+        """Take the targets of the optimizer's groups."""
+        self.start(fit.optimizers, fit.module)
+        return []
+
+    def check_adopt(self, names: Iterable[str], fit: Fit) -> None:
+        """Refuse targets that the optimizer could not take, or whose updates would leave the subspace."""
+        targets, names, optimizer = all_targets(fit.module), list(names), _projecting(fit)
+        optimizer.check_adopt(names, fit.module)
+        chosen = {id(targets[name].layer.weight) for name in names}
+        for p, entry in optimizer.lookup().items():
+            if id(p) in chosen:
+                check_group(entry.group)
+
+    def adopt(self, plan: Plan, fit: Fit) -> list[Inherit]:
+        """Hand the plan to the optimizer: projections that all workers average."""
+        _projecting(fit).adopt(plan, fit.module)
+        return []
+
+    def release(self, fit: Fit) -> list[Inherit]:
+        """Make the optimizer's targets this worker's own, at the freeze."""
+        _projecting(fit).release()
+        self.start(fit.optimizers, fit.module)
+        return []
+
+    def start(self, optimizers: Sequence[Optimizer], module: nn.Module) -> None:
+        """Train the targets separately from the other workers from here on.
+
+        Args:
+            optimizers: the module's; the targets are the projected parameters of the GaLore ones among them.
+            module: the module that the targets' names count from.
+
+        Raises:
+            ConfigError: no GaLoreAdamW, no target, or a setting of it that leaves the subspace.
+        """
         self._galore = [o for o in optimizers if isinstance(o, GaLoreAdamW)]
         names = {id(p): name for name, p in module.named_parameters()}
-        self.pieces = [Matrix(names[id(p)], p, o) for o in self._galore for p, e in o.lookup().items() if e.slot is not None]
+        for optimizer in self._galore:
+            projected = [cast(nn.Parameter, p) for p, entry in optimizer.lookup().items() if entry.slot is not None]
+            self.pieces += [ProjectedTarget(names[id(p)], p, optimizer) for p in projected]
         if not self.pieces:
             raise ConfigError("update", "galore", "needs GaLoreAdamW with a projected group from configure_optimizers")
         for piece in self.pieces:
             check_group(piece.slot.group)
-        self._told: set[str] = set()
         self.keep_time()
-        self.view = MergedView(self)
-        if workers.size == 1:
+        self.begun = self.attached = True
+        if self.workers.size == 1:
             return
         for piece in self.pieces:
             piece.local = piece.optimizer.local[piece.p] = LocalUpdate(piece.p)
-            piece.route = cheaper_route(settings.route, workers.size, *piece.factors(), piece.shape[0])
+            piece.route = self.settings.route or self.workers.cheaper_route(*piece.factors(), piece.shape[0])
         for optimizer in self._galore:
-            optimizer.shared = self._sketch
+            optimizer.shared = self.sketch
 
     def keep_time(self) -> None:
-        """Every target refreshes at the first step after a merge."""
+        """Make every target refresh at the first step after a merge."""
         for optimizer in self._galore:
             for group in optimizer.param_groups:
                 group["update_proj_gap"], group["stagger"] = self.settings.merge_every, False
             optimizer._index = None  # it holds the staggered offsets
 
-    def factors(self) -> dict[str, nn.Parameter]:
-        """What trains apart here, by name."""
+    @torch.no_grad()
+    def detach(self) -> None:
+        """Leave the optimizer to itself, with W as it is in place, or as the last merge left it; a checkpoint's needs stay."""
+        if not self.attached:
+            return
+        for optimizer in self._galore:
+            optimizer.local, optimizer.shared = {}, None
+        if not self.view.swapped_in and self.workers.size > 1:
+            for piece in self.pieces:
+                piece.p.copy_(piece.update.base)
+        self.attached = False
+        self.view.keep()
+
+    # -- what belongs to it -----------------------------------------------------------------------------------------
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Return what trains here alone, by name."""
         return {piece.name: piece.p for piece in self.pieces}
 
-    def left_out(self, module: nn.Module) -> set[str]:
-        """What DDP must neither broadcast nor average."""
-        return set() if self.workers.size == 1 else set(self.factors())
+    def weights(self) -> dict[str, nn.Parameter]:
+        """Return the same."""
+        return self.parameters()
+
+    def unsynced(self, module: nn.Module) -> set[str]:
+        """Return names of what DDP must neither broadcast nor average."""
+        return set() if self.workers.size == 1 else set(self.parameters())
 
     # -- the clock --------------------------------------------------------------------------------------------------
 
     def after_step(self) -> bool:
-        """One optimizer step was taken or attempted: merge if it is time. Returns whether W changed."""
+        """Count an optimizer step that was taken or attempted, and merge if it is time. Returns whether W changed."""
         self.clock += 1
         if self.clock % self.settings.merge_every:
             return False
         self.merges += 1
         if self.workers.size > 1:
             before = self.workers.sent, self.workers.seconds
-            for piece, base in self.merged():
-                piece.local.restart(piece.p, piece.whole(base))
-            sent, seconds = self._sketch.cost() if self._sketch else (0.0, 0.0)
+            for piece, base in self._merged():
+                piece.update.restart(piece.p, piece.as_live(base))
+            sent, seconds = self.sketch.cost() if self.sketch else (0.0, 0.0)
             self.last_cost = self.workers.sent - before[0] + sent, self.workers.seconds - before[1] + seconds
         return True
 
     def sent_so_far(self) -> list[float]:
-        """Bytes sent for the last merge, and since then: for a checkpoint (the same on every worker)."""
-        return [self.last_cost[0], self._sketch._cost[0] if self._sketch else 0.0]
+        """Return the bytes sent for the last merge, and since then: for a checkpoint (the same on every worker)."""
+        return [self.last_cost[0], self.sketch.sent[0] if self.sketch else 0.0]
 
     def take_sent(self, last: float, since: float) -> None:
-        """The inverse of `sent_so_far`."""
+        """Take back what ``sent_so_far`` returned."""
         self.last_cost = last, 0.0
-        if self._sketch:
-            self._sketch._cost = since, 0.0
+        if self.sketch:
+            self.sketch.sent = since, 0.0
 
     def send(self) -> tuple[Exchange | list[Tensor], Tensor]:
-        """One merge's traffic: the factors' exchange, or the mean of D by target; and the mean of C, (targets,)."""
-        C = torch.tensor([p.local.C for p in self.pieces], dtype=torch.float64)
+        """Send one merge: returns the factors' exchange, or the mean of D by target; and the mean of C, (targets,)."""
+        C = torch.tensor([p.update.C for p in self.pieces], dtype=torch.float64)
         factors = [piece.factors() for piece in self.pieces]
+        sent: Exchange | list[Tensor]
         if self.basis == "shared":
-            sent = [A[0].clone() for A, _ in factors]
+            sent = [D[0].clone() for D, _ in factors]
             self.workers.average(sent)
         else:
             sent = Exchange(self.pieces, factors, self.workers, self.workers.size)
         self.workers.average([C])
         return sent, C
 
-    def merged(self) -> Iterator[tuple[Matrix, Tensor]]:
-        """What a merge makes of every target, d×k, one after the other. All workers call it together."""
+    def merged(self, piecemeal: bool = False, wanted: bool = True) -> Iterator[tuple[LocalTarget, Tensor]]:
+        """Yield every target with its merged weight, d×k; changes nothing. All workers call it together."""
+        with self.workers.uncounted():  # looking is no merge
+            yield from self._merged()
+
+    def _merged(self) -> Iterator[tuple[ProjectedTarget, Tensor]]:
+        # what others wrote into W
         for piece in self.pieces:
-            piece.local.absorb(piece.slot, self.view.training_weight(piece))
-        everyone = everyones([int(piece.local.X is not None) for piece in self.pieces], self.workers)
+            piece.update.absorb(piece.slot, self.view.kept_weight(piece))
+        everyone = self.workers.gather_numbers([int(piece.update.X is not None) for piece in self.pieces])
         touched = [any(theirs[index] for theirs in everyone) for index in range(len(self.pieces))]
-        tell([piece.name for piece, added in zip(self.pieces, touched, strict=True) if added], self._told)
+        self.warn_of_writes([piece.name for piece, added in zip(self.pieces, touched, strict=True) if added])
+        # mean(C)·W_base + (1/N) Σ PₙDₙ, and their mean
         sent, C = self.send()
         for index, (piece, share) in enumerate(zip(self.pieces, C.tolist(), strict=True)):
             piece.share = share
             if isinstance(sent, Exchange):
                 new = sent.updated(index)
             else:
-                new = torch.addmm(piece.base, piece.factors()[1][0], sent[index])
+                new = torch.addmm(piece.merge_base(sent[index].dtype), piece.factors()[1][0], sent[index])
             piece.share = 1.0
             if touched[index]:
-                added = torch.zeros_like(piece.local.base) if piece.local.X is None else piece.local.X
-                new = new + piece.slot.matrix(mean_of(added, self.workers))
+                added = torch.zeros_like(piece.update.base) if piece.update.X is None else piece.update.X
+                new = new + piece.slot.matrix(self.workers.mean_of(added))
             yield piece, new
 
-    # -- the end ----------------------------------------------------------------------------------------------------
+    # -- checkpoints ------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def take_off(self) -> None:
-        """The optimizer goes on alone, from W as the view has it, else as the last merge left it; a checkpoint's needs stay."""
-        for optimizer in self._galore:
-            optimizer.local, optimizer.shared = {}, None
-        if not self.shared.viewing and self.workers.size > 1:
-            for piece in self.pieces:
-                piece.p.copy_(piece.local.base)
-        self.worn = False
-        self.view.settle()
+    def saved_state(self) -> dict[str, Any] | None:
+        """Return the targets' part of ``lte_state``."""
+        return projected_checkpoint.saved_targets(self)
 
-    def form(self) -> None:
-        """This worker's own W, from what a checkpoint gave back."""
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Refuse a checkpoint of other targets."""
+        projected_checkpoint.check_targets(state, self)
+
+    def load_state(self, state: Mapping[str, Any]) -> tuple[dict[str, dict[str, Tensor]], str | None]:
+        """Put clock, W_base, C and D of a checkpoint back."""
+        return projected_checkpoint.load_targets(state, self)
+
+    def finish_load(self) -> None:
+        """Form this worker's own W, from what a checkpoint gave back."""
         self.keep_time()
         for piece in self.pieces:
             if piece.local is not None:
@@ -177,122 +302,73 @@ class ProjectedSet:
                     piece.local.mark(piece.p)
 
 
-class MergedView:
-    """The merged weights in W's place, to be looked at, and away again; a worker's own weights are not touched.
+def _projecting(fit: Fit) -> GaLoreAdamW:
+    """Return the one optimizer that projects.
 
-    Args:
-        targets: whose.
+    Raises:
+        ConfigError: there is none, or more than one.
     """
+    found = [*adopters(fit.optimizers)]
+    if len(found) != 1:
+        raise ConfigError("update", "galore", "needs one GaLoreAdamW from configure_optimizers (a group without rank is AdamW)")
+    return cast(GaLoreAdamW, found[0])
 
-    def __init__(self, targets: ProjectedSet) -> None:
-        self._targets = targets
-        self._kept: list[Tensor] = []
-        self._stamps: list[int] = []
 
-    def training_weight(self, piece: Matrix) -> Tensor | None:
-        """This worker's own W where something else is in its place, else ``None``."""
-        if not self._kept:
-            return None
-        return next(kept for of, kept in zip(self._targets.pieces, self._kept, strict=True) if of is piece)
+def check_group(group: Mapping[str, Any]) -> None:
+    """Refuse settings with which P D is not what a worker did.
 
-    def look(self, piecemeal: bool = False, writes: bool = True) -> None:
-        """Put them in place. All workers must call it together.
-
-        Args:
-            piecemeal: for a checkpoint, of which nobody writes into what is in place.
-            writes: ``False``: only help the worker that writes; here W stays what it is.
-        """
-        of = self._targets
-        if of.shared.viewing:
-            return
-        if of.workers.size > 1:
-            before = of.workers.sent, of.workers.seconds
-            with torch.inference_mode(False), torch.no_grad():
-                merged = []
-                for piece, new in of.merged():  # in the parameter's own memory layout: after the fit they stay
-                    if writes:
-                        merged.append(torch.empty_like(piece.p).copy_(piece.whole(new)))
-                if not writes:
-                    of.workers.sent, of.workers.seconds = before
-                    return
-                self._kept = [piece.p.data for piece in of.pieces]
-                for piece, new in zip(of.pieces, merged, strict=True):
-                    piece.p.data = new
-            of.workers.sent, of.workers.seconds = before  # looking is no merge
-        of.shared.viewing = True
-        self._stamps = [] if piecemeal else stamps([piece.p for piece in of.pieces])
-
-    def look_away(self) -> None:
-        """Undo ``look``."""
-        if self._targets.shared.viewing:
-            for piece, kept in zip(self._targets.pieces, self._kept, strict=False):
-                piece.p.data = kept
-            self.settle()
-
-    @torch.no_grad()
-    def look_away_with_care(self) -> None:
-        """Undo ``look``, and keep what anyone wrote into the weights meanwhile. All workers must call it together."""
-        of = self._targets
-        if not of.shared.viewing or of.workers.size == 1:
-            self.look_away()
-            return
-        now = everyones(stamps([piece.p for piece in of.pieces]), of.workers)
-        touched = [i for i, was in enumerate(self._stamps) if any(theirs[i] != was for theirs in now)]
-        seen = {index: of.pieces[index].p.detach().clone() for index in touched}
-        self.look_away()
-        if not touched:
-            return
-        with torch.inference_mode(False):
-            added = {}
-            for index, (piece, new) in enumerate(of.merged()):
-                if index in seen:
-                    added[index] = seen[index] - piece.whole(new).to(seen[index].dtype)
-            for index, what in added.items():
-                of.pieces[index].p.add_(what)
-
-    def settle(self) -> None:
-        """What is in place stays."""
-        self._stamps = []
-        self._kept = []
-        self._targets.shared.viewing = False
+    Raises:
+        ConfigError: naming the optimizer's key.
+    """
+    for key, wrong, why in (
+        ("refresh", "track", "moves the basis at every step, and between merges it must stay: use subspace or svd"),
+        ("residual", "fira", "leaves the subspace, so that no factors could tell what a worker did: use null"),
+        ("variant", "apollo", "leaves the subspace, so that no factors could tell what a worker did: use galore"),
+        ("layerwise", True, "steps before the rest is averaged: use false"),
+    ):
+        if group[key] == wrong:
+            raise ConfigError(key, wrong, f"{why} (LTE with update=galore)")
 
 
 class SketchMean:
-    """``basis="shared"``: every worker's sketch M MᵀP, averaged, makes the next basis; the first one is worker 0's.
+    """Make one basis for all workers (``basis="shared"``): each one's sketch M MᵀP, averaged; the first basis is worker 0's.
 
     All workers must take part, so a target without a gradient on one of them steps there with a zero one.
 
     Args:
         workers: who shares it.
+
+    Attributes:
+        sent: bytes sent and seconds waited since ``cost`` was asked.
     """
 
     def __init__(self, workers: Workers) -> None:
         self._workers = workers
-        self._cost = (0.0, 0.0)
+        self.sent = (0.0, 0.0)
 
     def cost(self) -> tuple[float, float]:
-        """Bytes sent and seconds waited since the last call."""
-        cost, self._cost = self._cost, (0.0, 0.0)
+        """Return bytes sent and seconds waited since the last call."""
+        cost, self.sent = self.sent, (0.0, 0.0)
         return cost
 
     def _counted(self, call: Callable[..., None], tensors: list[Tensor]) -> None:
         before = self._workers.sent, self._workers.seconds
         call(tensors)
-        self._cost = (
-            self._cost[0] + self._workers.sent - before[0], self._cost[1] + self._workers.seconds - before[1]
+        self.sent = (
+            self.sent[0] + self._workers.sent - before[0], self.sent[1] + self._workers.seconds - before[1]
         )  # fmt: skip
 
     def same(self, bases: list[Tensor], averaged: bool) -> None:
-        """Worker 0's bases for all; none of those that were made of one sketch by all."""
+        """Give worker 0's bases to all, but for those that all have made of one sketch."""
         if not averaged:
             self._counted(self._workers.spread, bases)
 
     def mean(self, sketch: Tensor) -> None:
-        """The workers' mean, in place."""
+        """Average a sketch over the workers, in place."""
         self._counted(self._workers.average, [sketch])
 
     def agree(self, flag: Tensor) -> Tensor:
-        """True only if it is on all workers."""
+        """Return true only where it is true on all workers."""
         votes = flag.to(torch.float32)
         self._workers.average([votes], counted=False)
         return votes == 1.0

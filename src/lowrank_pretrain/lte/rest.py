@@ -1,16 +1,16 @@
-"""The rest: every trainable parameter that belongs to no head (norms, embeddings, biases, the output head), and buffers.
+"""Average what belongs to no target (norms, embeddings, biases, the output head), and buffers.
 
-``step``: DDP averages its gradients at every step. ``merge``: nothing is sent in between, every worker's rest goes its own
-way and is averaged when heads merge. Then its optimizer state differs between workers as well; it is never averaged in
-training, and a checkpoint keeps each worker's.
+``sync_rest="step"``: DDP averages its gradients at every step. ``"merge"``: nothing is sent between merges. Every worker
+trains its own rest, and all are averaged at a merge. Its optimizer state then differs between workers as well: it is never
+averaged in training, and a checkpoint keeps each worker's.
 
-Of buffers only what training changes is averaged, and only where no DDP wrapper hands worker 0's to all: floating ones that
+Of buffers only what training changes is averaged, and only where no DDP wrapper gives worker 0's to all: floating ones that
 the model saves (``persistent``) and that differ between workers, as BatchNorm's statistics do. Masks, tables, constants and
-equal counters stay bit for bit; so do caches, whatever length they have on each worker.
+equal counters stay bit for bit; so do caches, which may be longer on one worker than on another.
 """
 
 import hashlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,84 +20,91 @@ from torch import Tensor, nn
 from lowrank_pretrain.core.bits import stamp
 from lowrank_pretrain.core.dtypes import at_least_32
 from lowrank_pretrain.lte.bare_groups import BareGroups
+from lowrank_pretrain.lte.view import read_stamps
 from lowrank_pretrain.lte.workers import Workers
-from lowrank_pretrain.lte.written import everyones, stamps
-
-SYNC = ("step", "merge")
 
 
-class Rest:
-    """The rest of a converted module.
+def not_wrapped() -> bool:
+    """Tell that DDP does not broadcast buffers."""
+    return False
+
+
+class SharedParameters:
+    """The rest of a converted module: parameters and buffers that all workers share, at every step or at every merge.
 
     Args:
-        module: it.
-        heads: ids of the heads' parameters.
-        left_out: names of the heads' buffers, and of what the module keeps from DDP.
+        module: the converted module.
+        local: ids of the targets' parameters.
+        left_out: names of the targets' buffers, and of what the module keeps from DDP.
         workers: who merges with whom.
-        sync: one of ``SYNC``.
-        wrapped: says whether DDP broadcasts buffers at every step.
+        sync: ``sync_rest``.
+        wrapped: tells whether DDP broadcasts buffers at every step.
+
+    Attributes:
+        parameters: the rest's, by name.
+        apart: whether workers may differ between merges.
     """
 
     def __init__(
-        self, module: nn.Module, heads: set[int], left_out: Collection[str], workers: Workers, sync: str,
-        wrapped: Callable[[], bool] = lambda: False,
+        self, module: nn.Module, local: set[int], left_out: Collection[str], workers: Workers, sync: str,
+        wrapped: Callable[[], bool] = not_wrapped,
     ) -> None:  # fmt: skip
-        self._left_out, self._heads = set(left_out), heads
+        self._left_out, self._local = set(left_out), local
         self.parameters = {
-            n: p for n, p in module.named_parameters() if p.requires_grad and id(p) not in heads and n not in self._left_out
+            n: p for n, p in module.named_parameters() if p.requires_grad and id(p) not in local and n not in self._left_out
         }
         self.workers, self.apart = workers, sync == "merge" and workers.size > 1
         self._module, self._wrapped = module, wrapped
-        self._kept: dict[str, Tensor] | None = None
-        self._own: dict[str, Tensor] | None = None  # after a fit
+        self._kept: dict[str, Tensor] | None = None  # this worker's own, while the averages are in place
+        self._own: dict[str, Tensor] | None = None  # the same, after a fit
         self._seen: dict[str, int] = {}  # stamps of the averages while they are in place
         self._buffer_bytes = 0  # that the last merge averaged; before the first, what it may
         if self.apart:
             self._buffer_bytes = sum(b.numel() * at_least_32(b.dtype).itemsize for b in self._buffers().values())
 
     def follow(self, frozen: Collection[int]) -> bool:
-        """Take in what began to train since (a callback unfroze it), but for ids in ``frozen``; was there anything?"""
+        """Take in what has begun to train since (a callback unfroze it), but for ids in ``frozen``; returns whether any has."""
         named = self._module.named_parameters()
         new = {n: p for n, p in named if p.requires_grad and n not in self.parameters and n not in self._left_out}
-        new = {n: p for n, p in new.items() if id(p) not in self._heads and id(p) not in frozen}
+        new = {n: p for n, p in new.items() if id(p) not in self._local and id(p) not in frozen}
         self.parameters |= new
         return bool(new)
 
     def _parameters(self) -> dict[str, Tensor]:
-        """What is averaged of the parameters: looked up by name, because moving a module replaces storages."""
+        """Return the parameters to average, looked up by name: moving a module replaces storages."""
         live = dict(self._module.named_parameters()) if self.apart else {}
         return {name: live[name].data for name in self.parameters if name in live}
 
     def _buffers(self) -> dict[str, Tensor]:
-        """Floating buffers that the model saves, as they are now."""
+        """Return floating buffers that the model saves, as they are now."""
         if self.workers.size == 1 or (self._wrapped() and not self.apart):
             return {}
         return {n: b for n, b in saved_buffers(self._module) if b.is_floating_point() and n not in self._left_out}
 
     def _moving(self) -> dict[str, Tensor]:
-        """The buffers that training changes: same shape on all workers, other numbers. All workers call it together."""
+        """Return the buffers that training changes: same shape on all workers, other numbers. All workers call it together."""
         if self.workers.size == 1 or (self._wrapped() and not self.apart):
             return {}
         mine = dict(sorted(self._buffers().items()))
         kinds = {n: (tuple(b.shape), str(b.dtype)) for n, b in mine.items()}
         digest = hashlib.sha256(repr(kinds).encode()).digest()
-        if len({tuple(theirs) for theirs in everyones([int.from_bytes(digest[:7], "big")], self.workers)}) > 1:
+        if len({tuple(theirs) for theirs in self.workers.gather_numbers([int.from_bytes(digest[:7], "big")])}) > 1:
             everyone: list[Any] = [None] * self.workers.size
             dist.all_gather_object(everyone, kinds, group=self.workers.group)
             mine = {n: b for n, b in mine.items() if all(theirs.get(n) == kinds[n] for theirs in everyone)}
-        gathered = everyones(stamps(list(mine.values())), self.workers)
+        gathered = self.workers.gather_numbers(read_stamps(list(mine.values())))
         return {n: b for i, (n, b) in enumerate(mine.items()) if any(theirs[i] != gathered[0][i] for theirs in gathered)}
 
     def _live(self) -> dict[str, Tensor]:
-        """What differs between workers and has a mean. All workers call it together."""
+        """Return what differs between workers and has a mean. All workers call it together."""
         return self._parameters() | self._moving()
 
     def bytes(self) -> int:
-        """Size of the trainable rest."""
+        """Return the size of the trainable rest."""
         return sum(p.numel() * p.itemsize for p in self.parameters.values())
 
     def sent_per_window(self, steps: int) -> float:
-        """Bytes that a worker sends for the rest in a window of so many steps (rings)."""
+        """Return the bytes that a worker sends for the rest in a window of so many steps (rings)."""
         share = 2 * (self.workers.size - 1) / self.workers.size
         if self.apart:
             own = sum(p.numel() * at_least_32(p.dtype).itemsize for p in self.parameters.values())
@@ -106,34 +113,34 @@ class Rest:
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Average what goes its own way."""
+        """Average what differs between workers."""
         moving = self._moving()
         self._buffer_bytes = sum(b.numel() * at_least_32(b.dtype).itemsize for b in moving.values())
         self.workers.average([*self._parameters().values(), *moving.values()])
 
     @torch.no_grad()
     def agrees(self) -> bool:
-        """Return whether all workers hold the same rest, which they must where it is averaged at every step. Together."""
+        """Tell whether all workers hold the same rest, as they must with ``sync_rest="step"``. All call it together."""
         live = [] if self.apart or self.workers.size == 1 else [p.detach() for p in self.parameters.values() if p.numel()]
         if not live:
             return True
         sizes = torch.stack([size.double().to(live[0].device) for size in torch._foreach_norm(live)])
-        return len({theirs[0] for theirs in everyones([int(stamp(sizes))], self.workers)}) == 1
+        return len({theirs[0] for theirs in self.workers.gather_numbers([int(stamp(sizes))])}) == 1
 
-    # -- looking ----------------------------------------------------------------------------------------------------
+    # -- averages in place -------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def look(self) -> None:
-        """Put the average in its place, to be looked at."""
+    def swap_in(self) -> None:
+        """Put the averages in place. All workers call it together."""
         if self._kept is None:
             live = self._live()
             self._kept = {name: t.clone() for name, t in live.items()}
             self.workers.average(list(live.values()), counted=False)
-            self._seen = dict(zip(live, stamps(list(live.values())), strict=True))
+            self._seen = dict(zip(live, read_stamps(list(live.values())), strict=True))
 
     @torch.no_grad()
-    def look_to_write(self, writes: bool) -> None:
-        """Put the average in its place on the worker that writes; the others only help, a tensor at a time. Together."""
+    def swap_in_to_write(self, writes: bool) -> None:
+        """Put the averages in place on the worker that writes; the others help, a tensor at a time. All call it together."""
         if self._kept is not None:
             return
         self._kept = {}
@@ -146,71 +153,66 @@ class Rest:
 
     @property
     def averaged(self) -> bool:
-        """Whether averages are in place."""
+        """Tell whether averages are in place."""
         return bool(self._kept)
 
     @torch.no_grad()
-    def look_away(self) -> None:
-        """Undo ``look``."""
+    def swap_out(self) -> None:
+        """Put this worker's own back in place; a tensor that has another shape by now stays as it is."""
         if self._kept is not None:
-            for t, kept in self._pairs():
-                t.copy_(kept)
+            for name, t in self._live_of(self._kept).items():
+                if t.shape == self._kept[name].shape:
+                    t.copy_(self._kept[name])
             self._kept, self._seen = None, {}
 
     @torch.no_grad()
-    def look_away_with_care(self) -> None:
-        """Undo ``look``, and keep what anyone wrote into the averages meanwhile. All workers must call it together."""
+    def swap_out_keeping_writes(self) -> None:
+        """Swap out, and keep what anyone wrote into the averages meanwhile. All workers call it together."""
         if self._kept is None:
             return
-        live = self._held()
-        same = {name: t for name, t in live.items() if t.shape == self._kept[name].shape}
-        now = [stamps([same[name]])[0] if name in same else 0 for name in self._seen]
-        everyone = everyones(now, self.workers)
+        kept = self._kept
+        same = {name: t for name, t in self._live_of(kept).items() if t.shape == kept[name].shape}
+        now = [read_stamps([same[name]])[0] if name in same else 0 for name in self._seen]
+        everyone = self.workers.gather_numbers(now)
         touched = [n for i, (n, was) in enumerate(self._seen.items()) if all(e[i] for e in everyone)
                    and any(e[i] != was for e in everyone)]  # fmt: skip
         seen = {name: same[name].clone() for name in touched}
-        means = {name: self._kept[name].clone() for name in touched}
+        means = {name: kept[name].clone() for name in touched}
         self.workers.average(list(means.values()), counted=False)
-        self.look_away()
-        for name, t in self._held(touched).items():
+        self.swap_out()
+        for name, t in self._live_of(touched).items():
             t.add_(seen[name] - means[name])
 
-    def _held(self, names: Collection[str] | None = None) -> dict[str, Tensor]:
-        """The live tensors of the names that were averaged; a buffer may be gone."""
+    def _live_of(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Return the live tensors of these names; a buffer may be gone."""
         every = {n: p.data for n, p in self._module.named_parameters()} | dict(self._module.named_buffers())
-        return {n: every[n] for n in (self._kept if names is None else names) if n in every}
+        return {n: every[n] for n in names if n in every}
 
-    def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Live tensors and what is kept of them; one that has another shape by now stays as it is."""
-        for name, t in self._held().items():
-            if t.shape == self._kept[name].shape:
-                yield t, self._kept[name]
-
-    def settle(self) -> None:
-        """What is in place stays; a checkpoint that is written later has each worker's own all the same."""
+    def keep(self) -> None:
+        """Leave in place what is there now; a checkpoint that is written later has each worker's own all the same."""
         self._own, self._kept, self._seen = self._kept, None, {}
 
     # -- checkpoints ------------------------------------------------------------------------------------------------
 
-    def collect(self, bare: Sequence[BareGroups]) -> dict[str, Any] | None:
-        """Every worker's rest, {name: [w tensors]}, and its moments, on the worker that writes. All workers together.
+    def saved_state(self, bare: Sequence[BareGroups]) -> dict[str, Any] | None:
+        """Return every worker's rest, {name: [w tensors]}, and its moments, on the worker that writes; ``None``: all equal.
 
-        ``None`` where they are equal.
+        All workers call it together.
         """
         mine = self._parameters() | self._buffers()
         mine |= {n: t for n, t in (self._own or self._kept or {}).items() if n in mine}
-        if not self.apart and not any(theirs[0] for theirs in everyones([len(mine)], self.workers)):
+        if not self.apart and not any(theirs[0] for theirs in self.workers.gather_numbers([len(mine)])):
             return None
-        flat = {("tensor", name): t for name, t in mine.items()}
+        flat: dict[tuple[str, ...], Tensor] = {("tensor", name): t for name, t in mine.items()}
         flat |= {("moment", name, key): v for name, key, v in self._moments(bare)} if self.apart else {}
         everyone = self.workers.to_first(flat)
         entry: dict[str, Any] = {"tensors": {}, "moments": {}, "workers": self.workers.size}
         for key, values in (everyone or {}).items():
-            values = [None if value is None else value.clone() for value in values]
+            copies = [None if value is None else value.clone() for value in values]
             if key[0] == "tensor":
-                entry["tensors"][key[1]] = values
+                entry["tensors"][key[1]] = copies
             else:
-                entry["moments"].setdefault(key[1], {})[key[2]] = values
+                entry["moments"].setdefault(key[1], {})[key[2]] = copies
         return entry
 
     def _moments(self, bare: Sequence[BareGroups]) -> list[tuple[str, str, Tensor]]:
@@ -224,9 +226,9 @@ class Rest:
 
     @torch.no_grad()
     def averaged_moments(self, saved: dict[str, Any], own: set[int]) -> dict[str, Any]:
-        """An optimizer's state dict with the mean of every tensor over the workers that have it, for a run of another make.
+        """Return an optimizer's state dict with the mean of every tensor over the workers that have it, for runs without LTE.
 
-        All together; the worker that writes gets it, a tensor at a time.
+        All workers call it together; the worker that writes gets it, a tensor at a time.
 
         Args:
             saved: the state dict.
@@ -254,9 +256,9 @@ class Rest:
         return {**saved, "state": state}
 
     @torch.no_grad()
-    def restore(self, entry: Mapping[str, Any] | None) -> None:
-        """This worker's own rest, if the checkpoint is of as many; else it goes on from their average, as loaded."""
-        if self._fits(entry):
+    def load_state(self, entry: Mapping[str, Any] | None) -> None:
+        """Take this worker's own rest, if the checkpoint is of as many; else it goes on from their average, as loaded."""
+        if entry is not None and self._fits(entry):
             live = {n: p.data for n, p in self._module.named_parameters()} | dict(self._module.named_buffers())
             for name, values in entry["tensors"].items():
                 value = values[self.workers.rank]
@@ -264,9 +266,9 @@ class Rest:
                     live[name].copy_(value)
 
     @torch.no_grad()
-    def restore_moments(self, entry: Mapping[str, Any] | None, bare: Sequence[BareGroups]) -> None:
-        """Likewise its moments, once the optimizers hold some."""
-        if not (self._fits(entry) and self.apart):
+    def load_moments(self, entry: Mapping[str, Any] | None, bare: Sequence[BareGroups]) -> None:
+        """Take its moments likewise, once the optimizers hold some."""
+        if entry is None or not (self._fits(entry) and self.apart):
             return
         for name, p in self.parameters.items():
             kept = entry["moments"].get(name, {})
@@ -281,13 +283,13 @@ class Rest:
                         break
                     state[key].copy_(value)
 
-    def _fits(self, entry: Mapping[str, Any] | None) -> bool:
-        there = None if entry is None else entry.get("workers", len(next(iter(entry["tensors"].values()), ())))
+    def _fits(self, entry: Mapping[str, Any]) -> bool:
+        there = entry.get("workers", len(next(iter(entry["tensors"].values()), ())))
         return self.workers.size > 1 and there == self.workers.size
 
 
 def saved_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(name, buffer) of every buffer that ``state_dict`` holds."""
+    """Yield (name, buffer) of every buffer that ``state_dict`` holds."""
     lost = {
         f"{prefix}.{name}" if prefix else name
         for prefix, child in module.named_modules()

@@ -1,6 +1,6 @@
-r"""ReLoRA's jagged schedule: the learning rate falls to almost nothing at every merge and ramps up again.
+r"""Restart the learning rate at every merge, as ReLoRA does: it falls to almost nothing and ramps up again.
 
-        lr  |  /‾‾‾-__              the schedule's own warm-up and decay, cut by a ramp behind each merge
+        lr  |  /‾‾‾-__              the schedule's own warm-up and decay, cut by a ramp after each merge
             | /       | /‾--__
             |/        |/      | /‾-
             +---------+-------+----- optimizer steps
@@ -9,11 +9,12 @@ A merge that draws new factors leaves their optimizer without a history: its fir
 gradient is, so lr has to be small (ReLoRA, arXiv 2307.05695, section 3).
 """
 
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
+from lowrank_pretrain.core import checks
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.lr_factor import LRFactor
 from lowrank_pretrain.core.protocols import Merges
@@ -21,9 +22,9 @@ from lowrank_pretrain.lte.strategy import LTEStrategy
 
 
 def jagged_factor(step: int, every: int, warmup: int, start: int = 0) -> float:
-    """What optimizer step `step` (counted from 0) multiplies its learning rate by.
+    """Return the factor of the learning rate at optimizer step ``step``, counted from 0.
 
-    The first step after the k-th restart, ``step = start + k · every``, k = 1, 2, …, has 1/(warmup+1); step `warmup` after
+    The first step after the k-th restart, ``step = start + k · every``, k = 1, 2, …, has 1/(warmup+1); step ``warmup`` after
     it has 1 again. No step is spent at rate 0.
 
     Args:
@@ -41,8 +42,8 @@ def jagged_factor(step: int, every: int, warmup: int, start: int = 0) -> float:
 class JaggedRestarts(Callback):
     """Cut the learning rate after every merge and ramp it up linearly to what the scheduler says.
 
-    It acts on all groups of all optimizers, beneath whatever scheduler there is; ``group["lr"]``, what loggers show and what
-    schedulers compute from, stays the schedule's own. The factor follows from the strategy's clock alone (from the trainer's
+    It acts on all groups of all optimizers, on top of any scheduler; ``group["lr"]``, what loggers show and what schedulers
+    compute from, stays the schedule's own. The factor follows from the strategy's clock alone (from the trainer's
     step under a strategy that never merges), so a resumed run has the same.
 
     Example::
@@ -51,29 +52,28 @@ class JaggedRestarts(Callback):
 
     Args:
         every: optimizer steps between two restarts; ``None``: the strategy's ``merge_every``.
-        warmup: optimizer steps of the ramp, fewer than `every`.
+        warmup: optimizer steps of the ramp, fewer than ``every``.
         start: optimizer steps before the first cycle begins, under another strategy; under ours the merges' clock says it.
 
     Raises:
-        ConfigError: a wrong value; at the start of fit, an `every` that is not the strategy's ``merge_every``, or none at all.
+        ConfigError: a wrong value; at the start of fit, an ``every`` other than the strategy's ``merge_every``, or none.
     """
 
     def __init__(self, every: int | None = None, warmup: int = 50, start: int = 0) -> None:
-        for key, value, least in (("every", every, 1), ("warmup", warmup, 0), ("start", start, 0)):
-            if key == "every" and value is None:
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ConfigError(key, value, f"must be an integer of {least} or more optimizer steps")
+        if every is not None:
+            checks.whole("every", every, 1, "optimizer steps")
+        checks.whole("warmup", warmup, 0, "optimizer steps")
+        checks.whole("start", start, 0, "optimizer steps")
         self.every, self.warmup, self.start = every, warmup, start
         if every is not None:
             self._check(every)
-        self._cycle = every
+        self._cycle = every  # the strategy's, from ``setup`` on
         self._hooks: LRFactor | None = None
         self._held: dict[str, Any] | None = None
 
     @property
     def state_key(self) -> str:
-        """Pinned: a subclass must find this state too."""
+        """Return a pinned key: a subclass must find this state too."""
         return "JaggedRestarts"
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -81,13 +81,14 @@ class JaggedRestarts(Callback):
         if stage != "fit":
             return
         merges = trainer.strategy.merge_every if isinstance(trainer.strategy, Merges) else None
-        if self.every is None and merges is None:
+        cycle = merges if self.every is None else self.every
+        if cycle is None:
             name = type(trainer.strategy).__name__
             raise ConfigError("every", None, f"must be a number of optimizer steps: {name} has no merge_every to take it from")
-        if self.every is not None and merges is not None and self.every != merges:
+        if merges is not None and cycle != merges:
             raise ConfigError("every", self.every, f"must be the strategy's merge_every, {merges} (or null)")
-        self._cycle = merges if self.every is None else self.every
-        self._check(self._cycle)
+        self._cycle = cycle
+        self._check(cycle)
         self._held = None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -98,15 +99,16 @@ class JaggedRestarts(Callback):
                 raise ConfigError(key, mine[key], f"the checkpoint was trained with {value}")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Lay the ramps over the optimizers, behind the hooks that others have."""
+        """Lay the ramps over the optimizers, after the hooks that others have."""
         self._hooks = LRFactor(trainer.optimizers, lambda: self._factor(trainer))
 
     def _factor(self, trainer: pl.Trainer) -> float:
-        """By the clock of the merges where there is one: it begins anew with a fit, and at a phase callback's freeze."""
+        """Return the factor by the merges' clock, which begins anew with a fit and at a freeze; else by the trainer's step."""
+        cycle = cast(int, self._cycle)
         if not isinstance(trainer.strategy, LTEStrategy):
-            return jagged_factor(trainer.global_step, self._cycle, self.warmup, self.start)
-        heads = trainer.strategy.heads
-        return 1.0 if heads is None else jagged_factor(heads.clock, self._cycle, self.warmup)
+            return jagged_factor(trainer.global_step, cycle, self.warmup, self.start)
+        local = trainer.strategy.local
+        return jagged_factor(local.clock, cycle, self.warmup) if local.begun else 1.0
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leave the optimizers as they were."""
@@ -115,11 +117,11 @@ class JaggedRestarts(Callback):
             self._hooks = None
 
     def state_dict(self) -> dict[str, Any]:
-        """The rhythm; where in it a run stands is the trainer's step."""
+        """Return the rhythm; the merges' clock or the trainer's step says where in it a run is."""
         return {"every": self._cycle, "warmup": self.warmup, "start": self.start}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Kept for the comparison at the start of fit."""
+        """Keep the rhythm for the comparison at the start of fit."""
         self._held = dict(state_dict)
 
     def _check(self, every: int) -> None:

@@ -2,73 +2,61 @@
 
 One process per device, started by Lightning's own launchers; a DDP strategy by inheritance, so that samplers share the data
 out. The model is converted in ``setup``, after ``configure_optimizers`` has seen the bare model and before DDP wraps what is
-synchronised at every step. This file knows hooks and no maths: ``heads.head_set`` has the heads and their clock, ``merge`` the
-traffic, ``heads.checkpoint`` the checkpoint.
+synchronised at every step. This file knows hooks and no maths: ``conversion`` holds the converted module, ``local_targets``
+declares what a worker trains on its own, ``checkpoint`` keeps what a resumed fit needs.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from datetime import timedelta
-from functools import partial
 from inspect import signature
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch.distributed as dist
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.constants import default_pg_timeout
 from torch.optim import Optimizer
 
 from lowrank_pretrain.core.agreement import agreed_hash
 from lowrank_pretrain.core.buckets import settle_buckets
 from lowrank_pretrain.core.errors import ConfigError
-from lowrank_pretrain.core.protocols import (
-    ADAPTER_DEFAULTS,
-    HEAD_SETTINGS,
-    Adopter,
-    HasPhase,
-    Inherit,
-    Merges,
-    Reports,
-    phase_callback,
-)
-from lowrank_pretrain.core.steps import log_row
-from lowrank_pretrain.core.targets import families
-from lowrank_pretrain.lora.function import Part
-from lowrank_pretrain.lte import advice, rest
-from lowrank_pretrain.lte.bare_groups import BareGroups
+from lowrank_pretrain.core.plan import Plan
+from lowrank_pretrain.core.protocols import Adopter, HasPhase, Inherit, Merges, Reports, phase_callback
+from lowrank_pretrain.lora import model as lora
+from lowrank_pretrain.lte import checkpoint as files
 from lowrank_pretrain.lte.batches import shared_out
-from lowrank_pretrain.lte.checkpointing import CheckpointHooks
-from lowrank_pretrain.lte.clipping import clip_norms, share_overflow
-from lowrank_pretrain.lte.conversion import Conversion
-from lowrank_pretrain.lte.first_step import FirstStep
-from lowrank_pretrain.lte.heads import record
-from lowrank_pretrain.lte.heads.head_set import HeadSet, Settings, head_names
+from lowrank_pretrain.lte.conversion import ConvertedModule, check_callbacks
+from lowrank_pretrain.lte.heads.head_set import HeadSet
 from lowrank_pretrain.lte.leaves import batch_size
-from lowrank_pretrain.lte.looking import ViewHooks
+from lowrank_pretrain.lte.local_targets import AllHeads, Fit, LocalTargets
 from lowrank_pretrain.lte.projected import ProjectedSet
-from lowrank_pretrain.lte.settings import check, check_ddp
-from lowrank_pretrain.lte.workers import Workers, make_group, same_weights, set_patience
-from lowrank_pretrain.lte.written import leaf
+from lowrank_pretrain.lte.settings import Settings, check_ddp, check_settings
+from lowrank_pretrain.lte.workers import Workers, make_group, same_weights, set_patience, share_overflow
 from lowrank_pretrain.phases import transition
 
+KINDS: dict[str, type[HeadSet] | type[ProjectedSet]] = {"lora": HeadSet, "galore": ProjectedSet}
 DRIFTED = (
     "each worker changed gradients or weights in its own way; if it clips by hand, use gradient_clip_val or "
     "self.clip_gradients(optimizer, …): a norm over self.parameters() takes this worker's own heads along"
 )
 
 
-class LTEStrategy(Conversion, CheckpointHooks, ViewHooks, Adopter, HasPhase, Reports, Merges):
-    """Workers train heads apart and merge them every so many optimizer steps.
+class LTEStrategy(DDPStrategy, Adopter, HasPhase, Reports, Merges):
+    """Train low-rank heads on each worker separately, and merge them every so many optimizer steps.
 
     With several heads on a device targets must see the batch as dim 0 of their input, and the loss must be a mean over it:
-    head k trains on the k-th share of the batch. In the first step each target is looked at: one that is never called, or sees
-    no batch, trains in full instead (a preset chose it) or is refused (it was named). In the middle of a fit
-    ``module.state_dict()`` is a plain model's: W with what this worker's heads have learnt, as they would merge alone; who
-    writes into W adds to it for good. Checkpoints hold the merge of all workers. A model that puts time first would share out
-    time (it is refused only where the sizes show it). BatchNorm and contrastive losses look across the shares.
+    head k trains on the k-th share of the batch. The first step watches each target: one that is never called, or sees no
+    batch, trains in full instead (if a preset chose it) or is refused (if it was named). In the middle of a fit
+    ``module.state_dict()`` is a plain model's: W with what this worker's heads have learnt, as they would merge alone. What
+    others write into W stays in it. Checkpoints hold the merge of all workers. A model that puts time first would share out
+    time (it is refused only where the sizes show it). BatchNorm and contrastive losses see all shares.
+
+    Example:
+        >>> LTEStrategy(rank=8, heads=2, merge_every=10).phase
+        'full'
 
     Args:
         rank: R of every head.
@@ -79,17 +67,17 @@ class LTEStrategy(Conversion, CheckpointHooks, ViewHooks, Adopter, HasPhase, Rep
         mode: ``parallel``: each head on its own share of the batch; ``joint``: all heads on the whole batch, synchronous, no
             merge (the authors' MHLoRA); ``sequential``: one head per window, on the whole batch.
         reset: heads start anew after a merge. Without it rank(W − W₀) ≤ N·R for ever.
-        sync_rest: what belongs to no target is averaged at every ``step``, like DDP, or at every ``merge``.
+        sync_rest: average what belongs to no target at every ``step``, like DDP, or at every ``merge``.
         route: ``factors`` or ``dense``; ``None``: per target the fewer bytes.
-        update: what a worker trains: ``lora``: heads beside W; ``galore``: W itself, by the GaLoreAdamW that
+        update: what a worker trains: ``lora``: heads next to W; ``galore``: W itself, by the GaLoreAdamW that
             ``configure_optimizers`` returns. Its groups say which targets and what rank, ``merge_every`` how long a basis
             lives (in place of their ``update_proj_gap`` and ``stagger``); merges send the bases and what was done in them.
-            Costs a float32 copy of the targets beside the bases' coefficients, r·n numbers a matrix.
-        basis: with ``update="galore"``, every worker's ``own`` or one ``shared`` by all.
-        overlap: apply a merge this many steps after it was begun, ``< merge_every``; needs ``reset=False``.
+            Costs a float32 copy of the targets, and the bases' coefficients, r·n numbers a matrix.
+        basis: with ``update="galore"``, each worker's ``own``, or one that all have ``shared``.
+        overlap: apply a merge this many steps after it began, ``< merge_every``; needs ``reset=False``.
         prune: with ``reset``, share of the heads' moments to zero instead of deleting their optimizer state (ReLoRA).
-        merge_timeout: seconds after which a worker that does not answer at a merge ends the job; ``None``: `timeout` if that
-            is given, else 600. Without `timeout` it bounds all other waiting of a fit too.
+        merge_timeout: seconds after which a worker that does not answer at a merge ends the job; ``None``: ``timeout`` if that
+            is given, else 600. Without ``timeout`` it bounds all other waiting of a fit too.
         ddp_kwargs: further arguments of ``DDPStrategy`` and of DDP (``timeout``, ``find_unused_parameters``, …).
 
     Raises:
@@ -117,267 +105,327 @@ class LTEStrategy(Conversion, CheckpointHooks, ViewHooks, Adopter, HasPhase, Rep
         merge_timeout: float | None = None,
         **ddp_kwargs: Any,
     ) -> None:
-        check(locals())
-        check_ddp(
-            ddp_kwargs, [name for name in signature(LTEStrategy.__init__).parameters if name not in ("self", "ddp_kwargs")]
-        )
+        check_settings(locals())
+        own = [name for name in signature(LTEStrategy.__init__).parameters if name not in ("self", "ddp_kwargs")]
+        check_ddp(ddp_kwargs, own)
         super().__init__(**ddp_kwargs)
-        self._patience = ddp_kwargs.get("timeout")
-        self._injects: bool | None = None  # what use_distributed_sampler was before the fit
+        self._patience: timedelta | None = ddp_kwargs.get("timeout")
+        self._group: Any = None  # of the merges
+        self._use_sampler: bool | None = None  # what use_distributed_sampler was before the fit
         if merge_timeout is None:
             merge_timeout = 600.0 if self._patience is None else self._patience.total_seconds()
         self.rank, self.targets = rank, targets if isinstance(targets, str) else [str(t) for t in targets]
-        self.sync_rest, self.merge_timeout = sync_rest, merge_timeout
+        self.merge_every, self.sync_rest, self.merge_timeout = merge_every, sync_rest, merge_timeout
         self.update, self.basis = update, basis
-        self.makes_adapters = update == "lora"
-        # heads have the strategy's scale and train their A; projections are no adapters
-        self.adapter_settings = {**HEAD_SETTINGS, "alpha": alpha} if self.makes_adapters else ADAPTER_DEFAULTS
-        self.settings = Settings(1 if update == "galore" else heads, merge_every, alpha, mode, reset, route, overlap, prune)
+        self.settings = Settings(
+            1 if update == "galore" else heads, merge_every, alpha, mode, reset, route, overlap, prune,
+            rank=rank, targets=self.targets, basis=basis,
+        )  # fmt: skip
+        self.makes_adapters = KINDS[update].makes_adapters
+        self.adapter_settings = KINDS[update].decides(self.settings)
+        self._resume = files.Resume()
         self._forget()
 
     def _forget(self) -> None:
-        """As before a fit."""
-        self.heads: HeadSet | ProjectedSet | None = None
-        self.rest: rest.Rest | None = None
-        self.rehearsal: FirstStep | None = None
-        self._ignored: set[str] = set()  # what the module itself keeps from DDP
-        self._bare: list[BareGroups] = []
-        self._untied: list[Inherit] = []
-        self._stash: Mapping[str, Any] | None = None
-        self._workers: Workers | None = None
-        self._moments: dict = {}
-        self._holding = False
+        """Be as before a fit."""
+        self.phase = "full"  # "lowrank" once the targets are this worker's own
+        self.workers_differ = False
+        self.converted = ConvertedModule.none()
+        self._holding = False  # while Lightning's own set-up runs, DDP does not wrap
         self._inside_step = False
-        self._ticks: Any = None
-
-    # -- putting on -------------------------------------------------------------------------------------------------
+        self._ticks: Any = None  # the clock's hook
 
     @property
-    def merge_every(self) -> int:
-        """T."""
-        return self.settings.merge_every
+    def local(self) -> LocalTargets:
+        """Return what this worker trains on its own: ``HeadSet`` or ``ProjectedSet``; ``NoTargets`` before a fit."""
+        return self.converted.local
 
-    @property
-    def workers_differ(self) -> bool:
-        """Tell whether workers hold different weights between merges, heads aside."""
-        return self.rest is not None and self.rest.apart
-
-    @property
-    def phase(self) -> str:
-        """``lowrank`` while the model has heads, else ``full``."""
-        return "full" if self.heads is None else "lowrank"
+    # -- a fit begins -----------------------------------------------------------------------------------------------
 
     def setup(self, trainer: pl.Trainer) -> None:
-        """DDP's set-up, then the conversion, then the wrapper."""
+        """Set DDP up, convert the model, then wrap it."""
         fitting = trainer.state.fn == TrainerFn.FITTING
         if fitting:
-            for callback in trainer.callbacks:
-                if isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
-                    allowed = "pairs weights by position and would average the heads: remove it, or average the exports"
-                    raise ConfigError("callbacks", type(callback).__name__, allowed)
-            stash, self._stash = self._stash, None
-            self._forget()
-            self._stash = stash
-            self._workers = self._make_workers()
-            if not self.lightning_module.automatic_optimization:
-                self._workers.hint = " (in manual optimization all workers must take equally many optimizer steps)"
-            self._ignored = set(getattr(self.lightning_module, "_ddp_params_and_buffers_to_ignore", ()))
-        if self.world_size == 1 and self._injects is None:
+            self._begin_fit(trainer)
+        if self.world_size == 1 and self._use_sampler is None:
             # nothing to share out: a loader that Lightning cannot take apart runs
             connector = trainer._accelerator_connector
-            self._injects, connector.use_distributed_sampler = connector.use_distributed_sampler, False
+            self._use_sampler, connector.use_distributed_sampler = connector.use_distributed_sampler, False
         self._holding = True
         super().setup(trainer)
         self._holding = False
         if not fitting:
             return
-        same_weights(self.lightning_module, self._workers)
+        same_weights(self._module, self.converted.workers)
         if phase_callback(trainer) is None:
-            transition.apply(trainer, self.lightning_module, self._convert_targets, replay=True)
+            transition.apply(trainer, self._module, lambda: self.converted.begin(self._fit()), replay=True)
         elif (self.rank, self.targets) != (16, "all"):
             raise ConfigError(
                 "rank, targets", (self.rank, self.targets), "the phase callback's plan decides them: leave them out"
             )
         self.configure_ddp()
         scaler = getattr(self.precision_plugin, "scaler", None)
-        if scaler is not None and self._workers.size > 1:
-            share_overflow(scaler, self._workers.group)
-        self.precision_plugin.clip_grad_by_norm = self._clip_grad_by_norm
+        if scaler is not None and self.converted.workers.size > 1:
+            share_overflow(scaler, self.converted.workers.group)
+        setattr(self.precision_plugin, "clip_grad_by_norm", self.converted.clip)  # noqa: B010  # shadows the method
 
-    def _make_workers(self) -> Workers:
-        if not dist.is_initialized() or dist.get_world_size() == 1:
-            return Workers()
-        if not hasattr(self, "_group"):
-            self._group = make_group(self.merge_timeout)
-        if self._patience is None:
-            set_patience(timedelta(seconds=self.merge_timeout))
-        return Workers(self._group, self.merge_timeout)
+    def _begin_fit(self, trainer: pl.Trainer) -> None:
+        check_callbacks(trainer.callbacks)  # type: ignore[attr-defined]  # Lightning sets it outside of the class
+        self._forget()
+        workers = Workers()
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            if self._group is None:
+                self._group = make_group(self.merge_timeout)
+            if self._patience is None:
+                set_patience(timedelta(seconds=self.merge_timeout))
+            workers = Workers(self._group, self.merge_timeout)
+        if not self._module.automatic_optimization:
+            workers.hint = " (in manual optimization all workers must take equally many optimizer steps)"
+        local = KINDS[self.update](self.settings, workers)
+        ignored = set(getattr(self._module, "_ddp_params_and_buffers_to_ignore", ()))
+        self.converted = ConvertedModule(
+            self._module, local, workers, self.sync_rest, ignored, lambda: self.model is not self.lightning_module
+        )
+
+    @property
+    def _module(self) -> pl.LightningModule:
+        """Return the module, which a strategy has from the start of a fit."""
+        return cast(pl.LightningModule, self.lightning_module)
+
+    def _fit(self) -> Fit:
+        of = self.converted
+        return Fit(of.module, list(self.optimizers), of.workers, of.ignored, self._resume.left_out)
+
+    def process_dataloader(self, dataloader: Any) -> Any:
+        """Make training loaders share the data out and end together."""
+        return shared_out(dataloader, self.converted.workers.size) if self._module.trainer.training else dataloader
+
+    # -- the protocol of core/protocols.py: a phase callback hands over a plan ----------------------------------------
+
+    def check_adopt(self, names: Iterable[str], module: nn.Module) -> None:
+        """Refuse before training targets that could not be taken over."""
+        self.local.check_adopt(names, self._fit())
+
+    def adopt(self, plan: Plan, module: nn.Module) -> list[Inherit]:
+        """Begin the joint phase: one adapter per target that all workers average; or the optimizer's projections.
+
+        Raises:
+            ConfigError: every target has rank 0.
+        """
+        if not any(plan.values()):
+            raise ConfigError("ranks", 0, "the plan gives 0 to every target, and LTE has nothing to train apart: leave 0 out")
+        return self.local.adopt(plan, self._fit())
+
+    def release(self) -> list[Inherit]:
+        """Make the targets this worker's own, at the freeze: every head starts from the joint phase's adapter."""
+        return self.converted.release(self._fit())
+
+    def after_transition(self) -> None:
+        """Tell targets and rest apart, now that the optimizers hold both; take a checkpoint's state; start the clock."""
+        if not self.local.begun:
+            return
+        if not self.local.optimizers:
+            self.converted.assign_optimizers(list(self.optimizers))
+            self.phase, self.workers_differ = "lowrank", self.converted.rest.apart
+            if self._resume.state is not None:
+                self._resume.give_kept(self.converted)
+        if self.local.optimizers and self._ticks is None:
+            # on the optimizer itself, whoever calls its step; one that is none of torch's has no hooks
+            with suppress(AttributeError):
+                self._ticks = self.local.optimizers[0].register_step_post_hook(self._after_raw_step)
 
     # -- a step -----------------------------------------------------------------------------------------------------
 
-    def process_dataloader(self, dataloader: Any) -> Any:
-        """Training loaders must share the data out and end together."""
-        trainer = self.lightning_module.trainer
-        if not trainer.training or self._workers is None:
-            return dataloader
-        return shared_out(dataloader, self._workers.size)
-
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """At an epoch's start: what a callback has unfrozen trains with the rest from here on, and is averaged with it."""
+        """Train what a callback has unfrozen with the rest, and average it with the rest, from an epoch's start."""
         super().on_train_batch_start(batch, batch_idx)
-        if batch_idx or self.rest is None or self._workers.size == 1 or not self.heads.worn:
+        waits = self.local.first_step.waits  # W itself takes gradients then
+        if batch_idx or self.converted.workers.size == 1 or not self.local.attached or waits:
             return
-        if self.rehearsal is not None and self.rehearsal.waits:  # W itself takes gradients now
-            return
-        frozen = [leaf(layer) for layer in self.heads.layers.values()]
-        if self.rest.follow({id(W) for W in frozen}):
-            for W in frozen:  # unfrozen with all else; its heads are what trains
-                W.requires_grad_(False)
-            self.model = self.lightning_module
-            self.configure_ddp()
+        if self.converted.follow_unfrozen():
+            self._wrap_again()
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Tell the heads how large the batch is that they share."""
-        if self.heads is None:
+        if not self.local.begun:
             return super().training_step(*args, **kwargs)
-        shares = self.settings.heads > 1 and self.settings.mode == "parallel"
-        self.heads.shared.batch = batch_size(args[0] if args else kwargs) if shares else 1
-        watching = self.rehearsal is not None and self.rehearsal.waits
-        with nullcontext() if self.rehearsal is None else self.rehearsal.forward():
+        shared, shares = self.local.shared, self.settings.shares_batch
+        shared.batch = batch_size(args[0] if args else kwargs) if shares else 1
+        watching = self.local.first_step.waits
+        with self.local.first_step.forward():
             output = super().training_step(*args, **kwargs)
-        if output is None and self._workers.size > 1 and self.lightning_module.automatic_optimization:
-            # Lightning refuses it too, and names neither the worker nor a cure
-            raise ConfigError(
-                "training_step", None, f"is what worker {self._workers.rank} returned, and the others would wait for its "
-                "gradients: leave such batches out in the loader, or return the loss times 0"
-            )  # fmt: skip
-        if self.heads.shared.seen is not None:
-            unfit = self.heads.shared.check_seen(self.settings.heads if shares else 1, partial(families, self.lightning_module))
-            if watching:
-                self.rehearsal.unfit |= unfit
-            elif unfit:
-                name, reason = next(iter(unfit.items()))
-                raise ConfigError("targets", name, reason)
+        self.converted.check_step(output, watching)
         return output
 
     def post_backward(self, closure_loss: Tensor) -> None:
-        """Forward passes outside a training step see W as it is."""
+        """Let forward passes outside a training step see W as it is."""
         super().post_backward(closure_loss)
-        if self.rehearsal is not None and self.rehearsal.waits:
-            self._rehearsed()
-        if self.heads is not None and self.lightning_module.automatic_optimization:
-            self.heads.shared.batch = None
-
-    def after_transition(self) -> None:
-        """With the heads comes their clock: it hangs on the optimizer itself, whoever calls its step."""
-        super().after_transition()
-        if self.heads is not None and self.heads.optimizers and self._ticks is None:
-            with suppress(AttributeError):  # an optimizer that is none of torch's: Lightning's own call of its step remains
-                self._ticks = self.heads.optimizers[0].register_step_post_hook(self._after_raw_step)
+        if self.local.first_step.waits:
+            self._finish_first_step()
+        if self._module.automatic_optimization:
+            self.local.shared.batch = None
 
     def optimizer_step(self, optimizer: Optimizer, closure: Any, model: Any = None, **kwargs: Any) -> Any:
-        """The step, then the clock: it counts attempts, as Lightning does, so that a step skipped for fp16 is one."""
+        """Step, then tick: the clock counts attempts, as Lightning does, so that a step skipped for fp16 is one."""
         self._inside_step = True
         try:
             output = super().optimizer_step(optimizer, closure, model, **kwargs)
         finally:
             self._inside_step = False
-        if self.heads is not None and self.heads.optimizers and optimizer is self.heads.optimizers[0]:
+        if self.local.optimizers and optimizer is self.local.optimizers[0]:
             self._tick()
         return output
 
     def _after_raw_step(self, *_: Any) -> None:
-        """A step that did not come through Lightning (manual optimization with the raw optimizer)."""
+        """Tick after a step that did not come through Lightning (manual optimization with the raw optimizer)."""
         if not self._inside_step:
             self._tick()
 
     def _tick(self) -> None:
-        """The clock goes on by an optimizer step, and what is due is merged."""
-        heads, rehearsal = self.heads, self.rehearsal
-        if rehearsal is not None and rehearsal.waits:  # this worker left its first batch out
-            self._rehearsed()
-        changed = heads.after_step()
-        if changed and rehearsal is not None and rehearsal.watches:
-            self._rehearsed()
-        if self.settings.mode != "joint" and heads.clock % self.settings.merge_every == 0:
-            self.rest.merge()
-            if not self.rest.agrees():
-                self._hash()
+        """Count an optimizer step, and merge what is due."""
+        local, first_step = self.local, self.local.first_step
+        if first_step.waits:  # this worker left its first batch out
+            self._finish_first_step()
+        # the targets, by their clock
+        changed = local.after_step()
+        if changed and first_step.watches:
+            self._finish_first_step()
+        # the rest, at the end of a window
+        if not self.converted.merge_rest():
+            self._hash()
         if changed:
-            if heads.merges == 1 and isinstance(heads, HeadSet):
-                advice.name_unmoved_heads(heads, self.lightning_module)
-            self._log()
+            if local.merges == 1:
+                local.warn_after_first_merge(self._module)
+            self.converted.log(self._hash)
 
-    def _rehearsed(self) -> None:
+    def _finish_first_step(self) -> None:
         """Leave out, or refuse, targets that the first step showed to be none."""
-        reasons = self.rehearsal.finish()
+        reasons = self.local.first_step.finish()
         if reasons:
-            self._leave_out(reasons)
+            accumulates = self._module.trainer.fit_loop.epoch_loop._should_accumulate()
+            self.converted.leave_out(reasons, accumulates)
+            self._wrap_again()
+
+    # -- what is reported -------------------------------------------------------------------------------------------
+
+    def _hash(self) -> int:
+        """Return a hash of what all workers hold alike at a merge; end the run if they do not."""
+        when = f"after the merge at step {self._module.trainer.global_step + 1}"
+        return agreed_hash(self, self._module, when, self.converted.differing(), DRIFTED)
+
+    def all_heads(self) -> AllHeads:
+        """Yield per layer its name, A (N, ΣR, D), B (N, O, R) per part, and the parts. All workers call it together."""
+        return self.local.all_heads()
+
+    def metrics(self) -> dict[str, float]:
+        """Return what merges have cost; see ``ConvertedModule.metrics``."""
+        return self.converted.metrics()
+
+    # -- evaluation, and the end of a fit, see the merged model -----------------------------------------------------
+
+    def on_train_start(self) -> None:
+        """Put a resumed run's random states back, after all that draws; and swap out (``lr_find`` leaves the view in)."""
+        self.converted.swap_out()
+        self._resume.give_random(self.converted.workers)
+
+    def on_validation_start(self) -> None:
+        """Score the merged model."""
+        self.converted.swap_in()
+
+    def on_validation_end(self) -> None:
+        """Go on with the heads as they were."""
+        self.converted.swap_out_keeping_writes()
+
+    def on_test_start(self) -> None:
+        """Score the merged model."""
+        self.converted.swap_in()
+
+    def on_test_end(self) -> None:
+        """Go on with the heads as they were."""
+        self.converted.swap_out_keeping_writes()
+
+    def on_predict_start(self) -> None:
+        """Score the merged model."""
+        self.converted.swap_in()
+
+    def on_predict_end(self) -> None:
+        """Go on with the heads as they were."""
+        self.converted.swap_out_keeping_writes()
+
+    def on_train_end(self) -> None:
+        """Leave the merged model in place from here on."""
+        self.converted.swap_in()
 
     def teardown(self) -> None:
-        """Stop the clock, give the module back, and the process group its own patience."""
+        """Stop the clock, give the plain module back, and the process group its own patience."""
         if self._ticks is not None:
             self._ticks.remove()
             self._ticks = None
-        if self._injects is not None:
-            self.lightning_module.trainer._accelerator_connector.use_distributed_sampler = self._injects
-            self._injects = None
+        if self._use_sampler is not None:
+            self._module.trainer._accelerator_connector.use_distributed_sampler = self._use_sampler
+            self._use_sampler = None
+        with suppress(AttributeError):
+            del self.precision_plugin.clip_grad_by_norm
+        if self.local.attached:
+            setattr(self._module, "_ddp_params_and_buffers_to_ignore", sorted(self.converted.ignored))  # noqa: B010
+        self.converted.detach()
         super().teardown()
-        if self._patience is None and self._workers is not None and self._workers.size > 1 and dist.is_initialized():
+        if self._patience is None and self.converted.workers.size > 1 and dist.is_initialized():
             set_patience(self._timeout or default_pg_timeout)
 
-    def _clip_grad_by_norm(self, optimizer: Optimizer, clip_val: float) -> None:
-        module = self.lightning_module
-        apart = [] if self.heads is None or not self.heads.left_out(module) else list(self.heads.factors().values())
-        alone = [p for name, p in module.named_parameters() if name in self._ignored and p.grad is not None]
-        owned = {id(p) for p in (*apart, *alone)}
-        mine = {id(p): p for group in optimizer.param_groups for p in group["params"]}
-        own = [p for p in apart if id(p) in mine]
-        clip_norms((p for n, p in mine.items() if n not in owned), own, clip_val, stacked=self.update == "lora")
-        clip_norms([], [p for p in alone if id(p) in mine], clip_val, stacked=False)
+    # -- checkpoints ------------------------------------------------------------------------------------------------
 
-    def _log(self) -> None:
-        """A merge's cost, and a hash of what all workers hold alike behind it."""
-        trainer, every = self.lightning_module.trainer, self.settings.merge_every
-        # Lightning counts the steps it sees: none of a raw optimizer's
-        step, often = max(trainer.global_step, self.heads.clock - 1), max(1, trainer.log_every_n_steps)
-        # by the step alone, so that a resumed run logs at the same merges
-        if step // often == (step - every) // often and self.heads.merges > 1:
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Return the merged model under the plain names, on worker 0, which writes; the others' W is as of the last merge.
+
+        All workers call it together.
+        """
+        if not self.local.attached or self.local.view.swapped_in:
+            return super().lightning_module_state_dict()
+        with self.converted.swapped_in_to_write():
+            plain = super().lightning_module_state_dict()
+            return lora.clone_state(plain) if self.converted.rest.averaged else plain
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Return what the bare model's optimizer would hold; the heads' moments are in ``lte_state``."""
+        for bare in self.converted.bare:
+            if bare.optimizer is getattr(optimizer, "_optimizer", optimizer):
+                own = bare.numbers(self.local.parameters().values())
+                return self.converted.rest.averaged_moments(bare.state_dict(), own)
+        return super().optimizer_state(optimizer)
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Add ``lte_state`` to what worker 0 writes; a file of weights only needs none."""
+        if self.local.begun and "optimizer_states" in checkpoint:
+            entry = files.lte_state(self.converted)
+            if entry is not None:
+                checkpoint[files.KEY] = entry
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Load the merged model; keep the heads until a fit has some, or put them on at once (``lr_find``)."""
+        if not self.local.attached:
+            super().load_model_state_dict(checkpoint, strict)
+            if self._module.trainer.state.fn == TrainerFn.FITTING:
+                self._resume.keep(checkpoint)
             return
-        metrics = self.metrics()
-        if self._workers.size > 1 and self.settings.mode != "joint":
-            metrics["lte/hash"] = float(self._hash())
-        log_row(trainer, metrics, step)
-
-    def _hash(self) -> int:
-        """A hash of what all workers hold alike at a merge; ends the run if they do not."""
-        apart = head_names(self.lightning_module, self.heads.layers) | self._ignored
-        if self.rest.apart and self.settings.overlap:  # the rest was averaged when the merge began, and has moved since
-            apart |= set(self.rest.parameters)
-        when = f"after the merge at step {self.lightning_module.trainer.global_step + 1}"
-        return agreed_hash(self, self.lightning_module, when, apart, DRIFTED)
-
-    def all_heads(self) -> Iterator[tuple[str, Tensor, dict[str, Tensor], tuple[Part, ...]]]:
-        """Per layer its name, A (N, ΣR, D), B (N, O, R) per part, and the parts: over all workers, which must all call it."""
-        if self.heads is None:
+        self.converted.swap_out()
+        state = checkpoint.get(files.KEY)
+        if state is None:
+            super().load_model_state_dict(checkpoint, strict)
             return
-        layers = self.heads.layers
-        found = {key: value for key, value in record.of_layers(layers).items() if key[2][0] in "AB"}
-        found = dict(zip(found, self.heads.workers.all_heads(list(found.values())), strict=True))
-        for name, layer in layers.items():
-            B = {part.name: found["layer", name, f"B.{part.name}"] for part in layer._parts}
-            yield name, found["layer", name, "A"], B, layer._parts
+        module = self._module
+        names = self.local.hidden(module)
+        own = {k: v.detach() for k, v in (*module.named_parameters(), *module.named_buffers()) if k in names}
+        super().load_model_state_dict({**checkpoint, "state_dict": own | checkpoint["state_dict"]}, strict=False)
+        self._resume.give(state, self.converted)
 
-    def metrics(self) -> dict[str, float]:
-        """MiB that this worker sent for the last merge, for the rest in the same window, and milliseconds waited for it."""
-        if self.heads is None:
-            return {}
-        sent, seconds = self.heads.last_cost
-        return {
-            "lte/merge_mib": sent / 2**20,
-            "lte/rest_mib": self.rest.sent_per_window(self.settings.merge_every) / 2**20,
-            "lte/merge_ms": 1000 * seconds,
-        }
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Load the bare model's states for the rest, the heads' own for the heads."""
+        if self.local.begun:
+            self._resume.load_optimizers(checkpoint, self.converted)
+        else:
+            super().load_optimizer_state_dict(checkpoint)
 
     # -- DDP --------------------------------------------------------------------------------------------------------
 
@@ -385,12 +433,16 @@ class LTEStrategy(Conversion, CheckpointHooks, ViewHooks, Adopter, HasPhase, Rep
         """Wrap what is synchronised at every step; heads are left out of broadcasts and averages."""
         if self._holding:
             return
-        module = self.lightning_module
-        ignored = self._ignored | (set() if self.heads is None else self.heads.left_out(module))
-        module._ddp_params_and_buffers_to_ignore = sorted(ignored)
+        module = self._module
+        ignored = self.converted.ignored | self.local.unsynced(module)
+        setattr(module, "_ddp_params_and_buffers_to_ignore", sorted(ignored))  # noqa: B010  # DDP reads it there
         synced = [name for name, p in module.named_parameters() if p.requires_grad and name not in ignored]
-        apart = self.heads is not None and self.settings.mode != "joint" and self.sync_rest == "merge"
-        if not synced or apart or self._workers.size == 1:
+        at_merges = self.local.begun and self.settings.mode != "joint" and self.sync_rest == "merge"
+        if not synced or at_merges or self.converted.workers.size == 1:
             return  # DDP refuses a model without anything to reduce
         super().configure_ddp()
         settle_buckets(self.model)
+
+    def _wrap_again(self) -> None:
+        self.model = self._module
+        self.configure_ddp()

@@ -1,10 +1,18 @@
-"""The processes that train together: their group, what they send one another, and that they start from the same weights."""
+"""Let the processes that train together send each other tensors, start from the same weights, and clip alike.
+
+Clipping: one norm over everything would differ from worker to worker, and with it the factor that cuts the rest's (equal)
+gradients: the rest would drift for ever. So the rest is clipped by its own norm and each head by its own. That needs no
+communication and does not depend on which heads share a worker. For the same reason, when fp16 skips a step on one worker, all
+skip it, where the rest is kept equal at every step.
+"""
 
 import math
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,17 +25,18 @@ from lowrank_pretrain.core.dtypes import at_least_32
 
 
 class Workers:
-    """The workers that merge: their process group, and what was sent over it.
+    """The workers that merge: their process group, and what this one has sent over it.
 
     Args:
-        group: their group; ``None``: this process is alone.
+        group: their process group; ``None``: this process is alone.
         timeout: seconds after which the group gives up on a worker (for the message).
 
     Attributes:
-        size: how many.
-        sent: bytes that this worker has sent, by the rings' formulae above.
+        size: number of workers.
+        rank: number of this worker.
+        sent: bytes that this worker has sent; a collective call is taken as a ring (see ``merge``).
         seconds: time spent waiting for the others.
-        hint: why else they might not answer (for the message).
+        hint: another reason why they might not answer (for the message).
     """
 
     def __init__(self, group: Any = None, timeout: float | None = None) -> None:
@@ -35,11 +44,20 @@ class Workers:
         self.size = 1 if group is None else dist.get_world_size(group)
         self.rank = 0 if group is None else dist.get_rank(group)
         self.sent, self.seconds, self.hint = 0.0, 0.0, ""
-        # NCCL reads nothing that lies on the CPU, as Adam's `step` does
+        # NCCL cannot read from the CPU, where Adam's `step` lies
         self._device = torch.device("cuda") if group is not None and "nccl" in dist.get_backend(group) else None
 
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Leave ``sent`` and ``seconds`` as they are: what is sent meanwhile is no merge."""
+        before = self.sent, self.seconds
+        try:
+            yield
+        finally:
+            self.sent, self.seconds = before
+
     def gather(self, flat: Tensor, async_op: bool = False) -> tuple[Tensor, Any]:
-        """All workers' ``flat`` one below the other, (w, n); equal n everywhere."""
+        """Return all workers' ``flat``, (w, n), n being equal everywhere, and what to wait for."""
         if self.size == 1:
             return flat[None], None
         out = flat.new_empty(self.size * flat.numel())  # gloo takes a flat output only
@@ -48,7 +66,7 @@ class Workers:
         return out.view(self.size, -1), work
 
     def add(self, flat: Tensor, async_op: bool = False) -> Any:
-        """Sum of all workers' ``flat``, in place."""
+        """Sum all workers' ``flat``, in place; returns what to wait for."""
         if self.size == 1:
             return None
         self.sent += 2 * (self.size - 1) / self.size * flat.numel() * flat.itemsize
@@ -64,7 +82,7 @@ class Workers:
         return out
 
     def wait(self, work: Any) -> None:
-        """Until an asynchronous call is done."""
+        """Wait until an asynchronous call is done."""
         if work is not None:
             self._call(work.wait)
 
@@ -84,27 +102,35 @@ class Workers:
             self.seconds += time.perf_counter() - began
 
     def _flat(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-        """One behind the other, where the group can read them."""
+        """Return one flat tensor of them all, where the group can read it."""
         device = self._device or tensors[0].device
         return torch.cat([t.reshape(-1).to(device, dtype) for t in tensors])
 
-    def all_heads(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Each (H, …) tensor as (N, …) over all workers, heads in the order of their ids; not counted as merge traffic."""
-        before = self.sent
+    def gather_heads(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Return each (H, …) tensor as (N, …) over all workers, heads in the order of their ids; not counted as traffic."""
         result: dict[int, Tensor] = {}
-        for dtype in dict.fromkeys(t.dtype for t in tensors):
-            chosen = [i for i, t in enumerate(tensors) if t.dtype == dtype]
-            gathered, _ = self.gather(self._flat([tensors[i] for i in chosen], dtype))
-            at = 0
-            for i in chosen:
-                n = tensors[i].numel()
-                result[i] = gathered[:, at : at + n].reshape(-1, *tensors[i].shape[1:]).to(tensors[i].device, copy=True)
-                at += n
-        self.sent = before
+        with self.uncounted():
+            for dtype in dict.fromkeys(t.dtype for t in tensors):
+                chosen = [i for i, t in enumerate(tensors) if t.dtype == dtype]
+                gathered, _ = self.gather(self._flat([tensors[i] for i in chosen], dtype))
+                at = 0
+                for i in chosen:
+                    n = tensors[i].numel()
+                    mine = gathered[:, at : at + n].reshape(-1, *tensors[i].shape[1:])
+                    result[i] = mine.to(tensors[i].device, copy=True)
+                    at += n
         return [result[i] for i in range(len(tensors))]
 
+    def gather_numbers(self, mine: Sequence[int]) -> list[list[int]]:
+        """Return all workers' integers, (w, n), n being equal everywhere; not counted as traffic."""
+        if self.size == 1 or not mine:
+            return [list(mine)] * self.size
+        with self.uncounted():
+            gathered, _ = self.gather(torch.tensor(mine, dtype=torch.int64, device=self._device))
+        return gathered.tolist()
+
     def to_first(self, mine: Mapping[Any, Tensor]) -> dict[Any, list[Tensor | None]] | None:
-        """Bring every worker's tensors to worker 0's main memory, a few at a time; not counted as merge traffic.
+        """Bring every worker's tensors to worker 0's main memory, a few at a time; not counted as traffic.
 
         Workers may hold different sets of tensors, of different shapes: sizes travel before data.
 
@@ -117,7 +143,8 @@ class Workers:
         own = {key: (tuple(t.shape), t.dtype) for key, t in mine.items()}
         self._call(lambda: dist.all_gather_object(kinds, own, group=self.group))
         device = self._device or torch.device("cpu")
-        first, result = dist.get_global_rank(self.group, 0), {}
+        first = dist.get_global_rank(self.group, 0)
+        result: dict[Any, list[Tensor | None]] = {}
         if self.rank == 0:
             result = {key: [None] * self.size for kind in kinds for key in kind}
             for key, t in mine.items():
@@ -127,10 +154,10 @@ class Workers:
                 if self.rank == sender:
                     held = [mine[key].detach().reshape(-1).to(device) for key in keys]
                     flat = held[0].contiguous() if len(held) == 1 else torch.cat(held)
-                    self._call(lambda flat=flat: dist.send(flat, first, group=self.group))
+                    self._call(partial(dist.send, flat, first, group=self.group))
                 elif self.rank == 0:
                     flat, source = torch.empty(count, dtype=dtype, device=device), dist.get_global_rank(self.group, sender)
-                    self._call(lambda flat=flat, source=source: dist.recv(flat, source, group=self.group))
+                    self._call(partial(dist.recv, flat, source, group=self.group))
                     shapes = [kinds[sender][key][0] for key in keys]
                     for key, shape, piece in zip(keys, shapes, flat.cpu().split([math.prod(s) for s in shapes]), strict=True):
                         result[key][sender] = piece.view(shape) if len(keys) == 1 else piece.view(shape).clone()
@@ -140,7 +167,7 @@ class Workers:
         return result if self.rank == 0 else None
 
     def average(self, tensors: Sequence[Tensor], counted: bool = True) -> None:
-        """The mean of each tensor over the workers, in place; float32 at least, one flat buffer for each width of number.
+        """Average each tensor over the workers, in place; float32 at least, one flat buffer for each width of number.
 
         Args:
             tensors: the same shapes on all workers.
@@ -158,10 +185,10 @@ class Workers:
                 flat.div_(self.size).mul_(power)
             _unflatten(flat, chosen)
         if not counted:
-            self.sent = before
+            self.sent = before  # but the time was spent
 
     def spread(self, tensors: Sequence[Tensor]) -> None:
-        """Give all workers worker 0's tensors, in place."""
+        """Give worker 0's tensors to all workers, in place."""
         if self.size == 1 or not tensors:
             return
         flat = self._flat(tensors, tensors[0].dtype)
@@ -169,9 +196,24 @@ class Workers:
         self._call(lambda: dist.broadcast(flat, dist.get_global_rank(self.group, 0), group=self.group))
         _unflatten(flat, tensors)
 
+    def cheaper_route(self, A: Tensor, B: Tensor, rows: int) -> str:
+        """Return the route of fewer bytes for a target with factors A (H, R, D) and B (H, O, R): ``factors`` or ``dense``."""
+        own = A.numel() * A.itemsize + B.numel() * B.itemsize
+        dense = rows * A.shape[2] * at_least_32(A.dtype).itemsize
+        return "factors" if (self.size - 1) * own <= 2 * (self.size - 1) / self.size * dense else "dense"
+
+    @torch.no_grad()
+    def mean_of(self, mine: Tensor) -> Tensor:
+        """Return the workers' mean of a tensor, a new one; exact where all hold the same number. All call it together."""
+        first = mine.clone()
+        self.spread([first])
+        difference = mine - first
+        self.average([difference], counted=False)
+        return first.add_(difference)
+
 
 def _parcels(kinds: Mapping[Any, tuple[tuple[int, ...], torch.dtype]], most: int = 2**20) -> Iterator[tuple[list, Any, int]]:
-    """Keys that travel together, their dtype and how many numbers: one tensor, or several of together ``most`` at most."""
+    """Yield keys that travel together, their dtype and their size: one tensor, or several of ``most`` numbers in all."""
     for dtype in dict.fromkeys(dtype for _, dtype in kinds.values()):
         keys: list[Any] = []
         count = 0
@@ -189,25 +231,25 @@ def _parcels(kinds: Mapping[Any, tuple[tuple[int, ...], torch.dtype]], most: int
 
 
 def _unflatten(flat: Tensor, tensors: Sequence[Tensor]) -> None:
-    """Write a flat tensor back."""
+    """Write a flat tensor back into the tensors that it was made of."""
     for t, piece in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
         t.copy_(piece.view_as(t))
 
 
 def make_group(timeout: float) -> Any:
-    """A process group for merges, of its own: they must not queue before DDP's buckets."""
+    """Make a process group for merges alone: they must not queue before DDP's buckets."""
     return dist.new_group(timeout=timedelta(seconds=timeout))
 
 
 def set_patience(limit: timedelta) -> None:
-    """How long what runs on the default group waits from now on (DDP's averages, Lightning's word to all at each batch).
+    """Set how long calls on the default group wait from now on (DDP's averages, Lightning's broadcast at each batch).
 
-    Not before the rendezvous, which a short limit would bound too.
+    Call it after the rendezvous, which a short limit would bound too.
     """
     getattr(dist, "set_timeout", dist.distributed_c10d._set_pg_timeout)(limit)
 
 
-# What gloo and NCCL say of a worker that is gone or too late. All else (sizes that do not fit, a full device) is another matter
+# What gloo and NCCL say when a worker is gone or too late; other errors (sizes that do not fit, a full device) say other things
 LOST = re.compile(
     r"gloo/transport|pair closure|Connection (closed|reset|refused|timed out)|Broken pipe|[Tt]imed? ?out|Socket|"
     r"remote process exited|unhandled (system|nccl) error|NCCL communicator was aborted|store->"
@@ -215,7 +257,7 @@ LOST = re.compile(
 
 
 def lost(error: BaseException) -> bool:
-    """Whether a failed collective call means that another process died or did not answer."""
+    """Return whether a failed collective call means that another process died or did not answer."""
     mismatch = "EnforceNotMet" in str(error) or "enforce fail" in str(error)  # gloo: sizes that do not fit
     full = isinstance(error, torch.OutOfMemoryError)
     return isinstance(error, RuntimeError) and not (mismatch or full) and LOST.search(str(error)) is not None
@@ -225,7 +267,7 @@ def same_weights(module: nn.Module, workers: Workers) -> None:
     """Give all workers rank 0's weights, with a warning if they differed.
 
     Raises:
-        RuntimeError: they differ even then.
+        RuntimeError: they still differ.
     """
     if workers.size == 1:
         return
@@ -243,3 +285,49 @@ def _checksums(module: nn.Module, workers: Workers) -> list[float]:
     sums: list[Any] = [None] * workers.size
     dist.all_gather_object(sums, mine, group=workers.group)
     return sums
+
+
+SHARED = "_shares_overflow"  # the mark of an ``unscale_`` that is wrapped already
+
+
+def clip_norms(rest: Iterable[Tensor], heads: Sequence[Tensor], max_norm: float, stacked: bool = True) -> None:
+    """Clip the gradients of the rest to ``max_norm``, and those of each head to ``max_norm``, in place.
+
+    Args:
+        rest: parameters that no head owns.
+        heads: the heads' factors, each (H, …); or the weights that this worker trains on its own.
+        max_norm: largest 2-norm allowed.
+        stacked: whether ``heads`` are factors of H heads.
+    """
+    torch.nn.utils.clip_grad_norm_(list(rest), max_norm)
+    if not stacked:
+        torch.nn.utils.clip_grad_norm_(list(heads), max_norm)
+        return
+    grads = [p.grad for p in heads if p.grad is not None]
+    if not grads:
+        return
+    squares = torch.stack([g.detach().flatten(1).float().square().sum(1).to(grads[0].device) for g in grads])  # (factors, H)
+    factor = (max_norm / (squares.sum(0).sqrt() + 1e-6)).clamp(max=1.0)  # (H,), as torch's own does
+    for grad in grads:
+        grad.mul_(factor.to(grad).view(-1, *[1] * (grad.ndim - 1)))
+
+
+def share_overflow(scaler: Any, group: Any) -> None:
+    """Make every worker skip a step in which one worker's gradients overflowed (fp16).
+
+    Args:
+        scaler: a ``GradScaler``; its ``unscale_`` is wrapped, once.
+        group: the workers' process group.
+    """
+    if getattr(scaler.unscale_, SHARED, False):
+        return
+    unscale = scaler.unscale_
+
+    def unscale_together(optimizer: Any) -> None:
+        unscale(optimizer)
+        # torch keeps the verdict in this private record alone
+        for found in scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"].values():
+            dist.all_reduce(found, op=dist.ReduceOp.MAX, group=group)
+
+    setattr(unscale_together, SHARED, True)
+    scaler.unscale_ = unscale_together

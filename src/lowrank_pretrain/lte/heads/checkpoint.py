@@ -1,4 +1,4 @@
-"""What a checkpoint holds of LTE, in the form "one process that holds all N heads"; resume, also on other numbers of workers.
+"""Write the heads into a checkpoint as "one process that holds all N heads", and resume, also on other numbers of workers.
 
     checkpoint["lte_state"] = {format, mode, reset, alpha, merge_every, targets {name: rank}, heads (of a worker), workers,
         clock, merges, turn, at_merge, record {"kind|name|key": (N, …)}, missing {"kind|name|key": [workers without it]},
@@ -11,87 +11,76 @@ merges another number of heads merges first: the checkpoint's ``state_dict`` is 
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
-from lowrank_pretrain.checkpoints.format import FORMAT, check_format
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.lte.checkpoint import FORMAT, check_format
 from lowrank_pretrain.lte.heads import record
-from lowrank_pretrain.lte.heads.head_set import HeadSet, prev_of
 from lowrank_pretrain.lte.heads.layer import draw_A
-from lowrank_pretrain.lte.heads.record import Record
-from lowrank_pretrain.lte.merge import Exchange
+from lowrank_pretrain.lte.heads.record import LayerHeads, Moments, Record
+from lowrank_pretrain.lte.merge import Exchange, Factors
 
-KEY = "lte_state"
+if TYPE_CHECKING:
+    from lowrank_pretrain.lte.heads.head_set import HeadSet
 
 
-def collect(heads: HeadSet) -> dict[str, Any] | None:
-    """The heads' part of ``lte_state``, plain types and tensors, on the worker that writes; ``None`` on the others.
+def saved_heads(heads: "HeadSet") -> dict[str, Any] | None:
+    """Return the heads' part of ``lte_state``, plain types and tensors, on the worker that writes; ``None`` on the others.
 
-    All workers must call it together.
+    All workers call it together.
     """
-    settings = heads.settings
-    local = heads.record()
-    if settings.mode == "sequential":
-        local = _all_turns(heads, local)
+    settings, local = heads.settings, record.to_file(_all_turns(heads))
     if heads.pending is not None:
         for piece, (A, B) in zip(heads.pieces, heads.pending[0].snapshot, strict=True):
-            local["pending", piece.name, "A"], local["pending", piece.name, "B"] = A.contiguous(), B
-    written = heads.workers.to_first(heads.written())
+            local |= {f"pending|{piece.name}|A": A.contiguous(), f"pending|{piece.name}|B": B}
+    written = heads.workers.to_first(heads.writes.rows())
     everyone = heads.workers.to_first(local)
-    if everyone is None:
+    if everyone is None or written is None:
         return None
-    missing = {"|".join(k): [w for w, t in enumerate(v) if t is None] for k, v in everyone.items()}
+    missing = {key: [w for w, t in enumerate(values) if t is None] for key, values in everyone.items()}
+    bases = {p.name: heads.writes.training_rows(p) if p.base is None else p.base for p in heads.pieces}
     return {
         "format": FORMAT, "mode": settings.mode, "reset": settings.reset, "alpha": settings.alpha,
         "merge_every": settings.merge_every, "targets": {p.name: p.part.rank for p in heads.pieces},
         "heads": settings.heads, "workers": heads.workers.size, "clock": heads.clock, "merges": heads.merges,
         "turn": heads.turn, "at_merge": heads.clock % settings.merge_every == 0 and heads.pending is None,
-        "record": {"|".join(key): _stack(values) for key, values in everyone.items()},
+        "record": {key: _stack(values) for key, values in everyone.items()},
         "missing": {key: workers for key, workers in missing.items() if workers},
         "left_out": list(heads.left_out_names),
         "written": {name: _differing(values) for name, values in written.items()},
-        "base": {p.name: (heads.view.training_rows(p) if p.base is None else p.base).cpu().clone() for p in heads.pieces},
+        "base": {name: base.cpu().clone() for name, base in bases.items()},
         "pending": None if heads.pending is None else heads.pending[1],
-        "sent": [heads._cost[0], heads.last_cost[0]],  # the same on every worker
+        "sent": [heads.cost[0], heads.last_cost[0]],  # the same on every worker
     }  # fmt: skip
 
 
 def _stack(values: list[Tensor | None]) -> Tensor:
-    """All workers' heads below one another; zeros for those of a worker that has none of it."""
+    """Return all workers' heads one after another; zeros for those of a worker that has none of it."""
     like = next(value for value in values if value is not None)
     return torch.cat([torch.zeros_like(like) if value is None else value for value in values])
 
 
-def _differing(values: list[Tensor]) -> Tensor:
-    """(w, O, D), or (1, O, D) where all workers hold the same."""
-    same = all(torch.equal(value, values[0]) for value in values)
-    return torch.stack(values[:1] if same else values)
+def _differing(values: list[Tensor | None]) -> Tensor:
+    """Return (w, O, D), or (1, O, D) where all workers hold the same."""
+    held = cast(list[Tensor], values)  # all workers find the same targets written
+    same = all(torch.equal(value, held[0]) for value in held)
+    return torch.stack(held[:1] if same else held)
 
 
-def _all_turns(heads: HeadSet, live: Record) -> Record:
-    """``sequential``: this worker's H heads, those unborn as zeros."""
-    turns = [live if k == heads.turn else heads.parked.get(k, {}) for k in range(heads.settings.heads)]
-    keys = dict.fromkeys(key for turn in turns for key in turn)
-    like = {key: next(turn[key] for turn in turns if key in turn) for key in keys}
-    return {key: torch.cat([turn.get(key, torch.zeros_like(like[key])) for turn in turns]) for key in keys}
-
-
-def check(state: Mapping[str, Any], heads: HeadSet) -> None:
+def check_heads(state: Mapping[str, Any], heads: "HeadSet") -> None:
     """Refuse a checkpoint of other heads.
 
     Raises:
         ConfigError: another mode, reset, alpha, rank or other targets; or a newer format.
     """
-    check_format(state, "lte_state")
-    if state.get("update", "lora") != "lora":
-        raise ConfigError("update", "lora", f"the checkpoint was trained with {state['update']}")
+    check_format(state, "lora")
     for key in ("mode", "reset", "alpha"):
-        here = getattr(heads.settings, key)
-        if state[key] != here:
-            raise ConfigError(key, here, f"the checkpoint was trained with {state[key]}")
+        mine = getattr(heads.settings, key)
+        if state[key] != mine:
+            raise ConfigError(key, mine, f"the checkpoint was trained with {state[key]}")
     here = {p.name: p.part.rank for p in heads.pieces}
     if set(here) != set(state["targets"]):
         other = sorted(set(here) ^ set(state["targets"]))[0]
@@ -101,101 +90,116 @@ def check(state: Mapping[str, Any], heads: HeadSet) -> None:
             raise ConfigError("rank", rank, f"the checkpoint's {name} has rank {state['targets'][name]}")
 
 
-def restore(state: Mapping[str, Any], heads: HeadSet) -> tuple[Record, str | None]:
-    """Put the heads back; the module's W is the checkpoint's merged one on entry. All workers must call it together.
+def load_heads(state: Mapping[str, Any], heads: "HeadSet") -> tuple[dict[str, Moments], str | None]:
+    """Put the heads back; the module's W is the checkpoint's merged one on entry. All workers call it together.
 
     Args:
         state: ``lte_state``.
-        heads: freshly converted.
+        heads: the heads, freshly converted.
 
     Returns:
-        The optimizer state of the heads here (a record of moments, for ``own``), and what to tell the user, if anything.
+        The heads' optimizer state here, by factor, and what to tell the user, if anything.
     """
-    everyone: Record = {tuple(key.split("|")): value for key, value in state["record"].items()}
+    everyone = record.from_file(state["record"])
+    pending = {key: value for key, value in state["record"].items() if key.startswith("pending|")}
     settings, there = heads.settings, state["heads"] * state["workers"]
     heads.clock, heads.merges = state["clock"], state["merges"]
     sent, last = state.get("sent", (0.0, 0.0))
-    heads._cost, heads.last_cost = (sent, 0.0), (last, 0.0)
-    same = (settings.heads, heads.workers.size) == (state["heads"], state["workers"])
+    heads.cost, heads.last_cost = (sent, 0.0), (last, 0.0)
+    same_layout = (settings.heads, heads.workers.size) == (state["heads"], state["workers"])
     # 1 × 4 and 4 × 1 hold the same heads; in `sequential` a turn is a worker's, so only the same layout goes on in mid-window
-    layout = same
-    same = same or (settings.mode == "parallel" and settings.heads * heads.workers.size == there)
+    same = same_layout or (settings.mode == "parallel" and settings.heads * heads.workers.size == there)
     if settings.mode == "joint":
         same = settings.heads == state["heads"]
-        everyone = record.choose(everyone, 0, state["heads"])  # every worker had the same
-    pending = {key: everyone.pop(key) for key in list(everyone) if key[0] == "pending"}
-    if same:
-        moments = _moments_only(_restore_same(state, heads, everyone, pending))
-        lost = state.get("missing", {}) if layout and settings.mode == "parallel" else {}
-        return {k: v for k, v in moments.items() if heads.workers.rank not in lost.get("|".join(k), ())}, None
-    mine, told = _restore_other(state, heads, everyone)
-    heads.mark()
-    return _moments_only(mine), told
+        everyone = _pick(everyone, 0, state["heads"])  # every worker had the same
+    if not same:
+        mine, message = _restore_other(state, heads, everyone)
+        heads.writes.mark()
+        return _states(mine), message
+    mine = _restore_same(state, heads, everyone, pending)
+    if same_layout and settings.mode == "parallel":
+        _drop_missing(mine, state.get("missing", {}), heads.workers.rank)
+    return _states(mine), None
 
 
-def own(heads: HeadSet, moments: Record) -> dict[int, dict[str, Tensor]]:
-    """By a head parameter's id, its optimizer state here."""
-    return {id(p): record.state_of(moments, name) for name, p in heads.factors().items()}
+def _all_turns(heads: "HeadSet") -> Record:
+    """Return this worker's heads; in ``sequential`` those of all turns, the unborn ones as zeros."""
+    live = heads.record()
+    if heads.settings.mode != "sequential":
+        return live
+    turns = [live if k == heads.turn else heads.parked.get(k, {}) for k in range(heads.settings.heads)]
+    return {name: LayerHeads.stack([turn.get(name) for turn in turns]) for name in live}
 
 
-def _mine(heads: HeadSet, everyone: Record) -> Record:
-    """This worker's heads, of all its turns."""
-    first = 0 if heads.settings.mode == "joint" else heads.workers.rank * heads.settings.heads
-    return record.choose(everyone, first, heads.settings.heads)
-
-
-def _take(heads: HeadSet, mine: Record) -> Record:
-    """Put this worker's heads on, or in ``sequential`` park all but the one whose turn it is; returns the live ones' record."""
+def _put(heads: "HeadSet", mine: Record) -> Record:
+    """Put this worker's heads on, or in ``sequential`` park all but the one whose turn it is; returns the live ones."""
     if heads.settings.mode == "sequential":
-        stages = next(value for key, value in mine.items() if key[2] == "stage")
-        turns = [record.choose(mine, k, 1) for k in range(heads.settings.heads)]
+        stages = next(iter(mine.values())).stage
+        turns = [_pick(mine, k, 1) for k in range(heads.settings.heads)]
         heads.parked = {k: turns[k] for k in range(len(turns)) if k != heads.turn and stages[k] != record.UNBORN}
         mine = turns[heads.turn]
-    record.put_layers(mine, heads.layers)
+    record.put_layers(mine, heads.live_layers())
     return mine
 
 
+def _pick(everyone: Record, first: int, count: int) -> Record:
+    return {name: held.pick(first, count) for name, held in everyone.items()}
+
+
+def _mine(heads: "HeadSet") -> tuple[int, int]:
+    """Return the first of this worker's heads, of all its turns, and their number."""
+    return 0 if heads.settings.mode == "joint" else heads.workers.rank * heads.settings.heads, heads.settings.heads
+
+
 @torch.no_grad()
-def _restore_same(state: Mapping[str, Any], heads: HeadSet, everyone: Record, pending: Record) -> Record:
+def _restore_same(state: Mapping[str, Any], heads: "HeadSet", everyone: Record, pending: Mapping[str, Tensor]) -> Record:
+    """Put back as many heads as there were; returns this worker's."""
     heads.turn = state["turn"]
-    mine = _take(heads, _mine(heads, everyone))
+    mine = _put(heads, _pick(everyone, *_mine(heads)))
+    # W₀
     for piece in heads.pieces:
         base = state["base"][piece.name]
         if piece.base is not None:
             piece.base.copy_(base)
-        piece.rows().copy_(base)
-    has_prev = any(piece.layer.has_prev for piece in heads.pieces)
-    if heads.settings.mode == "parallel" and not heads.settings.reset and has_prev:
-        # W as of the last merge, by the sum that made it: bit for bit what the run that saved it trained on
+        piece.live().copy_(base)
+    # W as of the last merge, by the sum that made it: bit for bit what the run that saved it trained on
+    before = [piece.prev_factors() for piece in heads.pieces]
+    if heads.settings.mode == "parallel" and not heads.settings.reset and any(before):
         sent = heads.workers.sent
-        before = [prev_of(piece) for piece in heads.pieces]
-        exchange = Exchange(heads.pieces, before, heads.workers, heads.total)
+        exchange = Exchange(heads.pieces, [cast(Factors, factors) for factors in before], heads.workers, heads.total)
         for index, piece in enumerate(heads.pieces):
-            piece.rows().copy_(exchange.updated(index))
+            piece.live().copy_(exchange.updated(index))
         heads.workers.sent = sent
-    heads.mark()
-    for piece in heads.pieces:  # what others wrote since: it joins at the next merge, as it would have
+    heads.writes.mark()
+    # what others wrote since: it joins at the next merge, as it would have
+    for piece in heads.pieces:
         rows = state.get("written", {}).get(piece.name)
         if rows is not None:
-            piece.rows().copy_(rows[heads.workers.rank if len(rows) == heads.workers.size else 0])
+            piece.live().copy_(rows[heads.workers.rank if len(rows) == heads.workers.size else 0])
+    # a merge under way
     if state["pending"] is not None:
-        mine_pending = _mine(heads, pending)
-        snapshot = [tuple(mine_pending["pending", p.name, k].to(p.layer.lora_A) for k in "AB") for p in heads.pieces]
+        first, count = _mine(heads)
+        snapshot = []
+        for piece in heads.pieces:
+            A, B = (pending[f"pending|{piece.name}|{key}"][first : first + count].clone() for key in "AB")
+            snapshot.append((A.to(piece.layer.lora_A), B.to(piece.layer.lora_A)))
         heads.pending = Exchange(heads.pieces, snapshot, heads.workers, heads.total, overlap=True), state["pending"]
     return mine
 
 
 @torch.no_grad()
-def _restore_other(state: Mapping[str, Any], heads: HeadSet, everyone: Record) -> tuple[Record, str | None]:
-    """Another number of heads: everything is in W; those that stay go on, new ones begin."""
-    settings, told = heads.settings, None
+def _restore_other(state: Mapping[str, Any], heads: "HeadSet", everyone: Record) -> tuple[Record, str | None]:
+    """Put back another number of heads: W holds everything; those that stay go on, new ones begin. Returns this worker's."""
+    settings, message = heads.settings, None
     there, here = state["heads"] * state["workers"], settings.heads * heads.workers.size
     if settings.mode == "joint":
         raise ConfigError(
             "heads", settings.heads, f"the checkpoint has {there}, and in mode joint W does not hold their update"
         )
     if not state["at_merge"]:
-        told = f"LTE: the checkpoint lies between two merges of {there} heads; they were merged first, {here} go on from there"
+        message = (
+            f"LTE: the checkpoint lies between two merges of {there} heads; they were merged first, {here} go on from there"
+        )
     if settings.mode == "sequential" or settings.reset:
         # W holds all: every head starts anew
         heads.merges += not state["at_merge"]
@@ -203,35 +207,43 @@ def _restore_other(state: Mapping[str, Any], heads: HeadSet, everyone: Record) -
         heads.draw(heads.merges)
         for piece in heads.pieces:
             if piece.base is not None:
-                piece.base.copy_(piece.rows())
-        return {}, told
-    everyone = {key: value for key, value in everyone.items() if key[2] not in ("prev_A",) and not key[2].startswith("prev_B")}
-    for kind, name, key in [key for key in everyone if key[2] == "A" or key[2].startswith("B.")]:
-        everyone[kind, name, f"prev_{key}"] = everyone[kind, name, key]  # W holds every head as it is now
-    everyone = record.padded(record.choose(everyone, 0, here), here)
-    for key, value in everyone.items():
-        if key[2] == "stage":
-            value.fill_(record.MERGED)  # of a new head W holds nothing, which zeros say
+                piece.base.copy_(piece.live())
+        return {}, message
+    for held in everyone.values():
+        held.prev_A, held.prev_B = held.A, dict(held.B)  # W holds every head as it is now
+    everyone = {name: held.pick(0, here).extend(here) for name, held in everyone.items()}
+    for held in everyone.values():
+        held.stage.fill_(record.MERGED)  # of a new head W holds nothing, which zeros say
     for piece in heads.pieces:  # A of the heads that are new
-        A = everyone["layer", _layer_name(heads, piece.layer), "A"]
+        A = everyone[piece.weight_name].A
         for head in range(there, here):
             rows = slice(piece.part.a, piece.part.a + piece.part.rank)
             A[head, rows] = draw_A(piece.name, head, heads.merges, piece.part.rank, A.shape[2], settings.seed).to(A)
-    mine = _take(heads, _mine(heads, everyone))
+    mine = _put(heads, _pick(everyone, *_mine(heads)))
     # W₀ such that W₀ + (s/N) Σ over the heads that stayed is W
-    kept = Exchange(heads.pieces, [prev_of(piece) for piece in heads.pieces], heads.workers, heads.total)
+    before = [cast(Factors, piece.prev_factors()) for piece in heads.pieces]
+    kept = Exchange(heads.pieces, before, heads.workers, heads.total)
     for index, piece in enumerate(heads.pieces):
-        W = piece.rows().to(piece.base.dtype)
-        piece.base.zero_()
-        piece.base.copy_(W - kept.updated(index))
-    return mine, told
+        base = cast(Tensor, piece.base)  # merges do not accumulate here
+        W = piece.live().to(base.dtype)
+        base.zero_()
+        base.copy_(W - kept.updated(index))
+    return mine, message
 
 
-def _layer_name(heads: HeadSet, layer: Any) -> str:
-    return next(name for name, of in heads.layers.items() if of is layer)
+def _drop_missing(mine: Record, missing: Mapping[str, list[int]], rank: int) -> None:
+    """Drop optimizer state that this worker did not have."""
+    for name, held in mine.items():
+        for factor, moments in held.moments.items():
+            lost = [key for key in moments if rank in missing.get(f"moment|{record.factor_name(name, factor)}|{key}", ())]
+            for key in lost:
+                del moments[key]
 
 
-def _moments_only(mine: Mapping[tuple[str, str, str], Tensor]) -> Record:
-    """The optimizer state in a record; none where Adam has taken no step (a head before its first turn)."""
-    unstepped = {name for (kind, name, key), v in mine.items() if kind == "moment" and key == "step" and not v.any()}
-    return {key: value for key, value in mine.items() if key[0] == "moment" and key[1] not in unstepped}
+def _states(mine: Record) -> dict[str, Moments]:
+    """Return the optimizer state in a record, by factor; none where Adam has taken no step (a head before its first turn)."""
+    for held in mine.values():
+        held.moments = {
+            factor: moments for factor, moments in held.moments.items() if "step" not in moments or moments["step"].any()
+        }
+    return record.states_of(mine)

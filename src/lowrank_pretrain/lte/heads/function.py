@@ -1,4 +1,4 @@
-"""A linear layer with H heads, each on its own rows of the batch, as one differentiable function (LTE: arXiv 2402.16828).
+"""Compute a linear layer with H heads, each on its own rows of the batch, as one differentiable function (arXiv 2402.16828).
 
     y_k = W x_k + b + scale · (B_k A_k − B'_k A'_k) x_k        k = 1 … H, x_k the k-th chunk of the rows
 
@@ -30,7 +30,7 @@ from lowrank_pretrain.lora.function import (
 
 
 class Layout(NamedTuple):
-    """What of a layer with heads is no tensor."""
+    """Describe a layer with heads but for its tensors."""
 
     parts: tuple[Part, ...]
     rest: tuple[RestPart, ...]
@@ -49,7 +49,7 @@ def heads_linear(
     layout: Layout,
     rest_weight: tuple[Tensor, ...] = (),
 ) -> Tensor:
-    """Linear layer whose batch is shared out among H heads.
+    """Apply a linear layer whose batch is shared out among H heads.
 
     Args:
         x: (B, …, D).
@@ -81,12 +81,12 @@ def _by_autograd(
     parts, rest, transposed = layout
 
     def of_head(k: int, share: float) -> Tensor:
-        """Wₑ of head k, whose factors' gradients are multiplied by ``share``."""
+        """Return Wₑ of head k, whose factors' gradients are multiplied by ``share``."""
         A, B = lora_A[k : k + 1], [f[k : k + 1] for f in lora_B]
         if share != 1:
             A, *B = (f.detach() + (f - f.detach()) * share for f in (A, *B))
         old_A, old_B = (None, []) if prev_A is None else (prev_A[k : k + 1], [f[k : k + 1] for f in prev_B])
-        A, B, wide = _beside_prev(A, B, old_A, old_B, parts)
+        A, B, wide = _with_prev(A, B, old_A, old_B, parts)
         return effective_weight(weight, A[0], [f[0] for f in B], wide, transposed, rest, rest_weight)
 
     if len(spans) == 1 or not x.numel():
@@ -97,7 +97,7 @@ def _by_autograd(
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
-def _beside_prev(
+def _with_prev(
     lora_A: Tensor, lora_B: list[Tensor], prev_A: Tensor | None, prev_B: list[Tensor], parts: tuple[Part, ...]
 ) -> tuple[Tensor, list[Tensor], tuple[Part, ...]]:
     """Fold the subtracted factors in as further ranks: B A − B' A' = [B, −B'] [A; A'], part by part."""
@@ -109,7 +109,7 @@ def _beside_prev(
 
 
 def _forms(rows: int, weight: Tensor) -> bool:
-    """Whether each head's Wₑ is formed for its rows.
+    """Tell whether to form each head's Wₑ for its rows.
 
     Measured on CPUs with 4 heads: break-even at 1 to 2 DO/(D+O), half of a lone adapter's, as prev doubles the ranks.
     """
@@ -117,7 +117,7 @@ def _forms(rows: int, weight: Tensor) -> bool:
 
 
 class _HeadsLinear(torch.autograd.Function):
-    """See the module's text. A head's products are those of ``lora.function``, on its own rows."""
+    """Form the products of ``lora.function`` for each head, on its own rows; the formula is at the top of this file."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, prev_A: Tensor | None,
@@ -128,7 +128,7 @@ class _HeadsLinear(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             flat = x.reshape(-1, x.shape[-1])  # (n, D)
             forms = _forms(flat.shape[0] // len(spans), weight)
-            A, B, wide = _beside_prev(lora_A, lora_B, prev_A, prev_B, parts)
+            A, B, wide = _with_prev(lora_A, lora_B, prev_A, prev_B, parts)
             b = None if bias is None else bias.to(dtype)
             if forms:
                 out = weight.shape[1 if layout.transposed else 0]
@@ -156,10 +156,9 @@ class _HeadsLinear(torch.autograd.Function):
         lora_B, prev_B = factors[:p], factors[p : 2 * p] if prev_A is not None else []
         dy, x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])  # (n, O), (n, D)
         n, total = dy.shape[0], lora_A.shape[1]
-        A, B, wide = _beside_prev(lora_A, lora_B, prev_A, prev_B, parts)
+        A, B, wide = _with_prev(lora_A, lora_B, prev_A, prev_B, parts)
         dA = torch.zeros_like(lora_A) if needs[3] else None
-        wants_B = any(needs[7 : 7 + p])
-        dB = [torch.zeros_like(f) if wants_B else None for f in lora_B]
+        dB = [torch.zeros_like(f) for f in lora_B] if any(needs[7 : 7 + p]) else []
         dx = None
         if needs[0]:
             dx = torch.empty_like(x) if ctx.forms else dy @ _as_rows(weight.to(dtype), transposed)
@@ -179,7 +178,7 @@ class _HeadsLinear(torch.autograd.Function):
             if dA is not None:
                 dz = times_B(dy_k, B_k, parts, total, dtype) if dz is None else dz  # (n_k, ΣR), only what trains
                 dA[k] = (x_k.t() @ dz).t().to(lora_A.dtype).mul_(share)
-            if wants_B:
+            if dB:
                 z = x_k @ lora_A[k].to(dtype).t()  # (n_k, ΣR)
                 for part, d in zip(parts, dB, strict=True):
                     block = dy_k[:, part.start : part.start + part.rows].t() @ z[:, part.a : part.a + part.rank]
@@ -192,7 +191,8 @@ class _HeadsLinear(torch.autograd.Function):
                 d = dy[:, span.start : span.start + span.rows].t() @ x
                 d_rest[index] = (d.t() if transposed else d).to(ctx.rest_dtypes[index])
         dx = None if dx is None else dx.view(ctx.x_shape)
-        return dx, None, db, dA, None, None, None, *dB, *[None] * len(prev_B), *d_rest
+        d_lora_B: list[Any] = [*dB] or [None] * p
+        return dx, None, db, dA, None, None, None, *d_lora_B, *[None] * len(prev_B), *d_rest
 
 
 def _gradients(ctx: Any, dy: Tensor) -> tuple:
@@ -217,11 +217,11 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple:
 
 
 def _live(dz: Tensor, parts: tuple[Part, ...]) -> Tensor:
-    """The columns that train, of those that ``_beside_prev`` put side by side."""
+    """Return the columns that train, of those that ``_with_prev`` put side by side."""
     columns = [dz[:, 2 * p.a : 2 * p.a + p.rank] for p in parts]
     return columns[0] if len(columns) == 1 else torch.cat(columns, 1)
 
 
 def _as_rows(weight: Tensor, transposed: bool) -> Tensor:
-    """W as (O, D)."""
+    """Return W as (O, D)."""
     return weight.t() if transposed else weight

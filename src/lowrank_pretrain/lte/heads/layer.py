@@ -1,17 +1,18 @@
-"""A layer with H heads: what a linear layer becomes under LTE (arXiv 2402.16828, section 3).
+"""Give linear layers H heads (LTE, arXiv 2402.16828, section 3).
 
-Like ``lora.layer``, giving heads swaps the *class* of a layer: module, W and b stay the same objects under the same names.
+As in ``lora.layer``, giving heads swaps the *class* of a layer: module, W and b stay the same objects under the same names.
 Heads are ``lora_A`` (H, ΣR, D) and, per row block of a fused layer, ``lora_B.<part>`` (H, O_part, R_part). N heads in all,
 H of them on this worker; s = alpha / R.
 
 Modes. ``parallel``: head k trains on the k-th chunk of the batch. ``joint`` (the authors' MHLoRA): all heads see the whole
-batch, y = W x + (s/N) Σ B_n A_n x. ``sequential``: one head at a time, on the whole batch; H is 1 and who it is changes.
+batch, y = W x + (s/N) Σ B_n A_n x. ``sequential``: one head at a time, on the whole batch; H is 1, and which head it is
+changes with every window.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,79 +20,32 @@ from torch import Tensor, nn
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.protocols import Inherit
 from lowrank_pretrain.core.seeds import generator
-from lowrank_pretrain.core.targets import Target, is_conv1d
+from lowrank_pretrain.core.targets import WHOLE, Target, is_conv1d
 from lowrank_pretrain.lora.function import Part, RestPart, lora_linear
 from lowrank_pretrain.lora.layer import Reclassed, has_own_forward, keep_rows, swap_class
 from lowrank_pretrain.lte.heads.function import Layout, heads_linear
-from lowrank_pretrain.lte.written import leaf, leaf_name
+from lowrank_pretrain.lte.local_targets import Shared
+from lowrank_pretrain.lte.merge import Factors
 
-MODES = ("parallel", "joint", "sequential")
-
-
-@dataclass
-class Shared:
-    """What all layers with heads of one model have in common.
-
-    Attributes:
-        mode: one of ``MODES``.
-        total: N, the heads over which a merge averages (in ``sequential``: the workers).
-        batch: samples in the batch that is being trained on; 0: not known; ``None`` outside a training step.
-        viewing: W holds the merged weights for looking at: heads stay out of the way.
-        seen: per layer the largest dim 0 of its inputs in the first training step; ``None`` after it.
-        refused: why a layer's input cannot be shared out, as the first training step showed.
-    """
-
-    mode: str
-    total: int
-    batch: int | None = None
-    viewing: bool = False
-    seen: dict[str, int] | None = field(default_factory=dict)
-    refused: dict[str, str] = field(default_factory=dict)
-
-    def check_seen(self, heads: int, families: Callable[[Iterable[str]], Mapping[str, str]]) -> dict[str, str]:
-        """After the first forward pass: has each layer at least one sample for each head?
-
-        A layer passes with its family (experts, of which one or the other may see few tokens).
-
-        Args:
-            heads: on this worker.
-            families: names to families (``targets.families``).
-
-        Returns:
-            Why a layer cannot have heads, by its name.
-
-        Raises:
-            ConfigError: no layer sees as many samples as there are heads.
-        """
-        seen, self.seen = self.seen, None
-        if heads == 1 or not (seen or self.refused):
-            return {}
-        reasons = dict(self.refused)
-        if not seen:
-            return reasons
-        if max(seen.values()) < heads:
-            raise ConfigError(
-                "heads", heads, f"a batch holds {max(seen.values())} samples on this worker: at least one per head is needed"
-            )
-        of = families(seen)
-        for name in seen:
-            size = max(n for other, n in seen.items() if of[other] == of[name])
-            if size < heads:
-                reasons[name] = (
-                    f"its input has {size} in dim 0, fewer than the {heads} heads: leave it out of the targets, or use heads=1"
-                )
-        return reasons
+if TYPE_CHECKING:
+    _Layer = nn.Linear  # or Conv1D, or a subclass of them: the mixin comes before it
+else:
+    _Layer = object
 
 
-class MultiheadLoRALinear(Reclassed):
-    """What a layer's class gains by ``give_heads`` (mixed in before ``nn.Linear``, ``Conv1D`` or a subclass of them)."""
+class MultiheadLoRALinear(Reclassed, _Layer):
+    """A linear layer with heads: ``give_heads`` mixes this in before ``nn.Linear``, ``Conv1D`` or a subclass of them."""
 
     _parts: tuple[Part, ...]
     _shared: Shared
     _name: str
+    lora_A: nn.Parameter
+    lora_B: nn.ParameterDict
+    rest_weight: nn.ParameterDict
+    prev_A: Tensor | None
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, .., D) -> (B, .., O). Outside a training step: W as of the last merge, or the merged view if it is on."""
+        """Map (B, …, D) to (B, …, O). Outside a training step: by W as of the last merge, or by the merged W if it is in."""
         shared = self._shared
         if shared.viewing or shared.batch is None:
             return self._plain_class.forward(self, x)
@@ -101,7 +55,7 @@ class MultiheadLoRALinear(Reclassed):
         if shared.mode == "joint":
             A, B, parts = self._side_by_side(factors)
             return lora_linear(x, weight, self.bias, A, B, parts, is_conv1d(self), self._rest, rest_weight)
-        prev_A, prev_B = (self.prev_A, self.prev_B) if self.has_prev else (None, [])
+        prev_A, prev_B = self.prev_factors()
         layout = Layout(self._parts, self._rest, is_conv1d(self))
         if self.weight.requires_grad and self._cannot_share(x):
             return self._plain_class.forward(self, x)
@@ -109,7 +63,7 @@ class MultiheadLoRALinear(Reclassed):
         return heads_linear(x, weight, self.bias, self.lora_A, factors, prev_A, prev_B, spans, layout, rest_weight)
 
     def _cannot_share(self, x: Tensor) -> bool:
-        """In the first step, in which W takes gradients: x has not a sample for each head, so that W itself is what learns."""
+        """Tell, in the first step, whether x has too few samples for the heads. W takes gradients then, and learns itself."""
         if len(self.lora_A) == 1:
             return False
         try:
@@ -120,7 +74,7 @@ class MultiheadLoRALinear(Reclassed):
         return x.shape[0] < len(self.lora_A)
 
     def _spans(self, x: Tensor) -> tuple[tuple[int, int], ...]:
-        """Per head its first row and the one after its last; the first heads get one sample more if it does not divide.
+        """Return per head its first row and the one after its last; the first heads get one sample more if it does not divide.
 
         Samples are what dim 0 counts, be it the batch or a part of it. Where dim 0 is several times the batch (windows of an
         image), a sample's rows stay together.
@@ -145,7 +99,7 @@ class MultiheadLoRALinear(Reclassed):
         return tuple(zip(ends[:-1], ends[1:], strict=True))
 
     def _side_by_side(self, factors: list[Tensor]) -> tuple[Tensor, list[Tensor], tuple[Part, ...]]:
-        """All heads as one adapter of H times the rank, scale / N."""
+        """Return all heads as one adapter of H times the rank, scale / N."""
         heads = self.lora_A.shape[0]
         A = torch.cat([self.lora_A[:, p.a : p.a + p.rank].flatten(0, 1) for p in self._parts])
         B = [f.permute(1, 0, 2).flatten(1) for f in factors]
@@ -154,27 +108,28 @@ class MultiheadLoRALinear(Reclassed):
 
     @torch.no_grad()
     def _beyond(self) -> list[tuple[Part, Tensor]]:
-        """Per part the mean over the heads here of what each has learnt and W does not hold, (O_part, D), float32 at least."""
+        """Return per part the heads' mean of what each has learnt and W does not hold, (O_part, D), float32 at least."""
         found = []
         for index, part in enumerate(self._parts):
-            pairs = [(self.lora_A, self.lora_B[part.name], 1.0)]
-            if self.has_prev:
-                pairs.append((self.prev_A, self.prev_B[index], -1.0))
-            total = 0.0
+            pairs: list[tuple[Tensor, Tensor, float]] = [(self.lora_A, self.lora_B[part.name], 1.0)]
+            prev_A, prev_B = self.prev_factors()
+            if prev_A is not None:
+                pairs.append((prev_A, prev_B[index], -1.0))
+            products = []
             for A, B, sign in pairs:  # one by one: equal factors give exactly nothing
-                A, B = A[:, part.a : part.a + part.rank], B
+                A = A[:, part.a : part.a + part.rank]
                 wide = torch.promote_types(A.dtype, torch.float32)
                 product = torch.mm(B.permute(1, 0, 2).flatten(1).to(wide), A.flatten(0, 1).to(wide))
-                total = total + product.mul_(sign * part.scale / len(A))
-            found.append((part, total))
+                products.append(product.mul_(sign * part.scale / len(A)))
+            found.append((part, sum(products[1:], products[0] + 0.0)))
         return found
 
     def _rows_of(self, weight: Tensor, part: Part) -> Tensor:
-        """A part's rows of a tensor that lies as W does, an (O_part, D) view."""
+        """Return a part's rows of a tensor that lies as W does, an (O_part, D) view."""
         return (weight.t() if is_conv1d(self) else weight)[part.start : part.start + part.rows]
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Return the plain layer's: W with what this worker's heads have learnt in it, as they would merge alone.
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the plain layer's state: W with what this worker's heads have learnt, as they would merge alone.
 
         It asks no other worker, so one may call it alone; at a merge it is the merged W on all of them.
         """
@@ -182,7 +137,7 @@ class MultiheadLoRALinear(Reclassed):
         prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
         for key in [k for k in result if k.startswith(tuple(prefix + own for own in ("lora_", "rest_weight.", "rest_bias.")))]:
             del result[key]
-        name, keep_vars = prefix + leaf_name(self), kwargs.get("keep_vars", args[2] if len(args) > 2 else False)
+        name, keep_vars = prefix + weight_name(self), kwargs.get("keep_vars", args[2] if len(args) > 2 else False)
         if not self._shared.viewing and not keep_vars and name in result:
             merged = result[name].clone()
             for part, delta in self._beyond():
@@ -193,11 +148,11 @@ class MultiheadLoRALinear(Reclassed):
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         # A plain state dict is the merged model: W is what is left of it without what the heads here hold beyond W.
-        name = prefix + leaf_name(self)
+        name = prefix + weight_name(self)
         plain, given = f"{prefix}lora_A" not in state_dict, state_dict.get(name)
-        if plain and given is not None and given.shape == leaf(self).shape:
+        if plain and given is not None and given.shape == weight_of(self).shape:
             if not self._shared.viewing:
-                weight = given.detach().to(leaf(self)).clone()
+                weight = given.detach().to(weight_of(self)).clone()
                 for part, delta in self._beyond():
                     rows = self._rows_of(weight, part)
                     rows.copy_(rows - delta)
@@ -205,39 +160,44 @@ class MultiheadLoRALinear(Reclassed):
         if plain:
             state_dict[f"{prefix}lora_A"] = self.lora_A.detach()
             state_dict |= {f"{prefix}lora_B.{key}": B.detach() for key, B in self.lora_B.items()}
-            for part in self._rest if given is not None else ():
+            if given is not None:
                 dim = 1 if is_conv1d(self) else 0
-                state_dict.setdefault(f"{prefix}rest_weight.{part.name}", given.narrow(dim, part.start, part.rows))
+                for rest in self._rest:
+                    state_dict.setdefault(f"{prefix}rest_weight.{rest.name}", given.narrow(dim, rest.start, rest.rows))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     @property
     def has_prev(self) -> bool:
-        """Whether W holds anything of these heads."""
+        """Tell whether W holds anything of these heads."""
         return getattr(self, "prev_A", None) is not None
 
     def set_prev(self, A: Tensor | None, B: dict[str, Tensor] | None) -> None:
-        """What of these heads W holds from now on: a copy is made; ``None``: nothing."""
+        """Set what W holds of these heads from now on: a copy is made; ``None``: nothing."""
         self.prev_A = None if A is None else A.detach().clone()
         for index, part in enumerate(self._parts):
             self.register_buffer(f"prev_B{index}", None if B is None else B[part.name].detach().clone(), persistent=False)
 
+    def prev_factors(self) -> tuple[Tensor | None, list[Tensor]]:
+        """Return what W holds of these heads: A (H, ΣR, D) and per part B (H, O_part, R_part); ``None`` and none if nothing."""
+        return (self.prev_A, self.prev_B) if self.has_prev else (None, [])
+
     @property
-    def prev_B(self) -> list[Tensor | None]:
-        """Per part (H, O_part, R_part)."""
+    def prev_B(self) -> list[Tensor]:
+        """Return per part (H, O_part, R_part); what W holds of B, where it holds anything."""
         return [getattr(self, f"prev_B{index}") for index in range(len(self._parts))]
 
     def extra_repr(self) -> str:
-        """The plain layer's line, heads and ranks."""
+        """Return the plain layer's line, heads and ranks."""
         ranks = ", ".join(f"{part.name}={part.rank}" for part in self._parts)
         return f"{super().extra_repr()}, heads={self.lora_A.shape[0]}, lora_rank({ranks})"
 
 
 def draw_A(target: str, head: int, redraw: int, rank: int, cols: int, seed: int | None = None) -> Tensor:
-    """A of one head, (R, D): orthogonal times √(D/R), so that every singular value is √(D/R) (the authors' initialisation).
+    """Draw A of one head, (R, D): orthogonal times √(D/R), so that each singular value is √(D/R) (as the authors do).
 
     Args:
-        target: its name.
-        head: id of the head, 0 … N−1, the same whatever worker it lives on.
+        target: the target's name.
+        head: id of the head, 0 … N−1, the same on whichever worker it lives.
         redraw: how often it was drawn before.
         rank: R.
         cols: D.
@@ -261,27 +221,28 @@ def give_heads(
     """Swap the layer's class, register heads with B = 0 for its ranked targets, and freeze W.
 
     Args:
-        layer_name: of the layer, for messages.
+        layer_name: the layer's name, for messages.
         layer: an ``nn.Linear``, a ``Conv1D`` or a subclass of them.
         ranked: its targets, in the order of rows, with their ranks.
-        head_ids: the H heads that live here.
-        shared: common to the model's layers.
+        head_ids: ids of the H heads that live here.
+        shared: what the model's layers have in common.
         rest: its row blocks that are no targets; they go on training in full.
         alpha: scale = alpha / rank; ``None``: scale 1.
-        seed: of A.
+        seed: the run's seed, for A.
 
     Returns:
         What the rest blocks' parameters take over.
     """
     if has_own_forward(layer):
         raise ConfigError("targets", layer_name, "its class has a forward of its own, which heads cannot follow")
-    weight = layer.weight
-    like = {"dtype": weight.dtype, "device": weight.device}
+    weight = cast(nn.Parameter, layer.weight)
+    like: dict[str, Any] = {"dtype": weight.dtype, "device": weight.device}
     parts, at, heads = [], 0, len(head_ids)
     for target, rank in ranked:
         parts.append(Part(target.part, target.start, target.rows, at, rank, 1.0 if alpha is None else alpha / rank))
         at += rank
     swap_class(layer, MultiheadLoRALinear)
+    layer = cast(MultiheadLoRALinear, layer)
     layer._parts, layer._rest, layer._shared, layer._name = tuple(parts), (), shared, layer_name
     none = torch.empty(0, weight.shape[0] if is_conv1d(layer) else weight.shape[1])
     A = [torch.cat([none, *(draw_A(t.name, head, 0, rank, t.cols, seed) for t, rank in ranked)]) for head in head_ids]
@@ -298,42 +259,148 @@ def give_heads(
 class Held:
     """The heads of a layer that has its plain class back: what a checkpoint of a finished fit still needs."""
 
-    lora_A: Tensor
-    lora_B: dict[str, Tensor]
+    lora_A: nn.Parameter
+    lora_B: dict[str, nn.Parameter]
     prev_A: Tensor | None
-    prev_B: list[Tensor | None]
+    prev_B: list[Tensor]
     _parts: tuple[Part, ...]
 
     @property
     def has_prev(self) -> bool:
-        """Whether W held anything of these heads."""
+        """Tell whether W held anything of these heads."""
         return self.prev_A is not None
 
+    def prev_factors(self) -> tuple[Tensor | None, list[Tensor]]:
+        """See ``MultiheadLoRALinear.prev_factors``."""
+        return self.prev_A, self.prev_B
 
-def take_heads(layer: nn.Module) -> Held:
-    """Give the layer its plain class back; what the heads hold beyond W is in what is returned."""
-    held = Held(layer.lora_A, dict(layer.lora_B.items()), layer.prev_A, layer.prev_B, layer._parts)
+
+HeadLayer = MultiheadLoRALinear | Held
+
+
+def take_heads(layer: MultiheadLoRALinear) -> Held:
+    """Give the layer its plain class back; what the heads hold beyond W is in the record that is returned."""
+    held = Held(layer.lora_A, dict(layer.lora_B.items()), *layer.prev_factors(), layer._parts)
     for name in ("lora_A", "lora_B", "rest_weight", "rest_bias", *prev_names(layer)):
         if hasattr(layer, name):
             delattr(layer, name)
-    layer.__class__ = layer._plain_class
+    plain = layer._plain_class
+    layer.__class__ = plain  # type: ignore[assignment]  # the class that ``give_heads`` found
     del layer._parts, layer._rest, layer._shared, layer._name
     return held
 
 
-def prev_names(layer: nn.Module) -> list[str]:
-    """Names of a layer's buffers that hold what W has of its heads."""
+def prev_names(layer: HeadLayer) -> list[str]:
+    """Return the names of a layer's buffers that hold what W has of its heads."""
     return ["prev_A", *(f"prev_B{index}" for index in range(len(layer._parts)))]
 
 
-def head_layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(name, layer) of every layer with heads, in the module's order."""
+def head_layers(module: nn.Module) -> Iterator[tuple[str, MultiheadLoRALinear]]:
+    """Yield (name, layer) of every layer with heads, in the module's order."""
     return ((name, layer) for name, layer in module.named_modules() if isinstance(layer, MultiheadLoRALinear))
 
 
-def head_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """(name, parameter) of every head's factor."""
-    for name, layer in head_layers(module):
-        for own, p in layer.named_parameters():
-            if own.startswith("lora_"):
-                yield f"{name}.{own}", p
+def factor_parameters(layers: Mapping[str, HeadLayer]) -> dict[str, nn.Parameter]:
+    """Return the heads' parameters by name, as the module would name them."""
+    found = {}
+    for name, layer in layers.items():
+        for factor, p in factors_of(layer).items():
+            found[factor_name(name, factor)] = p
+    return found
+
+
+def factors_of(layer: HeadLayer) -> dict[str, nn.Parameter]:
+    """Return a layer's parameters as ``A`` and ``B.<part>``."""
+    return {"A": layer.lora_A} | {f"B.{part.name}": layer.lora_B[part.name] for part in layer._parts}
+
+
+def factor_name(layer: str, factor: str) -> str:
+    """Return a factor's name in the module."""
+    return f"{layer}.lora_{factor}"
+
+
+def weight_name(layer: nn.Module) -> str:
+    """Return the name of the parameter that holds a layer's W."""
+    return "weight_orig" if "weight_mask" in layer._buffers else "weight"
+
+
+def weight_of(layer: nn.Module) -> nn.Parameter:
+    """Return the parameter that holds a layer's W: ``weight``, or what ``torch.nn.utils.prune`` made of it in mid-fit.
+
+    Raises:
+        ConfigError: the weight is computed from something else by now.
+    """
+    found = layer._parameters.get(weight_name(layer))
+    if found is None:
+        name = getattr(layer, "_name", type(layer).__name__)
+        raise ConfigError("targets", name, "its weight was parametrized while it has heads: do so before fit, or leave it out")
+    return found
+
+
+@dataclass
+class HeadTarget:
+    """One target with heads.
+
+    Attributes:
+        name: the target's name.
+        layer: the layer with heads; what is left of it once the fit is over.
+        part: its row block.
+        base: W₀, (O, D) in float32 at least; ``None``: W itself is what the next merge adds to.
+        route: ``factors`` or ``dense``.
+    """
+
+    name: str
+    layer: HeadLayer
+    part: Part
+    base: Tensor | None = field(default=None, repr=False)
+    route: str = "factors"
+
+    @property
+    def weight_name(self) -> str:
+        """Return the name of the layer that it is a part of."""
+        return self.name if self.part.name == WHOLE else self.name.rpartition(".")[0]
+
+    @property
+    def owner(self) -> MultiheadLoRALinear:
+        """Return the layer, which still has its heads."""
+        return cast(MultiheadLoRALinear, self.layer)
+
+    def weight(self) -> Tensor:
+        """Return the layer's W as it is in place now, without its gradient."""
+        return weight_of(self.owner).detach()
+
+    def live(self) -> Tensor:
+        """Return W's rows, an (O, D) view."""
+        return self.rows_of(self.weight())
+
+    def rows_of(self, weight: Tensor) -> Tensor:
+        """Return the target's rows of a tensor that lies as its layer's W does, an (O, D) view."""
+        return self.owner._rows_of(weight, self.part)
+
+    def as_live(self, merged: Tensor) -> Tensor:
+        """Return merged rows as they are."""
+        return merged
+
+    def write(self, merged: Tensor, into: Tensor) -> None:
+        """Write merged rows into a tensor that lies as the layer's W does."""
+        self.rows_of(into).copy_(merged)
+
+    def merge_base(self, dtype: torch.dtype) -> Tensor:
+        """Return W₀, or W in ``dtype`` where merges add to it."""
+        return self.live().to(dtype) if self.base is None else self.base
+
+    def factors(self) -> Factors:
+        """Return the heads' live A (H, R, D), a view, and B (H, O, R)."""
+        rows = slice(self.part.a, self.part.a + self.part.rank)
+        return self.layer.lora_A.detach()[:, rows], self.layer.lora_B[self.part.name].detach()
+
+    def prev_factors(self) -> Factors | None:
+        """Return what W holds of the heads: A (H, R, D) and B (H, O, R); ``None``: nothing."""
+        A, B = self.layer.prev_factors()
+        if A is None:
+            return None
+        return A[:, self.part.a : self.part.a + self.part.rank], B[self.layer._parts.index(self.part)]
+
+    def bytes_sent(self) -> int:
+        """Return the bytes of this worker's factors."""
+        return sum(factor.numel() * factor.itemsize for factor in self.factors())

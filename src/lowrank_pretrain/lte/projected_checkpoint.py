@@ -1,4 +1,4 @@
-"""What a checkpoint holds of LTE × GaLore, and resume, also on another number of workers.
+"""Write what LTE × GaLore needs into a checkpoint, and resume, also on another number of workers.
 
     checkpoint["lte_state"] = {format, update: "galore", basis, merge_every, targets {name: rank}, workers, clock, merges,
         at_merge, record {"name|key": (N, …)}, told [{name: {keys, C, fresh}} by worker], base {name: W_base}, …}
@@ -8,25 +8,27 @@ a run of plain GaLore goes on from there. One worker alone has nothing that is n
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lowrank_pretrain.checkpoints.format import FORMAT, check_format
 from lowrank_pretrain.core.errors import ConfigError
-from lowrank_pretrain.lte.projected import ProjectedSet
+from lowrank_pretrain.lte.checkpoint import FORMAT, check_format
+
+if TYPE_CHECKING:
+    from lowrank_pretrain.lte.projected import ProjectedSet
 
 
-def collect(targets: ProjectedSet) -> dict[str, Any] | None:
-    """The targets' part of ``lte_state``, plain types and tensors, on the worker that writes; ``None`` on the others.
+def saved_targets(targets: "ProjectedSet") -> dict[str, Any] | None:
+    """Return the targets' part of ``lte_state``, plain types and tensors, on the worker that writes; ``None`` on the others.
 
-    All workers must call it together.
+    All workers call it together.
     """
     workers, settings = targets.workers, targets.settings
     alone = workers.size == 1
-    entry = {
+    entry: dict[str, Any] = {
         "format": FORMAT, "update": "galore", "basis": targets.basis, "merge_every": settings.merge_every,
         "targets": {p.name: p.part.rank for p in targets.pieces}, "workers": workers.size,
         "clock": targets.clock, "merges": targets.merges, "sent": targets.sent_so_far(),
@@ -34,22 +36,24 @@ def collect(targets: ProjectedSet) -> dict[str, Any] | None:
     }  # fmt: skip
     if alone:
         return entry
-    mine, told = {}, {}
+    mine: dict[str, Tensor] = {}
+    facts: dict[str, Any] = {}
     for piece in targets.pieces:
+        update = piece.update
         found = {k: v for k, v in piece.optimizer.state.get(piece.p, {}).items() if isinstance(v, Tensor)}
-        if piece.local.D is not None:
-            found["D"] = piece.local.D
-        if targets.worn:
-            own = targets.view.training_weight(piece)
-            piece.local.absorb(piece.slot, own)
-        if piece.local.X is not None:
-            found["X"] = piece.local.X
-            if targets.worn:
-                found["W"] = piece.p.detach() if own is None else own
+        if update.D is not None:
+            found["D"] = update.D
+        own = targets.view.kept_weight(piece)
+        if targets.attached:
+            update.absorb(piece.slot, own)
+        if update.X is not None:
+            found["X"] = update.X
+            if targets.attached:
+                found["W"] = piece.live() if own is None else own
         mine |= {f"{piece.name}|{key}": value for key, value in found.items()}
-        told[piece.name] = {"keys": list(found), "C": piece.local.C, "fresh": piece.local.fresh}
+        facts[piece.name] = {"keys": list(found), "C": update.C, "fresh": update.fresh}
     everyones: list[Any] = [None] * workers.size
-    dist.all_gather_object(everyones, told, group=workers.group)
+    dist.all_gather_object(everyones, facts, group=workers.group)
     everyone = workers.to_first(mine)
     if everyone is None:
         return None
@@ -57,21 +61,18 @@ def collect(targets: ProjectedSet) -> dict[str, Any] | None:
         like = next(value for value in everyone[key] if value is not None)  # a worker may have taken no step yet
         entry["record"][key] = torch.stack([torch.zeros_like(like) if value is None else value for value in everyone[key]])
     entry["told"] = everyones
-    entry["base"] = {piece.name: piece.local.base.cpu().clone() for piece in targets.pieces}
+    entry["base"] = {piece.name: piece.update.base.cpu().clone() for piece in targets.pieces}
     return entry
 
 
-def check(state: Mapping[str, Any], targets: ProjectedSet) -> None:
+def check_targets(state: Mapping[str, Any], targets: "ProjectedSet") -> None:
     """Refuse a checkpoint of other targets.
 
     Raises:
         ConfigError: another update, other targets or ranks, bases of each worker's own where one is to be shared; or a newer
             format.
     """
-    check_format(state, "lte_state")
-    there = state.get("update", "lora")
-    if there != "galore":
-        raise ConfigError("update", "galore", f"the checkpoint was trained with {there}")
+    check_format(state, "galore")
     if state["basis"] == "own" and targets.basis == "shared" and min(state["workers"], targets.workers.size) > 1:
         raise ConfigError("basis", "shared", "the checkpoint's workers each have a basis of their own: use own")
     here = {p.name: p.part.rank for p in targets.pieces}
@@ -80,18 +81,20 @@ def check(state: Mapping[str, Any], targets: ProjectedSet) -> None:
             raise ConfigError("rank", here.get(name), f"the checkpoint's {name} has rank {state['targets'].get(name)}")
 
 
-def restore(state: Mapping[str, Any], targets: ProjectedSet) -> tuple[dict[str, dict[str, Tensor]], str | None]:
-    """Put clock, W_base, C and D back; W follows when the optimizers have their states (``ProjectedSet.form``).
+def load_targets(state: Mapping[str, Any], targets: "ProjectedSet") -> tuple[dict[str, dict[str, Tensor]], str | None]:
+    """Put clock, W_base, C and D back; W follows when the optimizers have their states (``ProjectedSet.finish_load``).
 
     The module's W is the checkpoint's merged one on entry, and stays so on another number of workers.
 
     Returns:
-        By target the optimizer state of this worker, for ``own``, and what to tell the user, if anything.
+        By target the optimizer state of this worker (of a worker that was alone, the file's ``optimizer_states`` have it), and
+        what to tell the user, if anything.
     """
     there, here = state["workers"], targets.workers.size
     targets.clock, targets.merges = state["clock"], state["merges"]
     targets.take_sent(*state.get("sent", (0.0, 0.0)))
-    moments, told = {}, None
+    moments: dict[str, dict[str, Tensor]] = {}
+    message = None
     if there > 1:
         of = targets.workers.rank % there
         for name, kept in state["told"][of].items():
@@ -107,13 +110,8 @@ def restore(state: Mapping[str, Any], targets: ProjectedSet) -> tuple[dict[str, 
         elif piece.local is not None:
             piece.local.restart(piece.p, piece.p.detach())
     if there != here and not state["at_merge"]:
-        told = (
+        message = (
             f"LTE: the checkpoint lies between two merges of {there} workers; they were merged first, {here} go on from there"
         )
         targets.merges += 1
-    return moments, told
-
-
-def own(targets: ProjectedSet, moments: Mapping[str, dict[str, Tensor]]) -> dict[int, dict[str, Tensor]]:
-    """By a target's id, its optimizer state here; of a worker that was alone, the file's ``optimizer_states`` have it."""
-    return {id(p): moments[name] for name, p in targets.factors().items() if name in moments}
+    return moments, message

@@ -1,0 +1,93 @@
+"""Give a checkpoint its two halves: a plain merged model for everyone, and ``lte_state`` to go on from exactly.
+
+Lightning calls the saving hooks on all workers, so they may communicate. A resumed fit loads the merged weights into the bare
+model first; ``Resume`` keeps the targets' state until a fit has targets, and their moments until the optimizers are restored.
+"""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
+
+from lowrank_pretrain.checkpoints import format, random_state
+from lowrank_pretrain.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from lowrank_pretrain.lte.conversion import ConvertedModule
+    from lowrank_pretrain.lte.workers import Workers
+
+FORMAT = format.FORMAT
+KEY = "lte_state"
+
+
+def check_format(state: Mapping[str, Any], update: str) -> None:
+    """Refuse an ``lte_state`` of a newer format, or of another ``update``.
+
+    Raises:
+        ConfigError: either.
+    """
+    format.check_format(state, KEY)
+    there = state.get("update", "lora")
+    if there != update:
+        raise ConfigError("update", update, f"the checkpoint was trained with {there}")
+
+
+def lte_state(converted: "ConvertedModule") -> dict[str, Any] | None:
+    """Return what an exact resume needs, on the worker that writes; ``None`` on the others. All workers call it together."""
+    entry = converted.local.saved_state()
+    rest = converted.rest.saved_state(converted.bare)
+    random = random_state.capture_all(converted.workers.size, converted.workers.group)
+    return None if entry is None else {**entry, "rest": rest, "random": random}
+
+
+class Resume:
+    """What a checkpoint brought and nobody has taken yet."""
+
+    def __init__(self) -> None:
+        self.state: Mapping[str, Any] | None = None  # ``lte_state``
+        self.left_out: tuple[str, ...] = ()  # targets that the run which is resumed left out in its first step
+        self._random: list[Any] | None = None  # random states by worker
+        self._moments: dict[str, dict[str, Tensor]] = {}  # the targets' optimizer state by name
+
+    def keep(self, checkpoint: Mapping[str, Any]) -> None:
+        """Keep a checkpoint's ``lte_state``, if it has one, until there are targets."""
+        state = checkpoint.get(KEY)
+        # a tied head that comes untied gets its own weight back later: in the bare model both names are one tensor
+        self.state = None if state is None else {**state, "state_dict": checkpoint["state_dict"]}
+        self.left_out = () if state is None else tuple(state.get("left_out", ()))
+        self._random = None if state is None else state["random"]
+        self._moments = {}
+
+    def give_kept(self, converted: "ConvertedModule") -> None:
+        """Give what was kept to targets that have just begun."""
+        state, self.state, self.left_out = self.state, None, ()
+        if state is not None:
+            self.give(state, converted)
+
+    def give(self, state: Mapping[str, Any], converted: "ConvertedModule") -> None:
+        """Give an ``lte_state`` to targets and rest; the targets' moments wait for the optimizers."""
+        local = converted.local
+        local.check_state(state)
+        if local.untied and "state_dict" in state:
+            converted.module.load_state_dict(state["state_dict"], strict=False)
+        self._moments, message = local.load_state(state)
+        if message:
+            rank_zero_info(message)
+        converted.rest.load_state(state.get("rest"))
+
+    def load_optimizers(self, checkpoint: Mapping[str, Any], converted: "ConvertedModule") -> None:
+        """Load the bare model's states for the rest, and the targets' own for the targets."""
+        parameters = converted.local.parameters()
+        own = {id(p): self._moments[name] for name, p in parameters.items() if name in self._moments}
+        for groups, saved in zip(converted.bare, checkpoint["optimizer_states"], strict=True):
+            groups.load(saved, own)
+        self._moments = {}
+        converted.local.finish_load()
+        converted.rest.load_moments((checkpoint.get(KEY) or {}).get("rest"), converted.bare)
+
+    def give_random(self, workers: "Workers") -> None:
+        """Put this worker's random states back, if the checkpoint is of as many workers."""
+        states, self._random = self._random, None
+        if states is not None and len(states) == workers.size:
+            random_state.restore(states[workers.rank])
