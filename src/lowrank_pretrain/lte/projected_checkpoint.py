@@ -72,7 +72,7 @@ def check_targets(state: Mapping[str, Any], targets: "ProjectedSet") -> None:
         ConfigError: another update, other targets or ranks, bases of each worker's own where one is to be shared; or a newer
             format.
     """
-    check_format(state, "galore")
+    check_format(state, "galore", targets.settings)
     if state["basis"] == "own" and targets.basis == "shared" and min(state["workers"], targets.workers.size) > 1:
         raise ConfigError("basis", "shared", "the checkpoint's workers each have a basis of their own: use own")
     here = {p.name: p.part.rank for p in targets.pieces}

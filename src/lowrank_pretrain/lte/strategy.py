@@ -29,6 +29,7 @@ from lowrank_pretrain.lora import model as lora
 from lowrank_pretrain.lte import checkpoint as files
 from lowrank_pretrain.lte.batches import shared_out
 from lowrank_pretrain.lte.conversion import ConvertedModule, check_callbacks
+from lowrank_pretrain.lte.full import FullSet
 from lowrank_pretrain.lte.heads.head_set import HeadSet
 from lowrank_pretrain.lte.leaves import batch_size
 from lowrank_pretrain.lte.local_targets import AllHeads, Fit, LocalTargets
@@ -37,7 +38,9 @@ from lowrank_pretrain.lte.settings import Settings, check_ddp, check_settings
 from lowrank_pretrain.lte.workers import Workers, make_group, same_weights, set_patience, share_overflow
 from lowrank_pretrain.phases import transition
 
-KINDS: dict[str, type[HeadSet] | type[ProjectedSet]] = {"lora": HeadSet, "galore": ProjectedSet}
+KINDS: dict[str, type[HeadSet] | type[ProjectedSet] | type[FullSet]] = {
+    "lora": HeadSet, "galore": ProjectedSet, "full": FullSet,
+}  # fmt: skip
 DRIFTED = (
     "each worker changed gradients or weights in its own way; if it clips by hand, use gradient_clip_val or "
     "self.clip_gradients(optimizer, …): a norm over self.parameters() takes this worker's own heads along"
@@ -73,11 +76,20 @@ class LTEStrategy(DDPStrategy, Adopter, HasPhase, Reports, Merges):
             ``configure_optimizers`` returns. Its groups say which targets and what rank, ``merge_every`` how long a basis
             lives (in place of their ``update_proj_gap`` and ``stagger``); merges send the bases and what was done in them.
             Costs a float32 copy of the targets, and the bases' coefficients, r·n numbers a matrix.
+            ``full``: W itself, by any optimizer (DiLoCo, local SGD). ``targets="all"`` is then everything that trains; other
+            targets merge the weights of the layers they choose, and the rest follows ``sync_rest``. Costs a float32 copy.
         basis: with ``update="galore"``, each worker's ``own``, or one that all have ``shared``.
         overlap: apply a merge this many steps after it began, ``< merge_every``; needs ``reset=False``.
         prune: with ``reset``, share of the heads' moments to zero instead of deleting their optimizer state (ReLoRA).
         merge_timeout: seconds after which a worker that does not answer at a merge ends the job; ``None``: ``timeout`` if that
             is given, else 600. Without ``timeout`` it bounds all other waiting of a fit too.
+        wire: what merges travel in: ``float32`` (exact), ``bfloat16``, ``int8``, ``int4`` or ``int2``. Increments of whole
+            weights, and of the rest under ``sync_rest="merge"``, have error feedback: it costs a float32 copy of them, and for
+            the rest another for its base. Factors have none: ``int4`` at least, and with ``reset`` or ``update="galore"`` each
+            merge loses what it rounds off. W is formed from what was sent, so all workers hold the same bits.
+        outer_lr: step W by the workers' mean increment times this (DiLoCo: 0.7).
+        outer_momentum: Nesterov momentum of that step (DiLoCo: 0.9). Costs a float32 copy of the targets, and with heads that
+            are not reset another.
         ddp_kwargs: further arguments of ``DDPStrategy`` and of DDP (``timeout``, ``find_unused_parameters``, …).
 
     Raises:
@@ -103,6 +115,9 @@ class LTEStrategy(DDPStrategy, Adopter, HasPhase, Reports, Merges):
         update: str = "lora",
         basis: str = "own",
         merge_timeout: float | None = None,
+        wire: str = "float32",
+        outer_lr: float = 1.0,
+        outer_momentum: float = 0.0,
         **ddp_kwargs: Any,
     ) -> None:
         check_settings(locals())
@@ -118,8 +133,8 @@ class LTEStrategy(DDPStrategy, Adopter, HasPhase, Reports, Merges):
         self.merge_every, self.sync_rest, self.merge_timeout = merge_every, sync_rest, merge_timeout
         self.update, self.basis = update, basis
         self.settings = Settings(
-            1 if update == "galore" else heads, merge_every, alpha, mode, reset, route, overlap, prune,
-            rank=rank, targets=self.targets, basis=basis,
+            heads if update == "lora" else 1, merge_every, alpha, mode, reset, route, overlap, prune,
+            rank=rank, targets=self.targets, basis=basis, wire=wire, outer_lr=outer_lr, outer_momentum=outer_momentum,
         )  # fmt: skip
         self.makes_adapters = KINDS[update].makes_adapters
         self.adapter_settings = KINDS[update].decides(self.settings)
@@ -137,7 +152,7 @@ class LTEStrategy(DDPStrategy, Adopter, HasPhase, Reports, Merges):
 
     @property
     def local(self) -> LocalTargets:
-        """Return what this worker trains on its own: ``HeadSet`` or ``ProjectedSet``; ``NoTargets`` before a fit."""
+        """Return what this worker trains on its own, as ``KINDS`` says; ``NoTargets`` before a fit."""
         return self.converted.local
 
     # -- a fit begins -----------------------------------------------------------------------------------------------
@@ -226,7 +241,8 @@ class LTEStrategy(DDPStrategy, Adopter, HasPhase, Reports, Merges):
             return
         if not self.local.optimizers:
             self.converted.assign_optimizers(list(self.optimizers))
-            self.phase, self.workers_differ = "lowrank", self.converted.rest.apart
+            self.phase = "lowrank" if self.local.low_rank else "full"
+            self.workers_differ = self.converted.rest.apart
             if self._resume.state is not None:
                 self._resume.give_kept(self.converted)
         if self.local.optimizers and self._ticks is None:

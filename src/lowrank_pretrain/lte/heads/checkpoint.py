@@ -76,7 +76,7 @@ def check_heads(state: Mapping[str, Any], heads: "HeadSet") -> None:
     Raises:
         ConfigError: another mode, reset, alpha, rank or other targets; or a newer format.
     """
-    check_format(state, "lora")
+    check_format(state, "lora", heads.settings)
     for key in ("mode", "reset", "alpha"):
         mine = getattr(heads.settings, key)
         if state[key] != mine:
