@@ -96,3 +96,66 @@ def breaking(world, name, **kwargs):
 
 def files(folder, at):
     return torch.load(f"{folder}/step={at}.ckpt", weights_only=True)
+
+
+def after_a_fit(world, path, **kwargs):
+    """A run of 12 steps, and one from a checkpoint that was written when a fit of 6 was over; one batch all the time."""
+    order = lte_workers.in_layout(world, 8, 8)
+    ends = []
+    for steps, ckpt in ((6, None), (12, None), (12, path)):
+        module, trainer, _ = fit(world, steps=steps, ckpt=ckpt, data=lte_workers.Samples(8, order=order), **kwargs)
+        if steps == 6:
+            trainer.save_checkpoint(path)
+        ends.append(weights(module))
+    return ends[1:]
+
+
+def counted(world, **kwargs):
+    """Bytes at torch.distributed's door, by ring formulae, while merges are on (not while anyone looks)."""
+    import torch.distributed as dist
+
+    from lowrank_pretrain.lte.increments import Increments
+    from lowrank_pretrain.lte.rest import SharedParameters
+
+    seen = [0.0]
+    inside = [0]
+    real = {name: getattr(dist, name) for name in ("all_gather_into_tensor", "all_reduce", "all_to_all_single")}
+    shares = {
+        "all_gather_into_tensor": world - 1,
+        "all_reduce": 2 * (world - 1) / world,
+        "all_to_all_single": (world - 1) / world,
+    }
+
+    def counting(name):
+        def call(first, *args, **kw):
+            tensor = first if name == "all_reduce" else args[0]
+            if inside[0] and tensor.dtype != torch.int64:  # flags
+                seen[0] += shares[name] * tensor.numel() * tensor.itemsize
+            return real[name](first, *args, **kw)
+
+        return call
+
+    def during(kind, method):
+        whole = getattr(kind, method)
+
+        def call(*args):
+            inside[0] += 1
+            try:
+                return whole(*args)
+            finally:
+                inside[0] -= 1
+
+        setattr(kind, method, call)
+        return lambda: setattr(kind, method, whole)
+
+    undo = [during(Increments, "mean"), during(SharedParameters, "merge")]
+    for name in real:
+        setattr(dist, name, counting(name))
+    try:
+        found = run(world, **kwargs)
+    finally:
+        for name, call in real.items():
+            setattr(dist, name, call)
+        for back in undo:
+            back()
+    return {**found, "seen": seen[0]}

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.lte.checkpoint import FORMAT, check_format, how_merged
-from lowrank_pretrain.lte.increments import pending, saved_by_all
+from lowrank_pretrain.lte.increments import add_pending, saved_by_all
 
 if TYPE_CHECKING:
     from lowrank_pretrain.lte.full import FullSet
@@ -99,10 +99,7 @@ def load_targets(state: Mapping[str, Any], targets: "FullSet") -> tuple[dict[str
             if own is not None:
                 p.copy_(own[workers.rank])
     elif workers.size == 1 and state["errors"]:
-        missing = pending(state["errors"], sum(p.numel() for p in weights.values()))
-        parts = missing.split([p.numel() for p in weights.values()])
-        for p, part in zip(weights.values(), parts, strict=True):
-            p.add_(part.view(p.shape).to(p))
+        add_pending(weights, state["base"], state["errors"])
     # W_base and error feedback; a worker that was alone without an outer step had neither
     if targets.increments is not None and state["base"]:
         targets.increments.load(state["base"], state["errors"])

@@ -104,17 +104,30 @@ class Increments:
             self.wire.sent_error = errors["sent"][self.workers.rank].clone()
             self.wire.mean_error = errors["mean"][self.workers.rank].clone()
             return
-        missing = pending(errors, self.wire.n)
         if self.workers.size > 1:
-            self.wire.take_pending(missing)
-            return
-        for name, part in self._by_name(missing).items():  # nobody to send it to
-            self.base[name].add_(part.to(self.base[name]))
+            self.wire.take_pending(_pending(errors, self.wire.n))
+        else:  # nobody to send it to
+            add_pending(self.base, self.base, errors)
 
 
-def pending(errors: Mapping[str, list[Tensor]], n: int) -> Tensor:
+def _pending(errors: Mapping[str, list[Tensor]], n: int) -> Tensor:
     """Return what all messages have left out of the mean (``DenseMean.pending``), (n), from a checkpoint's errors."""
     return (torch.stack(errors["sent"]).mean(0) + torch.cat(errors["mean"]))[:n]
+
+
+@torch.no_grad()
+def add_pending(weights: Weights, base: Weights, errors: Mapping[str, list[Tensor]]) -> None:
+    """Add to weights what all messages have left out of the mean.
+
+    Args:
+        weights: by name; others than those of ``base`` are passed over.
+        base: a checkpoint's W_base by name, whose order is that of the flat buffer.
+        errors: as ``Increments.errors`` gave them.
+    """
+    sizes = [W.numel() for W in base.values()]
+    for (name, W), part in zip(base.items(), _pending(errors, sum(sizes)).split(sizes), strict=True):
+        if name in weights:
+            weights[name].add_(part.view(W.shape).to(weights[name]))
 
 
 @torch.no_grad()
@@ -129,8 +142,8 @@ def refuse_nonfinite(mine: Mapping[str, Tensor], workers: Workers) -> None:
         RuntimeError: on every worker, naming the worker and the target.
     """
     first = 0  # number of the first target that is not finite, from 1 on
-    if mine:
-        device = next(iter(mine.values())).device
+    device = next((t.device for t in mine.values()), torch.device("meta"))
+    if device.type != "meta":  # ``traffic`` only counts
         fine = torch.stack([torch.isfinite(t).all().to(device) for t in mine.values()]).tolist()
         first = fine.index(False) + 1 if False in fine else 0
     for rank, (found,) in enumerate(workers.gather_numbers([first])):

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lowrank_pretrain.core.errors import ConfigError
-from lowrank_pretrain.lte.checkpoint import FORMAT, check_format
+from lowrank_pretrain.lte.checkpoint import FORMAT, check_format, how_merged
 
 if TYPE_CHECKING:
     from lowrank_pretrain.lte.projected import ProjectedSet
@@ -27,13 +27,16 @@ def saved_targets(targets: "ProjectedSet") -> dict[str, Any] | None:
     All workers call it together.
     """
     workers, settings = targets.workers, targets.settings
-    alone = workers.size == 1
+    alone = targets.alone
     entry: dict[str, Any] = {
         "format": FORMAT, "update": "galore", "basis": targets.basis, "merge_every": settings.merge_every,
         "targets": {p.name: p.part.rank for p in targets.pieces}, "workers": workers.size,
         "clock": targets.clock, "merges": targets.merges, "sent": targets.sent_so_far(),
         "at_merge": alone or targets.clock % settings.merge_every == 0, "record": {}, "told": [], "base": {},
+        **how_merged(settings),
     }  # fmt: skip
+    if not targets.outer.plain:
+        entry["outer"] = {name: t.cpu().clone() for name, t in targets.outer.state_dict().items()}
     if alone:
         return entry
     mine: dict[str, Tensor] = {}
@@ -52,8 +55,9 @@ def saved_targets(targets: "ProjectedSet") -> dict[str, Any] | None:
                 found["W"] = piece.live() if own is None else own
         mine |= {f"{piece.name}|{key}": value for key, value in found.items()}
         facts[piece.name] = {"keys": list(found), "C": update.C, "fresh": update.fresh}
-    everyones: list[Any] = [None] * workers.size
-    dist.all_gather_object(everyones, facts, group=workers.group)
+    everyones: list[Any] = [facts] * workers.size
+    if workers.size > 1:
+        dist.all_gather_object(everyones, facts, group=workers.group)
     everyone = workers.to_first(mine)
     if everyone is None:
         return None
@@ -93,9 +97,10 @@ def load_targets(state: Mapping[str, Any], targets: "ProjectedSet") -> tuple[dic
     there, here = state["workers"], targets.workers.size
     targets.clock, targets.merges = state["clock"], state["merges"]
     targets.take_sent(*state.get("sent", (0.0, 0.0)))
+    targets.outer.load_state_dict(state.get("outer", {}), targets.parameters())
     moments: dict[str, dict[str, Tensor]] = {}
     message = None
-    if there > 1:
+    if state["told"]:
         of = targets.workers.rank % there
         for name, kept in state["told"][of].items():
             moments[name] = {key: state["record"][f"{name}|{key}"][of].clone() for key in kept["keys"]}

@@ -6,6 +6,10 @@
 
 Without reset the updates telescope: W − W₀ has rank N·R at most, however many merges. With reset every merge adds rank.
 ``sequential`` adds one head's update a window, so W₀ moves on with every merge there too.
+
+With an outer step W moves by what the merge before did not have, Δ = (s/N) Σ (BₙAₙ − B'ₙA'ₙ), B' and A' the factors of that
+merge: W ← W + OuterStep(Δ). A head goes on next to its factors as merged, so at a merge it computes with W, whatever the outer
+step made of Δ. With momentum, old increments return in new proportions, and the rank of W − W₀ has no bound.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -37,8 +41,10 @@ from lowrank_pretrain.lte.heads.layer import (
     weight_of,
 )
 from lowrank_pretrain.lte.heads.record import Record
+from lowrank_pretrain.lte.increments import refuse_nonfinite
 from lowrank_pretrain.lte.local_targets import AllHeads, Fit, LocalTarget, LocalTargets
 from lowrank_pretrain.lte.merge import Exchange, Factors
+from lowrank_pretrain.lte.outer import OuterStep
 from lowrank_pretrain.lte.settings import Settings
 from lowrank_pretrain.lte.view import Writes
 from lowrank_pretrain.lte.workers import Workers
@@ -61,6 +67,7 @@ class HeadSet(LocalTargets):
         pending: a merge under way and the step after which it is applied (``overlap``).
         cost: bytes sent and seconds waited since the last merge.
         writes: notices who else writes into W.
+        outer: moves W by what merges bring.
     """
 
     stacked = True
@@ -71,7 +78,8 @@ class HeadSet(LocalTargets):
         merging = Workers() if joint else workers
         self.total = (1 if settings.mode == "sequential" else settings.heads) * merging.size
         super().__init__(settings, merging, self.total)
-        self.accumulates = settings.reset or settings.mode == "sequential"
+        self.outer = OuterStep(settings.outer_lr, settings.outer_momentum)
+        self.accumulates = settings.reset or settings.mode == "sequential" or not self.outer.plain
         self.turn = 0
         self.unmoved: list[str] = []
         self.pieces: list[HeadTarget] = []
@@ -147,7 +155,8 @@ class HeadSet(LocalTargets):
                 piece = HeadTarget(target.name, layer, part)
                 if self.settings.mode != "joint" and not (self.accumulates and layer.weight.dtype == wide):
                     piece.base = piece.live().to(wide, copy=True)
-                piece.route = self.settings.route or self.workers.cheaper_route(*piece.factors(), part.rows)
+                coded = "factors" if self.settings.codec else None
+                piece.route = self.settings.route or coded or self.workers.cheaper_route(*piece.factors(), part.rows)
                 self.pieces.append(piece)
         self.writes.mark()
         self.begun = self.attached = True
@@ -172,7 +181,7 @@ class HeadSet(LocalTargets):
                 factor.copy_(B[part].expand_as(factor))
                 inherited.append(Inherit(factor, B[part], 0, 0, len(B[part])))
         if self.settings.mode != "joint":  # there W never holds what heads learn
-            self._apply(self.exchange())
+            self._apply(Exchange(self.pieces, self.snapshot(), self.workers, self.total), outer=False)
         return [] if self.settings.reset else inherited
 
     def leave_out(self, names: Iterable[str]) -> tuple[dict[str, nn.Parameter], set[int]]:
@@ -301,11 +310,14 @@ class HeadSet(LocalTargets):
         snapshot = self.snapshot()
         if overlap:
             snapshot = [(A.clone(), B.clone()) for A, B in snapshot]
-        return Exchange(self.pieces, snapshot, self.workers, self.total, overlap)
+        if self.checks_finite:
+            named = zip(self.pieces, snapshot, strict=True)
+            refuse_nonfinite({f"{p.name} {key}": t for p, (A, B) in named for key, t in (("A", A), ("B", B))}, self.workers)
+        return Exchange(self.pieces, snapshot, self.workers, self.total, overlap, self.settings.codec)
 
     @torch.no_grad()
-    def _apply(self, exchange: Exchange) -> None:
-        """Merge: W, then the heads."""
+    def _apply(self, exchange: Exchange, outer: bool = True) -> None:
+        """Merge: W, then the heads; with ``outer=False`` by the mean as it is."""
         if self.merges == 0:
             self.unmoved = [name for name, layer in self.layers.items() if not any(B.any() for B in layer.lora_B.values())]
         # what others wrote joins W₀
@@ -314,9 +326,9 @@ class HeadSet(LocalTargets):
         for index, (base, _) in self.writes.bases(touched).items():
             piece = self.pieces[index]
             (piece.live() if piece.base is None else piece.base).copy_(base)
-        # W ← W₀ + (s/N) Σ BₙAₙ
+        # W ← W₀ + (s/N) Σ BₙAₙ, or by the outer step
         for index, piece in enumerate(self.pieces):
-            new = exchange.updated(index)
+            new = exchange.updated(index) if self.outer.plain else self._stepped(piece, self._sum(exchange, index), outer)
             piece.live().copy_(new)
             if self.accumulates and piece.base is not None:
                 piece.base.copy_(new)
@@ -331,6 +343,40 @@ class HeadSet(LocalTargets):
         if self.settings.mode == "sequential":
             self._next_turn()
 
+    @staticmethod
+    def _sum(exchange: Exchange, index: int) -> Tensor:
+        """Return (s/N) Σ BₙAₙ of one piece, (O, D)."""
+        A, B = exchange.snapshot[index]
+        zeros = torch.zeros(B.shape[1], A.shape[2], dtype=at_least_32(A.dtype), device=A.device)
+        return exchange.updated(index, zeros)
+
+    def _stepped(self, piece: HeadTarget, total: Tensor, outer: bool) -> Tensor:
+        """Return W after the outer step, (O, D); keep what the next merge's increment starts from.
+
+        Args:
+            piece: the target.
+            total: (s/N) Σ BₙAₙ.
+            outer: ``False``: add the increment as it is.
+        """
+        increment = total.clone() if piece.held is None else total - piece.held
+        piece.held = None if self._starts_anew else total.clone()
+        base = piece.merge_base(increment.dtype).clone()
+        if outer:
+            self.outer.step(piece.name, base, increment)
+        else:
+            base.add_(increment)
+        return base
+
+    @property
+    def _starts_anew(self) -> bool:
+        """Tell whether every merge brings increments only, which do not count from what heads had given before."""
+        return self.settings.reset or self.settings.mode == "sequential"
+
+    @property
+    def checks_finite(self) -> bool:
+        """Tell whether NaN must not be sent: a wire cannot write it, and an outer step would keep it."""
+        return self.settings.codec is not None or not self.outer.plain
+
     @torch.no_grad()
     def merged(self, piecemeal: bool = False, wanted: bool = True) -> Iterator[tuple[LocalTarget, Tensor]]:
         """Yield every target with its merged rows, (O, D); changes nothing. All workers call it together."""
@@ -344,7 +390,12 @@ class HeadSet(LocalTargets):
                 exchange = Exchange(pieces, [snapshot[index] for index in chunk], self.workers, self.total)
                 exchange.wait()
                 for at, index in enumerate(chunk if wanted else ()):
-                    rows = exchange.updated(at, bases[index][0] if index in bases else None)
+                    base, held = bases[index][0] if index in bases else None, pieces[at].held
+                    if held is None:
+                        rows = exchange.updated(at, base)
+                    else:  # W and what heads have learnt since the last merge
+                        base = pieces[at].merge_base(held.dtype) if base is None else base
+                        rows = base + (self._sum(exchange, at) - held)
                     # where nothing was learnt since, what was written is what is seen, bit for bit
                     yield pieces[at], bases[index][1] if index in still else rows
 
@@ -406,7 +457,7 @@ class HeadSet(LocalTargets):
             return
         narrow = min(min(p.part.rows, p.factors()[0].shape[2]) for p in self.pieces)
         rank, count = max(p.part.rank for p in self.pieces), self.settings.heads * self.workers.size
-        if count * rank < narrow:
+        if count * rank < narrow and not self.outer.momentum:
             rank_zero_warn(
                 f"LTE: {count} heads of rank {rank} reach updates of rank {count * rank} only, the matrices have "
                 f"{narrow} or more: use more heads, a higher rank, or reset=True"

@@ -347,6 +347,7 @@ class HeadTarget:
         part: its row block.
         base: W₀, (O, D) in float32 at least; ``None``: W itself is what the next merge adds to.
         route: ``factors`` or ``dense``.
+        held: with an outer step, (s/N) Σ BₙAₙ as of the last merge, (O, D); ``None``: nothing, as after a reset.
     """
 
     name: str
@@ -354,6 +355,7 @@ class HeadTarget:
     part: Part
     base: Tensor | None = field(default=None, repr=False)
     route: str = "factors"
+    held: Tensor | None = field(default=None, repr=False)
 
     @property
     def weight_name(self) -> str:
