@@ -134,7 +134,8 @@ SETTINGS = [
     {"update": "lora", "wire": "int4"}, {"update": "lora", "wire": "bfloat16", "sync_rest": "merge", "reset": True},
     {"update": "lora", "wire": "int8", "sync_rest": "merge", "overlap": 2, **OUTER},
     {"update": "lora", "route": "dense", "net": {"dtype": torch.bfloat16}, **OUTER},
-    {"update": "galore", "wire": "int8", **OUTER}, {"update": "galore", "wire": "int4", "basis": "shared", "sync_rest": "merge"},
+    {"update": "galore", "wire": "int8", **OUTER},
+    {"update": "galore", "wire": "int4", "basis": "shared", "sync_rest": "merge"},
 ]  # fmt: skip
 
 

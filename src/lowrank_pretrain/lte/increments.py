@@ -142,8 +142,10 @@ def refuse_nonfinite(mine: Mapping[str, Tensor], workers: Workers) -> None:
         RuntimeError: on every worker, naming the worker and the target.
     """
     first = 0  # number of the first target that is not finite, from 1 on
-    device = next((t.device for t in mine.values()), torch.device("meta"))
-    if device.type != "meta":  # ``traffic`` only counts
+    if mine:
+        device = next(iter(mine.values())).device
+        if device.type == "meta":  # ``traffic`` only counts
+            return
         fine = torch.stack([torch.isfinite(t).all().to(device) for t in mine.values()]).tolist()
         first = fine.index(False) + 1 if False in fine else 0
     for rank, (found,) in enumerate(workers.gather_numbers([first])):
