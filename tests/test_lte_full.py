@@ -324,7 +324,7 @@ def test_bytes_of_factors_are_those_of_their_codes(ranks, how):
 def test_eight_workers_of_gpt2_and_vit_l_send_what_the_table_says():
     from tests.test_lte_traffic import model
 
-    for name, most in (("gpt2", (27.8, 1.96, 1.07)), ("vit_large_patch16_224", (67.9, 4.77, 2.6))):
+    for name, most in (("gpt2", (27.7, 1.96, 1.11)), ("vit_large_patch16_224", (67.8, 4.77, 2.71))):
         bare = model(name)
         for wire, mib in zip(("float32", "int2", "int4"), most, strict=True):
             every = 100 if wire == "int4" else 30

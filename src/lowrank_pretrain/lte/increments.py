@@ -161,4 +161,4 @@ def saved_by_all(mine: Mapping[str, Tensor], workers: Workers) -> dict[str, list
     everyone: Any = workers.to_first(mine)
     if everyone is None:
         return None
-    return {key: [None if value is None else value.clone() for value in everyone[key]] for key in sorted(everyone)}
+    return {key: [None if value is None else value.clone() for value in values] for key, values in everyone.items()}

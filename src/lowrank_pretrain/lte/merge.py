@@ -11,7 +11,7 @@ computed from W₀ in float32 at least, so that storing W in half precision roun
 O out, D in, R rank, H heads here, N in all.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -138,9 +138,28 @@ class Exchange:
         B = gathered[:, at + n : at + n + B.numel()].reshape(-1, *B.shape[1:])  # (N, O, R)
         return self._sum(piece, A, B, base)
 
+    def summed(self, index: int) -> Tensor:
+        """Return (s/N) Σ BₙAₙ of one piece, (O, D). Call it or ``updated``, once, and copy what is to be kept."""
+        A, B = self.snapshot[index]
+        return self.updated(index, torch.zeros(B.shape[1], A.shape[2], dtype=at_least_32(A.dtype), device=A.device))
+
     def _sum(self, piece: Mergeable, A: Tensor, B: Tensor, base: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         """Return (s / N) Σ BₙAₙ, one product of depth N·R, added to ``base``, or written to ``out``."""
         dtype = at_least_32(A.dtype)
         A, B = A.to(dtype).flatten(0, 1), B.to(dtype).permute(1, 0, 2).flatten(1)  # (N·R, D), (O, N·R)
         scale = piece.part.scale / self.divisor
         return torch.mm(B, A, out=out).mul_(scale) if base is None else torch.addmm(base, B, A, alpha=scale)
+
+
+def chunks(sizes: list[int], limit: int | None) -> Iterator[list[int]]:
+    """Yield positions in order, together no larger than the limit, one at least."""
+    chunk: list[int] = []
+    held = 0
+    for index, size in enumerate(sizes):
+        if chunk and limit is not None and held + size > limit:
+            yield chunk
+            chunk, held = [], 0
+        chunk.append(index)
+        held += size
+    if chunk:
+        yield chunk

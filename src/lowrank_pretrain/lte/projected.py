@@ -229,7 +229,7 @@ class ProjectedSet(LocalTargets):
         self.merges += 1
         if not self.alone:
             before = self.workers.sent, self.workers.seconds
-            if self.settings.codec is not None or not self.outer.plain:
+            if self.settings.checks_finite:
                 refuse_nonfinite({piece.name: piece.factors()[0] for piece in self.pieces}, self.workers)
             for piece, base in self._merged(self.settings.codec):
                 piece.update.restart(piece.p, self._stepped(piece, piece.as_live(base)))

@@ -65,7 +65,7 @@ class SharedParameters:
         self.increments: Increments | None = None
         if self.apart:
             self._buffer_bytes = sum(b.numel() * at_least_32(b.dtype).itemsize for b in self._buffers().values())
-            if wire != "float32":
+            if wire != "float32" and self.parameters:
                 self.increments = Increments({n: p.detach() for n, p in self.parameters.items()}, workers, wire)
 
     def follow(self, frozen: Collection[int]) -> bool:

@@ -1,7 +1,7 @@
 """Hold ``LTEStrategy``'s arguments, and refuse wrong ones in one line."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import timedelta
 from difflib import get_close_matches
 from inspect import signature
@@ -47,6 +47,22 @@ class Settings:
     def codec(self) -> Codec | None:
         """Return what writes factors for the network; ``None``: they travel as they are."""
         return None if self.wire == "float32" else Codec(self.wire)
+
+    @property
+    def checks_finite(self) -> bool:
+        """Tell whether NaN must not be sent: a wire cannot write it, and an outer step would keep it."""
+        return (self.wire, self.outer_lr, self.outer_momentum) != ("float32", 1, 0)
+
+    @property
+    def starts_anew(self) -> bool:
+        """Tell whether every merge of heads brings increments only, which do not count from what heads had given before."""
+        return self.reset or self.mode == "sequential"
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> "Settings":
+        """Return the settings among a strategy's arguments, which were checked."""
+        found = {one.name: given[one.name] for one in fields(cls) if one.name in given}
+        return cls(**{**found, "heads": given["heads"] if given["update"] == "lora" else 1})
 
     @property
     def shares_batch(self) -> bool:

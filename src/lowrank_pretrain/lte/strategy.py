@@ -38,9 +38,7 @@ from lowrank_pretrain.lte.settings import Settings, check_ddp, check_settings
 from lowrank_pretrain.lte.workers import Workers, make_group, same_weights, set_patience, share_overflow
 from lowrank_pretrain.phases import transition
 
-KINDS: dict[str, type[HeadSet] | type[ProjectedSet] | type[FullSet]] = {
-    "lora": HeadSet, "galore": ProjectedSet, "full": FullSet,
-}  # fmt: skip
+KINDS: dict[str, type[HeadSet | ProjectedSet | FullSet]] = {"lora": HeadSet, "galore": ProjectedSet, "full": FullSet}
 DRIFTED = (
     "each worker changed gradients or weights in its own way; if it clips by hand, use gradient_clip_val or "
     "self.clip_gradients(optimizer, …): a norm over self.parameters() takes this worker's own heads along"
@@ -76,20 +74,18 @@ class LTEStrategy(DDPStrategy, Adopter, HasPhase, Reports, Merges):
             ``configure_optimizers`` returns. Its groups say which targets and what rank, ``merge_every`` how long a basis
             lives (in place of their ``update_proj_gap`` and ``stagger``); merges send the bases and what was done in them.
             Costs a float32 copy of the targets, and the bases' coefficients, r·n numbers a matrix.
-            ``full``: W itself, by any optimizer (DiLoCo, local SGD). ``targets="all"`` is then everything that trains; other
-            targets merge the weights of the layers they choose, and the rest follows ``sync_rest``. Costs a float32 copy.
+            ``full``: W itself, by any optimizer (DiLoCo, local SGD); ``targets="all"`` is everything that trains, others
+            are the weights of the layers they choose, and the rest follows ``sync_rest``. Costs a float32 copy.
         basis: with ``update="galore"``, each worker's ``own``, or one that all have ``shared``.
         overlap: apply a merge this many steps after it began, ``< merge_every``; needs ``reset=False``.
         prune: with ``reset``, share of the heads' moments to zero instead of deleting their optimizer state (ReLoRA).
         merge_timeout: seconds after which a worker that does not answer at a merge ends the job; ``None``: ``timeout`` if that
             is given, else 600. Without ``timeout`` it bounds all other waiting of a fit too.
-        wire: what merges travel in: ``float32`` (exact), ``bfloat16``, ``int8``, ``int4`` or ``int2``. Increments of whole
-            weights, and of the rest under ``sync_rest="merge"``, have error feedback: it costs a float32 copy of them, and for
-            the rest another for its base. Factors have none: ``int4`` at least, and with ``reset`` or ``update="galore"`` each
-            merge loses what it rounds off. W is formed from what was sent, so all workers hold the same bits.
+        wire: ``float32``, ``bfloat16``, ``int8``, ``int4`` or ``int2``: what merges travel in. Whole weights, and the rest
+            under ``sync_rest="merge"``, have error feedback (a float32 copy; for the rest another, of its base). Factors
+            have none: ``int4`` at least; with ``reset`` or ``update="galore"`` each merge loses what it rounds off.
         outer_lr: step W by the workers' mean increment times this (DiLoCo: 0.7).
-        outer_momentum: Nesterov momentum of that step (DiLoCo: 0.9). Costs a float32 copy of the targets, and with heads that
-            are not reset another.
+        outer_momentum: its Nesterov momentum (DiLoCo: 0.9): a float32 copy; with heads that are not reset another.
         ddp_kwargs: further arguments of ``DDPStrategy`` and of DDP (``timeout``, ``find_unused_parameters``, …).
 
     Raises:
@@ -120,7 +116,8 @@ class LTEStrategy(DDPStrategy, Adopter, HasPhase, Reports, Merges):
         outer_momentum: float = 0.0,
         **ddp_kwargs: Any,
     ) -> None:
-        check_settings(locals())
+        given = dict(locals())
+        check_settings(given)
         own = [name for name in signature(LTEStrategy.__init__).parameters if name not in ("self", "ddp_kwargs")]
         check_ddp(ddp_kwargs, own)
         super().__init__(**ddp_kwargs)
@@ -132,10 +129,7 @@ class LTEStrategy(DDPStrategy, Adopter, HasPhase, Reports, Merges):
         self.rank, self.targets = rank, targets if isinstance(targets, str) else [str(t) for t in targets]
         self.merge_every, self.sync_rest, self.merge_timeout = merge_every, sync_rest, merge_timeout
         self.update, self.basis = update, basis
-        self.settings = Settings(
-            heads if update == "lora" else 1, merge_every, alpha, mode, reset, route, overlap, prune,
-            rank=rank, targets=self.targets, basis=basis, wire=wire, outer_lr=outer_lr, outer_momentum=outer_momentum,
-        )  # fmt: skip
+        self.settings = Settings.of({**given, "targets": self.targets})
         self.makes_adapters = KINDS[update].makes_adapters
         self.adapter_settings = KINDS[update].decides(self.settings)
         self._resume = files.Resume()
@@ -152,7 +146,7 @@ class LTEStrategy(DDPStrategy, Adopter, HasPhase, Reports, Merges):
 
     @property
     def local(self) -> LocalTargets:
-        """Return what this worker trains on its own, as ``KINDS`` says; ``NoTargets`` before a fit."""
+        """Return what this worker trains on its own."""
         return self.converted.local
 
     # -- a fit begins -----------------------------------------------------------------------------------------------

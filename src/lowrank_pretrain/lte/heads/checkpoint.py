@@ -175,7 +175,7 @@ def _restore_same(state: Mapping[str, Any], heads: "HeadSet", everyone: Record, 
             if heads.outer.plain:
                 piece.live().copy_(exchange.updated(index))
             else:  # W is what the outer step made of it
-                piece.held = heads._sum(exchange, index).clone()
+                piece.held = exchange.summed(index).clone()
         heads.workers.sent = sent
     heads.writes.mark()
     # what others wrote since: it joins at the next merge, as it would have
@@ -232,7 +232,7 @@ def _restore_other(state: Mapping[str, Any], heads: "HeadSet", everyone: Record)
     kept = Exchange(heads.pieces, before, heads.workers, heads.total)
     for index, piece in enumerate(heads.pieces):
         if not heads.outer.plain:
-            piece.held = heads._sum(kept, index).clone()
+            piece.held = kept.summed(index).clone()
             if piece.base is not None:
                 piece.base.copy_(piece.live())
             continue

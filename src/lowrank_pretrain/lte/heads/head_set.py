@@ -43,7 +43,7 @@ from lowrank_pretrain.lte.heads.layer import (
 from lowrank_pretrain.lte.heads.record import Record
 from lowrank_pretrain.lte.increments import refuse_nonfinite
 from lowrank_pretrain.lte.local_targets import AllHeads, Fit, LocalTarget, LocalTargets
-from lowrank_pretrain.lte.merge import Exchange, Factors
+from lowrank_pretrain.lte.merge import Exchange, Factors, chunks
 from lowrank_pretrain.lte.outer import OuterStep
 from lowrank_pretrain.lte.settings import Settings
 from lowrank_pretrain.lte.view import Writes
@@ -79,7 +79,7 @@ class HeadSet(LocalTargets):
         self.total = (1 if settings.mode == "sequential" else settings.heads) * merging.size
         super().__init__(settings, merging, self.total)
         self.outer = OuterStep(settings.outer_lr, settings.outer_momentum)
-        self.accumulates = settings.reset or settings.mode == "sequential" or not self.outer.plain
+        self.accumulates = settings.starts_anew or not self.outer.plain
         self.turn = 0
         self.unmoved: list[str] = []
         self.pieces: list[HeadTarget] = []
@@ -310,7 +310,7 @@ class HeadSet(LocalTargets):
         snapshot = self.snapshot()
         if overlap:
             snapshot = [(A.clone(), B.clone()) for A, B in snapshot]
-        if self.checks_finite:
+        if self.settings.checks_finite:
             named = zip(self.pieces, snapshot, strict=True)
             refuse_nonfinite({f"{p.name} {key}": t for p, (A, B) in named for key, t in (("A", A), ("B", B))}, self.workers)
         return Exchange(self.pieces, snapshot, self.workers, self.total, overlap, self.settings.codec)
@@ -328,7 +328,10 @@ class HeadSet(LocalTargets):
             (piece.live() if piece.base is None else piece.base).copy_(base)
         # W ← W₀ + (s/N) Σ BₙAₙ, or by the outer step
         for index, piece in enumerate(self.pieces):
-            new = exchange.updated(index) if self.outer.plain else self._stepped(piece, self._sum(exchange, index), outer)
+            if self.outer.plain:
+                new = exchange.updated(index)
+            else:
+                new = piece.stepped(exchange.summed(index), self.outer if outer else None, self.settings.starts_anew)
             piece.live().copy_(new)
             if self.accumulates and piece.base is not None:
                 piece.base.copy_(new)
@@ -343,40 +346,6 @@ class HeadSet(LocalTargets):
         if self.settings.mode == "sequential":
             self._next_turn()
 
-    @staticmethod
-    def _sum(exchange: Exchange, index: int) -> Tensor:
-        """Return (s/N) Σ BₙAₙ of one piece, (O, D)."""
-        A, B = exchange.snapshot[index]
-        zeros = torch.zeros(B.shape[1], A.shape[2], dtype=at_least_32(A.dtype), device=A.device)
-        return exchange.updated(index, zeros)
-
-    def _stepped(self, piece: HeadTarget, total: Tensor, outer: bool) -> Tensor:
-        """Return W after the outer step, (O, D); keep what the next merge's increment starts from.
-
-        Args:
-            piece: the target.
-            total: (s/N) Σ BₙAₙ.
-            outer: ``False``: add the increment as it is.
-        """
-        increment = total.clone() if piece.held is None else total - piece.held
-        piece.held = None if self._starts_anew else total.clone()
-        base = piece.merge_base(increment.dtype).clone()
-        if outer:
-            self.outer.step(piece.name, base, increment)
-        else:
-            base.add_(increment)
-        return base
-
-    @property
-    def _starts_anew(self) -> bool:
-        """Tell whether every merge brings increments only, which do not count from what heads had given before."""
-        return self.settings.reset or self.settings.mode == "sequential"
-
-    @property
-    def checks_finite(self) -> bool:
-        """Tell whether NaN must not be sent: a wire cannot write it, and an outer step would keep it."""
-        return self.settings.codec is not None or not self.outer.plain
-
     @torch.no_grad()
     def merged(self, piecemeal: bool = False, wanted: bool = True) -> Iterator[tuple[LocalTarget, Tensor]]:
         """Yield every target with its merged rows, (O, D); changes nothing. All workers call it together."""
@@ -385,7 +354,7 @@ class HeadSet(LocalTargets):
             bases = self.writes.bases(touched)
             still = self.writes.still(touched)
             snapshot = self.snapshot()
-            for chunk in _chunks([A.numel() + B.numel() for A, B in snapshot], PIECEMEAL if piecemeal else None):
+            for chunk in chunks([A.numel() + B.numel() for A, B in snapshot], PIECEMEAL if piecemeal else None):
                 pieces = [self.pieces[index] for index in chunk]
                 exchange = Exchange(pieces, [snapshot[index] for index in chunk], self.workers, self.total)
                 exchange.wait()
@@ -395,7 +364,7 @@ class HeadSet(LocalTargets):
                         rows = exchange.updated(at, base)
                     else:  # W and what heads have learnt since the last merge
                         base = pieces[at].merge_base(held.dtype) if base is None else base
-                        rows = base + (self._sum(exchange, at) - held)
+                        rows = base + (exchange.summed(at) - held)
                     # where nothing was learnt since, what was written is what is seen, bit for bit
                     yield pieces[at], bases[index][1] if index in still else rows
 
@@ -485,17 +454,3 @@ class HeadSet(LocalTargets):
     def load_state(self, state: Mapping[str, Any]) -> tuple[dict[str, dict[str, Tensor]], str | None]:
         """Put the heads of a checkpoint back."""
         return checkpoint.load_heads(state, self)
-
-
-def _chunks(sizes: list[int], limit: int | None) -> Iterator[list[int]]:
-    """Yield positions in order, together no larger than the limit, one at least."""
-    chunk: list[int] = []
-    held = 0
-    for index, size in enumerate(sizes):
-        if chunk and limit is not None and held + size > limit:
-            yield chunk
-            chunk, held = [], 0
-        chunk.append(index)
-        held += size
-    if chunk:
-        yield chunk
