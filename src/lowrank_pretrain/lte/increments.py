@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lowrank_pretrain.core.dtypes import at_least_32
+from lowrank_pretrain.core.errors import NotFinite
 from lowrank_pretrain.lte.wire import DenseMean
 from lowrank_pretrain.lte.workers import Workers
 
@@ -63,7 +64,7 @@ class Increments:
         """Return the workers' mean of Δ by name, through the wire. All workers call it together.
 
         Raises:
-            RuntimeError: on every worker, if one's increment is NaN or infinite; nothing was sent then.
+            NotFinite: on every worker, if one's increment is NaN or infinite; nothing was sent then.
         """
         mine = self._since(weights)
         refuse_nonfinite(self._by_name(mine), self.workers)
@@ -139,7 +140,7 @@ def refuse_nonfinite(mine: Mapping[str, Tensor], workers: Workers) -> None:
         workers: who merges with whom.
 
     Raises:
-        RuntimeError: on every worker, naming the worker and the target.
+        NotFinite: on every worker, naming the worker and the target.
     """
     first = 0  # number of the first target that is not finite, from 1 on
     if mine:
@@ -150,9 +151,9 @@ def refuse_nonfinite(mine: Mapping[str, Tensor], workers: Workers) -> None:
         first = fine.index(False) + 1 if False in fine else 0
     for rank, (found,) in enumerate(workers.gather_numbers([first])):
         if found:
-            raise RuntimeError(
-                f"LTE: what worker {rank} has learnt of {list(mine)[found - 1]} is NaN or infinite; nothing was merged: resume "
-                "from the last checkpoint, with a lower learning rate or gradient_clip_val"
+            raise NotFinite(
+                f"LTE: what worker {rank} has learnt of {list(mine)[found - 1]} is NaN or infinite; nothing was merged; a "
+                "lower learning rate or gradient_clip_val may help"
             )
 
 

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 
 from lowrank_pretrain.checkpoints.files import NotWritten
 from lowrank_pretrain.core.agreement import Disagreement
-from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.errors import ConfigError, NotFinite
 from lowrank_pretrain.core.interrupts import Interrupted
 from lowrank_pretrain.core.text import one_line
 from lowrank_pretrain.guards.divergence import DIVERGENCES
@@ -65,7 +65,7 @@ def describe(error: BaseException, cfg: DictConfig, run_dir: Path) -> tuple[str,
     if isinstance(error, DIVERGENCES):
         cures = "a lower optim.lr or trainer.gradient_clip_val=1 may help, on_divergence=rewind leaves such batches out"
         return f"error: {one_line(error, None)}; {last_good(run_dir)}; {cures}", 1
-    if isinstance(error, (Stalled, Disagreement)):
+    if isinstance(error, (Stalled, Disagreement, NotFinite)):
         return f"error: {one_line(error, None)}; {last_good(run_dir)}", 1
     if isinstance(error, torch.OutOfMemoryError):
         return "error: the device is out of memory; lower data.batch_size and raise trainer.accumulate_grad_batches", 1
