@@ -127,7 +127,7 @@ def _check_galore(given: Mapping[str, Any]) -> None:
             where = "belongs to GaLoreAdamW's groups" if key in ("rank", "targets") else "has no meaning"
             raise ConfigError(key, given[key], f"{where} with update=galore: leave it out")
     if given["basis"] == "shared" and given["route"] is not None:
-        raise ConfigError("route", given["route"], "has no meaning with basis=shared, where only D is sent: leave it out")
+        raise ConfigError("route", given["route"], "has no meaning with basis=shared, where D alone is sent: leave it out")
 
 
 def _check_full(given: Mapping[str, Any]) -> None:
