@@ -86,12 +86,12 @@ class Breaks(pl.Callback):
 
 
 def breaking(world, name, **kwargs):
-    """The error, and whether W is that of the last merge, which all hold alike."""
-    module, seen = kwargs.pop("module", None), Seen()
+    """The error, W as the merge before left it, and what the module holds in the end."""
+    module, seen = Net(), Seen()
     try:
         fit(world, module=module, trainer={"callbacks": [Breaks(name, 6), seen]}, steps=9, **kwargs)
     except RuntimeError as error:
-        return str(error), seen.W[3], seen.W[-1]
+        return str(error), seen.W[3], weights(module)
 
 
 def files(folder, at):

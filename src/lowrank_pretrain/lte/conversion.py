@@ -31,6 +31,11 @@ from lowrank_pretrain.lte.workers import Workers, clip_norms
 if TYPE_CHECKING:
     from lowrank_pretrain.lte.heads.head_set import HeadSet
 
+DRIFTED = (
+    "each worker changed gradients or weights in its own way; if it clips by hand, use gradient_clip_val or "
+    "self.clip_gradients(optimizer, …): a norm over self.parameters() takes this worker's own heads along"
+)
+
 
 class ConvertedModule:
     """A module in a fit under LTE.

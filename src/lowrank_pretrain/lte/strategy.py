@@ -28,7 +28,7 @@ from lowrank_pretrain.core.protocols import Adopter, HasPhase, Inherit, Merges, 
 from lowrank_pretrain.lora import model as lora
 from lowrank_pretrain.lte import checkpoint as files
 from lowrank_pretrain.lte.batches import shared_out
-from lowrank_pretrain.lte.conversion import ConvertedModule, check_callbacks
+from lowrank_pretrain.lte.conversion import DRIFTED, ConvertedModule, check_callbacks
 from lowrank_pretrain.lte.full import FullSet
 from lowrank_pretrain.lte.heads.head_set import HeadSet
 from lowrank_pretrain.lte.leaves import batch_size
@@ -39,10 +39,6 @@ from lowrank_pretrain.lte.workers import Workers, make_group, same_weights, set_
 from lowrank_pretrain.phases import transition
 
 KINDS: dict[str, type[HeadSet | ProjectedSet | FullSet]] = {"lora": HeadSet, "galore": ProjectedSet, "full": FullSet}
-DRIFTED = (
-    "each worker changed gradients or weights in its own way; if it clips by hand, use gradient_clip_val or "
-    "self.clip_gradients(optimizer, …): a norm over self.parameters() takes this worker's own heads along"
-)
 
 
 class LTEStrategy(DDPStrategy, Adopter, HasPhase, Reports, Merges):
@@ -81,11 +77,10 @@ class LTEStrategy(DDPStrategy, Adopter, HasPhase, Reports, Merges):
         prune: with ``reset``, share of the heads' moments to zero instead of deleting their optimizer state (ReLoRA).
         merge_timeout: seconds after which a worker that does not answer at a merge ends the job; ``None``: ``timeout`` if that
             is given, else 600. Without ``timeout`` it bounds all other waiting of a fit too.
-        wire: ``float32``, ``bfloat16``, ``int8``, ``int4`` or ``int2``: what merges travel in. Whole weights, and the rest
-            under ``sync_rest="merge"``, have error feedback (a float32 copy; for the rest another, of its base). Factors
-            have none: ``int4`` at least; with ``reset`` or ``update="galore"`` each merge loses what it rounds off.
+        wire: what merges travel in (``wire.WIRES``). Whole weights, and the rest under ``sync_rest="merge"``, have error
+            feedback (a float32 copy; for the rest another, of its base). Factors have none, and need ``int4`` or more.
         outer_lr: step W by the workers' mean increment times this (DiLoCo: 0.7).
-        outer_momentum: its Nesterov momentum (DiLoCo: 0.9): a float32 copy; with heads that are not reset another.
+        outer_momentum: its Nesterov momentum (DiLoCo: 0.9): a float32 copy; another with heads that are not reset.
         ddp_kwargs: further arguments of ``DDPStrategy`` and of DDP (``timeout``, ``find_unused_parameters``, …).
 
     Raises:

@@ -7,9 +7,8 @@
 Without reset the updates telescope: W − W₀ has rank N·R at most, however many merges. With reset every merge adds rank.
 ``sequential`` adds one head's update a window, so W₀ moves on with every merge there too.
 
-With an outer step W moves by what the merge before did not have, Δ = (s/N) Σ (BₙAₙ − B'ₙA'ₙ), B' and A' the factors of that
-merge: W ← W + OuterStep(Δ). A head goes on next to its factors as merged, so at a merge it computes with W, whatever the outer
-step made of Δ. With momentum, old increments return in new proportions, and the rank of W − W₀ has no bound.
+With an outer step W moves by what the merge before (B'A') did not have: W ← W + OuterStep((s/N) Σ (BₙAₙ − B'ₙA'ₙ)). Heads go
+on next to their factors as merged. Momentum mixes increments in new proportions, so the rank of W − W₀ has no bound.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -328,10 +327,9 @@ class HeadSet(LocalTargets):
             (piece.live() if piece.base is None else piece.base).copy_(base)
         # W ← W₀ + (s/N) Σ BₙAₙ, or by the outer step
         for index, piece in enumerate(self.pieces):
-            if self.outer.plain:
-                new = exchange.updated(index)
-            else:
-                new = piece.stepped(exchange.summed(index), self.outer if outer else None, self.settings.starts_anew)
+            step = self.outer if outer else None
+            plain, anew = self.outer.plain, self.settings.starts_anew
+            new = exchange.updated(index) if plain else piece.stepped(exchange.summed(index), step, anew)
             piece.live().copy_(new)
             if self.accumulates and piece.base is not None:
                 piece.base.copy_(new)
