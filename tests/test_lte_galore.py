@@ -33,7 +33,7 @@ class Plain(nn.Module):
         return self.out(self.net(x))
 
 
-def twin(workers_, steps=12, every=4, shared=False, batch=8):
+def twin(workers_, steps=12, every=4, shared=False, batch=8, outer=None):
     """The same run by the slow twin: dense weights, one loop."""
     data = Samples()
     per = batch // workers_
@@ -50,7 +50,7 @@ def twin(workers_, steps=12, every=4, shared=False, batch=8):
 
     return lte_galore(
         Plain(workers.GaLoreNet()), TARGETS, batches, lambda f, b: nn.functional.cross_entropy(f(b[1]), b[2]), rest_optimizer,
-        every, shared, lr=s["lr"], scale=s["scale"], weight_decay=s["weight_decay"],
+        every, shared, outer=outer, lr=s["lr"], scale=s["scale"], weight_decay=s["weight_decay"],
     )  # fmt: skip
 
 

@@ -8,11 +8,14 @@ import torch
 from torch.func import functional_call
 
 
-def lte(module, targets, batches, loss_of, optimizer_of, factors, every, scale=1.0, reset=False, redraw=None, overlap=0):
+def lte(
+    module, targets, batches, loss_of, optimizer_of, factors, every, scale=1.0, reset=False, redraw=None, overlap=0, outer=None
+):
     """Train and return the merged parameters.
 
     targets: parameter names of the W's. batches: per step a list of N batches. loss_of(f, batch) -> mean loss, f(x) the model.
     optimizer_of(list of parameters) -> Optimizer. factors: {target: (A (N,R,D), B (N,O,R))}. redraw(target, head, merges) -> A.
+    outer: (lr, momentum) of torch's SGD with Nesterov, which steps W by the heads' mean gain since the last merge.
     """
     plain = {name: p.detach().clone() for name, p in module.named_parameters()}
     rest = {name: p.requires_grad_() for name, p in plain.items() if name not in targets}
@@ -25,6 +28,7 @@ def lte(module, targets, batches, loss_of, optimizer_of, factors, every, scale=1
     optimizers = [optimizer_of([*(A[t][n] for t in targets), *(B[t][n] for t in targets)]) for n in range(N)]
     rest_optimizer = optimizer_of(list(rest.values()))
     merges, pending = 0, {}
+    steps = torch.optim.SGD(list(W.values()), lr=outer[0], momentum=outer[1], nesterov=outer[1] > 0) if outer else None
     for step, of_heads in enumerate(batches, 1):
         grads = [torch.zeros_like(p) for p in rest.values()]
         for n, batch in enumerate(of_heads):
@@ -46,9 +50,13 @@ def lte(module, targets, batches, loss_of, optimizer_of, factors, every, scale=1
             merges += 1
             deltas = pending.pop(step)
             for t in targets:
-                start = W[t] if reset else W0[t]
-                W[t] = start + sum(deltas[t]) / N
+                if outer:
+                    W[t].grad = -sum(delta - before for delta, before in zip(deltas[t], prev[t], strict=True)) / N
+                else:
+                    W[t] = (W[t] if reset else W0[t]) + sum(deltas[t]) / N
                 prev[t] = deltas[t]
+            if outer:
+                steps.step()
             if reset:
                 for t in targets:
                     prev[t] = [torch.zeros_like(W[t]) for _ in range(N)]
@@ -58,4 +66,5 @@ def lte(module, targets, batches, loss_of, optimizer_of, factors, every, scale=1
                 for optimizer in optimizers:
                     optimizer.state.clear()
     now = {t: sum((scale * B[t][n] @ A[t][n]).detach() for n in range(N)) / N for t in targets}
-    return {name: p.detach() for name, p in rest.items()} | {t: (W[t] if reset else W0[t]) + now[t] for t in targets}
+    start = {t: W[t] - sum(prev[t]) / N if outer else W[t] if reset else W0[t] for t in targets}
+    return {name: p.detach() for name, p in rest.items()} | {t: start[t] + now[t] for t in targets}

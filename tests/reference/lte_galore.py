@@ -11,11 +11,12 @@ from torch.func import functional_call
 from tests.reference.galore import Twin, orth
 
 
-def lte_galore(module, targets, batches, loss_of, rest_optimizer, every, shared=False, names=None, **galore):
+def lte_galore(module, targets, batches, loss_of, rest_optimizer, every, shared=False, names=None, outer=None, **galore):
     """Train and return the merged parameters.
 
     targets: {parameter name: rank}. batches: per step a list of N batches. loss_of(f, batch) -> mean loss.
     rest_optimizer(list of parameters). names: the optimizer's names of the targets (they seed the cold starts).
+    outer: (lr, momentum) of torch's SGD with Nesterov, which steps what the last merge left by the workers' mean increment.
     """
     plain = {name: p.detach().clone() for name, p in module.named_parameters()}
     rest = {name: p.requires_grad_() for name, p in plain.items() if name not in targets}
@@ -25,6 +26,8 @@ def lte_galore(module, targets, batches, loss_of, rest_optimizer, every, shared=
     # the twins' own clocks never strike: `renew` does
     twins = {t: [Twin(W[t][n].data, r, names[t], gap=10**9, offset=1, **galore) for n in range(N)] for t, r in targets.items()}
     optimizer = rest_optimizer(list(rest.values()))
+    base = {t: plain[t].clone() for t in targets}
+    steps = torch.optim.SGD(list(base.values()), lr=outer[0], momentum=outer[1], nesterov=outer[1] > 0) if outer else None
     for step, of_workers in enumerate(batches):
         grads, own = [torch.zeros_like(p) for p in rest.values()], {t: [] for t in targets}
         for n, batch in enumerate(of_workers):
@@ -44,10 +47,15 @@ def lte_galore(module, targets, batches, loss_of, rest_optimizer, every, shared=
             p.grad = g
         optimizer.step()
         if (step + 1) % every == 0:
+            means = {t: sum(w.data for w in W[t]) / N for t in targets}
+            if outer:
+                for t in targets:
+                    base[t].grad = base[t] - means[t]
+                steps.step()
+                means = base
             for t in targets:
-                mean = sum(w.data for w in W[t]) / N
                 for w in W[t]:
-                    w.data.copy_(mean)
+                    w.data.copy_(means[t])
     return {**{n: p.detach() for n, p in rest.items()}, **{t: sum(w.data for w in W[t]) / N for t in targets}}
 
 

@@ -1,4 +1,4 @@
-"""The one exception for a user's mistake: one line that names the key, the value and what is allowed."""
+"""The one exception for a user's mistake: one line that names the key, the value and what is allowed; and NaN on its way."""
 
 from typing import Any
 
@@ -20,3 +20,7 @@ class ConfigError(ValueError):
 
     def __str__(self) -> str:
         return f"{self.key}={self.value!r}: {self.allowed}"
+
+
+class NotFinite(RuntimeError):
+    """What a worker is about to send to the others is NaN or infinite."""

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch import Tensor
 
 from lowrank_pretrain.checkpoints import random_state
 from lowrank_pretrain.checkpoints.format import check_format
@@ -16,21 +15,33 @@ from lowrank_pretrain.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from lowrank_pretrain.lte.conversion import ConvertedModule
+    from lowrank_pretrain.lte.settings import Settings
     from lowrank_pretrain.lte.workers import Workers
 
 KEY = "lte_state"
+# settings that say how increments are merged, with the value that a checkpoint without them has
+HOW_MERGED: Mapping[str, Any] = {"wire": "float32", "outer_lr": 1.0, "outer_momentum": 0.0}
 
 
-def check_saved(state: Mapping[str, Any], update: str) -> None:
-    """Refuse an ``lte_state`` of a newer format, or of another ``update``.
+def how_merged(settings: "Settings") -> dict[str, Any]:
+    """Return the settings of wire and outer step that a checkpoint must name: those that differ from a plain mean."""
+    return {key: getattr(settings, key) for key, plain in HOW_MERGED.items() if getattr(settings, key) != plain}
+
+
+def check_saved(state: Mapping[str, Any], update: str, settings: "Settings") -> None:
+    """Refuse an ``lte_state`` of a newer format, or of another ``update``, wire or outer step.
 
     Raises:
-        ConfigError: either.
+        ConfigError: one of these.
     """
     check_format(state, KEY, name=KEY)
     there = state.get("update", "lora")
     if there != update:
         raise ConfigError("update", update, f"the checkpoint was trained with {there}")
+    for key, plain in HOW_MERGED.items():
+        mine = getattr(settings, key)
+        if state.get(key, plain) != mine:
+            raise ConfigError(key, mine, f"the checkpoint was trained with {state.get(key, plain)}")
 
 
 def lte_state(converted: "ConvertedModule") -> dict[str, Any] | None:
@@ -48,7 +59,7 @@ class Resume:
         self.state: Mapping[str, Any] | None = None  # ``lte_state``
         self.left_out: tuple[str, ...] = ()  # targets that the run which is resumed left out in its first step
         self._random: list[Any] | None = None  # random states by worker
-        self._moments: dict[str, dict[str, Tensor]] = {}  # the targets' optimizer state by name
+        self._moments: dict[str, dict[str, Any]] = {}  # the targets' optimizer state by name
 
     def keep(self, checkpoint: Mapping[str, Any]) -> None:
         """Keep a checkpoint's ``lte_state``, if it has one, until there are targets."""

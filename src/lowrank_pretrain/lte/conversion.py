@@ -1,6 +1,6 @@
 """Convert a module for LTE, and hold what it then consists of: targets of this worker's own, and the rest that all share.
 
-``update="lora"``: targets get heads. ``update="galore"``: nothing is converted, each worker's targets become its own.
+``update="lora"``: targets get heads. Else nothing is converted, each worker's targets become its own.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -30,6 +30,11 @@ from lowrank_pretrain.lte.workers import Workers, clip_norms
 
 if TYPE_CHECKING:
     from lowrank_pretrain.lte.heads.head_set import HeadSet
+
+DRIFTED = (
+    "each worker changed gradients or weights in its own way; if it clips by hand, use gradient_clip_val or "
+    "self.clip_gradients(optimizer, …): a norm over self.parameters() takes this worker's own heads along"
+)
 
 
 class ConvertedModule:
@@ -104,7 +109,8 @@ class ConvertedModule:
     def _collect_rest(self) -> None:
         owned = {id(p) for p in self.local.parameters().values()}
         left_out = self.local.hidden(self.module) | self.ignored
-        self.rest = SharedParameters(self.module, owned, left_out, self.workers, self.sync_rest, self._wrapped)
+        wire = self.local.settings.wire
+        self.rest = SharedParameters(self.module, owned, left_out, self.workers, self.sync_rest, self._wrapped, wire)
 
     def _warn_of_heavy_rest(self) -> None:
         """Warn of a rest that sends more at every step than a merge sends for the targets."""

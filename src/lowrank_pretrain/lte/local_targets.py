@@ -1,8 +1,9 @@
 """Declare what ``LTEStrategy`` asks of the targets that a worker trains on its own between merges.
 
-One class per value of the strategy's ``update``: heads next to W (``lora``: ``heads.head_set.HeadSet``), or W itself in a
-subspace (``galore``: ``projected.ProjectedSet``). A further one inherits from ``LocalTargets`` and gets a line in
-``strategy.KINDS``; the strategy needs no other change. ``NoTargets`` stands there until a fit has some.
+One class per value of the strategy's ``update``: heads next to W (``lora``: ``heads.head_set.HeadSet``), W itself in a
+subspace (``galore``: ``projected.ProjectedSet``), or all of W (``full``: ``full.FullSet``). A further one inherits from
+``LocalTargets`` and gets a line in ``strategy.KINDS``; the strategy needs no other change. ``NoTargets`` stands there until a
+fit has some.
 """
 
 from abc import ABC, abstractmethod
@@ -20,7 +21,6 @@ from lowrank_pretrain.core.plan import Plan
 from lowrank_pretrain.core.protocols import ADAPTER_DEFAULTS, Inherit
 from lowrank_pretrain.lora.function import Part
 from lowrank_pretrain.lte.first_step import Unwatched
-from lowrank_pretrain.lte.merge import Mergeable
 from lowrank_pretrain.lte.settings import Settings
 from lowrank_pretrain.lte.view import MergedView
 from lowrank_pretrain.lte.workers import Workers
@@ -28,14 +28,16 @@ from lowrank_pretrain.lte.workers import Workers
 AllHeads = Iterator[tuple[str, Tensor, dict[str, Tensor], tuple[Part, ...]]]
 
 
-class LocalTarget(Mergeable, Protocol):
+class LocalTarget(Protocol):
     """One target: a parameter, or a row block of one.
 
     Attributes:
         name: the target's name.
+        route: ``factors`` or ``dense``.
     """
 
     name: str
+    route: str
 
     @property
     def weight_name(self) -> str:
@@ -155,6 +157,7 @@ class LocalTargets(ABC):
     stacked = False  #: whether ``parameters`` are stacks of heads, each of which is clipped by its own norm
     differs = True  #: whether the merged weights are other tensors than W
     makes_adapters = False  #: see ``Adopter``
+    low_rank = True  #: whether training is low-rank from here on
 
     def __init__(self, settings: Settings, workers: Workers, total: int) -> None:
         self.settings, self.workers = settings, workers
@@ -280,7 +283,7 @@ class LocalTargets(ABC):
         """Raise ConfigError if ``lte_state`` is of other targets."""
 
     @abstractmethod
-    def load_state(self, state: Mapping[str, Any]) -> tuple[dict[str, dict[str, Tensor]], str | None]:
+    def load_state(self, state: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], str | None]:
         """Take ``lte_state`` back; W is the checkpoint's merged one on entry. All workers call it together.
 
         Returns:
@@ -342,6 +345,6 @@ class NoTargets(LocalTargets):
     def check_state(self, state: Mapping[str, Any]) -> None:
         """Allow any."""
 
-    def load_state(self, state: Mapping[str, Any]) -> tuple[dict[str, dict[str, Tensor]], str | None]:
+    def load_state(self, state: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], str | None]:
         """Take nothing."""
         return {}, None

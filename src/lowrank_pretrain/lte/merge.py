@@ -11,7 +11,7 @@ computed from W₀ in float32 at least, so that storing W in half precision roun
 O out, D in, R rank, H heads here, N in all.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lowrank_pretrain.core.dtypes import at_least_32
 from lowrank_pretrain.lora.function import Part
+from lowrank_pretrain.lte.wire import Codec, padded
 from lowrank_pretrain.lte.workers import Workers
 
 Factors = tuple[Tensor, Tensor]  # A (H, R, D), B (H, O, R)
@@ -48,12 +49,15 @@ class Exchange:
         workers: who takes part.
         divisor: N of the mean.
         overlap: return before the others have answered.
+        codec: writes the factors in few bits; ``None``: they travel as they are. ``snapshot`` then holds what was sent.
     """
 
     def __init__(
-        self, pieces: Sequence[Mergeable], snapshot: Sequence[Factors], workers: Workers, divisor: int, overlap: bool = False
-    ) -> None:
-        self.pieces, self.snapshot, self.workers, self.divisor = pieces, snapshot, workers, divisor
+        self, pieces: Sequence[Mergeable], snapshot: Sequence[Factors], workers: Workers, divisor: int, overlap: bool = False,
+        codec: Codec | None = None,
+    ) -> None:  # fmt: skip
+        self.pieces, self.snapshot, self.workers, self.divisor = pieces, list(snapshot), workers, divisor
+        self._codec = codec if workers.size > 1 else None
         self._at: list[tuple[torch.dtype, int]] = []  # per piece its buffer and its place there
         factors: dict[torch.dtype, list[Tensor]] = {}
         dense: dict[torch.dtype, list[int]] = {}
@@ -74,7 +78,8 @@ class Exchange:
         self._works: list[Any] = []
         # factors: gather everyone's A and B
         for dtype, flat in factors.items():
-            self._gathered[dtype], work = workers.gather(torch.cat(flat), async_op=overlap)
+            message = self._written(torch.cat(flat), dtype)
+            self._gathered[dtype], work = workers.gather(message, async_op=overlap)
             self._works.append(work)
         # dense: form the sum over the heads here, and add everyone's
         for dtype, indices in dense.items():
@@ -90,12 +95,29 @@ class Exchange:
         dtype, at = self._at[index]
         return self._summed[dtype][at : at + rows * cols].view(rows, cols)
 
+    def _written(self, flat: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the message of one buffer of factors; what it says takes the place of the snapshot, here too."""
+        if self._codec is None:
+            return flat
+        message = self._codec.encode(torch.cat([flat.float(), flat.new_zeros(padded(len(flat), 1) - len(flat)).float()]))
+        sent = self._codec.decode(message).to(dtype)
+        for index, (A, B) in enumerate(self.snapshot):
+            of, at = self._at[index]
+            if of == dtype:
+                between, end = at + A.numel(), at + A.numel() + B.numel()
+                self.snapshot[index] = sent[at:between].view_as(A), sent[between:end].view_as(B)
+        return message
+
     def wait(self) -> None:
-        """Wait until all have answered."""
+        """Wait until all have answered, and read coded messages."""
+        if not self._works:
+            return
         while self._works:
             work = self._works.pop()
             if not isinstance(work, Tensor):
                 self.workers.wait(work)
+        if self._codec is not None:
+            self._gathered = {dtype: self._codec.decode(got).to(dtype) for dtype, got in self._gathered.items()}
 
     def updated(self, index: int, base: Tensor | None = None) -> Tensor:
         """Return W₀ + (s/N) Σ BₙAₙ of one piece, (O, D) in float32 at least. Call it once, and copy what is to be kept.
@@ -116,9 +138,31 @@ class Exchange:
         B = gathered[:, at + n : at + n + B.numel()].reshape(-1, *B.shape[1:])  # (N, O, R)
         return self._sum(piece, A, B, base)
 
+    def summed(self, index: int) -> Tensor:
+        """Return (s/N) Σ BₙAₙ of one piece, (O, D). Call it or ``updated``, once, and copy what is to be kept."""
+        A, B = self.snapshot[index]
+        return self.updated(index, torch.zeros(B.shape[1], A.shape[2], dtype=at_least_32(A.dtype), device=A.device))
+
     def _sum(self, piece: Mergeable, A: Tensor, B: Tensor, base: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         """Return (s / N) Σ BₙAₙ, one product of depth N·R, added to ``base``, or written to ``out``."""
         dtype = at_least_32(A.dtype)
         A, B = A.to(dtype).flatten(0, 1), B.to(dtype).permute(1, 0, 2).flatten(1)  # (N·R, D), (O, N·R)
         scale = piece.part.scale / self.divisor
         return torch.mm(B, A, out=out).mul_(scale) if base is None else torch.addmm(base, B, A, alpha=scale)
+
+
+PIECEMEAL = 2**18  # numbers of factors that travel at once where nothing has to be kept
+
+
+def chunks(sizes: list[int], limit: int | None) -> Iterator[list[int]]:
+    """Yield positions in order, together no larger than the limit, one at least."""
+    chunk: list[int] = []
+    held = 0
+    for index, size in enumerate(sizes):
+        if chunk and limit is not None and held + size > limit:
+            yield chunk
+            chunk, held = [], 0
+        chunk.append(index)
+        held += size
+    if chunk:
+        yield chunk

@@ -26,9 +26,12 @@ from lowrank_pretrain.galore.local import LocalUpdate
 from lowrank_pretrain.galore.projection import Projected
 from lowrank_pretrain.lora.function import Part
 from lowrank_pretrain.lte import projected_checkpoint
+from lowrank_pretrain.lte.increments import refuse_nonfinite
 from lowrank_pretrain.lte.local_targets import Fit, LocalTarget, LocalTargets
 from lowrank_pretrain.lte.merge import Exchange, Factors
+from lowrank_pretrain.lte.outer import OuterStep
 from lowrank_pretrain.lte.settings import Settings
+from lowrank_pretrain.lte.wire import Codec, DenseMean
 from lowrank_pretrain.lte.workers import Workers
 
 
@@ -111,11 +114,15 @@ class ProjectedSet(LocalTargets):
 
     Attributes:
         sketch: with ``basis="shared"``, makes the common basis.
+        outer: moves W_base by what merges bring.
+        alone: nothing is merged: one worker, and a plain outer step.
     """
 
     def __init__(self, settings: Settings, workers: Workers) -> None:
         super().__init__(settings, workers, workers.size)
-        self.differs = workers.size > 1
+        self.outer = OuterStep(settings.outer_lr, settings.outer_momentum)
+        self.alone = workers.size == 1 and self.outer.plain
+        self.differs = not self.alone
         self.pieces: list[ProjectedTarget] = []
         self.basis = settings.basis
         self.sketch = SketchMean(workers) if settings.basis == "shared" else None
@@ -169,11 +176,12 @@ class ProjectedSet(LocalTargets):
             check_group(piece.slot.group)
         self.keep_time()
         self.begun = self.attached = True
-        if self.workers.size == 1:
+        if self.alone:
             return
         for piece in self.pieces:
             piece.local = piece.optimizer.local[piece.p] = LocalUpdate(piece.p)
-            piece.route = self.settings.route or self.workers.cheaper_route(*piece.factors(), piece.shape[0])
+            coded = "factors" if self.settings.codec else None
+            piece.route = self.settings.route or coded or self.workers.cheaper_route(*piece.factors(), piece.shape[0])
         for optimizer in self._galore:
             optimizer.shared = self.sketch
 
@@ -191,7 +199,7 @@ class ProjectedSet(LocalTargets):
             return
         for optimizer in self._galore:
             optimizer.local, optimizer.shared = {}, None
-        if not self.view.swapped_in and self.workers.size > 1:
+        if not self.view.swapped_in and not self.alone:
             for piece in self.pieces:
                 piece.p.copy_(piece.update.base)
         self.attached = False
@@ -219,13 +227,23 @@ class ProjectedSet(LocalTargets):
         if self.clock % self.settings.merge_every:
             return False
         self.merges += 1
-        if self.workers.size > 1:
+        if not self.alone:
             before = self.workers.sent, self.workers.seconds
-            for piece, base in self._merged():
-                piece.update.restart(piece.p, piece.as_live(base))
+            if self.settings.checks_finite:
+                refuse_nonfinite({piece.name: piece.factors()[0] for piece in self.pieces}, self.workers)
+            for piece, base in self._merged(self.settings.codec):
+                piece.update.restart(piece.p, self._stepped(piece, piece.as_live(base)))
             sent, seconds = self.sketch.cost() if self.sketch else (0.0, 0.0)
             self.last_cost = self.workers.sent - before[0] + sent, self.workers.seconds - before[1] + seconds
         return True
+
+    def _stepped(self, piece: ProjectedTarget, merged: Tensor) -> Tensor:
+        """Return W_base after the outer step, in the parameter's shape."""
+        if self.outer.plain:
+            return merged
+        base = piece.update.base.clone()
+        self.outer.step(piece.name, base, merged - base)
+        return base
 
     def sent_so_far(self) -> list[float]:
         """Return the bytes sent for the last merge, and since then: for a checkpoint (the same on every worker)."""
@@ -237,16 +255,24 @@ class ProjectedSet(LocalTargets):
         if self.sketch:
             self.sketch.sent = since, 0.0
 
-    def send(self) -> tuple[Exchange | list[Tensor], Tensor]:
-        """Send one merge: returns the factors' exchange, or the mean of D by target; and the mean of C, (targets,)."""
+    def send(self, codec: Codec | None = None) -> tuple[Exchange | list[Tensor], Tensor]:
+        """Send one merge: returns the factors' exchange, or the mean of D by target; and the mean of C, (targets,).
+
+        Args:
+            codec: writes the factors in few bits; ``None``: as they are, to be looked at.
+        """
         C = torch.tensor([p.update.C for p in self.pieces], dtype=torch.float64)
         factors = [piece.factors() for piece in self.pieces]
         sent: Exchange | list[Tensor]
-        if self.basis == "shared":
+        if self.basis != "shared":
+            sent = Exchange(self.pieces, factors, self.workers, self.workers.size, codec=codec)
+        elif codec is None:
             sent = [D[0].clone() for D, _ in factors]
             self.workers.average(sent)
         else:
-            sent = Exchange(self.pieces, factors, self.workers, self.workers.size)
+            sizes = [D.numel() for D, _ in factors]
+            mean = DenseMean(self.workers, codec.wire, sum(sizes)).mean(torch.cat([D.flatten().float() for D, _ in factors]))
+            sent = [part.view(D[0].shape).to(D.dtype) for part, (D, _) in zip(mean.split(sizes), factors, strict=True)]
         self.workers.average([C])
         return sent, C
 
@@ -255,7 +281,7 @@ class ProjectedSet(LocalTargets):
         with self.workers.uncounted():  # looking is no merge
             yield from self._merged()
 
-    def _merged(self) -> Iterator[tuple[ProjectedTarget, Tensor]]:
+    def _merged(self, codec: Codec | None = None) -> Iterator[tuple[ProjectedTarget, Tensor]]:
         # what others wrote into W
         for piece in self.pieces:
             piece.update.absorb(piece.slot, self.view.kept_weight(piece))
@@ -263,7 +289,7 @@ class ProjectedSet(LocalTargets):
         touched = [any(theirs[index] for theirs in everyone) for index in range(len(self.pieces))]
         self.warn_of_writes([piece.name for piece, added in zip(self.pieces, touched, strict=True) if added])
         # mean(C)·W_base + (1/N) Σ PₙDₙ, and their mean
-        sent, C = self.send()
+        sent, C = self.send(codec)
         for index, (piece, share) in enumerate(zip(self.pieces, C.tolist(), strict=True)):
             piece.share = share
             if isinstance(sent, Exchange):

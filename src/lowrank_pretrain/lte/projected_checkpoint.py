@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lowrank_pretrain.checkpoints.format import FORMAT
 from lowrank_pretrain.core.errors import ConfigError
-from lowrank_pretrain.lte.checkpoint import check_saved
+from lowrank_pretrain.lte.checkpoint import check_saved, how_merged
 
 if TYPE_CHECKING:
     from lowrank_pretrain.lte.projected import ProjectedSet
@@ -28,13 +28,16 @@ def saved_targets(targets: "ProjectedSet") -> dict[str, Any] | None:
     All workers call it together.
     """
     workers, settings = targets.workers, targets.settings
-    alone = workers.size == 1
+    alone = targets.alone
     entry: dict[str, Any] = {
         "format": FORMAT, "update": "galore", "basis": targets.basis, "merge_every": settings.merge_every,
         "targets": {p.name: p.part.rank for p in targets.pieces}, "workers": workers.size,
         "clock": targets.clock, "merges": targets.merges, "sent": targets.sent_so_far(),
         "at_merge": alone or targets.clock % settings.merge_every == 0, "record": {}, "told": [], "base": {},
+        **how_merged(settings),
     }  # fmt: skip
+    if not targets.outer.plain:
+        entry["outer"] = {name: t.cpu().clone() for name, t in targets.outer.state_dict().items()}
     if alone:
         return entry
     mine: dict[str, Tensor] = {}
@@ -53,8 +56,9 @@ def saved_targets(targets: "ProjectedSet") -> dict[str, Any] | None:
                 found["W"] = piece.live() if own is None else own
         mine |= {f"{piece.name}|{key}": value for key, value in found.items()}
         facts[piece.name] = {"keys": list(found), "C": update.C, "fresh": update.fresh}
-    everyones: list[Any] = [None] * workers.size
-    dist.all_gather_object(everyones, facts, group=workers.group)
+    everyones: list[Any] = [facts] * workers.size
+    if workers.size > 1:
+        dist.all_gather_object(everyones, facts, group=workers.group)
     everyone = workers.to_first(mine)
     if everyone is None:
         return None
@@ -73,7 +77,7 @@ def check_targets(state: Mapping[str, Any], targets: "ProjectedSet") -> None:
         ConfigError: another update, other targets or ranks, bases of each worker's own where one is to be shared; or a newer
             format.
     """
-    check_saved(state, "galore")
+    check_saved(state, "galore", targets.settings)
     if state["basis"] == "own" and targets.basis == "shared" and min(state["workers"], targets.workers.size) > 1:
         raise ConfigError("basis", "shared", "the checkpoint's workers each have a basis of their own: use own")
     here = {p.name: p.part.rank for p in targets.pieces}
@@ -94,9 +98,10 @@ def load_targets(state: Mapping[str, Any], targets: "ProjectedSet") -> tuple[dic
     there, here = state["workers"], targets.workers.size
     targets.clock, targets.merges = state["clock"], state["merges"]
     targets.take_sent(*state.get("sent", (0.0, 0.0)))
+    targets.outer.load_state_dict(state.get("outer", {}), targets.parameters())
     moments: dict[str, dict[str, Tensor]] = {}
     message = None
-    if there > 1:
+    if state["told"]:
         of = targets.workers.rank % there
         for name, kept in state["told"][of].items():
             moments[name] = {key: state["record"][f"{name}|{key}"][of].clone() for key in kept["keys"]}

@@ -1,8 +1,8 @@
 """Average what belongs to no target (norms, embeddings, biases, the output head), and buffers.
 
 ``sync_rest="step"``: DDP averages its gradients at every step. ``"merge"``: nothing is sent between merges. Every worker
-trains its own rest, and all are averaged at a merge. Its optimizer state then differs between workers as well: it is never
-averaged in training, and a checkpoint keeps each worker's.
+trains its own rest, and all are averaged at a merge, parameters through the wire. Its optimizer state then differs between
+workers as well: it is never averaged in training, and a checkpoint keeps each worker's.
 
 Of buffers only what training changes is averaged, and only where no DDP wrapper gives worker 0's to all: floating ones that
 the model saves (``persistent``) and that differ between workers, as BatchNorm's statistics do. Masks, tables, constants and
@@ -21,6 +21,7 @@ from lowrank_pretrain.core.bits import stamp
 from lowrank_pretrain.core.dtypes import at_least_32
 from lowrank_pretrain.core.lightning_private import tensor_norms, unsaved_buffers
 from lowrank_pretrain.lte.bare_groups import BareGroups
+from lowrank_pretrain.lte.increments import Increments, add_pending
 from lowrank_pretrain.lte.view import read_stamps
 from lowrank_pretrain.lte.workers import Workers
 
@@ -40,15 +41,17 @@ class SharedParameters:
         workers: who merges with whom.
         sync: ``sync_rest``.
         wrapped: tells whether DDP broadcasts buffers at every step.
+        wire: what the parameters travel in at a merge (``wire.WIRES``).
 
     Attributes:
         parameters: the rest's, by name.
         apart: whether workers may differ between merges.
+        increments: what each worker does between merges, where the wire is lossy: it sends that, with error feedback.
     """
 
     def __init__(
         self, module: nn.Module, local: set[int], left_out: Collection[str], workers: Workers, sync: str,
-        wrapped: Callable[[], bool] = not_wrapped,
+        wrapped: Callable[[], bool] = not_wrapped, wire: str = "float32",
     ) -> None:  # fmt: skip
         self._left_out, self._local = set(left_out), local
         self.parameters = {
@@ -60,8 +63,11 @@ class SharedParameters:
         self._own: dict[str, Tensor] | None = None  # the same, after a fit
         self._seen: dict[str, int] = {}  # stamps of the averages while they are in place
         self._buffer_bytes = 0  # that the last merge averaged; before the first, what it may
+        self.increments: Increments | None = None
         if self.apart:
             self._buffer_bytes = sum(b.numel() * at_least_32(b.dtype).itemsize for b in self._buffers().values())
+            if wire != "float32" and self.parameters:
+                self.increments = Increments({n: p.detach() for n, p in self.parameters.items()}, workers, wire)
 
     def follow(self, frozen: Collection[int]) -> bool:
         """Take in what has begun to train since (a callback unfroze it), but for ids in ``frozen``; returns whether any has."""
@@ -108,8 +114,11 @@ class SharedParameters:
         """Return the bytes that a worker sends for the rest in a window of so many steps (rings)."""
         share = 2 * (self.workers.size - 1) / self.workers.size
         if self.apart:
-            own = sum(p.numel() * at_least_32(p.dtype).itemsize for p in self.parameters.values())
-            return share * (own + self._buffer_bytes)
+            coded = {} if self.increments is None else self.increments.base
+            exact = {n: p for n, p in self.parameters.items() if n not in coded}
+            own = sum(p.numel() * at_least_32(p.dtype).itemsize for p in exact.values())
+            written = 0.0 if self.increments is None else self.increments.wire.sent_per_mean()
+            return share * (own + self._buffer_bytes) + written
         return share * (self.bytes() * steps + self._buffer_bytes)
 
     @torch.no_grad()
@@ -117,7 +126,16 @@ class SharedParameters:
         """Average what differs between workers."""
         moving = self._moving()
         self._buffer_bytes = sum(b.numel() * at_least_32(b.dtype).itemsize for b in moving.values())
-        self.workers.average([*self._parameters().values(), *moving.values()])
+        live = self._parameters()
+        if self.increments is not None:
+            # through the wire; what has begun to train since the start travels as it is
+            base = self.increments.base
+            mean = self.increments.mean({name: live.get(name, W) for name, W in base.items()})
+            for name, W in base.items():
+                W.add_(mean[name].to(W.dtype))
+                if name in live:
+                    live.pop(name).copy_(W)
+        self.workers.average([*live.values(), *moving.values()])
 
     @torch.no_grad()
     def agrees(self) -> bool:
@@ -208,6 +226,9 @@ class SharedParameters:
         flat |= {("moment", name, key): v for name, key, v in self._moments(bare)} if self.apart else {}
         everyone = self.workers.to_first(flat)
         entry: dict[str, Any] = {"tensors": {}, "moments": {}, "workers": self.workers.size}
+        if self.increments is not None:
+            entry["errors"] = self.increments.errors()
+            entry["base"] = {name: W.cpu().clone() for name, W in self.increments.base.items()}
         for key, values in (everyone or {}).items():
             copies = [None if value is None else value.clone() for value in values]
             if key[0] == "tensor":
@@ -265,6 +286,12 @@ class SharedParameters:
                 value = values[self.workers.rank]
                 if value is not None and name in live and live[name].shape == value.shape:
                     live[name].copy_(value)
+        if entry is None or not entry.get("base"):
+            return
+        if self.increments is not None:
+            self.increments.load(entry["base"], entry["errors"])
+        elif self.workers.size == 1:  # nobody to send to what the wire still owes
+            add_pending(self.parameters, entry["base"], entry["errors"])
 
     @torch.no_grad()
     def load_moments(self, entry: Mapping[str, Any] | None, bare: Sequence[BareGroups]) -> None:

@@ -1,7 +1,7 @@
 """Hold ``LTEStrategy``'s arguments, and refuse wrong ones in one line."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import timedelta
 from difflib import get_close_matches
 from inspect import signature
@@ -12,11 +12,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lowrank_pretrain.core import checks
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.lte.outer import OuterStep
+from lowrank_pretrain.lte.wire import WIRES, Codec
 
 MODES = ("parallel", "joint", "sequential")
 ROUTES = ("factors", "dense")
 SYNC = ("step", "merge")
-UPDATES = ("lora", "galore")
+UPDATES = ("lora", "galore", "full")
 BASES = ("own", "shared")
 MOST_HEADS = 65_536
 
@@ -37,6 +39,30 @@ class Settings:
     rank: int = 16
     targets: str | Sequence[str] = "all"
     basis: str = BASES[0]
+    wire: str = "float32"
+    outer_lr: float = 1.0
+    outer_momentum: float = 0.0
+
+    @property
+    def codec(self) -> Codec | None:
+        """Return what writes factors for the network; ``None``: they travel as they are."""
+        return None if self.wire == "float32" else Codec(self.wire)
+
+    @property
+    def checks_finite(self) -> bool:
+        """Tell whether NaN must not be sent: a wire cannot write it, and an outer step would keep it."""
+        return (self.wire, self.outer_lr, self.outer_momentum) != ("float32", 1, 0)
+
+    @property
+    def starts_anew(self) -> bool:
+        """Tell whether every merge of heads brings increments only, which do not count from what heads had given before."""
+        return self.reset or self.mode == "sequential"
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> "Settings":
+        """Return the settings among a strategy's arguments, which were checked."""
+        found = {one.name: given[one.name] for one in fields(cls) if one.name in given}
+        return cls(**{**found, "heads": given["heads"] if given["update"] == "lora" else 1})
 
     @property
     def shares_batch(self) -> bool:
@@ -56,10 +82,12 @@ def check_settings(given: Mapping[str, Any]) -> None:
         most = f"must be at most {MOST_HEADS} on a device: each needs a sample of the batch"
         raise ConfigError("heads", given["heads"], most)
     checks.whole("overlap", given["overlap"], 0)
-    choices = (("mode", MODES), ("sync_rest", SYNC), ("route", (None, *ROUTES)), ("update", UPDATES), ("basis", BASES))
+    choices = (("mode", MODES), ("sync_rest", SYNC), ("route", (None, *ROUTES)), ("update", UPDATES), ("basis", BASES),
+               ("wire", tuple(WIRES)))  # fmt: skip
     for key, one_of in choices:
         checks.choice(key, given[key], one_of)
     checks.flag("reset", given["reset"])
+    OuterStep(given["outer_lr"], given["outer_momentum"])
     if given["alpha"] is not None:
         checks.number("alpha", given["alpha"], above=0, allowed="must be a number above 0, or null for alpha = rank")
     if given["merge_timeout"] is not None:
@@ -77,8 +105,11 @@ def _check_together(given: Mapping[str, Any]) -> None:
         raise ConfigError("prune", given["prune"], "belongs to reset=true: without it heads keep their optimizer state")
     if given["update"] == "galore":
         _check_galore(given)
+    elif given["update"] == "full":
+        _check_full(given)
     elif given["basis"] != "own":
         raise ConfigError("basis", given["basis"], "belongs to update=galore: heads have no basis")
+    _check_wire(given)
     if given["overlap"] >= given["merge_every"]:
         raise ConfigError("overlap", given["overlap"], f"must be below merge_every={given['merge_every']}: one merge at a time")
     if given["overlap"] and (given["reset"] or given["mode"] != "parallel"):
@@ -96,7 +127,32 @@ def _check_galore(given: Mapping[str, Any]) -> None:
             where = "belongs to GaLoreAdamW's groups" if key in ("rank", "targets") else "has no meaning"
             raise ConfigError(key, given[key], f"{where} with update=galore: leave it out")
     if given["basis"] == "shared" and given["route"] is not None:
-        raise ConfigError("route", given["route"], "has no meaning with basis=shared, where only D is sent: leave it out")
+        raise ConfigError("route", given["route"], "has no meaning with basis=shared, where D alone is sent: leave it out")
+
+
+def _check_full(given: Mapping[str, Any]) -> None:
+    """Refuse what belongs to heads or projections: a worker sends the difference of its weights."""
+    defaults: dict[str, tuple] = {"rank": (16,), "heads": (4, 1), "mode": ("parallel",), "reset": (False,), "basis": ("own",)}
+    for key, allowed in {**defaults, "overlap": (0,), "alpha": (None,), "prune": (None,), "route": (None,)}.items():
+        if given[key] not in allowed:
+            raise ConfigError(key, given[key], "has no meaning with update=full, which trains whole weights: leave it out")
+
+
+def _check_wire(given: Mapping[str, Any]) -> None:
+    """Refuse wires and outer steps where nothing merges, and codes where no error feedback makes up for them."""
+    wire, mode = given["wire"], given["mode"]
+    outer = {"outer_lr": 1, "outer_momentum": 0, "wire": "float32"}
+    changed = next((key for key, plain in outer.items() if given[key] != plain), None)
+    if mode == "joint" and changed is not None:
+        raise ConfigError(changed, given[changed], "has no meaning in mode=joint, which never merges")
+    if wire == "float32" or given["update"] == "full":
+        return
+    if wire == "int2":
+        raise ConfigError("wire", wire, "needs error feedback, and factors have none: use int4 or more, or update=full")
+    if mode == "sequential":
+        raise ConfigError("wire", wire, "needs mode=parallel: a head's next turn would lose what its message left out")
+    if given["route"] == "dense":
+        raise ConfigError("route", "dense", f"cannot go with wire={wire}, which writes factors: leave route out")
 
 
 def check_ddp(given: Mapping[str, Any], own: Iterable[str]) -> None:

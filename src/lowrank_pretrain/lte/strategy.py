@@ -9,7 +9,6 @@ declares what a worker trains on its own, ``checkpoint`` keeps what a resumed fi
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
-from inspect import signature
 from typing import Any, cast
 
 import lightning.pytorch as pl
@@ -30,7 +29,8 @@ from lowrank_pretrain.core.trainer import accumulates, callbacks_of
 from lowrank_pretrain.lora import model as lora
 from lowrank_pretrain.lte import checkpoint as files
 from lowrank_pretrain.lte.batches import shared_out
-from lowrank_pretrain.lte.conversion import ConvertedModule, check_callbacks
+from lowrank_pretrain.lte.conversion import DRIFTED, ConvertedModule, check_callbacks
+from lowrank_pretrain.lte.full import FullSet
 from lowrank_pretrain.lte.heads.head_set import HeadSet
 from lowrank_pretrain.lte.leaves import batch_size
 from lowrank_pretrain.lte.local_targets import AllHeads, Fit, LocalTargets
@@ -39,11 +39,7 @@ from lowrank_pretrain.lte.settings import Settings, check_ddp, check_settings
 from lowrank_pretrain.lte.workers import Workers, make_group, same_weights, set_patience, share_overflow
 from lowrank_pretrain.phases import transition
 
-KINDS: dict[str, type[HeadSet] | type[ProjectedSet]] = {"lora": HeadSet, "galore": ProjectedSet}
-DRIFTED = (
-    "each worker changed gradients or weights in its own way; if it clips by hand, use gradient_clip_val or "
-    "self.clip_gradients(optimizer, …): a norm over self.parameters() takes this worker's own heads along"
-)
+KINDS: dict[str, type[HeadSet | ProjectedSet | FullSet]] = {"lora": HeadSet, "galore": ProjectedSet, "full": FullSet}
 
 
 class LTEStrategy(DDPStrategy, Adopter, HasPhase, Reports, Merges):
@@ -75,11 +71,17 @@ class LTEStrategy(DDPStrategy, Adopter, HasPhase, Reports, Merges):
             ``configure_optimizers`` returns. Its groups say which targets and what rank, ``merge_every`` how long a basis
             lives (in place of their ``update_proj_gap`` and ``stagger``); merges send the bases and what was done in them.
             Costs a float32 copy of the targets, and the bases' coefficients, r·n numbers a matrix.
+            ``full``: W itself, by any optimizer (DiLoCo, local SGD); ``targets="all"`` is everything that trains, others
+            are the weights of the layers they choose, and the rest follows ``sync_rest``. Costs a float32 copy.
         basis: with ``update="galore"``, each worker's ``own``, or one that all have ``shared``.
         overlap: apply a merge this many steps after it began, ``< merge_every``; needs ``reset=False``.
         prune: with ``reset``, share of the heads' moments to zero instead of deleting their optimizer state (ReLoRA).
-        merge_timeout: seconds after which a worker that does not answer at a merge ends the job; ``None``: ``timeout`` if that
-            is given, else 600. Without ``timeout`` it bounds all other waiting of a fit too.
+        merge_timeout: seconds that a merge waits for a worker before the job ends; ``None``: ``timeout``, else 600. Without
+            ``timeout`` it bounds all other waiting of a fit too.
+        wire: what merges travel in (``wire.WIRES``). Whole weights and a rest averaged at merges have error feedback (a
+            float32 copy; for the rest another, of its base). Factors have none, and need ``int4`` or more.
+        outer_lr: step W by the workers' mean increment times this (DiLoCo: 0.7).
+        outer_momentum: its Nesterov momentum (DiLoCo: 0.9): a float32 copy; another with heads that are not reset.
         ddp_kwargs: further arguments of ``DDPStrategy`` and of DDP (``timeout``, ``find_unused_parameters``, …).
 
     Raises:
@@ -105,24 +107,24 @@ class LTEStrategy(DDPStrategy, Adopter, HasPhase, Reports, Merges):
         update: str = "lora",
         basis: str = "own",
         merge_timeout: float | None = None,
+        wire: str = "float32",
+        outer_lr: float = 1.0,
+        outer_momentum: float = 0.0,
         **ddp_kwargs: Any,
     ) -> None:
-        check_settings(locals())
-        own = [name for name in signature(LTEStrategy.__init__).parameters if name not in ("self", "ddp_kwargs")]
-        check_ddp(ddp_kwargs, own)
+        given = dict(locals())
+        check_settings(given)
+        check_ddp(ddp_kwargs, [name for name in given if name not in ("self", "ddp_kwargs", "__class__")])
         super().__init__(**ddp_kwargs)
         self._patience: timedelta | None = ddp_kwargs.get("timeout")
         self._group: Any = None  # of the merges
         self._use_sampler: bool | None = None  # what use_distributed_sampler was before the fit
-        if merge_timeout is None:
-            merge_timeout = 600.0 if self._patience is None else self._patience.total_seconds()
+        patience = 600.0 if self._patience is None else self._patience.total_seconds()
         self.rank, self.targets = rank, targets if isinstance(targets, str) else [str(t) for t in targets]
-        self.merge_every, self.sync_rest, self.merge_timeout = merge_every, sync_rest, merge_timeout
+        self.merge_every, self.sync_rest = merge_every, sync_rest
+        self.merge_timeout = patience if merge_timeout is None else merge_timeout
         self.update, self.basis = update, basis
-        self.settings = Settings(
-            1 if update == "galore" else heads, merge_every, alpha, mode, reset, route, overlap, prune,
-            rank=rank, targets=self.targets, basis=basis,
-        )  # fmt: skip
+        self.settings = Settings.of({**given, "targets": self.targets})
         self.makes_adapters = KINDS[update].makes_adapters
         self.adapter_settings = KINDS[update].decides(self.settings)
         self._resume = files.Resume()
@@ -139,7 +141,7 @@ class LTEStrategy(DDPStrategy, Adopter, HasPhase, Reports, Merges):
 
     @property
     def local(self) -> LocalTargets:
-        """Return what this worker trains on its own: ``HeadSet`` or ``ProjectedSet``; ``NoTargets`` before a fit."""
+        """Return what this worker trains on its own."""
         return self.converted.local
 
     # -- a fit begins -----------------------------------------------------------------------------------------------
@@ -227,7 +229,8 @@ class LTEStrategy(DDPStrategy, Adopter, HasPhase, Reports, Merges):
             return
         if not self.local.optimizers:
             self.converted.assign_optimizers(list(self.optimizers))
-            self.phase, self.workers_differ = "lowrank", self.converted.rest.apart
+            self.phase = "lowrank" if self.local.low_rank else "full"
+            self.workers_differ = self.converted.rest.apart
             if self._resume.state is not None:
                 self._resume.give_kept(self.converted)
         if self.local.optimizers and self._ticks is None:
@@ -397,8 +400,7 @@ class LTEStrategy(DDPStrategy, Adopter, HasPhase, Reports, Merges):
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Add ``lte_state`` to what worker 0 writes; a file of weights only needs none."""
         if self.local.begun and "optimizer_states" in checkpoint:
-            entry = files.lte_state(self.converted)
-            if entry is not None:
+            if (entry := files.lte_state(self.converted)) is not None:
                 checkpoint[files.KEY] = entry
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
@@ -410,8 +412,7 @@ class LTEStrategy(DDPStrategy, Adopter, HasPhase, Reports, Merges):
                 self._resume.keep(checkpoint)
             return
         self.converted.swap_out()
-        state = checkpoint.get(files.KEY)
-        if state is None:
+        if (state := checkpoint.get(files.KEY)) is None:
             super().load_model_state_dict(checkpoint, strict)
             return
         module = self._module

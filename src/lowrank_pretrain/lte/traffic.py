@@ -18,11 +18,13 @@ from lowrank_pretrain.core.plan import fit_ranks
 from lowrank_pretrain.core.targets import all_targets, find_targets
 from lowrank_pretrain.galore import GaLoreAdamW, galore_param_groups
 from lowrank_pretrain.lora import model as lora
+from lowrank_pretrain.lte.full import FullSet
 from lowrank_pretrain.lte.heads.head_set import HeadSet
 from lowrank_pretrain.lte.local_targets import LocalTargets
 from lowrank_pretrain.lte.projected import ProjectedSet
 from lowrank_pretrain.lte.rest import SharedParameters
 from lowrank_pretrain.lte.settings import BASES, ROUTES, SYNC, UPDATES, Settings
+from lowrank_pretrain.lte.wire import WIRES
 from lowrank_pretrain.lte.workers import Workers
 
 
@@ -48,6 +50,7 @@ def traffic(
     route: str | None = None,
     update: str = "lora",
     basis: str = "own",
+    wire: str = "float32",
 ) -> dict[str, Any]:
     """Return the bytes that each worker sends per optimizer step. ``module`` is left alone and may lie on the meta device.
 
@@ -60,8 +63,9 @@ def traffic(
         merge_every: T, optimizer steps between merges.
         sync_rest: ``step`` or ``merge``.
         route: ``factors`` or ``dense``; ``None``: per target the fewer bytes.
-        update: ``lora`` or ``galore`` (one worker, one head).
+        update: ``lora``; ``galore`` or ``full`` (one head to a worker).
         basis: with ``update="galore"``: ``own`` or ``shared``, the refresh's sketch included.
+        wire: what merges travel in (``wire.WIRES``).
 
     Returns:
         ``targets``, ``rest``, ``all`` (both) and ``ddp`` (every trainable parameter's gradient): bytes per step;
@@ -78,16 +82,21 @@ def traffic(
         ("route", route, (None, *ROUTES)),
         ("update", update, UPDATES),
         ("basis", basis, BASES),
+        ("wire", wire, tuple(WIRES)),
     )
     for key, given, allowed in known:
         checks.choice(key, given, allowed)
     count = Imagined(workers)
     module = without_data(module)
     ddp = SharedParameters(module, set(), set(), count, "step").sent_per_window(1)
-    settings = Settings(1 if update == "galore" else heads, merge_every, route=route, rank=rank, targets=targets, basis=basis)
-    local = (_merged_projections if update == "galore" else _merged_heads)(module, settings, count)
+    settings = Settings(
+        heads if update == "lora" else 1, merge_every, route=route, rank=rank, targets=targets, basis=basis, wire=wire
+    )
+    merged = {"lora": _merged_heads, "galore": _merged_projections, "full": _merged_weights}[update]
+    local = merged(module, settings, count)
     owned = {id(p) for p in local.parameters().values()}
-    shared = SharedParameters(module, owned, local.hidden(module), count, sync_rest)
+    with torch.device("meta"):
+        shared = SharedParameters(module, owned, local.hidden(module), count, sync_rest, wire=wire)
     own, rest = count.sent / merge_every, shared.sent_per_window(merge_every) / merge_every
     routes = dict(Counter(piece.route for piece in local.pieces))
     return {"targets": own, "rest": rest, "all": own + rest, "ddp": ddp, "merge": count.sent, "routes": routes}
@@ -119,8 +128,18 @@ def _merged_projections(module: nn.Module, settings: Settings, count: Imagined) 
             if piece.slot.two_sided:
                 optimizer.shared.mean(piece.factors()[0][0])
     if count.size > 1:
-        projected.send()
+        projected.send(settings.codec)
     return projected
+
+
+def _merged_weights(module: nn.Module, settings: Settings, count: Imagined) -> LocalTargets:
+    """Return a module's whole weights as targets, after one merge."""
+    full = FullSet(settings, count)
+    with torch.device("meta"):
+        full.start(full.chosen(module, dict(module.named_parameters())))
+        if full.increments is not None:
+            full.increments.mean(full.training_weights())
+    return full
 
 
 def without_data(module: nn.Module) -> nn.Module:

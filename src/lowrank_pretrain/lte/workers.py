@@ -72,6 +72,15 @@ class Workers:
         self.sent += 2 * (self.size - 1) / self.size * flat.numel() * flat.itemsize
         return self._call(lambda: dist.all_reduce(flat, group=self.group, async_op=async_op))
 
+    def swap(self, messages: Tensor) -> Tensor:
+        """Send row j of ``messages`` (w, n) to worker j; return the rows that all workers sent here, (w, n)."""
+        if self.size == 1:
+            return messages
+        out = torch.empty_like(messages)
+        self.sent += (self.size - 1) / self.size * messages.numel() * messages.itemsize
+        self._call(lambda: dist.all_to_all_single(out, messages, group=self.group))
+        return out
+
     def wait(self, work: Any) -> None:
         """Wait until an asynchronous call is done."""
         if work is not None:

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 
 from lowrank_pretrain.checkpoints.files import NotWritten
 from lowrank_pretrain.core.agreement import Disagreement
-from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.errors import ConfigError, NotFinite
 from lowrank_pretrain.core.extras import missing_module, missing_words
 from lowrank_pretrain.core.interrupts import Interrupted
 from lowrank_pretrain.core.text import one_line
@@ -68,7 +68,7 @@ def describe(error: BaseException, cfg: DictConfig, run_dir: Path) -> tuple[str,
     if isinstance(error, DIVERGENCES):
         cures = "a lower optim.lr or trainer.gradient_clip_val=1 may help, on_divergence=rewind leaves such batches out"
         return f"error: {one_line(error, None)}; {last_good(run_dir)}; {cures}", 1
-    if isinstance(error, (Stalled, Disagreement)):
+    if isinstance(error, (Stalled, Disagreement, NotFinite)):
         return f"error: {one_line(error, None)}; {last_good(run_dir)}", 1
     if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):  # killed, for want of memory perhaps
         cure = "fewer data.num_workers need less memory, 0 loads in this process and shows why"

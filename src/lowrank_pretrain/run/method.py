@@ -96,8 +96,12 @@ def _settle_owners(parts: "dict[str, _Part]", config: Mapping[str, Any]) -> None
     if "galore" in parts and phased:
         parts["galore"] = _adopting()
     if "lte" in parts and phased:
+        if config.get("update") == "full":
+            raise ConfigError("method.update", "full", "has no low-rank phase for a callback to begin: use lora or galore")
         _drop(parts["lte"], "rank", "targets")
-    if "lte" in parts and "galore" in parts:
+    if "lte" in parts and config.get("update") == "full":
+        _drop(parts["lte"], "rank", "heads", "alpha", "mode", "reset", "route", "overlap", "prune", "basis")
+    elif "lte" in parts and "galore" in parts:
         if config.get("update") != "galore":
             raise ConfigError("method.update", config.get("update"), "must be galore where a method uses lte and galore")
         _drop(parts["lte"], "rank", "targets", "heads", "alpha", "mode", "reset", "overlap", "prune")

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lowrank_pretrain.checkpoints.format import FORMAT
 from lowrank_pretrain.core.errors import ConfigError
-from lowrank_pretrain.lte.checkpoint import check_saved
+from lowrank_pretrain.lte.checkpoint import check_saved, how_merged
 from lowrank_pretrain.lte.heads import record
 from lowrank_pretrain.lte.heads.layer import draw_A
 from lowrank_pretrain.lte.heads.record import LayerHeads, Moments, Record
@@ -55,6 +55,8 @@ def saved_heads(heads: "HeadSet") -> dict[str, Any] | None:
         "base": {name: base.cpu().clone() for name, base in bases.items()},
         "pending": None if heads.pending is None else heads.pending[1],
         "sent": [heads.cost[0], heads.last_cost[0]],  # the same on every worker
+        **({} if heads.outer.plain else {"outer": {name: t.cpu().clone() for name, t in heads.outer.state_dict().items()}}),
+        **how_merged(settings),
     }  # fmt: skip
 
 
@@ -77,7 +79,7 @@ def check_heads(state: Mapping[str, Any], heads: "HeadSet") -> None:
     Raises:
         ConfigError: another mode, reset, alpha, rank or other targets; or a newer format.
     """
-    check_saved(state, "lora")
+    check_saved(state, "lora", heads.settings)
     for key in ("mode", "reset", "alpha"):
         mine = getattr(heads.settings, key)
         if state[key] != mine:
@@ -107,6 +109,7 @@ def load_heads(state: Mapping[str, Any], heads: "HeadSet") -> tuple[dict[str, Mo
     heads.clock, heads.merges = state["clock"], state["merges"]
     sent, last = state.get("sent", (0.0, 0.0))
     heads.cost, heads.last_cost = (sent, 0.0), (last, 0.0)
+    heads.outer.load_state_dict(state.get("outer", {}), {piece.name: piece.live() for piece in heads.pieces})
     same_layout = (settings.heads, heads.workers.size) == (state["heads"], state["workers"])
     # 1 × 4 and 4 × 1 hold the same heads; in `sequential` a turn is a worker's, so only the same layout goes on in mid-window
     same = same_layout or (settings.mode == "parallel" and settings.heads * heads.workers.size == there)
@@ -163,13 +166,17 @@ def _restore_same(state: Mapping[str, Any], heads: "HeadSet", everyone: Record, 
         if piece.base is not None:
             piece.base.copy_(base)
         piece.live().copy_(base)
+        piece.held = None
     # W as of the last merge, by the sum that made it: bit for bit what the run that saved it trained on
     before = [piece.prev_factors() for piece in heads.pieces]
     if heads.settings.mode == "parallel" and not heads.settings.reset and any(before):
         sent = heads.workers.sent
         exchange = Exchange(heads.pieces, [cast(Factors, factors) for factors in before], heads.workers, heads.total)
         for index, piece in enumerate(heads.pieces):
-            piece.live().copy_(exchange.updated(index))
+            if heads.outer.plain:
+                piece.live().copy_(exchange.updated(index))
+            else:  # W is what the outer step made of it
+                piece.held = exchange.summed(index).clone()
         heads.workers.sent = sent
     heads.writes.mark()
     # what others wrote since: it joins at the next merge, as it would have
@@ -221,10 +228,15 @@ def _restore_other(state: Mapping[str, Any], heads: "HeadSet", everyone: Record)
             rows = slice(piece.part.a, piece.part.a + piece.part.rank)
             A[head, rows] = draw_A(piece.name, head, heads.merges, piece.part.rank, A.shape[2], settings.seed).to(A)
     mine = _put(heads, _pick(everyone, *_mine(heads)))
-    # W₀ such that W₀ + (s/N) Σ over the heads that stayed is W
+    # W₀ such that W₀ + (s/N) Σ over the heads that stayed is W; with an outer step W itself, and that sum
     before = [cast(Factors, piece.prev_factors()) for piece in heads.pieces]
     kept = Exchange(heads.pieces, before, heads.workers, heads.total)
     for index, piece in enumerate(heads.pieces):
+        if not heads.outer.plain:
+            piece.held = kept.summed(index).clone()
+            if piece.base is not None:
+                piece.base.copy_(piece.live())
+            continue
         base = cast(Tensor, piece.base)  # merges do not accumulate here
         W = piece.live().to(base.dtype)
         base.zero_()

@@ -6,6 +6,9 @@
 
 Without reset the updates telescope: W − W₀ has rank N·R at most, however many merges. With reset every merge adds rank.
 ``sequential`` adds one head's update a window, so W₀ moves on with every merge there too.
+
+With an outer step W moves by what the merge before (B'A') did not have: W ← W + OuterStep((s/N) Σ (BₙAₙ − B'ₙA'ₙ)). Heads go
+on next to their factors as merged. Momentum mixes increments in new proportions, so the rank of W − W₀ has no bound.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -37,13 +40,13 @@ from lowrank_pretrain.lte.heads.layer import (
     weight_of,
 )
 from lowrank_pretrain.lte.heads.record import Record
+from lowrank_pretrain.lte.increments import refuse_nonfinite
 from lowrank_pretrain.lte.local_targets import AllHeads, Fit, LocalTarget, LocalTargets
-from lowrank_pretrain.lte.merge import Exchange, Factors
+from lowrank_pretrain.lte.merge import PIECEMEAL, Exchange, Factors, chunks
+from lowrank_pretrain.lte.outer import OuterStep
 from lowrank_pretrain.lte.settings import Settings
 from lowrank_pretrain.lte.view import Writes
 from lowrank_pretrain.lte.workers import Workers
-
-PIECEMEAL = 2**18  # numbers of factors that travel at once where nothing has to be kept
 
 
 class HeadSet(LocalTargets):
@@ -61,6 +64,7 @@ class HeadSet(LocalTargets):
         pending: a merge under way and the step after which it is applied (``overlap``).
         cost: bytes sent and seconds waited since the last merge.
         writes: notices who else writes into W.
+        outer: moves W by what merges bring.
     """
 
     stacked = True
@@ -71,7 +75,8 @@ class HeadSet(LocalTargets):
         merging = Workers() if joint else workers
         self.total = (1 if settings.mode == "sequential" else settings.heads) * merging.size
         super().__init__(settings, merging, self.total)
-        self.accumulates = settings.reset or settings.mode == "sequential"
+        self.outer = OuterStep(settings.outer_lr, settings.outer_momentum)
+        self.accumulates = settings.starts_anew or not self.outer.plain
         self.turn = 0
         self.unmoved: list[str] = []
         self.pieces: list[HeadTarget] = []
@@ -139,15 +144,15 @@ class HeadSet(LocalTargets):
             rest = [RestPart(*block) for block in parts(name, layer) if block[0] not in chosen]
             ranked = [(t, ranks[t.name]) for t in group if ranks[t.name]]
             self.layers[name] = layer
-            self.row_blocks += give_heads(
-                name, layer, ranked, self.head_ids(), self.shared, rest, self.settings.alpha, self.settings.seed
-            )
+            seeded = self.settings.alpha, self.settings.seed
+            self.row_blocks += give_heads(name, layer, ranked, self.head_ids(), self.shared, rest, *seeded)
             wide = at_least_32(layer.weight.dtype)
             for (target, _), part in zip(ranked, layer._parts, strict=True):
                 piece = HeadTarget(target.name, layer, part)
                 if self.settings.mode != "joint" and not (self.accumulates and layer.weight.dtype == wide):
                     piece.base = piece.live().to(wide, copy=True)
-                piece.route = self.settings.route or self.workers.cheaper_route(*piece.factors(), part.rows)
+                coded = "factors" if self.settings.codec else None
+                piece.route = self.settings.route or coded or self.workers.cheaper_route(*piece.factors(), part.rows)
                 self.pieces.append(piece)
         self.writes.mark()
         self.begun = self.attached = True
@@ -172,7 +177,7 @@ class HeadSet(LocalTargets):
                 factor.copy_(B[part].expand_as(factor))
                 inherited.append(Inherit(factor, B[part], 0, 0, len(B[part])))
         if self.settings.mode != "joint":  # there W never holds what heads learn
-            self._apply(self.exchange())
+            self._apply(Exchange(self.pieces, self.snapshot(), self.workers, self.total), outer=False)
         return [] if self.settings.reset else inherited
 
     def leave_out(self, names: Iterable[str]) -> tuple[dict[str, nn.Parameter], set[int]]:
@@ -301,11 +306,14 @@ class HeadSet(LocalTargets):
         snapshot = self.snapshot()
         if overlap:
             snapshot = [(A.clone(), B.clone()) for A, B in snapshot]
-        return Exchange(self.pieces, snapshot, self.workers, self.total, overlap)
+        if self.settings.checks_finite:
+            named = zip(self.pieces, snapshot, strict=True)
+            refuse_nonfinite({f"{p.name} {key}": t for p, (A, B) in named for key, t in (("A", A), ("B", B))}, self.workers)
+        return Exchange(self.pieces, snapshot, self.workers, self.total, overlap, self.settings.codec)
 
     @torch.no_grad()
-    def _apply(self, exchange: Exchange) -> None:
-        """Merge: W, then the heads."""
+    def _apply(self, exchange: Exchange, outer: bool = True) -> None:
+        """Merge: W, then the heads; with ``outer=False`` by the mean as it is."""
         if self.merges == 0:
             self.unmoved = [name for name, layer in self.layers.items() if not any(B.any() for B in layer.lora_B.values())]
         # what others wrote joins W₀
@@ -314,9 +322,11 @@ class HeadSet(LocalTargets):
         for index, (base, _) in self.writes.bases(touched).items():
             piece = self.pieces[index]
             (piece.live() if piece.base is None else piece.base).copy_(base)
-        # W ← W₀ + (s/N) Σ BₙAₙ
+        # W ← W₀ + (s/N) Σ BₙAₙ, or by the outer step
         for index, piece in enumerate(self.pieces):
-            new = exchange.updated(index)
+            step = self.outer if outer else None
+            plain, anew = self.outer.plain, self.settings.starts_anew
+            new = exchange.updated(index) if plain else piece.stepped(exchange.summed(index), step, anew)
             piece.live().copy_(new)
             if self.accumulates and piece.base is not None:
                 piece.base.copy_(new)
@@ -339,12 +349,17 @@ class HeadSet(LocalTargets):
             bases = self.writes.bases(touched)
             still = self.writes.still(touched)
             snapshot = self.snapshot()
-            for chunk in _chunks([A.numel() + B.numel() for A, B in snapshot], PIECEMEAL if piecemeal else None):
+            for chunk in chunks([A.numel() + B.numel() for A, B in snapshot], PIECEMEAL if piecemeal else None):
                 pieces = [self.pieces[index] for index in chunk]
                 exchange = Exchange(pieces, [snapshot[index] for index in chunk], self.workers, self.total)
                 exchange.wait()
                 for at, index in enumerate(chunk if wanted else ()):
-                    rows = exchange.updated(at, bases[index][0] if index in bases else None)
+                    base, held = bases[index][0] if index in bases else None, pieces[at].held
+                    if held is None:
+                        rows = exchange.updated(at, base)
+                    else:  # W and what heads have learnt since the last merge
+                        base = pieces[at].merge_base(held.dtype) if base is None else base
+                        rows = base + (exchange.summed(at) - held)
                     # where nothing was learnt since, what was written is what is seen, bit for bit
                     yield pieces[at], bases[index][1] if index in still else rows
 
@@ -391,8 +406,7 @@ class HeadSet(LocalTargets):
         self.turn = (self.turn + 1) % self.settings.heads
         for optimizer in self.optimizers:
             prune.reset_moments(optimizer, self._held_by(optimizer))
-        parked = self.parked.pop(self.turn, None)
-        if parked is None:
+        if (parked := self.parked.pop(self.turn, None)) is None:
             self.draw(0)  # its first turn
         else:
             record.put_layers(parked, self.live_layers())
@@ -406,7 +420,7 @@ class HeadSet(LocalTargets):
             return
         narrow = min(min(p.part.rows, p.factors()[0].shape[2]) for p in self.pieces)
         rank, count = max(p.part.rank for p in self.pieces), self.settings.heads * self.workers.size
-        if count * rank < narrow:
+        if count * rank < narrow and not self.outer.momentum:
             rank_zero_warn(
                 f"LTE: {count} heads of rank {rank} reach updates of rank {count * rank} only, the matrices have "
                 f"{narrow} or more: use more heads, a higher rank, or reset=True"
@@ -434,17 +448,3 @@ class HeadSet(LocalTargets):
     def load_state(self, state: Mapping[str, Any]) -> tuple[dict[str, dict[str, Tensor]], str | None]:
         """Put the heads of a checkpoint back."""
         return checkpoint.load_heads(state, self)
-
-
-def _chunks(sizes: list[int], limit: int | None) -> Iterator[list[int]]:
-    """Yield positions in order, together no larger than the limit, one at least."""
-    chunk: list[int] = []
-    held = 0
-    for index, size in enumerate(sizes):
-        if chunk and limit is not None and held + size > limit:
-            yield chunk
-            chunk, held = [], 0
-        chunk.append(index)
-        held += size
-    if chunk:
-        yield chunk

@@ -26,6 +26,7 @@ from lowrank_pretrain.lora.layer import Reclassed, has_own_forward, keep_rows, s
 from lowrank_pretrain.lte.heads.function import Layout, heads_linear
 from lowrank_pretrain.lte.local_targets import Shared
 from lowrank_pretrain.lte.merge import Factors
+from lowrank_pretrain.lte.outer import OuterStep
 
 
 class MultiheadLoRALinear(Reclassed):
@@ -333,6 +334,7 @@ class HeadTarget:
         part: its row block.
         base: W₀, (O, D) in float32 at least; ``None``: W itself is what the next merge adds to.
         route: ``factors`` or ``dense``.
+        held: with an outer step, (s/N) Σ BₙAₙ as of the last merge, (O, D); ``None``: nothing, as after a reset.
     """
 
     name: str
@@ -340,6 +342,7 @@ class HeadTarget:
     part: Part
     base: Tensor | None = field(default=None, repr=False)
     route: str = "factors"
+    held: Tensor | None = field(default=None, repr=False)
 
     @property
     def weight_name(self) -> str:
@@ -374,6 +377,22 @@ class HeadTarget:
     def merge_base(self, dtype: torch.dtype) -> Tensor:
         """Return W₀, or W in ``dtype`` where merges add to it."""
         return self.live().to(dtype) if self.base is None else self.base
+
+    def stepped(self, total: Tensor, outer: OuterStep | None, starts_anew: bool) -> Tensor:
+        """Return W after a merge's outer step, (O, D); keep what the next merge's increment starts from.
+
+        Args:
+            total: (s/N) Σ BₙAₙ.
+            outer: moves W; ``None``: the increment is added as it is.
+            starts_anew: ``total`` is all increment; else it counts from what the merge before had.
+        """
+        increment = total.clone() if self.held is None else total - self.held
+        self.held = None if starts_anew else total.clone()
+        base = self.merge_base(increment.dtype).clone()
+        if outer is None:
+            return base.add_(increment)
+        outer.step(self.name, base, increment)
+        return base
 
     def factors(self) -> Factors:
         """Return the heads' live A (H, R, D), a view, and B (H, O, R)."""

@@ -1,0 +1,165 @@
+"""Average over all workers what each did to some weights since the last merge, through a wire.
+
+    worker n:  Δₙ = Wₙ − W_base, all weights in one flat buffer
+    together:  mean(Δ), the same bits everywhere (``wire.DenseMean``, which keeps what its messages left out)
+
+W_base is kept in float32 at least. Of weights in half precision Δ counts from W_base as it was rounded for training, so that
+steps which are small next to W add up in W_base.
+
+n numbers in all.
+"""
+
+from collections.abc import Mapping
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowrank_pretrain.core.dtypes import at_least_32
+from lowrank_pretrain.core.errors import NotFinite
+from lowrank_pretrain.lte.wire import DenseMean
+from lowrank_pretrain.lte.workers import Workers
+
+Weights = Mapping[str, Tensor]  # by name, as training has them now
+
+
+class Increments:
+    """What workers do to some weights between two merges.
+
+    It costs one float32 copy of the weights; a lossy wire costs another for what its messages left out. While a merge is
+    being formed there are two to four more.
+
+    Args:
+        weights: the weights, which all workers hold alike now.
+        workers: who merges with whom.
+        wire: a key of ``wire.WIRES``.
+
+    Attributes:
+        base: W_base by name.
+        wire: averages the flat buffer, and keeps the error feedback.
+    """
+
+    def __init__(self, weights: Weights, workers: Workers, wire: str) -> None:
+        self.workers = workers
+        self.base = {name: W.detach().to(at_least_32(W.dtype), copy=True) for name, W in weights.items()}
+        self.wire = DenseMean(workers, wire, sum(W.numel() for W in weights.values()))
+        self._dtype = reduce(torch.promote_types, [W.dtype for W in self.base.values()], torch.float32)
+
+    @torch.no_grad()
+    def _since(self, weights: Weights) -> Tensor:
+        """Return Δ of this worker, (n)."""
+        found = []
+        for name, base in self.base.items():
+            W = weights[name].detach()
+            found.append((W.to(base.dtype) - base.to(W.dtype).to(base.dtype)).reshape(-1).to(self._dtype))
+        return torch.cat(found)
+
+    def _by_name(self, flat: Tensor) -> dict[str, Tensor]:
+        """Return a flat buffer's parts in the weights' shapes, as views."""
+        parts = flat.split([base.numel() for base in self.base.values()])
+        return {name: part.view(base.shape) for (name, base), part in zip(self.base.items(), parts, strict=True)}
+
+    def mean(self, weights: Weights) -> dict[str, Tensor]:
+        """Return the workers' mean of Δ by name, through the wire. All workers call it together.
+
+        Raises:
+            NotFinite: on every worker, if one's increment is NaN or infinite; nothing was sent then.
+        """
+        mine = self._since(weights)
+        refuse_nonfinite(self._by_name(mine), self.workers)
+        return self._by_name(self.wire.mean(mine))
+
+    def now(self, weights: Weights) -> dict[str, Tensor]:
+        """Return the exact mean of Δ by name, to be looked at; changes nothing. All workers call it together."""
+        mean = self._since(weights)
+        self.workers.average([mean], counted=False)
+        return self._by_name(mean)
+
+    # -- checkpoints ------------------------------------------------------------------------------------------------
+
+    def errors(self) -> dict[str, list[Tensor]] | None:
+        """Return every worker's error feedback on the worker that writes, ``None`` on the others. All call it together."""
+        if not self.wire.sent_error.numel():
+            return {}
+        found = self.workers.to_first({"sent": self.wire.sent_error, "mean": self.wire.mean_error})
+        return (
+            None
+            if found is None
+            else {key: [t.cpu().clone() for t in values if t is not None] for key, values in found.items()}
+        )
+
+    @torch.no_grad()
+    def load(self, base: Weights, errors: Mapping[str, list[Tensor]]) -> None:
+        """Take W_base and error feedback back; of another number of workers what was pending, which each now owes in full.
+
+        Args:
+            base: W_base by name.
+            errors: as ``errors`` gave them.
+        """
+        for name, mine in self.base.items():
+            mine.copy_(base[name])
+        if not errors:
+            return
+        if len(errors["sent"]) == self.workers.size:
+            self.wire.sent_error = errors["sent"][self.workers.rank].clone()
+            self.wire.mean_error = errors["mean"][self.workers.rank].clone()
+            return
+        if self.workers.size > 1:
+            self.wire.take_pending(_pending(errors, self.wire.n))
+        else:  # nobody to send it to
+            add_pending(self.base, self.base, errors)
+
+
+def _pending(errors: Mapping[str, list[Tensor]], n: int) -> Tensor:
+    """Return what all messages have left out of the mean (``DenseMean.pending``), (n), from a checkpoint's errors."""
+    return (torch.stack(errors["sent"]).mean(0) + torch.cat(errors["mean"]))[:n]
+
+
+@torch.no_grad()
+def add_pending(weights: Weights, base: Weights, errors: Mapping[str, list[Tensor]]) -> None:
+    """Add to weights what all messages have left out of the mean.
+
+    Args:
+        weights: by name; others than those of ``base`` are passed over.
+        base: a checkpoint's W_base by name, whose order is that of the flat buffer.
+        errors: as ``Increments.errors`` gave them.
+    """
+    sizes = [W.numel() for W in base.values()]
+    for (name, W), part in zip(base.items(), _pending(errors, sum(sizes)).split(sizes), strict=True):
+        if name in weights:
+            weights[name].add_(part.view(W.shape).to(weights[name]))
+
+
+@torch.no_grad()
+def refuse_nonfinite(mine: Mapping[str, Tensor], workers: Workers) -> None:
+    """End the run if one worker is about to send NaN or infinity. All workers call it together.
+
+    Args:
+        mine: what this worker is about to send, by target, in one order on all workers.
+        workers: who merges with whom.
+
+    Raises:
+        NotFinite: on every worker, naming the worker and the target.
+    """
+    first = 0  # number of the first target that is not finite, from 1 on
+    if mine:
+        device = next(iter(mine.values())).device
+        if device.type == "meta":  # ``traffic`` only counts
+            return
+        fine = torch.stack([torch.isfinite(t).all().to(device) for t in mine.values()]).tolist()
+        first = fine.index(False) + 1 if False in fine else 0
+    for rank, (found,) in enumerate(workers.gather_numbers([first])):
+        if found:
+            raise NotFinite(
+                f"LTE: what worker {rank} has learnt of {list(mine)[found - 1]} is NaN or infinite; nothing was merged; a "
+                "lower learning rate or gradient_clip_val may help"
+            )
+
+
+def saved_by_all(mine: Mapping[str, Tensor], workers: Workers) -> dict[str, list[Tensor | None]] | None:
+    """Return every worker's tensors by key, copies, on the worker that writes; ``None`` on the others. All call it together."""
+    everyone: Any = workers.to_first(mine)
+    if everyone is None:
+        return None
+    return {key: [None if value is None else value.clone() for value in values] for key, values in everyone.items()}
