@@ -17,7 +17,7 @@ from torch import Tensor
 from lowrank_pretrain.core.agreement import generator
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.galore import dtensor, residual, subspace
-from lowrank_pretrain.galore.adam import count_step, moment_dtype, moment_kind, steps_taken, write_moments
+from lowrank_pretrain.galore.adam import count_step, moment_dtype, moment_kind, read_moments, steps_taken, write_moments
 from lowrank_pretrain.galore.factored import Total, alone, factor
 from lowrank_pretrain.galore.groups import largest_rank, parameter_name
 from lowrank_pretrain.galore.guard import has_values, wide_dtype
@@ -215,9 +215,12 @@ class Projected:
         if self.distributed:
             device = dtensor.local_piece(self.p).device
             columns = self.rank if self.two_sided else self.matrix(self.p).shape[1]
-        form = "full" if self._is_whole else self.second
-        m, second = read_kept(self.state, form, (self.rank, columns), dtype, device)
-        return dtensor.local_piece(m), [dtensor.local_piece(t) for t in second]
+        shape = (self.rank, columns)
+        if self.second == "full" or self._is_whole:
+            m, *second = read_moments(self.state, shape, dtype, device)
+        else:
+            m, second = read_kept(self.state, self.second, shape, dtype, device)
+        return (dtensor.local_piece(m), list(map(dtensor.local_piece, second))) if self.distributed else (m, second)
 
     @property
     def _is_whole(self) -> bool:
@@ -392,11 +395,8 @@ def _replace(kept: Tensor, new: Tensor, skip: Tensor | None) -> None:
     kept.copy_(new if skip is None else torch.where(skip > 0, kept.to(new.dtype), new))
 
 
-# ---- the index: what the optimizer knows of each parameter ------------------------------------------------------------------
-
-
 class Entry(NamedTuple):
-    """One parameter; ``slot`` is None for one that plain AdamW updates."""
+    """Say what the optimizer knows of one parameter; ``slot`` is None for one that plain AdamW updates."""
 
     group: dict[str, Any]
     name: str
