@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from lowrank_pretrain.run.interrupts import Interrupted
 from omegaconf import OmegaConf
 from torch import nn
 
@@ -13,6 +12,7 @@ from lowrank_pretrain.baselines.muon import Muon
 from lowrank_pretrain.baselines.pair import MATRICES
 from lowrank_pretrain.baselines.sinkgd import SinkGD, sinkhorn
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.interrupts import Interrupted
 from lowrank_pretrain.core.memory import optimizer_bytes
 from lowrank_pretrain.models.optim import Optim
 from lowrank_pretrain.run.method import build

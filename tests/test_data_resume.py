@@ -102,10 +102,10 @@ def test_loading_processes_outlive_a_signal_to_the_whole_group(number):
     """``timeout``, SLURM and Ctrl-C signal them too; the training process must be able to write its checkpoint."""
     loader = EpochLoader(Numbers(), EpochBatches(16, 2, False), num_workers=2)
     batches = iter(loader)
-    first = next(batches)
+    first = [next(batches), next(batches)]  # of each process one: both have begun
     workers = loader._loader._iterator._workers
     subprocess.run(["kill", f"-{number.value}", *(str(worker.pid) for worker in workers)], check=True)  # not their parent
-    assert len([first, *batches]) == 8 and all(worker.is_alive() for worker in workers)
+    assert len([*first, *batches]) == 8 and all(worker.is_alive() for worker in workers)
     end_workers(loader._loader)
     assert not any(worker.is_alive() for worker in workers)
 

@@ -58,7 +58,7 @@ LEGAL = {
     "data.num_classes": (None,), "model.num_classes": (None,),  # as many as the set has
     "data.mixup": (0, 0.5, HUGE), "data.cutmix": (0, 0.5, HUGE), "data.mix_prob": OFF_OR_SHARE,
     "data.switch_prob": OFF_OR_SHARE, "data.smoothing": OFF_OR_SHARE,
-    "data.train_file": ("words", ""), "data.val_file": ("words", ""),
+    "data.train_file": ("words", ""), "data.val_file": ("words", ""), "data.test_file": ("words", "", None),
     # timm's own arguments: null is its default, a class token is anything that is true or not
     "model.pretrained_file": (None,), "model.model_kwargs.embed_dim": (None,),
     "model.model_kwargs.depth": (None,), "model.model_kwargs.num_heads": FLAG,
@@ -69,7 +69,7 @@ LEGAL = {
     "model.config": ({}, None), "model.config.attn_pdrop": OFF_OR_SHARE, "model.config.embd_pdrop": OFF_OR_SHARE,
     "model.config.resid_pdrop": OFF_OR_SHARE,
     "optim.lr": (0.5, HUGE), "optim.weight_decay": (0, 0.5, HUGE), "optim.eps": (0.5, HUGE), "optim.warmup": OFF_OR_SHARE,
-    "optim.final_lr": OFF_OR_SHARE,
+    "optim.final_lr": OFF_OR_SHARE, "optim.rest_lr": (0.5, HUGE, None),
     "trainer.max_epochs": (0, HUGE, None), "trainer.max_steps": (-1, HUGE), "trainer.precision": (None,),
     "trainer.gradient_clip_val": (0, 0.5, HUGE, None), "trainer.accumulate_grad_batches": (HUGE,),
     "trainer.limit_train_batches": (0.5, HUGE, None), "trainer.limit_val_batches": (0, 0.5, HUGE, None),
@@ -83,7 +83,8 @@ LEGAL = {
     "method.weight_tol": (0.5,), "method.loss_tol": (0.5,), "method.warmup": COUNT_FROM_0, "method.earliest": (0,),
     "method.energy": (None,), "method.flops": (None,), "method.latest": (HUGE, None), "method.rewarm": COUNT_FROM_0,
     "method.update_proj_gap": (HUGE,), "method.scale": (0, 0.5, HUGE), "method.rotate_moments": FLAG, "method.stagger": FLAG,
-    "method.layerwise": FLAG, "method.residual": (None,),
+    "method.layerwise": FLAG, "method.residual": (None,), "method.nesterov": FLAG, "method.outer_lr": (0.5, HUGE),
+    "method.outer_momentum": OFF_OR_SHARE,
     "method.merge_every": (HUGE,), "method.reset": FLAG, "method.route": (None,), "method.overlap": (0,),
     "method.prune": (None,), "method.merge_timeout": (None, 0.5, HUGE),
     "method.restart_warmup": (0,), "method.restart_start": COUNT_FROM_0,

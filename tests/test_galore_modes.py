@@ -6,10 +6,10 @@ import re
 
 import pytest
 import torch
-from lowrank_pretrain.run.interrupts import Interrupted
 from torch import nn
 
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.interrupts import Interrupted
 from lowrank_pretrain.core.memory import optimizer_bytes
 from lowrank_pretrain.galore import GaLoreAdamW, factored, orthogonal
 from lowrank_pretrain.galore.local import LocalUpdate

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.extras import missing_words
 from lowrank_pretrain.models.optim import Optim
 
 
@@ -19,7 +20,7 @@ def adamw8bit_optimizer() -> Callable[[nn.Module, Optim], torch.optim.Optimizer]
     try:
         from bitsandbytes.optim import AdamW8bit
     except Exception as error:  # the library's loader raises what it likes
-        cure = f"needs bitsandbytes (pip install 'lowrank_pretrain[8bit]'): {str(error).splitlines()[0]}"
+        cure = f"{missing_words('bitsandbytes')} ({str(error).splitlines()[0]})"
         raise ConfigError("method", "adamw8bit", cure) from None
 
     def make(module: nn.Module, optim: Optim) -> torch.optim.Optimizer:
