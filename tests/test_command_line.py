@@ -74,7 +74,7 @@ def test_a_run_writes_to_and_goes_on_from_a_directory_with_an_equals_sign(cli, t
 
 
 @pytest.mark.parametrize(("argument", "line"), [
-    ("method=preloar", r"method='preloar': Could not find '.*'; did you mean prelora\? There are adamw8bit, .*relora"),
+    ("method=preloar", r"method='preloar': Could not find '.*'; did you mean prelora\? There are adamw8bit, .*relora, .*"),
     ("experiment=prelora_poket", r".* did you mean prelora_pocket\? There are .*prelora_vitl"),
     ("methd=full", r"methd='full': Could not override 'methd', .*; did you mean method\? There are .*data.*"),
     ("trainer.max_epoch=3", r".* did you mean trainer.max_epochs\? .*; \+trainer.max_epoch=VALUE adds one"),
