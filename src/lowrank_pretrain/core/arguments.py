@@ -17,7 +17,7 @@ def key_values(argv: Sequence[str], keys: Collection[str]) -> dict[str, str]:
         keys: the keys that exist; ``-`` and ``_`` mean the same.
 
     Raises:
-        ConfigError: no such key, a key without its value, or a word that is neither.
+        ConfigError: no such key, a key without a value, or a word in another form.
 
     Example:
         >>> key_values(["out=here", "--min-freq", "2"], ("out", "min_freq"))

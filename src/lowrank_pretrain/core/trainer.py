@@ -48,10 +48,10 @@ def accumulates(trainer: pl.Trainer) -> bool:
 
 
 def log_row(trainer: pl.Trainer, metrics: Mapping[str, float], row: int | None = None) -> None:
-    """Log metrics to every logger, past Lightning's own rhythm.
+    """Log metrics to every logger, independently of Lightning's own interval.
 
     Args:
-        trainer: it has the loggers.
+        trainer: holds the loggers.
         metrics: by name.
         row: the row's number. None: that of the step just taken, which is one less than the steps taken, for Lightning counts
             rows from 0.
