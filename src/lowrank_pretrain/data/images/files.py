@@ -150,7 +150,7 @@ class StreamImages(IterableDataset):
         name: of the set, for errors.
         open_pass: number of the pass -> iterable of (PIL image, class), split among workers and ranks by timm.
         size: images in a pass, of all readers together.
-        picture: what becomes of an image.
+        picture: turns an image into a tensor.
         batch_size: B.
         rank: this process, part of the seed of its images.
         mixing: mixup, CutMix or label smoothing.
@@ -186,7 +186,7 @@ class StreamImages(IterableDataset):
             yield from self._batches()
         except ConfigError as error:
             yield Fetched(None, [], error)
-        except Exception as error:  # carried to the training process; the readers' libraries have one class each
+        except Exception as error:  # carried to the training process; each reading library has its own class
             yield Fetched(None, [], ConfigError("name", self.name, f"cannot be read: {first_line(error)}"))
 
     def _batches(self) -> Iterator[Fetched]:

@@ -1,4 +1,4 @@
-"""The base of the data modules of images: the arguments and checks that all of them share."""
+"""Define the base of the image data modules: the arguments and checks that all of them share."""
 
 from lowrank_pretrain.data.images.arrays import check_shape
 from lowrank_pretrain.data.images.mixing import Mixing, MixingOptions
@@ -41,5 +41,5 @@ class ImageModule(PretrainData):
         self.mixing(num_classes or 1).check_batch_size(batch_size)
 
     def mixing(self, num_classes: int) -> Mixing:
-        """Return what mixes the images of a batch and their labels."""
+        """Return the object that mixes a batch's images and labels."""
         return Mixing(num_classes, *self._mixing_options, self.seed)
