@@ -68,7 +68,7 @@ def galore_ddp_hook(ddp: DistributedDataParallel, optimizer: GaLoreAdamW) -> Hoo
 
 
 class _BasisOfRank0:
-    """Take rank 0's basis: every rank refreshes from the same mean gradient, so the bases differ by rounding at most."""
+    """Give all ranks rank 0's basis: all refresh from the same mean gradient, so bases differ at most by rounding."""
 
     def __init__(self, group: Any) -> None:
         self._group = group
