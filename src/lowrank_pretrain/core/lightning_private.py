@@ -77,7 +77,7 @@ def reruns_command(trainer: pl.Trainer) -> bool:
 
 
 def send_module(module: nn.Module) -> None:
-    """Send rank 0's parameters and buffers to all ranks, as DDP does when it wraps a module. Tried with Lightning 2.6.6."""
+    """Copy rank 0's parameters and buffers to all ranks, as DDP does when it wraps a module. Tried with Lightning 2.6.6."""
     _sync_module_states(module)
 
 

@@ -33,7 +33,7 @@ HEAD_SETTINGS: Mapping[str, Any] = MappingProxyType({"train_A": True})
 
 
 class Inherit(NamedTuple):
-    """A new parameter that takes over rows ``start … start+rows`` (along ``dim``) of an old one, with its optimizer state.
+    """Name a new parameter that takes over rows ``start … start+rows`` (along ``dim``) of an old one, with its optimizer state.
 
     With ``rows`` 0 it only joins the old one's parameter group, without any state.
     """
