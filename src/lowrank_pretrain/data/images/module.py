@@ -17,7 +17,7 @@ class ImageModule(PretrainData):
         img_size: side of the images that are handed out, pixels.
         in_chans: 1 or 3; gray images are repeated, and coloured ones turned to gray.
         mixing: ``mixup``, ``cutmix``, ``mix_prob``, ``switch_prob`` and ``smoothing``, see
-            :class:`~lowrank_pretrain.data.images.mixing.Mixing`. Of training only.
+            :class:`~lowrank_pretrain.data.images.mixing.Mixing`. Training only.
         seed: of order, augmentation and mixing; None: the run's.
 
     Raises:

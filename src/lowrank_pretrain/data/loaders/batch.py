@@ -25,7 +25,7 @@ REMEMBERED = 100_000  # lines kept, to recognise one in the next epoch
 
 
 class BadInputs:
-    """Count the inputs that could not be read and warn once of each by name; of many, name the first and give their number.
+    """Count unreadable inputs and warn once of each by name; of many, name the first and give their number.
 
     Args:
         instead: what became of such an input.
