@@ -31,7 +31,7 @@ def prune_moments(optimizer: Optimizer, parameters: Iterable[Tensor], fraction: 
     that the outcome does not depend on which heads share a process.
 
     Args:
-        optimizer: holds the state; parameters that have none yet are passed over.
+        optimizer: holds the state; parameters without state are skipped.
         parameters: the adapters.
         fraction: share of the entries to zero, from 0 to 1; rounded to the nearest whole number of entries.
 
