@@ -33,7 +33,7 @@ INT32 = 2**31 - 1
 
 
 def check_layers(group: str, values: dict[str, Any]) -> None:
-    """Refuse a number of layers that cannot be meant.
+    """Refuse an absurd number of layers.
 
     Args:
         group: the configuration group of the arguments.
@@ -50,7 +50,7 @@ def check_layers(group: str, values: dict[str, Any]) -> None:
 
 
 def run_once(network: torch.nn.Module, key: str, value: Any, call: Callable[[], Any]) -> None:
-    """Run a network in evaluation mode and blame an argument for what goes wrong; no random number is drawn.
+    """Run a network in evaluation mode and blame an argument for any error, without drawing random numbers.
 
     Args:
         network: the network that `call` runs.

@@ -10,7 +10,7 @@ from lowrank_pretrain.core.errors import ConfigError
 
 
 def shard(model: nn.Module, mesh: DeviceMesh | None) -> None:
-    """Shard the parameters of a model over ranks: block by block, then what is left. A second call changes nothing.
+    """Shard the parameters of a model over ranks: block by block, then the remainder. A second call changes nothing.
 
     Args:
         model: the network; its names stay as they are.

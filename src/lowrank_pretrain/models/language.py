@@ -114,7 +114,7 @@ class CausalLM(TriesOut, LightningModule):
         if pretrained_file is not None:
             config = {**config_of(Path(pretrained_file), name), **config}
         check_layers("config", config)
-        # the file is where weights came from, not what the network is: a checkpoint must load where it is gone
+        # the file is the weights' origin, not part of the network: a checkpoint must load without it
         self.save_hyperparameters(ignore=["pretrained_file"])
         self.optim = Optim()
         check_count("vocab_size", vocab_size, least=2)
@@ -271,7 +271,7 @@ def _about_attention(error: Exception, attention: str) -> bool:
 
 
 def config_of(path: Path, name: str) -> dict[str, Any]:
-    """Read the description of the network in the ``config.json`` next to local weights; {} where there is none.
+    """Read the description of the network in the ``config.json`` next to local weights; {} if there is none.
 
     Raises:
         ConfigError: nothing is there, or it is the configuration of another kind of model than ``name``.
@@ -328,7 +328,7 @@ def load_weights(model: Any, path: Path) -> nn.Module:
         )  # fmt: skip
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # a truncated or foreign file fails in as many ways as there are formats
+    except Exception as error:  # a truncated or foreign file fails in many ways
         raise ConfigError("pretrained_file", str(path), f"cannot be read: {one_line(error)}") from error
     finally:
         hf_logging.set_verbosity(level)
@@ -357,7 +357,7 @@ def _weights(path: Path) -> tuple[str | None, dict[str, Tensor] | None]:
         return None, _tensors(path)
     except ConfigError:
         raise
-    except Exception as error:  # a truncated or foreign file fails in as many ways as there are formats
+    except Exception as error:  # a truncated or foreign file fails in many ways
         raise ConfigError("pretrained_file", str(path), f"cannot be read: {one_line(error)}") from error
 
 
