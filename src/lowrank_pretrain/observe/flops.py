@@ -1,4 +1,4 @@
-"""Count the floating-point operations of a batch: once, while a real batch passes, and never by an estimate."""
+"""Count the floating-point operations of a batch: once, during a real batch, without estimates."""
 
 import math
 from typing import Any
@@ -64,7 +64,7 @@ class FlopCount:
             self._counter.__enter__()
 
     def end(self) -> int | None:
-        """Stop, and return the operations since `begin`, or None where nothing was counted."""
+        """Stop, and return the operations since `begin`, or None if nothing was counted."""
         counter, self._counter = self._counter, None
         if counter is None:
             return None
@@ -73,14 +73,14 @@ class FlopCount:
 
 
 def _visible(module: LightningModule) -> bool:
-    """Return False for compiled modules (their kernels are no torch operations) and sharded ones (sizes are the whole's)."""
+    """Return False for compiled modules (their kernels are not torch operations) and sharded ones (sizes are the whole's)."""
     if any(is_compiled(m) for m in module.modules()):
         return False
     return not any(hasattr(p, "to_local") for p in module.parameters())
 
 
 def peak_flops(device: torch.device, precision: str) -> int | None:
-    """Return the chip's operations per second at a precision, by its maker; None where Lightning does not know the chip.
+    """Return the chip's operations per second at a precision, by its maker; None if Lightning does not know the chip.
 
     Args:
         device: a CPU is never known.
