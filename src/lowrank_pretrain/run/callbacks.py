@@ -1,4 +1,4 @@
-"""The callbacks of a run from the command line, in the order in which each step calls them."""
+"""Build a command-line run's callbacks, in the order in which each step calls them."""
 
 from pathlib import Path
 from typing import Any
