@@ -40,7 +40,7 @@ def key_values(argv: Sequence[str], keys: Collection[str]) -> dict[str, str]:
 def as_flags(argv: Sequence[str] | None, parser: ArgumentParser) -> list[str]:
     """Turn ``key=value`` into ``--key value`` where `parser` has ``--key``.
 
-    All other words stay as they are: a directory's name may contain an equals sign.
+    All other words are unchanged: a directory's name may contain an equals sign.
 
     Args:
         argv: the arguments. None: those of the process.

@@ -82,7 +82,7 @@ def _reduced(wrapper: DistributedDataParallel) -> list[nn.Parameter]:
 def _made_up_loss(module: nn.Module, parameters: list[nn.Parameter]) -> Tensor:
     """Return a sum over all parameters whose backward pass reaches the last one first.
 
-    Autograd runs what was made later first, and delivers each gradient before it goes on.
+    Autograd runs what was made later first, and delivers each gradient before it continues.
     """
     sparse = {id(m.weight) for m in module.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.sparse}
     total = parameters[0].new_zeros((), dtype=torch.float32)

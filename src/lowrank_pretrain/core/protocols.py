@@ -136,7 +136,7 @@ class Reports:
 
 
 class Merges:
-    """Train on each worker separately, and merge now and then: for strategies."""
+    """Train separately on each worker, and merge periodically: for strategies."""
 
     #: Optimizer steps between two merges.
     merge_every: int
