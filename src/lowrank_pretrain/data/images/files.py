@@ -1,4 +1,4 @@
-"""Make batches of PIL images, from a map-style set or a stream; each image is augmented from a seed of its own.
+"""Make batches of PIL images, from a map-style set or a stream; each image is augmented from its own seed.
 
 Shapes: B batch, C channels, S side in pixels, K classes.
 """
@@ -59,7 +59,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 class Picture:
-    """Turn an image into a tensor: at random when training, from a seed of its own.
+    """Turn an image into a tensor: at random when training, from its own seed.
 
     Args:
         transform: timm's, PIL image -> (3, S, S) float.

@@ -255,7 +255,7 @@ def _other_torchvision(cls: type, root: str | None, split: str, split_key: str, 
         raise ConfigError(split_key, split, first_line(refusal)) from refusal
     if "train" in parameters:
         return cls(train=split in TRAIN, **kwargs)
-    whole = cls(**kwargs)  # Caltech256, SUN397: no splits of their own
+    whole = cls(**kwargs)  # Caltech256, SUN397: no splits
     held = range(HOLD_OUT - 1, len(whole), HOLD_OUT)
     return Subset(whole, [i for i in range(len(whole)) if i not in held] if split in TRAIN else list(held))
 

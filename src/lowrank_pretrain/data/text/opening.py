@@ -147,7 +147,7 @@ def check_utf8(path: Path, key: str, limit: int | None = None) -> None:
         raise not_utf8(path, key, error, position) from error
     except ConfigError:
         raise
-    except Exception as error:  # gzip, bz2, lzma and zstandard have errors of their own
+    except Exception as error:  # gzip, bz2, lzma and zstandard have their own errors
         if is_packed(path) or isinstance(error, (OSError, EOFError, zlib.error)):
             raise ConfigError(key, str(path), f"cannot be unpacked: {first_line(error)}") from error
         raise
