@@ -27,7 +27,7 @@ class Factors(Adopter, Reports):
     """Take over a plan by factoring: measure the targets' inputs from the switch on; at the freeze W becomes U V.
 
     In between, W trains as before. A layer that would not get faster stays dense and trains on (``cost``), and so does
-    one that nobody called.
+    one that was never called.
 
     Args:
         energy: the share of each layer's output energy that must stay, instead of the plan's ranks.
