@@ -112,7 +112,7 @@ def steps_taken(state: Mapping[str, Any]) -> int:
 def count_step(state: dict[str, Any]) -> None:
     """Count one more step, in a tensor on the CPU as in torch's optimizers.
 
-    It is float64 whatever the default dtype: the refreshes depend on it, and float32 stops counting at 2^24.
+    It is float64 for any default dtype: the refreshes depend on it, and float32 stops counting at 2^24.
     """
     step = state.get("step")
     if type(step) is Tensor and step.dtype == torch.float64:  # a FakeTensor can be read until it is written to

@@ -1,6 +1,6 @@
 """Send projected gradients under DDP, by a communication hook: between refreshes R (r×k) travels instead of G (m×n).
 
-Exact, because the projection is linear: the mean of PᵀGᵢ is Pᵀ of the mean. At a refresh of a matrix its whole gradient is
+Exact, as the projection is linear: the mean of PᵀGᵢ is Pᵀ of the mean. At a refresh of a matrix its whole gradient is
 sent, and the new basis is rank 0's. ``p.grad`` then holds P R̄, the same on every rank; its norm is that of the projection,
 so clipping by norm is consistent over the ranks, but not the same as without the hook.
 """

@@ -26,7 +26,7 @@ from lowrank_pretrain.galore.dtensor import agree_on_flags, local_piece
 
 P = ParamSpec("P")
 T = TypeVar("T")
-_LAG = 8  # steps that the device may be behind before an answer is waited for
+_LAG = 8  # steps that the device may lag before the host waits for an answer
 _LARGE = 2.0**40  # no real gradient is as large: checked again, exactly
 _AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu")
 

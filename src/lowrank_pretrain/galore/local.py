@@ -54,7 +54,7 @@ class LocalUpdate:
 
     @torch.no_grad()
     def absorb(self, slot: "Projected", weight: Tensor | None = None) -> None:
-        """Add to X what other code wrote into W since the last step; W stays as it is.
+        """Add to X what other code wrote into W since the last step; W is not changed.
 
         Args:
             slot: the matrix' projection.

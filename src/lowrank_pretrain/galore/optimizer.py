@@ -350,7 +350,7 @@ class GaLoreAdamW(Adopter, Reports, Optimizer):
         """Project the plan's targets from now on. Their group, its schedule and their moments stay.
 
         The basis comes from the first gradient after this; then m ← Pᵀm, v ← (P∘P)ᵀv with ``step`` kept and scale 1, so that
-        the step size is continuous. A fused matrix takes the largest rank of its parts; rank 0 leaves a matrix as it is.
+        the step size is continuous. A fused matrix takes the largest rank of its parts; rank 0 leaves a matrix unchanged.
 
         Raises:
             ConfigError: a target that is unknown, in no group, or projected already.
@@ -362,7 +362,7 @@ class GaLoreAdamW(Adopter, Reports, Optimizer):
         self._index = None
 
     def release(self) -> None:
-        """Finish at the plan's freeze: weights go on training in full, so only moments still of full size are dropped."""
+        """Finish at the plan's freeze: weights continue to train in full, and only full-size moments are dropped."""
         for p in self._ranks:
             kept = self.state.get(p, {})
             if kept and "proj" not in kept:

@@ -5,7 +5,7 @@ keep the dtype of the mode: torch casts floating state to the parameter's dtype,
 model, and 8-bit codes. And if a setting in the code has changed since the file was written, the code's value wins; a change of
 one that the state's shapes depend on is refused with both values.
 
-At a switch no group is added or removed, so schedulers stay as they are. Which parameters have a rank of their own is kept by
+At a switch no group is added or removed, so schedulers are unchanged. Which parameters have their own rank is kept by
 the optimizer, and is saved as ``ranks`` with its groups.
 """
 
@@ -81,7 +81,7 @@ def fit_saved_state(
     """
     groups = [dict(group) for group in copy.deepcopy(saved["param_groups"])]
     ours = any(key in group for group in groups for key in _OURS) or all(len(group) == 1 for group in groups)
-    if not ours and any(group.get("rank") for group in (*groups, *groups_here)):  # plain groups go on from AdamW's
+    if not ours and any(group.get("rank") for group in (*groups, *groups_here)):  # plain groups continue from AdamW's
         raise ConfigError("ckpt_path", "optimizer state", "was written by another optimizer (galore_torch?): start afresh")
     for group in groups:
         for key in KEYS:  # a version that did not have this key yet
@@ -385,7 +385,7 @@ def adoptable_ranks(plan: Mapping[str, int], module: nn.Module, entries: Mapping
 def formula_bytes(entries: Mapping[Tensor, Entry]) -> int:
     """Return the paper's mr + 2nr for each projected m×n matrix (m the projected side) and 2mn for each other one, in bytes.
 
-    A factored second moment is r + n of it in place of nr, and Muon's rule has mr + nr.
+    A factored second moment is r + n of it instead of nr, and Muon's rule has mr + nr.
     8-bit moments count with one float32 scale per 256 elements; APOLLO's basis and the step counters count nothing. Under
     FSDP2 it is this rank's share: bases are whole everywhere, moments are cut unless the projection is from the left.
     """
