@@ -22,7 +22,7 @@ STDLIB = sysconfig.get_paths()["stdlib"]
 
 
 class Stalled(BaseException):
-    """Say that a loader has not handed out a batch for too long. No Exception: code that forgives those must not forgive this.
+    """Say that a loader has not handed out a batch for too long. No Exception: code that swallows those must not swallow this.
 
     Args:
         loader: which, e.g. ``"the training loader"``.
@@ -39,7 +39,7 @@ class Stalled(BaseException):
 
 
 class StallGuard(Callback):
-    """Watch the time between asking a loader for a batch and getting it, from a thread of its own: a step costs nothing.
+    """Watch the time between asking a loader for a batch and getting it, from a separate thread: a step costs nothing.
 
     That time is what Lightning measures for its profiler: time in hooks, validation or writing a checkpoint does not
     count.
