@@ -1,4 +1,4 @@
-"""One LoRA linear as one differentiable function: y = x Wₑᵀ + b with Wₑ = W + scale · B A (LoRA, arXiv 2106.09685, eq. 3).
+"""Compute a LoRA linear as one function: y = x Wₑᵀ + b with Wₑ = W + scale · B A (LoRA, arXiv 2106.09685, eq. 3).
 
 N rows of x, D in, O out, R rank. A fused layer has row blocks (parts) p with ranks R_p, ΣR = sum of R_p.
 

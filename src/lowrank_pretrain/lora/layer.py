@@ -75,7 +75,7 @@ class Reclassed(Unannounced, _Plain):
 
 
 def swap_class(layer: nn.Module, mixin: type[Reclassed]) -> None:
-    """Give the layer a class of its own: ``mixin`` before the class that it has."""
+    """Give the layer its own class: ``mixin`` before the class that it has."""
     layer.__class__ = _class_of(mixin, type(layer))
 
 
@@ -217,7 +217,7 @@ def give_adapters(
 
 
 def keep_rows(layer: Reclassed, rest: list[RestPart], bias: bool = True) -> list[Inherit]:
-    """Make row blocks of W (and of b, where all of it freezes) parameters of their own that are views, to train on."""
+    """Make row blocks of W (and of b, where all of it freezes) separate parameters that are views, and go on training."""
     layer._rest = tuple(rest)
     layer.rest_weight, layer.rest_bias = nn.ParameterDict(), nn.ParameterDict()
     dim = 1 if is_conv1d(layer) else 0
@@ -268,7 +268,7 @@ _twins: dict[type[nn.Module], type] = {}
 
 
 def _twin_of(plain: type[nn.Module]) -> type:
-    """Return the class of ``with_weight``: ``weight`` and ``bias`` are its own, all else lies in the shared ``__dict__``."""
+    """Return the class of ``with_weight``: ``weight`` and ``bias`` are its own, all else is in the shared ``__dict__``."""
     if plain not in _twins:
         body = {
             "__slots__": ("_lowrank_weight", "_lowrank_bias"),

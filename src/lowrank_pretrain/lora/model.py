@@ -56,8 +56,8 @@ def inject(
 def freeze(module: nn.Module, plan: Mapping[str, int], freeze_rest: bool = False) -> list[Inherit]:
     """Freeze W and b of the plan's targets; with ``freeze_rest`` also everything else but the adapters.
 
-    A fused layer of which only some row blocks are targets (say q and v) goes on training the others: they become
-    parameters ``rest_weight.<part>`` of their own that are views of W.
+    A fused layer of which only some row blocks are targets (say q and v) continues to train the others: they become
+    parameters ``rest_weight.<part>`` that are views of W.
 
     Returns:
         For those views, the rows and optimizer state that they take over.
@@ -253,7 +253,7 @@ class _Shared:
     def __call__(self, owner: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
         if not isinstance(self.layer, LoRALinear):  # shown as the plain layer, with the merged weight everywhere
             return
-        if not isinstance(state_dict.get(prefix + self.name, self.layer.weight), nn.Parameter):  # keep_vars: as it is
+        if not isinstance(state_dict.get(prefix + self.name, self.layer.weight), nn.Parameter):  # keep_vars: unchanged
             state_dict[prefix + self.name] = self.layer.merged_weight(check=False)
 
 
