@@ -35,7 +35,7 @@ class BareGroups:
 
     @classmethod
     def of(cls, optimizer: Optimizer, leave_out: Iterable[Tensor] = ()) -> "BareGroups":
-        """Return the groups as they are now, without ``leave_out``."""
+        """Return the groups as of now, without ``leave_out``."""
         out = {id(p) for p in leave_out}
         return cls(optimizer, [[p for p in g["params"] if id(p) not in out] for g in optimizer.param_groups], [])
 
@@ -53,7 +53,7 @@ class BareGroups:
 
         Args:
             weights: the weights by id.
-            gone: ids of what had taken their place.
+            gone: ids of the parameters that had replaced them.
         """
         self._follow()
         spare = next((g for g in self.optimizer.param_groups if any(id(p) in gone for p in g["params"])), None)
@@ -146,7 +146,7 @@ def check_stacked(optimizer: Optimizer, like: Tensor) -> None:
         like: a head's factor, for dtype and device.
 
     Raises:
-        ConfigError: it takes matrices only, or keeps state in which heads cannot be told apart.
+        ConfigError: it takes matrices only, or keeps state in which heads cannot be distinguished.
     """
     kind = type(optimizer).__name__
     if type(optimizer) in _PLAIN or hasattr(optimizer, "optim") or type(optimizer).__module__.startswith("lowrank_pretrain"):

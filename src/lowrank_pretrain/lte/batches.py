@@ -52,7 +52,7 @@ class Facts:
         trusted: whether the batches are what the sampler says, so that they need not be compared.
         exact: whether it is certain to have as many batches as it says.
         first: a hash of the data set's first sample, where a sampler would give it to every worker.
-        part: a hash of which samples the data set has, where it lies in memory; ``None``: unknown.
+        part: a hash of which samples the data set has, if it is in memory; ``None``: unknown.
         own: samples that the user's sampler yields, and the total, if Lightning shares them out again.
     """
 
@@ -69,7 +69,7 @@ class Facts:
 def shared_out(loader: Any, workers: int) -> Any:
     """Return the training loader, made safe: it yields only this worker's data, and ends when any worker's ends.
 
-    All workers call it together. A loader that is known to be right is returned as it is.
+    All workers call it together. A loader that is known to be right is returned unchanged.
 
     Args:
         loader: a training loader; anything that can be iterated.
@@ -121,7 +121,7 @@ def _facts(loader: Any) -> Facts:
         trusted = whole and type(dealt) in (DistributedSampler, DistributedSamplerWrapper)
         part, own = _part(loader.dataset), _dealt(dealt, loader.dataset)
     alike = type(sampler) in (RandomSampler, SequentialSampler)
-    # a collate of one's own may give None for a bad batch, a sampler of one's own may be short
+    # a user's collate may return None for a bad batch, a user's sampler may be short
     exact = (trusted or alike) and loader.collate_fn is default_collate
     return Facts(length, type(sampler).__name__, share, trusted, exact, _first_sample(loader) if alike else None, part, own)
 
@@ -325,7 +325,7 @@ _KINDS = {(False, False): _Shared, (True, False): _Sized, (False, True): _Statef
 
 def _who_ended(mine: bool, workers: int) -> list[int]:
     """Return the workers that have no more batches."""
-    # numbers on the CPU, also where gradients go over NCCL: a device sync per batch would cost more
+    # numbers on the CPU, also if gradients use NCCL: a device sync per batch would cost more
     ended = torch.zeros(workers, dtype=torch.int32)
     ended[dist.get_rank()] = mine
     dist.all_reduce(ended, group=_cpu_group())

@@ -128,7 +128,7 @@ class ConvertedModule:
 
         Args:
             reasons: why, by target.
-            accumulates: whether the step goes on: then the new wrapper sends the sum of its gradients.
+            accumulates: whether the step continues: then the new wrapper sends the sum of its gradients.
 
         Raises:
             ConfigError: the user named one of them; or none is left.
@@ -155,7 +155,7 @@ class ConvertedModule:
             self.workers.average(gradients, counted=False)
 
     def follow_unfrozen(self) -> bool:
-        """Train what a callback has unfrozen with the rest, and average it with the rest; returns whether there was any."""
+        """Train and average what a callback has unfrozen as part of the rest; return whether there was any."""
         frozen = self.local.frozen_weights()
         found = self.rest.follow({id(W) for W in frozen})
         if found:
@@ -200,7 +200,7 @@ class ConvertedModule:
         return self.rest.agrees()
 
     def clip(self, optimizer: Optimizer, limit: float) -> None:
-        """Clip the gradients of the rest, of the targets, and of what the module keeps from DDP, by norms of their own."""
+        """Clip the gradients of the rest, of the targets, and of what the module excludes from DDP, each by its own norm."""
         targets = list(self.local.parameters().values()) if self.local.unsynced(self.module) else []
         alone = [p for name, p in self.module.named_parameters() if name in self.ignored and p.grad is not None]
         separate = {id(p) for p in (*targets, *alone)}

@@ -1,7 +1,7 @@
 """DiLoCo and local SGD: train whole weights on each worker, and merge their changes (``update="full"``).
 
     window:  worker n trains Wₙ by any optimizer, whose state stays with it
-    merge:   Δ = mean(Wₙ − W_base), through the wire; the outer step moves W_base by Δ; everyone goes on from W_base
+    merge:   Δ = mean(Wₙ − W_base), through the wire; the outer step moves W_base by Δ; everyone continues from W_base
 
 DiLoCo (arXiv 2311.08105, Algorithm 1) has an outer step with Nesterov momentum; ``outer_lr=1, outer_momentum=0`` is local SGD,
 and with ``merge_every=1`` and SGD inside it is DDP.
@@ -201,7 +201,7 @@ class FullSet(LocalTargets):
     def _merge(self, increments: Increments) -> None:
         # what all workers did since the last merge
         mean = increments.mean(self.training_weights())
-        # the outer step; everyone goes on from W_base
+        # the outer step; everyone continues from W_base
         for piece in self.pieces:
             base = increments.base[piece.name]
             self.outer.step(piece.name, base, mean[piece.name].to(base.dtype))

@@ -107,7 +107,7 @@ class Increments:
             return
         if self.workers.size > 1:
             self.wire.take_pending(_pending(errors, self.wire.n))
-        else:  # nobody to send it to
+        else:  # no other worker to send it to
             add_pending(self.base, self.base, errors)
 
 

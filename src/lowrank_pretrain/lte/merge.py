@@ -49,7 +49,7 @@ class Exchange:
         workers: who takes part.
         divisor: N of the mean.
         overlap: return before the others have answered.
-        codec: writes the factors in few bits; ``None``: they travel as they are. ``snapshot`` then holds what was sent.
+        codec: writes the factors in few bits; ``None``: they are sent uncoded. ``snapshot`` then holds what was sent.
     """
 
     def __init__(

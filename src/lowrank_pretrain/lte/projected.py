@@ -259,7 +259,7 @@ class ProjectedSet(LocalTargets):
         """Send one merge; return the factors' exchange, or the mean of D by target, and the mean of C, (targets,).
 
         Args:
-            codec: writes the factors in few bits; ``None``: as they are, to be looked at.
+            codec: writes the factors in few bits; ``None``: uncoded, for evaluation.
         """
         C = torch.tensor([p.update.C for p in self.pieces], dtype=torch.float64)
         factors = [piece.factors() for piece in self.pieces]

@@ -83,7 +83,7 @@ class SharedParameters:
         return {name: live[name].data for name in self.parameters if name in live}
 
     def _buffers(self) -> dict[str, Tensor]:
-        """Return floating buffers that the model saves, as they are now."""
+        """Return floating buffers that the model saves, as of now."""
         if self.workers.size == 1 or (self._wrapped() and not self.apart):
             return {}
         return {n: b for n, b in saved_buffers(self._module) if b.is_floating_point() and n not in self._left_out}
@@ -128,7 +128,7 @@ class SharedParameters:
         self._buffer_bytes = sum(b.numel() * at_least_32(b.dtype).itemsize for b in moving.values())
         live = self._parameters()
         if self.increments is not None:
-            # through the wire; what has begun to train since the start travels as it is
+            # through the wire; parameters unfrozen since the start are sent uncoded
             base = self.increments.base
             mean = self.increments.mean({name: live.get(name, W) for name, W in base.items()})
             for name, W in base.items():
@@ -254,7 +254,7 @@ class SharedParameters:
 
         Args:
             saved: the state dict.
-            own: numbers of the parameters that are no rest, whose state stays this worker's.
+            own: numbers of the parameters outside the rest, whose state stays this worker's.
         """
         if not self.apart:
             return saved

@@ -69,7 +69,7 @@ class LTEStrategy(DDPStrategy, Adopter, HasPhase, Reports, Merges):
         route: ``factors`` or ``dense``; ``None``: per target the fewer bytes.
         update: what a worker trains: ``lora``: heads next to W; ``galore``: W itself, by the GaLoreAdamW that
             ``configure_optimizers`` returns. Its groups say which targets and what rank, ``merge_every`` how long a basis
-            lives (in place of their ``update_proj_gap`` and ``stagger``); merges send the bases and what was done in them.
+            lives (instead of their ``update_proj_gap`` and ``stagger``); merges send the bases and the updates in them.
             Costs a float32 copy of the targets, and the bases' coefficients, r·n numbers a matrix.
             ``full``: W itself, by any optimizer (DiLoCo, local SGD); ``targets="all"`` is everything that trains, others
             are the weights of the layers they choose, and the rest follows ``sync_rest``. Costs a float32 copy.
@@ -152,7 +152,7 @@ class LTEStrategy(DDPStrategy, Adopter, HasPhase, Reports, Merges):
         if fitting:
             self._begin_fit(trainer)
         if self.world_size == 1 and self._use_sampler is None:
-            # nothing to share out: a loader that Lightning cannot take apart runs
+            # nothing to share out: any loader runs, even one that Lightning cannot rebuild
             self._use_sampler = set_sampler_injection(trainer, False)
         self._holding = True
         super().setup(trainer)
@@ -262,7 +262,7 @@ class LTEStrategy(DDPStrategy, Adopter, HasPhase, Reports, Merges):
         return output
 
     def post_backward(self, closure_loss: Tensor) -> None:
-        """Let forward passes outside a training step see W as it is."""
+        """Let forward passes outside a training step see W unchanged."""
         super().post_backward(closure_loss)
         if self.local.first_step.waits:
             self._finish_first_step()

@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 def read_stamps(tensors: Sequence[Tensor]) -> list[int]:
     """Return a stamp of each tensor's bits, in one read of the device. It changes when anything writes into the tensor.
 
-    Users write how they like, also through ``.data``, which no version counter sees.
+    Users may write in any way, also through ``.data``, which no version counter sees.
     """
-    if not tensors or tensors[0].is_meta:  # nobody writes into tensors that have shapes only (``traffic``)
+    if not tensors or tensors[0].is_meta:  # tensors that have only shapes are never written to (``traffic``)
         return [0] * len(tensors)
     return bits.stamps(tensors).tolist()
 
@@ -67,8 +67,8 @@ class MergedView:
         """Swap the merged weights in for W. All workers call it together.
 
         Args:
-            piecemeal: as for ``merged_weights``; nobody writes into what is then in place.
-            writes: ``False``: only help the worker that writes a checkpoint; here W stays as it is.
+            piecemeal: as for ``merged_weights``; nothing may write into the swapped-in weights.
+            writes: ``False``: only help the worker that writes a checkpoint; here W is not changed.
         """
         owner = self._owner
         if self.swapped_in:

@@ -7,7 +7,7 @@
     int4        1/2 + 2/64       64      -7 … 7 times max|x| / 7
     int2        1/4 + 2/64       64      -3/2, -1/2, 1/2, 3/2 times the step that suits a normal distribution
 
-Each block of 64 numbers has a scale of its own (bfloat16). A block of zeros stays zero, so unused rows of an embedding stay
+Each block of 64 numbers has its own scale (bfloat16). A block of zeros stays zero, so unused rows of an embedding stay
 where they are. :class:`Codec` is pure; :class:`DenseMean` sends with it.
 
 Increments that are quantised anew at each merge would lose the same part each time. Error feedback keeps what a message left
@@ -202,7 +202,7 @@ class DenseMean:
             return 2 * (w - 1) / w * 4 * self.n
         return 2 * (w - 1) * self.codec.bytes_of(padded(self.n, w) // w)
 
-    # -- checkpoints: what W still lacks, whoever left it out ----------------------------------------------------------
+    # -- checkpoints: what W still lacks, from any worker's messages ----------------------------------------------------------
 
     @torch.no_grad()
     def pending(self) -> Tensor | None:

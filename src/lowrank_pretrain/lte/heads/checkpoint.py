@@ -111,7 +111,7 @@ def load_heads(state: Mapping[str, Any], heads: "HeadSet") -> tuple[dict[str, Mo
     heads.cost, heads.last_cost = (sent, 0.0), (last, 0.0)
     heads.outer.load_state_dict(state.get("outer", {}), {piece.name: piece.live() for piece in heads.pieces})
     same_layout = (settings.heads, heads.workers.size) == (state["heads"], state["workers"])
-    # 1 × 4 and 4 × 1 hold the same heads; in `sequential` a turn is a worker's, so only the same layout goes on in mid-window
+    # 1 × 4 and 4 × 1 hold the same heads; in `sequential` a turn is a worker's, so only the same layout resumes in mid-window
     same = same_layout or (settings.mode == "parallel" and settings.heads * heads.workers.size == there)
     if settings.mode == "joint":
         same = settings.heads == state["heads"]
@@ -157,7 +157,7 @@ def _mine(heads: "HeadSet") -> tuple[int, int]:
 
 @torch.no_grad()
 def _restore_same(state: Mapping[str, Any], heads: "HeadSet", everyone: Record, pending: Mapping[str, Tensor]) -> Record:
-    """Restore the same number of heads; return this worker's."""
+    """Restore all heads, their number being unchanged; return this worker's."""
     heads.turn = state["turn"]
     mine = _put(heads, _pick(everyone, *_mine(heads)))
     # W₀

@@ -218,7 +218,7 @@ def give_heads(
         ranked: its targets, in the order of rows, with their ranks.
         head_ids: ids of the H heads that live here.
         shared: what the model's layers have in common.
-        rest: its row blocks that are no targets; they go on training in full.
+        rest: its row blocks that are not targets; they continue to train in full.
         alpha: scale = alpha / rank; ``None``: scale 1.
         seed: the run's seed, for A.
 
@@ -283,7 +283,7 @@ def take_heads(layer: MultiheadLoRALinear) -> Held:
 
 
 def prev_names(layer: HeadLayer) -> list[str]:
-    """Return the names of a layer's buffers that hold what W has of its heads."""
+    """Return the names of a layer's buffers that hold its heads' factors as merged into W."""
     return ["prev_A", *(f"prev_B{index}" for index in range(len(layer._parts)))]
 
 
@@ -383,7 +383,7 @@ class HeadTarget:
 
         Args:
             total: (s/N) Σ BₙAₙ.
-            outer: moves W; ``None``: the increment is added as it is.
+            outer: moves W; ``None``: the increment is added unchanged.
             starts_anew: ``total`` is entirely new; else it includes what the merge before had.
         """
         increment = total.clone() if self.held is None else total - self.held

@@ -87,7 +87,7 @@ def _states(optimizer: Optimizer, parameters: Iterable[Tensor]) -> list[tuple[Te
 
 
 def _holder(optimizer: Optimizer) -> Optimizer:
-    """Return the optimizer that holds the state: ``ZeroRedundancyOptimizer`` keeps it in one of its own."""
+    """Return the optimizer that holds the state: ``ZeroRedundancyOptimizer`` keeps it in an inner one."""
     return getattr(optimizer, "optim", optimizer)
 
 
