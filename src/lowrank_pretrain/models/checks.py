@@ -26,7 +26,7 @@ def check_count(key: str, value: Any, least: int = 1) -> None:
     whole(key, value, least, most=INT32, allowed=f"must be an integer of at least {least} that 32 bits can hold")
 
 
-# the libraries' names for the number of layers; they build as many as they are told, for hours if need be
+# the libraries' names for the number of layers; they build as many as they are told, even if it takes hours
 LAYERS = ("depth", "depths", "layers", "num_blocks", "num_layers", "n_layer", "n_layers", "num_hidden_layers")
 MOST_LAYERS = 10_000
 INT32 = 2**31 - 1

@@ -167,7 +167,7 @@ class CausalLM(TriesOut, LightningModule):
         callback or strategy unties the head again, and has its exact weights. In all other cases the head is untied now.
         """
         head, embedding = self.model.get_output_embeddings(), self.model.get_input_embeddings()
-        # a distributed checkpoint (FSDP2's) has no state_dict here: the strategy reads its parts into the model as it is
+        # a distributed checkpoint (FSDP2's) has no state_dict here: the strategy reads its parts into the present model
         if head is None or head.weight is not embedding.weight or "state_dict" not in checkpoint:
             return
         names = {id(module): name for name, module in self.named_modules()}
@@ -258,7 +258,7 @@ def create(name: str, vocab_size: int, seq_len: int, config: dict[str, Any]) -> 
         return model
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # transformers validates with exceptions of its own and of huggingface_hub
+    except Exception as error:  # transformers validates with its own exceptions and huggingface_hub's
         if attention is not None and _about_attention(error, attention):
             cure = "leave it out, or take +model.config.attn_implementation=eager"
             raise ConfigError("config.attn_implementation", attention, f"{name} has none of that name; {cure}") from error
