@@ -26,8 +26,8 @@ IN_PLACE = {torch.ops.aten.addmm_: shape_wrapper(_product), torch.ops.aten.baddb
 class _Counter(TorchDispatchMode):
     """Sum torch's own formulas.
 
-    Torch's FlopCounterMode also decomposes operations for which it has none, such as silu's backward: the last bit of a
-    gradient was another then, and a resumed run no longer the uninterrupted one.
+    Torch's FlopCounterMode also decomposes operations for which it has none, such as silu's backward. This changed bits of a
+    gradient, and a resumed run no longer equalled the uninterrupted one.
     """
 
     supports_higher_order_operators = True

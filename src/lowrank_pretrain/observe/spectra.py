@@ -68,7 +68,7 @@ def row_bases(A: Tensor) -> Tensor:
 
 
 def principal_cosines(A1: Tensor, A2: Tensor) -> Tensor:
-    """Cosines of the principal angles between the row spaces of A₁ (R₁, D) and A₂ (R₂, D), descending, (min(R₁, R₂),)."""
+    """Return cosines of principal angles between row spaces of A₁ (R₁, D) and A₂ (R₂, D), descending, (min(R₁, R₂),)."""
     return torch.linalg.svdvals(row_bases(A1).mT @ row_bases(A2)).clamp_max(1.0)
 
 
