@@ -24,7 +24,7 @@ class ScheduledGroups:
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """Return the groups that follow none; looked up each time, as ``load_state_dict`` replaces the optimizer's list."""
+        """Return groups that follow no other; looked up each time, as ``load_state_dict`` replaces the optimizer's list."""
         return [group for group in self._optimizer.param_groups if "follows" not in group]
 
     def __getattr__(self, name: str) -> Any:

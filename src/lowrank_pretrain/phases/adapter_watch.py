@@ -32,7 +32,7 @@ PATIENCE = 50  # optimizer steps after which watching stops
 
 
 def check_optimizers(optimizers: Iterable[Optimizer]) -> None:
-    """Refuse optimizers of which it is known before training that parameters added later do not reach them.
+    """Refuse optimizers that are known not to follow parameters added later.
 
     Raises:
         ConfigError: keyed ``optimizer``, with the optimizer's name.

@@ -211,7 +211,7 @@ class PhaseCallback(HasPhase, Callback):
         left = transition.note_of_changed(pl_module)
         note = left if ended is None else ended.note
         self._brought, self._diverged = Brought(), False
-        if self.phase != "full" and note is not None and note.plan == dict(self.plan or {}):  # the fit goes on
+        if self.phase != "full" and note is not None and note.plan == dict(self.plan or {}):  # the fit continues
             self._brought.exact = lora.clone_state(layers.exact_state(pl_module) if ended is None else ended.model.exact())
         else:
             self._reset()
@@ -262,7 +262,7 @@ class PhaseCallback(HasPhase, Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check that the restored optimizer states fit, and that every rank read the same file."""
         transition.check_restored(trainer.optimizers, pl_module)
-        # a fit that goes on with a changed module under another trainer: that one counts its steps anew
+        # a fit that continues a changed module under a new trainer, which counts steps from 0
         for key in ("switch_step", "freeze_step"):
             step = getattr(self, key)
             setattr(self, key, None if step is None else min(step, trainer.global_step))
@@ -425,7 +425,7 @@ class PhaseCallback(HasPhase, Callback):
         if note is not None:
             self._adopter.before_checkpoint()
             exact = plain_checkpoint.exact_values(pl_module)
-            if self._adopter is trainer.strategy:  # its workers may hold values of their own: those of the file count
+            if self._adopter is trainer.strategy:  # its workers may hold their own values: those of the file count
                 exact |= {name: checkpoint["state_dict"][name] for name in exact if name in note.tied}
             averages = {
                 where: plain_checkpoint.exact_values(averaged, pl_module)
@@ -446,5 +446,5 @@ class PhaseCallback(HasPhase, Callback):
         self._diverged = False
 
     def has_own_groups(self) -> bool:
-        """Return whether adapters have a learning rate or weight decay of their own."""
+        """Return whether adapters have their own learning rate or weight decay."""
         return self.adapter_lr != 1.0 or self.adapter_weight_decay is not None or self.then == "factorize"

@@ -72,7 +72,7 @@ class FirstStep(FirstStepWatch):
             rank_zero_warn(f"{teacher} looks like a frozen copy of {student}, whose layers become low-rank: {CURE}")
         self.looking = False
         self._all_seen = False  # whether every layer was called in the first step, by any process
-        self.steps = 0  # optimizer steps over which layers that nobody calls were watched
+        self.steps = 0  # optimizer steps over which uncalled layers were watched
 
     def start(self) -> None:
         """Begin to watch."""

@@ -1,15 +1,15 @@
 """Check every target in the first training step, so that problems do not show up days later at the switch.
 
 An adapter adds B A x where its layer is *called*. So a layer that is never called gives a dead adapter; a weight that is also
-used somewhere else (``x @ fc.weight``) makes the merged model another one than the trained one; so does a class that computes
+used somewhere else (``x @ fc.weight``) makes the merged model differ from the trained one; so does a class that computes
 something else than W x + b. All three are seen in one step:
 
 * hooks on the targets say which were called;
 * a ``TorchFunctionMode`` sees the targets' weights in products outside of their layer. A penalty (``weight.pow(2).sum()``) is
   no such use;
 * after backward, a weight that has a gradient though its layer was not called (and no penalty explains it) was used outside;
-* a layer whose class has a forward of its own is called three times more, on copies, without autograd and with the random
-  state put back: with W, with an adapter, and with the adapter merged.
+* a layer whose class has its own forward is called three times more, on copies, without autograd and with the random
+  state restored: with W, with an adapter, and with the adapter merged.
 
 Nothing of this changes a number of the training, and nothing is left after the step, but for one hook on each layer that was
 not called yet: one step is no evidence against a layer (experts, LayerDrop, one task a batch). That hook removes itself.
@@ -59,7 +59,7 @@ class Rehearsal:
     Args:
         module: names of the targets count from it.
         targets: by name.
-        adapters: look whether layers with a forward of their own compute the same with an adapter and merged.
+        adapters: check that layers with their own forward compute the same with an adapter and merged.
     """
 
     def __init__(self, module: nn.Module, targets: Mapping[str, Target], adapters: bool = True) -> None:
@@ -121,7 +121,7 @@ class Rehearsal:
         return [[int(name in seen) for seen in sets] for name in self.layers]
 
     def finish(self, evidence: list[list[int]] | None = None) -> dict[str, str]:
-        """Stop watching all but layers that nobody has seen yet.
+        """Stop watching all but layers that have not been called yet.
 
         May be called again, after unseen layers were called.
 
@@ -181,7 +181,7 @@ class Hook:
 
 
 def _nothing(*_: Any) -> None:
-    """Do nothing, in a copied layer, in place of a hook."""
+    """Do nothing, in a copied layer, instead of a hook."""
 
 
 def _inert() -> Callable[..., None]:
@@ -200,7 +200,7 @@ class _Seen(Hook):
 
 
 class _Compare(Hook):
-    """Compare, at the first call of a layer with a forward of its own, its output with an adapter and with it merged."""
+    """Compare, at the first call of a layer with its own forward, its outputs with an adapter and with it merged."""
 
     def __call__(self, layer: MatrixLayer, args: tuple, kwargs: dict) -> None:
         rehearsal = self._watcher()

@@ -5,7 +5,7 @@ optimizer-step boundary. **New parameters join the group that owns their base we
 scheduler, for resume and for layer-wise learning rates, where ``add_param_group`` raises or silently drifts. Frozen
 parameters leave their group (which may become empty, but is never removed); their state and ``.grad`` are released.
 
-Under DDP the new wrapper has a reducer of its own, with the strategy's arguments and communication hook, or else with the hooks
+Under DDP the new wrapper has its own reducer, with the strategy's arguments and communication hook, or else with the hooks
 that were registered on the old wrapper (Lightning registers ``ddp_comm_hook`` on CUDA only and drops it silently on a CPU). The
 state of a hook that holds buffers by bucket (PowerSGD's) starts anew, because the buckets change.
 
@@ -268,7 +268,7 @@ def allow_graphs(module: nn.Module) -> int:
     goes back to eager code with no more than a warning.
 
     Returns:
-        How many of the module's layers are compiled (or hold compiled code); 0 leaves the limit as it is.
+        How many of the module's layers are compiled (or hold compiled code); 0 leaves the limit unchanged.
     """
     dynamo = sys.modules.get("torch._dynamo")  # not imported unless something was compiled
     if dynamo is None:
@@ -302,7 +302,7 @@ def check_restored(optimizers: Iterable[Optimizer], module: nn.Module) -> None:
     names = {id(p): name for name, p in module.named_parameters()}
     for optimizer in optimizers:
         if not type(optimizer).__module__.startswith("torch.optim"):
-            continue  # projected moments have shapes of their own: such an optimizer checks them itself
+            continue  # projected moments have their own shapes: such an optimizer checks them itself
         for p, state in optimizer.state.items():
             for key, value in state.items():
                 if isinstance(value, Tensor) and value.ndim > 0 and key.startswith("exp_avg") and value.shape != p.shape:
