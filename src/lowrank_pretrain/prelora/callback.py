@@ -66,9 +66,9 @@ class PreLoRA(PhaseCallback):
         then: ``lora``, or ``galore``: the optimizer (GaLoreAdamW) takes the targets over, without adapters; or ``factorize``:
             W trains on through the joint phase (at least 8 steps), and then becomes a product U V of its rank: everything
             shrinks with it. A target that would not get faster stays whole and trains on.
-        energy: with ``then="factorize"``: the share of each layer's output energy that its rank must keep, in place of
+        energy: with ``then="factorize"``: the share of each layer's output energy that its rank must keep, instead of
             ``ranks``.
-        flops: likewise: the share of the targets' FLOPs that the factors may take in all, in place of ``ranks``.
+        flops: likewise: the share of the targets' FLOPs that the factors may take in all, instead of ``ranks``.
 
     Raises:
         ConfigError: a wrong value; at the start of fit or in its first step, a pattern without a match, one that names what
@@ -222,7 +222,7 @@ class PreLoRA(PhaseCallback):
             self._say_unseen(pl_module)
         due = self.verdict.converged and self.windows_done >= self.earliest
         forced = self.latest is not None and self.windows_done >= self.latest
-        # every rank must do the same, whatever its rounding: rank 0 decides
+        # every rank must do the same, regardless of rounding: rank 0 decides
         if trainer.strategy.broadcast(due or forced):
             if not due:
                 rank_zero_info(f"PreLoRA: not converged by window {self.windows_done}, switching because of latest")
