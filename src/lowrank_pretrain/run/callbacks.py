@@ -23,7 +23,7 @@ class RunCallbacks:
     Args:
         config: the run's plain configuration.
         run_dir: the run directory.
-        ckpt: the checkpoint that the run goes on from.
+        ckpt: the checkpoint that the run resumes from.
         guard: watches loss and gradients.
 
     Raises:

@@ -139,7 +139,7 @@ def _wandb(group: str, values: dict[str, Any], run_dir: Path, config: dict[str, 
             rank_zero_only(print)(f"wandb: {why}, writing an offline run; {upload_later(run_dir)}")
     if not issubclass(find_class(group, values["_target_"], Logger), LogsPhases):  # W&B's own class, without ours
         values.pop("init_timeout", None)
-    # the same directory is the same run, so that a resumed one goes on in it
+    # the same directory is the same run, so that a resumed one continues it
     run_id = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:12]
     names = {
         "name": values.get("name") or run_dir.name,

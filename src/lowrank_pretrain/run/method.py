@@ -23,7 +23,7 @@ class Method:
     Attributes:
         callbacks: for ``Trainer(callbacks=…)``.
         strategy: for ``Trainer(strategy=…)``, or ``None``.
-        optimizer: ``(module, optim) -> Optimizer`` in place of AdamW, or ``None``.
+        optimizer: ``(module, optim) -> Optimizer`` instead of AdamW, or ``None``.
     """
 
     callbacks: list[Any] = field(default_factory=list)

@@ -16,7 +16,7 @@ from lowrank_pretrain.observe.monitor import RECENT, Monitor
 HOME = Path(__file__).parents[1]  # the package: warnings from there are ours
 FORMAT = warnings.formatwarning  # Lightning's, which is imported by now
 
-# Remarks of Lightning and its friends at every run that nobody can act on
+# Remarks of Lightning and related libraries at every run that need no action
 REMARKS: tuple[str, ...] = (
     "💡",
     "GPU available",
@@ -49,7 +49,7 @@ def progress(monitor: Monitor, bar: bool | None = True) -> list[Callback]:
 
 
 def quiet_lightning() -> None:
-    """Keep remarks that nobody can act on out of the output, and our own warnings to one line without our source."""
+    """Hide remarks that need no action, and print our own warnings on one line without source code."""
     warnings.formatwarning = _one_line
     for message in WARNINGS:
         warnings.filterwarnings("ignore", message=message)

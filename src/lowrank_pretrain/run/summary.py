@@ -101,7 +101,7 @@ def show(records: list[PhaseRecord], final: dict[str, float], where: dict[str, P
     Args:
         records: the phases; ratios are to the one called ``full``, if there is one.
         final: the last metrics by name.
-        where: what lies where, by words.
+        where: paths of the outputs, by label.
         console: where to print; stdout by default.
     """
     console = console or Console(highlight=False)
