@@ -1,4 +1,4 @@
-"""AdamW with both moments in 8 bit, by bitsandbytes: a quarter of the bytes, on CPU and CUDA."""
+"""Keep both moments of AdamW in 8 bits, with bitsandbytes: a quarter of the bytes, on CPU and CUDA."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,14 +12,14 @@ from lowrank_pretrain.models.optim import Optim
 
 
 def adamw8bit_optimizer() -> Callable[[nn.Module, Optim], torch.optim.Optimizer]:
-    """Return what makes bitsandbytes' ``AdamW8bit`` of a module and an ``Optim``; tensors below 4,096 entries stay in float32.
+    """Return a function (module, ``Optim``) -> bitsandbytes' ``AdamW8bit``. Tensors below 4,096 entries stay in float32.
 
     Raises:
         ConfigError: bitsandbytes is not installed, or its library cannot be loaded.
     """
     try:
         from bitsandbytes.optim import AdamW8bit
-    except Exception as error:  # the library's loader raises what it likes
+    except Exception as error:  # the library's loader raises many kinds
         cure = f"{missing_words('bitsandbytes')} ({str(error).splitlines()[0]})"
         raise ConfigError("method", "adamw8bit", cure) from None
 

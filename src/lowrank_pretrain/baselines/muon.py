@@ -1,4 +1,4 @@
-"""Muon for the targets' matrices (Jordan et al. 2024; scaled as in Liu et al., arXiv 2502.16982), AdamW for the rest.
+"""Run Muon on the targets' matrices (Jordan et al. 2024; scaled as in Liu et al., arXiv 2502.16982), AdamW on the rest.
 
 The class is torch's own from 2.9 on, else timm's. State: one number per entry of a matrix, half of AdamW's.
 """
@@ -25,7 +25,7 @@ class Muon(MatrixPair):
 
     Args:
         params: groups; those with ``matrices=True`` hold matrices only.
-        lr: of groups that have none.
+        lr: for groups that set none.
         momentum: share of the old momentum.
         nesterov: step on the mixture of momentum and gradient.
         ns_steps: Newton-Schulz iterations.
@@ -63,7 +63,7 @@ class Muon(MatrixPair):
 
 
 def _muon(settings: dict[str, Any]) -> torch.optim.Optimizer:
-    """Make the library's optimizer of an empty matrix."""
+    """Create the library's optimizer, over one empty matrix."""
     common = {**settings, "adjust_lr_fn": "match_rms_adamw"}
     if hasattr(torch.optim, "Muon"):
         return torch.optim.Muon([torch.zeros(0, 0)], **common)
@@ -77,7 +77,7 @@ def _muon(settings: dict[str, Any]) -> torch.optim.Optimizer:
 def muon_optimizer(
     targets: str | Sequence[str] = "all", momentum: float = 0.95, nesterov: bool = True, ns_steps: int = 5
 ) -> Callable[[nn.Module, Optim], Muon]:
-    """Return what makes :class:`Muon` of a module and an ``Optim``.
+    """Return a function (module, ``Optim``) -> :class:`Muon`.
 
     Raises:
         ConfigError: a wrong value; Nesterov without momentum.

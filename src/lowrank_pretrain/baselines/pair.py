@@ -1,4 +1,4 @@
-"""One optimizer that steps matrices by a rule of its own, and everything else by torch's AdamW.
+"""Combine two rules in one optimizer: its own for matrices, torch's AdamW for everything else.
 
 Lightning, schedules and checkpoints see one object: one list of groups, one state, one ``state_dict``.
 """
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MATRICES = "matrices"  # the key that marks a group; what has it is stepped by the rule
+MATRICES = "matrices"  # the key that marks a group of matrices
 
 
 class MatrixPair(torch.optim.Optimizer):
@@ -17,8 +17,8 @@ class MatrixPair(torch.optim.Optimizer):
 
     Args:
         params: groups. A group without ``matrices`` is AdamW's.
-        lr: of groups that have none.
-        rule: settings of the groups of matrices that have none of their own.
+        lr: for groups that set none.
+        rule: default settings of the groups of matrices.
     """
 
     def __init__(self, params: Iterable[dict[str, Any]], lr: float, rule: dict[str, Any]) -> None:
@@ -27,7 +27,7 @@ class MatrixPair(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group as torch's optimizers do, with the settings of its side."""
+        """Add a group as torch's optimizers do, with the default settings for its kind."""
         matrices = bool(param_group.setdefault(MATRICES, False))
         for key, value in (self._rule if matrices else _adamw().defaults).items():
             param_group.setdefault(key, self.defaults["lr"] if key == "lr" else value)
@@ -48,11 +48,11 @@ class MatrixPair(torch.optim.Optimizer):
         return loss
 
     def step_matrices(self, groups: list[dict[str, Any]]) -> None:
-        """Step the matrices with the gradients that are there."""
+        """Step the matrices that have gradients."""
         raise NotImplementedError
 
     def _lend(self, other: torch.optim.Optimizer, groups: list[dict[str, Any]]) -> None:
-        """Let another optimizer work on these groups and on this state: both may be new objects after a load."""
+        """Point another optimizer at these groups and this state: after a load, both may be new objects."""
         other.param_groups, other.state = groups, self.state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -64,10 +64,10 @@ class MatrixPair(torch.optim.Optimizer):
 
 
 def _adamw() -> torch.optim.AdamW:
-    """Make torch's AdamW of nothing: it wants one parameter to begin with."""
+    """Create an empty AdamW of torch's: its constructor demands one parameter."""
     return torch.optim.AdamW([torch.zeros(0)])
 
 
 def gradients(group: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
-    """Return the parameters of a group that have a gradient, each with it."""
+    """Return (parameter, gradient) of each parameter in a group that has a gradient."""
     return [(p, p.grad) for p in group["params"] if p.grad is not None]

@@ -1,4 +1,4 @@
-"""SinkGD (Scetbon et al., arXiv 2502.06742): no state for matrices, their gradient is normalised by rows and columns in turn.
+"""Run SinkGD (Scetbon et al., arXiv 2502.06742): normalise a matrix's gradient by rows and columns in turn, with no state.
 
 Written from the paper's Algorithms 3 and 4. State of a matrix: nothing. The rest is AdamW's.
 """
@@ -38,8 +38,8 @@ class SinkGD(MatrixPair):
 
     Args:
         params: groups; those with ``matrices=True`` hold matrices only.
-        lr: of groups that have none.
-        iterations: of the normalisation; the paper's 5.
+        lr: for groups that set none.
+        iterations: number of normalisations; the paper uses 5.
         scale: times the rate, for matrices. 0.2 is the size of AdamW's updates, so that AdamW's rate carries over.
     """
 
@@ -48,7 +48,7 @@ class SinkGD(MatrixPair):
         super().__init__(params, lr, rule)
 
     def step_matrices(self, groups: list[dict[str, Any]]) -> None:
-        """W ← (1 − ηλ) W − η·scale·sinkhorn(G)."""
+        """Apply W ← (1 − ηλ) W − η·scale·sinkhorn(G)."""
         for group in groups:
             lr = float(group["lr"])
             for p, grad in gradients(group):
@@ -59,7 +59,7 @@ class SinkGD(MatrixPair):
 def sinkgd_optimizer(
     targets: str | Sequence[str] = "all", iterations: int = 5, scale: float = 0.2
 ) -> Callable[[nn.Module, Optim], SinkGD]:
-    """Return what makes :class:`SinkGD` of a module and an ``Optim``.
+    """Return a function (module, ``Optim``) -> :class:`SinkGD`.
 
     Raises:
         ConfigError: a wrong value.

@@ -1,1 +1,1 @@
-"""Write, find and read checkpoint files, and what Lightning leaves out of them."""
+"""Write, find and read checkpoint files, and add what Lightning leaves out of them."""

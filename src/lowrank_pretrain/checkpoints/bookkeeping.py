@@ -1,4 +1,4 @@
-"""The callbacks that write a run's checkpoints and bring them back exactly, in their places around all others."""
+"""Group the callbacks that write a run's checkpoints and restore them exactly, and order them around all others."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ class Bookkeeping:
     Args:
         directory: where ``last.ckpt`` and ``best.ckpt`` lie.
         every_n_steps: see :class:`LastCheckpoint`.
-        resumed: the checkpoint that the run goes on from.
+        resumed: the checkpoint that the run resumes from.
 
     Raises:
         ConfigError: a wrong value.

@@ -1,4 +1,4 @@
-"""Write checkpoint files whole or not at all, find them again, and check them before anything is built on them."""
+"""Write checkpoint files whole or not at all, find them again, and check them before use."""
 
 import os
 import shutil
@@ -35,16 +35,16 @@ KINDS = {
 
 
 class LastCheckpoint(Checkpoint):
-    """Write ``last.ckpt`` where a run can go on from exactly, and end the run there when it was interrupted.
+    """Write ``last.ckpt`` at points where a run can resume exactly, and end an interrupted run at one of them.
 
-    That is at the end of every epoch, and within one every `every_n_steps` optimizer steps; but never at a batch which
-    validation follows, for Lightning would skip that validation on resume. The file takes the old one's place at the next
-    hook: Lightning logs a step after the last hook of the step, and a run that is killed in between would lack that row.
+    Such points are the end of each epoch, and every `every_n_steps` optimizer steps within one; but never a batch that
+    validation follows, because Lightning would skip that validation on resume. The file takes the old one's place at the next
+    hook: Lightning logs a step after the last hook of the step, and a run killed in between would lack that row.
 
     Args:
         directory: where ``last.ckpt`` lies.
-        every_n_steps: optimizer steps between two writings within an epoch; 0: only at epochs' ends.
-        interrupts: knows whether the run was told to stop; None: it never is.
+        every_n_steps: optimizer steps between two writes within an epoch; 0: only at the end of epochs.
+        interrupts: tells whether the run was told to stop; None: it never is.
     """
 
     def __init__(self, directory: str | os.PathLike, every_n_steps: int = 0, interrupts: Interrupts | None = None) -> None:
@@ -113,21 +113,21 @@ class LastCheckpoint(Checkpoint):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # resumed from another file after the last epoch's last batch, no hook has come before this one
+        # on resume from another file after the last epoch's last batch, this is the first hook
         if self._saved_step != trainer.global_step and not is_trial(trainer):
             self._write(trainer, None)
         self._put_in_place(trainer)
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """Keep the checkpoint of the lowest ``val/loss`` as ``best.ckpt``, in a run directory that was moved too.
+    """Keep the checkpoint of the lowest ``val/loss`` as ``best.ckpt``, even if the run directory was moved.
 
-    Lightning keeps absolute paths, and forgets the best score where the directory has another one: the next epoch would
-    then take the best one's place, better or worse.
+    Lightning stores absolute paths, and forgets the best score if the directory's path has changed: the next epoch would
+    then replace the best one, better or worse.
 
     Args:
         directory: where ``best.ckpt`` lies.
-        resumed: the checkpoint that the run goes on from; of another directory, its best is another run's.
+        resumed: the checkpoint that the run resumes from; if from another directory, its best is another run's.
     """
 
     def __init__(self, directory: str | os.PathLike, resumed: Path | None = None) -> None:
@@ -165,7 +165,7 @@ def _validation_follows(trainer: Trainer, batch_idx: int) -> bool:
 
 
 def inspect(path: Path) -> dict[str, Any]:
-    """Return a checkpoint, its tensors mapped and not read; nothing that it may hold is executed.
+    """Return a checkpoint, with its tensors mapped, not read. Nothing in it is executed.
 
     Raises:
         ConfigError: there is none, it is truncated, of a newer format, or not a checkpoint that resumes; keyed ``ckpt_path``.
@@ -178,7 +178,7 @@ def inspect(path: Path) -> dict[str, Any]:
         checkpoint = safe_load(path, mmap=True)
     except ConfigError:
         raise
-    except Exception as error:  # torch raises half a dozen kinds here; all mean the same to whoever named the file
+    except Exception as error:  # torch raises half a dozen kinds here; all mean the same to the user
         reason = first_line(error)[:120]
         raise ConfigError("ckpt_path", str(path), f"cannot be read as a checkpoint ({reason})") from error
     lacking = [part for part in PARTS if not isinstance(checkpoint, dict) or part not in checkpoint]
@@ -189,7 +189,7 @@ def inspect(path: Path) -> dict[str, Any]:
         if part in checkpoint and not isinstance(checkpoint[part], kind):
             found = type(checkpoint[part]).__name__
             raise ConfigError("ckpt_path", str(path), f"is no checkpoint of a run: its {part} is {found}, not {words}")
-    for part, value in checkpoint.items():  # hyper-parameters may be of any type: nothing goes on from them
+    for part, value in checkpoint.items():  # hyper-parameters may be of any type: nothing resumes from them
         foreign = None if part.endswith("hyper_parameters") else unread(value)
         if foreign is not None:
             raise ConfigError("ckpt_path", str(path), f"cannot be read as a checkpoint (its {part} holds a {foreign})")
@@ -198,7 +198,7 @@ def inspect(path: Path) -> dict[str, Any]:
 
 
 def check_side(path: Path, side: dict[str, Any]) -> None:
-    """Check what a checkpoint says of the low-rank side of its run, before anything acts on it.
+    """Check a checkpoint's entries about the low-rank side of its run, before they are used.
 
     Raises:
         ConfigError: a newer format, or entries that no run of ours wrote; keyed ``ckpt_path``.
@@ -227,17 +227,17 @@ def check_sums(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as file:
             broken = file.testzip()
-    except Exception as error:  # a damaged directory fails in as many ways as it has fields
+    except Exception as error:  # a damaged directory fails in many ways
         broken = f"its directory ({type(error).__name__})"
     if broken is not None:
         raise ConfigError("ckpt_path", str(path), f"is damaged: the checksum of {broken} does not fit; use an earlier one")
 
 
 def newest_whole(directory: Path) -> Path | None:
-    """Return ``last.ckpt`` of a directory, else the whole checkpoint that is furthest on; None where there is none.
+    """Return a directory's ``last.ckpt``, else its complete checkpoint with the most steps; None if there is none.
 
-    Another file may be a few steps ahead when a run is killed, but a run goes on exactly only from ``last.ckpt``: after
-    other files hooks of an epoch's end and rows of metrics may be lacking. Warns of broken ones.
+    Another file may be a few steps ahead when a run is killed, but only ``last.ckpt`` resumes exactly: with
+    other files, hooks at the end of an epoch and rows of metrics may be missing. Warns of broken files.
     """
     found = []
     for path in sorted(directory.glob("*.ckpt")):
@@ -255,10 +255,10 @@ def newest_whole(directory: Path) -> Path | None:
 
 
 def check_fits(path: Path, module: LightningModule) -> int:
-    """Return the steps that a checkpoint has taken; it must be of a model like `module`, and finite.
+    """Return a checkpoint's step count, after checking that its weights fit `module` and are finite.
 
     Raises:
-        ConfigError: it is of another model, or holds NaN; names the first tensor that is wrong.
+        ConfigError: it belongs to another model, or holds NaN; the message names the first wrong tensor.
     """
     checkpoint = inspect(path)
     state = checkpoint["state_dict"]
@@ -277,7 +277,7 @@ def check_fits(path: Path, module: LightningModule) -> int:
 
 
 def take_states(callbacks: list[Callback], path: Path) -> None:
-    """Give the callbacks the states that they had when the checkpoint at `path` was written."""
+    """Restore the callbacks' states from the checkpoint at `path`."""
     states = inspect(path)["callbacks"] if path.is_file() else {}
     for callback in callbacks:
         if callback.state_key in states:
@@ -285,7 +285,7 @@ def take_states(callbacks: list[Callback], path: Path) -> None:
 
 
 def remove_unfinished(directory: Path) -> None:
-    """Delete what a killed process left half written."""
+    """Delete the partial files that a killed process left."""
     for path in directory.glob(".*.part"):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)

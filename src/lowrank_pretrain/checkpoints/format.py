@@ -1,9 +1,9 @@
-"""The format of what a checkpoint holds besides Lightning's own, and which formats load.
+"""Number the format of this package's entries in a checkpoint, and refuse formats that cannot be read.
 
 The side entry ``checkpoint["lowrank_pretrain"]`` and the strategy's ``lte_state`` each have a ``format``. **The policy**: a
 version of this package loads every format up to its own. An entry without one, from before formats were counted, is read as 1.
-A newer one is refused in one line that says to update. The number goes up only when an older reader would go wrong; the
-reader of the older format then stays.
+A newer one is refused in one line that says to update. The number goes up only when an older reader would misread the file; the
+reader of the older format is then kept.
 """
 
 from typing import Any
@@ -21,11 +21,11 @@ def check_format(entry: Any, path: Any, key: str = "ckpt_path", name: str = SIDE
     Args:
         entry: the side entry, or ``lte_state``.
         path: the file, for the message.
-        key: what the file was given as.
+        key: the argument that named the file.
         name: the entry's key in the checkpoint, for the message.
 
     Raises:
-        ConfigError: a newer format, or none that a version of this package wrote.
+        ConfigError: a newer format, or one that no version of this package wrote.
 
     Example:
         >>> check_format({"format": FORMAT}, "last.ckpt")

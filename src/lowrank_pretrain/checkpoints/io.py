@@ -1,4 +1,4 @@
-"""Write a checkpoint next to the old one, sync it, and only then put it in its place."""
+"""Write a checkpoint next to the old one, sync it, and only then replace the old one."""
 
 import os
 import shutil
@@ -16,14 +16,14 @@ from lowrank_pretrain.core.versions import versions
 
 
 class NotWritten(OSError):
-    """Say that a checkpoint could not be written; the one that was there is as it was."""
+    """Say that a checkpoint could not be written. The old file is unchanged."""
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
-    """Write next to the target, sync, then replace: a crash or a full disk leaves the old file as it was.
+    """Write next to the target, sync, then replace: a crash or a full disk leaves the old file unchanged.
 
-    The command line always writes so; a script of one's own says ``Trainer(plugins=[WholeCheckpointIO()])``. Lightning alone
-    writes into the temporary folder and moves: to another file system that is a copy over the old file, which a kill cuts off.
+    The command line always does this; your own script needs ``Trainer(plugins=[WholeCheckpointIO()])``. Lightning by itself
+    writes to the temporary folder, then moves. Across file systems that copies over the old file, and a kill truncates it.
 
     A path on another file system (``s3://``, ``memory://``, …: fsspec's) is written there by that system's own transaction.
 
@@ -31,7 +31,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
     ``["versions"]``.
 
     Raises:
-        NotWritten: names the target and why.
+        NotWritten: names the target and the cause.
     """
 
     @override
@@ -41,9 +41,9 @@ class WholeCheckpointIO(TorchCheckpointIO):
             side.setdefault("format", FORMAT)
             side["versions"] = versions()
         if is_remote(path):
-            try:  # Lightning writes into a transaction of the file system: the file is there when all of it is, and not before
+            try:  # Lightning writes into a transaction of the file system: the file appears only once it is complete
                 super().save_checkpoint(checkpoint, os.fspath(path), storage_options)
-            except Exception as error:  # each file system has errors of its own
+            except Exception as error:  # each file system has its own errors
                 raise NotWritten(f"{path} could not be written: {error or type(error).__name__}") from error
             return
         path = Path(without_scheme(path))
@@ -56,23 +56,23 @@ class WholeCheckpointIO(TorchCheckpointIO):
 
 
 def is_remote(path: str | os.PathLike) -> bool:
-    """Return whether a path names a file system of fsspec's other than this machine's."""
+    """Return whether a path is on a remote file system (fsspec's)."""
     scheme, found, _ = os.fspath(path).partition("://")
     return bool(found) and scheme not in ("file", "local")
 
 
 def without_scheme(path: str | os.PathLike) -> str:
-    """Return a path on this machine as the system knows it: ``file:///a`` is ``/a``."""
+    """Return a local path without its scheme: ``file:///a`` is ``/a``."""
     scheme, found, rest = os.fspath(path).partition("://")
     return rest if found and scheme in ("file", "local") else os.fspath(path)
 
 
 def local_path(path: str | os.PathLike, key: str) -> str:
-    """Return a path on this machine's file systems, where a file can be replaced by another in one go.
+    """Return a path on a local file system, where one file can replace another atomically.
 
     Args:
         path: as the user gave it.
-        key: what it was given as.
+        key: the argument's name.
 
     Raises:
         ConfigError: it names another file system; as a local path it would become a folder called ``s3:``.
@@ -83,8 +83,8 @@ def local_path(path: str | os.PathLike, key: str) -> str:
 
 
 def _room(directory: Path) -> str:
-    """Return words on the room that is left: torch's own message does not say that the disk is full."""
+    """Describe the free disk space: torch's own message does not say that the disk is full."""
     try:
         return f", {shutil.disk_usage(directory).free // 2**20} MiB were free on its disk"
-    except OSError:  # there is no such directory
+    except OSError:  # no such directory
         return ""

@@ -1,4 +1,4 @@
-"""Warn where a run goes on for longer than the checkpoint's under a schedule that is not ours: it may have ended."""
+"""Warn when a resumed run is longer than the checkpoint's and its schedule is not ours: the schedule may have ended."""
 
 import math
 import warnings
@@ -16,9 +16,9 @@ ENDS = ("T_max", "total_steps", "total_iters", "_milestones", "milestones", "lr_
 
 
 class LongerRun(Callback):
-    """Compare the run's length with the checkpoint's where the schedule is not ours.
+    """Compare the run's length with the checkpoint's if the schedule is not ours.
 
-    Torch's schedulers take all that they know from the file, the length of the run too.
+    Torch's schedulers restore all their attributes from the file, including the length of the run.
     """
 
     def __init__(self) -> None:
@@ -50,9 +50,9 @@ class LongerRun(Callback):
 
 
 def _length(trainer: Trainer) -> int | None:
-    """Return the optimizer steps of the whole run; None where they are not known."""
+    """Return the optimizer steps of the whole run; None if unknown."""
     try:
         steps = trainer.estimated_stepping_batches
-    except MisconfigurationException:  # batches per step that change on the way
+    except MisconfigurationException:  # the number of batches per step changes during the run
         return None
     return None if math.isinf(steps) else int(steps)

@@ -1,4 +1,4 @@
-"""Mends of Lightning's resume: an epoch counted twice where ``max_steps`` is set, and hooks left out."""
+"""Repair Lightning's resume: with ``max_steps`` it counts an epoch twice, and it leaves hooks out."""
 
 from typing import Any
 
@@ -26,24 +26,24 @@ class LoopState(Callback):
     from then on trains on other data. The limit is lifted while the loop is restored, which ends with the first hook
     of training.
 
-    A run that is resumed in the middle of an epoch does not call ``on_train_epoch_start``, in which
+    A run resumed in the middle of an epoch does not call ``on_train_epoch_start``, in which
     ``GradientAccumulationScheduler`` sets how many batches make a step: until the next epoch it would be 1.
 
-    A run that was killed after its last step is resumed without a step, and Lightning then leaves ``on_train_end`` out too,
-    where ``WeightAveraging`` hands its weights to the model: what is tested and exported would be those of the last step.
+    A run that was killed after its last step resumes without a step, and Lightning then skips ``on_train_end`` too,
+    where ``WeightAveraging`` hands its weights to the model: the last step's weights would be tested and exported instead.
 
-    A scheduler that goes by a metric (``ReduceLROnPlateau``) is stepped after the last hook of an epoch; a file written in
-    that hook is without the step, and Lightning leaves the step out in an epoch that is resumed in its middle, for it does
+    A scheduler that follows a metric (``ReduceLROnPlateau``) is stepped after the last hook of an epoch; a file written in
+    that hook lacks the step. Lightning also skips the step in an epoch that was resumed in its middle, because it does
     not save metrics.
 
-    DDP adds gradients up in another order in the first step after a start than in all others: see ``buckets``.
+    In the first step after a start, DDP adds gradients in another order than in all later steps: see ``buckets``.
     """
 
     def __init__(self) -> None:
         self._resuming = False
         self._first_batch = False
         self._max_steps = -1
-        self._metrics: dict[str, float] = {}  # of the checkpoint, by the names that schedulers go by
+        self._metrics: dict[str, float] = {}  # from the checkpoint, by the names that schedulers use
         self._owed = False  # the checkpoint was written after an epoch, but its schedulers have not been told
         self._resumed_inside = False  # until the end of the epoch
 
@@ -76,7 +76,7 @@ class LoopState(Callback):
             self._resuming, self._first_batch = False, True
             for config in trainer.lr_scheduler_configs:
                 follow_rates(config.scheduler)
-            if self._owed:  # the epoch is over, but for this
+            if self._owed:  # the last thing that the epoch owes
                 self._step(trainer, pl_module, trainer.current_epoch)
             self._resumed_inside = not self._owed and trainer.fit_loop.restarting
 

@@ -13,7 +13,7 @@ KEY = "random_state"
 
 
 def capture() -> dict[str, Any]:
-    """Return the states of Python's, numpy's and torch's generators (the current CUDA device's too), as plain types."""
+    """Return the states of the Python, numpy and torch generators (with the current CUDA device's) as plain types."""
     numpys: Any = np.random.get_state()
     name, keys, position, has_gauss, cached = numpys
     state = {
@@ -28,7 +28,7 @@ def capture() -> dict[str, Any]:
 
 
 def restore(state: dict[str, Any]) -> None:
-    """Set the generators to what `capture` returned; a CUDA state without a CUDA device is left out."""
+    """Set the generators to what `capture` returned; a CUDA state without a CUDA device is ignored."""
     random.setstate((3, tuple(state["python"]), state["python_gauss"]))
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
@@ -47,7 +47,7 @@ def capture_all(world_size: int, group: Any = None) -> list[dict[str, Any]]:
 
 
 class RandomState(Callback):
-    """Save the generators of every process and set them again when training has started, after all else has drawn.
+    """Save the generators of every process and restore them when training starts, after everything else has drawn.
 
     Put it last among the callbacks (Lightning moves checkpoint callbacks after it, and they draw nothing).
     """

@@ -1,4 +1,4 @@
-"""Read a checkpoint without executing anything that it may hold, and without refusing what is harmless.
+"""Read a checkpoint without executing anything in it, and without refusing harmless values.
 
 ``torch.load(weights_only=True)`` refuses a whole file for one hyper-parameter of a type that it does not know (a path, a
 configuration, a numpy number). Here such a value becomes a stand-in, and the weights are read.
@@ -25,7 +25,7 @@ from lowrank_pretrain.core.lightning_private import loadable_names
 
 
 class Unread:
-    """Stand for a value of a type that is not read: nothing of the type's own is imported or called.
+    """Stand in for a value whose type is not read: nothing of that type is imported or called.
 
     Attributes:
         kind: its type, ``module.name``.
@@ -52,7 +52,7 @@ class Unread:
         """Keep nothing."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> "Unread":
-        """Stand for what it would have made."""
+        """Stand in for the result of the call."""
         return self
 
     def __hash__(self) -> int:
@@ -63,7 +63,7 @@ class Unread:
 
 
 def _harmless() -> dict[str, Any]:
-    """Return what may be made by name: values that hold data and do nothing when they are made."""
+    """Return the types that may be created, by name: they hold data and do nothing when created."""
     kinds: list[Any] = [
         argparse.Namespace, collections.OrderedDict, collections.Counter, collections.deque, datetime.date, datetime.datetime,
         datetime.time, datetime.timedelta, datetime.timezone, decimal.Decimal, fractions.Fraction, uuid.UUID, SimpleNamespace,
@@ -71,7 +71,7 @@ def _harmless() -> dict[str, Any]:
         int, float, str, bool, bytes, list, dict, tuple,
     ]  # fmt: skip
     found = {f"{kind.__module__}.{kind.__qualname__}": kind for kind in kinds}
-    # as a file of another system names it, and where newer Pythons keep it: a path is only its words here
+    # the names on other systems and in newer Pythons: here a path is only text
     for module in ("pathlib", "pathlib._local"):
         found |= {f"{module}.{name}": pathlib.PurePosixPath for name in ("Path", "PosixPath", "PurePath", "PurePosixPath")}
         found |= {f"{module}.{name}": pathlib.PureWindowsPath for name in ("WindowsPath", "PureWindowsPath")}
@@ -82,7 +82,7 @@ def _harmless() -> dict[str, Any]:
 def _numpy() -> dict[str, Any]:
     try:
         import numpy as np
-        from numpy._core.multiarray import _reconstruct, scalar  # where numpy's own pickles find them
+        from numpy._core.multiarray import _reconstruct, scalar  # the place that numpy's pickles name
     except ImportError:  # no numpy, or one before 2.0
         return {}
     found: dict[str, Any] = {"numpy.ndarray": np.ndarray, "numpy.dtype": np.dtype}
@@ -93,7 +93,7 @@ def _numpy() -> dict[str, Any]:
 
 
 class _Reader:
-    """Stand for the module ``pickle`` in ``torch.load``."""
+    """Stand in for the module ``pickle`` in ``torch.load``."""
 
     __name__ = "pickle"
 
@@ -120,17 +120,17 @@ class _Reader:
 
 
 def safe_load(path: str | PathLike, mmap: bool = False) -> Any:
-    """Read a checkpoint onto the CPU; nothing that it may hold is executed.
+    """Read a checkpoint onto the CPU. Nothing in it is executed.
 
     Args:
-        path: of the file.
-        mmap: map its tensors, do not read them.
+        path: the file.
+        mmap: map its tensors instead of reading them.
 
     Returns:
-        What was saved. Values of types that are no plain data are ``Unread``.
+        What was saved. Values that are not plain data are ``Unread``.
 
     Raises:
-        Exception: of one of the many kinds that torch has for files that are cut off or of another format.
+        Exception: one of the many kinds that torch raises for truncated files and other formats.
     """
     load: Callable[..., Any] = torch.load
     try:
@@ -142,7 +142,7 @@ def safe_load(path: str | PathLike, mmap: bool = False) -> Any:
 
 
 def _is_archive(path: str | PathLike) -> bool:
-    """Return whether it is a zip file, as torch writes; it reads older formats in other ways."""
+    """Return whether it is a zip file, as torch writes. Torch reads older formats in other ways."""
     with open(path, "rb") as file:
         return file.read(4) == b"PK\x03\x04"
 

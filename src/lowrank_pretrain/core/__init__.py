@@ -1,1 +1,1 @@
-"""Hold what every room stands on: errors, targets, plans, seeds, agreement between ranks."""
+"""Provide what every room builds on: errors, targets, plans, seeds, agreement between ranks."""

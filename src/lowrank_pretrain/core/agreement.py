@@ -1,7 +1,7 @@
-"""Let all ranks have the same: random numbers that depend on nothing but their purpose, and weights, which are compared.
+"""Keep all ranks equal: random numbers depend only on their purpose, and weights are compared.
 
 Random numbers never come from torch's global generator, so a resumed or validated run draws the same. Weights are compared
-because adapters drawn differently, or a reducer that missed some, would let ranks drift apart without a word.
+because adapters drawn differently, or a reducer that missed some, would let ranks drift apart silently.
 """
 
 import hashlib
@@ -39,16 +39,16 @@ def generator(*words: object, seed: int | None = None) -> torch.Generator:
 
 
 class Disagreement(RuntimeError):
-    """Ranks that should hold the same weights do not."""
+    """Report that ranks hold different weights although they should be equal."""
 
 
 def fingerprint(p: Tensor) -> Tensor:
-    """Return a 64-bit integer of the bits of a tensor, on its device; equal tensors have equal ones.
+    """Return a 64-bit fingerprint of a tensor's bits, on its device; equal tensors have equal fingerprints.
 
     Sums of bit patterns by row, weighted by the row's number: no temporary is larger than one number per row, and a change
-    of bits, or rows that changed places, shows.
+    of bits, or a swap of rows, is noticed.
     """
-    # doubles as two halves: of 64-bit integers an even number of changed signs would cancel modulo 2⁶⁴
+    # read doubles as two halves: an even number of changed signs would cancel modulo 2⁶⁴ in 64-bit integers
     kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
     bits = p.detach().contiguous().reshape(p.shape or (1,))
     bits = torch.view_as_real(bits).contiguous() if bits.is_complex() else bits
@@ -61,20 +61,20 @@ def fingerprint(p: Tensor) -> Tensor:
 
 @torch.no_grad()
 def agreed_hash(strategy: Any, module: nn.Module, when: str, apart: Collection[str] | None = None, cause: str = "") -> int:
-    """Return a hash of all parameters, of which every rank has made sure that the others hold the same.
+    """Return a hash of all parameters, after checking that all ranks hold the same.
 
     Args:
-        strategy: the trainer's, which all ranks must come to together.
+        strategy: the trainer's. All ranks must call this together.
         module: its parameters.
         when: for the message, e.g. ``after the switch at step 8``.
-        apart: names of those that may differ; ``None``: what DDP was told to leave out.
-        cause: what is likely to have made them drift, for the message.
+        apart: names of parameters that may differ; ``None``: those that DDP was told to ignore.
+        cause: the likely cause of the drift, for the message.
 
     Returns:
         32 bits, the same on every rank.
 
     Raises:
-        Disagreement: on every rank, naming the first parameter that differs and the ranks that hold another one.
+        Disagreement: on every rank, naming the first parameter that differs and the ranks where it differs.
     """
     apart = set(getattr(module, LEFT_OUT_OF_DDP, ())) if apart is None else set(apart)
     named = [(name, p) for name, p in module.named_parameters() if name not in apart and not is_lazy(p)]

@@ -17,7 +17,7 @@ def key_values(argv: Sequence[str], keys: Collection[str]) -> dict[str, str]:
         keys: the keys that exist; ``-`` and ``_`` mean the same.
 
     Raises:
-        ConfigError: no such key, a key without its value, or a word that is neither.
+        ConfigError: no such key, a key without a value, or a word in another form.
 
     Example:
         >>> key_values(["out=here", "--min-freq", "2"], ("out", "min_freq"))
@@ -40,7 +40,7 @@ def key_values(argv: Sequence[str], keys: Collection[str]) -> dict[str, str]:
 def as_flags(argv: Sequence[str] | None, parser: ArgumentParser) -> list[str]:
     """Turn ``key=value`` into ``--key value`` where `parser` has ``--key``.
 
-    All other words stay as they are: a directory's name may contain an equals sign.
+    All other words are unchanged: a directory's name may contain an equals sign.
 
     Args:
         argv: the arguments. None: those of the process.

@@ -1,4 +1,4 @@
-"""Tell by a tensor's bits, in one pass over it, whether anyone has written into it."""
+"""Detect from a tensor's bits, in one pass, that something has written into it."""
 
 import functools
 from collections.abc import Sequence
@@ -10,12 +10,12 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
 
 
 def stamp(tensor: Tensor) -> Tensor:
-    """Return a 64-bit integer of a tensor's bits, on its device: by row, weighted by the row's number."""
+    """Return a 64-bit fingerprint of a tensor's bits, on its device: row sums weighted by row number."""
     return stamps([tensor])[0]
 
 
 def stamps(tensors: Sequence[Tensor]) -> Tensor:
-    """Return every tensor's stamp, (n,), on the first one's device: one pass over each, and few calls beyond."""
+    """Return every tensor's stamp, (n,), on the first one's device, in one pass over each and few other calls."""
     device = tensors[0].device
     sums = [_row_sums(t) for t in tensors]
     if any(s.device != device for s in sums):
@@ -26,7 +26,7 @@ def stamps(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _row_sums(tensor: Tensor) -> Tensor:
-    """Sums of the bits of each row, as numbers of 64 bits where the rows allow it."""
+    """Return the sum of each row's bits, read as 64-bit numbers where the row length allows it."""
     tensor = tensor.detach()
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor)
@@ -35,14 +35,14 @@ def _row_sums(tensor: Tensor) -> Tensor:
     if tensor.ndim != 2:
         tensor = tensor.reshape(tensor.shape[0] if tensor.ndim > 1 and tensor.numel() else 1, -1)
     size = tensor.itemsize
-    # of two 64-bit numbers changed signs would cancel modulo 2⁶⁴: doubles are read as halves
+    # read doubles as halves: two changed signs would cancel modulo 2⁶⁴ in 64-bit numbers
     whole = size < 8 and tensor.shape[1] * size % 8 == 0 and tensor.storage_offset() * size % 8 == 0
     return tensor.view(torch.int64 if whole else _INTEGERS[size]).sum(1, dtype=torch.int64)
 
 
 @functools.lru_cache(maxsize=32)
 def _places(rows: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Of each row of all tensors: whose it is, and its weight, an odd number."""
+    """Return for each row of all tensors the tensor's index and the row's weight, an odd number."""
     with torch.inference_mode(False):
         owner = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(rows))
         weight = torch.cat([torch.arange(1, 2 * n, 2) for n in rows])

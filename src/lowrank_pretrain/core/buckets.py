@@ -1,13 +1,13 @@
-"""The order in which DDP adds up gradients, settled before the first step that counts.
+"""Settle the order in which DDP adds up gradients before the first real step.
 
 DDP sends gradients in buckets. It lays them out when it wraps a model, and once more after the first backward pass, in the
 order in which the gradients came. Where three or more processes add up, a number's place in its bucket decides who adds
-first: the first step after a wrapping rounds otherwise than all later ones. A resumed run wraps anew, so that its first step
+first: the first step after wrapping rounds differently from all later ones. A resumed run wraps again, so its first step
 would differ in its last bits from the same step of the run that was never interrupted.
 
-``settle_buckets`` has DDP do its second layout at once: one backward pass of a made-up graph, whose gradients come in the
-reversed order of the parameters, about that of most models. From then on nothing moves. It costs one average of gradients at
-each wrapping, and reads nothing of the model but its trainable parameters.
+``settle_buckets`` makes DDP do its second layout at once, by one backward pass of a made-up graph, whose gradients come in the
+reverse order of the parameters, which is close to that of most models. The layout then stays. It costs one average per
+wrapping, and reads nothing of the model but its trainable parameters.
 """
 
 from collections.abc import Iterator
@@ -26,11 +26,11 @@ _SETTLED = "_lowrank_pretrain_settled"
 
 
 def settle_buckets(wrapper: Any) -> None:
-    """Lay DDP's buckets out for good. All processes must call it together, between two optimizer steps.
+    """Fix the layout of DDP's buckets. All processes must call it together, between two optimizer steps.
 
-    Nothing is done for a wrapper of another kind, one that is settled already, one that never lays out twice
-    (``find_unused_parameters``), and one with a communication hook, which would take the made-up gradients for real ones;
-    nor for fewer than three processes, of whom nobody can add first.
+    Do nothing for a wrapper of another kind, one that is already settled, one that never lays out twice
+    (``find_unused_parameters``), or one with a communication hook, which would take the made-up gradients for real ones;
+    nor for fewer than three processes, where the order of adding makes no difference.
 
     Args:
         wrapper: what the strategy made of the model.
@@ -62,9 +62,9 @@ def settle_buckets(wrapper: Any) -> None:
 
 
 def _settle_static(wrapper: DistributedDataParallel) -> None:
-    """A static graph is learnt from its first real backward pass, so a made-up one must not be shown.
+    """Settle a static graph without a made-up backward pass, since DDP learns the graph from the first one.
 
-    The order of the parameters is taken instead. Then no bucket is full before the backward pass is over: on a GPU, where
+    The order of the parameters is taken instead. Then no bucket is full before the backward pass ends. On a GPU, where
     sending overlaps with computing and the last bits are not promised, DDP's own layout stays.
     """
     if wrapper.device_type == "cpu":
@@ -73,16 +73,16 @@ def _settle_static(wrapper: DistributedDataParallel) -> None:
 
 
 def _reduced(wrapper: DistributedDataParallel) -> list[nn.Parameter]:
-    """The parameters whose gradients the wrapper averages, each once, in the module's order."""
+    """Return the parameters whose gradients the wrapper averages, each once, in the module's order."""
     left_out = wrapper.parameters_to_ignore
     named = wrapper.module.named_parameters()
     return [p for name, p in named if p.requires_grad and name not in left_out]
 
 
 def _made_up_loss(module: nn.Module, parameters: list[nn.Parameter]) -> Tensor:
-    """A sum over all parameters whose backward pass reaches the last one first.
+    """Return a sum over all parameters whose backward pass reaches the last one first.
 
-    Autograd runs what was made later first, and hands a gradient over before it goes on.
+    Autograd runs what was made later first, and delivers each gradient before it continues.
     """
     sparse = {id(m.weight) for m in module.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.sparse}
     total = parameters[0].new_zeros((), dtype=torch.float32)
@@ -97,7 +97,7 @@ def _made_up_loss(module: nn.Module, parameters: list[nn.Parameter]) -> Tensor:
 
 @contextmanager
 def _without_hooks(parameters: list[nn.Parameter]) -> Iterator[None]:
-    """No hook on a parameter's gradient (a user's, or one that steps an optimizer) sees the made-up gradients."""
+    """Hide the made-up gradients from hooks on parameters (a user's, or one that steps an optimizer)."""
     names = ("_backward_hooks", "_post_accumulate_grad_hooks")
     held = [(hooks, dict(hooks)) for p in parameters for name in names if (hooks := getattr(p, name, None))]
     for hooks, _ in held:

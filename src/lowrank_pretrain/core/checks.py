@@ -1,4 +1,4 @@
-"""Check a user's arguments: whole numbers, numbers, choices and flags. Each check returns the value, or raises one line.
+"""Check a user's arguments: whole numbers, numbers, choices and flags. Each check returns the value or raises.
 
 Every refusal reads ``key=value: what is allowed``. Pass ``allowed`` where the cure depends on the argument.
 """

@@ -1,8 +1,8 @@
-"""Number types in which small updates survive."""
+"""Choose dtypes in which small updates are not lost."""
 
 import torch
 
 
 def at_least_32(dtype: torch.dtype) -> torch.dtype:
-    """float32 for the half precisions, else the dtype itself."""
+    """Return float32 for the half precisions, else the dtype itself."""
     return torch.promote_types(dtype, torch.float32)

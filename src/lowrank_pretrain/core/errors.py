@@ -1,10 +1,10 @@
-"""The one exception for a user's mistake: one line that names the key, the value and what is allowed; and NaN on its way."""
+"""Define the exception for a user's mistake (one line: key, value, what is allowed), and the one for NaN before sending."""
 
 from typing import Any
 
 
 class ConfigError(ValueError):
-    """A wrong value in a configuration or a constructor.
+    """Report a wrong value in a configuration or a constructor.
 
     The command line prints it as one line, without a traceback, and exits with code 2.
 
@@ -23,4 +23,4 @@ class ConfigError(ValueError):
 
 
 class NotFinite(RuntimeError):
-    """What a worker is about to send to the others is NaN or infinite."""
+    """Report that a worker is about to send NaN or infinite values to the others."""

@@ -1,4 +1,4 @@
-"""Import packages that only a part of the suite needs, and say in one line which one is missing and what brings it.
+"""Import optional packages, and say in one line which one is missing and how to install it.
 
 The core needs torch, lightning, numpy and omegaconf. All else comes with an extra of ``pyproject.toml``.
 """
@@ -49,7 +49,7 @@ def missing_words(module: str) -> str:
 
 
 def missing_module(error: BaseException | None) -> str | None:
-    """Return the optional module that an import failed for; None where the error, or what caused it, is another."""
+    """Return the optional module that an import failed for; None for any other error or cause."""
     while error is not None:
         name = (getattr(error, "name", None) or "").split(".")[0]
         if isinstance(error, ModuleNotFoundError) and name in EXTRAS:
@@ -63,12 +63,12 @@ def optional_import(key: str | None = None, value: Any = None) -> Iterator[None]
     """Turn the failed import of an optional package in this block into one line.
 
     Args:
-        key: the configuration key, or the argument, that asks for the package. None: the import of a module of ours does.
+        key: the configuration key, or the argument, that asks for the package. None: an import of our own does.
         value: what it was given.
 
     Raises:
         ConfigError: a package is missing, and there is a key.
-        ModuleNotFoundError: a package is missing, and there is none; the message names the extra.
+        ModuleNotFoundError: a package is missing, and there is no key; the message names the extra.
     """
     try:
         yield

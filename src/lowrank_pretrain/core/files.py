@@ -1,4 +1,4 @@
-"""Files on disk: write them whole or not at all, and read tables of CSV."""
+"""Write files whole or not at all, and read CSV tables."""
 
 import contextlib
 import csv
@@ -14,16 +14,16 @@ from typing import IO, Any
 
 @contextmanager
 def whole_file(path: str | os.PathLike, mode: str = "w", durable: bool = False) -> Iterator[IO[Any]]:
-    """Open a file that takes the place of `path` when the block ends; after an error, `path` is as it was.
+    """Open a file that replaces `path` when the block ends; after an error, `path` is unchanged.
 
     It is written under a hidden name in the same folder, ``.NAME.part``, and then renamed. A process that is killed may leave
-    that file, and the next writing overwrites it.
+    that file, and the next write overwrites it.
 
     Args:
         path: the file to write; its folder exists.
         mode: ``"w"``: text in UTF-8, without translated line ends; ``"wb"``: bytes.
         durable: sync the file before it is renamed and the folder afterwards, so that a power cut leaves the old file or the
-            new one. The hidden name then has the process in it, ``.NAME.PID.part``: two may write a file of one name.
+            new one. The hidden name then includes the process, ``.NAME.PID.part``: two processes may write the same file.
 
     Yields:
         The open file.
@@ -78,12 +78,12 @@ def replace_durably(new: Path, old: Path) -> None:
 
     Args:
         new: a file or a folder.
-        old: what it replaces, if there is such a thing.
+        old: what it replaces; it need not exist.
 
     Raises:
-        OSError: from the system; `old` is as it was.
+        OSError: from the system; `old` is unchanged.
     """
-    if new.is_dir() and old.is_dir():  # a sharded checkpoint; two directories cannot change places in one go
+    if new.is_dir() and old.is_dir():  # a sharded checkpoint; two directories cannot be swapped atomically
         shutil.rmtree(old)
     os.replace(new, old)
     if os.name != "posix":  # elsewhere directories cannot be opened
@@ -92,7 +92,7 @@ def replace_durably(new: Path, old: Path) -> None:
     try:
         os.fsync(directory)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.EBADF):  # some network file systems do not know it
+        if error.errno not in (errno.EINVAL, errno.EBADF):  # some network file systems do not support it
             raise
     finally:
         os.close(directory)
@@ -101,14 +101,14 @@ def replace_durably(new: Path, old: Path) -> None:
 def read_table(path: str | os.PathLike, errors: str = "strict") -> tuple[list[str], list[dict[str, str]]]:
     r"""Read a CSV file whose first row names the columns, such as ``metrics.csv``.
 
-    A last row without a line end is left out: the process was killed while it wrote, and half a number is another number.
+    A last row without a line end is left out: the process was killed while writing, and half a number is a wrong number.
 
     Args:
         path: the file.
         errors: what to do with bytes that are not UTF-8, as for :meth:`bytes.decode`.
 
     Returns:
-        The names of the columns ([] where the first row is missing), and the rows. A cell that a row lacks is empty, and cells
+        The names of the columns ([] where the first row is missing), and the rows. A missing cell is empty, and cells
         beyond the last column are left out.
 
     Raises:
@@ -133,7 +133,7 @@ def write_table(path: str | os.PathLike, columns: Sequence[str], rows: Iterable[
     Args:
         path: the file to write; its folder exists.
         columns: the names.
-        rows: cells by name; one that is lacking is left empty.
+        rows: cells by name; a missing one is left empty.
 
     Raises:
         OSError: from the system.

@@ -1,4 +1,4 @@
-"""End a run at the next optimizer step after Ctrl-C or SIGTERM, with a checkpoint that it can go on from."""
+"""End a run at the next optimizer step after Ctrl-C or SIGTERM, with a checkpoint to resume from."""
 
 import os
 import signal
@@ -21,7 +21,7 @@ class Interrupted(Exception):
 
     Args:
         name: the signal's, ``"SIGINT"`` or ``"SIGTERM"``.
-        checkpoint: what was written for the resume; None outside of training steps.
+        checkpoint: the file written for the resume; None outside of training steps.
     """
 
     def __init__(self, name: str, checkpoint: Path | None = None) -> None:
@@ -35,11 +35,11 @@ class Interrupted(Exception):
 
 
 class Interrupts(Callback):
-    """Turn the first signal during training steps into a wish; elsewhere, a signal ends the run at once.
+    """Turn the first signal during training steps into a request to stop; elsewhere, a signal ends the run at once.
 
-    A context manager around the whole run, and a callback that knows when the steps begin and end: Lightning would
+    A context manager around the whole run, and a callback that sees when the steps begin and end: Lightning would
     answer SIGTERM with an exception in the middle of an accumulated step, so its handler is replaced in between.
-    A second signal ends the process as if nobody had listened.
+    A second signal ends the process as if there were no handler.
     """
 
     def __init__(self) -> None:
@@ -48,7 +48,7 @@ class Interrupts(Callback):
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "Interrupts":
-        if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers only there
             self._before = {number: signal.getsignal(number) for number in SIGNALS}
             self._listen()
         return self
@@ -77,7 +77,7 @@ class Interrupts(Callback):
         print(f"\n{name}: stopping after this step; once more to stop at once", file=sys.stderr, flush=True)
 
     def agreed(self, trainer: Trainer) -> str | None:
-        """Return the signal that this process, or any process when all are asked every few steps, has received."""
+        """Return the signal that this process has received, or any process when all are asked, every few steps."""
         if trainer.world_size == 1:
             return self._wish
         if trainer.global_step % max(1, log_interval(trainer)) and not trainer.is_last_batch:

@@ -1,7 +1,7 @@
-"""Read the private names of Lightning and torch: every one that this package needs, and no other file reads any.
+"""Read all the private names of Lightning and torch that this package needs; no other file reads any.
 
-Each function says why no public name does, and with which versions it was tried. When a new version has moved a name,
-``tests/test_lightning_private.py`` names it, and the repair is here. Two kinds of names are not collected here: the dicts
+Each function says why no public name will do, and with which versions it was tried. When a new version moves a name,
+``tests/test_lightning_private.py`` names it, and the fix goes here. Two kinds of names are not collected here: the dicts
 ``_parameters``, ``_modules`` and ``_buffers`` of ``nn.Module``, on which much code outside torch stands; and private
 members that a subclass of ours overrides or reads on itself (``loggers/csv.py``, ``loggers/wandb.py``), which the test
 covers too.
@@ -53,7 +53,7 @@ def averaged_model(callback: pl.Callback) -> nn.Module | None:
 
 
 def set_averaged_model(callback: pl.Callback, model: nn.Module) -> None:
-    """Let another module be the average that the callback keeps. Tried with Lightning 2.6.6."""
+    """Replace the averaged model that the callback keeps. Tried with Lightning 2.6.6."""
     owner: Any = callback
     if isinstance(callback, WeightAveraging):
         owner._average_model.module = model
@@ -77,19 +77,19 @@ def reruns_command(trainer: pl.Trainer) -> bool:
 
 
 def send_module(module: nn.Module) -> None:
-    """Send rank 0's parameters and buffers to all ranks, as DDP does when it wraps a module. Tried with Lightning 2.6.6."""
+    """Copy rank 0's parameters and buffers to all ranks, as DDP does when it wraps a module. Tried with Lightning 2.6.6."""
     _sync_module_states(module)
 
 
 def pruned_layers(callback: ModelPruning) -> list[nn.Module]:
-    """Return the layers of which ``ModelPruning`` will prune a parameter. Tried with Lightning 2.6.6."""
+    """Return the layers that ``ModelPruning`` will prune. Tried with Lightning 2.6.6."""
     return [layer for layer, _ in callback._parameters_to_prune or ()]
 
 
 def set_sampler_injection(trainer: pl.Trainer, inject: bool) -> bool:
-    """Set whether Lightning lays a ``DistributedSampler`` under loaders; returns what it was.
+    """Set whether Lightning adds a ``DistributedSampler`` to loaders; return the old value.
 
-    The Trainer takes ``use_distributed_sampler`` only when it is made. Tried with Lightning 2.6.6.
+    The Trainer accepts ``use_distributed_sampler`` only in its constructor. Tried with Lightning 2.6.6.
     """
     connector = trainer._accelerator_connector
     before, connector.use_distributed_sampler = connector.use_distributed_sampler, inject
@@ -115,7 +115,7 @@ def is_compiled_whole(module: Any) -> bool:
 
 
 def has_begun(logger: Any) -> bool:
-    """Return whether a logger has made its experiment; the public property would make it. Tried with Lightning 2.6.6."""
+    """Return whether a logger has created its experiment; the public property would create it. Tried with Lightning 2.6.6."""
     return getattr(logger, "_experiment", None) is not None
 
 
@@ -130,7 +130,7 @@ def is_compiled(module: nn.Module) -> bool:
     """Return whether a module is compiled, by ``module.compile()`` or ``torch.compile``. Tried with torch 2.14.1."""
     if getattr(module, COMPILED_CALL, None) is not None:
         return True
-    dynamo = sys.modules.get("torch._dynamo")  # where nothing was compiled nobody has imported it
+    dynamo = sys.modules.get("torch._dynamo")  # not imported unless something was compiled
     return dynamo is not None and isinstance(module, dynamo.OptimizedModule)
 
 
@@ -140,14 +140,14 @@ def unsaved_buffers(module: nn.Module) -> set[str]:
 
 
 def state_dict_hooks(module: nn.Module) -> dict[Any, Callable]:
-    """Return a module's hooks on ``state_dict``, to find ours again in a copy of it. Tried with torch 2.14.1."""
+    """Return a module's hooks on ``state_dict``, to find ours in a copy of the module. Tried with torch 2.14.1."""
     return module._state_dict_hooks
 
 
 def shut_down(loader: DataLoader) -> None:
     """End a loader's worker processes now.
 
-    Left to the garbage collector, it may come while another loader forks, and each worker then takes 5 seconds to end.
+    The garbage collector may run while another loader forks, and each worker then takes 5 seconds to end.
     Tried with torch 2.14.1 and torchdata's StatefulDataLoader.
     """
     workers: Any = loader
@@ -157,16 +157,16 @@ def shut_down(loader: DataLoader) -> None:
 
 
 def inner_schedulers(scheduler: Any) -> Sequence[Any]:
-    """Return the schedulers of which ``SequentialLR`` or ``ChainedScheduler`` is made. Tried with torch 2.14.1."""
+    """Return the schedulers inside a ``SequentialLR`` or ``ChainedScheduler``. Tried with torch 2.14.1."""
     return getattr(scheduler, "_schedulers", ())
 
 
 def found_infinities(scaler: Any, optimizer: Optimizer) -> Iterator[Tensor]:
-    """Yield a gradient scaler's notes, one a device, of whether it met an infinite gradient. Tried with torch 2.14.1."""
+    """Yield a gradient scaler's flag per device: whether it met an infinite gradient. Tried with torch 2.14.1."""
     yield from scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"].values()
 
 
-# called in every step, so without a function of our own around them
+# called in every step, so not wrapped in a function of ours
 fused_adamw = torch._fused_adamw_
 """The kernel of ``torch.optim.AdamW(fused=True)``, without what is around it there. Tried with torch 2.14.1."""
 foreach_norm = torch._foreach_norm
@@ -178,12 +178,12 @@ aten_norms = torch.ops.aten._foreach_norm
 
 
 def tensor_norms(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
-    """Return the 2-norm of each tensor; on CUDA by one kernel for all. Tried with torch 2.14.1."""
+    """Return the 2-norm of each tensor; on CUDA in one kernel. Tried with torch 2.14.1."""
     return list(foreach_norm(list(tensors), 2, dtype=dtype))
 
 
 def keep_out_of_graphs(function: Callable) -> Callable:
-    """Let ``torch.compile`` not look into a function, as torch's optimizers do. The public name would import dynamo with it.
+    """Hide a function from ``torch.compile``, as torch's optimizers do. The public name would import dynamo.
 
     Tried with torch 2.14.1.
     """
@@ -202,12 +202,12 @@ def comm_hooks(wrapper: Any) -> list[tuple[Callable, Any]]:
 
 
 def leave_out_of_ddp(module: Any, names: Iterable[str]) -> None:
-    """Let DDP leave parameters and buffers out, once it wraps the module. Tried with torch 2.14.1."""
+    """Tell DDP to ignore these parameters and buffers when it wraps the module. Tried with torch 2.14.1."""
     setattr(module, LEFT_OUT_OF_DDP, sorted(names))
 
 
 def rebuild_buckets(wrapper: DistributedDataParallel) -> None:
-    """Lay DDP's buckets out in the order in which gradients came, as its next forward pass would. Tried with torch 2.14.1."""
+    """Rebuild DDP's buckets in the order in which gradients came, as its next forward pass would. Tried with torch 2.14.1."""
     wrapper.reducer._rebuild_buckets()
 
 
@@ -220,7 +220,7 @@ def set_timeout(limit: timedelta) -> None:
 
 
 def loadable_names() -> dict[str, Any]:
-    """Return what ``torch.load(weights_only=True)`` may make, by full name. Tried with torch 2.14.1."""
+    """Return the types that ``torch.load(weights_only=True)`` allows, by full name. Tried with torch 2.14.1."""
     from torch._weights_only_unpickler import _get_allowed_globals, _get_user_allowed_globals
 
     return {**_get_allowed_globals(), **_get_user_allowed_globals()}
@@ -230,22 +230,22 @@ def loadable_names() -> dict[str, Any]:
 
 
 def transforms_active() -> bool:
-    """Return whether ``torch.func`` transforms (vmap, grad, jvp) are at work. Tried with torch 2.14.1."""
+    """Return whether ``torch.func`` transforms (vmap, grad, jvp) are active. Tried with torch 2.14.1."""
     return torch._C._are_functorch_transforms_active()
 
 
 def forward_mode_active() -> bool:
-    """Return whether forward-mode derivatives are taken. Tried with torch 2.14.1."""
+    """Return whether forward-mode derivatives are being computed. Tried with torch 2.14.1."""
     return torch.autograd.forward_ad._current_level >= 0
 
 
 def is_traced() -> bool:
-    """Return whether ``torch.jit.trace`` records the forward pass. Tried with torch 2.14.1."""
+    """Return whether ``torch.jit.trace`` is recording the forward pass. Tried with torch 2.14.1."""
     return torch._C._is_tracing()
 
 
 def is_legacy_batched(tensor: Tensor) -> bool:
-    """Return whether ``autograd.grad(is_grads_batched=True)`` has made a tensor. Tried with torch 2.14.1."""
+    """Return whether a tensor comes from ``autograd.grad(is_grads_batched=True)``. Tried with torch 2.14.1."""
     return torch._C._functorch.is_legacy_batchedtensor(tensor)
 
 

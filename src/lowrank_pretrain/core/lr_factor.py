@@ -1,4 +1,4 @@
-"""Learning-rate ramps laid over whatever schedule the user has.
+"""Apply learning-rate ramps on top of any schedule of the user's.
 
 Writing into ``group["lr"]`` for longer than a step would ruin torch's recursive schedulers, which compute the next value
 from the present one. So a factor is in place only between the optimizer's own pre- and post-hook.
@@ -12,11 +12,11 @@ from torch.optim import Optimizer
 
 
 class LRFactor:
-    """Multiply lr by ``factor()`` during each optimizer step, and put the schedule's value back after it.
+    """Multiply lr by ``factor()`` during each optimizer step, and restore the schedule's value afterwards.
 
     Args:
-        optimizers: whose steps; the hooks come behind those registered before.
-        factor: the multiplier of the step that comes next; asked once per optimizer step.
+        optimizers: the optimizers; the hooks run after those registered before.
+        factor: the multiplier of the next step; called once per optimizer step.
     """
 
     def __init__(self, optimizers: Iterable[Optimizer], factor: Callable[[], float]) -> None:
@@ -28,7 +28,7 @@ class LRFactor:
             self._handles.append(optimizer.register_step_post_hook(self._restore))
 
     def remove(self) -> None:
-        """Take the hooks off."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
 
@@ -47,7 +47,7 @@ class LRFactor:
 
 
 class Rewarm(LRFactor):
-    """A ramp over the first steps after the freeze: lr times (t+1)/steps in step t after it.
+    """Ramp lr up over the first steps after the freeze: times (t+1)/steps in step t.
 
     Args:
         trainer: gives optimizers and the step.
@@ -60,7 +60,7 @@ class Rewarm(LRFactor):
         super().__init__(trainer.optimizers, self.factor)
 
     def factor(self) -> float:
-        """The multiplier of the step that comes next."""
+        """Return the multiplier of the next step."""
         if self.phases.freeze_step is None:
             return 1.0
         return min(1.0, (self.trainer.global_step - self.phases.freeze_step + 1) / self.steps)

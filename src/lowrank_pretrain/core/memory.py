@@ -1,4 +1,4 @@
-"""Memory as it is: the peak of a stretch of training, and the bytes an optimizer holds."""
+"""Measure memory: the peak over a stretch of training, and the bytes an optimizer holds."""
 
 import os
 import sys
@@ -12,9 +12,9 @@ GIB = 2**30
 
 
 def optimizer_bytes(optimizers: Iterable[torch.optim.Optimizer]) -> int:
-    """Bytes of the live tensors in the optimizers' states; a storage that several tensors view counts once.
+    """Return the bytes of the tensors in the optimizers' states; a storage that several tensors view counts once.
 
-    Of a tensor that is cut over ranks (FSDP2's) this rank's piece counts.
+    For a tensor sharded over ranks (FSDP2), only this rank's piece counts.
     """
     storages = {}
     for optimizer in optimizers:
@@ -28,14 +28,14 @@ def optimizer_bytes(optimizers: Iterable[torch.optim.Optimizer]) -> int:
 
 
 def formula_bytes(optimizers: Iterable[torch.optim.Optimizer]) -> int | None:
-    """Bytes that the method's paper says the states take; None where no optimizer says so (``Reports``)."""
+    """Return the bytes that the method's paper gives for the states; None if no optimizer reports any (``Reports``)."""
     said = [optimizer.formula_bytes() for optimizer in optimizers if isinstance(optimizer, Reports)]
     known = [promised for promised in said if promised is not None]
     return sum(known) if known else None
 
 
 class PeakMemory:
-    """Peak bytes since the last `restart`: the allocator's on CUDA, the process's resident set on the CPU.
+    """Track peak bytes since the last `restart`: the allocator's on CUDA, the process's resident set on the CPU.
 
     Linux keeps the resident set's high-water mark and can reset it; where that is not allowed, the peak is the largest
     of the samples that `sample` took.
@@ -47,7 +47,7 @@ class PeakMemory:
         self._marked = False
 
     def restart(self) -> None:
-        """Forget the peak."""
+        """Reset the peak."""
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
             return
@@ -56,12 +56,12 @@ class PeakMemory:
         self.sample()
 
     def sample(self) -> None:
-        """Look once; costs microseconds, and nothing on CUDA or where the kernel keeps the mark."""
+        """Take one sample: microseconds, and nothing on CUDA or where the kernel keeps the mark."""
         if self._device.type != "cuda" and not self._marked:
             self._sampled = max(self._sampled, _resident_bytes())
 
     def peak(self) -> int:
-        """Peak bytes since `restart`."""
+        """Return the peak bytes since `restart`."""
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device)
         if self._marked:
@@ -89,7 +89,7 @@ def _resident_bytes() -> int:
     try:
         with open("/proc/self/statm") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:  # no /proc: the process's peak so far is the nearest thing
+    except OSError:  # no /proc: use the process's peak so far
         import resource
 
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,21 +1,21 @@
-"""The names of all metrics, with title and unit: one table for the report, the model card, W&B and its dashboard."""
+"""Name all metrics, with title and unit: one table for the report, the model card, W&B and its dashboard."""
 
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-STEP, TIME = "trainer/global_step", "time/train_seconds"  # what metrics are drawn over
+STEP, TIME = "trainer/global_step", "time/train_seconds"  # the x axes of metrics
 AXES = {STEP: "optimizer steps", TIME: "seconds of training"}
 
 
 class Metric(NamedTuple):
-    """Describe one metric to people.
+    """Describe one metric for people.
 
     Attributes:
         title: of a chart.
         axis: what its numbers are, with their unit.
-        best: ``min`` or ``max``, where one end of the scale is better.
-        word: for a row of a table of results.
-        by_family: logged for each family of targets as well, as ``NAME/FAMILY``.
+        best: ``min`` or ``max``, if one end of the scale is better.
+        word: its name in a table of results.
+        by_family: also logged for each family of targets, as ``NAME/FAMILY``.
     """
 
     title: str

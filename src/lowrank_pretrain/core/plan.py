@@ -1,4 +1,4 @@
-"""Plan = {target: rank}. The only thing that is decided, saved and broadcast."""
+"""Represent a plan, {target: rank}. Nothing else is decided, saved and broadcast."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ from lowrank_pretrain.core.targets import Target, families, first_named
 
 
 class Plan(dict[str, int]):
-    """Ranks by target name, sorted by name. Rank 0: the target is frozen without an adapter.
+    """Map target names to ranks, sorted by name. Rank 0: the target is frozen without an adapter.
 
     Args:
         ranks: target name -> rank.
@@ -44,7 +44,7 @@ class Plan(dict[str, int]):
         return cls(ranks)
 
     def check(self, targets: Mapping[str, Target]) -> "Plan":
-        """Compare with a module's targets.
+        """Check the plan against a module's targets, and return it.
 
         Raises:
             ConfigError: a target that the module does not have, or a rank above the target's min(D, O).
@@ -56,7 +56,7 @@ class Plan(dict[str, int]):
         return self
 
     def summary(self) -> dict[int, int]:
-        """Return the number of targets of each rank, by rank."""
+        """Return {rank: number of targets with it}."""
         ranks = sorted(self.values())
         return {rank: ranks.count(rank) for rank in dict.fromkeys(ranks)}
 
@@ -75,17 +75,17 @@ def fit_ranks(
     """Cut a rank down to min(D, O) where a target is narrower.
 
     Args:
-        module: that the targets' names count from.
+        module: the module that the targets' names start from.
         patterns: what chose the targets.
         targets: by name.
-        rank: the largest one that any of them may get.
+        rank: the largest rank wanted.
         key: the argument's name.
 
     Returns:
         The largest rank of each target, and one line that names those that were cut down, or ``None``.
 
     Raises:
-        ConfigError: a target that the patterns name (``targets.select``) is narrower.
+        ConfigError: a target that the patterns name explicitly (``targets.select``) is narrower.
     """
     narrow = {name: target for name, target in targets.items() if target.max_rank < rank}
     named = first_named(module, patterns, narrow) if narrow else None

@@ -1,9 +1,9 @@
-"""Declare how the parts of a run meet: who takes a plan over, who has a phase, who reports figures.
+"""Declare how the parts of a run meet: which takes over a plan, which has a phase, which reports figures.
 
-No part looks another's method up by its name: it asks ``isinstance`` for one of these classes.
+No part looks up another's method by name: it asks ``isinstance`` for one of these classes.
 
 PreLoRA (or any phase callback) decides *when* training becomes low-rank, and for which targets. It then hands the plan
-``{target: rank}`` to one :class:`Adopter`: the strategy, else an optimizer, else adapters of its own (``lora.Adapters``).
+``{target: rank}`` to one :class:`Adopter`: the strategy, else an optimizer, else its own adapters (``lora.Adapters``).
 Inherit from the classes here to join a run; each method has a default, so a new method writes only what it changes.
 """
 
@@ -28,14 +28,14 @@ ADAPTER_DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {"alpha": None, "train_A": True, "adapter_lr": 1.0, "adapter_weight_decay": None}
 )
 
-# What heads of LTE allow of them.
+# The values that LTE's heads allow.
 HEAD_SETTINGS: Mapping[str, Any] = MappingProxyType({"train_A": True})
 
 
 class Inherit(NamedTuple):
-    """A new parameter that takes over rows ``start … start+rows`` (along ``dim``) of an old one, with its optimizer state.
+    """Name a new parameter that takes over rows ``start … start+rows`` (along ``dim``) of an old one, with its optimizer state.
 
-    With ``rows`` 0 it joins the old one's parameter group and takes no state over.
+    With ``rows`` 0 it only joins the old one's parameter group, without any state.
     """
 
     new: nn.Parameter
@@ -48,7 +48,7 @@ class Inherit(NamedTuple):
 class Adopter:
     """Take a plan over at the switch, and finish with it at the freeze.
 
-    A strategy, an optimizer or an object of a callback's own inherits from this class and writes ``adopt``.
+    A strategy, an optimizer or a callback's own object inherits from this class and implements ``adopt``.
 
     Example:
         >>> class Tenth(Adopter):
@@ -60,7 +60,7 @@ class Adopter:
         ([], ['layer'], [])
     """
 
-    #: Whether targets get adapters or heads. These train only where the layer is called; a projection needs just a gradient.
+    #: Whether targets get adapters or heads. Those train only if the layer is called; a projection needs only a gradient.
     makes_adapters: bool = False
     #: Settings of adapters (:data:`ADAPTER_DEFAULTS`) that the adopter decides, with the only value it allows.
     adapter_settings: Mapping[str, Any] = ADAPTER_DEFAULTS
@@ -74,10 +74,10 @@ class Adopter:
 
         Args:
             names: the targets' names.
-            module: the module that they count from.
+            module: the module that the names start from.
 
         Raises:
-            ConfigError: it will not.
+            ConfigError: it cannot take them.
         """
 
     def adopt(self, plan: Plan, module: nn.Module) -> list[Inherit] | None:
@@ -85,7 +85,7 @@ class Adopter:
 
         Args:
             plan: rank by target name; a target of rank 0 is frozen without an adapter.
-            module: the module that the names count from.
+            module: the module that the names start from.
 
         Returns:
             New parameters, each with the one whose rows it takes over: it joins that one's parameter group.
@@ -93,24 +93,24 @@ class Adopter:
         raise NotImplementedError(f"{type(self).__name__} must write adopt(plan, module)")
 
     def release(self) -> list[Inherit] | None:
-        """Finish the joint phase, at the freeze; returns as ``adopt`` does."""
+        """Finish the joint phase, at the freeze; return the same as ``adopt``."""
         return []
 
     def after_replay(self) -> None:
-        """Follow a resume: the changes are repeated, and the exact values of the checkpoint are back."""
+        """React to a finished resume: the changes are repeated, and the checkpoint's exact values are restored."""
 
     def before_checkpoint(self) -> None:
         """Prepare for a file that holds the first process's values. All processes call it."""
 
     def after_transition(self) -> None:
-        """Follow a change of the model: optimizers hold the new parameters now, and the wrapper is not there again yet."""
+        """React to a change of the model: optimizers hold the new parameters, but the model is not wrapped again yet."""
 
 
 class HasPhase:
     """Tell which phase a run is in.
 
-    The callback that has one is *the* phase callback (:func:`phase_callback`): it decides the run's phases, and hands a plan
-    over at the switch. Its word counts before a strategy's.
+    A callback of this class is *the* phase callback (:func:`phase_callback`): it decides the run's phases, and hands a plan
+    over at the switch. It takes precedence over a strategy.
     """
 
     #: One of :data:`PHASES`.
@@ -124,19 +124,19 @@ class HasPhase:
 
 
 class Reports:
-    """Tell figures about itself, which the monitor logs and ``summary.json`` keeps."""
+    """Report figures, which the monitor logs and ``summary.json`` keeps."""
 
     def metrics(self) -> dict[str, float]:
         """Return figures by metric name, e.g. ``{"lte/merge_mib": 3.5}``."""
         return {}
 
     def formula_bytes(self) -> int | None:
-        """Return the bytes of optimizer state that the method's paper promises; None where it says nothing."""
+        """Return the bytes of optimizer state that the method's paper promises; None if it gives none."""
         return None
 
 
 class Merges:
-    """Train on each worker separately, and merge now and then: for strategies."""
+    """Train separately on each worker, and merge periodically: for strategies."""
 
     #: Optimizer steps between two merges.
     merge_every: int
@@ -144,7 +144,7 @@ class Merges:
     workers_differ: bool = False
 
     def all_heads(self) -> Iterable[tuple[str, Tensor, dict[str, Tensor], tuple[Any, ...]]]:
-        """Yield by layer its name, A (N, ΣR, D), B (N, O, R) per part, and the parts, of all workers. All must call it."""
+        """Yield per layer its name, all workers' A (N, ΣR, D) and B (N, O, R) per part, and the parts. All must call it."""
         return ()
 
 
@@ -152,12 +152,12 @@ class LogsPhases:
     """Log the beginning of a phase as an event: for loggers."""
 
     def log_phase(self, phase: str, step: int, counts: Mapping[str, int]) -> None:
-        """Log that a phase begins, or goes on after a resume.
+        """Log that a phase begins, or continues after a resume.
 
         Args:
             phase: one of :data:`PHASES`.
-            step: optimizer steps before it.
-            counts: of parameters, by name.
+            step: optimizer steps taken before it.
+            counts: counts of parameters, by name.
         """
         raise NotImplementedError(f"{type(self).__name__} must write log_phase(phase, step, counts)")
 
@@ -177,12 +177,12 @@ class CountsClasses:
     """Tell the number of classes in the data: for data modules."""
 
     def count_classes(self) -> int | None:
-        """Return the number of classes; None where the data have none."""
+        """Return the number of classes; None if the data have none."""
         return None
 
 
 def overruled(asked: Mapping[str, Any], decided: Mapping[str, Any]) -> str | None:
-    """Return the first setting of adapters that asks for what the adopter does not allow; None if there is none.
+    """Return the first adapter setting that the adopter does not allow; None if there is none.
 
     Args:
         asked: settings by name; a missing one asks for nothing.
@@ -199,16 +199,16 @@ def overruled(asked: Mapping[str, Any], decided: Mapping[str, Any]) -> str | Non
 
 
 def adopters(optimizers: Iterable[Optimizer]) -> Iterator[Adopter]:
-    """Yield the optimizers that can take a plan over."""
+    """Yield the optimizers that can take over a plan."""
     return (optimizer for optimizer in optimizers if isinstance(optimizer, Adopter))
 
 
 def phase_callback(trainer: pl.Trainer) -> HasPhase | None:
-    """Return the callback that decides the run's phases; None where the phase never changes."""
+    """Return the callback that decides the run's phases; None if the phase never changes."""
     return next((callback for callback in callbacks_of(trainer) if isinstance(callback, HasPhase)), None)
 
 
 def phase_of(trainer: pl.Trainer) -> str:
-    """Return the phase of a run: the callback's word, else the strategy's (LTE trains heads from the start), else ``full``."""
+    """Return a run's phase: as the callback says, else the strategy (LTE trains heads from the start), else ``full``."""
     known = phase_callback(trainer) or trainer.strategy
     return known.phase if isinstance(known, HasPhase) else HasPhase.phase

@@ -1,6 +1,6 @@
 """Resolve patterns to named targets. All three methods choose their matrices here.
 
-A *target* is one weight matrix, or one row block of a fused one, by its qualified name counted from the module handed in:
+A *target* is one weight matrix, or one row block of a fused one, by its qualified name relative to the module passed in:
 ``blocks.3.mlp.fc1``, ``blocks.3.attn.qkv.q``, ``transformer.h.0.attn.c_attn.k``. O out, D in; a matrix is O x D.
 """
 
@@ -29,7 +29,7 @@ _ALLOWED = f"must be one of {', '.join(PRESETS)}, a glob, or a list of these; wi
 
 
 class MatrixLayer(nn.Module):
-    """Declare, for types, what every layer has that a target lies in: ``nn.Linear``, ``Conv1D``, or a subclass of them."""
+    """Declare, for type checking, the attributes of a layer that holds targets: ``nn.Linear``, ``Conv1D``, or a subclass."""
 
     weight: nn.Parameter
     bias: nn.Parameter | None
@@ -37,7 +37,7 @@ class MatrixLayer(nn.Module):
 
 @dataclass(frozen=True)
 class Target:
-    """One weight matrix, or one row block of a fused one.
+    """Describe one weight matrix, or one row block of a fused one.
 
     Attributes:
         name: qualified name, ``….qkv.q`` for a row block.
@@ -79,7 +79,7 @@ def is_conv1d(layer: nn.Module) -> bool:
 
 
 def weight_rows(layer: nn.Module) -> Tensor:
-    """Return the layer's weight as O x D, in any layout of its own."""
+    """Return the layer's weight as O x D, however the layer stores it."""
     weight = cast(MatrixLayer, layer).weight
     return weight.t() if is_conv1d(layer) else weight
 
@@ -95,17 +95,17 @@ def parts(layer_name: str, layer: nn.Module) -> list[tuple[str, int, int]]:
 
 
 def plain_name(name: str) -> str:
-    """Return the name without what ``torch.compile`` adds to it."""
+    """Return the name without the parts that ``torch.compile`` adds."""
     return name.replace("_orig_mod.", "")
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Hold what patterns choose.
+    """Hold the result of resolving patterns.
 
     Attributes:
         targets: by name, in the module's order.
-        left_out: why a matrix that a preset or a wider glob would choose is no target, by name.
+        left_out: by name, why a matrix that a preset or a wider glob matches cannot be a target.
     """
 
     targets: dict[str, Target]
@@ -113,14 +113,14 @@ class Selection:
 
 
 def all_targets(module: nn.Module) -> dict[str, Target]:
-    """Return every matrix that could be a target (``obstacle`` names none against it), by name, in the module's order."""
+    """Return every matrix that can be a target (``obstacle`` finds none), by name, in the module's order."""
     return {name: target for name, (target, reason) in _survey(module).items() if reason is None}
 
 
 def obstacle(layer: nn.Module) -> str | None:
-    """Say why a linear layer's weight can never be a target, and the cure; ``None`` if nothing speaks against it.
+    """Say why a linear layer's weight can never be a target, and the cure; ``None`` if it can.
 
-    Frozen and tied weights are not looked for here: some methods can take them (see ``select``).
+    Frozen and tied weights are not checked here: some methods accept them (see ``select``).
     """
     if _bypassed(layer):
         return "belongs to nn.MultiheadAttention, which never calls it: it cannot be a target"
@@ -144,11 +144,11 @@ def obstacle(layer: nn.Module) -> str | None:
 
 
 def obstacles(module: nn.Module, frozen: bool = False) -> dict[str, str]:
-    """Return why a linear layer's matrix is no target, by the name that it would have as one.
+    """Return why matrices of linear layers cannot be targets, by the names that they would have.
 
     Args:
-        module: the module that names count from.
-        frozen: frozen matrices are no obstacle.
+        module: the module that names start from.
+        frozen: accept frozen matrices.
     """
     heads, tied = output_heads(module), tied_layers(module)
     found = {}
@@ -170,16 +170,16 @@ def find_targets(
     frozen: bool = False,
     unfit: Callable[[Target], str | None] | None = None,
 ) -> dict[str, Target]:
-    """Resolve presets, globs and exclusions to targets; see ``select``, which also tells what was left out.
+    """Resolve presets, globs and exclusions to targets; see ``select``, which also returns what was left out.
 
     Args:
-        module: the module that names count from (callback and strategy: the LightningModule).
+        module: the module that names start from (callback and strategy: the LightningModule).
         patterns: presets ``all`` (every Linear/Conv1D but the output head), ``attention``, ``mlp``, ``head``, or globs.
             A glob matches a target's full name, its layer's, or a suffix of either that begins at a dot. With ``!`` before
-            it, a preset or a glob is taken away from what the others choose (from ``all``, if there are no others).
-        warn: say in one line what was left out.
+            it, a preset or a glob is removed from what the others choose (from ``all``, if there are no others).
+        warn: warn in one line of what was left out.
         frozen: take frozen matrices too.
-        unfit: a further reason why a matrix can be no target, or ``None``.
+        unfit: a further reason why a matrix cannot be a target, or ``None``.
 
     Returns:
         Targets by name, in the module's order. Raises as ``select`` does.
@@ -196,16 +196,16 @@ def select(
     frozen: bool = False,
     unfit: Callable[[Target], str | None] | None = None,
 ) -> Selection:
-    """Resolve patterns to targets, and to what they leave out because it cannot be one.
+    """Resolve patterns to targets, and to the matrices left out because they cannot be targets.
 
-    A matrix that cannot be a target is left out where a preset chooses it, or a glob that also chooses others. It is refused
-    where it is named: by its full name, or by a pattern that chooses nothing else.
+    A matrix that cannot be a target is left out if a preset, or a glob that also matches others, chooses it. It is refused
+    if it is named: by its full name, or by a pattern that matches nothing else.
 
     Args:
         module: as for ``find_targets``.
         patterns: as for ``find_targets``.
         frozen: take frozen matrices too.
-        unfit: a further reason why a matrix can be no target, or ``None``.
+        unfit: a further reason why a matrix cannot be a target, or ``None``.
 
     Raises:
         ConfigError: a pattern matches nothing; it names a matrix that cannot be a target (frozen, tied weights other than the
@@ -227,7 +227,7 @@ def select(
         if refused is not None:
             raise ConfigError("targets", refused, reasons[refused])
         chosen |= hits
-    # the out_proj of nn.MultiheadAttention belongs to no preset and no glob: nothing to be said of it
+    # the out_proj of nn.MultiheadAttention belongs to no preset and no glob: not reported
     left_out = {name: reasons[name] for name in matching.everything if name in chosen and name in reasons}
     left_out = {name: reason for name, reason in left_out.items() if not _bypassed(matching.everything[name].layer)}
     targets = {name: target for name, target in matching.everything.items() if name in chosen and name not in reasons}
@@ -238,7 +238,7 @@ def select(
 
 
 def first_named(module: nn.Module, patterns: str | Sequence[str], unfit: Iterable[str]) -> str | None:
-    """Return the first of the ``unfit`` matrices that the patterns name, rather than choose among others (see ``select``)."""
+    """Return the first ``unfit`` matrix that a pattern names, rather than matches among others (see ``select``)."""
     _, wanted, unwanted = _split(patterns)
     matching = _Matching(module)
     without = set().union(*(matching.hits(pattern, excluding=True) for pattern in unwanted))
@@ -275,7 +275,7 @@ def check_patterns(patterns: Any, key: str = "targets") -> str | list[str]:
 
 
 def output_heads(module: nn.Module) -> set[int]:
-    """Return the ids of the layers of the output head, where a model inside names one (timm and transformers models do)."""
+    """Return the ids of the layers of the output head, if a model inside names one (timm and transformers models do)."""
     heads: list[nn.Module] = []
     for child in module.modules():
         for getter in ("get_classifier", "get_output_embeddings"):
@@ -290,7 +290,7 @@ def output_heads(module: nn.Module) -> set[int]:
 
 
 def tied_layers(module: nn.Module) -> dict[str, list[str]]:
-    """Return the layers whose weight is also another layer's, with the names of those others."""
+    """Return the layers that share their weight, each with the names of the other layers."""
     owners: dict[int, list[str]] = {}
     for name, child in module.named_modules():
         weight = child._parameters.get("weight")
@@ -320,7 +320,7 @@ def families(module: nn.Module, names: Iterable[str]) -> dict[str, str]:
 
 
 def _survey(module: nn.Module) -> dict[str, tuple[Target, str | None]]:
-    """Return every linear layer's matrices with the obstacle there is, if any; then the layer counts as one matrix."""
+    """Return the matrices of every linear layer, each with its obstacle if any; a layer with one counts as one matrix."""
     found: dict[str, tuple[Target, str | None]] = {}
     for layer_name, child in module.named_modules():
         if not (isinstance(child, nn.Linear) or is_conv1d(child)):
@@ -348,7 +348,7 @@ class _Matching:
         paths: dict[int, list[str]] = {}
         for name, layer in _paths(module):
             paths.setdefault(id(layer), []).append(plain_name(name))
-        self._names: dict[str, set[str]] = {}  # full names and layers' names, also those of a second registration
+        self._names: dict[str, set[str]] = {}  # full names and layers' names, also those of modules registered twice
         for name, target in self.everything.items():
             layers = {target.layer_name, *paths[id(target.layer)]}
             self._names[name] = layers | ({f"{layer}.{target.part}" for layer in layers} if target.part != WHOLE else set())
@@ -357,7 +357,7 @@ class _Matching:
         """Return the names that the pattern matches.
 
         Raises:
-            ConfigError: there are none.
+            ConfigError: it matches none.
         """
         found = {name for name, target in self.everything.items() if self._in_preset(pattern, target)}
         if not found:  # a layer may be called like a preset: `head`, where no model inside names its output head
@@ -367,7 +367,7 @@ class _Matching:
         return found
 
     def named(self, pattern: str, hits: set[str], reasons: Mapping[str, str]) -> str | None:
-        """Return the first matrix with a reason against it that the pattern names, rather than meets among others."""
+        """Return the first unfit matrix that the pattern names, rather than matches among others."""
         spoilt = [name for name in self.everything if name in hits and name in reasons]
         if not spoilt or (pattern in PRESETS and any(self._in_preset(pattern, self.everything[name]) for name in hits)):
             return None
@@ -397,7 +397,7 @@ def _paths(module: nn.Module, prefix: str = "", above: tuple[int, ...] = ()) -> 
 
 
 def _split(patterns: Any) -> tuple[list[str], list[str], list[str]]:
-    """Return all patterns, what is wanted, and what is not; only exclusions are taken from ``all``."""
+    """Return all patterns, those that include, and those that exclude; exclusions alone are taken from ``all``."""
     words = check_patterns(patterns)
     words = [words] if isinstance(words, str) else words
     unwanted = [word.removeprefix("!") for word in words if word.startswith("!")]
@@ -409,7 +409,7 @@ def _bypassed(layer: nn.Module) -> bool:
 
 
 def _computed(layer: nn.Module, own: str) -> str:
-    """Tell why a weight or bias is no parameter of its layer."""
+    """Say why a weight or bias is not a parameter of its layer."""
     if own in getattr(layer, "parametrizations", {}):
         each = cast(nn.ModuleDict, layer.parametrizations)[own]
         kinds = ", ".join(dict.fromkeys(type(p).__name__.strip("_") for p in each.children()))

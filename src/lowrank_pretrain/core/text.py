@@ -1,4 +1,4 @@
-"""Short texts for people: numbers, a library's message on one line, and names that look alike."""
+"""Format short texts for people: numbers, a library's message on one line, and similar names."""
 
 import difflib
 from collections.abc import Iterable
@@ -18,7 +18,7 @@ def one_line(message: object, limit: int | None = 240) -> str:
     r"""Return an error's message, or any text, on one line.
 
     Args:
-        message: an exception, or what has a text. An exception without a message is called by its type.
+        message: an exception, or anything with a text form. An exception without a message is called by its type.
         limit: the most characters; a longer line ends with ``…``. None: no limit.
 
     Example:

@@ -48,12 +48,12 @@ def accumulates(trainer: pl.Trainer) -> bool:
 
 
 def log_row(trainer: pl.Trainer, metrics: Mapping[str, float], row: int | None = None) -> None:
-    """Log metrics to every logger, past Lightning's own rhythm.
+    """Log metrics to every logger, independently of Lightning's own interval.
 
     Args:
-        trainer: it has the loggers.
+        trainer: holds the loggers.
         metrics: by name.
-        row: the row's number. None: that of the step just taken, which is one less than the steps taken, for Lightning counts
+        row: the row's number. None: that of the step just taken, one less than the steps taken, because Lightning counts
             rows from 0.
     """
     row = max(trainer.global_step - 1, 0) if row is None else row

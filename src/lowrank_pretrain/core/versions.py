@@ -1,4 +1,4 @@
-"""The versions of this package and of those that its results depend on most."""
+"""Report the versions of this package and of those that its results depend on most."""
 
 from contextlib import suppress
 from functools import cache

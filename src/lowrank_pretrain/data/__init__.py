@@ -1,4 +1,4 @@
-"""Data: LightningDataModules over images and text whose loaders resume in the middle of an epoch, bit for bit."""
+"""Provide LightningDataModules over images and text whose loaders resume in the middle of an epoch, bit for bit."""
 
 from pathlib import Path
 

@@ -27,18 +27,18 @@ from lowrank_pretrain.data.text.bins import write_bin
 from lowrank_pretrain.data.text.tokenizer import DocumentEncoder, load_tokenizer, train_bpe
 
 SUFFIXES = (".py", ".pyi", ".md", ".rst", ".txt")
-SMALLEST, LARGEST = 200, 1_000_000  # bytes; what is larger is made by machines, or data
+SMALLEST, LARGEST = 200, 1_000_000  # bytes; larger files are generated, or data
 PER_MILLE = {"val": 10, "test": 10}  # of all files; the others are trained on
 TOKENIZER_BYTES = 20_000_000  # of training text that the tokenizer learns from
 LEAST, MOST = 30_000_000, 60_000_000  # training tokens
-OURS = "lowrank-pretrain"  # changes while one works on it
+OURS = "lowrank-pretrain"  # changes during development
 WORDS = 0.6  # share of letters and white space in what counts as a text; tables of numbers have less
 LETTERS = string.ascii_letters.encode() + string.whitespace.encode() + bytes(range(128, 256))  # these: other alphabets
 
 
 @dataclass(frozen=True)
 class Source:
-    """A file of a package.
+    """Describe a file of a package.
 
     Attributes:
         package: name and version.
@@ -53,7 +53,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Text:
-    """A file's text and where it goes; texts sort by their hash, which mixes the packages."""
+    """Hold a file's text and its hash. Texts sort by hash, which mixes the packages."""
 
     digest: str
     text: str
@@ -61,7 +61,7 @@ class Text:
 
     @property
     def split(self) -> str:
-        """``train``, ``val`` or ``test``."""
+        """Return ``train``, ``val`` or ``test``."""
         draw = int(self.digest[:12], 16) % 1000
         return "val" if draw < PER_MILLE["val"] else "test" if draw < sum(PER_MILLE.values()) else "train"
 
@@ -92,7 +92,7 @@ def _name(package: metadata.Distribution) -> str:
 
 
 def _licence(package: metadata.Distribution) -> str:
-    """Return a package's licence in a line; ``unknown`` where it says nothing."""
+    """Return a package's licence on one line; ``unknown`` if it states none."""
     said = package.metadata
     classes = [c.rpartition(" :: ")[2] for c in said.get_all("Classifier") or () if c.startswith("License")]
     words = str(said["License-Expression"] or "; ".join(classes) or said["License"] or "").strip()
@@ -189,7 +189,7 @@ def _some(texts: list[Text]) -> Iterator[str]:
 
 
 def _write_record(out: Path, texts: list[Text], counts: dict[str, int]) -> None:
-    """Write what the corpus is made of, and the sums to compare two installations by."""
+    """Write the list of sources, and checksums that show whether two installations agree."""
     rows: dict[tuple[str, str], list[int]] = {}
     for one in texts:
         row = rows.setdefault((one.source.package, one.source.licence), [0, 0])
@@ -204,7 +204,7 @@ def _write_record(out: Path, texts: list[Text], counts: dict[str, int]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line; returns the exit code, 2 for a wrong value."""
+    """Run the command line and return the exit code: 2 for a wrong value."""
     parser = argparse.ArgumentParser(
         prog="python -m lowrank_pretrain.data.corpus",
         description=__doc__,

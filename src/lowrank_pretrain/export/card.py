@@ -75,7 +75,7 @@ def write(out: Path, config: dict[str, Any] | None, summary: dict[str, Any] | No
 
 
 def of_run(ckpt: Path) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    """Return configuration and summary of the run that the checkpoint `ckpt` lies in, each None where there is none."""
+    """Return configuration and summary of the run whose folder holds the checkpoint `ckpt`, each None if missing."""
     run_dir = ckpt.resolve().parent.parent
     config, summary = run_dir / ".hydra" / "config.yaml", run_dir / "summary.json"
     try:
@@ -95,7 +95,7 @@ def library(out: Path) -> str | None:
 
 
 def usage(out: Path) -> list[tuple[str, str]]:
-    """Return the ways to load the export in the folder `out`: (in which library, lines of Python)."""
+    """Return the ways to load the export in the folder `out`: (library, lines of Python)."""
     adapters = (out / "adapter_config.json").is_file()
     home = out / "base" if adapters else out
     kind = library(home)
@@ -192,7 +192,7 @@ def _words(value: Any) -> str:
 
 
 def _without_paths(value: Any) -> Any:
-    """Replace each absolute path by its last name: a card must not tell where files lie on this machine."""
+    """Replace each absolute path by its last name: a card must not reveal paths of this machine."""
     if isinstance(value, dict):
         return {key: _without_paths(part) for key, part in value.items()}
     if isinstance(value, list):

@@ -1,7 +1,7 @@
-"""Factored weights as two plain linear layers each, next to the dense export: ``factored.safetensors`` and its loader.
+"""Write factored layers as two plain linear layers each, next to the dense export, as ``factored.safetensors``.
 
 A layer ``fc1`` with W = U V has ``fc1.V.weight`` (k, D), ``fc1.U.weight`` (O, k) and ``fc1.U.bias``. Any network of the
-architecture takes them with nothing of this package (torch 2.5 or later)::
+architecture can load them without this package (torch 2.5 or later)::
 
     state = load_file("factored.safetensors")
     for name in [key.removesuffix(".V.weight") for key in state if key.endswith(".V.weight")]:
@@ -41,7 +41,7 @@ def write_factors(state: Mapping[str, Tensor], exact: Mapping[str, Tensor], out:
         del written[f"{name}.weight"]
         blocks = [exact[key] for part in _PARTS if (key := f"{name}.factor_U.{part}") in exact]
         written[f"{name}.V.weight"] = exact[f"{name}.factor_V"]
-        written[f"{name}.U.weight"] = torch.block_diag(*blocks)  # parts that were cut separately: zeros between them
+        written[f"{name}.U.weight"] = torch.block_diag(*blocks)  # separately factored parts, with zeros between them
         if f"{name}.bias" in written:
             written[f"{name}.U.bias"] = written.pop(f"{name}.bias")
     # copies: safetensors refuses tensors that share memory, as tied weights do

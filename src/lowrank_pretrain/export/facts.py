@@ -43,7 +43,7 @@ class Facts:
 
     @classmethod
     def of(cls, data: Any) -> "Facts":
-        """Read the facts of a data module after its ``setup``; what it does not know stays None."""
+        """Read the facts of a data module after its ``setup``; missing facts stay None."""
         found = {field.name: getattr(data, field.name, None) for field in fields(cls)}
         names, tokenizer = found["class_names"], found["tokenizer"]
         if names is not None:
@@ -55,7 +55,7 @@ class Facts:
 
     @classmethod
     def from_state(cls, state: Any) -> "Facts":
-        """Invert ``asdict``; values of a wrong type and keys of a newer version are left out."""
+        """Build the facts from ``asdict``'s result; values of a wrong type and keys of newer versions are ignored."""
         known = state if isinstance(state, dict) else {}
         fine = {key: known[key] for key, kind in KINDS.items() if isinstance(known.get(key), kind)}
         try:
@@ -72,7 +72,7 @@ KINDS = {
 
 
 def _plain(value: Any) -> Any:
-    """Convert what JSON does not know, such as arrays and OmegaConf's lists."""
+    """Convert types that JSON lacks, such as arrays and OmegaConf's lists."""
     if hasattr(value, "tolist"):
         return value.tolist()
     return list(value) if isinstance(value, Iterable) else str(value)
@@ -100,7 +100,7 @@ class RememberFacts(Callback):
 
 
 def facts_of_checkpoint(path: Path) -> Facts:
-    """Return the facts that a checkpoint holds; none where there is no such file."""
+    """Return a checkpoint's facts, or empty facts if there is no such file."""
     from lowrank_pretrain.checkpoints.files import inspect
 
     return Facts.from_state(inspect(path).get(SIDE, {}).get(KEY)) if path.is_file() else Facts()

@@ -51,7 +51,7 @@ _LANGUAGE = {"name", "vocab_size", "seq_len", "config"}
 
 
 class Source(NamedTuple):
-    """Hold what an export starts from.
+    """Hold the input of an export.
 
     Attributes:
         state: merged weights by their names in the LightningModule (``model.…``).
@@ -69,7 +69,7 @@ class Source(NamedTuple):
 
     @property
     def kind(self) -> str | None:
-        """``"timm"``, ``"hf"``, or ``None`` for a module that this package does not know."""
+        """Return ``"timm"``, ``"hf"``, or ``None`` for a module that this package does not know."""
         if not all(key.startswith("model.") for key in self.state):
             return None
         return "timm" if _VISION <= set(self.hparams) else "hf" if _LANGUAGE <= set(self.hparams) else None
@@ -108,20 +108,20 @@ def export(ckpt: str | Path, format: str | None, out: str | Path) -> Path:
 
 
 def export_module(module: torch.nn.Module, out: str | Path, facts: Facts | None = None) -> Path:
-    """Write a live LightningModule's merged weights into the folder `out`, over an earlier export of it.
+    """Write a live LightningModule's merged weights into the folder `out`, replacing an earlier export of it.
 
     The module itself is not changed, with or without adapters, on any device.
 
     Args:
         module: the LightningModule.
         out: the folder.
-        facts: of the data; None: nothing is known of them.
+        facts: of the data; None: nothing is known.
 
     Returns:
         `out`.
 
     Raises:
-        ValueError: the adapters are NaN or infinite.
+        ValueError: the adapters hold NaN or infinite numbers.
     """
     state = {key: value.detach().cpu() for key, value in _tensors(plain_state(module)).items()}
     hparams = dict(getattr(module, "hparams", {}))
@@ -150,7 +150,7 @@ def read(path: Path) -> Source:
 
 
 def _tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return the tensors of a state dict, without torch.compile's prefix; a module's extra state may be anything else."""
+    """Return the tensors of a state dict, without torch.compile's prefix; a module's extra state may be of any type."""
     return {key.replace("_orig_mod.", ""): value for key, value in state.items() if isinstance(value, Tensor)}
 
 
@@ -189,7 +189,7 @@ def _write_timm(network: Any, facts: Facts, out: Path) -> None:
     config.get("model_args", {}).pop("num_classes", None)
     theirs, recipe = config["pretrained_cfg"], facts.preprocessing or {}
     config["pretrained_cfg"] = {key: theirs[key] for key in _OF_THE_NETWORK if theirs.get(key) is not None} | recipe
-    # stand-ins where no names are known: transformers would take ImageNet's for a thousand classes
+    # stand-ins if no names are known: transformers would take ImageNet's for a thousand classes
     names = list(facts.class_names or ())
     config["label_names"] = [*names, *(f"LABEL_{i}" for i in range(len(names), network.num_classes))][: network.num_classes]
     write_whole(out / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
@@ -282,7 +282,7 @@ def _write_peft(source: Source, out: Path) -> Path:
         raise ConfigError("format", "peft", f"{source.label} holds no adapters; leave format= out for its merged weights")
     unmerged = {key: value for key, value in exact.items() if key.endswith(".weight")}
     _write(source._replace(state={**source.state, **unmerged}), out / "base")
-    # names count from the network, or from the whole of a user's own module
+    # names start from the network, or from the root of a user's own module
     prefix = "model." if source.kind else ""
     write_adapters(exact, source.lowrank.get("alpha"), out, prefix, "CAUSAL_LM" if source.kind == "hf" else None)
     return out
@@ -305,7 +305,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0 if argv else 2
     logging.basicConfig(format="%(message)s")
     logging.getLogger("lowrank_pretrain").setLevel(logging.INFO)
-    logging.getLogger("timm").setLevel(logging.ERROR)  # it warns of a mean for other channels than the model's
+    logging.getLogger("timm").setLevel(logging.ERROR)  # it warns if the mean's channels differ from the model's
     try:
         given = key_values(argv, ("ckpt", "format", "out"))
         for key in ("ckpt", "out"):

@@ -1,1 +1,1 @@
-"""Factored weights: a layer's W becomes U·V at a switch in the middle of training, and everything shrinks with it."""
+"""Factor weights: in the middle of training, a layer's W becomes U·V, which shrinks memory, state and compute."""

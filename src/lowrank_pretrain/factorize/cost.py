@@ -1,4 +1,4 @@
-"""When factors pay: the one place that knows what two thin products cost next to one wide one.
+"""Decide when factors pay off: compare the cost of two thin products with that of one wide product.
 
 A dense layer multiplies by D·O numbers, a factored one of rank k by k (D + O). Measured on one CPU thread (widths 384 to 1536,
 N = 3152 rows, forward and backward; ``benchmarks/factorize.py --layers``): time over dense time is that share plus about .05 in
@@ -19,7 +19,7 @@ def largest_share(dtype: torch.dtype) -> float:
 
 
 def numbers_of(rank: int, rows: int, cols: int) -> int:
-    """Return how many numbers the factors of a ``rows`` x ``cols`` matrix hold: k (D + O), which is also their cost per input.
+    """Return the size of the factors of a ``rows`` x ``cols`` matrix: k (D + O), which is also their cost per input.
 
     Example:
         >>> numbers_of(4, 16, 8)

@@ -1,4 +1,4 @@
-r"""Weighted truncated SVD: the matrix of rank k that changes a layer's outputs least on the inputs that it really gets.
+r"""Compute a weighted truncated SVD: the rank-k matrix that changes a layer's outputs least on its actual inputs.
 
 W is O x D, C = E[x xᵀ] is D x D, the second moment of its inputs. Among all matrices of rank k,
 
@@ -8,7 +8,7 @@ which is the truncated SVD of W C^½ mapped back by C^-½ (``tests/reference/fac
 eigenvalue of G is what its direction adds to E‖W x‖², its *energy*. W's own spectrum is the wrong measure: in the middle of
 training it is mostly the noise of the initialisation, which no input excites.
 
-C is damped by a part of its mean diagonal, so that a direction that no input had in the window is not lost for nothing.
+C is damped by a share of its mean diagonal, so that directions without input in the window are not lost needlessly.
 O out, D in, k rank, l the columns of a sketch.
 """
 
@@ -25,7 +25,7 @@ _LEAST = 1e-3  # of the largest scale: the least scale of a column of U, so that
 
 
 class Spectrum(NamedTuple):
-    """The leading directions of a layer's outputs.
+    """Hold the leading directions of a layer's outputs.
 
     Attributes:
         basis: P (O, l), orthonormal columns by falling energy.
@@ -42,7 +42,7 @@ class Spectrum(NamedTuple):
         return min(1.0, float(self.energies[:rank].sum()) / self.total) if self.total > 0 else 1.0
 
     def rank_for(self, energy: float) -> int:
-        """Return the smallest rank that keeps this share, or one more than the directions that are known."""
+        """Return the smallest rank that keeps this share, or one more than the number of known directions."""
         if self.total <= 0:
             return 1
         share = self.energies.cumsum(0) / self.total
@@ -50,11 +50,11 @@ class Spectrum(NamedTuple):
 
 
 def damped(moment: Tensor, damping: float = DAMPING) -> Tensor:
-    """Return C with a part of its mean diagonal added to its diagonal; a moment of zeros becomes the identity.
+    """Return C + ``damping`` · mean(diag C) · I; a zero moment becomes the identity.
 
     Args:
         moment: (D, D), E[x xᵀ].
-        damping: the part.
+        damping: the share of the mean diagonal.
     """
     mean = moment.diagonal().mean()
     C = moment.clone()
@@ -92,7 +92,7 @@ def spectrum(W: Tensor, C: Tensor, most: int, generator: torch.Generator) -> Spe
 
 
 def factors(W: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-    """Return U (O, k) and V (k, D) with U V = P Pᵀ W, and its singular values split evenly between the two.
+    """Return U (O, k) and V (k, D) with U V = P Pᵀ W, with its singular values split evenly between them.
 
     Args:
         W: (O, D).

@@ -1,10 +1,10 @@
-"""The factored layer: what a linear layer becomes when its W is replaced by a product of two thin matrices.
+"""Define the factored layer: a linear layer whose W is replaced by a product of two thin matrices.
 
         x (.., D) ── V (k, D) ── U (O, k) ──(+ b)── y (.., O)        y = U (V x) + b,   W = U V
 
 The *class* of the layer is swapped, as for adapters: the module and its bias stay the same objects. W itself is gone: while the
 layer is factored ``layer.weight`` is the product, computed whenever it is read (gradients reach the factors through it), and
-the Parameter that was W waits, empty, for the day when the layer becomes plain again. The factors are ``factor_V`` (Σk, D) and,
+the Parameter that was W is kept, empty, for when the layer becomes plain again. The factors are ``factor_V`` (Σk, D) and,
 per block of rows, ``factor_U.<block>`` (O_p, k_p): one block ``W``, or one for each part of a fused layer.
 
 Two calls of ``F.linear`` and nothing of our own: autocast, compilation, exporters, transforms and second derivatives follow.
@@ -24,17 +24,17 @@ ADDED = ("factor_V", "factor_U")  # what factoring registers on a layer
 
 
 class FactoredLinear(Reclassed, nn.Module):
-    """What a layer's class gains by factoring (mixed in before ``nn.Linear``, ``Conv1D`` or a user's subclass of them)."""
+    """Add factors to a layer's class (mixed in before ``nn.Linear``, ``Conv1D`` or a user's subclass of them)."""
 
     _blocks: tuple[Block, ...]
     _transposed: bool
-    _whole: nn.Parameter  # what W was: empty, kept for its identity
+    _whole: nn.Parameter  # the former W: empty, kept for its identity
     factor_V: nn.Parameter  # (Σk, D)
     factor_U: nn.ParameterDict  # by block (O_p, k_p)
     bias: nn.Parameter | None
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """(.., D) -> (.., O), called like the plain class's forward and equal to it with U V for W."""
+        """Map (.., D) to (.., O); called like the plain class's forward, and equal to it with U V for W."""
         given = (*args, *kwargs.values())
         if len(given) != 1:
             raise TypeError(f"{type(self).__name__}.forward takes one input, {len(given)} were given")
@@ -49,7 +49,7 @@ class FactoredLinear(Reclassed, nn.Module):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]  # computed here, a parameter in a plain layer
-        """U V in the layout of the plain layer's weight: a new tensor at each reading, through which gradients flow."""
+        """Return U V in the plain weight's layout: a new tensor on each read, through which gradients flow."""
         rows = [self.factor_U[b.name] @ self.factor_V.narrow(0, b.at, b.rank) for b in self._blocks]
         product = rows[0] if len(rows) == 1 else torch.cat(rows)
         return product.t() if self._transposed else product
@@ -59,10 +59,10 @@ class FactoredLinear(Reclassed, nn.Module):
         """Return U V as the plain layer would hold it, computed in float32 or more.
 
         Args:
-            check: refuse what is NaN or infinite.
+            check: refuse NaN or infinite factors.
 
         Raises:
-            ValueError: a factor is.
+            ValueError: a factor is NaN or infinite.
         """
         if check and not all(bool(torch.isfinite(p).all()) for p in self.factor_parameters().values()):
             raise ValueError("factors hold numbers that are NaN or infinite: refusing to multiply them into the weights")
@@ -78,8 +78,8 @@ class FactoredLinear(Reclassed, nn.Module):
         return {"factor_V": self.factor_V} | {f"factor_U.{name}": p for name, p in self.factor_U.items()}
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Return what the plain layer with W = U V returns: a state dict is the trained model, whoever asks for it."""
-        if kwargs.get("keep_vars", False):  # who wants the parameters themselves gets them all
+        """Return the plain layer's state with W = U V: a state dict always holds the plain trained model."""
+        if kwargs.get("keep_vars", False):  # callers that want the parameters themselves get all of them
             return super().state_dict(*args, **kwargs)
         plain = self._plain_class.__new__(self._plain_class)
         own: dict[str, Tensor | None] = {"weight": self.product(check=False)}
@@ -104,7 +104,7 @@ class FactoredLinear(Reclassed, nn.Module):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
 
     def _refusal(self, rows: Tensor) -> str | None:
-        """Say why a matrix (O, D) cannot be loaded; ``None`` if it has the layer's shape, and its ranks but for rounding."""
+        """Say why a matrix (O, D) cannot be loaded; ``None`` if it has the layer's shape, and its ranks up to rounding."""
         if rows.shape != (sum(b.rows for b in self._blocks), self.factor_V.shape[1]):
             return f"has shape {tuple(rows.shape)}, which is another layer's"
         found = best_factors(rows, self._blocks)
@@ -178,9 +178,9 @@ def take_factors(layer: Any, check: bool = True) -> None:
 
 @torch.no_grad()
 def follow_weight(layer: FactoredLinear, weight: Tensor) -> None:
-    """Let a factored layer compute, as far as its U reaches, what another weight does: V = U⁺ W.
+    """Make a factored layer compute the nearest to another weight that its U allows: V = U⁺ W.
 
-    For an average of the trained weights: of the W that was just factored it gives V itself, and U stays the trained one's, so
+    Used for averages of weights. For the W that was just factored this gives V itself, and U stays the trained one, so
     that averaging the factors afterwards averages like with like.
 
     Args:

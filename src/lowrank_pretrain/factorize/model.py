@@ -1,4 +1,4 @@
-"""Factored weights over a whole model: measure, cut, expand, and the factors' state (pure torch)."""
+"""Factor the weights of a whole model: measure, cut, expand, and save the factors' state (pure torch)."""
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -24,20 +24,20 @@ STEPS = 8  # optimizer steps over which inputs are measured at least
 
 
 class Factors(Adopter, Reports):
-    """Take a plan over by factoring: at the switch the targets' inputs begin to be measured, at the freeze W becomes U V.
+    """Take over a plan by factoring: measure the targets' inputs from the switch on; at the freeze W becomes U V.
 
-    In between W trains on as before. A layer that would not get faster stays as it is and trains on (``cost``), and so does
-    one that nobody called.
+    In between, W trains as before. A layer that would not get faster stays dense and trains on (``cost``), and so does
+    one that was never called.
 
     Args:
-        energy: the share of each layer's output energy that must stay, in place of the plan's ranks.
-        flops: the share of the targets' FLOPs that the factors may take in all, in place of the plan's ranks.
+        energy: the share of each layer's output energy that must stay, instead of the plan's ranks.
+        flops: the share of the targets' FLOPs that the factors may take in all, instead of the plan's ranks.
         freeze_rest: at the freeze everything but the factors stops.
         products: the dtype of the layers' products; default: that of the weights.
         total: sums a tensor over all processes.
-        from_first: gives every process what the first one has; called with ``None`` elsewhere.
+        from_first: broadcasts from the first process; the others pass ``None``.
         is_first: whether this is the first process.
-        exact: factors of a checkpoint that is being resumed, in place of new ones.
+        exact: factors of a checkpoint that is being resumed, instead of new ones.
         seed: of the range finder's private generators; default: the run's seed.
     """
 
@@ -64,7 +64,7 @@ class Factors(Adopter, Reports):
         self.kept: dict[str, float] = {}  # share of the output energy by layer, after the freeze
 
     def check_adopt(self, names: Iterable[str], module: nn.Module) -> None:
-        """Refuse layers that cannot be factored, or of which only a part is a target.
+        """Refuse layers that cannot be factored, or only a part of which is a target.
 
         Raises:
             ConfigError: naming the layer, with the cure.
@@ -90,7 +90,7 @@ class Factors(Adopter, Reports):
         return []
 
     def release(self) -> list[Inherit]:
-        """Replace each target's W by U V where that pays; ``plan`` then says which ranks there are.
+        """Replace each target's W by U V where that pays off; ``plan`` then holds the ranks.
 
         Returns:
             The factors, each with the weight whose parameter group it joins; they take no optimizer state over.
@@ -128,15 +128,15 @@ class Factors(Adopter, Reports):
         return inherited
 
     def metrics(self) -> dict[str, float]:
-        """Return each target's rank, and the least share of its output energy that a layer has kept."""
+        """Return each target's rank, and the smallest share of output energy that any layer has kept."""
         ranks = {f"lowrank/rank/{name}": float(rank) for name, rank in self.plan.items()}
         return ranks | {"lowrank/kept_energy": min(self.kept.values(), default=1.0)}
 
     def before_checkpoint(self) -> None:
-        """Give the first process the sums of all, for a checkpoint, which has only its values.
+        """Move all processes' sums to the first process: a checkpoint holds only its values.
 
-        The run that goes on and the one that is resumed hold the same from then on. (Adding in another order rounds otherwise:
-        a run that writes no file in these few steps may differ in the last bits from one that does.)
+        The continuing run and the resumed one are then equal. (Adding in another order rounds differently:
+        a run that writes no checkpoint in these steps may differ in the last bits from one that does.)
         """
         for _, layer in moments.measured_layers(self._module):
             for own in (layer._moment, layer._rows_seen):
@@ -144,13 +144,13 @@ class Factors(Adopter, Reports):
         self.after_replay()
 
     def after_replay(self) -> None:
-        """Keep the sums in the first process only, for they are those of all."""
+        """Keep the sums in the first process only, because they cover all processes."""
         for _, layer in moments.measured_layers(self._module) if not self._is_first else ():
             layer._moment.zero_()
             layer._rows_seen.zero_()
 
     def _layers(self, ranked: bool) -> Iterator[tuple[str, Any, int]]:
-        """(name, layer, its parts' largest rank) of the plan's layers, in the module's order."""
+        """Yield (name, layer, its parts' largest rank) of the plan's layers, in the module's order."""
         found: dict[str, list[Target]] = {}
         for name, target in all_targets(self._module).items():
             if name in self.plan:
@@ -162,7 +162,7 @@ class Factors(Adopter, Reports):
 
     @torch.no_grad()
     def _decide(self, layers: list[tuple[str, Any, int]]) -> dict[str, Cut] | None:
-        """Cut every layer, in the first process; the others only give their part of the moments."""
+        """Cut every layer, in the first process; the others only contribute their moments."""
         share = largest_share(self.products or layers[0][1].weight.dtype)
         ranks = {name: rank for name, _, rank in layers}
         if self.flops is not None:
@@ -198,7 +198,7 @@ class Factors(Adopter, Reports):
         return None if C is None else damped(C)
 
     def _cuts_of(self, exact: Mapping[str, Tensor]) -> dict[str, Cut]:
-        """Return the cuts that a checkpoint has, with its factors."""
+        """Return a checkpoint's cuts, with its factors."""
         cuts = {}
         for name, layer, _ in self._layers(ranked=True):
             V = exact.get(f"{name}.factor_V")
@@ -236,24 +236,24 @@ def obstacle_to_factors(layer: nn.Module, tied_to: list[str] | None = None) -> s
 
 
 def factored_layers(module: nn.Module) -> Iterator[tuple[str, FactoredLinear]]:
-    """(name, layer) of every factored layer, in the module's order."""
+    """Yield (name, layer) of every factored layer, in the module's order."""
     return ((name, layer) for name, layer in module.named_modules() if isinstance(layer, FactoredLinear))
 
 
 def factor_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """(name, parameter) of every factor."""
+    """Yield (name, parameter) of every factor."""
     return ((f"{name}.{own}", p) for name, layer in factored_layers(module) for own, p in layer.factor_parameters().items())
 
 
 def expand(module: nn.Module, check: bool = True) -> None:
-    """Make every layer plain again: W = U V, and what was measured is forgotten.
+    """Make every layer plain again: W = U V, and the moments are discarded.
 
     Args:
         module: is changed.
         check: refuse factors that are NaN or infinite.
 
     Raises:
-        ValueError: they are.
+        ValueError: they hold some.
     """
     for _, layer in list(factored_layers(module)):
         take_factors(layer, check)
@@ -263,7 +263,7 @@ def expand(module: nn.Module, check: bool = True) -> None:
 
 @contextmanager
 def shown_whole(module: nn.Module) -> Iterator[None]:
-    """Show factored layers for a while as plain ones with W = U V; then they are as they were. Nothing may train meanwhile."""
+    """Show factored layers as plain ones with W = U V inside this block. Nothing may train meanwhile."""
     held: list[tuple[Any, type, Any, Any]] = [
         (layer, type(layer), layer._parameters, layer._modules) for _, layer in factored_layers(module)
     ]
@@ -288,7 +288,7 @@ def exact_factors(module: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def load_exact_factors(module: nn.Module, exact: Mapping[str, Tensor]) -> None:
-    """Put back what ``exact_factors`` gave, into a module that was changed by the same plan.
+    """Restore the result of ``exact_factors`` into a module that was changed by the same plan.
 
     Raises:
         ConfigError: a factor is missing, or has another shape.

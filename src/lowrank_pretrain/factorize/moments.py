@@ -1,4 +1,4 @@
-"""Second moments of the inputs of layers, gathered while a model trains: C = E[x xᵀ] per layer.
+"""Measure the second moments of layers' inputs while a model trains: C = E[x xᵀ] per layer.
 
 A layer that is measured has its class swapped, as adapters do it, so that compiled models are measured too. In each training
 forward it adds xᵀ x of some rows of its input to a D x D sum in float32, the older ones fading; nothing of what it computes
@@ -17,17 +17,17 @@ from lowrank_pretrain.core.targets import plain_name, weight_rows
 from lowrank_pretrain.lora.layer import Reclassed, swap_class
 
 ROWS = 1024  # of a forward's input rows (batch times tokens) that are looked at
-FADE = 0.98  # what a moment counts for after one more forward: about the last 50 matter
+FADE = 0.98  # the weight of a moment after one more forward: about the last 50 count
 
 
 class MeasuredLinear(Reclassed, nn.Module):
-    """What a layer's class gains while its inputs are measured; the sums are no parameters or buffers of the module."""
+    """Measure a layer's inputs. The sums are neither parameters nor buffers of the module."""
 
     _moment: Tensor  # (D, D), Σ fade · xᵀ x
     _rows_seen: Tensor  # (), Σ fade · rows
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """(.., D) -> (.., O), as the plain class does; on the way the input is measured."""
+        """Map (.., D) to (.., O) as the plain class does, and measure the input."""
         if self.training and torch.is_grad_enabled():
             self._measure(args[0] if args else next(iter(kwargs.values())))
         return super().forward(*args, **kwargs)
@@ -46,7 +46,7 @@ class MeasuredLinear(Reclassed, nn.Module):
 
 
 def measured_layers(module: nn.Module) -> Iterator[tuple[str, MeasuredLinear]]:
-    """(name, layer) of every layer that is measured, in the module's order."""
+    """Yield (name, layer) of every layer that is measured, in the module's order."""
     return ((name, layer) for name, layer in module.named_modules() if isinstance(layer, MeasuredLinear))
 
 
@@ -60,7 +60,7 @@ def begin(layer: Any) -> None:
 
 
 def end(layer: Any) -> None:
-    """Give a measured layer its plain class back, and its moment's memory too."""
+    """Give a measured layer its plain class back, and free its moment."""
     layer.__class__ = layer._plain_class
     for key in ("_rest", "_moment", "_rows_seen"):
         layer.__dict__.pop(key, None)
@@ -71,7 +71,7 @@ def moment_of(name: str, layer: MeasuredLinear, total: Callable[[Tensor], Tensor
 
     Args:
         name: the layer's, for errors.
-        layer: that was measured.
+        layer: the measured layer.
         total: sums a tensor over all processes.
 
     Raises:
@@ -96,7 +96,7 @@ def exact_moments(module: nn.Module) -> dict[str, Tensor]:
 
 
 def load_moments(module: nn.Module, exact: Mapping[str, Tensor]) -> None:
-    """Put back what ``exact_moments`` gave."""
+    """Restore the result of ``exact_moments``."""
     for name, layer in measured_layers(module):
         layer._moment.copy_(exact[f"{name}.input_moment"])
         layer._rows_seen.copy_(exact[f"{name}.input_rows"])

@@ -1,4 +1,4 @@
-"""How far each layer is cut: its rank by a fraction, by energy or by a budget, and its row blocks together or separately.
+"""Choose each layer's rank by a fraction, by energy or by a budget, and factor its row blocks together or separately.
 
 A fused layer (q, k and v in one matrix) can be one product U V of rank k, which shares V among the parts, or one product for
 each part. Both are looked at, and the smaller one is taken *at equal error*: separate parts get the fewest columns, spread
@@ -17,7 +17,7 @@ from lowrank_pretrain.factorize.decompose import Spectrum, factors, spectrum
 
 
 class Block(NamedTuple):
-    """A row block with factors of its own: rows [start, start+rows) of W, rows [at, at+rank) of V."""
+    """Describe a row block with its own factors: rows [start, start+rows) of W, rows [at, at+rank) of V."""
 
     name: str
     start: int
@@ -27,12 +27,12 @@ class Block(NamedTuple):
 
 
 class Cut(NamedTuple):
-    """What becomes of a layer.
+    """Describe a factored layer.
 
     Attributes:
         blocks: one for the whole layer, or one for each part.
         U: by block's name, (O_p, k_p).
-        V: (Σk, D), the blocks' one below the other.
+        V: (Σk, D), the blocks' V stacked by rows.
         kept: the share of E‖W x‖² that stays.
     """
 
@@ -43,7 +43,7 @@ class Cut(NamedTuple):
 
 
 def rank_of_fraction(fraction: float, rows: int, cols: int) -> int:
-    """Return ``fraction`` of min(D, O) as a rank; from 16 on a multiple of 8, which devices like best.
+    """Return ``fraction`` of min(D, O) as a rank; from 16 on a multiple of 8, which is fastest on devices.
 
     Example:
         >>> rank_of_fraction(0.25, 1152, 384), rank_of_fraction(0.25, 16, 16)
@@ -54,7 +54,7 @@ def rank_of_fraction(fraction: float, rows: int, cols: int) -> int:
 
 
 def ranks_of_budget(energies: Mapping[str, Spectrum], sizes: Mapping[str, tuple[int, int]], budget: float) -> dict[str, int]:
-    """Spend a budget of FLOPs where it keeps most: the share of a layer's output energy that a direction adds, over its cost.
+    """Spend a budget of FLOPs on the directions that add most of their layer's output energy per cost.
 
     Args:
         energies: by layer; a rank never exceeds the directions that a spectrum has.
@@ -100,7 +100,7 @@ def best_cut(
         energy: the share of E‖W x‖² that must stay.
 
     Returns:
-        The smaller of the two forms; ``None`` where neither pays, or nothing ever comes out of the layer.
+        The smaller of the two forms; ``None`` if neither pays off, or the layer's output is always zero.
     """
     rows, cols = W.shape
     limit = min(largest_rank(rows, cols, share), rows, cols)
@@ -122,9 +122,9 @@ def best_cut(
 def _separately(
     W: Tensor, C: Tensor, parts: Sequence[tuple[str, int, int]], share: float, generator: torch.Generator, error: float
 ) -> list[tuple[Spectrum, int]] | None:
-    """Return each part's spectrum and the fewest columns that reach the error; ``None`` if that does not pay."""
+    """Return each part's spectrum and the fewest columns that reach the error; ``None`` if that does not pay off."""
     cols, allowed = W.shape[1], share * W.numel()
-    # more than that of one part alone would cost more than is allowed
+    # more columns than this for one part alone would exceed the allowed cost
     found = [spectrum(W[at : at + rows], C, int(allowed / (rows + cols)), generator) for _, at, rows in parts]
     energies = torch.cat([one.energies for one in found])
     owners = torch.cat([torch.full((len(one.energies),), i) for i, one in enumerate(found)])

@@ -30,7 +30,7 @@ T = TypeVar("T")
 MOMENTS = ("auto", "float32", "grad", "8bit")
 BLOCK = 256  # elements per scale
 SMALLEST_8BIT = 4096  # smaller tensors stay in float32, as in bitsandbytes' own optimizers: their codes would save nothing
-# Bytes of gradients that one call of the kernel works on: on a CPU what stays in the cache, on a device enough to fill it.
+# Bytes of gradients per call of the kernel: on a CPU as much as fits the cache, on a device enough to keep it busy.
 BYTES_CPU, BYTES_DEVICE = 4 << 20, 64 << 20
 _ZERO = {True: 127, False: 0}  # the code of 0, signed and unsigned
 _NEAR_ZERO = {True: (123, 131), False: (0, 7)}  # the codes between which the library's CPU code looks up too coarsely
@@ -84,7 +84,7 @@ def read_first_moment(state: Mapping[str, Any], shape: Sequence[int], dtype: tor
 
 
 def write_moments(state: dict[str, Any], m: Tensor, v: Tensor | None, eight_bit: bool) -> None:
-    """Keep the moments; in 8 bit the root of v, whose range the code spans twice as well as v's. None: there is no v."""
+    """Store the moments; in 8 bits the root of v, whose exponent range is half of v's. None: there is no v."""
     for key in _KEYS:  # left over from a larger tensor, from 8-bit moments, or from before an adoption
         state.pop(f"{key}_scale", None)
     if v is None:
@@ -112,7 +112,7 @@ def steps_taken(state: Mapping[str, Any]) -> int:
 def count_step(state: dict[str, Any]) -> None:
     """Count one more step, in a tensor on the CPU as in torch's optimizers.
 
-    It is float64 for any default dtype of the process: the refreshes go by this number, and float32 stops counting at 2^24.
+    It is float64 for any default dtype: the refreshes depend on it, and float32 stops counting at 2^24.
     """
     step = state.get("step")
     if type(step) is Tensor and step.dtype == torch.float64:  # a FakeTensor can be read until it is written to
@@ -142,7 +142,7 @@ def adam_directions(
         vs: second moments.
         step: this step's number, from 1.
         group: its ``betas``, ``eps`` and ``correct_bias``.
-        skip: device scalar, 1.0 where a gradient of this step is not finite: then moments stay and 0 is returned.
+        skip: device scalar, 1.0 where a gradient of this step is not finite: then the moments stay and the result is 0.
         into: tensors to which −lr·N is added instead (parameters of that dtype).
         lr: factor.
 
@@ -155,7 +155,7 @@ def adam_directions(
     # without bias correction the step is a number so large that 1−βᵗ is 1
     steps = torch.full((len(grads),), float(step) if correct else 1e9, dtype=torch.float32, device=grads[0].device)
     eps = group["eps"] / math.sqrt(1 - beta2**step) if correct else group["eps"]
-    # the kernel of torch.optim.AdamW(fused=True), without what is around it there
+    # the kernel of torch.optim.AdamW(fused=True), without its overhead
     fused_adamw(
         out, grads, ms, vs, [], list(steps.unbind()), found_inf=skip,
         amsgrad=False, beta1=beta1, beta2=beta2, lr=lr, weight_decay=0.0, eps=eps, maximize=False,
@@ -189,7 +189,7 @@ def decay_weights(weights: list[Tensor], group: Mapping[str, Any], skip: Tensor 
 
 
 def split_by(items: list[T], key: Callable[[T], Any]) -> list[list[T]]:
-    """Return the items with equal keys together, in the order of their first.
+    """Group items with equal keys, in the order of each group's first item.
 
     Example:
         >>> split_by([1, 2, 3, 4], lambda i: i % 2)
@@ -202,7 +202,7 @@ def split_by(items: list[T], key: Callable[[T], Any]) -> list[list[T]]:
 
 
 def kernel_batches(items: list[T], sizes: list[int], device: torch.device) -> Iterator[list[T]]:
-    """Yield neighbours that one call of the kernel takes: as many as have ``BYTES_CPU`` or ``BYTES_DEVICE`` in float32.
+    """Yield consecutive items for one call of the kernel, up to ``BYTES_CPU`` or ``BYTES_DEVICE`` in float32.
 
     Args:
         items: the parameters of one group, step and dtype.
@@ -231,7 +231,7 @@ def row_slices(t: Tensor) -> list[Tensor]:
 
 
 def is_dense(t: Tensor) -> bool:
-    """Return whether the elements fill one stretch of memory, each once, in any order of the dimensions.
+    """Return whether the elements fill one stretch of memory, each once, with the dimensions in any order.
 
     Example:
         >>> is_dense(torch.zeros(2, 3).t()), is_dense(torch.zeros(4, 3)[:, :2])
@@ -279,7 +279,7 @@ def check_same_shape(t: Tensor, like: Tensor, name: str, what: str) -> None:
 
 @dataclass(slots=True)
 class PlainParameter:
-    """A parameter of a group without a rank, in this step.
+    """Hold a parameter of a group without a rank, in this step.
 
     Attributes:
         p: the parameter.
@@ -298,7 +298,7 @@ class PlainParameter:
         return self.read(local_piece(self.p), torch.float32)[1] if "exp_avg" in self.state else None
 
     def read(self, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return this rank's piece of the moments; new ones in ``dtype``, and in the weight's layout if that is its dtype."""
+        """Return this rank's piece of the moments; new ones have ``dtype``, and the weight's layout if that is its dtype."""
         m, v = read_moments(self.state, weight.shape, dtype, weight.device, like=weight)
         return (m, v) if weight is self.p else (local_piece(m), local_piece(v))
 
@@ -310,7 +310,7 @@ class PlainParameter:
         return m.to(weight.device, dtype).contiguous(), v.to(weight.device, dtype).contiguous()
 
     def write(self, m: Tensor, v: Tensor, eight_bit: bool, distributed: bool) -> None:
-        """Keep the moments, and count the step."""
+        """Store the moments, and count the step."""
         if distributed:
             m, v = as_dtensor(m, self.p, self.p.shape, 0), as_dtensor(v, self.p, self.p.shape, 0)
         write_moments(self.state, m, v, eight_bit)
@@ -318,7 +318,7 @@ class PlainParameter:
 
 
 def adamw_step(items: list[PlainParameter], group: Mapping[str, Any], skip: Tensor | None, distributed: bool) -> None:
-    """Step by plain AdamW with parameters of one group, step and dtype.
+    """Take a plain AdamW step for parameters of one group, step count and dtype.
 
     Args:
         items: the parameters.
@@ -361,7 +361,7 @@ def adamw_step(items: list[PlainParameter], group: Mapping[str, Any], skip: Tens
 
 
 class _Scratch(threading.local):
-    """Keep memory from call to call, for each thread its own: two optimizers may step at the same time."""
+    """Reuse memory between calls, separately per thread: two optimizers may step at the same time."""
 
     def __init__(self) -> None:
         self.kept: dict[torch.dtype, Tensor] = {}
@@ -371,12 +371,12 @@ _scratch = _Scratch()
 
 
 def _zeros(like: list[Tensor]) -> list[Tensor]:
-    """Return zeros of these shapes; on the CPU in kept memory, because fresh pages cost more than Adam's arithmetic."""
+    """Return zeros of these shapes; on the CPU in reused memory, because fresh pages cost more than Adam's arithmetic."""
     if like[0].device.type != "cpu" or not has_values(like[0]):
         return [torch.zeros_like(t, memory_format=torch.contiguous_format) for t in like]
     sizes = [t.numel() for t in like]
     kept = _scratch.kept.get(like[0].dtype)
-    # memory made in inference mode cannot be written to outside it, nor the other way round without a trace
+    # memory made in inference mode cannot be written to outside it, nor the other way round without being recorded
     if kept is None or kept.numel() < sum(sizes) or kept.is_inference() != torch.is_inference_mode_enabled():
         kept = _scratch.kept[like[0].dtype] = torch.empty(sum(sizes), dtype=like[0].dtype, device="cpu")
     return [flat.view(t.shape) for flat, t in zip(kept[: sum(sizes)].zero_().split(sizes), like, strict=True)]
@@ -407,7 +407,7 @@ def _encode(x: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
         return codes.masked_fill_(x == 0, _ZERO[signed]), scales.absmax
     flat = codes.view(-1)
     low, high = _NEAR_ZERO[signed]
-    # by numpy, many times quicker on bytes; what is below `low` wraps to far above
+    # in numpy, many times faster on bytes; codes below `low` wrap to large values
     found = torch.from_numpy(np.flatnonzero(flat.numpy() - np.uint8(low) <= high - low))
     if found.numel():
         share = x.view(-1)[found] / scales.absmax[found // BLOCK].clamp_min(torch.finfo(x.dtype).tiny)

@@ -21,7 +21,7 @@ class _Record:
     arrived: Any = None
 
     def send(self) -> None:
-        """Send the mean overlap to the host, after the work that the device has to do first."""
+        """Send the mean overlap to the host, after the device's pending work."""
         if self.overlaps and self.copied is None:
             mean = torch.stack([overlap.to(self.overlaps[0].device) for overlap in self.overlaps]).mean()
             self.copied = mean.to("cpu", non_blocking=True) if mean.is_cuda else mean
@@ -30,12 +30,12 @@ class _Record:
                 self.arrived.record()
 
     def ready(self) -> bool:
-        """Return whether all of it can be read without waiting."""
+        """Return whether the record can be read without waiting."""
         end = self.spans[-1][1]
         return (isinstance(end, float) or end.query()) and (self.arrived is None or self.arrived.query())
 
     def metrics(self) -> dict[str, float]:
-        """Return milliseconds in all, and the mean overlap unless all bases were new."""
+        """Return total milliseconds, and the mean overlap unless all bases were new."""
         found = {"galore/refresh_ms": sum(_milliseconds(*span) for span in self.spans)}
         if self.copied is not None:
             found["galore/overlap"] = float(self.copied)
@@ -43,7 +43,7 @@ class _Record:
 
 
 class RefreshTimer:
-    """Keep the record of the last step that refreshed. It never waits for a device."""
+    """Keep the record of the last step with a refresh, without waiting for a device."""
 
     def __init__(self) -> None:
         self._current: _Record | None = None  # of the newest step that refreshed
@@ -67,8 +67,8 @@ class RefreshTimer:
             self._current.overlaps.append(overlap)
 
     def metrics(self) -> dict[str, float]:
-        """Return the figures of the newest step that has arrived; empty before the first. On the CPU that is the last one."""
-        for _ in range(2):  # after one has arrived, the newest is sent
+        """Return the figures of the newest step that has arrived (on the CPU the last one); empty before the first."""
+        for _ in range(2):  # once one has arrived, the newest is sent
             if self._sent is not None and self._sent.ready():
                 self._known, self._sent = self._sent.metrics(), None
             if self._sent is None and self._current is not None:

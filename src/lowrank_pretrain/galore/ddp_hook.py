@@ -1,6 +1,6 @@
 """Send projected gradients under DDP, by a communication hook: between refreshes R (r×k) travels instead of G (m×n).
 
-Exact, because the projection is linear: the mean of PᵀGᵢ is Pᵀ of the mean. At a refresh of a matrix its whole gradient is
+Exact, as the projection is linear: the mean of PᵀGᵢ is Pᵀ of the mean. At a refresh of a matrix its whole gradient is
 sent, and the new basis is rank 0's. ``p.grad`` then holds P R̄, the same on every rank; its norm is that of the projection,
 so clipping by norm is consistent over the ranks, but not the same as without the hook.
 """
@@ -68,7 +68,7 @@ def galore_ddp_hook(ddp: DistributedDataParallel, optimizer: GaLoreAdamW) -> Hoo
 
 
 class _BasisOfRank0:
-    """Take rank 0's basis: every rank refreshes from the same mean gradient, so the bases differ by rounding at most."""
+    """Give all ranks rank 0's basis: all refresh from the same mean gradient, so bases differ at most by rounding."""
 
     def __init__(self, group: Any) -> None:
         self._group = group

@@ -77,7 +77,7 @@ def sum_over_ranks(t: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 
 def as_dtensor(t: Tensor, p: Tensor, shape: Sequence[int], cut: int | None) -> Tensor:
-    """Return a piece of state as a DTensor on p's mesh, cut along dimension ``cut`` where p is cut; plain for a plain p."""
+    """Return a piece of state as a DTensor on p's mesh, cut along dimension ``cut`` if p is cut; plain if p is."""
     if not isinstance(p, DTensor):
         return t
     places: list[Placement] = [Replicate() if cut is None or isinstance(q, Replicate) else Shard(cut) for q in p.placements]

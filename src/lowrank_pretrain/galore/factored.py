@@ -1,4 +1,4 @@
-"""A second moment of r + k numbers in place of r×k: one row and one column of means, as pure functions of tensors.
+"""Keep a second moment in r + k numbers instead of r×k: a row and a column of means, by pure functions of tensors.
 
 Adafactor's rank-1 form (Shazeer & Stern, arXiv 1804.04235) in a basis that moves. A new basis turns the row's part by C∘C, as
 it turns the full second moment; the column's part is a mean over the subspace and stays.
@@ -16,7 +16,7 @@ Total = Callable[[Tensor], Tensor]  # a sum over the ranks that R's columns are 
 
 
 def alone(part: Tensor) -> Tensor:
-    """Return a sum as it is: all columns are here."""
+    """Return a sum unchanged: all columns are on this rank."""
     return part
 
 
@@ -53,10 +53,10 @@ def turn(part: Tensor, c: Tensor) -> Tensor:
 
 
 def factor(v: Tensor, total: Total = alone, columns: int = 0) -> tuple[Tensor, Tensor]:
-    """Return row and column of a full second moment (r×k), for a parameter that changes over to the factored form."""
+    """Return row and column of a full second moment (r×k), for a parameter that switches to the factored form."""
     return total(v.sum(1)) / (columns or v.shape[1]), v.mean(0)
 
 
 def nesterov(m: Tensor, low: Tensor, beta1: float) -> Tensor:
-    """Return U = β₁ m + (1−β₁) R, one step ahead of the momentum m that R is in already."""
+    """Return U = β₁ m + (1−β₁) R, one step ahead of the momentum m, which already contains R."""
     return torch.lerp(low, m, beta1)

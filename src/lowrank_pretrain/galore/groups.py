@@ -153,7 +153,7 @@ def target_layers(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
 
 
 def _tied_head(model: nn.Module) -> Callable[[Target], str | None]:
-    """Return a function that tells why a tied output head is no target: its gradient is the embedding's too."""
+    """Return a function that says why a tied output head cannot be a target: the embedding shares its gradient."""
     tied = tied_layers(model)
 
     def reason(target: Target) -> str | None:
@@ -177,7 +177,7 @@ def _check_conv(name: str, layer: nn.Module) -> None:
 
 
 def _warn_about_stacks(model: nn.Module, rest: dict[str, Tensor]) -> None:
-    """Warn of matrices that are kept in stacks, such as experts' weights: large, but no targets."""
+    """Warn of stacked matrices, such as experts' weights: they are large but cannot be targets."""
     convs = {plain_name(name) for name, layer in model.named_modules() if isinstance(layer, _STACKED)}
     stacks = [
         f"{name} {tuple(p.shape)}"
@@ -205,7 +205,7 @@ def _refuse_flat(model: nn.Module) -> None:
 
 
 def check_group(group: dict[str, Any], names: Mapping[int, str], quiet: bool = False) -> None:
-    """Refuse what the optimizer cannot do with this group; warn once of clamped ranks, unless ``quiet``.
+    """Refuse a group that the optimizer cannot handle; warn once of clamped ranks, unless ``quiet``.
 
     Raises:
         ConfigError: naming the key, the value and what is allowed.
@@ -249,7 +249,7 @@ def known_key(key: Any) -> bool:
 
 
 def check_keys(group: Mapping[str, Any]) -> None:
-    """Refuse keys of a group that nothing reads: a misspelt one would otherwise change nothing, without a word.
+    """Refuse unknown keys of a group: a misspelt one would otherwise be ignored silently.
 
     Raises:
         ConfigError: naming the key and the closest known one.
@@ -264,13 +264,13 @@ def check_keys(group: Mapping[str, Any]) -> None:
 
 
 def requested_settings(group: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a group's settings as plain numbers and words, to tell later what was changed."""
+    """Return a group's settings as plain numbers and words, to detect later changes."""
     found = {key: group[key] for key in KEYS if key in group}
     return {key: float(value) if isinstance(value, Tensor) else value for key, value in found.items()}
 
 
 def check_values(group: Mapping[str, Any]) -> None:
-    """Refuse values that are wrong for any parameters.
+    """Refuse values that are wrong for all parameters.
 
     Raises:
         ConfigError: naming the key, the value and what is allowed.
@@ -326,7 +326,7 @@ def _is_decay(value: Any) -> bool:
 
 
 def check_rank_value(rank: Any) -> None:
-    """Refuse a rank that is no positive integer.
+    """Refuse a rank that is not a positive integer.
 
     Example:
         >>> check_rank_value(0)
@@ -350,7 +350,7 @@ def largest_rank(p: Tensor) -> int:
 
 
 def parameter_name(group: dict[str, Any], number: int, i: int) -> str:
-    """Return the name of the i-th parameter of a group, by position where the optimizer was given none.
+    """Return the name of the i-th parameter of a group, by position if it was given none.
 
     Example:
         >>> parameter_name({"params": [nn.Linear(2, 2).weight]}, number=1, i=0)
@@ -379,7 +379,7 @@ def name_late_group(param_group: dict[str, Any], number: int) -> None:
 def groups_of_model(
     params: Iterable[Any] | nn.Module, rank: int | None, targets: str | Sequence[str], weight_decay: float
 ) -> Iterable[Any]:
-    """Return the groups of a model handed over in place of parameters; else the parameters as they are.
+    """Return the groups of a model that was passed instead of parameters; else the parameters unchanged.
 
     Raises:
         ConfigError: a model without a rank, or a rank or targets without a model.
@@ -399,7 +399,7 @@ def groups_of_model(
 
 
 def warn_of_unused(settings: Mapping[str, Any], usual: inspect.Signature, groups: list[dict[str, Any]]) -> None:
-    """Warn of a setting of projected groups where no group is projected."""
+    """Warn of settings for projected groups when no group is projected."""
     changed = [key for key in _PROJECTED if settings[key] != usual.parameters[key].default]
     if changed and not any(group.get("rank") for group in groups):
         warnings.warn(
@@ -417,7 +417,7 @@ _INDEXED = (
 
 
 class GroupsSnapshot:
-    """Keep the groups as they were, to see whether a user has changed something since."""
+    """Keep a snapshot of the groups, to detect later changes by the user."""
 
     def __init__(self, groups: list[dict[str, Any]]) -> None:
         self._groups = list(groups)
@@ -443,7 +443,7 @@ class GroupsSnapshot:
         )
 
     def changed_groups(self, groups: list[dict[str, Any]]) -> list[int]:
-        """Return the numbers of groups that are new or have other settings now."""
+        """Return the numbers of groups that are new or whose settings have changed."""
         return [
             number for number, group in enumerate(groups)
             if number >= len(self._settings) or tuple(map(group.get, _INDEXED)) != self._settings[number]

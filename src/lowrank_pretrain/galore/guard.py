@@ -26,8 +26,8 @@ from lowrank_pretrain.galore.dtensor import agree_on_flags, local_piece
 
 P = ParamSpec("P")
 T = TypeVar("T")
-_LAG = 8  # steps that the device may be behind before an answer is waited for
-_LARGE = 2.0**40  # no real gradient is as large: looked at again, exactly
+_LAG = 8  # steps that the device may lag before the host waits for an answer
+_LARGE = 2.0**40  # no real gradient is as large: checked again, exactly
 _AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 wide_dtype = functools.cache(at_least_32)  # asked for at every step
@@ -59,12 +59,12 @@ def closed(function: Callable[P, T]) -> Callable[P, T]:
 
 
 def eager(function: Callable[P, T]) -> Callable[P, T]:
-    """Wrap a function so that ``torch.compile`` calls it as it is."""
+    """Wrap a function so that ``torch.compile`` calls it without compiling it."""
     return keep_out_of_graphs(function)
 
 
 def check_dense_and_real(grad: Tensor, name: str) -> None:
-    """Refuse a gradient that the step cannot take.
+    """Refuse a sparse or complex gradient.
 
     Raises:
         ConfigError: a sparse or complex gradient.
@@ -75,7 +75,7 @@ def check_dense_and_real(grad: Tensor, name: str) -> None:
 
 
 class HasSecondMoment(Protocol):
-    """A parameter of this step, as far as a gradient that is too large is concerned."""
+    """Describe a parameter with a second moment, by which an overlarge gradient is scaled down."""
 
     name: str
 
@@ -102,7 +102,7 @@ class Guard:
     steps: int = 0
 
     def begin_step(self) -> None:
-        """Count a step, and raise for answers that have arrived."""
+        """Count a step, and raise if an answer that has arrived is bad."""
         self.steps += 1
         self.raise_arrived()
 
@@ -120,7 +120,7 @@ class Guard:
             matrices: how many of the gradients, the first ones, are projected.
 
         Returns:
-            None where the answer is known to be good; else a device scalar: 1.0 if a gradient is not finite.
+            None if the answer is known to be good; else a device scalar: 1.0 if a gradient is not finite.
 
         Raises:
             FloatingPointError: a gradient is not finite (of this step, or of an earlier one whose answer has arrived).
@@ -151,9 +151,9 @@ class Guard:
         return 1.0 - finite.all().float()
 
     def raise_arrived(self) -> None:
-        """Raise for answers that have arrived; wait only for those of more than ``_LAG`` steps ago.
+        """Raise if an answer that has arrived is bad; wait only for those more than ``_LAG`` steps old.
 
-        Layer-wise updates ask for an answer per parameter, so the number of answers is no measure.
+        Layer-wise updates ask for an answer per parameter, so the number of answers does not count steps.
         """
         while self.pending and (self.pending[0].event.query() or self.steps - self.pending[0].step > _LAG):
             first = self.pending.pop(0)

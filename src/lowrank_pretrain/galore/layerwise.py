@@ -1,11 +1,11 @@
-"""Update layer by layer: each parameter steps as soon as its gradient is there, and the gradient is freed.
+"""Update layer by layer: each parameter steps as soon as its gradient is ready, and the gradient is freed.
 
 A backward that runs inside ``step(closure)``, as Lightning's does, updates in place. One outside (an earlier micro-batch)
 adds R = PᵀG into an r×k buffer and frees G; ``step`` applies what is left there. So accumulation needs no flag. A parameter
 that refreshes at this step keeps its full gradient until the last micro-batch: its new basis must see all of it.
 
 A :class:`UsedGradient` stands in ``p.grad`` for a gradient that was used and freed. ``p.grad = None`` would mislead code that
-looks at gradients between backward and step: clipping would take the norm of the few that are left, without a word.
+looks at gradients between backward and step: clipping would silently take the norm of the few that are left.
 """
 
 import weakref
@@ -63,7 +63,7 @@ class Layerwise:
 
     @contextmanager
     def inside(self) -> Iterator[None]:
-        """Apply gradients that arrive within at once, at the last of as many arrivals as in the last closure."""
+        """Apply gradients that arrive in this block, each at its last arrival, as counted in the previous closure."""
         self.stepping, self._arrivals = True, {}
         try:
             yield
@@ -73,13 +73,13 @@ class Layerwise:
             self._expected = self._arrivals
 
     def waits(self, p: Tensor) -> bool:
-        """Return whether a parameter has something to step with."""
+        """Return whether a parameter has a gradient to apply."""
         if p.grad is None:  # after model.zero_grad() `low` holds a batch that was left out
             return p in self.low and is_distributed(p)
         return not isinstance(p.grad, UsedGradient) or (p in self.low and not p.grad.applied)
 
     def gradient(self, p: Tensor) -> Tensor | None:
-        """Return the whole gradient; None where it was used."""
+        """Return the whole gradient; None if it was already used."""
         return None if isinstance(p.grad, UsedGradient) else p.grad
 
     def take_low(self, p: Tensor) -> Tensor | None:
@@ -122,7 +122,7 @@ class Layerwise:
                 "layerwise=False with galore_ddp_hook"
             )  # fmt: skip
         entry = optimizer.lookup()[p]
-        if not entry.group["layerwise"]:  # switched off since
+        if not entry.group["layerwise"]:  # switched off meanwhile
             return
         before = p.grad if isinstance(p.grad, UsedGradient) else None
         if before is not None and before.arrived is not None:
@@ -138,7 +138,7 @@ class Layerwise:
             return
         if before is not None and p in self.low:
             size = None
-        else:  # the first, or what there was has been forgotten by model.zero_grad()
+        else:  # the first, or model.zero_grad() has cleared the earlier ones
             size = torch.linalg.vector_norm(local_piece(grad), dtype=torch.float32 if p.dtype != torch.float64 else None)
             if not is_distributed(p):
                 self.low.pop(p, None)
@@ -149,7 +149,7 @@ class Layerwise:
         p.grad = _used_gradient(p, entry.name, size, applied=False)
 
     def _is_last(self, p: Tensor, name: str) -> bool:
-        """Return whether this closure brings no further gradient of ``p``, as far as the last one tells.
+        """Return whether ``p`` gets no further gradient in this closure, judging by the previous one.
 
         On a CPU the first closure's gradients are all kept to its end. On a device, where this mode is to save memory, the
         first closure is expected to bring one gradient of each.
@@ -188,8 +188,8 @@ class UsedGradient(Tensor):
         of: its parameter's name.
         length: its norm; None after several micro-batches, whose sum was never formed.
         factor: the product of all factors since.
-        applied: the weight has taken it in, so it cannot be scaled any more.
-        arrived: another micro-batch's gradient, once it was added.
+        applied: the weight has already been updated, so it can no longer be scaled.
+        arrived: another micro-batch's gradient, once added.
     """
 
     of: str
@@ -200,7 +200,7 @@ class UsedGradient(Tensor):
 
     @staticmethod
     def __new__(cls: type["UsedGradient"], grad: Tensor, name: str, size: Tensor | None, applied: bool) -> "UsedGradient":
-        """Make one in the place of ``grad``."""
+        """Create a stand-in for ``grad``."""
         made: UsedGradient = Tensor._make_wrapper_subclass(
             cls, grad.shape, strides=grad.stride(), dtype=grad.dtype, device=grad.device
         )

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class LocalUpdate:
-    """Keep one matrix's form. It costs a copy of W in float32 at least, and D.
+    """Keep one matrix in this form. It costs a copy of W in at least float32, and D.
 
     Args:
         p: the weight; what it holds now is W_base.
@@ -34,7 +34,7 @@ class LocalUpdate:
         base: W_base, in p's shape.
         D: the update in the basis; ``None`` before the first step.
         C: the share of W_base that weight decay has left.
-        X: the sum of what other code added since the last merge, in p's shape; ``None``: nothing.
+        X: the sum of what other code added since the last merge, in p's shape; ``None`` if nothing.
         fresh: the next step renews the basis; only then is D zero.
     """
 
@@ -48,17 +48,17 @@ class LocalUpdate:
         self.mark(p)
 
     def mark(self, p: Tensor) -> None:
-        """Note that W is as it should be: any difference from now on was written by other code."""
+        """Record the present W: any later difference was written by other code."""
         self._version = p._version
         self._stamp = int(stamp(p)) if self._reads_bits else None
 
     @torch.no_grad()
     def absorb(self, slot: "Projected", weight: Tensor | None = None) -> None:
-        """Add to X what other code wrote into W since the last step; W stays as it is.
+        """Add to X what other code wrote into W since the last step; W is not changed.
 
         Args:
             slot: the matrix' projection.
-            weight: W as training has it, if another tensor is in its place now.
+            weight: the W being trained, if another tensor is in its place now.
         """
         p = slot.p if weight is None else weight
         if slot.p._version == self._version if self._stamp is None else int(stamp(p)) == self._stamp:
@@ -108,7 +108,7 @@ class LocalUpdate:
 
     @torch.no_grad()
     def restart(self, p: Tensor, base: Tensor) -> None:
-        """Start anew from a merge's result, which is W_base now, and W."""
+        """Start again from a merge's result, which becomes W_base and W."""
         self.base.copy_(base)
         p.copy_(self.base)
         if self.D is not None:

@@ -1,4 +1,4 @@
-"""The directions that torch's fused Adam does not make: factored second moment, Nesterov's mixture, Muon's rule.
+"""Compute directions that torch's fused Adam cannot: factored second moment, Nesterov's mixture, Muon's rule.
 
 What is kept of the second moment has one of three forms: ``full`` (v, r×k), ``factored`` (r + k numbers), ``none`` (Muon). The
 functions here take it as a list of tensors: [v], [row, col] or []. Shapes: R, m, N r×k; W d×k.
@@ -21,7 +21,7 @@ PARTS = {"full": ("exp_avg_sq",), "factored": ("exp_avg_sq_row", "exp_avg_sq_col
 
 
 def second_form(group: Mapping[str, Any]) -> str:
-    """Return what a projected group keeps of the second moment: ``full``, ``factored`` or ``none``.
+    """Return the form of a projected group's second moment: ``full``, ``factored`` or ``none``.
 
     Example:
         >>> second_form({"rule": "muon", "second_moment": "full"})
@@ -33,7 +33,7 @@ def second_form(group: Mapping[str, Any]) -> str:
 def read_kept(
     state: Mapping[str, Any], form: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, list[Tensor]]:
-    """Return the first moment (r×k) and what is kept of the second; zeros before the first step."""
+    """Return the first moment (r×k) and the stored form of the second; zeros before the first step."""
     if form == "full":
         m, v = read_moments(state, shape, dtype, device)
         return m, [v]
@@ -43,7 +43,7 @@ def read_kept(
 
 
 def whole_second(m: Tensor, second: list[Tensor], total: Total = alone, columns: int = 0) -> Tensor:
-    """Return v (r×k) of what is kept of it, zeros of nothing."""
+    """Return v (r×k) from its stored form; zeros if nothing is stored."""
     if len(second) == 2:
         return root(second[0], second[1], total, columns).square()
     return second[0] if second else torch.zeros_like(m)
@@ -64,7 +64,7 @@ def mode_direction(
     Args:
         low: R.
         m: first moment.
-        second: what is kept of the second.
+        second: the stored form of the second moment.
         step: this step's number, from 1.
         group: its ``betas``, ``eps``, ``correct_bias``, ``nesterov`` and ``rule``.
         shape: (d, k) of the whole matrix.

@@ -1,4 +1,4 @@
-"""GaLoreAdamW: AdamW whose matrices step inside a low-rank subspace of their gradient (Zhao et al., arXiv 2403.03507).
+"""Provide GaLoreAdamW: AdamW that steps matrices in a low-rank subspace of their gradient (Zhao et al., arXiv 2403.03507).
 
 A drop-in for ``galore_torch.GaLoreAdamW``: same signature, same group keys. ``refresh="svd", rotate_moments=False,
 stagger=False`` is that code step for step; the defaults are quicker and better.
@@ -48,17 +48,17 @@ class GaLoreAdamW(Adopter, Reports, Optimizer):
             power iteration on the momentum's mixture with the gradient.
         rotate_moments: carry the moments over into the new basis.
         stagger: spread the refreshes of the matrices over the gap.
-        layerwise: update each parameter as soon as its gradient is there, and free the gradient. Not with clipping, 16-mixed
+        layerwise: update each parameter as soon as its gradient is ready, and free the gradient. Not with clipping, 16-mixed
             or DDP.
         moments: ``auto``, ``float32``, ``grad`` (the gradient's dtype) or ``8bit`` (needs bitsandbytes).
         residual: ``fira`` adds the scaled part of the gradient outside the subspace, with a limit on its growth.
         variant: ``apollo`` scales the whole gradient by what Adam does to a random projection of it (rank 1: APOLLO-Mini).
         second_moment: ``factored`` keeps r + k numbers for the r×k of v, with no more products: .20 of AdamW's state at d/4.
-        nesterov: step on β₁m + (1−β₁)R, one step ahead of the momentum: no state, no product. Take it for texts.
+        nesterov: step on β₁m + (1−β₁)R, one step ahead of the momentum: no state, no product. Use it for text.
         rule: ``muon`` steps on the orthogonalised momentum, without a second moment: .18 of AdamW's state, two small products
-            (r×r by r×k) more, an update of AdamW's size. Take it for pictures.
+            (r×r by r×k) more, an update of AdamW's size. Use it for images.
         seed: of random projections; by default the run's.
-        rank: with a model for ``params``: its groups are ``galore_param_groups(model, rank, targets)``, and norms, biases and
+        rank: if ``params`` is a model: its groups are ``galore_param_groups(model, rank, targets)``, and norms, biases and
             embeddings have no weight decay. A HF ``Trainer`` takes it as
             ``optimizer_cls_and_kwargs=(GaLoreAdamW, {"model": model, "rank": 128, "lr": 1e-3})``.
         targets: with ``rank``: the matrices to project.
@@ -124,7 +124,7 @@ class GaLoreAdamW(Adopter, Reports, Optimizer):
     # ---- groups, and the index of parameters ------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, as torch does; its values are checked."""
+        """Add a group, as torch does, after checking its values."""
         if isinstance(param_group, dict) and not isinstance(param_group.get("params"), (Tensor, set, type(None))):
             param_group["params"] = list(param_group["params"])  # a generator can be read once only
         if self.param_groups and "param_names" in self.param_groups[0]:
@@ -141,7 +141,7 @@ class GaLoreAdamW(Adopter, Reports, Optimizer):
             self._layerwise.install(group["params"])
 
     def lookup(self, thorough: bool = False) -> dict[Tensor, Entry]:
-        """Return the group, name and projection of each parameter; made anew when the groups have changed.
+        """Return the group, name and projection of each parameter; rebuilt when the groups have changed.
 
         Args:
             thorough: compare every parameter and setting, as at the beginning of a step; else only the lists.
@@ -167,12 +167,12 @@ class GaLoreAdamW(Adopter, Reports, Optimizer):
         return found
 
     def projected(self, p: Tensor) -> Projected | None:
-        """Return the projection of a parameter as it stands at this step; None for one that plain AdamW updates."""
+        """Return a parameter's projection at this step; None if plain AdamW updates it."""
         slot = self.lookup()[p].slot
         return None if slot is None else self._present(p, slot)
 
     def _present(self, p: Tensor, slot: Projected) -> Projected:
-        """Return the slot with its state; a new slot for a parameter that was resized and has no state."""
+        """Return the slot with its state, or a new slot for a resized parameter without state."""
         kept = self.state[p]
         if p.shape != slot.shape:
             if kept:
@@ -191,7 +191,7 @@ class GaLoreAdamW(Adopter, Reports, Optimizer):
     @eager
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take one step. Lightning passes a closure that runs forward and backward; without one the gradients must be there.
+        """Take one step. Lightning passes a closure that runs forward and backward; without one the gradients must exist.
 
         Raises:
             ConfigError: a sparse or complex gradient; a rate that is NaN or infinite; a parameter that was resized.
@@ -220,7 +220,7 @@ class GaLoreAdamW(Adopter, Reports, Optimizer):
     @closed
     @torch.no_grad()
     def update(self, params: list[Tensor]) -> None:
-        """Step with the gradients of these parameters (all of a normal step's, or one layer's)."""
+        """Apply the gradients of these parameters (all in a normal step, or one layer's)."""
         entries, checked = self.lookup(), set[int]()
         by_device: dict[torch.device, list[Tensor]] = {}
         for p in params:
@@ -235,8 +235,8 @@ class GaLoreAdamW(Adopter, Reports, Optimizer):
             self._step_on_device(some, device, entries)
 
     def _step_on_device(self, params: list[Tensor], device: torch.device, entries: Mapping[Tensor, Entry]) -> None:
-        """Check the gradients of one device's parameters, and step with them."""
-        # sort: matrices to project, and the rest by group (thousands of groups, looked for one by one, would be slow)
+        """Check the gradients of one device's parameters, and apply them."""
+        # sort: matrices to project, and the rest by group (searching thousands of groups one by one would be slow)
         slots: list[Projected] = []
         plain: dict[int, list[PlainParameter]] = {}
         owners: list[Any] = []  # the holder of each gradient, and under which name it holds it
@@ -262,7 +262,7 @@ class GaLoreAdamW(Adopter, Reports, Optimizer):
         grads = list(map(getattr, owners, keys))
         if self._distributed:
             grads = [local_piece(grad) for grad in grads]
-        # a first basis has nothing to keep: no mask can undo it
+        # a first basis replaces nothing: no mask can undo it
         wait = any(slot.cold for slot in slots)
         names, cut = [owner.name for owner in owners], params if self._distributed else []
         skip = self._guard.check(grads, names, cut, wait, layerwise.stepping, matrices)
@@ -278,7 +278,7 @@ class GaLoreAdamW(Adopter, Reports, Optimizer):
                 adam.adamw_step(alike, group, skip, self._distributed)
 
     def _step_projected(self, slots: list[Projected], skip: Tensor | None) -> None:
-        """Step with matrices of one group, step and dtype."""
+        """Step matrices of one group, step count and dtype."""
         group, step = slots[0].group, slots[0].step + 1
         eta = float(group["lr"]) * group["scale"]
         decay = float(group["lr"]) * group["weight_decay"]
@@ -332,14 +332,14 @@ class GaLoreAdamW(Adopter, Reports, Optimizer):
         return None if self._guard.norms is None else self._guard.norms[0]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget gradients, and what layer-wise updates have accumulated of them."""
+        """Clear the gradients, and those that layer-wise updates have accumulated."""
         super().zero_grad(set_to_none)
         self._layerwise.clear()
 
     # ---- the protocols: take a plan over, report figures ---------------------------------------------------------------------
 
     def check_adopt(self, names: Iterable[str], module: nn.Module) -> None:
-        """Say before training begins whether ``adopt`` will be able to take these targets.
+        """Check before training that ``adopt`` will accept these targets.
 
         Raises:
             ConfigError: a target in no group, or projected already; layer-wise updates; APOLLO.
@@ -350,7 +350,7 @@ class GaLoreAdamW(Adopter, Reports, Optimizer):
         """Project the plan's targets from now on. Their group, its schedule and their moments stay.
 
         The basis comes from the first gradient after this; then m ← Pᵀm, v ← (P∘P)ᵀv with ``step`` kept and scale 1, so that
-        the step size is continuous. A fused matrix takes the largest rank of its parts; rank 0 leaves a matrix as it is.
+        the step size is continuous. A fused matrix takes the largest rank of its parts; rank 0 leaves a matrix unchanged.
 
         Raises:
             ConfigError: a target that is unknown, in no group, or projected already.
@@ -362,7 +362,7 @@ class GaLoreAdamW(Adopter, Reports, Optimizer):
         self._index = None
 
     def release(self) -> None:
-        """Finish at the plan's freeze: weights go on training in full, so only moments still of full size are dropped."""
+        """Finish at the plan's freeze: weights continue to train in full, and only full-size moments are dropped."""
         for p in self._ranks:
             kept = self.state.get(p, {})
             if kept and "proj" not in kept:
@@ -370,9 +370,9 @@ class GaLoreAdamW(Adopter, Reports, Optimizer):
                     del kept[key]
 
     def metrics(self) -> dict[str, float]:
-        """Return ``galore/refresh_ms`` and ``galore/overlap`` of the last step that refreshed and that the device has passed.
+        """Return ``galore/refresh_ms`` and ``galore/overlap`` of the last refreshing step that the device has finished.
 
-        It never waits for the device, so on one the figures may be those of an earlier call's step.
+        It never waits for the device, so its figures may be from an earlier step.
         """
         return self._timer.metrics()
 
@@ -400,7 +400,7 @@ class GaLoreAdamW(Adopter, Reports, Optimizer):
     @eager
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load as torch does, hooks and all, but tensors have the mode's dtype, and ranks, shapes and names are compared first.
+        """Load as torch does, hooks included, but with the mode's dtypes, and after comparing ranks, shapes and names.
 
         Each setting that may change between two runs is taken from the code, not from the file. A scheduler whose own state
         is loaded afterwards sets its rates again: ``state.follow_rates`` corrects them. An error changes nothing.

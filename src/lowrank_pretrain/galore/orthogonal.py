@@ -1,6 +1,6 @@
-"""Muon's orthogonalised momentum inside GaLore's subspace, as pure functions of tensors.
+"""Orthogonalise the momentum as Muon does, inside GaLore's subspace, by pure functions of tensors.
 
-P O with O = (U Uᵀ)^(-1/2) U is the orthogonal factor of P U, because PᵀP = I: the small matrix is all that the iteration needs.
+P O with O = (U Uᵀ)^(-1/2) U is the orthogonal factor of P U, because PᵀP = I: the iteration needs only the small matrix.
 
 Shapes: U r×k the momentum in the basis, r ≤ k; d×k the whole matrix with its projected side first.
 """
@@ -18,7 +18,7 @@ LIKE_ADAMW = 0.2  # root mean square of AdamW's updates (Liu et al., arXiv 2502.
 
 
 def orthogonalise(u: Tensor, steps: int = STEPS, total: Total = alone) -> Tensor:
-    """Return Muon's Newton-Schulz iteration of U (r×k), worked out in the Gram matrix r×r.
+    """Return Muon's Newton-Schulz iteration of U (r×k), computed in the r×r Gram matrix.
 
     X ← (αI + βA + γA²) X with A = XXᵀ multiplies X by polynomials in the first A alone. So these are multiplied up as Q (r×r,
     all commute), and X is touched twice for any number of steps: once for A and once for Q X. Where U is a piece of the

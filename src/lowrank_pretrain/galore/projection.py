@@ -26,7 +26,7 @@ from lowrank_pretrain.galore.modes import PARTS, mode_direction, read_kept, seco
 
 
 class SharedBasis(Protocol):
-    """Make the bases of several ranks one."""
+    """Keep one common basis on several ranks."""
 
     def same(self, bases: list[Tensor], averaged: bool) -> None:
         """Give all ranks rank 0's bases; ``averaged`` says that they come from a sketch that went through ``mean``."""
@@ -40,7 +40,7 @@ class SharedBasis(Protocol):
 
 @dataclass
 class Projected:
-    """A weight of a group with a rank.
+    """Hold a weight of a group with a rank.
 
     Attributes:
         p: the parameter.
@@ -48,7 +48,7 @@ class Projected:
         state: its state.
         rank: of its projection, at most min(m, n).
         name: for messages and seeds.
-        offset: steps by which its refresh is moved against the others', 0 without ``stagger``.
+        offset: steps by which its refresh is shifted, 0 without ``stagger``.
         grad: this step's gradient, in the parameter's shape, or None where only ``low`` was kept.
         low: R accumulated over earlier micro-batches (layer-wise updates only).
         step: steps taken before this one.
@@ -93,7 +93,7 @@ class Projected:
         return self
 
     def follow(self, before: "Projected") -> None:
-        """Take over from the slot that made the parameter's state; at the next step its moments enter the new basis.
+        """Take over from the slot that wrote the parameter's state; at the next step its moments enter the new basis.
 
         Raises:
             ConfigError: the moments cannot follow the change.
@@ -129,7 +129,7 @@ class Projected:
 
     @property
     def blank(self) -> bool:
-        """Return whether all gradients so far were zero, as they are in front of a layer that starts at zero.
+        """Return whether all gradients so far were zero, as they are below a layer that starts at zero.
 
         This is read after a basis is made or loaded, and not again once it is False.
         """
@@ -204,9 +204,9 @@ class Projected:
         return p[start : start + dtensor.local_piece(self.p).shape[0]]
 
     def read_moments(self, grad: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Return the first moment r×k, and what is kept of the second: [v], [row, column] or []; of these this rank's pieces.
+        """Return the first moment r×k, and the stored second: [v], [row, column] or []; all as this rank's pieces.
 
-        Of a parameter that was just adopted both are still AdamW's, of the whole matrix.
+        For a parameter that was just adopted, both are still AdamW's, for the whole matrix.
         """
         dtype = moment_dtype(self.group, grad.dtype)
         if self.former is not None:
@@ -243,7 +243,7 @@ class Projected:
         return (m.to(dtype), [v.to(dtype)]) if self.left else (m.t().to(dtype), [v.t().to(dtype)])
 
     def write_moments(self, m: Tensor, second: list[Tensor]) -> None:
-        """Keep the moments, and count the step."""
+        """Store the moments, and count the step."""
         for key, kept in zip(PARTS[self.second], second, strict=True):
             if self.shards is not None:  # of the row's part each rank has all, of the column's its piece
                 kept = self._as_dtensor(kept, 1 if key == "exp_avg_sq" else 0 if key == "exp_avg_sq_col" else None)
@@ -254,7 +254,7 @@ class Projected:
         count_step(self.state)
 
     def _as_dtensor(self, piece: Tensor, columns: int | None) -> Tensor:
-        """Return a piece of state on p's mesh; ``columns`` is the dimension of R's columns in it, None: it has none."""
+        """Return a piece of state on p's mesh; ``columns`` is the dimension of R's columns in it, None if it has none."""
         whole = list(piece.shape)
         if columns is not None:
             whole[columns] = self.numel_low // self.rank
@@ -262,21 +262,21 @@ class Projected:
 
     @property
     def _over_ranks(self) -> tuple[Total, int]:
-        """Return what sums over the ranks that R's columns are cut over, and the number of columns (0: all are here)."""
+        """Return the sum over the ranks that share R's columns, and the number of columns (0: all are on this rank)."""
         if self.shards is None or self.left:
             return alone, 0
         shards = self.shards
         return lambda part: dtensor.sum_over_ranks(part, shards), self.numel_low // self.rank
 
     def direction(self, low: Tensor, m: Tensor, second: list[Tensor], skip: Tensor | None) -> Tensor:
-        """Return −N where the fused kernel does not make it; the moments are updated in place."""
+        """Return −N for rules that the fused kernel lacks, updating the moments in place."""
         d, k = (self.rows, self.cols) if self.left else (self.cols, self.rows)
         return mode_direction(low, m, second, self.step + 1, self.group, (d, k), skip, self._over_ranks[0])
 
     def refresh(
         self, grad: Tensor, m: Tensor, second: list[Tensor], skip: Tensor | None
     ) -> tuple[Tensor, list[Tensor], Tensor | None]:
-        """Renew the basis; returns the moments in it, and its overlap with the old one (None if new)."""
+        """Renew the basis; return the moments in it, and its overlap with the old one (None if new)."""
         matrix = self.matrix(dtensor.gather_whole(grad))
         keys = [] if self.cold else self._keys()
         old = [self.state[key].to(wide_dtype(matrix.dtype)) for key in keys]
@@ -315,7 +315,7 @@ class Projected:
     # ---- back to W: three updates, of which a group has one. η is the learning rate times ``scale`` -------------------------
 
     def add_update(self, low: Tensor, minus_n: Tensor, eta: float, correction: float, skip: Tensor | None) -> None:
-        """W ← W − ηP N, in place."""
+        """Apply W ← W − ηP N in place."""
         weight = self.matrix(self.p)
         back = minus_n if minus_n.dtype == weight.dtype else minus_n.to(weight.dtype)
         if self.two_sided:
@@ -324,20 +324,20 @@ class Projected:
         self._copy_back(weight)
 
     def add_update_and_residual(self, low: Tensor, minus_n: Tensor, eta: float, correction: float, skip: Tensor | None) -> None:
-        """W ← W − ηP N, and Fira's scaled part of the gradient outside the subspace, in place."""
+        """Apply W ← W − ηP N, and Fira's scaled part of the gradient outside the subspace, in place."""
         weight = self.matrix(self.p)
         residual.fira(weight, self.matrix(self.whole_grad), self.basis(self.p), low, minus_n, eta, correction, self.state, skip)
         self._copy_back(weight)
 
     def add_scaled_gradient(self, low: Tensor, minus_n: Tensor, eta: float, correction: float, skip: Tensor | None) -> None:
-        """W ← W − ηG·diag(s), APOLLO's scaled gradient, in place."""
+        """Apply W ← W − ηG·diag(s), APOLLO's scaled gradient, in place."""
         weight = self.matrix(self.p)
         residual.apollo(weight, self.matrix(self.whole_grad), low, minus_n, eta, correction, self.state, skip)
         self._copy_back(weight)
 
     @property
     def whole_grad(self) -> Tensor:
-        """Return this step's gradient, where the step needs all of it."""
+        """Return this step's gradient, for steps that need all of it."""
         assert self.grad is not None, f"{self.name}: only R of this step's gradient is left"
         return self.grad
 
@@ -350,7 +350,7 @@ class Projected:
         return ["proj", "proj_right"] if self.two_sided else ["proj"]
 
     def _generator(self, *words: object) -> torch.Generator:
-        """Return a generator on the CPU for a weight on any device: a run that moves between devices draws the same."""
+        """Return a CPU generator for a weight on any device, so that runs on different devices draw the same."""
         return generator("galore", self.name, *words, seed=self.group["seed"])
 
     def _new_basis(self, matrix: Tensor, old: list[Tensor], m: Tensor) -> list[Tensor]:
@@ -396,7 +396,7 @@ def _replace(kept: Tensor, new: Tensor, skip: Tensor | None) -> None:
 
 
 class Entry(NamedTuple):
-    """Say what the optimizer knows of one parameter; ``slot`` is None for one that plain AdamW updates."""
+    """Hold the optimizer's record of one parameter; ``slot`` is None if plain AdamW updates it."""
 
     group: dict[str, Any]
     name: str
@@ -415,10 +415,10 @@ def make_index(
         groups: the optimizer's.
         ranks: those of adopted parameters.
         states: the optimizer's.
-        old: the last index. A parameter whose rank or side was changed since goes over to the new one at its next step.
+        old: the last index. A parameter whose rank or side has changed switches at its next step.
 
     Raises:
-        ConfigError: a parameter with a rank is no matrix any more; a change that its moments cannot follow.
+        ConfigError: a parameter with a rank is no longer a matrix; a change that its moments cannot follow.
     """
     named = list(_named_with_rank(groups, ranks))
     count, position, found = sum(1 for entry in named if entry[3]), 0, {}

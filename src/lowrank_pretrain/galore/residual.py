@@ -63,15 +63,15 @@ def apollo(
 
 
 def gaussian(d: int, rank: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
-    """Return APOLLO's random projection d×r, entries N(0, 1/r); it is drawn anew from its seed at each step, never stored."""
+    """Return APOLLO's random projection d×r, entries N(0, 1/r); it is redrawn from its seed at each step, never stored."""
     p = torch.randn(d, rank, generator=generator, dtype=torch.float32, device=generator.device)
     return p.mul_(rank**-0.5).to(dtype)
 
 
 def _outside(whole: Tensor, inside: Tensor) -> Tensor:
-    """Return ‖(I−PPᵀ)M_j‖² of each column, since PᵀP = I; 0 where it may be rounding alone.
+    """Return ‖(I−PPᵀ)M_j‖² of each column, using PᵀP = I; 0 where it may be only rounding.
 
-    A gradient of rank r or less has no residual. Taken for one, its rounding would hold the next, real residual back for
+    A gradient of rank r or less has no residual. Rounding taken for a residual would hold the next, real one back for
     hundreds of steps.
     """
     outside = whole - inside
@@ -83,7 +83,7 @@ def _columns(x: Tensor) -> Tensor:
 
 
 def _unless(skip: Tensor | None, t: Tensor) -> Tensor:
-    """Return t, or zeros where the step is skipped: NaN times a mask would be NaN still."""
+    """Return t, or zeros where the step is skipped: NaN times a mask would still be NaN."""
     return t if skip is None else torch.where(skip > 0, torch.zeros((), dtype=t.dtype, device=t.device), t)
 
 
@@ -91,7 +91,7 @@ def _limit(norm: Tensor, state: dict[str, Any], skip: Tensor | None) -> Tensor:
     last = state.get("residual_norm")
     if last is None:
         last = torch.zeros_like(norm)
-    # a residual of exactly zero tells nothing about the next one's size, nor does one that there was not
+    # a residual that is exactly zero, or absent, tells nothing about the next one's size
     factor = torch.where(last > 0, 1 / ((norm / (last + _TINY)).clamp_min(GROWTH) / GROWTH), 1.0)
     state["residual_norm"] = norm * factor if skip is None else torch.where(skip > 0, last, norm * factor)
     return factor

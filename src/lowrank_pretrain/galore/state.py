@@ -1,11 +1,11 @@
-"""Check and fit the optimizer's state: from a file, for targets that are projected from the middle of a fit on, and in bytes.
+"""Check and fit the optimizer's state: loading, adopting targets in the middle of a fit, and counting bytes.
 
 State loads as torch loads it: by name where both sides have names, each tensor checked. Two things differ from torch. Tensors
 keep the dtype of the mode: torch casts floating state to the parameter's dtype, which would ruin float32 moments of a bfloat16
 model, and 8-bit codes. And if a setting in the code has changed since the file was written, the code's value wins; a change of
 one that the state's shapes depend on is refused with both values.
 
-At a switch no group is added or removed, so schedulers stay as they are. Which parameters have a rank of their own is kept by
+At a switch no group is added or removed, so schedulers are unchanged. Which parameters have their own rank is kept by
 the optimizer, and is saved as ``ranks`` with its groups.
 """
 
@@ -50,12 +50,12 @@ _WRAPPERS = ("module.", "model.", "_forward_module.")
 
 
 class LoadedState(NamedTuple):
-    """A file's state, fitted to an optimizer.
+    """Hold a file's state, fitted to an optimizer.
 
     Attributes:
         ranks: of adopted parameters.
-        states: by parameter; entries of no parameter under their own keys.
-        groups: the parameter groups to go on with.
+        states: by parameter; entries without a parameter under their own keys.
+        groups: the parameter groups to continue with.
         rate_shares: by group: the learning rate in the code now, over the one in the code that wrote the file.
     """
 
@@ -72,7 +72,7 @@ def fit_saved_state(
 
     Args:
         saved: a ``state_dict``.
-        groups_here: the optimizer's groups; they stay as they are.
+        groups_here: the optimizer's groups; they are not changed.
         defaults: the optimizer's.
         requested: for each group, the settings in the code.
 
@@ -81,7 +81,7 @@ def fit_saved_state(
     """
     groups = [dict(group) for group in copy.deepcopy(saved["param_groups"])]
     ours = any(key in group for group in groups for key in _OURS) or all(len(group) == 1 for group in groups)
-    if not ours and any(group.get("rank") for group in (*groups, *groups_here)):  # plain groups go on from AdamW's
+    if not ours and any(group.get("rank") for group in (*groups, *groups_here)):  # plain groups continue from AdamW's
         raise ConfigError("ckpt_path", "optimizer state", "was written by another optimizer (galore_torch?): start afresh")
     for group in groups:
         for key in KEYS:  # a version that did not have this key yet
@@ -114,7 +114,7 @@ def fit_saved_state(
 
 
 class _Place(NamedTuple):
-    """Where a parameter's state is in the file."""
+    """Locate a parameter's state in the file."""
 
     p: Tensor
     key: Any  # in the file
@@ -125,7 +125,7 @@ class _Place(NamedTuple):
 
 
 def _match_parameters(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> tuple[list[_Place], list[int]]:
-    """Return each parameter with its place in the file, and for each group here the one there that has its settings."""
+    """Return each parameter with its place in the file, and for each group here the group in the file with its settings."""
     there, here = _places_by_name(old), _places_by_name(new)
     by_name = None if there is None or here is None else _match_names(there, here)
     if by_name is None:
@@ -149,7 +149,7 @@ def _match_parameters(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> t
 
 
 def _places_by_name(groups: list[dict[str, Any]]) -> dict[str, tuple[int, int]] | None:
-    """Return name -> (group, position); None where some have no name."""
+    """Return name -> (group, position); None if some have no name."""
     found: dict[str, tuple[int, int]] = {}
     for number, group in enumerate(groups):
         names = group.get("param_names", ())
@@ -176,7 +176,7 @@ def _match_names(there: dict[str, tuple[int, int]], here: dict[str, tuple[int, i
 
 
 def _check_fixed_settings(here: dict[str, Any], there: dict[str, Any], name: str) -> None:
-    """Refuse other settings where a state depends on them."""
+    """Refuse changed settings that the state depends on."""
     for key in _FIXED:
         if here.get(key) != there.get(key) and (key == "rank" or here.get("rank")):
             raise ConfigError(
@@ -185,13 +185,13 @@ def _check_fixed_settings(here: dict[str, Any], there: dict[str, Any], name: str
 
 
 def _settings(group: dict[str, Any], old: dict[str, Any], now: dict[str, Any], then: dict[str, Any] | None) -> dict[str, Any]:
-    """Return the group to go on with: the file's, with the settings that the code has changed since.
+    """Return the group to continue with: the file's, with settings that the code has changed since.
 
     Args:
         group: the group here.
         old: the group there.
         now: the settings in the code here.
-        then: the settings in the code that wrote the file; None where the file does not tell.
+        then: the settings in the code that wrote the file; None if the file does not say.
     """
     new = {key: value for key, value in old.items() if known_key(key)}
     new["params"] = group["params"]
@@ -217,7 +217,7 @@ def _rate_share(then: dict[str, Any] | None, now: dict[str, Any]) -> float:
 
 
 def follow_rates(scheduler: Any) -> None:
-    """Let a schedule whose own state came from a file go on from the learning rates in the code.
+    """Make a schedule that was loaded from a file continue from the learning rates in the code.
 
     A scheduler restores its base rates after the optimizer's state; without this they would replace the rates in the code.
     """
@@ -229,7 +229,7 @@ def follow_rates(scheduler: Any) -> None:
 
 
 def _scheduled_rate(group: dict[str, Any], old: dict[str, Any], now: float, then: float, new: dict[str, Any]) -> Any:
-    """Return the rate in the code, as far along its schedule as the file's is."""
+    """Return the code's rate, at the file's position in the schedule."""
     share = float(old["lr"]) / then if then else 1.0
     for key in ("initial_lr", "max_lr", "min_lr"):
         if key in group:
@@ -325,7 +325,7 @@ def planned_ranks(plan: Mapping[str, int], module: nn.Module) -> dict[str, int]:
     """Return the rank of each layer of a plan; a fused matrix takes the largest rank of its parts, rank 0 is left out.
 
     Raises:
-        ConfigError: a name that is no target of the model, or a wrong rank.
+        ConfigError: a name that is not a target of the model, or a wrong rank.
 
     Example:
         >>> planned_ranks({"0": 2, "1": 0}, nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)))
@@ -343,7 +343,7 @@ def planned_ranks(plan: Mapping[str, int], module: nn.Module) -> dict[str, int]:
 
 
 def adoptable_weights(names: Iterable[str], module: nn.Module, entries: Mapping[Tensor, Entry]) -> dict[str, Tensor]:
-    """Return the weights of these targets by layer name, each one that the optimizer can project from now on.
+    """Return the weights of these targets by layer name, after checking that the optimizer can project each.
 
     Raises:
         ConfigError: a target in no group, or projected already; layer-wise updates; APOLLO.
@@ -385,7 +385,7 @@ def adoptable_ranks(plan: Mapping[str, int], module: nn.Module, entries: Mapping
 def formula_bytes(entries: Mapping[Tensor, Entry]) -> int:
     """Return the paper's mr + 2nr for each projected m×n matrix (m the projected side) and 2mn for each other one, in bytes.
 
-    A factored second moment is r + n of it in place of nr, and Muon's rule has mr + nr.
+    A factored second moment is r + n of it instead of nr, and Muon's rule has mr + nr.
     8-bit moments count with one float32 scale per 256 elements; APOLLO's basis and the step counters count nothing. Under
     FSDP2 it is this rank's share: bases are whole everywhere, moments are cut unless the projection is from the left.
     """

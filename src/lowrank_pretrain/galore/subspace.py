@@ -60,7 +60,7 @@ def orthonormal(y: Tensor, fallback: Tensor | None = None) -> Tensor:
 
 
 def cholesky_qr(y: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the same by CholeskyQR, twice, in float64, without waiting for the device; and a flag that tells if it worked.
+    """Return the same by two passes of CholeskyQR in float64, without waiting for the device, and a success flag.
 
     As exact as Householder's for the condition numbers that ``RIDGE`` leaves; in float32 it fails on one real gradient in
     ten, without an error.
@@ -122,7 +122,7 @@ def power_step(matrix: Tensor, p: Tensor, mean: Mean = None) -> Tensor:
 
 
 def _sketch(matrix: Tensor, z: Tensor, mean: Mean) -> Tensor:
-    """Return M z scaled to norm 1; with several ranks the mean of theirs."""
+    """Return M z scaled to norm 1; with several ranks, the mean over them."""
     y = product32(matrix, z)
     if mean is not None:
         mean(y)
@@ -132,7 +132,7 @@ def _sketch(matrix: Tensor, z: Tensor, mean: Mean) -> Tensor:
 def track_step(matrix: Tensor, p: Tensor, low: Tensor, m: Tensor, beta1: float) -> Tensor:
     """Take one power iteration on the momentum mixture Ĝ = β₁ P m + (1−β₁) M, which is never formed.
 
-    ĜᵀP = β₁ mᵀ + (1−β₁) Rᵀ is at hand, and Ĝ Z = β₁ P (m Z) + (1−β₁) M Z costs one full product.
+    ĜᵀP = β₁ mᵀ + (1−β₁) Rᵀ is available, and Ĝ Z = β₁ P (m Z) + (1−β₁) M Z costs one full product.
 
     Args:
         matrix: M, d×k.

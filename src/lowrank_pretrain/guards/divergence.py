@@ -2,7 +2,7 @@
 
 A rewind is a resume. The last good checkpoint is written again with the data's position moved on to where training stood,
 and the run resumes from that file like from any other: weights, moments, schedules, phases and random states are those of
-the checkpoint, only the batches between it and the failure are never seen. So it works wherever a resume works, in every
+the checkpoint, except that the batches between it and the failure are skipped. So it works wherever a resume works, in every
 phase and across a switch, and a process that is killed after a rewind resumes after it.
 """
 
@@ -25,7 +25,7 @@ from lowrank_pretrain.core.trainer import datamodule_of, log_interval
 from lowrank_pretrain.guards.finite import Diverged, FiniteGuard
 
 POLICIES = ("stop", "rewind")
-# What counts optimizer steps, in Lightning's loops: it goes back. What counts batches and epochs stays where it is.
+# Lightning's counters of optimizer steps, which go back. Counters of batches and epochs stay.
 STEPS = (
     "epoch_loop.automatic_optimization.optim_progress",
     "epoch_loop.manual_optimization.optim_step_progress",
@@ -50,12 +50,12 @@ class DivergenceGuard(FiniteGuard):
 
     Args:
         on_divergence: ``stop`` or ``rewind``.
-        max_rewinds: in the whole run, interruptions included; the next divergence stops it.
-        loss_spike: how many times its running mean a loss may be; None: any number.
-        patience: so many batches in a row must be above that.
+        max_rewinds: for the whole run, across interruptions; the next divergence stops it.
+        loss_spike: the largest allowed loss, as a multiple of its running mean; None: no limit.
+        patience: this many batches in a row must exceed that.
 
     Attributes:
-        rewinds: how often the run has gone back.
+        rewinds: number of rewinds so far.
         skipped: batches left out so far.
 
     Raises:
@@ -110,7 +110,7 @@ class DivergenceGuard(FiniteGuard):
         """Write to `target` the last good checkpoint of `directory` with the data's position moved on.
 
         Returns:
-            A line that says so; None where the run cannot go on: no rewind is left, or there is no good checkpoint.
+            A line that reports the rewind; None if there is none left, or no good checkpoint.
         """
         here, self._position = self._position, None
         if here is None or self.rewinds >= self.max_rewinds:
@@ -141,9 +141,9 @@ class DivergenceGuard(FiniteGuard):
             kwargs: further arguments of ``trainer.fit``.
 
         Raises:
-            Diverged: and no rewind is left, or no checkpoint was written yet.
+            Diverged: no rewind is left, or no checkpoint was written yet.
         """
-        if self.on_divergence == "rewind":  # now rather than when training has diverged
+        if self.on_divergence == "rewind":  # now, not after training has diverged
             saver = trainer.checkpoint_callback
             local_path(getattr(saver, "dirpath", None) or trainer.default_root_dir, "dirpath")
         while True:
@@ -180,7 +180,7 @@ def position(trainer: pl.Trainer) -> dict[str, Any]:
     loops = copy.deepcopy(trainer.fit_loop.state_dict())
     progress = loops["epoch_loop.batch_progress"]
     for count in (progress["total"], progress["current"]):
-        # as a checkpoint at the end of this batch would have it, wherever in the batch the failure was
+        # as in a checkpoint at the end of this batch, wherever in the batch the failure was
         count.update(started=count["ready"], processed=count["ready"], completed=count["ready"] - 1)
     module = datamodule_of(trainer)
     data = {} if module is None else {type(module).__qualname__: _data_state(trainer)}
@@ -188,7 +188,7 @@ def position(trainer: pl.Trainer) -> dict[str, Any]:
 
 
 def moved_on(checkpoint: dict[str, Any], here: dict[str, Any]) -> int:
-    """Put the data's position `here` into `checkpoint`, whose optimizer steps stay; returns the batches in between."""
+    """Put the data position `here` into `checkpoint`, keeping its optimizer steps; return the number of batches skipped."""
     then, now = checkpoint["loops"]["fit_loop"], copy.deepcopy(here["loops"])
     before, after = (loops["epoch_loop.batch_progress"]["total"] for loops in (then, now))
     for key in STEPS:

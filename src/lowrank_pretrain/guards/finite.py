@@ -16,8 +16,8 @@ from lowrank_pretrain.core.trainer import StepWatch, log_interval
 from lowrank_pretrain.galore.layerwise import UsedGradient
 
 PATIENCE_FP16 = 20  # a gradient scaler halves its scale 16 times before it is down to 1
-DECAY = 0.98  # of the running mean that a spike is measured against: about the last 50 batches
-SETTLED = 50  # batches before which no spike is looked for
+DECAY = 0.98  # of the running mean that spikes are compared with: about the last 50 batches
+SETTLED = 50  # batches before spikes are looked for
 
 
 class Diverged(Exception):
@@ -26,7 +26,7 @@ class Diverged(Exception):
     Args:
         what: ``"train/loss"``, a parameter's name, or ``"the gradient of"`` one.
         step: the optimizer step (counted from 1) at which it was first seen.
-        how: what is wrong with it.
+        how: description of the fault.
     """
 
     def __init__(self, what: str, step: int, how: str = "is not finite") -> None:
@@ -38,15 +38,15 @@ class Diverged(Exception):
 
 
 class FiniteGuard(Callback):
-    """Watch loss and gradients on the device, and read the result now and then, so that no step waits for the device.
+    """Watch loss and gradients on the device, and read the result from time to time, so that no step waits for the device.
 
-    It reads after each optimizer step where there is one process and it is on the CPU, else every `log_every_n_steps`, and
-    before each checkpoint. All processes hear of what one has seen. With a gradient scaler (16-mixed) non-finite numbers are
-    part of the game, so only a long row of them counts.
+    It reads after each optimizer step with a single process on the CPU, else every `log_every_n_steps`, and
+    before each checkpoint. All processes learn what one has seen. With a gradient scaler (16-mixed) non-finite numbers are
+    normal, so only a long run of them counts.
 
     Args:
-        loss_spike: how many times its running mean a loss may be; None: any number.
-        patience: so many batches in a row must be above that.
+        loss_spike: the largest allowed loss, as a multiple of its running mean; None: no limit.
+        patience: this many batches in a row must exceed that.
 
     Raises:
         ConfigError: a wrong value.
@@ -58,7 +58,7 @@ class FiniteGuard(Callback):
             number("loss_spike", loss_spike, above=1, allowed=allowed)
         whole("patience", patience, 1, allowed="must be 1 or more batches in a row")
         self.loss_spike, self.patience = loss_spike, patience
-        self._seen: list[float] = [0.0, 0.0]  # of a checkpoint: running sum and its weight
+        self._seen: list[float] = [0.0, 0.0]  # from a checkpoint: the running sum and its weight
         self._bad = torch.zeros(0)  # (3,) once training has started
         self._steps = StepWatch()
 
@@ -70,7 +70,7 @@ class FiniteGuard(Callback):
         self._first = torch.zeros(3, dtype=torch.int64, device=device)  # the optimizer step of the first of each
         self._mean = torch.tensor(self._seen, dtype=torch.float32, device=device)  # (2,) running sum and its weight
         self._batches = 0
-        self._sizes: tuple[list[str], Tensor] | None = None  # by name, their gradients' at the first bad step
+        self._sizes: tuple[list[str], Tensor] | None = None  # names, and gradient sizes at the first bad step
         self._steps.begin(trainer)
 
     @override
@@ -81,7 +81,7 @@ class FiniteGuard(Callback):
             name: p.grad
             for name, p in pl_module.named_parameters()
             if p.grad is not None and not p.grad.is_sparse and not hasattr(p.grad, "full_tensor")
-            if not isinstance(p.grad, UsedGradient)  # its optimizer has looked at it
+            if not isinstance(p.grad, UsedGradient)  # its optimizer has checked it
         }
         if not held:
             return
@@ -103,11 +103,11 @@ class FiniteGuard(Callback):
             step = trainer.global_step + (not stepped)
             loss = loss.detach().float().mean() * trainer.accumulate_grad_batches  # Lightning divides by it
             bad = torch.isfinite(loss).logical_not()
-            before = 0 if _scaled(trainer) else self._bad[0]  # a scaler skips the step and goes on; else one is one too many
+            before = 0 if _scaled(trainer) else self._bad[0]  # a scaler skips the step and continues; else one is fatal
             self._count(0, bad, torch.where(bad, self._bad[0] + 1, before), step)
             if self.loss_spike is not None:
                 self._follow(loss, bad, step, self.loss_spike)
-        # only between two optimizer steps, so that a run that goes on from here begins with a whole one
+        # only between two optimizer steps, so that a run resumed from here begins with a whole one
         alone = pl_module.device.type == "cpu" and trainer.world_size == 1
         every = 1 if alone else max(1, log_interval(trainer))
         if (stepped and trainer.global_step % every == 0) or trainer.is_last_batch:
@@ -118,7 +118,7 @@ class FiniteGuard(Callback):
         self._bad[which] = count
 
     def _follow(self, loss: Tensor, bad: Tensor, step: int, limit: float) -> None:
-        """Compare the loss with its running mean, then take it into the mean unless it is out of line."""
+        """Compare the loss with its running mean, then add it to the mean unless it is a spike."""
         total, weight = self._mean
         self._batches += 1
         if self._batches > SETTLED:

@@ -1,4 +1,4 @@
-"""Compare the weights of all ranks now and then: replicas that drift apart do not crash by themselves."""
+"""Compare the weights of all ranks periodically: replicas that drift apart do not crash by themselves."""
 
 from typing import Any
 
@@ -12,13 +12,13 @@ from lowrank_pretrain.core.trainer import StepWatch
 
 
 class RanksAgree(Callback):
-    """Compare the ranks' weights every so many optimizer steps and before each checkpoint; one pass over them, one wait.
+    """Compare the ranks' weights every `every_n_steps` and before each checkpoint, in one pass and one wait.
 
-    What LTE trains separately is left out: its heads, and its rest where that is averaged at merges only. Weights cut over
-    the ranks (FSDP2) have nothing to be compared with.
+    LTE's heads are left out, and its rest if averaged only at merges. Weights sharded over
+    the ranks (FSDP2) have no copies to compare.
 
     Args:
-        every_n_steps: optimizer steps between two looks; 0: only before checkpoints.
+        every_n_steps: optimizer steps between two comparisons; 0: only before checkpoints.
 
     Raises:
         ConfigError: `every_n_steps` is not a whole number of 0 or more.

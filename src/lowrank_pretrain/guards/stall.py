@@ -1,4 +1,4 @@
-"""End the run when a data loader hands out nothing more, instead of holding its devices until somebody looks."""
+"""End the run when a data loader hangs, instead of holding the devices until somebody notices."""
 
 import math
 import os
@@ -16,13 +16,13 @@ from typing_extensions import override
 from lowrank_pretrain.core.checks import number
 from lowrank_pretrain.core.trainer import profiler_of
 
-GRACE = 30.0  # seconds that the main thread has to hear of it, before the process is ended from outside
-ASKED = "_next"  # how the names end that Lightning gives to asking a loader for a batch
+GRACE = 30.0  # seconds that the main thread has to react, before the process is killed
+ASKED = "_next"  # suffix of Lightning's profiler actions that fetch a batch
 STDLIB = sysconfig.get_paths()["stdlib"]
 
 
 class Stalled(BaseException):
-    """Say that a loader has not handed out a batch for too long. No Exception: code that forgives those must not forgive this.
+    """Say that a loader has not handed out a batch for too long. No Exception: code that swallows those must not swallow this.
 
     Args:
         loader: which, e.g. ``"the training loader"``.
@@ -39,16 +39,16 @@ class Stalled(BaseException):
 
 
 class StallGuard(Callback):
-    """Watch the time between asking a loader for a batch and getting it, from a thread of its own: a step costs nothing.
+    """Watch the time between asking a loader for a batch and getting it, from a separate thread: a step costs nothing.
 
-    That time is what Lightning measures for its profiler: what hooks, validation or the writing of a checkpoint take does not
+    That time is what Lightning measures for its profiler: time in hooks, validation or writing a checkpoint does not
     count.
 
     It interrupts the main thread by SIGALRM, from any wait of Python's: for a worker process, a file, a lock. Where
-    that is not heard, inside of a library's own loop, the process ends with exit code 1 after half a minute.
+    the signal is not handled, inside a library's own loop, the process ends with exit code 1 after half a minute.
 
     Args:
-        timeout: seconds; None: any time.
+        timeout: seconds; None: no limit.
 
     Raises:
         ConfigError: `timeout` is not a number above 0.
@@ -135,7 +135,7 @@ class StallGuard(Callback):
             self._listen(profiler_of(trainer))
 
     def _listen(self, profiler: Any) -> None:
-        """Hear when Lightning asks a loader and when it has its answer: it tells its profiler, also one that is off."""
+        """Hook into Lightning's profiler, even a disabled one, to see when a batch is requested and delivered."""
         start, stop = profiler.start, profiler.stop
 
         def asked(action_name: str) -> None:

@@ -1,4 +1,4 @@
-"""The guards of a run from the command line that watch over more than its numbers."""
+"""Build the guards of a command-line run that watch more than its numbers."""
 
 from lightning.pytorch import Callback
 

@@ -1,4 +1,4 @@
-"""Write metrics.csv into the run directory by Lightning's CSV logger; a resumed run goes on in the same file."""
+"""Write metrics.csv into the run directory by Lightning's CSV logger; a resumed run continues the same file."""
 
 import os
 from pathlib import Path
@@ -15,7 +15,7 @@ SHOWN = ("train/", "val/", "test/")
 
 
 class _Appending(ExperimentWriter):
-    """Go on in the file that lies there, and never leave less than there was; Lightning's own writer deletes it."""
+    """Append to an existing file and never lose its rows; Lightning's own writer deletes it."""
 
     @override
     def _check_log_dir_exists(self) -> None:
@@ -30,14 +30,14 @@ class _Appending(ExperimentWriter):
 
 
 class RunCSVLogger(CSVLogger):
-    """Write ``metrics.csv`` directly into `directory` and appends to the one that lies there.
+    """Write ``metrics.csv`` directly into `directory` and append to an existing one.
 
     Args:
         directory: the run directory.
     """
 
     def __init__(self, directory: str | os.PathLike) -> None:
-        # every row at once: one that waits in memory would be lacking next to a checkpoint of a later moment
+        # every row at once: a row still in memory would be missing when a later checkpoint is resumed
         super().__init__(save_dir=os.fspath(directory), name="", version="", flush_logs_every_n_steps=1)
 
     @property
@@ -57,11 +57,11 @@ class RunCSVLogger(CSVLogger):
 
     @override
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """Write none: ``.hydra/config.yaml`` holds them all."""
+        """Write nothing: ``.hydra/config.yaml`` holds all hyper-parameters."""
 
 
 def forget_after(path: Path, step: int) -> None:
-    """Drop the rows from a step on: a run that resumes after so many steps writes them again."""
+    """Drop the rows from a step on: a run resumed at that step writes them again."""
     if step == 0:
         path.unlink(missing_ok=True)
     if not path.is_file():
@@ -74,7 +74,7 @@ def forget_after(path: Path, step: int) -> None:
 
 
 def final_metrics(path: Path) -> dict[str, float]:
-    """Return the last value of each ``train/``, ``val/`` and ``test/`` column of a CSV file; {} where there is none."""
+    """Return the last value of each ``train/``, ``val/`` and ``test/`` column of a CSV file; {} if there is no file."""
     final: dict[str, float] = {}
     for row in read_table(path)[1] if path.is_file() else ():
         final |= {key: float(value) for key, value in row.items() if key.startswith(SHOWN) and value}

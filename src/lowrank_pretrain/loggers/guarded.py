@@ -1,4 +1,4 @@
-"""Let a logger that fails say so once, and leave it alone; training goes on, and metrics.csv holds everything."""
+"""Warn once about a logger that fails, and stop calling it; training continues, and metrics.csv holds everything."""
 
 import functools
 import inspect
@@ -18,7 +18,7 @@ PATIENCE = 10.0  # seconds; a call that failed after longer than this is not tri
 
 
 def guard(logger: Logger, name: str) -> Logger:
-    """Let no error of a logger end a run. Its class becomes a subclass of itself, so ``isinstance`` answers as before.
+    """Keep a logger's errors from ending a run. Its class becomes a subclass of itself, so ``isinstance`` still holds.
 
     Args:
         logger: any logger; changed in place.
@@ -52,7 +52,7 @@ def _guarded(base: type[Logger]) -> type[Logger]:
 
 
 def _tried(key: str, inner: Callable, instead: Any = None) -> Callable:
-    """Return a method whose errors become one warning; `instead` is what it returns then."""
+    """Return the method with its errors turned into one warning; after an error it returns `instead`."""
 
     @functools.wraps(inner)
     def call(self: Logger, *args: Any, **kwargs: Any) -> Any:
@@ -89,7 +89,7 @@ def _count(logger: Logger, what: str, error: Exception, final: bool) -> None:
 
 
 def _reduce(self: Logger) -> tuple:
-    """Pickle as the plain class and its state: the guarded class has no name that a spawned process could import."""
+    """Pickle as the plain class and its state: a spawned process could not import the guarded class by name."""
     base = type(self).__mro__[1]
     try:
         state = self.__getstate__() if hasattr(base, "__getstate__") else self.__dict__.copy()

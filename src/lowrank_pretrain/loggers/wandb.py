@@ -1,4 +1,4 @@
-"""Weights & Biases: metrics in sections over defined axes, phases as events, ranks as a map, one run across interruptions."""
+"""Log to Weights & Biases: metrics in sections with axes, phases as events, ranks as a map, one run across interruptions."""
 
 import os
 import warnings
@@ -59,7 +59,7 @@ COUNTS = ("trainable", "adapters", "total")
 
 
 class RunWandbLogger(LogsPhases, WandbLogger):
-    """Log to Weights & Biases with defined axes, and with what a run directory knows besides curves.
+    """Log to Weights & Biases with defined axes, and add a run directory's plan and phases.
 
     Each row carries the seconds trained so far, so that any metric can be drawn over time. After a switch the plan is
     there as a table and as a map of layer by family; each phase is a row of ``events/phases``.
@@ -67,11 +67,11 @@ class RunWandbLogger(LogsPhases, WandbLogger):
     An offline run that resumes begins with the rows of metrics.csv: wandb cannot continue an offline run, and syncing a
     second directory of the same run replaces the first. So the newest directory always holds the whole run.
 
-    A server that does not answer, or refuses, makes an offline run of it, with one warning.
+    If the server does not answer, or refuses, the run continues offline, with one warning.
 
     Args:
         save_dir: the run directory.
-        init_timeout: seconds that the server may take to answer; W&B's own 90 hold up a cluster's job.
+        init_timeout: seconds that the server may take to answer; W&B's own 90 would delay a cluster job.
         **kwargs: see Lightning's logger.
     """
 
@@ -100,7 +100,7 @@ class RunWandbLogger(LogsPhases, WandbLogger):
         return run
 
     def _begin(self) -> Any:
-        """Begin W&B's run; offline where its server does not let us."""
+        """Begin W&B's run, offline if its server refuses."""
         try:
             return self._init()
         except Interrupted:
@@ -118,7 +118,7 @@ class RunWandbLogger(LogsPhases, WandbLogger):
         return self._init()
 
     def _init(self) -> Any:
-        """Begin W&B's run in Lightning's way, but for the environment: it would set ``WANDB_MODE`` for all later runs."""
+        """Begin W&B's run as Lightning does, but without setting ``WANDB_MODE`` in the environment for all later runs."""
         offline, self._offline = self._offline, False
         try:
             return super().experiment
@@ -139,11 +139,11 @@ class RunWandbLogger(LogsPhases, WandbLogger):
 
     @rank_zero_only
     def log_phase(self, phase: str, step: int, counts: Mapping[str, int]) -> None:
-        """Log that a phase begins, or goes on after a resume.
+        """Log that a phase begins, or continues after a resume.
 
         Args:
             phase: its name.
-            step: optimizer steps before it.
+            step: optimizer steps taken before it.
             counts: of parameters, by name.
         """
         import wandb
@@ -187,7 +187,7 @@ def define(run: Any) -> None:
 
 
 def _best(metric: str) -> str | None:
-    """Return which value of a metric W&B shows as the run's: the best in validation, else the last."""
+    """Return the summary that W&B shows for a metric: the best in validation, else the last."""
     best = METRICS[metric].best if metric.startswith("val/") else None
     return best and best.__name__
 

@@ -1,4 +1,4 @@
-"""One LoRA linear as one differentiable function: y = x Wₑᵀ + b with Wₑ = W + scale · B A (LoRA, arXiv 2106.09685, eq. 3).
+"""Compute a LoRA linear as one function: y = x Wₑᵀ + b with Wₑ = W + scale · B A (LoRA, arXiv 2106.09685, eq. 3).
 
 N rows of x, D in, O out, R rank. A fused layer has row blocks (parts) p with ranks R_p, ΣR = sum of R_p.
 
@@ -32,7 +32,7 @@ _is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lamb
 
 
 class Part(NamedTuple):
-    """A row block with an adapter: rows [start, start+rows) of W, rows [a, a+rank) of lora_A."""
+    """Describe a row block with an adapter: rows [start, start+rows) of W, rows [a, a+rank) of lora_A."""
 
     name: str
     start: int
@@ -43,7 +43,7 @@ class Part(NamedTuple):
 
 
 class RestPart(NamedTuple):
-    """A row block that belongs to no target and trains in full although the layer's W is frozen."""
+    """Describe a row block that belongs to no target and trains in full although the layer's W is frozen."""
 
     name: str
     start: int
@@ -51,7 +51,7 @@ class RestPart(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """Hold what of a layer with adapters is no tensor."""
+    """Describe a layer with adapters, apart from its tensors."""
 
     parts: tuple[Part, ...]
     rest: tuple[RestPart, ...]
@@ -105,7 +105,7 @@ def lora_linear(
 
 
 def is_ordinary(x: Any) -> bool:
-    """Return whether a function of our own may take ``x``: a plain tensor that nothing but autograd's backward follows."""
+    """Return whether our own function may take ``x``: a plain tensor that only autograd's backward follows."""
     if torch.compiler.is_dynamo_compiling():
         return not _is_exporting()
     return (
@@ -135,7 +135,7 @@ def effective_weight(
 ) -> Tensor:
     """Return Wₑ as an expression in W, A, B and the rest blocks, in the layout and dtype of ``weight``; bits as ``merged``.
 
-    Nothing here looks at a size or a dtype that a tracer could not tell.
+    Nothing here reads a size or a dtype that a tracer does not know.
     """
     if isinstance(weight, Tensor) and torch.is_autocast_enabled(weight.device.type):
         with torch.autocast(weight.device.type, enabled=False):  # it would form B A in half precision
@@ -221,7 +221,7 @@ def _needs(ctx: Any, layout: Layout) -> _Needs:
 
 
 class _LoRALinear(torch.autograd.Function):
-    """Save the float32 Parameters themselves, and cast again in backward. The module's text says why."""
+    """Save the float32 Parameters themselves, and cast again in backward (see the module docstring)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, layout: Layout,
@@ -343,16 +343,16 @@ def _rest_gradients(
 
 
 def wants_graph(dy: Tensor) -> bool:
-    """Return whether a backward pass is itself followed: by autograd (``create_graph=True``) or by a batch of gradients."""
+    """Return whether a backward pass is itself recorded: by autograd (``create_graph=True``) or for a batch of gradients."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return torch.is_grad_enabled()
     return transforms_active() or is_legacy_batched(dy)
 
 
 def _gradients(ctx: Any, dy: Tensor) -> tuple:
-    """Return what ``_LoRALinear.backward`` does, by operations that can be differentiated and batched.
+    """Return the gradients of ``_LoRALinear.backward``, by operations that can be differentiated and batched.
 
-    ``narrow`` and not ``[:, a:b]``: of a slice that is the whole, the old kind of vmap (``is_grads_batched``) makes an error.
+    ``narrow`` and not ``[:, a:b]``: the old kind of vmap (``is_grads_batched``) fails on a slice that covers everything.
     """
     weight, lora_A, x, z, *lora_B = ctx.saved_tensors
     (parts, rest, transposed), dtype, needs = ctx.layout, ctx.dtype, _needs(ctx, ctx.layout)
@@ -393,7 +393,7 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple:
 
 
 def _end_here(z: Tensor) -> Tensor:
-    """Return z = A x as a leaf: it was kept in place of x, so a second derivative that goes through it cannot reach x."""
+    """Return z = A x as a leaf: it was kept instead of x, so a second derivative through it cannot reach x."""
 
     def refuse(_: Tensor) -> None:
         raise RuntimeError("a second derivative through the gradient of lora_B needs x, which train_A=False does not keep")
@@ -404,13 +404,13 @@ def _end_here(z: Tensor) -> Tensor:
 
 
 def own_memory(y: Tensor) -> Tensor:
-    """Return y, contiguous and not as a view: autograd forbids to write into a view that a function of our own returns."""
+    """Return y contiguous and not as a view: autograd forbids writing into views returned by custom functions."""
     y = y.contiguous()
     return y.data if not torch.compiler.is_compiling() and is_view(y) else y
 
 
 def affine(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
-    """Return x Wᵀ + b by the very call that the plain layer makes, so that an adapter of zeros changes no bit."""
+    """Return x Wᵀ + b by the same call as the plain layer's, so that an adapter of zeros changes no bit."""
     if not transposed:
         return F.linear(x, weight, bias)
     flat = x.reshape(-1, x.shape[-1])

@@ -1,4 +1,4 @@
-"""The LoRA layer: what a linear layer becomes when it is given adapters (LoRA: arXiv 2106.09685).
+"""Define the LoRA layer: a linear layer with adapters (LoRA: arXiv 2106.09685).
 
         x (.., D) ──────────── W (O, D) ──(+)── y (.., O)        y = W x + b + scale · B (A x)
               └── A (R, D) ── B (O, R) ──┘                       A kaiming-uniform(√5), B = 0, scale = alpha / R
@@ -23,14 +23,14 @@ from lowrank_pretrain.lora.function import Part, RestPart, effective_bias, effec
 
 
 class Unannounced:
-    """Keep a class that is made at run time out of what its parent does with subclasses (registries, required arguments)."""
+    """Shield a class made at run time from its parent's subclass hook (registries, required arguments)."""
 
     def __init_subclass__(cls, **_: Any) -> None:
-        """Do nothing, before the parent's own can."""
+        """Do nothing, instead of the parent's hook."""
 
 
 if TYPE_CHECKING:
-    _Plain = MatrixLayer  # the class that the layer had: the mixin comes before it
+    _Plain = MatrixLayer  # the layer's former class; the mixin comes before it
 else:
     _Plain = object
 
@@ -58,7 +58,7 @@ class Reclassed(Unannounced, _Plain):
         return self
 
     def _tie_rest(self) -> None:
-        """Make the rest blocks views of W and b again (moving or copying a module makes tensors of their own)."""
+        """Make the rest blocks views of W and b again (moving or copying a module makes separate tensors)."""
         dim = 1 if is_conv1d(self) else 0
         for part in self._rest:
             self.rest_weight[part.name].data = self.weight.data.narrow(dim, part.start, part.rows)
@@ -75,12 +75,12 @@ class Reclassed(Unannounced, _Plain):
 
 
 def swap_class(layer: nn.Module, mixin: type[Reclassed]) -> None:
-    """Give the layer a class of its own: ``mixin`` before the class that it has."""
+    """Give the layer its own class: ``mixin`` before the class that it has."""
     layer.__class__ = _class_of(mixin, type(layer))
 
 
 def has_own_forward(layer: nn.Module) -> bool:
-    """Return whether the layer (or what it was before its class was swapped) computes something else than its parent class."""
+    """Return whether the layer (or what it was before its class was swapped) computes something other than its parent class."""
     return getattr(layer, "_plain_class", type(layer)).forward not in _known_forwards()
 
 
@@ -102,12 +102,12 @@ ADDED = ("lora_A", "lora_B", "rest_weight", "rest_bias")  # what adapters regist
 
 
 class LoRALinear(Reclassed):
-    """What a layer's class gains by injection (mixed in before ``nn.Linear``, ``Conv1D`` or a user's subclass of them)."""
+    """Add adapters to a layer's class (mixed in before ``nn.Linear``, ``Conv1D`` or a user's subclass of them)."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Map (.., D) to (.., O); called like the plain class's forward, and equal to it with W + scale · B A for W.
 
-        A class with a forward of its own may do anything with its weight (mask it, scale what comes out, take more
+        A class with its own forward may do anything with its weight (mask it, scale the output, take more
         arguments), so its own forward runs, and finds the effective weight under the weight's name.
         """
         if self._own_forward:
@@ -135,7 +135,7 @@ class LoRALinear(Reclassed):
     def __prepare_scriptable__(self) -> nn.Module:
         """Refuse ``torch.jit.script``, which cannot compile what was registered at run time, with the cure.
 
-        Giving it a plain layer here would not do: it puts what it is given into the model that it was called on.
+        Returning a plain layer here would not help: ``script`` would put it into the original model.
         """
         raise RuntimeError(
             "adapters cannot be scripted: script a plain copy, lowrank_pretrain.merge(copy.deepcopy(module)), in place of it"
@@ -145,7 +145,7 @@ class LoRALinear(Reclassed):
         """Return W + scale · B A in the layer's own layout, a new tensor.
 
         Args:
-            check: refuse what is NaN or infinite.
+            check: refuse NaN or infinite factors.
 
         Raises:
             ValueError: a factor holds a number that is not finite.
@@ -156,12 +156,12 @@ class LoRALinear(Reclassed):
         return merged(self.weight, self.lora_A, factors, self._parts, self._transposed)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Return what the plain layer with the merged weight returns, whoever asks and under whatever name it is registered.
+        """Return the plain layer's state with the merged weight, for any caller and any name that it is registered under.
 
         So a state dict is the trained model for a file, an average, a teacher and another process alike. The factors are among
-        ``named_parameters()``; ``lora.exact_state`` has what goes on training exactly.
+        ``named_parameters()``; ``lora.exact_state`` has what an exact resume needs.
         """
-        if kwargs.get("keep_vars", False):  # who wants the parameters themselves (torch.jit.trace does) gets them all
+        if kwargs.get("keep_vars", False):  # callers that want the parameters themselves (torch.jit.trace) get all of them
             return super().state_dict(*args, **kwargs)
         plain = self._plain_class.__new__(self._plain_class)
         own: dict[str, Tensor | None] = {name: p for name, p in self._parameters.items() if name != "lora_A"}
@@ -217,7 +217,7 @@ def give_adapters(
 
 
 def keep_rows(layer: Reclassed, rest: list[RestPart], bias: bool = True) -> list[Inherit]:
-    """Make row blocks of W (and of b, where all of it freezes) parameters of their own that are views, to train on."""
+    """Make row blocks of W (and of b, where all of it freezes) separate parameters that are views, and go on training."""
     layer._rest = tuple(rest)
     layer.rest_weight, layer.rest_bias = nn.ParameterDict(), nn.ParameterDict()
     dim = 1 if is_conv1d(layer) else 0
@@ -234,7 +234,7 @@ def keep_rows(layer: Reclassed, rest: list[RestPart], bias: bool = True) -> list
 
 
 def take_adapters(layer: LoRALinear) -> None:
-    """Give the layer its plain class back; what the adapters hold is lost unless it was merged."""
+    """Give the layer its plain class back; unmerged adapters are lost."""
     for name in ADDED:
         if hasattr(layer, name):
             delattr(layer, name)
@@ -268,7 +268,7 @@ _twins: dict[type[nn.Module], type] = {}
 
 
 def _twin_of(plain: type[nn.Module]) -> type:
-    """Return the class of ``with_weight``: ``weight`` and ``bias`` are its own, all else lies in the shared ``__dict__``."""
+    """Return the class of ``with_weight``: ``weight`` and ``bias`` are its own, all else is in the shared ``__dict__``."""
     if plain not in _twins:
         body = {
             "__slots__": ("_lowrank_weight", "_lowrank_bias"),
@@ -280,7 +280,7 @@ def _twin_of(plain: type[nn.Module]) -> type:
 
 
 def _only_argument(layer: Reclassed, *args: Any, **kwargs: Any) -> Any:
-    """Return the input, also where it came by the name that the plain class gives it.
+    """Return the input, also if it was passed by the plain class's argument name.
 
     Raises:
         TypeError: as the plain class would.

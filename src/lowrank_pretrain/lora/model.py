@@ -1,4 +1,4 @@
-"""LoRA over a whole model: inject, freeze, merge, eject, and the adapters' state (pure torch)."""
+"""Apply LoRA to a whole model: inject, freeze, merge, eject, and save the adapters' state (pure torch)."""
 
 import copy
 import warnings
@@ -26,17 +26,17 @@ def inject(
     """Give every target of the plan an adapter of its rank. Outputs do not change by one bit (B = 0).
 
     Args:
-        module: names in ``plan`` count from here.
+        module: names in ``plan`` start from here.
         plan: target -> rank; rank 0 gets no adapter (and is frozen by ``freeze``).
         alpha: scale = alpha / rank; ``None``: alpha = rank, scale 1.
         train_A: ``False`` keeps A as drawn and trains B alone (LoRA-FA, arXiv 2308.03303), which saves activations.
         seed: of the private generators that draw A; default: the run's seed.
 
     Returns:
-        For each output head that was tied to the embedding and is a target now: its own weight, a copy.
+        For each target that was an output head tied to the embedding: its own weight, a copy.
 
     Raises:
-        ConfigError: a name that is no target, a rank above min(D, O), or a tied weight that is no output head.
+        ConfigError: a name that is not a target, a rank above min(D, O), or a tied weight that is not an output head.
     """
     targets = all_targets(module)
     plan = Plan(plan).check(targets)
@@ -54,13 +54,13 @@ def inject(
 
 
 def freeze(module: nn.Module, plan: Mapping[str, int], freeze_rest: bool = False) -> list[Inherit]:
-    """Freeze W and b of the plan's targets; with ``freeze_rest`` all else but the adapters too.
+    """Freeze W and b of the plan's targets; with ``freeze_rest`` also everything else but the adapters.
 
-    A fused layer of which only some row blocks are targets (say q and v) goes on training the others: they become
-    parameters ``rest_weight.<part>`` of their own that are views of W.
+    A fused layer of which only some row blocks are targets (say q and v) continues to train the others: they become
+    parameters ``rest_weight.<part>`` that are views of W.
 
     Returns:
-        For those views, whose rows and optimizer state they take over.
+        For those views, the rows and optimizer state that they take over.
     """
     inherited: list[Inherit] = []
     targets = all_targets(module)
@@ -100,15 +100,15 @@ def eject(module: nn.Module, check: bool = True) -> None:
 
     Args:
         module: is changed.
-        check: refuse adapters that are NaN or infinite; without it W becomes so too.
+        check: refuse adapters that are NaN or infinite; without it W becomes NaN or infinite too.
 
     Raises:
-        ValueError: they are.
+        ValueError: they hold some.
     """
     with torch.no_grad():
         for _, layer in list(lora_layers(module)):
             layer.weight.copy_(layer.merged_weight(check))
-            take_adapters(layer)  # the factors keep their values: who holds them can go on exactly
+            take_adapters(layer)  # the factors keep their values: code that holds them can resume exactly
     switch_fast_path(module, off=False)
     for child in module.modules():
         hooks = state_dict_hooks(child)
@@ -118,7 +118,7 @@ def eject(module: nn.Module, check: bool = True) -> None:
 
 @contextmanager
 def shown_plain(module: nn.Module, flags: Mapping[str, bool]) -> Iterator[None]:
-    """Show the module for a while as the plain model with merged weights, without adapters; then it is as it was.
+    """Show the module in this block as the plain model with merged weights, without adapters.
 
     Args:
         module: nothing may train it meanwhile.
@@ -144,7 +144,7 @@ def shown_plain(module: nn.Module, flags: Mapping[str, bool]) -> Iterator[None]:
         for name, p in module.named_parameters():
             if name in flags:
                 p.requires_grad_(flags[name])
-        for weight in plain.values():  # also over a frozen W: this is where what was trained lies
+        for weight in plain.values():  # also for a frozen W: it holds the trained result
             weight.requires_grad_(True)
         yield
     finally:
@@ -175,7 +175,7 @@ def adapter_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def plain_state(module: nn.Module) -> dict[str, Tensor]:
-    """Return the state dict of the plain model with merged weights, which is that of the module with adapters too.
+    """Return the state dict of the plain model with merged weights; the module with adapters returns the same.
 
     Raises:
         ValueError: the adapters hold NaN or infinite numbers.
@@ -202,7 +202,7 @@ def own_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def load_exact(module: nn.Module, exact: Mapping[str, Tensor]) -> None:
-    """Put what ``exact_state`` gave back into a module changed by the same plan.
+    """Restore the result of ``exact_state`` into a module changed by the same plan.
 
     Raises:
         ConfigError: the names or shapes differ.
@@ -224,7 +224,7 @@ def clone_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 class Adapters(Adopter):
-    """Take a plan over as LoRA adapters: what a phase callback does where neither strategy nor optimizer is an ``Adopter``."""
+    """Take over a plan as LoRA adapters: used if neither strategy nor optimizer is an ``Adopter``."""
 
     makes_adapters = True
     adapter_settings: Mapping[str, Any] = MappingProxyType({})  # it takes them all from the callback
@@ -243,7 +243,7 @@ class Adapters(Adopter):
 
 
 class _Shared:
-    """A hook on a module that holds a layer's W as a parameter of its own: its state dict has the merged weight too."""
+    """Put the merged weight into the state dict of a module that holds a layer's W as its own parameter."""
 
     _from_public_api = True  # torch looks for it where a hook is no function
 
@@ -253,12 +253,12 @@ class _Shared:
     def __call__(self, owner: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
         if not isinstance(self.layer, LoRALinear):  # shown as the plain layer, with the merged weight everywhere
             return
-        if not isinstance(state_dict.get(prefix + self.name, self.layer.weight), nn.Parameter):  # keep_vars: as it is
+        if not isinstance(state_dict.get(prefix + self.name, self.layer.weight), nn.Parameter):  # keep_vars: unchanged
             state_dict[prefix + self.name] = self.layer.merged_weight(check=False)
 
 
 def _merge_where_shared(module: nn.Module) -> None:
-    """Have the state dict hold merged weights also where a ParameterList or another module holds W itself."""
+    """Make the state dict hold merged weights also where a ParameterList or another module holds W itself."""
     layers = {id(layer.weight): layer for _, layer in lora_layers(module)}
     for child in module.modules():
         for name, p in child._parameters.items():
@@ -275,7 +275,7 @@ def _by_layer(targets: Mapping[str, Target], plan: Mapping[str, int]) -> dict[st
 
 
 def untie(module: nn.Module, layer_names: set[str]) -> list[Inherit]:
-    """Give tied output heads among the layers a weight of their own."""
+    """Give tied output heads among the layers their own weight."""
     heads, tied = output_heads(module), tied_layers(module)
     untied = []
     for name, layer in module.named_modules():
@@ -301,7 +301,7 @@ def untie(module: nn.Module, layer_names: set[str]) -> list[Inherit]:
 
 
 def switch_fast_path(module: nn.Module, off: bool) -> None:
-    """``nn.TransformerEncoderLayer`` in eval reads the weights of linear1/2 itself and would skip their adapters."""
+    """Switch off the eval fast path of ``nn.TransformerEncoderLayer``, which would skip the adapters of linear1/2."""
     for child in module.modules():
         if isinstance(child, nn.TransformerEncoderLayer):
             layer: Any = child

@@ -1,4 +1,4 @@
-"""LTE (LoRA-the-Explorer, arXiv 2402.16828): workers train low-rank heads separately and merge them now and then."""
+"""LTE (LoRA-the-Explorer, arXiv 2402.16828): workers train low-rank heads separately and merge them periodically."""
 
 from lightning.pytorch.strategies import StrategyRegistry
 

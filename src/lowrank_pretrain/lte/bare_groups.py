@@ -21,7 +21,7 @@ from lowrank_pretrain.core.protocols import Inherit
 
 @dataclass
 class BareGroups:
-    """An optimizer's groups as they were before the model was converted.
+    """Remember an optimizer's groups from before the model was converted.
 
     Attributes:
         optimizer: the optimizer.
@@ -35,25 +35,25 @@ class BareGroups:
 
     @classmethod
     def of(cls, optimizer: Optimizer, leave_out: Iterable[Tensor] = ()) -> "BareGroups":
-        """Return the groups as they are now, without ``leave_out``."""
+        """Return the groups as of now, without ``leave_out``."""
         out = {id(p) for p in leave_out}
         return cls(optimizer, [[p for p in g["params"] if id(p) not in out] for g in optimizer.param_groups], [])
 
     def _follow(self) -> None:
-        """Take in groups that joined in mid-fit: those that a callback adds when it unfreezes are the bare model's too."""
+        """Add groups that joined during the fit: those that an unfreezing callback adds belong to the bare model too."""
         self.groups += [list(group["params"]) for group in self.optimizer.param_groups[len(self.groups) :]]
 
     def numbers(self, params: Iterable[Tensor]) -> set[int]:
-        """Return the numbers that ``state_dict`` gives to those of these parameters that were there before."""
+        """Return the numbers that ``state_dict`` gives to those of these parameters that existed before."""
         position = {id(p): n for n, p in enumerate(p for group in self.groups for p in group)}
         return {position[id(p)] for p in params if id(p) in position}
 
     def put_back(self, weights: Mapping[int, Tensor], gone: Collection[int]) -> None:
-        """Give the optimizer weights back where they were, in place of parameters that are gone.
+        """Return weights to their places in the optimizer, replacing parameters that are gone.
 
         Args:
             weights: the weights by id.
-            gone: ids of what had taken their place.
+            gone: ids of the parameters that had replaced them.
         """
         self._follow()
         spare = next((g for g in self.optimizer.param_groups if any(id(p) in gone for p in g["params"])), None)
@@ -67,7 +67,7 @@ class BareGroups:
             if "param_names" in group:
                 group["param_names"][:] = [names.get(id(p), f"param_{n}") for n, p in enumerate(group["params"])]
         placed = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
-        for key, p in weights.items():  # a tied head that came untied was in no group: it joins where its heads were
+        for key, p in weights.items():  # an untied output head was in no group: it joins the group of its heads
             if key not in placed and spare is not None:
                 spare["params"].append(p)
         for p in [p for p in self.optimizer.state if id(p) in gone]:
@@ -104,7 +104,7 @@ class BareGroups:
             heads: id of a live head parameter -> its state here.
 
         Raises:
-            ConfigError: its groups are not those of this model.
+            ConfigError: its groups do not match this model's.
         """
         self._follow()
         there = [len(group["params"]) for group in saved["param_groups"]]
@@ -133,20 +133,20 @@ class BareGroups:
         self.optimizer.load_state_dict({**saved, "state": {n: s for n, s in state.items() if s}, "param_groups": groups})
 
 
-_PLAIN = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)  # known to treat every number by itself
+_PLAIN = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)  # known to be elementwise
 
 
 def check_stacked(optimizer: Optimizer, like: Tensor) -> None:
-    """Try by a step on a toy parameter whether an optimizer can train heads, which are stacked (H, R, D).
+    """Check by a step on a toy parameter that an optimizer can train stacked heads (H, R, D).
 
-    The optimizer holds its own parameters and states again afterwards.
+    Afterwards the optimizer has its own parameters and states again.
 
     Args:
         optimizer: the optimizer.
         like: a head's factor, for dtype and device.
 
     Raises:
-        ConfigError: it takes matrices only, or keeps state in which heads cannot be told apart.
+        ConfigError: it takes matrices only, or keeps state in which heads cannot be distinguished.
     """
     kind = type(optimizer).__name__
     if type(optimizer) in _PLAIN or hasattr(optimizer, "optim") or type(optimizer).__module__.startswith("lowrank_pretrain"):
@@ -155,7 +155,7 @@ def check_stacked(optimizer: Optimizer, like: Tensor) -> None:
     tried = [_trial(optimizer, matrix, like) for matrix in both]
     alone = [found[0] for found in tried if not isinstance(found, Exception)]
     if len(alone) < len(tried):
-        return  # it wants more than gradients (a closure, a mode): nothing can be told here
+        return  # it needs more than gradients (a closure, a mode): no verdict here
     found = _trial(optimizer, both, like)
     if isinstance(found, Exception):
         first = str(found).strip().splitlines()[0] if str(found).strip() else type(found).__name__
@@ -182,7 +182,7 @@ def check_moment(kind: str, key: str, value: Any, p: Tensor) -> None:
 
 
 def _trial(optimizer: Optimizer, value: Tensor, like: Tensor) -> tuple[Tensor, dict[str, Any]] | Exception:
-    """Return one parameter after the optimizer's step, and the state that is kept of it."""
+    """Return one parameter after the optimizer's step, and the optimizer state that it leaves."""
     p = nn.Parameter(value.to(like).clone())
     p.grad = value.flip(-1).to(like)
     kept = dict(optimizer.__dict__)

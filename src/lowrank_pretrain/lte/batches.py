@@ -1,8 +1,8 @@
-"""Check that the workers see different data, and equally much of it: neither shows in a loss curve.
+"""Check that workers see different data and the same amount of it: a loss curve shows neither.
 
 Lightning gives a map-style loader a ``DistributedSampler``. Other loaders (a sampler or a batch sampler of the user's own, a
 data set that was split beforehand, a stream) are judged by what arrives: the first batches of all workers are compared. A
-worker with more batches than the others would wait for ever at the next merge: where a loader may have fewer than it says, the
+worker with more batches than the others would wait for ever at the next merge: if a loader may have fewer than it says, the
 workers ask one another before every batch.
 """
 
@@ -37,23 +37,23 @@ from lowrank_pretrain.data.loaders.epoch import EpochLoader
 from lowrank_pretrain.data.loaders.stream import StreamLoader
 from lowrank_pretrain.lte.leaves import digest
 
-LOOKED_AT = 4  # first batches that must all be equal before two workers are said to share their data
+LOOKED_AT = 4  # two workers share their data if this many first batches are equal
 _END = object()
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What a worker tells the others of its training loader.
+    """Describe a worker's training loader to the other workers.
 
     Attributes:
-        length: number of batches; ``None``: it does not know.
+        length: number of batches; ``None``: unknown.
         name: kind of sampler, for messages.
         share: (workers, rank, seed) of the sampler that shares the samples out; ``None``: there is none.
         trusted: whether the batches are what the sampler says, so that they need not be compared.
         exact: whether it is certain to have as many batches as it says.
         first: a hash of the data set's first sample, where a sampler would give it to every worker.
-        part: a hash of which samples the data set has, where it lies in memory; ``None``: unknown.
-        own: samples that the user's sampler gives, and their number in all, where Lightning shares them out once more.
+        part: a hash of which samples the data set has, if it is in memory; ``None``: unknown.
+        own: samples that the user's sampler yields, and the total, if Lightning shares them out again.
     """
 
     length: int | None
@@ -67,9 +67,9 @@ class Facts:
 
 
 def shared_out(loader: Any, workers: int) -> Any:
-    """Return the training loader, made safe: its data are this worker's own, and it ends when that of any worker ends.
+    """Return the training loader, made safe: it yields only this worker's data, and ends when any worker's ends.
 
-    All workers call it together. A loader that is known to be right is returned as it is.
+    All workers call it together. A loader that is known to be right is returned unchanged.
 
     Args:
         loader: a training loader; anything that can be iterated.
@@ -121,7 +121,7 @@ def _facts(loader: Any) -> Facts:
         trusted = whole and type(dealt) in (DistributedSampler, DistributedSamplerWrapper)
         part, own = _part(loader.dataset), _dealt(dealt, loader.dataset)
     alike = type(sampler) in (RandomSampler, SequentialSampler)
-    # a collate of one's own may give None for a bad batch, a sampler of one's own may be short
+    # a user's collate may return None for a bad batch, a user's sampler may be short
     exact = (trusted or alike) and loader.collate_fn is default_collate
     return Facts(length, type(sampler).__name__, share, trusted, exact, _first_sample(loader) if alike else None, part, own)
 
@@ -150,14 +150,14 @@ def _check_shared_once(sampler: DistributedSampler) -> None:
 
 
 def _part(data: Any) -> str | None:
-    """Return a hash of which samples a data set has, where they can be read without a trace."""
+    """Return a hash of a data set's choice of samples, if it can be read without side effects."""
     if isinstance(data, Subset):
         return digest(np.asarray(data.indices))
     return digest(data[0]) if isinstance(data, TensorDataset) and len(data) else None
 
 
 def _dealt(sampler: DistributedSampler, data: Any) -> tuple[int, int] | None:
-    """Return how many samples a user's sampler gives, and their number in all, where Lightning laid its own over it."""
+    """Return the number of samples that a user's sampler yields, and the total, if Lightning wraps it in its own."""
     inner = wrapped_sampler(sampler) if isinstance(sampler, DistributedSamplerWrapper) else None
     if inner is None or type(inner).__module__.startswith("torch.") or not isinstance(data, Sized):
         return None
@@ -165,7 +165,7 @@ def _dealt(sampler: DistributedSampler, data: Any) -> tuple[int, int] | None:
 
 
 def _warn_of_parts(everyone: list[Facts], workers: int) -> None:
-    """Warn of data that are shared out twice: a part of each part trains. It is not refused: parts may be meant to overlap."""
+    """Warn of data that are shared out twice, so that only a part of each part trains. Overlap may be intended."""
     again = f"is shared out once more by Lightning's sampler, so that only 1/{workers} of it is seen"
     cure = "set Trainer(use_distributed_sampler=False), if each worker's part is its own already"
     parts = {facts.part for facts in everyone}
@@ -178,7 +178,7 @@ def _warn_of_parts(everyone: list[Facts], workers: int) -> None:
 
 
 def _check_samplers(everyone: list[Facts], workers: int) -> None:
-    """Refuse samplers that do not give each worker a part of its own, and every part to one."""
+    """Refuse samplers that do not give each part of the data to exactly one worker."""
     cure = "leave Trainer(use_distributed_sampler=True), or give DistributedSampler the right rank and num_replicas"
     firsts = {(facts.first, facts.length) for facts in everyone}
     if len(firsts) == 1 and everyone[0].first is not None:
@@ -208,12 +208,12 @@ def _check_samplers(everyone: list[Facts], workers: int) -> None:
 
 
 class _Shared:
-    """Be a loader in every respect but when it ends.
+    """Behave like the user's loader, except for where it ends.
 
     Args:
         loader: the user's loader.
         workers: number of workers.
-        length: batches after which all end; ``None``: nobody knows.
+        length: batches after which all end; ``None``: unknown.
         compared: whether its first batches are compared with the other workers'.
         asks: whether the workers ask one another before every batch.
     """
@@ -247,7 +247,7 @@ class _Shared:
             yield batch
 
     def _next(self, batches: Iterator[Any]) -> Any:
-        """Return the next batch that is not None. A worker that left a step out would leave the others waiting for it."""
+        """Return the next batch that is not None. A worker that skipped a step would leave the others waiting."""
         batch = next(batches, _END)
         while batch is None and self._asks:
             self._say("the training loader gave None: this worker takes its next batch instead")
@@ -260,9 +260,9 @@ class _Shared:
             warnings.warn(text, stacklevel=2)
 
     def _compare(self, batches: Iterator[Any], ahead: deque[Any]) -> None:
-        """Refuse two workers with the same batches. The batches that were compared are handed out afterwards.
+        """Refuse two workers with the same batches. The compared batches are then handed out.
 
-        One batch is enough where they differ; equal ones may be chance (a constant, a label), so that more are compared.
+        One batch is enough where they differ; equal ones may be chance (a constant, a label), so more are compared.
         """
         same: set[tuple[int, int]] | None = None
         for looked in range(1, LOOKED_AT + 1):
@@ -289,7 +289,7 @@ class _Shared:
 
 
 class _Sized(_Shared):
-    """Have a length, which Lightning asks for by type."""
+    """Add a length; Lightning tests for it by type."""
 
     _length: int
 
@@ -298,25 +298,25 @@ class _Sized(_Shared):
 
 
 class _State:
-    """Have a position in a checkpoint, which Lightning asks for by type."""
+    """Add a checkpoint state; Lightning tests for it by type."""
 
     _loader: Any
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the loader's own."""
+        """Return the loader's state."""
         return self._loader.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Hand it on to the loader."""
+        """Pass the state to the loader."""
         self._loader.load_state_dict(state)
 
 
 class _StatefulShared(_State, _Shared):
-    """Have both."""
+    """Share data, with a checkpoint state."""
 
 
 class _StatefulSized(_State, _Sized):
-    """Have all three."""
+    """Share data, with a length and a checkpoint state."""
 
 
 # by whether it has a length, and whether it has a state
@@ -325,22 +325,22 @@ _KINDS = {(False, False): _Shared, (True, False): _Sized, (False, True): _Statef
 
 def _who_ended(mine: bool, workers: int) -> list[int]:
     """Return the workers that have no more batches."""
-    # numbers on the CPU, also where gradients go over NCCL: a device sync per batch would cost more
+    # numbers on the CPU, also if gradients use NCCL: a device sync per batch would cost more
     ended = torch.zeros(workers, dtype=torch.int32)
     ended[dist.get_rank()] = mine
     dist.all_reduce(ended, group=_cpu_group())
     return ended.nonzero().flatten().tolist()
 
 
-_cpu_groups: dict[Any, Any] = {}  # of the world that there is now
+_cpu_groups: dict[Any, Any] = {}  # of the present world
 
 
 def _cpu_group() -> Any:
-    """Return a group that sends numbers on the CPU."""
+    """Return a process group that communicates on the CPU."""
     world = dist.group.WORLD
     if dist.get_backend() == "gloo":
         return world
-    if world not in _cpu_groups:  # another world than the one that the last was made in
+    if world not in _cpu_groups:  # a new world since the last group was made
         _cpu_groups.clear()
         _cpu_groups[world] = dist.new_group(backend="gloo")
     return _cpu_groups[world]

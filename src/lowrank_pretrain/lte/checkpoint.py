@@ -1,4 +1,4 @@
-"""Give a checkpoint its two halves: a plain merged model for everyone, and ``lte_state`` to go on from exactly.
+"""Give a checkpoint its two halves: a plain merged model for any reader, and ``lte_state`` for an exact resume.
 
 Lightning calls the saving hooks on all workers, so they may communicate. A resumed fit loads the merged weights into the bare
 model first; ``Resume`` keeps the targets' state until a fit has targets, and their moments until the optimizers are restored.
@@ -53,31 +53,31 @@ def lte_state(converted: "ConvertedModule") -> dict[str, Any] | None:
 
 
 class Resume:
-    """What a checkpoint brought and nobody has taken yet."""
+    """Keep the parts of a checkpoint that are not restored yet."""
 
     def __init__(self) -> None:
         self.state: Mapping[str, Any] | None = None  # ``lte_state``
-        self.left_out: tuple[str, ...] = ()  # targets that the run which is resumed left out in its first step
+        self.left_out: tuple[str, ...] = ()  # targets that the resumed run had left out in its first step
         self._random: list[Any] | None = None  # random states by worker
         self._moments: dict[str, dict[str, Any]] = {}  # the targets' optimizer state by name
 
     def keep(self, checkpoint: Mapping[str, Any]) -> None:
         """Keep a checkpoint's ``lte_state``, if it has one, until there are targets."""
         state = checkpoint.get(KEY)
-        # a tied head that comes untied gets its own weight back later: in the bare model both names are one tensor
+        # an untied output head gets its own weight back later: in the bare model both names are one tensor
         self.state = None if state is None else {**state, "state_dict": checkpoint["state_dict"]}
         self.left_out = () if state is None else tuple(state.get("left_out", ()))
         self._random = None if state is None else state["random"]
         self._moments = {}
 
     def give_kept(self, converted: "ConvertedModule") -> None:
-        """Give what was kept to targets that have just begun."""
+        """Restore the kept state into targets that have just begun."""
         state, self.state, self.left_out = self.state, None, ()
         if state is not None:
             self.give(state, converted)
 
     def give(self, state: Mapping[str, Any], converted: "ConvertedModule") -> None:
-        """Give an ``lte_state`` to targets and rest; the targets' moments wait for the optimizers."""
+        """Restore an ``lte_state`` into targets and rest; the targets' moments wait for the optimizers."""
         local = converted.local
         local.check_state(state)
         if local.untied and "state_dict" in state:
@@ -98,7 +98,7 @@ class Resume:
         converted.rest.load_moments((checkpoint.get(KEY) or {}).get("rest"), converted.bare)
 
     def give_random(self, workers: "Workers") -> None:
-        """Put this worker's random states back, if the checkpoint is of as many workers."""
+        """Restore this worker's random states, if the checkpoint has the same number of workers."""
         states, self._random = self._random, None
         if states is not None and len(states) == workers.size:
             random_state.restore(states[workers.rank])

@@ -1,6 +1,6 @@
-"""Convert a module for LTE, and hold what it then consists of: targets of this worker's own, and the rest that all share.
+"""Convert a module for LTE, and hold its parts: targets that this worker trains alone, and the rest that all share.
 
-``update="lora"``: targets get heads. Else nothing is converted, each worker's targets become its own.
+``update="lora"``: targets get heads. Otherwise nothing is converted; each worker's targets become its own.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -38,15 +38,15 @@ DRIFTED = (
 
 
 class ConvertedModule:
-    """A module in a fit under LTE.
+    """Hold a module during a fit under LTE.
 
     Args:
         module: the LightningModule.
         local: its targets, which have not begun yet.
         workers: who trains together.
         sync_rest: ``step`` or ``merge``.
-        ignored: parameters that the module itself keeps from DDP.
-        wrapped: tells whether DDP has wrapped the module, and gives worker 0's buffers to all.
+        ignored: parameters that the module itself excludes from DDP.
+        wrapped: tells whether DDP has wrapped the module, and broadcasts worker 0's buffers.
 
     Attributes:
         rest: all other parameters.
@@ -65,19 +65,19 @@ class ConvertedModule:
 
     @classmethod
     def none(cls) -> "ConvertedModule":
-        """Return one without anything: before a fit."""
+        """Return an empty converted module, for use before a fit."""
         return cls(pl.LightningModule(), NoTargets(), Workers(), "step", set())
 
     # -- conversion -------------------------------------------------------------------------------------------------
 
     def begin(self, fit: Fit) -> list[Inherit]:
-        """Make the targets this worker's own, at the start of a fit; returns what new parameters take over."""
+        """Make the targets this worker's own, at the start of a fit; return what new parameters take over."""
         inherited = self.local.begin(fit)
         adapters = [p for _, p in lora.adapter_parameters(self.module)] if self.local.makes_adapters else []
         return self._begun(fit, inherited, adapters)
 
     def release(self, fit: Fit) -> list[Inherit]:
-        """Make the targets this worker's own, at the freeze; returns as ``begin`` does."""
+        """Make the targets this worker's own, at the freeze; return the same as ``begin``."""
         return self._begun(fit, self.local.release(fit), [])
 
     def _begun(self, fit: Fit, inherited: list[Inherit], adapters: list[nn.Parameter]) -> list[Inherit]:
@@ -87,7 +87,7 @@ class ConvertedModule:
         return inherited
 
     def assign_optimizers(self, optimizers: list[Optimizer]) -> None:
-        """Tell targets and rest apart, now that the optimizers hold both; the one with the targets comes first.
+        """Separate targets and rest, now that the optimizers hold both; the optimizer with the targets comes first.
 
         The clock follows the first: merging between the step of one optimizer and that of another would mix two windows.
 
@@ -113,7 +113,7 @@ class ConvertedModule:
         self.rest = SharedParameters(self.module, owned, left_out, self.workers, self.sync_rest, self._wrapped, wire)
 
     def _warn_of_heavy_rest(self) -> None:
-        """Warn of a rest that sends more at every step than a merge sends for the targets."""
+        """Warn if the rest sends more at every step than a merge sends for the targets."""
         local, rest = self.local, self.rest
         if rest.apart or local.workers.size == 1:
             return
@@ -124,11 +124,11 @@ class ConvertedModule:
             )
 
     def leave_out(self, reasons: Mapping[str, str], accumulates: bool) -> None:
-        """Give up targets that the first step showed to be none: their W trains on in full, from this step's gradient on.
+        """Give up targets that the first step found unfit: their W trains in full, from this step's gradient on.
 
         Args:
             reasons: why, by target.
-            accumulates: whether the step goes on: then the new wrapper sends the sum of its gradients.
+            accumulates: whether the step continues: then the new wrapper sends the sum of its gradients.
 
         Raises:
             ConfigError: the user named one of them; or none is left.
@@ -155,11 +155,11 @@ class ConvertedModule:
             self.workers.average(gradients, counted=False)
 
     def follow_unfrozen(self) -> bool:
-        """Train what a callback has unfrozen with the rest, and average it with the rest; returns whether there was any."""
+        """Train and average what a callback has unfrozen as part of the rest; return whether there was any."""
         frozen = self.local.frozen_weights()
         found = self.rest.follow({id(W) for W in frozen})
         if found:
-            for W in frozen:  # unfrozen with all else; its heads are what trains
+            for W in frozen:  # unfrozen with everything else; its heads train instead
                 W.requires_grad_(False)
         return found
 
@@ -192,7 +192,7 @@ class ConvertedModule:
             raise ConfigError("targets", name, reason)
 
     def merge_rest(self) -> bool:
-        """Average the rest at the end of a window; returns whether all workers hold it alike, where they should."""
+        """Average the rest at the end of a window; return whether all workers hold the same, if they should."""
         settings = self.local.settings
         if settings.mode == "joint" or self.local.clock % settings.merge_every:
             return True
@@ -200,7 +200,7 @@ class ConvertedModule:
         return self.rest.agrees()
 
     def clip(self, optimizer: Optimizer, limit: float) -> None:
-        """Clip the gradients of the rest, of the targets, and of what the module keeps from DDP, by norms of their own."""
+        """Clip the gradients of the rest, of the targets, and of what the module excludes from DDP, each by its own norm."""
         targets = list(self.local.parameters().values()) if self.local.unsynced(self.module) else []
         alone = [p for name, p in self.module.named_parameters() if name in self.ignored and p.grad is not None]
         separate = {id(p) for p in (*targets, *alone)}
@@ -210,7 +210,7 @@ class ConvertedModule:
         clip_norms([], [p for p in alone if id(p) in mine], limit, stacked=False)
 
     def differing(self) -> set[str]:
-        """Return names of what workers need not hold alike after a merge."""
+        """Return the names of tensors that may differ between workers after a merge."""
         names = self.local.hidden(self.module) | self.ignored
         if self.rest.apart and self.local.settings.overlap:  # the rest was averaged when the merge began, and has moved since
             names |= set(self.rest.parameters)
@@ -228,7 +228,7 @@ class ConvertedModule:
         }
 
     def log(self, agreed: Callable[[], int]) -> None:
-        """Log a merge's cost, and a hash of what all workers hold alike after it.
+        """Log a merge's cost, and a hash of the tensors that all workers then share.
 
         Args:
             agreed: forms the hash; all workers call it together.
@@ -248,33 +248,33 @@ class ConvertedModule:
     # -- the merged model -------------------------------------------------------------------------------------------
 
     def swap_in(self) -> None:
-        """Put merged weights and averages in place, to be looked at. All workers call it together."""
+        """Swap merged weights and averages in for evaluation. All workers call it together."""
         if self.local.attached:
             self.rest.swap_in()  # first: the merged weights take rows of the rest along
             self.local.view.swap_in()
 
     def swap_out(self) -> None:
-        """Put this worker's own back in place."""
+        """Swap this worker's own weights back in."""
         if self.local.attached:
             self.local.view.swap_out()
             self.rest.swap_out()
 
     def swap_out_keeping_writes(self) -> None:
-        """Swap out; what a callback wrote into the weights that it saw joins those that train. All call it together."""
+        """Swap out; a callback's writes into the merged weights join the trained ones. All call it together."""
         if self.local.attached:
             self.local.view.swap_out_keeping_writes()
             self.rest.swap_out_keeping_writes()
 
     @contextmanager
     def swapped_in_to_write(self) -> Iterator[None]:
-        """Have the merged model in place on worker 0, which writes; no other holds more than a few matrices' factors.
+        """Swap the merged model in on worker 0, which writes; the others hold at most a few matrices' factors.
 
         All workers call it together.
         """
         shared, writes = self.local.shared, self.workers.rank == 0
         self.rest.swap_in_to_write(writes)
         self.local.view.swap_in(piecemeal=True, writes=writes)
-        viewing, shared.viewing = shared.viewing, True  # heads add nothing of their own to what they are asked for
+        viewing, shared.viewing = shared.viewing, True  # heads add nothing of their own to the output
         try:
             yield
         finally:
@@ -332,7 +332,7 @@ def begin_heads(heads: "HeadSet", fit: Fit) -> list[Inherit]:
 
 
 def _obstacle(target: Target, fit: Fit) -> str | None:
-    """Return why a matrix can have no heads, beyond what no method can take."""
+    """Return why a matrix cannot have heads, beyond the obstacles common to all methods."""
     if has_own_forward(target.layer):
         return "has a class with a forward of its own, which heads cannot follow: leave it out"
     if f"{target.layer_name}.weight" in fit.ignored:
@@ -356,7 +356,7 @@ def check_optimizers(fit: Fit) -> None:
 
 
 def begin_from_adapters(heads: "HeadSet", fit: Fit) -> list[Inherit]:
-    """Turn the joint phase's adapters into heads, at the freeze; returns as ``begin_heads`` does."""
+    """Turn the joint phase's adapters into heads, at the freeze; return the same as ``begin_heads``."""
     module, ranks = fit.module, dict(heads.plan)
     adapted: list[tuple[str, Any]] = list(lora.lora_layers(module))
     old = {name: (layer.lora_A, dict(layer.lora_B.items())) for name, layer in adapted}

@@ -19,7 +19,7 @@ from lowrank_pretrain.phases.first_step import FirstStepWatch
 
 
 class Unwatched:
-    """Nothing to watch: what ``FirstStep`` is where targets get no heads, or a phase callback has watched before.
+    """Stand in for ``FirstStep`` if targets get no heads, or a phase callback has already watched.
 
     Attributes:
         unfit: layers whose input cannot be shared out among heads, and why.
@@ -40,7 +40,7 @@ class Unwatched:
 
     @property
     def watches(self) -> bool:
-        """Tell whether some layers have not been called yet, on any worker (the same answer on all)."""
+        """Return whether any layer has not been called yet, on any worker (the same answer on all)."""
         return False
 
     def stop(self) -> None:
@@ -67,7 +67,7 @@ class FirstStep(FirstStepWatch, Unwatched):
     def _start(self) -> None:
         """Begin at the first step, when DDP has wrapped what it averages and the model's summary is printed."""
         self._started = True
-        # heads change number and order of the parameters: who averages by position is found out in the first step
+        # heads change number and order of the parameters: the first step detects averaging by position
         self._begin(self._module).watch_whole()
         for name, layer in self._rehearsal.layers.items():
             if name not in self._rehearsal.called:
@@ -114,5 +114,5 @@ class FirstStep(FirstStepWatch, Unwatched):
 
     @property
     def watches(self) -> bool:
-        """Tell whether some layers have not been called yet, on any worker (the same answer on all)."""
+        """Return whether any layer has not been called yet, on any worker (the same answer on all)."""
         return not self.waits and bool(self._rehearsal.unseen())

@@ -1,7 +1,7 @@
-"""DiLoCo and local SGD: train whole weights on each worker, and merge what each did to them (``update="full"``).
+"""DiLoCo and local SGD: train whole weights on each worker, and merge their changes (``update="full"``).
 
     window:  worker n trains Wₙ by any optimizer, whose state stays with it
-    merge:   Δ = mean(Wₙ − W_base), through the wire; the outer step moves W_base by Δ; everyone goes on from W_base
+    merge:   Δ = mean(Wₙ − W_base), through the wire; the outer step moves W_base by Δ; everyone continues from W_base
 
 DiLoCo (arXiv 2311.08105, Algorithm 1) has an outer step with Nesterov momentum; ``outer_lr=1, outer_momentum=0`` is local SGD,
 and with ``merge_every=1`` and SGD inside it is DDP.
@@ -9,7 +9,7 @@ and with ``merge_every=1`` and SGD inside it is DDP.
 Targets are, as DiLoCo has it, everything that trains: matrices, biases, norms and embeddings. ``targets`` limits them to the
 weights of the layers that it chooses; biases and all else then belong to the rest, which follows ``sync_rest``.
 
-What is looked at between merges is W_base + mean(Δ), without the outer step; at a merge that is W.
+Evaluation between merges sees W_base + mean(Δ), without the outer step; at a merge that is W.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -32,7 +32,7 @@ from lowrank_pretrain.lte.workers import Workers
 
 
 class FullTarget:
-    """One parameter that a worker trains on its own.
+    """Hold one parameter that a worker trains on its own.
 
     Args:
         name: its name in the module.
@@ -50,11 +50,11 @@ class FullTarget:
         return self.name
 
     def live(self) -> Tensor:
-        """Return the weight as it is in place now, a view."""
+        """Return a view of the weight that is in place now."""
         return self.p.detach()
 
     def as_live(self, merged: Tensor) -> Tensor:
-        """Return a merged weight as it is."""
+        """Return a merged weight unchanged."""
         return merged
 
     def write(self, merged: Tensor, into: Tensor) -> None:
@@ -62,18 +62,18 @@ class FullTarget:
         into.copy_(merged)
 
     def bytes_sent(self) -> int:
-        """Return the bytes of its increment, in full precision."""
+        """Return the size of the target's increment in bytes, in full precision."""
         return self.p.numel() * at_least_32(self.p.dtype).itemsize
 
 
 class FullSet(LocalTargets):
-    """Whole weights that a worker trains on its own, from ``start`` to ``detach``.
+    """Train whole weights separately on each worker, from ``start`` to ``detach``.
 
-    It keeps W_base, with outer momentum one more copy of the weights, and with a lossy wire another.
+    It keeps W_base, plus a copy of the weights for outer momentum, and another for a lossy wire.
 
     Args:
         settings: ``targets``, ``merge_every``, ``wire`` and the outer step's are used.
-        workers: who merges with whom. One alone takes the outer step too; a plain one changes nothing, and costs nothing.
+        workers: who merges with whom. A lone worker takes the outer step too; a plain outer step then costs nothing.
 
     Attributes:
         outer: moves W_base.
@@ -104,8 +104,8 @@ class FullSet(LocalTargets):
         """Return the targets by name.
 
         Args:
-            module: that the patterns of ``targets`` count from.
-            trained: what could be one.
+            module: the module that the patterns of ``targets`` start from.
+            trained: the candidates.
 
         Raises:
             ConfigError: nothing is left; or a pattern chooses a row block, or a weight that no optimizer trains.
@@ -128,7 +128,7 @@ class FullSet(LocalTargets):
         return {name: p for name, p in trained.items() if id(p) in rows}
 
     def start(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Train these separately from the other workers from here on; all hold the same now."""
+        """Train these separately from the other workers from now on; at this point all hold the same."""
         self.pieces = [FullTarget(name, p) for name, p in parameters.items()]
         if self.differs:
             self.increments = Increments(self.training_weights(), self.workers, self.settings.wire)
@@ -150,7 +150,7 @@ class FullSet(LocalTargets):
 
     @torch.no_grad()
     def detach(self) -> None:
-        """Leave W as it is in place, or, after an exception, as the last merge left it."""
+        """Keep W as it is, or, after an exception, as the last merge left it."""
         if not self.attached:
             return
         if self.view.swapped_in and self.clock % self.settings.merge_every:
@@ -164,19 +164,19 @@ class FullSet(LocalTargets):
     # -- what belongs to it -----------------------------------------------------------------------------------------
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """Return what trains here alone, by name."""
+        """Return the parameters that this worker trains on its own, by name."""
         return {piece.name: piece.p for piece in self.pieces}
 
     def weights(self) -> dict[str, nn.Parameter]:
-        """Return the same."""
+        """Return the same parameters."""
         return self.parameters()
 
     def unsynced(self, module: nn.Module) -> set[str]:
-        """Return names of what DDP must neither broadcast nor average."""
+        """Return the names of tensors that DDP must neither broadcast nor average."""
         return set() if self.workers.size == 1 else set(self.parameters())
 
     def training_weights(self) -> Weights:
-        """Return W by name as training has it, also while the merged weights are in its place."""
+        """Return the W being trained, by name, also while the merged weights replace it."""
         found = {}
         for piece in self.pieces:
             kept = self.view.kept_weight(piece)
@@ -186,7 +186,7 @@ class FullSet(LocalTargets):
     # -- the clock --------------------------------------------------------------------------------------------------
 
     def after_step(self) -> bool:
-        """Count an optimizer step that was taken or attempted, and merge if it is time. Returns whether W changed."""
+        """Count an optimizer step that was taken or attempted, and merge if it is time. Return whether W changed."""
         self.clock += 1
         if self.clock % self.settings.merge_every:
             return False
@@ -201,7 +201,7 @@ class FullSet(LocalTargets):
     def _merge(self, increments: Increments) -> None:
         # what all workers did since the last merge
         mean = increments.mean(self.training_weights())
-        # the outer step; everyone goes on from W_base
+        # the outer step; everyone continues from W_base
         for piece in self.pieces:
             base = increments.base[piece.name]
             self.outer.step(piece.name, base, mean[piece.name].to(base.dtype))
@@ -227,5 +227,5 @@ class FullSet(LocalTargets):
         full_checkpoint.check_targets(state, self)
 
     def load_state(self, state: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], str | None]:
-        """Put clock, weights, outer buffers and error feedback back."""
+        """Restore clock, weights, outer buffers and error feedback."""
         return full_checkpoint.load_targets(state, self)

@@ -1,13 +1,13 @@
-"""Write what local training of whole weights needs into a checkpoint, and resume, also on another number of workers.
+"""Save the state of local training of whole weights in a checkpoint, and resume on any number of workers.
 
     checkpoint["lte_state"] = {format, update: "full", wire, outer_lr, outer_momentum, merge_every, targets {name: shape},
         workers, clock, merges, at_merge, record {"name|key": [w tensors]}, plain [{name: {key: number}} by worker],
         base {name: W_base}, outer {name: buffer}, errors {sent: [w], mean: [w]}, …}
 
 ``record`` holds every worker's optimizer state, and between merges its W. ``optimizer_states`` of the file have worker 0's, so
-that a run without LTE goes on from there. ``errors`` is what a lossy wire's messages have left out.
+that a run without LTE can continue from there. ``errors`` is what a lossy wire's messages have left out.
 
-Another number of workers goes on from the mean of the weights, and W_base stays: what was done since the last merge is
+Another number of workers continues from the mean of the weights, and W_base stays: what was done since the last merge is
 merged with what comes. What the wire left out is kept as its sum over workers; one worker alone adds it to W at once.
 """
 
@@ -81,7 +81,7 @@ def check_targets(state: Mapping[str, Any], targets: "FullSet") -> None:
 
 @torch.no_grad()
 def load_targets(state: Mapping[str, Any], targets: "FullSet") -> tuple[dict[str, dict[str, Any]], str | None]:
-    """Put clock, weights, outer buffers and error feedback back.
+    """Restore clock, weights, outer buffers and error feedback.
 
     The module's W is the checkpoint's merged one on entry, and stays so on another number of workers.
 

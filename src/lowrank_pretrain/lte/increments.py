@@ -1,10 +1,10 @@
-"""Average over all workers what each did to some weights since the last merge, through a wire.
+"""Average the workers' changes to some weights since the last merge, through a wire.
 
     worker n:  Δₙ = Wₙ − W_base, all weights in one flat buffer
     together:  mean(Δ), the same bits everywhere (``wire.DenseMean``, which keeps what its messages left out)
 
-W_base is kept in float32 at least. Of weights in half precision Δ counts from W_base as it was rounded for training, so that
-steps which are small next to W add up in W_base.
+W_base is kept in float32 at least. For weights in half precision, Δ is measured from W_base as rounded for training, so that
+steps that are small compared with W add up in W_base.
 
 n numbers in all.
 """
@@ -25,13 +25,13 @@ Weights = Mapping[str, Tensor]  # by name, as training has them now
 
 
 class Increments:
-    """What workers do to some weights between two merges.
+    """Track workers' changes to some weights between two merges.
 
     It costs one float32 copy of the weights; a lossy wire costs another for what its messages left out. While a merge is
     being formed there are two to four more.
 
     Args:
-        weights: the weights, which all workers hold alike now.
+        weights: the weights, now equal on all workers.
         workers: who merges with whom.
         wire: a key of ``wire.WIRES``.
 
@@ -64,14 +64,14 @@ class Increments:
         """Return the workers' mean of Δ by name, through the wire. All workers call it together.
 
         Raises:
-            NotFinite: on every worker, if one's increment is NaN or infinite; nothing was sent then.
+            NotFinite: on every worker, if one's increment is NaN or infinite; nothing is then sent.
         """
         mine = self._since(weights)
         refuse_nonfinite(self._by_name(mine), self.workers)
         return self._by_name(self.wire.mean(mine))
 
     def now(self, weights: Weights) -> dict[str, Tensor]:
-        """Return the exact mean of Δ by name, to be looked at; changes nothing. All workers call it together."""
+        """Return the exact mean of Δ by name, for evaluation; change nothing. All workers call it together."""
         mean = self._since(weights)
         self.workers.average([mean], counted=False)
         return self._by_name(mean)
@@ -91,7 +91,7 @@ class Increments:
 
     @torch.no_grad()
     def load(self, base: Weights, errors: Mapping[str, list[Tensor]]) -> None:
-        """Take W_base and error feedback back; of another number of workers what was pending, which each now owes in full.
+        """Restore W_base and error feedback; for another number of workers, each takes on all that was pending.
 
         Args:
             base: W_base by name.
@@ -107,7 +107,7 @@ class Increments:
             return
         if self.workers.size > 1:
             self.wire.take_pending(_pending(errors, self.wire.n))
-        else:  # nobody to send it to
+        else:  # no other worker to send it to
             add_pending(self.base, self.base, errors)
 
 
@@ -121,7 +121,7 @@ def add_pending(weights: Weights, base: Weights, errors: Mapping[str, list[Tenso
     """Add to weights what all messages have left out of the mean.
 
     Args:
-        weights: by name; others than those of ``base`` are passed over.
+        weights: by name; those not in ``base`` are skipped.
         base: a checkpoint's W_base by name, whose order is that of the flat buffer.
         errors: as ``Increments.errors`` gave them.
     """
@@ -136,7 +136,7 @@ def refuse_nonfinite(mine: Mapping[str, Tensor], workers: Workers) -> None:
     """End the run if one worker is about to send NaN or infinity. All workers call it together.
 
     Args:
-        mine: what this worker is about to send, by target, in one order on all workers.
+        mine: what this worker is about to send, by target, in the same order on all workers.
         workers: who merges with whom.
 
     Raises:

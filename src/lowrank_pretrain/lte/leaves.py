@@ -1,4 +1,4 @@
-"""Find what a batch consists of, in any container: tensors, arrays, texts and numbers, one after the other."""
+"""Find the contents of a batch in any container: tensors, arrays, texts and numbers, one after the other."""
 
 import hashlib
 import inspect
@@ -17,7 +17,7 @@ _END = object()
 
 
 def leaves(batch: Any) -> Iterator[Any]:
-    """Yield everything in a batch that is no container, in the containers' order.
+    """Yield everything in a batch that is not a container, in the containers' order.
 
     Mappings, sequences and sets, data classes, and objects that hold things in attributes (graphs, batch classes of the
     user's own). An object that is met twice counts once. Nothing that can be used up (an iterator) is touched.
@@ -39,7 +39,7 @@ def leaves(batch: Any) -> Iterator[Any]:
 
 
 def _inside(item: Any) -> Iterable[Any] | None:
-    """Return what a container holds; ``None``: it is none."""
+    """Return a container's contents; ``None`` if the item is not a container."""
     if isinstance(item, Mapping):
         return (item[key] for key in sorted(item, key=str))
     if isinstance(item, (list, tuple, deque)):
@@ -61,10 +61,10 @@ def _slots(kind: type) -> list[str]:
 
 
 def digest(batch: Any) -> str:
-    """Return a hash by which equal batches are told from others.
+    """Return a hash that is the same for equal batches.
 
     Tensors, arrays and texts decide where there are any. Numbers that stand alone (a temperature, a rank, the time of day)
-    say nothing on the samples, so that they count in their absence only.
+    say nothing about the samples, so they count only if there is nothing else.
     """
     found, alone = hashlib.blake2b(digest_size=16), hashlib.blake2b(digest_size=16)
     samples = 0
@@ -77,7 +77,7 @@ def digest(batch: Any) -> str:
 
 
 def _bytes(leaf: Any) -> bytes:
-    """Return a leaf's content, or its class's name where the content cannot be had."""
+    """Return a leaf's content as bytes, or its class's name if the content cannot be read."""
     if isinstance(leaf, (bytes, bytearray)):
         return bytes(leaf)
     if isinstance(leaf, str):
@@ -90,7 +90,7 @@ def _bytes(leaf: Any) -> bytes:
         if isinstance(leaf, np.ndarray) and leaf.dtype != object:
             return f"{leaf.dtype}{leaf.shape}".encode() + leaf.tobytes()
         return pickle.dumps(leaf)
-    except Exception:  # of a class of anybody's: not a reason to stop a training run
+    except Exception:  # any class may raise: not a reason to stop a training run
         return type(leaf).__qualname__.encode()
 
 
@@ -115,7 +115,7 @@ def _tensor_bytes(t: Tensor) -> bytes:
 
 
 def batch_size(batch: Any, looked_at: int = 64) -> int:
-    """Return how many samples a batch holds: the first dimension that more than half of its tensors have; 0: there is none.
+    """Return how many samples a batch holds: the first dimension shared by more than half of its tensors; 0 if none.
 
     Args:
         batch: a batch of any kind.

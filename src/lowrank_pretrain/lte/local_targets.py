@@ -1,8 +1,8 @@
-"""Declare what ``LTEStrategy`` asks of the targets that a worker trains on its own between merges.
+"""Declare the interface of the targets that a worker trains on its own between merges.
 
 One class per value of the strategy's ``update``: heads next to W (``lora``: ``heads.head_set.HeadSet``), W itself in a
 subspace (``galore``: ``projected.ProjectedSet``), or all of W (``full``: ``full.FullSet``). A further one inherits from
-``LocalTargets`` and gets a line in ``strategy.KINDS``; the strategy needs no other change. ``NoTargets`` stands there until a
+``LocalTargets`` and gets a line in ``strategy.KINDS``; the strategy needs no other change. ``NoTargets`` stands in until a
 fit has some.
 """
 
@@ -29,7 +29,7 @@ AllHeads = Iterator[tuple[str, Tensor, dict[str, Tensor], tuple[Part, ...]]]
 
 
 class LocalTarget(Protocol):
-    """One target: a parameter, or a row block of one.
+    """Describe one target: a parameter, or a row block of one.
 
     Attributes:
         name: the target's name.
@@ -44,13 +44,13 @@ class LocalTarget(Protocol):
         """Return the key of its parameter in ``LocalTargets.weights``."""
 
     def live(self) -> Tensor:
-        """Return its weight as it is in place now, a view."""
+        """Return a view of the weight that is in place now."""
 
     def as_live(self, merged: Tensor) -> Tensor:
         """Return a merged weight, as ``LocalTargets.merged`` yields it, in the shape of ``live``."""
 
     def write(self, merged: Tensor, into: Tensor) -> None:
-        """Write a merged weight into a tensor that lies as the parameter does."""
+        """Write a merged weight into a tensor laid out like the parameter."""
 
     def bytes_sent(self) -> int:
         """Return the bytes of this worker's factors."""
@@ -58,13 +58,13 @@ class LocalTarget(Protocol):
 
 @dataclass
 class Shared:
-    """What all layers with heads of one model have in common.
+    """Hold the state shared by all layers with heads of one model.
 
     Attributes:
         mode: one of ``settings.MODES``.
         total: N, the heads over which a merge averages (in ``sequential``: the workers).
         batch: samples in the batch that is being trained on; 0: not known; ``None`` outside a training step.
-        viewing: W holds the merged weights, to be looked at: heads add nothing.
+        viewing: W holds the merged weights for evaluation: heads add nothing.
         seen: per layer the largest dim 0 of its inputs in the first training step; ``None`` after it.
         refused: why a layer's input cannot be shared out, as the first training step showed.
     """
@@ -113,13 +113,13 @@ class Shared:
 
 @dataclass
 class Fit:
-    """What a fit gives to targets that begin.
+    """Hold what targets need from a fit to begin.
 
     Attributes:
         module: the LightningModule.
         optimizers: the module's optimizers.
         workers: who trains together.
-        ignored: parameters that the module itself keeps from DDP.
+        ignored: parameters that the module itself excludes from DDP.
         left_out: targets that a resumed run had left out in its first step.
     """
 
@@ -131,26 +131,26 @@ class Fit:
 
 
 class LocalTargets(ABC):
-    """The targets of a module that this worker trains on its own data and merges with the other workers' now and then.
+    """Hold the targets of a module, which this worker trains on its own data and merges periodically with the others.
 
-    From the start of a fit there is one of these, which has no targets before ``begin`` or ``release``.
+    One exists from the start of a fit; it has no targets before ``begin`` or ``release``.
 
     Attributes:
         settings: how workers train and merge.
         workers: who merges with whom.
-        shared: what the converted layers know of the batch in training.
+        shared: the state that converted layers share, such as the batch in training.
         view: the merged weights.
         clock: optimizer steps taken or attempted.
         merges: merges applied.
         last_cost: bytes that this worker sent for the last merge, and seconds that it waited.
         pieces: the targets, in the module's order.
         layers: converted layers by name.
-        optimizers: set when the strategy has told targets and the other parameters apart; the clock follows the first.
+        optimizers: set once the strategy has separated targets from other parameters; the clock follows the first.
         begun: whether targets are trained here, or were until ``detach``.
         attached: whether they are still the worker's own.
         row_blocks: parameters that are row blocks of a converted layer's W and train in full.
         untied: own weights of layers that were tied.
-        left_out_names: targets that the first step showed to be none.
+        left_out_names: targets that the first step found unfit.
         first_step: watches the first step.
     """
 
@@ -184,7 +184,7 @@ class LocalTargets(ABC):
 
     @abstractmethod
     def begin(self, fit: Fit) -> list[Inherit]:
-        """Take the targets of a bare module, as the settings choose them; returns what new parameters take over."""
+        """Take the targets of a bare module, as the settings choose them; return what new parameters take over."""
 
     @abstractmethod
     def check_adopt(self, names: Iterable[str], fit: Fit) -> None:
@@ -192,21 +192,21 @@ class LocalTargets(ABC):
 
     @abstractmethod
     def adopt(self, plan: Plan, fit: Fit) -> list[Inherit]:
-        """Begin the joint phase, in which workers agree at every step; returns what new parameters take over."""
+        """Begin the joint phase, in which workers agree at every step; return what new parameters take over."""
 
     @abstractmethod
     def release(self, fit: Fit) -> list[Inherit]:
-        """End the joint phase: from here on the targets are this worker's own; returns as ``adopt`` does."""
+        """End the joint phase: the targets become this worker's own; return the same as ``adopt``."""
 
     @abstractmethod
     def detach(self) -> None:
-        """Leave the module plain, with W as it is in place; what a checkpoint needs stays here."""
+        """Make the module plain, keeping W as it is; what a checkpoint needs stays here."""
 
     def check_optimizer(self, optimizer: Optimizer) -> None:  # noqa: B027  # a default
         """Raise ConfigError if this optimizer, which holds the targets, cannot train them."""
 
     def leave_out(self, names: Iterable[str]) -> tuple[dict[str, nn.Parameter], set[int]]:
-        """Give up some layers before anything of them was merged; their W trains in full.
+        """Give up some layers before their first merge; their W trains in full.
 
         Returns:
             W by layer name, and the ids of the parameters that are gone.
@@ -217,11 +217,11 @@ class LocalTargets(ABC):
 
     @abstractmethod
     def parameters(self) -> dict[str, nn.Parameter]:
-        """Return what trains here alone, by name."""
+        """Return the parameters that this worker trains on its own, by name."""
 
     @abstractmethod
     def weights(self) -> dict[str, nn.Parameter]:
-        """Return the parameters whose place merged weights take, by name."""
+        """Return the parameters that merged weights replace, by name."""
 
     def frozen_weights(self) -> list[nn.Parameter]:
         """Return parameters that must not train next to the targets."""
@@ -229,24 +229,24 @@ class LocalTargets(ABC):
 
     @abstractmethod
     def unsynced(self, module: nn.Module) -> set[str]:
-        """Return names of what DDP must neither broadcast nor average."""
+        """Return the names of tensors that DDP must neither broadcast nor average."""
 
     def hidden(self, module: nn.Module) -> set[str]:
-        """Return names of what no plain model has, and no two workers need to hold alike."""
+        """Return the names of tensors that a plain model lacks, and that may differ between workers."""
         return set()
 
     # -- the clock --------------------------------------------------------------------------------------------------
 
     @abstractmethod
     def after_step(self) -> bool:
-        """Count an optimizer step that was taken or attempted, and merge if it is time. Returns whether W changed."""
+        """Count an optimizer step that was taken or attempted, and merge if it is time. Return whether W changed."""
 
     @abstractmethod
     def merged(self, piecemeal: bool = False, wanted: bool = True) -> Iterator[tuple[LocalTarget, Tensor]]:
-        """Yield every target with its merged weight, one after the other; changes nothing. All workers call it together.
+        """Yield every target with its merged weight, one after the other; change nothing. All workers call it together.
 
         Args:
-            piecemeal: send a few at a time, so that no more than those is held at once.
+            piecemeal: send a few at a time, to limit memory.
             wanted: ``False``: only send this worker's part; nothing is needed here.
         """
 
@@ -257,7 +257,7 @@ class LocalTargets(ABC):
     # -- what to tell the user --------------------------------------------------------------------------------------
 
     def warn_at_start(self) -> None:  # noqa: B027  # a default
-        """Warn of settings that run but cannot do what is hoped for."""
+        """Warn of settings that run but cannot have the desired effect."""
 
     def warn_after_first_merge(self, module: nn.Module) -> None:  # noqa: B027  # a default
         """Warn of targets that have not trained in the first window."""
@@ -280,14 +280,14 @@ class LocalTargets(ABC):
 
     @abstractmethod
     def check_state(self, state: Mapping[str, Any]) -> None:
-        """Raise ConfigError if ``lte_state`` is of other targets."""
+        """Raise ConfigError if ``lte_state`` belongs to other targets."""
 
     @abstractmethod
     def load_state(self, state: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], str | None]:
-        """Take ``lte_state`` back; W is the checkpoint's merged one on entry. All workers call it together.
+        """Restore ``lte_state``; on entry W is the checkpoint's merged one. All workers call it together.
 
         Returns:
-            Optimizer state by a parameter's name, for the optimizers later, and what to tell the user, if anything.
+            Optimizer state by a parameter's name, to load into the optimizers later, and what to tell the user, if anything.
         """
 
     def finish_load(self) -> None:  # noqa: B027  # a default
@@ -295,7 +295,7 @@ class LocalTargets(ABC):
 
 
 class NoTargets(LocalTargets):
-    """No targets: before a fit."""
+    """Stand in for targets before a fit."""
 
     def __init__(self) -> None:
         super().__init__(Settings(), Workers(), 1)

@@ -1,4 +1,4 @@
-"""The merge: W ← W₀ + (s/N) Σ BₙAₙ over all workers' heads (LTE, arXiv 2402.16828, section 3.3), over a process group.
+"""Merge all workers' heads: W ← W₀ + (s/N) Σ BₙAₙ (LTE, arXiv 2402.16828, section 3.3), over a process group.
 
 Two routes carry the same sum. ``factors``: every worker gets every head's A and B (all-gather) and forms the sum itself.
 ``dense``: every worker forms the sum over its own heads and the sums are added (all-reduce). Per worker and target, with N
@@ -26,7 +26,7 @@ Factors = tuple[Tensor, Tensor]  # A (H, R, D), B (H, O, R)
 
 
 class Mergeable(Protocol):
-    """One target, as ``Exchange`` sees it.
+    """Describe one target, as ``Exchange`` sees it.
 
     Attributes:
         part: its row block; its scale is s.
@@ -37,7 +37,7 @@ class Mergeable(Protocol):
     route: str
 
     def merge_base(self, dtype: torch.dtype) -> Tensor:
-        """Return W₀, (O, D): what the merge adds to. In ``dtype`` where it is made for this."""
+        """Return W₀, (O, D), which the merge adds to; in ``dtype`` if it is created here."""
 
 
 class Exchange:
@@ -49,7 +49,7 @@ class Exchange:
         workers: who takes part.
         divisor: N of the mean.
         overlap: return before the others have answered.
-        codec: writes the factors in few bits; ``None``: they travel as they are. ``snapshot`` then holds what was sent.
+        codec: writes the factors in few bits; ``None``: they are sent uncoded. ``snapshot`` then holds what was sent.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Exchange:
     ) -> None:  # fmt: skip
         self.pieces, self.snapshot, self.workers, self.divisor = pieces, list(snapshot), workers, divisor
         self._codec = codec if workers.size > 1 else None
-        self._at: list[tuple[torch.dtype, int]] = []  # per piece its buffer and its place there
+        self._at: list[tuple[torch.dtype, int]] = []  # per piece its buffer and its offset there
         factors: dict[torch.dtype, list[Tensor]] = {}
         dense: dict[torch.dtype, list[int]] = {}
         sizes: dict[tuple[str, torch.dtype], int] = {}
@@ -96,7 +96,7 @@ class Exchange:
         return self._summed[dtype][at : at + rows * cols].view(rows, cols)
 
     def _written(self, flat: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return the message of one buffer of factors; what it says takes the place of the snapshot, here too."""
+        """Return the message for one buffer of factors; its decoded content replaces the snapshot, on this worker too."""
         if self._codec is None:
             return flat
         message = self._codec.encode(torch.cat([flat.float(), flat.new_zeros(padded(len(flat), 1) - len(flat)).float()]))
@@ -155,7 +155,7 @@ PIECEMEAL = 2**18  # numbers of factors that travel at once where nothing has to
 
 
 def chunks(sizes: list[int], limit: int | None) -> Iterator[list[int]]:
-    """Yield positions in order, together no larger than the limit, one at least."""
+    """Yield groups of consecutive positions, each group's size within the limit; at least one per group."""
     chunk: list[int] = []
     held = 0
     for index, size in enumerate(sizes):

@@ -1,4 +1,4 @@
-"""Take the outer step: what workers did between two merges is the gradient of an optimizer of its own (DiLoCo, Algorithm 1).
+"""Take the outer step: an outer optimizer uses the workers' changes between two merges as its gradient (DiLoCo, Alg. 1).
 
 DiLoCo (Douillard et al., arXiv 2311.08105): Δ = W_base − mean(Wₙ) is the outer gradient, and ``torch.optim.SGD`` with
 Nesterov momentum steps W_base. ``lr=1, momentum=0`` is plain averaging (local SGD): W_base becomes mean(Wₙ).
@@ -43,7 +43,7 @@ class OuterStep:
 
     @property
     def plain(self) -> bool:
-        """Whether the step only adds the increment, so that nothing needs to be kept."""
+        """Return whether the step only adds the increment, so that nothing needs to be kept."""
         return self.lr == 1 and self.momentum == 0
 
     @torch.no_grad()
@@ -53,7 +53,7 @@ class OuterStep:
         Args:
             name: the target's name.
             base: W_base, any shape.
-            increment: mean(Wₙ) − W_base, of the same shape; used up.
+            increment: mean(Wₙ) − W_base, of the same shape; overwritten.
         """
         if not self.momentum:
             base.add_(increment, alpha=self.lr)
@@ -69,7 +69,7 @@ class OuterStep:
         return dict(self.buffers)
 
     def load_state_dict(self, state: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> None:
-        """Take buffers back.
+        """Restore the buffers.
 
         Args:
             state: what ``state_dict`` gave.

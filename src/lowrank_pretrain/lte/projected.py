@@ -1,11 +1,11 @@
-"""LTE × GaLore: step ``GaLoreAdamW`` on each worker's own full weights, and send what was done as factors.
+"""LTE × GaLore: step ``GaLoreAdamW`` on each worker's own full weights, and send the changes as factors.
 
     window:  worker n's targets are Wₙ = Cₙ·W_base + Pₙ·Dₙ (``galore.local``); Pₙ stays what the window's first step found
     merge:   W_base ← mean(C)·W_base + (1/N) Σ PₙDₙ, in one order on all workers; W = W_base, D = 0, C = 1
 
 ``basis="own"``: every worker follows its own gradients, so a merge may add rank N·r; P and D travel, r(m+n) numbers a matrix.
 ``basis="shared"``: one basis from all workers' sketches; D alone travels at a merge, and r·m numbers at the refresh.
-Moments stay with their worker. The model is not converted. A worker that is alone is plain GaLore, and pays for nothing.
+Moments stay with their worker. The model is not converted. A lone worker is plain GaLore, at no extra cost.
 
 Layout d×k, the projected side first: P d×r, D r×k.
 """
@@ -36,7 +36,7 @@ from lowrank_pretrain.lte.workers import Workers
 
 
 class ProjectedTarget:
-    """One matrix that a worker trains by GaLore on its own: W = C·W_base + P·D.
+    """Hold one matrix that a worker trains by GaLore on its own: W = C·W_base + P·D.
 
     Args:
         name: the parameter's name in the module.
@@ -44,8 +44,8 @@ class ProjectedTarget:
         optimizer: the optimizer whose target it is.
 
     Attributes:
-        local: what this worker has done to it; ``None`` where the worker is alone.
-        exact: W from a checkpoint, where others had written into it.
+        local: this worker's update; ``None`` if the worker is alone.
+        exact: W from a checkpoint, if others had written into it.
         share: mean(C), while a merge is being formed.
     """
 
@@ -61,7 +61,7 @@ class ProjectedTarget:
 
     @property
     def slot(self) -> Projected:
-        """Return its projection as it stands."""
+        """Return its present projection."""
         return cast(Projected, self.optimizer.projected(self.p))
 
     @property
@@ -71,11 +71,11 @@ class ProjectedTarget:
 
     @property
     def update(self) -> LocalUpdate:
-        """Return what this worker has done to it, which merges with others."""
+        """Return this worker's update, which merges with those of others."""
         return cast(LocalUpdate, self.local)
 
     def live(self) -> Tensor:
-        """Return the weight as it is in place now, a view."""
+        """Return a view of the weight that is in place now."""
         return self.p.detach()
 
     def as_live(self, merged: Tensor) -> Tensor:
@@ -106,7 +106,7 @@ class ProjectedTarget:
 
 
 class ProjectedSet(LocalTargets):
-    """The targets of a GaLoreAdamW, from ``start`` to ``detach``.
+    """Hold the targets of a GaLoreAdamW, from ``start`` to ``detach``.
 
     Args:
         settings: ``merge_every``, ``route`` and ``basis`` are used.
@@ -114,7 +114,7 @@ class ProjectedSet(LocalTargets):
 
     Attributes:
         sketch: with ``basis="shared"``, makes the common basis.
-        outer: moves W_base by what merges bring.
+        outer: moves W_base by the merged increments.
         alone: nothing is merged: one worker, and a plain outer step.
     """
 
@@ -156,11 +156,11 @@ class ProjectedSet(LocalTargets):
         return []
 
     def start(self, optimizers: Sequence[Optimizer], module: nn.Module) -> None:
-        """Train the targets separately from the other workers from here on.
+        """Train the targets separately from the other workers from now on.
 
         Args:
             optimizers: the module's; the targets are the projected parameters of the GaLore ones among them.
-            module: the module that the targets' names count from.
+            module: the module that the targets' names start from.
 
         Raises:
             ConfigError: no GaLoreAdamW, no target, or a setting of it that leaves the subspace.
@@ -194,7 +194,7 @@ class ProjectedSet(LocalTargets):
 
     @torch.no_grad()
     def detach(self) -> None:
-        """Leave the optimizer to itself, with W as it is in place, or as the last merge left it; a checkpoint's needs stay."""
+        """Release the optimizer, keeping W (or the last merge's W), and the state that a checkpoint needs."""
         if not self.attached:
             return
         for optimizer in self._galore:
@@ -208,21 +208,21 @@ class ProjectedSet(LocalTargets):
     # -- what belongs to it -----------------------------------------------------------------------------------------
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """Return what trains here alone, by name."""
+        """Return the parameters that this worker trains on its own, by name."""
         return {piece.name: piece.p for piece in self.pieces}
 
     def weights(self) -> dict[str, nn.Parameter]:
-        """Return the same."""
+        """Return the same parameters."""
         return self.parameters()
 
     def unsynced(self, module: nn.Module) -> set[str]:
-        """Return names of what DDP must neither broadcast nor average."""
+        """Return the names of tensors that DDP must neither broadcast nor average."""
         return set() if self.workers.size == 1 else set(self.parameters())
 
     # -- the clock --------------------------------------------------------------------------------------------------
 
     def after_step(self) -> bool:
-        """Count an optimizer step that was taken or attempted, and merge if it is time. Returns whether W changed."""
+        """Count an optimizer step that was taken or attempted, and merge if it is time. Return whether W changed."""
         self.clock += 1
         if self.clock % self.settings.merge_every:
             return False
@@ -250,16 +250,16 @@ class ProjectedSet(LocalTargets):
         return [self.last_cost[0], self.sketch.sent[0] if self.sketch else 0.0]
 
     def take_sent(self, last: float, since: float) -> None:
-        """Take back what ``sent_so_far`` returned."""
+        """Restore what ``sent_so_far`` returned."""
         self.last_cost = last, 0.0
         if self.sketch:
             self.sketch.sent = since, 0.0
 
     def send(self, codec: Codec | None = None) -> tuple[Exchange | list[Tensor], Tensor]:
-        """Send one merge: returns the factors' exchange, or the mean of D by target; and the mean of C, (targets,).
+        """Send one merge; return the factors' exchange, or the mean of D by target, and the mean of C, (targets,).
 
         Args:
-            codec: writes the factors in few bits; ``None``: as they are, to be looked at.
+            codec: writes the factors in few bits; ``None``: uncoded, for evaluation.
         """
         C = torch.tensor([p.update.C for p in self.pieces], dtype=torch.float64)
         factors = [piece.factors() for piece in self.pieces]
@@ -278,11 +278,11 @@ class ProjectedSet(LocalTargets):
 
     def merged(self, piecemeal: bool = False, wanted: bool = True) -> Iterator[tuple[LocalTarget, Tensor]]:
         """Yield every target with its merged weight, d×k; changes nothing. All workers call it together."""
-        with self.workers.uncounted():  # looking is no merge
+        with self.workers.uncounted():  # evaluation is not a merge
             yield from self._merged()
 
     def _merged(self, codec: Codec | None = None) -> Iterator[tuple[ProjectedTarget, Tensor]]:
-        # what others wrote into W
+        # others' writes into W
         for piece in self.pieces:
             piece.update.absorb(piece.slot, self.view.kept_weight(piece))
         everyone = self.workers.gather_numbers([int(piece.update.X is not None) for piece in self.pieces])
@@ -313,11 +313,11 @@ class ProjectedSet(LocalTargets):
         projected_checkpoint.check_targets(state, self)
 
     def load_state(self, state: Mapping[str, Any]) -> tuple[dict[str, dict[str, Tensor]], str | None]:
-        """Put clock, W_base, C and D of a checkpoint back."""
+        """Restore clock, W_base, C and D from a checkpoint."""
         return projected_checkpoint.load_targets(state, self)
 
     def finish_load(self) -> None:
-        """Form this worker's own W, from what a checkpoint gave back."""
+        """Form this worker's own W from the restored state."""
         self.keep_time()
         for piece in self.pieces:
             if piece.local is not None:
@@ -341,7 +341,7 @@ def _projecting(fit: Fit) -> GaLoreAdamW:
 
 
 def check_group(group: Mapping[str, Any]) -> None:
-    """Refuse settings with which P D is not what a worker did.
+    """Refuse settings with which P D does not represent a worker's update.
 
     Raises:
         ConfigError: naming the optimizer's key.
@@ -359,7 +359,7 @@ def check_group(group: Mapping[str, Any]) -> None:
 class SketchMean:
     """Make one basis for all workers (``basis="shared"``): each one's sketch M MᵀP, averaged; the first basis is worker 0's.
 
-    All workers must take part, so a target without a gradient on one of them steps there with a zero one.
+    All workers must take part, so a target without a gradient on one of them steps there with a zero gradient.
 
     Args:
         workers: who shares it.
@@ -385,7 +385,7 @@ class SketchMean:
         )  # fmt: skip
 
     def same(self, bases: list[Tensor], averaged: bool) -> None:
-        """Give worker 0's bases to all, but for those that all have made of one sketch."""
+        """Broadcast worker 0's bases, except those that all workers computed from one sketch."""
         if not averaged:
             self._counted(self._workers.spread, bases)
 
@@ -394,7 +394,7 @@ class SketchMean:
         self._counted(self._workers.average, [sketch])
 
     def agree(self, flag: Tensor) -> Tensor:
-        """Return true only where it is true on all workers."""
+        """Return a flag that is true only if it is true on all workers."""
         votes = flag.to(torch.float32)
         self._workers.average([votes], counted=False)
         return votes == 1.0

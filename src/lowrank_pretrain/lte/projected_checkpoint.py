@@ -1,10 +1,10 @@
-"""Write what LTE × GaLore needs into a checkpoint, and resume, also on another number of workers.
+"""Save the state of LTE × GaLore in a checkpoint, and resume on any number of workers.
 
     checkpoint["lte_state"] = {format, update: "galore", basis, merge_every, targets {name: rank}, workers, clock, merges,
         at_merge, record {"name|key": (N, …)}, told [{name: {keys, C, fresh}} by worker], base {name: W_base}, …}
 
 ``record`` is every worker's optimizer state of the targets, and D. ``optimizer_states`` of the file have worker 0's, so that
-a run of plain GaLore goes on from there. One worker alone has nothing that is not there already.
+a plain GaLore run can continue from there. A lone worker adds nothing to it.
 """
 
 from collections.abc import Mapping
@@ -87,7 +87,7 @@ def check_targets(state: Mapping[str, Any], targets: "ProjectedSet") -> None:
 
 
 def load_targets(state: Mapping[str, Any], targets: "ProjectedSet") -> tuple[dict[str, dict[str, Tensor]], str | None]:
-    """Put clock, W_base, C and D back; W follows when the optimizers have their states (``ProjectedSet.finish_load``).
+    """Restore clock, W_base, C and D; W follows when the optimizers have their states (``ProjectedSet.finish_load``).
 
     The module's W is the checkpoint's merged one on entry, and stays so on another number of workers.
 

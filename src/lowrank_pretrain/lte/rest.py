@@ -1,10 +1,10 @@
-"""Average what belongs to no target (norms, embeddings, biases, the output head), and buffers.
+"""Average the parameters that belong to no target (norms, embeddings, biases, the output head), and buffers.
 
 ``sync_rest="step"``: DDP averages its gradients at every step. ``"merge"``: nothing is sent between merges. Every worker
 trains its own rest, and all are averaged at a merge, parameters through the wire. Its optimizer state then differs between
 workers as well: it is never averaged in training, and a checkpoint keeps each worker's.
 
-Of buffers only what training changes is averaged, and only where no DDP wrapper gives worker 0's to all: floating ones that
+Only buffers that training changes are averaged, and only without a DDP wrapper that broadcasts them: floating ones that
 the model saves (``persistent``) and that differ between workers, as BatchNorm's statistics do. Masks, tables, constants and
 equal counters stay bit for bit; so do caches, which may be longer on one worker than on another.
 """
@@ -27,17 +27,17 @@ from lowrank_pretrain.lte.workers import Workers
 
 
 def not_wrapped() -> bool:
-    """Tell that DDP does not broadcast buffers."""
+    """Return False: DDP does not broadcast buffers."""
     return False
 
 
 class SharedParameters:
-    """The rest of a converted module: parameters and buffers that all workers share, at every step or at every merge.
+    """Hold the rest of a converted module: parameters and buffers that all workers share, at every step or merge.
 
     Args:
         module: the converted module.
         local: ids of the targets' parameters.
-        left_out: names of the targets' buffers, and of what the module keeps from DDP.
+        left_out: names of the targets' buffers, and of tensors that the module excludes from DDP.
         workers: who merges with whom.
         sync: ``sync_rest``.
         wrapped: tells whether DDP broadcasts buffers at every step.
@@ -46,7 +46,7 @@ class SharedParameters:
     Attributes:
         parameters: the rest's, by name.
         apart: whether workers may differ between merges.
-        increments: what each worker does between merges, where the wire is lossy: it sends that, with error feedback.
+        increments: with a lossy wire, each worker's changes between merges, which it sends with error feedback.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class SharedParameters:
                 self.increments = Increments({n: p.detach() for n, p in self.parameters.items()}, workers, wire)
 
     def follow(self, frozen: Collection[int]) -> bool:
-        """Take in what has begun to train since (a callback unfroze it), but for ids in ``frozen``; returns whether any has."""
+        """Add parameters that a callback has unfrozen since, except ids in ``frozen``; return whether there were any."""
         named = self._module.named_parameters()
         new = {n: p for n, p in named if p.requires_grad and n not in self.parameters and n not in self._left_out}
         new = {n: p for n, p in new.items() if id(p) not in self._local and id(p) not in frozen}
@@ -83,7 +83,7 @@ class SharedParameters:
         return {name: live[name].data for name in self.parameters if name in live}
 
     def _buffers(self) -> dict[str, Tensor]:
-        """Return floating buffers that the model saves, as they are now."""
+        """Return floating buffers that the model saves, as of now."""
         if self.workers.size == 1 or (self._wrapped() and not self.apart):
             return {}
         return {n: b for n, b in saved_buffers(self._module) if b.is_floating_point() and n not in self._left_out}
@@ -103,7 +103,7 @@ class SharedParameters:
         return {n: b for i, (n, b) in enumerate(mine.items()) if any(theirs[i] != gathered[0][i] for theirs in gathered)}
 
     def _live(self) -> dict[str, Tensor]:
-        """Return what differs between workers and has a mean. All workers call it together."""
+        """Return the tensors to average: those that may differ between workers. All workers call it together."""
         return self._parameters() | self._moving()
 
     def bytes(self) -> int:
@@ -111,7 +111,7 @@ class SharedParameters:
         return sum(p.numel() * p.itemsize for p in self.parameters.values())
 
     def sent_per_window(self, steps: int) -> float:
-        """Return the bytes that a worker sends for the rest in a window of so many steps (rings)."""
+        """Return the bytes that a worker sends for the rest in a window of `steps` steps (rings)."""
         share = 2 * (self.workers.size - 1) / self.workers.size
         if self.apart:
             coded = {} if self.increments is None else self.increments.base
@@ -123,12 +123,12 @@ class SharedParameters:
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Average what differs between workers."""
+        """Average the tensors that differ between workers."""
         moving = self._moving()
         self._buffer_bytes = sum(b.numel() * at_least_32(b.dtype).itemsize for b in moving.values())
         live = self._parameters()
         if self.increments is not None:
-            # through the wire; what has begun to train since the start travels as it is
+            # through the wire; parameters unfrozen since the start are sent uncoded
             base = self.increments.base
             mean = self.increments.mean({name: live.get(name, W) for name, W in base.items()})
             for name, W in base.items():
@@ -139,7 +139,7 @@ class SharedParameters:
 
     @torch.no_grad()
     def agrees(self) -> bool:
-        """Tell whether all workers hold the same rest, as they must with ``sync_rest="step"``. All call it together."""
+        """Return whether all workers hold the same rest, as they must with ``sync_rest="step"``. All call it together."""
         live = [] if self.apart or self.workers.size == 1 else [p.detach() for p in self.parameters.values() if p.numel()]
         if not live:
             return True
@@ -150,7 +150,7 @@ class SharedParameters:
 
     @torch.no_grad()
     def swap_in(self) -> None:
-        """Put the averages in place. All workers call it together."""
+        """Swap the averages in. All workers call it together."""
         if self._kept is None:
             live = self._live()
             self._kept = {name: t.clone() for name, t in live.items()}
@@ -159,7 +159,7 @@ class SharedParameters:
 
     @torch.no_grad()
     def swap_in_to_write(self, writes: bool) -> None:
-        """Put the averages in place on the worker that writes; the others help, a tensor at a time. All call it together."""
+        """Swap the averages in on the worker that writes; the others help, a tensor at a time. All call it together."""
         if self._kept is not None:
             return
         self._kept = {}
@@ -172,12 +172,12 @@ class SharedParameters:
 
     @property
     def averaged(self) -> bool:
-        """Tell whether averages are in place."""
+        """Return whether averages are in place."""
         return bool(self._kept)
 
     @torch.no_grad()
     def swap_out(self) -> None:
-        """Put this worker's own back in place; a tensor that has another shape by now stays as it is."""
+        """Swap this worker's own tensors back in; one whose shape has changed meanwhile is left."""
         if self._kept is not None:
             for name, t in self._live_of(self._kept).items():
                 if t.shape == self._kept[name].shape:
@@ -208,7 +208,7 @@ class SharedParameters:
         return {n: every[n] for n in names if n in every}
 
     def keep(self) -> None:
-        """Leave in place what is there now; a checkpoint that is written later has each worker's own all the same."""
+        """Keep the tensors now in place; a later checkpoint still saves each worker's own."""
         self._own, self._kept, self._seen = self._kept, None, {}
 
     # -- checkpoints ------------------------------------------------------------------------------------------------
@@ -254,7 +254,7 @@ class SharedParameters:
 
         Args:
             saved: the state dict.
-            own: numbers of the parameters that are no rest, whose state stays this worker's.
+            own: numbers of the parameters outside the rest, whose state stays this worker's.
         """
         if not self.apart:
             return saved
@@ -279,7 +279,7 @@ class SharedParameters:
 
     @torch.no_grad()
     def load_state(self, entry: Mapping[str, Any] | None) -> None:
-        """Take this worker's own rest, if the checkpoint is of as many; else it goes on from their average, as loaded."""
+        """Restore this worker's own rest, if the number of workers is the same; else keep the loaded average."""
         if entry is not None and self._fits(entry):
             live = {n: p.data for n, p in self._module.named_parameters()} | dict(self._module.named_buffers())
             for name, values in entry["tensors"].items():
@@ -290,12 +290,12 @@ class SharedParameters:
             return
         if self.increments is not None:
             self.increments.load(entry["base"], entry["errors"])
-        elif self.workers.size == 1:  # nobody to send to what the wire still owes
+        elif self.workers.size == 1:  # no other worker to send the wire's pending part to
             add_pending(self.parameters, entry["base"], entry["errors"])
 
     @torch.no_grad()
     def load_moments(self, entry: Mapping[str, Any] | None, bare: Sequence[BareGroups]) -> None:
-        """Take its moments likewise, once the optimizers hold some."""
+        """Restore its moments likewise, once the optimizers hold some."""
         if entry is None or not (self._fits(entry) and self.apart):
             return
         for name, p in self.parameters.items():

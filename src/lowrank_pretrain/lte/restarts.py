@@ -5,7 +5,7 @@ r"""Restart the learning rate at every merge, as ReLoRA does: it falls to almost
             |/        |/      | /‾-
             +---------+-------+----- optimizer steps
 
-A merge that draws new factors leaves their optimizer without a history: its first steps are as long as lr whatever the
+A merge that draws new factors leaves their optimizer without a history: its first steps have length lr for any
 gradient is, so lr has to be small (ReLoRA, arXiv 2307.05695, section 3).
 """
 
@@ -77,7 +77,7 @@ class JaggedRestarts(Callback):
         return "JaggedRestarts"
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Agree with the strategy on when merges are."""
+        """Check the cycle against the strategy's merges."""
         if stage != "fit":
             return
         merges = trainer.strategy.merge_every if isinstance(trainer.strategy, Merges) else None
@@ -92,18 +92,18 @@ class JaggedRestarts(Callback):
         self._held = None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Refuse to go on with another rhythm than the checkpoint's."""
+        """Refuse to resume with a cycle other than the checkpoint's."""
         mine = self.state_dict()
         for key, value in (self._held or mine).items():
             if value != mine[key]:
                 raise ConfigError(key, mine[key], f"the checkpoint was trained with {value}")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Lay the ramps over the optimizers, after the hooks that others have."""
+        """Install the ramps on the optimizers, after other code's hooks."""
         self._hooks = LRFactor(trainer.optimizers, lambda: self._factor(trainer))
 
     def _factor(self, trainer: pl.Trainer) -> float:
-        """Return the factor by the merges' clock, which begins anew with a fit and at a freeze; else by the trainer's step."""
+        """Return the factor at the merges' clock (restarted by each fit and freeze), else at the trainer's step."""
         cycle = cast(int, self._cycle)
         if not isinstance(trainer.strategy, LTEStrategy):
             return jagged_factor(trainer.global_step, cycle, self.warmup, self.start)
@@ -111,17 +111,17 @@ class JaggedRestarts(Callback):
         return jagged_factor(local.clock, cycle, self.warmup) if local.begun else 1.0
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Leave the optimizers as they were."""
+        """Remove the ramps from the optimizers."""
         if self._hooks is not None:
             self._hooks.remove()
             self._hooks = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the rhythm; the merges' clock or the trainer's step says where in it a run is."""
+        """Return the cycle; the merges' clock or the trainer's step gives the position in it."""
         return {"every": self._cycle, "warmup": self.warmup, "start": self.start}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the rhythm for the comparison at the start of fit."""
+        """Keep the cycle for the comparison at the start of fit."""
         self._held = dict(state_dict)
 
     def _check(self, every: int) -> None:

@@ -25,7 +25,7 @@ MOST_HEADS = 65_536
 
 @dataclass(frozen=True)
 class Settings:
-    """How workers train and merge; ``LTEStrategy`` explains each."""
+    """Hold how workers train and merge; ``LTEStrategy`` explains each setting."""
 
     heads: int = 4
     merge_every: int = 10
@@ -45,33 +45,33 @@ class Settings:
 
     @property
     def codec(self) -> Codec | None:
-        """Return what writes factors for the network; ``None``: they travel as they are."""
+        """Return the codec for factors; ``None``: they are sent uncoded."""
         return None if self.wire == "float32" else Codec(self.wire)
 
     @property
     def checks_finite(self) -> bool:
-        """Tell whether NaN must not be sent: a wire cannot write it, and an outer step would keep it."""
+        """Return whether NaN must not be sent: a wire cannot encode it, or an outer step would keep it."""
         return (self.wire, self.outer_lr, self.outer_momentum) != ("float32", 1, 0)
 
     @property
     def starts_anew(self) -> bool:
-        """Tell whether every merge of heads brings increments only, which do not count from what heads had given before."""
+        """Return whether each merge's factors are entirely new, and do not include earlier merges."""
         return self.reset or self.mode == "sequential"
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> "Settings":
-        """Return the settings among a strategy's arguments, which were checked."""
+        """Return the settings from a strategy's checked arguments."""
         found = {one.name: given[one.name] for one in fields(cls) if one.name in given}
         return cls(**{**found, "heads": given["heads"] if given["update"] == "lora" else 1})
 
     @property
     def shares_batch(self) -> bool:
-        """Tell whether the heads of a worker share its batch out among them."""
+        """Return whether the heads of a worker divide its batch among them."""
         return self.heads > 1 and self.mode == "parallel"
 
 
 def check_settings(given: Mapping[str, Any]) -> None:
-    """Check every argument, and how they go together.
+    """Check every argument, and their combinations.
 
     Raises:
         ConfigError: naming the first that is wrong.
@@ -120,7 +120,7 @@ def _check_together(given: Mapping[str, Any]) -> None:
 
 
 def _check_galore(given: Mapping[str, Any]) -> None:
-    """Refuse what GaLoreAdamW's groups say; a worker has its own weights, so there is one head to a device."""
+    """Refuse settings that GaLoreAdamW's groups decide, and more than one head per device."""
     defaults: dict[str, tuple] = {"rank": (16,), "targets": ("all",), "heads": (4, 1), "mode": ("parallel",), "reset": (False,)}
     for key, allowed in {**defaults, "overlap": (0,), "alpha": (None,), "prune": (None,)}.items():
         if given[key] not in allowed:
@@ -131,7 +131,7 @@ def _check_galore(given: Mapping[str, Any]) -> None:
 
 
 def _check_full(given: Mapping[str, Any]) -> None:
-    """Refuse what belongs to heads or projections: a worker sends the difference of its weights."""
+    """Refuse settings of heads or projections: a worker sends the difference of its weights."""
     defaults: dict[str, tuple] = {"rank": (16,), "heads": (4, 1), "mode": ("parallel",), "reset": (False,), "basis": ("own",)}
     for key, allowed in {**defaults, "overlap": (0,), "alpha": (None,), "prune": (None,), "route": (None,)}.items():
         if given[key] not in allowed:
@@ -139,7 +139,7 @@ def _check_full(given: Mapping[str, Any]) -> None:
 
 
 def _check_wire(given: Mapping[str, Any]) -> None:
-    """Refuse wires and outer steps where nothing merges, and codes where no error feedback makes up for them."""
+    """Refuse wires and outer steps if nothing merges, and coarse codes without error feedback."""
     wire, mode = given["wire"], given["mode"]
     outer = {"outer_lr": 1, "outer_momentum": 0, "wire": "float32"}
     changed = next((key for key, plain in outer.items() if given[key] != plain), None)
@@ -163,7 +163,7 @@ def check_ddp(given: Mapping[str, Any], own: Iterable[str]) -> None:
         own: names of ``LTEStrategy``'s arguments, for a hint.
 
     Raises:
-        ConfigError: ``DDPStrategy`` and ``DistributedDataParallel`` know no such argument; or ``timeout`` is not a time.
+        ConfigError: ``DDPStrategy`` and ``DistributedDataParallel`` have no such argument; or ``timeout`` is not a time.
     """
     own = list(own)
     known = [signature(DDPStrategy.__init__), signature(DistributedDataParallel.__init__)]

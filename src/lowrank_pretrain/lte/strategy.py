@@ -1,4 +1,4 @@
-"""LTE as a Lightning strategy: workers train low-rank heads on their own data and merge now and then (arXiv 2402.16828).
+"""LTE as a Lightning strategy: workers train low-rank heads on their own data and merge periodically (arXiv 2402.16828).
 
 One process per device, started by Lightning's own launchers; a DDP strategy by inheritance, so that samplers share the data
 out. The model is converted in ``setup``, after ``configure_optimizers`` has seen the bare model and before DDP wraps what is
@@ -43,7 +43,7 @@ KINDS: dict[str, type[HeadSet | ProjectedSet | FullSet]] = {"lora": HeadSet, "ga
 
 
 class LTEStrategy(DDPStrategy, Adopter, HasPhase, Reports, Merges):
-    """Train low-rank heads on each worker separately, and merge them every so many optimizer steps.
+    """Train low-rank heads separately on each worker, and merge them every `merge_every` optimizer steps.
 
     With several heads on a device targets must see the batch as dim 0 of their input, and the loss must be a mean over it:
     head k trains on the k-th share of the batch. The first step watches each target: one that is never called, or sees no
@@ -69,7 +69,7 @@ class LTEStrategy(DDPStrategy, Adopter, HasPhase, Reports, Merges):
         route: ``factors`` or ``dense``; ``None``: per target the fewer bytes.
         update: what a worker trains: ``lora``: heads next to W; ``galore``: W itself, by the GaLoreAdamW that
             ``configure_optimizers`` returns. Its groups say which targets and what rank, ``merge_every`` how long a basis
-            lives (in place of their ``update_proj_gap`` and ``stagger``); merges send the bases and what was done in them.
+            lives (instead of their ``update_proj_gap`` and ``stagger``); merges send the bases and the updates in them.
             Costs a float32 copy of the targets, and the bases' coefficients, r·n numbers a matrix.
             ``full``: W itself, by any optimizer (DiLoCo, local SGD); ``targets="all"`` is everything that trains, others
             are the weights of the layers they choose, and the rest follows ``sync_rest``. Costs a float32 copy.
@@ -131,7 +131,7 @@ class LTEStrategy(DDPStrategy, Adopter, HasPhase, Reports, Merges):
         self._forget()
 
     def _forget(self) -> None:
-        """Be as before a fit."""
+        """Reset to the state before a fit."""
         self.phase = "full"  # "lowrank" once the targets are this worker's own
         self.workers_differ = False
         self.converted = ConvertedModule.none()
@@ -152,7 +152,7 @@ class LTEStrategy(DDPStrategy, Adopter, HasPhase, Reports, Merges):
         if fitting:
             self._begin_fit(trainer)
         if self.world_size == 1 and self._use_sampler is None:
-            # nothing to share out: a loader that Lightning cannot take apart runs
+            # nothing to share out: any loader runs, even one that Lightning cannot rebuild
             self._use_sampler = set_sampler_injection(trainer, False)
         self._holding = True
         super().setup(trainer)
@@ -200,13 +200,13 @@ class LTEStrategy(DDPStrategy, Adopter, HasPhase, Reports, Merges):
         return Fit(of.module, list(self.optimizers), of.workers, of.ignored, self._resume.left_out)
 
     def process_dataloader(self, dataloader: Any) -> Any:
-        """Make training loaders share the data out and end together."""
+        """Make training loaders divide the data and end together."""
         return shared_out(dataloader, self.converted.workers.size) if self._module.trainer.training else dataloader
 
     # -- the protocol of core/protocols.py: a phase callback hands over a plan ----------------------------------------
 
     def check_adopt(self, names: Iterable[str], module: nn.Module) -> None:
-        """Refuse before training targets that could not be taken over."""
+        """Refuse, before training, targets that could not be taken over."""
         self.local.check_adopt(names, self._fit())
 
     def adopt(self, plan: Plan, module: nn.Module) -> list[Inherit]:
@@ -224,7 +224,7 @@ class LTEStrategy(DDPStrategy, Adopter, HasPhase, Reports, Merges):
         return self.converted.release(self._fit())
 
     def after_transition(self) -> None:
-        """Tell targets and rest apart, now that the optimizers hold both; take a checkpoint's state; start the clock."""
+        """Separate targets and rest, now that the optimizers hold both; restore a checkpoint's state; start the clock."""
         if not self.local.begun:
             return
         if not self.local.optimizers:
@@ -234,14 +234,14 @@ class LTEStrategy(DDPStrategy, Adopter, HasPhase, Reports, Merges):
             if self._resume.state is not None:
                 self._resume.give_kept(self.converted)
         if self.local.optimizers and self._ticks is None:
-            # on the optimizer itself, whoever calls its step; one that is none of torch's has no hooks
+            # on the optimizer itself, so that any call of its step counts; optimizers that are not torch's have no hooks
             with suppress(AttributeError):
                 self._ticks = self.local.optimizers[0].register_step_post_hook(self._after_raw_step)
 
     # -- a step -----------------------------------------------------------------------------------------------------
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Train what a callback has unfrozen with the rest, and average it with the rest, from an epoch's start."""
+        """Train and average what a callback has unfrozen as part of the rest, from an epoch's start."""
         super().on_train_batch_start(batch, batch_idx)
         waits = self.local.first_step.waits  # W itself takes gradients then
         if batch_idx or self.converted.workers.size == 1 or not self.local.attached or waits:
@@ -250,7 +250,7 @@ class LTEStrategy(DDPStrategy, Adopter, HasPhase, Reports, Merges):
             self._wrap_again()
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Tell the heads how large the batch is that they share."""
+        """Tell the heads the size of the batch that they share."""
         if not self.local.begun:
             return super().training_step(*args, **kwargs)
         shared, shares = self.local.shared, self.settings.shares_batch
@@ -262,7 +262,7 @@ class LTEStrategy(DDPStrategy, Adopter, HasPhase, Reports, Merges):
         return output
 
     def post_backward(self, closure_loss: Tensor) -> None:
-        """Let forward passes outside a training step see W as it is."""
+        """Let forward passes outside a training step see W unchanged."""
         super().post_backward(closure_loss)
         if self.local.first_step.waits:
             self._finish_first_step()
@@ -270,7 +270,7 @@ class LTEStrategy(DDPStrategy, Adopter, HasPhase, Reports, Merges):
             self.local.shared.batch = None
 
     def optimizer_step(self, optimizer: Optimizer, closure: Any, model: Any = None, **kwargs: Any) -> Any:
-        """Step, then tick: the clock counts attempts, as Lightning does, so that a step skipped for fp16 is one."""
+        """Step, then tick: the clock counts attempts, as Lightning does, including steps skipped for fp16."""
         self._inside_step = True
         try:
             output = super().optimizer_step(optimizer, closure, model, **kwargs)
@@ -303,7 +303,7 @@ class LTEStrategy(DDPStrategy, Adopter, HasPhase, Reports, Merges):
             self.converted.log(self._hash)
 
     def _finish_first_step(self) -> None:
-        """Leave out, or refuse, targets that the first step showed to be none."""
+        """Leave out, or refuse, targets that the first step found unfit."""
         reasons = self.local.first_step.finish()
         if reasons:
             self.converted.leave_out(reasons, accumulates(self._module.trainer))
@@ -312,7 +312,7 @@ class LTEStrategy(DDPStrategy, Adopter, HasPhase, Reports, Merges):
     # -- what is reported -------------------------------------------------------------------------------------------
 
     def _hash(self) -> int:
-        """Return a hash of what all workers hold alike at a merge; end the run if they do not."""
+        """Return a hash of the tensors that all workers share at a merge; end the run if they differ."""
         when = f"after the merge at step {self._module.trainer.global_step + 1}"
         return agreed_hash(self, self._module, when, self.converted.differing(), DRIFTED)
 
@@ -321,38 +321,38 @@ class LTEStrategy(DDPStrategy, Adopter, HasPhase, Reports, Merges):
         return self.local.all_heads()
 
     def metrics(self) -> dict[str, float]:
-        """Return what merges have cost; see ``ConvertedModule.metrics``."""
+        """Return the cost of merges; see ``ConvertedModule.metrics``."""
         return self.converted.metrics()
 
     # -- evaluation, and the end of a fit, see the merged model -----------------------------------------------------
 
     def on_train_start(self) -> None:
-        """Put a resumed run's random states back, after all that draws; and swap out (``lr_find`` leaves the view in)."""
+        """Restore a resumed run's random states, after everything that draws; swap out (``lr_find`` leaves the view in)."""
         self.converted.swap_out()
         self._resume.give_random(self.converted.workers)
 
     def on_validation_start(self) -> None:
-        """Score the merged model."""
+        """Swap the merged model in."""
         self.converted.swap_in()
 
     def on_validation_end(self) -> None:
-        """Go on with the heads as they were."""
+        """Swap the heads' state back in."""
         self.converted.swap_out_keeping_writes()
 
     def on_test_start(self) -> None:
-        """Score the merged model."""
+        """Swap the merged model in."""
         self.converted.swap_in()
 
     def on_test_end(self) -> None:
-        """Go on with the heads as they were."""
+        """Swap the heads' state back in."""
         self.converted.swap_out_keeping_writes()
 
     def on_predict_start(self) -> None:
-        """Score the merged model."""
+        """Swap the merged model in."""
         self.converted.swap_in()
 
     def on_predict_end(self) -> None:
-        """Go on with the heads as they were."""
+        """Swap the heads' state back in."""
         self.converted.swap_out_keeping_writes()
 
     def on_train_end(self) -> None:
@@ -360,7 +360,7 @@ class LTEStrategy(DDPStrategy, Adopter, HasPhase, Reports, Merges):
         self.converted.swap_in()
 
     def teardown(self) -> None:
-        """Stop the clock, give the plain module back, and the process group its own patience."""
+        """Stop the clock, restore the plain module, and reset the process group's timeout."""
         if self._ticks is not None:
             self._ticks.remove()
             self._ticks = None
@@ -398,14 +398,14 @@ class LTEStrategy(DDPStrategy, Adopter, HasPhase, Reports, Merges):
         return super().optimizer_state(optimizer)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Add ``lte_state`` to what worker 0 writes; a file of weights only needs none."""
+        """Add ``lte_state`` to what worker 0 writes; a weights-only file needs none."""
         if self.local.begun and "optimizer_states" in checkpoint:
             if (entry := files.lte_state(self.converted)) is not None:
                 checkpoint[files.KEY] = entry
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Load the merged model; keep the heads until a fit has some, or put them on at once (``lr_find``)."""
+        """Load the merged model; keep the heads until a fit has some, or attach them at once (``lr_find``)."""
         if not self.local.attached:
             super().load_model_state_dict(checkpoint, strict)
             if self._module.trainer.state.fn == TrainerFn.FITTING:
@@ -431,7 +431,7 @@ class LTEStrategy(DDPStrategy, Adopter, HasPhase, Reports, Merges):
     # -- DDP --------------------------------------------------------------------------------------------------------
 
     def configure_ddp(self) -> None:
-        """Wrap what is synchronised at every step; heads are left out of broadcasts and averages."""
+        """Wrap the model for synchronisation at every step; heads are excluded from broadcasts and averages."""
         if self._holding:
             return
         module = self._module

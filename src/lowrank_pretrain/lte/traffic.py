@@ -1,4 +1,4 @@
-"""Compute what LTE will send, next to what DDP sends for the same model, before anything runs.
+"""Compute LTE's traffic before anything runs, compared with DDP's for the same model.
 
 Nothing is estimated here: the code of training converts and merges a copy of the model without data (on the meta device), and
 what it counts as sent is reported. Per worker; rings, as in ``merge``.
@@ -29,7 +29,7 @@ from lowrank_pretrain.lte.workers import Workers
 
 
 class Imagined(Workers):
-    """Workers that do not exist: calls are counted, and nothing is sent."""
+    """Stand in for workers that do not exist: calls are counted, and nothing is sent."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ def traffic(
     basis: str = "own",
     wire: str = "float32",
 ) -> dict[str, Any]:
-    """Return the bytes that each worker sends per optimizer step. ``module`` is left alone and may lie on the meta device.
+    """Return the bytes that each worker sends per optimizer step. ``module`` is not changed and may be on the meta device.
 
     Args:
         module: the bare model, as the strategy gets it.
@@ -143,7 +143,7 @@ def _merged_weights(module: nn.Module, settings: Settings, count: Imagined) -> L
 
 
 def without_data(module: nn.Module) -> nn.Module:
-    """Return a copy on the meta device: shapes, dtypes, names, ties, and no memory."""
+    """Return a copy on the meta device: same shapes, dtypes, names and ties, without memory."""
     kept: dict[int, Tensor] = {}
     for p in module.parameters():
         kept[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad)

@@ -1,4 +1,4 @@
-"""Swap merged weights in for evaluation and checkpoints, and back out; notice who else writes into W.
+"""Swap merged weights in for evaluation and checkpoints, and back out; detect other code's writes into W.
 
 Training storage is not touched, so looking never changes training. Others may write into W while the merged weights are in
 (a best model is loaded, a callback clamps at a validation's end): what they added then joins the W that trains.
@@ -22,17 +22,17 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def read_stamps(tensors: Sequence[Tensor]) -> list[int]:
-    """Return a stamp of each tensor's bits, in one read of the device. It differs as soon as anyone writes into the tensor.
+    """Return a stamp of each tensor's bits, in one read of the device. It changes when anything writes into the tensor.
 
-    Users write how they like, also through ``.data``, which no version counter sees.
+    Users may write in any way, also through ``.data``, which no version counter sees.
     """
-    if not tensors or tensors[0].is_meta:  # nobody writes into tensors that have shapes only (``traffic``)
+    if not tensors or tensors[0].is_meta:  # tensors that have only shapes are never written to (``traffic``)
         return [0] * len(tensors)
     return bits.stamps(tensors).tolist()
 
 
 class MergedView:
-    """W with every worker's present update in it, in W's place for a while.
+    """Replace W temporarily by the W with every worker's present update.
 
     Args:
         owner: the targets.
@@ -45,12 +45,12 @@ class MergedView:
 
     @property
     def swapped_in(self) -> bool:
-        """Tell whether the merged weights are in W's place."""
+        """Return whether the merged weights are swapped in."""
         return self._owner.shared.viewing
 
     @torch.no_grad()
     def merged_weights(self, piecemeal: bool = False) -> dict[str, Tensor]:
-        """Return each merged W, a new tensor in the parameter's layout; changes nothing. All workers call it together.
+        """Return each merged W, a new tensor in the parameter's layout; change nothing. All workers call it together.
 
         Args:
             piecemeal: send a few pieces at a time, so that no more than those is held at once.
@@ -64,11 +64,11 @@ class MergedView:
         return result
 
     def swap_in(self, piecemeal: bool = False, writes: bool = True) -> None:
-        """Put the merged weights in W's place. All workers call it together.
+        """Swap the merged weights in for W. All workers call it together.
 
         Args:
-            piecemeal: as for ``merged_weights``; nobody writes into what is then in place.
-            writes: ``False``: only help the worker that writes a checkpoint; here W stays as it is.
+            piecemeal: as for ``merged_weights``; nothing may write into the swapped-in weights.
+            writes: ``False``: only help the worker that writes a checkpoint; here W is not changed.
         """
         owner = self._owner
         if self.swapped_in:
@@ -88,7 +88,7 @@ class MergedView:
         self._stamps = [] if piecemeal else self._read_stamps()
 
     def swap_out(self) -> None:
-        """Put training's own weights back in place."""
+        """Swap the training weights back in."""
         if self.swapped_in:
             live = self._owner.weights()
             for name, W in self._kept.items():
@@ -117,13 +117,13 @@ class MergedView:
                 owner.pieces[index].live().add_(difference)
 
     def keep(self) -> None:
-        """Leave in place what is there now."""
+        """Keep the weights that are now in place."""
         self._kept.clear()
         self._stamps = []
         self._owner.shared.viewing = False
 
     def kept_weight(self, piece: "LocalTarget") -> Tensor | None:
-        """Return a piece's W as training has it, where the merged one is in its place; else ``None``."""
+        """Return a piece's training W while the merged one replaces it; else ``None``."""
         return self._kept.get(piece.weight_name)
 
     def _read_stamps(self) -> list[int]:
@@ -131,7 +131,7 @@ class MergedView:
 
 
 class Writes:
-    """Notice what others than the heads write into W between two merges, and let it join what merges add to.
+    """Detect writes into W by code other than the heads between two merges, and add them to the base of merges.
 
     Clamps, masks, re-initialisation, a teacher's average, ``load_state_dict``: users write into W where and how they like. So a
     merge leaves a stamp of what it wrote, and the next one compares. What was added joins W₀ on every worker alike: where
@@ -148,7 +148,7 @@ class Writes:
         self._kept: dict[str, Tensor] = {}  # after a fit
 
     def training_rows(self, piece: "HeadTarget") -> Tensor:
-        """Return W's rows as training has them, (O, D), also while the merged weights are in place."""
+        """Return the rows of the W being trained, (O, D), also while the merged weights are in place."""
         return piece.rows_of(self._training_weight(piece))
 
     def _training_weight(self, piece: "HeadTarget") -> Tensor:
@@ -156,12 +156,12 @@ class Writes:
         return piece.weight() if kept is None else kept
 
     def mark(self) -> None:
-        """Note that W is what it should be: a difference at the next merge was written by others."""
+        """Record the present W: any difference at the next merge was written by others."""
         if self._heads.settings.mode != "joint":
             self._stamps = self._read_stamps()
 
     def _read_stamps(self) -> list[int]:
-        """Return by piece a stamp of its W, which all row blocks of a layer share where all of them are targets."""
+        """Return a stamp of W for each piece; row blocks of a layer share one if all of them are targets."""
         held: dict[tuple[int, int], Tensor] = {}
         keys = []
         for index, piece in enumerate(self._heads.pieces):
@@ -181,7 +181,7 @@ class Writes:
         return [i for i, was in enumerate(self._stamps) if any(theirs[i] != was for theirs in everyone)]
 
     def rows(self) -> dict[str, Tensor]:
-        """Return by target W as it is now, (O, D), where others wrote into it since the last merge. All call it together."""
+        """Return the present W, (O, D), of each target that others wrote into since the last merge. All call it together."""
         if not self._heads.attached:
             return self._kept
         return {piece.name: self.training_rows(piece) for piece in self._pieces(self.touched())}
@@ -195,7 +195,7 @@ class Writes:
 
     @torch.no_grad()
     def bases(self, touched: Sequence[int]) -> dict[int, tuple[Tensor, Tensor]]:
-        """Return for pieces that were written into the W₀ to merge from now on, and W as it is now. All call it together.
+        """Return, for pieces that were written into, the new W₀ and the present W. All call it together.
 
         W is the workers' mean where they wrote different things.
         """
@@ -219,7 +219,7 @@ class Writes:
         return result
 
     def _as_merged(self, pieces: "Sequence[HeadTarget]") -> list[Tensor]:
-        """Return what the last merge made of these pieces, by the sum that made it; W₀ if there was none."""
+        """Recompute the last merge's result for these pieces; W₀ if there was no merge."""
         heads = self._heads
         before = [piece.prev_factors() for piece in pieces]
         if heads.accumulates or not any(before):

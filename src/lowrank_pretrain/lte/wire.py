@@ -1,4 +1,4 @@
-"""Write tensors in few bits for the network, and average them over workers in that form.
+"""Encode tensors in few bits for the network, and average them over workers in that form.
 
     wire        bytes a number   block   levels
     float32     4                        exact
@@ -7,7 +7,7 @@
     int4        1/2 + 2/64       64      -7 … 7 times max|x| / 7
     int2        1/4 + 2/64       64      -3/2, -1/2, 1/2, 3/2 times the step that suits a normal distribution
 
-Each block of 64 numbers has a scale of its own (bfloat16). A block of zeros stays zero, so unused rows of an embedding stay
+Each block of 64 numbers has its own scale (bfloat16). A block of zeros stays zero, so unused rows of an embedding stay
 where they are. :class:`Codec` is pure; :class:`DenseMean` sends with it.
 
 Increments that are quantised anew at each merge would lose the same part each time. Error feedback keeps what a message left
@@ -51,12 +51,12 @@ class Codec:
 
     @property
     def bits(self) -> int:
-        """Bits of one code."""
+        """Return the number of bits of one code."""
         return WIRES[self.wire]
 
     @property
     def exact(self) -> bool:
-        """Whether what arrives is what was sent."""
+        """Return whether the message is lossless."""
         return self.wire == "float32"
 
     def bytes_of(self, n: int) -> int:
@@ -168,7 +168,7 @@ class DenseMean:
 
     @torch.no_grad()
     def mean(self, flat: Tensor) -> Tensor:
-        """Return the workers' mean of `flat`, (n), the same bits on all of them. `flat` is left as it is."""
+        """Return the workers' mean of `flat`, (n), the same bits on all of them. `flat` is not changed."""
         w = self.workers.size
         if w == 1 or self.codec.exact:
             mean = flat.clone()
@@ -202,7 +202,7 @@ class DenseMean:
             return 2 * (w - 1) / w * 4 * self.n
         return 2 * (w - 1) * self.codec.bytes_of(padded(self.n, w) // w)
 
-    # -- checkpoints: what W still lacks, whoever left it out ----------------------------------------------------------
+    # -- checkpoints: what W still lacks, from any worker's messages ----------------------------------------------------------
 
     @torch.no_grad()
     def pending(self) -> Tensor | None:
@@ -219,7 +219,7 @@ class DenseMean:
 
     @torch.no_grad()
     def take_pending(self, pending: Tensor) -> None:
-        """Go on from another number of workers' ``pending``: each worker owes all of it, so their mean is the same."""
+        """Resume from another number of workers' ``pending``: each worker takes on all of it, so the mean is the same."""
         if self.sent_error.numel():
             self.sent_error.zero_()[: self.n] = pending.to(self.sent_error)
             self.mean_error.zero_()

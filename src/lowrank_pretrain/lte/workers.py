@@ -1,6 +1,6 @@
 """Let the processes that train together send each other tensors, start from the same weights, and clip alike.
 
-Clipping: one norm over everything would differ from worker to worker, and with it the factor that cuts the rest's (equal)
+Clipping: one norm over everything would differ from worker to worker, and with it the factor that scales the rest's (equal)
 gradients: the rest would drift for ever. So the rest is clipped by its own norm and each head by its own. That needs no
 communication and does not depend on which heads share a worker. For the same reason, when fp16 skips a step on one worker, all
 skip it, where the rest is kept equal at every step.
@@ -25,7 +25,7 @@ from lowrank_pretrain.core.lightning_private import LEFT_OUT_OF_DDP, found_infin
 
 
 class Workers:
-    """The workers that merge: their process group, and what this one has sent over it.
+    """Represent the workers that merge: their process group, and this worker's traffic over it.
 
     Args:
         group: their process group; ``None``: this process is alone.
@@ -49,7 +49,7 @@ class Workers:
 
     @contextmanager
     def uncounted(self) -> Iterator[None]:
-        """Leave ``sent`` and ``seconds`` as they are: what is sent meanwhile is no merge."""
+        """Leave ``sent`` and ``seconds`` unchanged: traffic in this block is not a merge."""
         before = self.sent, self.seconds
         try:
             yield
@@ -57,7 +57,7 @@ class Workers:
             self.sent, self.seconds = before
 
     def gather(self, flat: Tensor, async_op: bool = False) -> tuple[Tensor, Any]:
-        """Return all workers' ``flat``, (w, n), n being equal everywhere, and what to wait for."""
+        """Return all workers' ``flat``, (w, n), n being equal everywhere, and the handle to wait for."""
         if self.size == 1:
             return flat[None], None
         out = flat.new_empty(self.size * flat.numel())  # gloo takes a flat output only
@@ -66,7 +66,7 @@ class Workers:
         return out.view(self.size, -1), work
 
     def add(self, flat: Tensor, async_op: bool = False) -> Any:
-        """Sum all workers' ``flat``, in place; returns what to wait for."""
+        """Sum all workers' ``flat``, in place; return the handle to wait for."""
         if self.size == 1:
             return None
         self.sent += 2 * (self.size - 1) / self.size * flat.numel() * flat.itemsize
@@ -102,7 +102,7 @@ class Workers:
             self.seconds += time.perf_counter() - began
 
     def _flat(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-        """Return one flat tensor of them all, where the group can read it."""
+        """Return all tensors as one flat tensor, on a device that the group can read."""
         device = self._device or tensors[0].device
         return torch.cat([t.reshape(-1).to(device, dtype) for t in tensors])
 
@@ -204,7 +204,7 @@ class Workers:
 
     @torch.no_grad()
     def mean_of(self, mine: Tensor) -> Tensor:
-        """Return the workers' mean of a tensor, a new one; exact where all hold the same number. All call it together."""
+        """Return the workers' mean of a tensor, a new tensor; exact where all hold the same number. All call it together."""
         first = mine.clone()
         self.spread([first])
         difference = mine - first

@@ -1,4 +1,4 @@
-"""Lay out a convolutional network as NHWC on a GPU, which its tensor cores want."""
+"""Lay out a convolutional network as NHWC on a GPU, which suits its tensor cores."""
 
 import lightning.pytorch as pl
 import torch

@@ -26,14 +26,14 @@ def check_count(key: str, value: Any, least: int = 1) -> None:
     whole(key, value, least, most=INT32, allowed=f"must be an integer of at least {least} that 32 bits can hold")
 
 
-# the libraries' names for the number of layers; they build as many as they are told, for hours if need be
+# the libraries' names for the number of layers; they build as many as they are told, even if it takes hours
 LAYERS = ("depth", "depths", "layers", "num_blocks", "num_layers", "n_layer", "n_layers", "num_hidden_layers")
 MOST_LAYERS = 10_000
 INT32 = 2**31 - 1
 
 
 def check_layers(group: str, values: dict[str, Any]) -> None:
-    """Refuse a number of layers that cannot be meant.
+    """Refuse an absurd number of layers.
 
     Args:
         group: the configuration group of the arguments.
@@ -50,7 +50,7 @@ def check_layers(group: str, values: dict[str, Any]) -> None:
 
 
 def run_once(network: torch.nn.Module, key: str, value: Any, call: Callable[[], Any]) -> None:
-    """Run a network in evaluation mode and blame an argument for what goes wrong; no random number is drawn.
+    """Run a network in evaluation mode and blame an argument for any error, without drawing random numbers.
 
     Args:
         network: the network that `call` runs.

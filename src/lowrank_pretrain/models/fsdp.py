@@ -10,10 +10,10 @@ from lowrank_pretrain.core.errors import ConfigError
 
 
 def shard(model: nn.Module, mesh: DeviceMesh | None) -> None:
-    """Shard the parameters of a model over ranks: block by block, then what is left. A second call changes nothing.
+    """Shard the parameters of a model over ranks: block by block, then the remainder. A second call changes nothing.
 
     Args:
-        model: the network; its names stay as they are.
+        model: the network; its names do not change.
         mesh: the strategy's, with dimensions ``data_parallel`` and ``tensor_parallel``. None: nothing is done.
 
     Raises:

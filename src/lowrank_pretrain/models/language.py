@@ -114,7 +114,7 @@ class CausalLM(TriesOut, LightningModule):
         if pretrained_file is not None:
             config = {**config_of(Path(pretrained_file), name), **config}
         check_layers("config", config)
-        # the file is where weights came from, not what the network is: a checkpoint must load where it is gone
+        # the file is the weights' origin, not part of the network: a checkpoint must load without it
         self.save_hyperparameters(ignore=["pretrained_file"])
         self.optim = Optim()
         check_count("vocab_size", vocab_size, least=2)
@@ -167,7 +167,7 @@ class CausalLM(TriesOut, LightningModule):
         callback or strategy unties the head again, and has its exact weights. In all other cases the head is untied now.
         """
         head, embedding = self.model.get_output_embeddings(), self.model.get_input_embeddings()
-        # a distributed checkpoint (FSDP2's) has no state_dict here: the strategy reads its parts into the model as it is
+        # a distributed checkpoint (FSDP2's) has no state_dict here: the strategy reads its parts into the present model
         if head is None or head.weight is not embedding.weight or "state_dict" not in checkpoint:
             return
         names = {id(module): name for name, module in self.named_modules()}
@@ -258,7 +258,7 @@ def create(name: str, vocab_size: int, seq_len: int, config: dict[str, Any]) -> 
         return model
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # transformers validates with exceptions of its own and of huggingface_hub
+    except Exception as error:  # transformers validates with its own exceptions and huggingface_hub's
         if attention is not None and _about_attention(error, attention):
             cure = "leave it out, or take +model.config.attn_implementation=eager"
             raise ConfigError("config.attn_implementation", attention, f"{name} has none of that name; {cure}") from error
@@ -271,7 +271,7 @@ def _about_attention(error: Exception, attention: str) -> bool:
 
 
 def config_of(path: Path, name: str) -> dict[str, Any]:
-    """Read the description of the network in the ``config.json`` next to local weights; {} where there is none.
+    """Read the description of the network in the ``config.json`` next to local weights; {} if there is none.
 
     Raises:
         ConfigError: nothing is there, or it is the configuration of another kind of model than ``name``.
@@ -328,7 +328,7 @@ def load_weights(model: Any, path: Path) -> nn.Module:
         )  # fmt: skip
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # a truncated or foreign file fails in as many ways as there are formats
+    except Exception as error:  # a truncated or foreign file fails in many ways
         raise ConfigError("pretrained_file", str(path), f"cannot be read: {one_line(error)}") from error
     finally:
         hf_logging.set_verbosity(level)
@@ -357,7 +357,7 @@ def _weights(path: Path) -> tuple[str | None, dict[str, Tensor] | None]:
         return None, _tensors(path)
     except ConfigError:
         raise
-    except Exception as error:  # a truncated or foreign file fails in as many ways as there are formats
+    except Exception as error:  # a truncated or foreign file fails in many ways
         raise ConfigError("pretrained_file", str(path), f"cannot be read: {one_line(error)}") from error
 
 

@@ -19,9 +19,9 @@ default_cfgs = {
 
 
 def mixer_ti16_224(pretrained: bool = False, **kwargs: Any) -> MlpMixer:
-    """Mixer-Ti/16: 8 layers of width 192, where Mixer-S has 8 of 512. There are no published weights."""
+    """Build Mixer-Ti/16: 8 layers of width 192, compared with Mixer-S's 512. There are no published weights."""
     return build_model_with_cfg(MlpMixer, "mixer_ti16_224", pretrained, patch_size=16, num_blocks=8, embed_dim=192, **kwargs)
 
 
-if not is_model("mixer_ti16_224"):  # a timm to come may have it
+if not is_model("mixer_ti16_224"):  # a future timm may have it
     register_model(mixer_ti16_224)

@@ -1,4 +1,4 @@
-"""The optimizer and its schedule: AdamW with one or two rates, linear warm-up, then cosine or constant.
+"""Build the optimizer and its schedule: AdamW with one or two rates, linear warm-up, then cosine or constant.
 
 AdamW is torch's own. The schedule is not: see :class:`Schedule`.
 """
@@ -23,9 +23,9 @@ SCHEDULES = ("cosine", "constant")
 
 
 def undecayed_names(module: nn.Module) -> set[str]:
-    """Full names of the tables in `module` that weight decay must leave alone.
+    """Return the full names of the tables in `module` that weight decay must leave alone.
 
-    These are embedding tables, what a network lists itself (timm's ``no_weight_decay()``), and parameters
+    These are embedding tables, those that a network lists itself (timm's ``no_weight_decay()``), and parameters
     that are positions or tokens by name: a table is looked up, not multiplied, so decay has nothing to regularise.
     """
     names = set()
@@ -42,7 +42,7 @@ def undecayed_names(module: nn.Module) -> set[str]:
 
 @dataclass
 class Shape:
-    """The share of the peak learning rate at each step of a run.
+    """Compute the share of the peak learning rate at each step of a run.
 
     Args:
         schedule: ``"cosine"`` or ``"constant"``.
@@ -58,11 +58,11 @@ class Shape:
 
     @property
     def warmup_steps(self) -> int:
-        """A share is rounded down, so that a run of a few steps still has one after the warm-up."""
+        """Return the warm-up's steps; a share is rounded down, so that a short run has steps after it."""
         return self.warmup if isinstance(self.warmup, int) else int(self.warmup * self.steps)
 
     def __call__(self, step: int) -> float:
-        """The share at `step`, counted from 0."""
+        """Return the share at `step`, counted from 0."""
         rise = self.warmup_steps
         if step < rise:
             return (step + 1) / (rise + 1)
@@ -76,12 +76,12 @@ SHAPE_SETTINGS = ("schedule", "warmup", "final_lr")
 
 
 class Schedule(LRScheduler):
-    """The learning rate as a function of the step and of the run's settings, and of nothing else.
+    """Set the learning rate as a function of only the step and the run's settings.
 
-    A checkpoint holds only how far the run is. After a resume the settings are those of the resumed run: a new peak rate,
-    warm-up or schedule takes effect at once, and in a run that was made longer the schedule is the one that it would have
+    A checkpoint holds only the run's position. After a resume the settings are those of the resumed run: a new peak rate,
+    warm-up or schedule takes effect at once, and a lengthened run has the schedule that it would have
     had at its new length from the start. Torch's own schedulers take their length from the file: a cosine that has ended
-    stays at its end, and everything after trains at rate 0.
+    stays at its end, and all further training has rate 0.
 
     Args:
         optimizer: its groups' ``initial_lr`` are the peaks.
@@ -104,13 +104,13 @@ class Schedule(LRScheduler):
         super().__init__(optimizer)
 
     def get_lr(self) -> list[float | Tensor]:
-        """Return the rates of the step that comes next."""
+        """Return the rates of the next step."""
         share = self.shape(self.last_epoch)
         # from the groups and not from `base_lrs`: groups may join in the middle of a run
         return [group.setdefault("initial_lr", group["lr"]) * share for group in self.optimizer.param_groups]
 
     def state_dict(self) -> dict[str, Any]:
-        """How far the run is, and what its length was."""
+        """Return the run's position and length."""
         return {
             "last_epoch": self.last_epoch,
             "_step_count": self._step_count,
@@ -122,7 +122,7 @@ class Schedule(LRScheduler):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on at the step of `state_dict`, which may also be one of torch's schedulers stepped once a step."""
+        """Continue at the step of `state_dict`, which may also come from a torch scheduler stepped once per step."""
         step = self.last_epoch = state_dict["last_epoch"]
         self._step_count = state_dict.get("_step_count", step + 1)
         old, per_epoch = state_dict.get("steps"), state_dict.get("per_epoch")
@@ -150,15 +150,15 @@ def _steps(steps: int | float) -> str:
     return "no known end" if math.isinf(steps) else f"{int(steps):,} steps"
 
 
-# what a group's settings are called here and on the command line; what the method itself sets it looks after itself
+# names of a group's settings here and on the command line; the method handles its own settings
 REST = "rest"  # begins the names of groups that `rest_lr` moves
 SETTINGS = {"initial_lr": "lr", "weight_decay": "weight_decay", "betas": "betas", "eps": "eps", "lr_ratio": "adapter_lr"}
 
 
 def settings_win(optimizer: torch.optim.Optimizer) -> None:
-    """Have the settings of `optimizer` survive ``load_state_dict``: torch takes them from the file, without a word.
+    """Make the settings of `optimizer` survive ``load_state_dict``; torch silently takes them from the file.
 
-    What is loaded are moments and steps. One line names each setting that the file had otherwise.
+    Only moments and steps are loaded. One line names each setting that differs in the file.
     """
     ours: list[dict[str, Any]] = []
     changed: dict[str, str] = {}
@@ -166,7 +166,7 @@ def settings_win(optimizer: torch.optim.Optimizer) -> None:
     def remember(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
         ours[:] = [{key: group[key] for key in SETTINGS if key in group} for group in optimizer.param_groups]
         changed.clear()
-        for mine, theirs in zip(ours, state_dict["param_groups"], strict=False):  # the optimizer itself says what does not fit
+        for mine, theirs in zip(ours, state_dict["param_groups"], strict=False):  # the optimizer itself reports mismatches
             for key, value in mine.items():
                 before = tuple(theirs[key]) if key == "betas" and key in theirs else theirs.get(key, value)
                 if before != value:
@@ -186,10 +186,10 @@ def settings_win(optimizer: torch.optim.Optimizer) -> None:
 
 @dataclass
 class Optim:
-    """How a module is optimized; a module's ``configure_optimizers`` returns ``self.optim.configure(self)``.
+    """Define a module's optimization: its ``configure_optimizers`` returns ``self.optim.configure(self)``.
 
     Args:
-        lr: peak learning rate, > 0. With ``rest_lr`` that of the targets' matrices alone.
+        lr: peak learning rate, > 0. With ``rest_lr`` it applies only to the targets' matrices.
         weight_decay: AdamW's decoupled decay, >= 0; matrices only.
         betas: AdamW's two averages, each in [0, 1).
         eps: AdamW's epsilon, > 0.
@@ -245,7 +245,7 @@ class Optim:
         Without ``rest_lr`` they are two: ``decay`` (matrices) and ``no_decay`` (everything else). With it: see :meth:`split`.
 
         Raises:
-            ConfigError: ``rest_lr`` is given and no matrix can be a target, so there is nothing that ``lr`` would move.
+            ConfigError: ``rest_lr`` is given and no matrix can be a target, so ``lr`` would have no effect.
         """
         if self.rest_lr is not None:
             try:
@@ -285,7 +285,7 @@ class Optim:
         return [group for group in groups if group["params"]]
 
     def _by_decay(self, module: nn.Module) -> tuple[Sequence[nn.Parameter], Sequence[nn.Parameter]]:
-        """Return the trainable parameters that weight decay takes, and the others."""
+        """Return the trainable parameters with weight decay, and those without."""
         undecayed = undecayed_names(module)
         decay: list[nn.Parameter] = []
         rest: list[nn.Parameter] = []
@@ -295,7 +295,7 @@ class Optim:
         return decay, rest
 
     def configure(self, module: LightningModule) -> dict[str, Any]:
-        """What ``configure_optimizers`` returns: the optimizer and its schedule, stepped per optimizer step.
+        """Return the optimizer and its schedule, stepped per optimizer step, for ``configure_optimizers``.
 
         Raises:
             ConfigError: the warm-up does not fit into the run, or the run has no known end to anneal to.
@@ -324,7 +324,7 @@ class Optim:
         epochs: int | None = None,
         max_steps: int = -1,
     ) -> Schedule:
-        """The schedule over `steps` optimizer steps (``inf``: no known end); the other arguments: :class:`Schedule`.
+        """Return the schedule over `steps` optimizer steps (``inf``: no known end); the other arguments: :class:`Schedule`.
 
         Raises:
             ConfigError: as :meth:`configure`.

@@ -58,7 +58,7 @@ class VisionClassifier(TriesOut, LightningModule):
         img_size: pixels per side; given only to networks that ask for it (a ResNet takes any size).
         in_chans: C.
         pretrained_file: a local timm checkpoint (``.safetensors``, ``.pth``, ``.bin``) to start from. Its head may have
-            another number of classes: then the head is fresh. timm adapts patch projection and positions.
+            another number of classes: then the head is newly initialised. timm adapts patch projection and positions.
         model_kwargs: further arguments of ``timm.create_model`` (``embed_dim``, ``depth``, ``drop_path_rate``, …).
 
     Raises:
@@ -82,7 +82,7 @@ class VisionClassifier(TriesOut, LightningModule):
         if not isinstance(model_kwargs, dict):
             raise ConfigError("model_kwargs", model_kwargs, "must be a group of timm.create_model's arguments")
         check_layers("model_kwargs", model_kwargs)
-        # the file is where weights came from, not what the network is: a checkpoint must load where it is gone
+        # the file is the weights' origin, not part of the network: a checkpoint must load without it
         self.save_hyperparameters(ignore=["pretrained_file"])
         self.optim = Optim()
         check_count("num_classes", num_classes, least=2)
@@ -145,7 +145,7 @@ class VisionClassifier(TriesOut, LightningModule):
         return batch
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Return the cross entropy with classes (B,) int64, or with probabilities (B, K) where mixup made them."""
+        """Return the cross entropy with classes (B,) int64, or with probabilities (B, K) if mixup made them."""
         x, y = batch
         loss = F.cross_entropy(self.model(x), y)
         self.log("train/loss", loss, on_step=True, on_epoch=False, prog_bar=True, batch_size=len(x))
@@ -213,7 +213,7 @@ def _arguments(name: str, text: str) -> str:
 
 
 def create_from_file(name: str, num_classes: int, path: str, kwargs: dict[str, Any]) -> nn.Module:
-    """Create a network with the weights of a local timm checkpoint; its head is fresh where the classes differ.
+    """Create a network with the weights of a local timm checkpoint; its head is new if the number of classes differs.
 
     timm loads strictly into a network with the *file's* number of classes, and adapts positions and patch projection to the
     image size and channels that are asked for. Only then is the head replaced. Loading directly into the wanted number of
@@ -222,12 +222,12 @@ def create_from_file(name: str, num_classes: int, path: str, kwargs: dict[str, A
     Raises:
         ConfigError: the arguments are wrong, or the file is missing, unreadable or of another network.
     """
-    create(name, num_classes=num_classes, **kwargs)  # so that what fails below is the file's fault
+    create(name, num_classes=num_classes, **kwargs)  # so that any failure below is the file's fault
     if not Path(path).is_file():
         raise ConfigError("pretrained_file", path, "no such file; give a local timm checkpoint (.safetensors, .pth)")
     try:
         shapes = {key: tuple(value.shape) for key, value in load_state_dict(path, weights_only=True).items()}
-    except Exception as error:  # a truncated or foreign file fails in as many ways as there are formats
+    except Exception as error:  # a truncated or foreign file fails in many ways
         raise ConfigError("pretrained_file", path, f"cannot be read: {one_line(error)}") from error
     if shapes and all(key.startswith("model.") for key in shapes):
         cure = f"python -m lowrank_pretrain.export ckpt={path} format=timm out=DIR"
@@ -256,7 +256,7 @@ def _first(names: str | tuple[str, ...] | None) -> str:
 
 
 def check_patches(model: nn.Module, name: str, img_size: int) -> None:
-    """Refuse an image that the patches do not cover; timm finds out at the first batch only.
+    """Refuse an image that the patches do not cover; timm would fail only at the first batch.
 
     Raises:
         ConfigError: the image size is not a multiple of the patch size.

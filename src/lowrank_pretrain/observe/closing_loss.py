@@ -1,4 +1,4 @@
-"""Keep the training loss that a run ends with: a mean over its last batches, in a run of any length."""
+"""Keep the final training loss: a mean over the last batches of a run of any length."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ LAST = 100  # batches
 class ClosingLoss(Callback):
     """Keep the losses of the last batches on the device; their mean over all processes is known at each epoch's end.
 
-    What is logged is one batch of every few, and nothing at all in a run that is shorter than that.
+    Logging covers only one batch in every few, and none in a very short run.
     """
 
     def __init__(self) -> None:
@@ -33,7 +33,7 @@ class ClosingLoss(Callback):
         every = self._restored
         if len(every) == trainer.world_size:
             mine = every[trainer.global_rank]
-        else:  # of another number of processes: their mean goes on
+        else:  # from another number of processes: continue from their mean
             mine = [sum(losses) / len(losses) for losses in zip(*every, strict=False)]
         self._seen = len(mine)
         self._losses[: self._seen] = torch.tensor(mine)
@@ -56,7 +56,7 @@ class ClosingLoss(Callback):
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Gather the losses of all processes, for one of them writes the file. All processes save together."""
+        """Gather the losses of all processes, because one of them writes the file. All processes save together."""
         state = checkpoint.get("callbacks", {}).get(self.state_key)
         if trainer.world_size > 1 and state is not None and len(self._losses):
             kept = self._in_order()

@@ -1,4 +1,4 @@
-"""Count the floating-point operations of a batch: once, while a real batch passes, and never by an estimate."""
+"""Count the floating-point operations of a batch: once, during a real batch, without estimates."""
 
 import math
 from typing import Any
@@ -26,8 +26,8 @@ IN_PLACE = {torch.ops.aten.addmm_: shape_wrapper(_product), torch.ops.aten.baddb
 class _Counter(TorchDispatchMode):
     """Sum torch's own formulas.
 
-    Torch's FlopCounterMode also decomposes operations for which it has none, such as silu's backward: the last bit of a
-    gradient was another then, and a resumed run no longer the uninterrupted one.
+    Torch's FlopCounterMode also decomposes operations for which it has none, such as silu's backward. This changed bits of a
+    gradient, and a resumed run no longer equalled the uninterrupted one.
     """
 
     supports_higher_order_operators = True
@@ -64,7 +64,7 @@ class FlopCount:
             self._counter.__enter__()
 
     def end(self) -> int | None:
-        """Stop, and return the operations since `begin`, or None where nothing was counted."""
+        """Stop, and return the operations since `begin`, or None if nothing was counted."""
         counter, self._counter = self._counter, None
         if counter is None:
             return None
@@ -73,14 +73,14 @@ class FlopCount:
 
 
 def _visible(module: LightningModule) -> bool:
-    """Return False for compiled modules (their kernels are no torch operations) and sharded ones (sizes are the whole's)."""
+    """Return False for compiled modules (their kernels are not torch operations) and sharded ones (sizes are the whole's)."""
     if any(is_compiled(m) for m in module.modules()):
         return False
     return not any(hasattr(p, "to_local") for p in module.parameters())
 
 
 def peak_flops(device: torch.device, precision: str) -> int | None:
-    """Return the chip's operations per second at a precision, by its maker; None where Lightning does not know the chip.
+    """Return the chip's operations per second at a precision, by its maker; None if Lightning does not know the chip.
 
     Args:
         device: a CPU is never known.

@@ -44,7 +44,7 @@ def optimizer_metrics(optimizers: Iterable[torch.optim.Optimizer]) -> dict[str, 
 
 
 def batch_size_of(batch: Any) -> tuple[int, int]:
-    """Return (samples, tokens) of a batch; tokens is 0 but for text, ``{"input_ids": (B, T)}``."""
+    """Return (samples, tokens) of a batch; tokens is 0 except for text, ``{"input_ids": (B, T)}``."""
     if isinstance(batch, Mapping) and isinstance(batch.get("input_ids"), torch.Tensor):
         samples, length = batch["input_ids"].shape[:2]
         return samples, samples * length
@@ -54,7 +54,7 @@ def batch_size_of(batch: Any) -> tuple[int, int]:
     return next((found for found in map(batch_size_of, parts) if found[0]), (0, 0))
 
 
-_ADDED = frozenset(("lora_A", "lora_B", "factor_U", "factor_V"))  # what adapters and factors are called on their layers
+_ADDED = frozenset(("lora_A", "lora_B", "factor_U", "factor_V"))  # names of adapters and factors on their layers
 
 
 class Monitor(Callback):
@@ -72,11 +72,11 @@ class Monitor(Callback):
         self.records: list[PhaseRecord] = []
         self._clock, self._memory = StepClock(_HERE), PeakMemory(_HERE)  # of another device once training starts
         self._live = False  # whether the last record belongs to this process and not only to a restored one
-        self._look = False  # whether this phase's optimizer is still to be looked at
+        self._look = False  # whether this phase's optimizer is still to be measured
         self._samples = self._tokens = 0
         self._steps = StepWatch()
         self._kept_step = -1  # the step of the last checkpoint
-        self._said: dict[str, float] = {}  # what optimizers said last; they forget it with their process
+        self._said: dict[str, float] = {}  # the optimizers' last reports; they are lost with the process
         self._flops = FlopCount()
 
     @property
@@ -108,7 +108,7 @@ class Monitor(Callback):
         self._clock.start()
 
     def _begin(self, phase: str, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin a phase, or go on with it after a resume: its memory is the new process's, its steps are added up."""
+        """Begin a phase, or continue it after a resume: memory is the new process's, steps are added up."""
         self._collect()
         if self.record.phase != phase:
             self.records.append(PhaseRecord(phase))
@@ -158,7 +158,7 @@ class Monitor(Callback):
             pl_module.log_dict({key: float(value) for key, value in metrics.items()}, on_step=True, on_epoch=False)
 
     def _collect(self, trainer: Trainer | None = None, wait: bool = False, memory: bool = True) -> None:
-        """Bring the records up to date: times that are known by now, memory of the running phase unless `memory` is false."""
+        """Bring the records up to date: available step times, and memory of the running phase unless `memory` is false."""
         by_name = {record.phase: record for record in self.records}
         for step in self._clock.drain(wait):
             record = by_name[step.phase]
@@ -206,7 +206,7 @@ class Monitor(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._pause(trainer)
         self._said |= optimizer_metrics(trainer.optimizers)
-        # Lightning has asked for the state before this hook, which has looked once more
+        # Lightning has asked for the state before this hook, which has measured once more
         records = [record.state_dict() for record in self.records]
         checkpoint["callbacks"][self.state_key] = {"records": records, "said": dict(self._said)}
         self._kept_step = self._steps.step
@@ -219,7 +219,7 @@ class Monitor(Callback):
         self._live = False
 
     def _pause(self, trainer: Trainer) -> None:
-        if self._live:  # what follows is no part of a step
+        if self._live:  # what follows is not part of a step
             self._collect(trainer)
             self._clock.interrupt()
 

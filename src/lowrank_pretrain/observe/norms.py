@@ -1,4 +1,4 @@
-"""Log the size of weights as a run goes on, by family: a switch to low rank is decided from it, and shows in it."""
+"""Log the size of weights by family during a run: the switch to low rank is decided from it and visible in it."""
 
 import lightning.pytorch as pl
 import torch
@@ -12,7 +12,7 @@ from lowrank_pretrain.observe.rank_analysis import by_family, present_matrices
 
 
 class WeightNorms(Callback):
-    """Log ``lowrank/weight_norm/<family>`` and, where adapters add to W, ``lowrank/{base,adapter}_norm/<family>``.
+    """Log ``lowrank/weight_norm/<family>`` and, if adapters add to W, ``lowrank/{base,adapter}_norm/<family>``.
 
     The first is the mean Frobenius norm of the family's matrices as validation sees them (W + s·BA; with heads, merged), the
     others those of W and of s·BA alone. Measured after each validation inside a fit, by process 0. Sharded weights are left

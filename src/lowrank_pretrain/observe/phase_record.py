@@ -1,4 +1,4 @@
-"""Record what one phase of a run has cost: steps, seconds, memory, parameters, operations, and the rates from them."""
+"""Record the cost of one phase of a run: steps, seconds, memory, parameters, operations, and the rates from them."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -8,22 +8,22 @@ from lowrank_pretrain.observe.step_clock import Thinned
 
 @dataclass
 class PhaseRecord:
-    """Hold what one phase has cost so far, over all processes.
+    """Hold the cost of one phase so far, over all processes.
 
     Args:
         phase: its name.
         steps: optimizer steps.
         seconds: their time, without validation, checkpoints and the switch itself.
-        tokens_per_sample: tokens in a sample; 0 but for text.
+        tokens_per_sample: tokens in a sample; 0 except for text.
         peak_gib: peak memory of process 0.
         optimizer_gib: the optimizer states of process 0.
-        formula_gib: the same by the method's formula, where its optimizer knows one.
+        formula_gib: the same by the method's formula, if its optimizer has one.
         trainable: trainable parameters.
         adapters: parameters of adapters.
         total: all parameters.
         seconds_per_sample: of each step, on one process; thinned out evenly once there are many.
-        flops_per_sample: of forward and backward, counted at the phase's first batch; None where they cannot be counted.
-        peak_flops: what one process's device could do per second; None where that is not known.
+        flops_per_sample: of forward and backward, counted at the phase's first batch; None if they cannot be counted.
+        peak_flops: operations per second of one process's device; None if unknown.
     """
 
     phase: str
@@ -47,12 +47,12 @@ class PhaseRecord:
         return self.world_size / seconds if seconds else None
 
     def flops_per_sec(self, last: int | None = None) -> float | None:
-        """Return the rate of all processes; None where the operations of a sample or the time of a step are not known."""
+        """Return the rate of all processes; None if the operations of a sample or the time of a step are unknown."""
         rate = self.samples_per_sec(last)
         return None if rate is None or self.flops_per_sample is None else rate * self.flops_per_sample
 
     def mfu(self, last: int | None = None) -> float | None:
-        """Return the model FLOPs utilisation: the share of what the devices could do; None where that is not known."""
+        """Return the model FLOPs utilisation: the share of the devices' peak rate; None if unknown."""
         done = self.flops_per_sec(last)
         return None if done is None or not self.peak_flops else done / (self.peak_flops * self.world_size)
 
@@ -62,5 +62,5 @@ class PhaseRecord:
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> "PhaseRecord":
-        """Make the record of which `state_dict` was made."""
+        """Rebuild a record from its `state_dict`."""
         return cls(**{**state, "seconds_per_sample": Thinned(**state["seconds_per_sample"])})

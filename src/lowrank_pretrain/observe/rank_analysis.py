@@ -1,7 +1,7 @@
-"""Observe what LTE's authors did, by callbacks that any run can switch on (arXiv 2402.16828, sections 3 and 4).
+"""Measure what LTE's authors measured, by callbacks that any run can use (arXiv 2402.16828, sections 3 and 4).
 
 ``EffectiveRank``: gradients and the sum of all updates have a rank that grows during training. ``HeadOrthogonality``: heads
-keep to directions of their own. Both only look: they draw no random numbers and write to nothing that training reads.
+keep to separate directions. Both only observe: they draw no random numbers and write nothing that training reads.
 """
 
 from collections.abc import Iterator, Sequence
@@ -65,11 +65,11 @@ class EffectiveRank(Callback):
 
     @property
     def state_key(self) -> str:
-        """Pinned: a subclass must find this state too."""
+        """Return a pinned key: a subclass must find this state too."""
         return "EffectiveRank"
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """A fit begins: what it starts from is not known yet."""
+        """Reset: the starting weights of this fit are not known yet."""
         if stage == "fit":
             if type(trainer.strategy).__name__ in _SHARDED:
                 name = type(trainer.strategy).__name__
@@ -89,13 +89,13 @@ class EffectiveRank(Callback):
             self._start = {name: target.matrix().detach().to("cpu", copy=True) for name, target in found.items()}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Say so where W₀ is not the model's first state."""
+        """Warn if W₀ is not the model's first state."""
         if self._taken_now and trainer.global_step:
             step = trainer.global_step
             rank_zero_info(f"EffectiveRank: the checkpoint does not hold the start; updates count from step {step}")
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
-        """Look at the gradients, reduced over processes by now."""
+        """Measure the gradients, which are already reduced over processes."""
         if self.every is None or (trainer.global_step + 1) % self.every or not trainer.is_global_zero:
             return
         found = find_targets(pl_module, self.targets, warn=False, frozen=True)
@@ -112,7 +112,7 @@ class EffectiveRank(Callback):
             rank_zero_warn("EffectiveRank: no target has a gradient at the optimizer step: only the update W - W0 is logged")
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Look at W − W₀, low-rank parts included."""
+        """Measure W − W₀, low-rank parts included."""
         if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking or not trainer.is_global_zero:
             return
         values, starts = {}, self._start or {}
@@ -122,11 +122,11 @@ class EffectiveRank(Callback):
         self._log(trainer, pl_module, "update", values, None)
 
     def state_dict(self) -> dict[str, Any]:
-        """W₀."""
+        """Return W₀."""
         return {"start": self._start}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """The start of the run that goes on."""
+        """Restore W₀ of the resumed run."""
         self._start = state_dict["start"]
 
     def _ranks(self, matrix: Tensor) -> Tensor:
@@ -163,20 +163,20 @@ class HeadOrthogonality(Callback):
 
     @property
     def state_key(self) -> str:
-        """Pinned: a subclass must find this state too."""
+        """Return a pinned key: a subclass must find this state too."""
         return "HeadOrthogonality"
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Nothing has been said yet."""
+        """Reset the record of warnings."""
         self._said = False
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
-        """Look at the heads, on every process: gathering them is a collective."""
+        """Measure the heads on every process: gathering them is a collective."""
         if (trainer.global_step + 1) % self.every:
             return
         heads = trainer.strategy.all_heads() if isinstance(trainer.strategy, Merges) else local_heads(pl_module)
         cosines, overlaps = {}, {}
-        for layer_name, A, B, parts in heads:  # to the end on every process, for gathering them is a collective
+        for layer_name, A, B, parts in heads:  # to the end on every process, because gathering them is a collective
             if A.shape[0] < 2 or not trainer.is_global_zero:
                 continue
             for part in parts:
@@ -199,7 +199,7 @@ class HeadOrthogonality(Callback):
 
 
 def present_matrices(targets: dict[str, Target]) -> Iterator[tuple[str, Tensor]]:
-    """Each target's (O, D) matrix with what plain adapters add to it; heads are merged by their strategy, for looking."""
+    """Yield each target's (O, D) matrix with its plain adapters added; the strategy merges heads for evaluation."""
     layer: Any = None
     for name, target in targets.items():
         own = getattr(target.layer, "lora_A", None)
@@ -215,7 +215,7 @@ def present_matrices(targets: dict[str, Target]) -> Iterator[tuple[str, Tensor]]
 
 
 def local_heads(module: nn.Module) -> Iterator[Heads]:
-    """The layers with heads and the heads that are on this device."""
+    """Yield the layers with heads, and their heads on this device."""
     for name, layer in module.named_modules():
         A = getattr(layer, "lora_A", None)
         if isinstance(A, Tensor) and A.ndim == 3:
@@ -223,7 +223,7 @@ def local_heads(module: nn.Module) -> Iterator[Heads]:
 
 
 def by_family(module: nn.Module, key: str, values: dict[str, float]) -> dict[str, float]:
-    """{key: mean over targets, key/<family>: mean over the family's targets}."""
+    """Return {key: mean over targets, key/<family>: mean over the family's targets}."""
     grouped: dict[str, list[float]] = {}
     for name, family in families(module, values).items():
         grouped.setdefault(f"{key}/{family}", []).append(values[name])

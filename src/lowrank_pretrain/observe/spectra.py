@@ -12,7 +12,7 @@ _NO_FLOAT64 = ("mps",)
 
 @torch.no_grad()
 def singular_values(matrix: Tensor) -> Tensor:
-    """All min(O, D) singular values of an (O, D) matrix, descending, in float64; NaN where an entry is not finite.
+    """Return all singular values of an (O, D) matrix, descending, in float64; NaN if an entry is not finite.
 
     From the eigenvalues of the smaller Gram matrix: many times faster than an SVD, and exact to 1e-8 of the largest.
     """
@@ -26,7 +26,7 @@ def singular_values(matrix: Tensor) -> Tensor:
 
 
 def entropy_rank(values: Tensor) -> Tensor:
-    """exp(−Σ p log p) of p = σ / Σσ (Roy & Vetterli 2007), a scalar from 1 to the number of values; 0 for all zeros."""
+    """Return exp(−Σ p log p) of p = σ / Σσ (Roy & Vetterli 2007), from 1 to the number of values; 0 for all zeros."""
     total = values.sum()
     if total == 0:
         return total
@@ -40,13 +40,13 @@ def tolerance_rank(values: Tensor, tol: float) -> Tensor:
 
 
 def effective_rank(matrix: Tensor) -> Tensor:
-    """Effective rank of an (O, D) matrix, a float64 scalar: `entropy_rank` of its singular values."""
+    """Return the effective rank of an (O, D) matrix, a float64 scalar: `entropy_rank` of its singular values."""
     return entropy_rank(singular_values(matrix))
 
 
 @torch.no_grad()
 def update_inner(A: Tensor, B: Tensor) -> Tensor:
-    """⟨BᵢAᵢ, BⱼAⱼ⟩ for all pairs of heads, (N, N), of A (N, R, D) and B (N, O, R)."""
+    """Return ⟨BᵢAᵢ, BⱼAⱼ⟩ for all pairs of heads, (N, N), of A (N, R, D) and B (N, O, R)."""
     N, R, _ = A.shape
     a, b = _precise(A).flatten(0, 1), _precise(B).transpose(1, 2).flatten(0, 1)  # (NR, D), (NR, O)
     AA, BB = (a @ a.t()).view(N, R, N, R), (b @ b.t()).view(N, R, N, R)
@@ -54,7 +54,7 @@ def update_inner(A: Tensor, B: Tensor) -> Tensor:
 
 
 def update_cosines(A: Tensor, B: Tensor) -> Tensor:
-    """Cosine of the angle between the heads' updates as vectors, (N, N); NaN for a head whose update is zero."""
+    """Return the cosines between the heads' updates as vectors, (N, N); NaN for a head whose update is zero."""
     inner = update_inner(A, B)
     norms = inner.diagonal().clamp_min(0.0).sqrt()
     norms = torch.where(norms > 0, norms, torch.nan)
@@ -63,12 +63,12 @@ def update_cosines(A: Tensor, B: Tensor) -> Tensor:
 
 @torch.no_grad()
 def row_bases(A: Tensor) -> Tensor:
-    """Orthonormal bases of the row spaces of A (N, R, D) or (R, D), as columns: (N, D, R) or (D, R)."""
+    """Return orthonormal bases of the row spaces of A (N, R, D) or (R, D), as columns: (N, D, R) or (D, R)."""
     return torch.linalg.qr(_precise(A).mT)[0]
 
 
 def principal_cosines(A1: Tensor, A2: Tensor) -> Tensor:
-    """Cosines of the principal angles between the row spaces of A₁ (R₁, D) and A₂ (R₂, D), descending, (min(R₁, R₂),)."""
+    """Return cosines of principal angles between row spaces of A₁ (R₁, D) and A₂ (R₂, D), descending, (min(R₁, R₂),)."""
     return torch.linalg.svdvals(row_bases(A1).mT @ row_bases(A2)).clamp_max(1.0)
 
 
@@ -84,7 +84,7 @@ def row_space_overlaps(A: Tensor) -> Tensor:
 
 
 def mean_of_pairs(matrix: Tensor) -> Tensor:
-    """Return the mean of |entries| above the diagonal of (N, N), NaN left out; NaN where there is none."""
+    """Return the mean of |entries| above the diagonal of (N, N), ignoring NaN; NaN if there are none."""
     rows, columns = matrix.shape
     i, j = torch.triu_indices(rows, columns, offset=1, device=matrix.device)
     return matrix[i, j].abs().nanmean()

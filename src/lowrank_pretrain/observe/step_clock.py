@@ -42,12 +42,12 @@ class StepClock:
         return event
 
     def start(self) -> None:
-        """Begin a batch; it counts only where `interrupt` came before."""
+        """Begin a batch; it sets a mark only after `interrupt`."""
         if self._from is None:
             self._from = self._mark()
 
     def interrupt(self) -> None:
-        """Leave out what follows, up to the next `start`."""
+        """Stop timing until the next `start`."""
         self._from = None
 
     def end_batch(self) -> None:
@@ -65,7 +65,7 @@ class StepClock:
         self._stretches = []
 
     def drain(self, wait: bool = False) -> list[Step]:
-        """Return the steps whose times are known by now, oldest first; with `wait`, all of them."""
+        """Return the steps whose times are available, oldest first; with `wait`, all of them."""
         if wait and self._cuda and self._pending:
             torch.cuda.synchronize()
         steps = []
@@ -89,7 +89,7 @@ class Thinned:
         self.values, self.stride, self.skipped = list(values or []), stride, skipped
 
     def append(self, value: float) -> None:
-        """Take the value in, if it is its turn."""
+        """Keep the value, if it is not thinned out."""
         self.skipped += 1
         if self.skipped < self.stride:
             return
@@ -99,6 +99,6 @@ class Thinned:
             self.values, self.stride = self.values[::2], self.stride * 2
 
     def median(self, last: int | None = None) -> float | None:
-        """Return the median of all values kept, or of the `last` ones; None of none."""
+        """Return the median of all values kept, or of the `last` ones; None if there are none."""
         values = self.values[-last:] if last else self.values
         return median(values) if values else None

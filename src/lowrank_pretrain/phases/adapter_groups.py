@@ -1,4 +1,4 @@
-"""Give adapters a learning rate or weight decay of their own, in optimizer groups that no scheduler sees.
+"""Give adapters their own learning rate or weight decay, in optimizer groups that no scheduler sees.
 
 A group added in mid-run makes most of torch's schedulers raise (their lists of base rates are too short) or drift silently.
 So the adapters' group follows its source group: before each step its lr is ratio times the source's, and the schedulers are
@@ -13,18 +13,18 @@ from torch.optim import Optimizer
 from lowrank_pretrain.core.lightning_private import inner_schedulers
 from lowrank_pretrain.phases import layers
 
-_FOLLOWED = ("betas", "momentum")  # what OneCycleLR and CyclicLR change beside lr
+_FOLLOWED = ("betas", "momentum")  # what OneCycleLR and CyclicLR change besides lr
 
 
 class ScheduledGroups:
-    """Show the optimizer to a scheduler without the groups that follow another."""
+    """Hide from a scheduler the optimizer groups that follow another group."""
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """Return the groups that follow none; looked up each time, as ``load_state_dict`` replaces the optimizer's list."""
+        """Return groups that follow no other; looked up each time, as ``load_state_dict`` replaces the optimizer's list."""
         return [group for group in self._optimizer.param_groups if "follows" not in group]
 
     def __getattr__(self, name: str) -> Any:
@@ -38,7 +38,7 @@ class ScheduledGroups:
 
 
 def separate_factors(trainer: pl.Trainer, module: pl.LightningModule, lr_ratio: float, weight_decay: float | None) -> None:
-    """Do as ``separate`` for factors of weights, whose product decays just as the weight did.
+    """Apply ``separate`` to factors of weights, so that their product decays like the weight did.
 
     Both decay, and at ``lr_ratio`` times the rate: so each gets the share 1 / (2 · ``lr_ratio``) of the weight's decay.
     """
@@ -82,7 +82,7 @@ def separate(
 
 
 def _identities(optimizer: Optimizer) -> set[str]:
-    """Return the keys by which groups are told from one another: ``name``, and any text that no two groups share."""
+    """Return the keys that distinguish groups: ``name``, and any text that is unique to each group."""
     groups = optimizer.param_groups
     found = {"name"}
     for key in {key for group in groups for key, value in group.items() if isinstance(value, str)}:

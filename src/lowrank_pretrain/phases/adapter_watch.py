@@ -1,6 +1,6 @@
 """Watch adapters after a change of the model: does a gradient reach each of them, and does the optimizer move it?
 
-New parameters were put into the optimizer's groups, but some optimizers keep books of their own: over a partition of the
+New parameters were put into the optimizer's groups, but some optimizers keep their own records: over a partition of the
 parameters, over one flat copy of them, over a list made when they were built. An optimizer that cannot follow is refused before
 training where its kind is known. Otherwise it is found in the first steps after the switch, by an adapter that has a gradient
 and a learning rate, and does not move while other parameters do.
@@ -28,11 +28,11 @@ KNOWN = {
     "DistributedOptimizer": "steps parameters that other processes hold: use the optimizer that it wraps",
 }
 STEPS = 3  # that an adapter may stand still while others move
-PATIENCE = 50  # optimizer steps after which no one is watched any more
+PATIENCE = 50  # optimizer steps after which watching stops
 
 
 def check_optimizers(optimizers: Iterable[Optimizer]) -> None:
-    """Refuse optimizers of which it is known before training that parameters added later do not reach them.
+    """Refuse optimizers that are known not to follow parameters added later.
 
     Raises:
         ConfigError: keyed ``optimizer``, with the optimizer's name.
@@ -79,7 +79,7 @@ def _books(optimizer: Optimizer) -> str | None:
 
 
 def _inside(optimizer: Optimizer) -> list[Optimizer]:
-    """Return the optimizers that an optimizer holds as attributes, nested ones too."""
+    """Return the optimizers that an optimizer holds as attributes, nested ones included."""
     found: list[Optimizer] = []
     stack: list[Any] = list(vars(optimizer).values())
     while stack:
@@ -108,12 +108,12 @@ class AdapterWatch:
 
     @property
     def over(self) -> bool:
-        """Tell whether there is nothing left to watch."""
+        """Return whether nothing is left to watch."""
         return not self.waiting
 
     @torch.no_grad()
     def before_step(self, optimizer: Optimizer) -> None:
-        """Judge the step before, then note what this one should move.
+        """Judge the previous step, then note what this one should move.
 
         Raises:
             ConfigError: an adapter stood still for too long; keyed ``optimizer``.
@@ -162,7 +162,7 @@ class AdapterWatch:
 
 
 class GradientWatch:
-    """Watch whether a gradient reaches every adapter after the model changed: one that none reaches never trains.
+    """Watch whether a gradient reaches every adapter after the model changed: without one it never trains.
 
     One step without a gradient is no evidence (experts, LayerDrop, one task a batch, a loss that begins later), but for
     activations that are checkpointed with ``use_reentrant=True``: where nothing below a block trains any more, its input needs
@@ -185,7 +185,7 @@ class GradientWatch:
         ]
 
     def look(self) -> list[str]:
-        """After a backward pass: forget the adapters that have a gradient.
+        """Stop watching adapters that have a gradient; call it after a backward pass.
 
         Returns:
             Names of the layers that reentrant checkpointing cuts off from the loss (after the first backward pass only).
@@ -199,7 +199,7 @@ class GradientWatch:
         return [layer for layer in self.layers() if cut_off.get(layer)]
 
     def judge(self, who: str, patience: int, said: set[str]) -> bool:
-        """After a backward pass: look, and warn once of adapters that no gradient has reached for too long.
+        """Call `look`, after a backward pass, and warn once of adapters without a gradient for too long.
 
         Args:
             who: the callback's name, for the warning.
@@ -233,7 +233,7 @@ class GradientWatch:
         return True
 
     def layers(self) -> list[str]:
-        """Names of the layers whose adapters had no gradient so far."""
+        """Return the names of the layers whose adapters had no gradient so far."""
         return list(dict.fromkeys(layer_of(name) for name in self.without))
 
     def stop(self) -> None:

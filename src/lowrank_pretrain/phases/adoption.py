@@ -1,4 +1,4 @@
-"""Find who takes a plan over, the first of strategy, optimizer and adapters, and check before training that it can."""
+"""Find a plan's adopter, the first of strategy, optimizer and adapters, and check before training that it can take it."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
 
 def find_adopter(phases: PhaseCallback, trainer: pl.Trainer) -> Adopter:
-    """Return who takes the plan over: the strategy or the first optimizer that is an ``Adopter``, else adapters.
+    """Return the plan's adopter: the strategy or the first optimizer that is an ``Adopter``, else adapters.
 
     Args:
-        phases: the run's phase callback, whose settings its own adapters take.
+        phases: the run's phase callback, whose settings its own adapters use.
         trainer: the running trainer.
 
     Raises:
@@ -75,10 +75,10 @@ def _factors(phases: PhaseCallback, trainer: pl.Trainer) -> Factors:
 def settle_factors(
     phases: PhaseCallback, factors: Factors, trainer: pl.Trainer, pl_module: pl.LightningModule, replay: bool
 ) -> Plan:
-    """After weights were factored: note and log which ranks there are, and give the factors groups of their own.
+    """Note and log the ranks after factoring, and give the factors their own groups.
 
     Returns:
-        The plan as it came out.
+        The resulting plan.
     """
     note = note_of(pl_module)
     if note is not None:
@@ -91,7 +91,7 @@ def settle_factors(
 
 
 def check_adopter(phases: PhaseCallback, adopter: Adopter, pl_module: pl.LightningModule) -> None:
-    """Refuse before training what the adopter could not take over at the switch, which comes after days.
+    """Refuse, before training, what the adopter could not take over at the switch days later.
 
     Raises:
         ConfigError: a setting of adapters that the adopter decides (``adapter_settings``); or what its ``check_adopt`` says.
@@ -134,7 +134,7 @@ def unfit(trainer: pl.Trainer, pl_module: pl.LightningModule, then: str) -> Call
 
 
 def freeze_rest(pl_module: pl.LightningModule, plan: Plan) -> None:
-    """Freeze everything but the plan's targets, which train on in full. Adapters do this themselves."""
+    """Freeze everything but the plan's targets, which continue to train in full. Adapters do this themselves."""
     targets = all_targets(pl_module)
     kept = {id(targets[name].layer.weight) for name in plan}
     note = note_of(pl_module)

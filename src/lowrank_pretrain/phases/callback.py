@@ -37,7 +37,7 @@ from lowrank_pretrain.phases.adapter_watch import AdapterWatch, GradientWatch, c
 from lowrank_pretrain.phases.first_step import FirstStep
 from lowrank_pretrain.phases.plain_checkpoint import Brought, Ended, Held
 
-PATIENCE = 100  # optimizer steps without a gradient after which an adapter is said to be dead, where there are no windows
+PATIENCE = 100  # optimizer steps without a gradient after which an adapter is reported dead, if there are no windows
 
 
 class PhaseCallback(HasPhase, Callback):
@@ -62,7 +62,7 @@ class PhaseCallback(HasPhase, Callback):
         then: ``lora``: the plan goes to the strategy or optimizer if one is an ``Adopter``, else to adapters;
             ``galore``: the optimizer must be one; ``factorize``: at the freeze, at least 8 steps after the switch, each W
             becomes a product U V of its rank.
-        energy: with ``factorize``, in place of the plan's ranks: the share of each layer's output energy that must stay.
+        energy: with ``factorize``, instead of the plan's ranks: the share of each layer's output energy that must stay.
         flops: likewise: the share of the targets' FLOPs that the factors may take in all.
 
     Attributes:
@@ -145,7 +145,7 @@ class PhaseCallback(HasPhase, Callback):
         rank_zero_info(f"{type(self).__name__}: switch after step {self.switch_step}; targets by rank: {plan.summary()}")
 
     def freeze(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Stop training the targets' full weights: joint -> lowrank. Sets ``freeze_due`` where the adopter needs more steps."""
+        """Stop training the targets' full weights: joint -> lowrank. Set ``freeze_due`` if the adopter needs more steps."""
         self.freeze_due = trainer.global_step - (self.switch_step or 0) < self._adopter.joint_steps
         if self.freeze_due:
             return
@@ -175,7 +175,7 @@ class PhaseCallback(HasPhase, Callback):
         self.phase = "lowrank"
         if isinstance(self._adopter, Factors):
             self.plan = adoption.settle_factors(self, self._adopter, trainer, pl_module, replay)
-        self._look_at_gradients(not replay)  # what freezing stopped may be what a gradient came through
+        self._look_at_gradients(not replay)  # freezing may have cut a gradient's path
         transition.note_plain(pl_module).phase = self.phase
         self._log_hash(trainer, agreed, replay)
         if self.rewarm:  # from here on, so that its hook always comes after that of the adapters' own groups
@@ -201,7 +201,7 @@ class PhaseCallback(HasPhase, Callback):
     # -- Lightning's hooks ------------------------------------------------------------------------------------------
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse what cannot work; before a fit, give a module that still has adapters its bare form back."""
+        """Refuse what cannot work; before a fit, make a module plain that still has adapters."""
         if stage != "fit":
             return
         refusals.check_run(self, trainer, pl_module)
@@ -211,7 +211,7 @@ class PhaseCallback(HasPhase, Callback):
         left = transition.note_of_changed(pl_module)
         note = left if ended is None else ended.note
         self._brought, self._diverged = Brought(), False
-        if self.phase != "full" and note is not None and note.plan == dict(self.plan or {}):  # the fit goes on
+        if self.phase != "full" and note is not None and note.plan == dict(self.plan or {}):  # the fit continues
             self._brought.exact = lora.clone_state(layers.exact_state(pl_module) if ended is None else ended.model.exact())
         else:
             self._reset()
@@ -244,7 +244,7 @@ class PhaseCallback(HasPhase, Callback):
         settle_buckets(trainer.strategy.model)
 
     def _replay(self, trainer: pl.Trainer, pl_module: pl.LightningModule, brought: Brought) -> None:
-        """Repeat switch and freeze, then put the exact values back."""
+        """Repeat switch and freeze, then restore the exact values."""
         phase, unchecked = self.phase, self._unchecked
         self._switch(trainer, pl_module, self.plan or Plan({}), replay=True)
         if phase == "lowrank":
@@ -262,7 +262,7 @@ class PhaseCallback(HasPhase, Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check that the restored optimizer states fit, and that every rank read the same file."""
         transition.check_restored(trainer.optimizers, pl_module)
-        # a fit that goes on with a changed module under another trainer: that one counts its steps anew
+        # a fit that continues a changed module under a new trainer, which counts steps from 0
         for key in ("switch_step", "freeze_step"):
             step = getattr(self, key)
             setattr(self, key, None if step is None else min(step, trainer.global_step))
@@ -272,14 +272,14 @@ class PhaseCallback(HasPhase, Callback):
             agreed_hash(trainer.strategy, pl_module, "at the start of training")
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
-        """After a transition, begin to watch the adapters."""
+        """Begin to watch the adapters after a transition."""
         if self._unchecked and self._watch is None:
             self._watch = GradientWatch(pl_module)
         if self._unmoved and self._moving is None:
             self._moving = AdapterWatch(pl_module)
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
-        """Ask the rehearsal once; after a transition, check that gradients reach the adapters, and that steps move them."""
+        """Evaluate the rehearsal once; after a transition, check that gradients reach the adapters and steps move them."""
         if self._first is not None:
             reasons = self._first.look()
             if reasons:
@@ -301,13 +301,13 @@ class PhaseCallback(HasPhase, Callback):
     def leave_out(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, reasons: Mapping[str, str], refuse: bool = True
     ) -> None:
-        """Take targets out of those chosen, with one warning.
+        """Remove targets from those chosen, with one warning.
 
         Args:
             trainer: the running trainer.
             pl_module: its module.
             reasons: why, by name of the target.
-            refuse: where the patterns name one of them; later than the first step that would end a run which has trained.
+            refuse: refuse targets that the patterns name; after the first step this would end a trained run.
 
         Raises:
             ConfigError: the patterns name one of them, or none is left.
@@ -327,7 +327,7 @@ class PhaseCallback(HasPhase, Callback):
     def _select(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, rank: int, key: str, frozen: bool = False
     ) -> dict[str, Target]:
-        """Resolve ``self.targets`` when all that a fit needs is there, and note what may be chosen."""
+        """Resolve ``self.targets`` once the fit is set up, and note what may be chosen."""
         patterns = self.targets or []
         selection = select(pl_module, patterns, frozen, adoption.unfit(trainer, pl_module, self.then))
         if selection.left_out:
@@ -340,11 +340,11 @@ class PhaseCallback(HasPhase, Callback):
         return targets
 
     def patience(self, trainer: pl.Trainer) -> int:
-        """Return how many optimizer steps without a gradient it takes to call an adapter dead."""
+        """Return the number of optimizer steps without a gradient after which an adapter counts as dead."""
         return PATIENCE
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Leave the outcome among the metrics: of spawned processes Lightning brings back nothing else of a callback."""
+        """Add the outcome to the metrics: Lightning returns nothing else of a callback from spawned processes."""
         if self._moving is not None and trainer.optimizers:
             self._moving.after_step(trainer.optimizers[0])
         found = {"phase": PHASES.index(self.phase), "switch_step": self.switch_step, "freeze_step": self.freeze_step}
@@ -361,7 +361,7 @@ class PhaseCallback(HasPhase, Callback):
             self._make_plain(trainer, pl_module)
 
     def _make_plain(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Make the module plain; keep what ``trainer.save_checkpoint`` and a second fit need for going on exactly."""
+        """Make the module plain; keep what ``trainer.save_checkpoint`` and a second fit need for an exact resume."""
         note = transition.note_of_changed(pl_module)
         if note is None:
             return
@@ -390,7 +390,7 @@ class PhaseCallback(HasPhase, Callback):
     # -- state ------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain types only, so that ``weights_only=True`` loads it."""
+        """Return plain types only, so that ``weights_only=True`` loads them."""
         return {
             "phase": self.phase,
             "plan": None if self.plan is None else dict(self.plan),
@@ -401,7 +401,7 @@ class PhaseCallback(HasPhase, Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the phase of a checkpoint, unless Lightning only tests with its weights."""
+        """Restore the phase of a checkpoint, unless Lightning only tests with its weights."""
         if not self._restoring:
             return
         self.phase = state_dict["phase"]
@@ -412,7 +412,7 @@ class PhaseCallback(HasPhase, Callback):
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Write the side entry: what an exact resume needs next to the plain model.
 
-        The optimizers' parameters are noted by name, for their states are stored by position.
+        The optimizers' parameters are noted by name, because their states are stored by position.
         """
         side, ended = checkpoint.setdefault(SIDE, {}), self._ended
         side["settings"] = refusals.settings_of(self)
@@ -425,7 +425,7 @@ class PhaseCallback(HasPhase, Callback):
         if note is not None:
             self._adopter.before_checkpoint()
             exact = plain_checkpoint.exact_values(pl_module)
-            if self._adopter is trainer.strategy:  # its workers may hold values of their own: those of the file count
+            if self._adopter is trainer.strategy:  # its workers may hold their own values: those of the file count
                 exact |= {name: checkpoint["state_dict"][name] for name in exact if name in note.tied}
             averages = {
                 where: plain_checkpoint.exact_values(averaged, pl_module)
@@ -446,5 +446,5 @@ class PhaseCallback(HasPhase, Callback):
         self._diverged = False
 
     def has_own_groups(self) -> bool:
-        """Return whether adapters have a learning rate or weight decay of their own."""
+        """Return whether adapters have their own learning rate or weight decay."""
         return self.adapter_lr != 1.0 or self.adapter_weight_decay is not None or self.then == "factorize"

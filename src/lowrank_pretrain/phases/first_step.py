@@ -14,11 +14,11 @@ from lowrank_pretrain.phases.rehearsal import Rehearsal
 from lowrank_pretrain.phases.teachers import CURE, Pairing, teachers
 from lowrank_pretrain.phases.transition import averages
 
-SKIPPED = 3  # so many steps without any gradient are waited for
+SKIPPED = 3  # steps without any gradient to wait for
 
 
 class FirstStepWatch:
-    """Look at the targets through the first optimizer step, and at copies of the module that are paired with it.
+    """Watch the targets, and copies paired with the module, through the first optimizer step.
 
     Args:
         module: holds both.
@@ -40,7 +40,7 @@ class FirstStepWatch:
         return self._pairing
 
     def _unpair(self) -> None:
-        """Look no more at pairs: what users do after a step is over."""
+        """Stop watching pairs, which users may form after a step."""
         if self._pairing is not None:
             self._pairing.stop()
             self._pairing = None
@@ -72,7 +72,7 @@ class FirstStep(FirstStepWatch):
             rank_zero_warn(f"{teacher} looks like a frozen copy of {student}, whose layers become low-rank: {CURE}")
         self.looking = False
         self._all_seen = False  # whether every layer was called in the first step, by any process
-        self.steps = 0  # optimizer steps over which layers that nobody calls were watched
+        self.steps = 0  # optimizer steps over which uncalled layers were watched
 
     def start(self) -> None:
         """Begin to watch."""
@@ -111,11 +111,11 @@ class FirstStep(FirstStepWatch):
 
     @property
     def over(self) -> bool:
-        """Tell whether nothing is left to watch (the same answer on all processes)."""
+        """Return whether nothing is left to watch (the same answer on all processes)."""
         return self._all_seen and not self.looking and self._pairing is None
 
     def late(self) -> tuple[dict[str, str], list[str]]:
-        """Return, at any later step, reasons against layers that were called late, and the targets never called.
+        """Return, at any later step, why late-called layers are unfit, and the targets never called.
 
         All processes must call it, and get the same.
         """

@@ -1,4 +1,4 @@
-"""What a change of the model left on its layers, adapters and factors alike: values, state, and the way back to plain."""
+"""Handle what a model change added to layers, adapters and factors alike: values, state, and making them plain."""
 
 from collections.abc import Iterator, Mapping
 
@@ -14,7 +14,7 @@ _OF_FACTORS = (".factor_V", ".input_moment", ".input_rows")
 
 
 def added_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """(name, parameter) of every adapter's and every product's factor."""
+    """Yield (name, parameter) of every adapter's and every product's factor."""
     yield from lora.adapter_parameters(module)
     yield from factorize.factor_parameters(module)
 
@@ -41,7 +41,7 @@ def is_finite(module: nn.Module) -> bool:
 
 
 def make_plain(module: nn.Module, check: bool = True) -> None:
-    """Merge and take off adapters, multiply factors out: every layer is plain again.
+    """Make every layer plain: merge and detach adapters, and multiply factors out.
 
     Raises:
         ValueError: they are NaN or infinite, and ``check`` is on.
@@ -56,7 +56,7 @@ def exact_state(module: nn.Module) -> dict[str, Tensor]:
 
 
 def load_exact(module: nn.Module, exact: Mapping[str, Tensor]) -> None:
-    """Put back what ``exact_state`` gave, into a module changed by the same plan.
+    """Restore the result of ``exact_state`` into a module changed by the same plan.
 
     Raises:
         ConfigError: names or shapes differ.
@@ -71,7 +71,7 @@ def is_of_factors(name: str) -> bool:
 
 
 class HeldFactors:
-    """The exact values of factored and measured layers of a module that becomes plain.
+    """Keep the exact values of factored and measured layers of a module that becomes plain.
 
     Args:
         module: as it was at the end of a fit; make it plain after this.
@@ -83,7 +83,7 @@ class HeldFactors:
         self._layers = [(name, layer, layer._blocks, layer.product(check=False)) for name, layer in layers]
 
     def exact(self) -> dict[str, Tensor]:
-        """Return them; for a layer whose weight has changed since, that weight's best factors of the same ranks."""
+        """Return the values; for a layer whose weight has changed since, its best factors of the same ranks."""
         for name, layer, blocks, product in self._layers:
             if not torch.equal(layer.weight, product.to(layer.weight)):
                 found = best_factors(factorize.rows_of(layer), blocks)

@@ -58,7 +58,7 @@ class LoRA(PhaseCallback):
 
     @property
     def state_key(self) -> str:
-        """Pinned: a subclass must find this state too."""
+        """Return a pinned key: a subclass must find this state too."""
         return "LoRA"
 
     def _reset(self) -> None:
@@ -66,10 +66,10 @@ class LoRA(PhaseCallback):
         self._to_take_back: list[str] = []  # targets that the first step found unfit
 
     def choose_targets(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Resolve the targets, with the layers of ``setup`` and ``configure_model`` there, so that a mistake shows at once."""
+        """Resolve the targets after ``setup`` and ``configure_model``, so that mistakes show at once."""
         targets = self._select(trainer, pl_module, self.rank, "rank", frozen=True)
         frozen = [name for name, target in targets.items() if not target.layer.weight.requires_grad]
-        if frozen and len(frozen) < len(targets):  # all of them: a frozen base, as it is meant
+        if frozen and len(frozen) < len(targets):  # all of them: an intentionally frozen base
             names = ", ".join(dict.fromkeys(families(pl_module, frozen).values()))
             rank_zero_warn(f"LoRA: {names} are frozen, but in the optimizer: they get adapters, and these train")
         if self._adopter.makes_adapters:
@@ -89,8 +89,8 @@ class LoRA(PhaseCallback):
     def leave_out(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, reasons: Mapping[str, str], refuse: bool = True
     ) -> None:
-        """Note targets whose adapters go away again after this step."""
-        if not isinstance(self._adopter, lora.Adapters):  # heads of a strategy, which keeps books on them
+        """Note targets whose adapters are removed after this step."""
+        if not isinstance(self._adopter, lora.Adapters):  # heads of a strategy, which tracks them itself
             name = next(iter(reasons))
             raise ConfigError("targets", name, reasons[name])
         super().leave_out(trainer, pl_module, reasons, refuse)
@@ -141,7 +141,7 @@ class LoRA(PhaseCallback):
 
 
 def _snapshot(optimizers: list[Any]) -> list[list[dict[int, tuple[nn.Parameter, str]]]]:
-    """Return each group's parameters in order, by id, with their names if it has names."""
+    """Return each group's parameters in order, by id, with names if there are any."""
     found = []
     for optimizer in optimizers:
         groups = [(group["params"], group.get("param_names", [""] * len(group["params"]))) for group in optimizer.param_groups]
@@ -150,7 +150,7 @@ def _snapshot(optimizers: list[Any]) -> list[list[dict[int, tuple[nn.Parameter, 
 
 
 def _rejoin(optimizers: list[Any], owned: list[list[dict[int, tuple[nn.Parameter, str]]]], back: list[nn.Parameter]) -> None:
-    """Put parameters back where they were in their groups: states are restored by position when a run is resumed."""
+    """Return parameters to their former places in their groups: a resume restores states by position."""
     returned = {id(p) for p in back if p.requires_grad}
     for optimizer, present, then in zip(optimizers, _snapshot(optimizers), owned, strict=True):
         for group, now, before in zip(optimizer.param_groups, present, then, strict=False):  # the adapters' own come last

@@ -1,8 +1,8 @@
-"""Every checkpoint is a plain model: merged weights under the bare names, and a side entry for an exact resume.
+"""Write every checkpoint as a plain model: merged weights under the bare names, and a side entry for an exact resume.
 
 Adapter keys in ``state_dict`` would give strict errors, or silently wrong models, wherever a file is read without knowing
 the plan: ``test(ckpt_path="best")`` from the other side of the switch, ``load_from_checkpoint``, a Trainer without our
-callback. So a layer with adapters writes itself plain into any state dict (``LoRALinear.state_dict``), whoever asks for it and
+callback. So a layer with adapters writes itself plain into any state dict (``LoRALinear.state_dict``), for any caller and
 any hooks of a user's own leave out or rename afterwards. The exact values (W, A, B separately) go into the side entry.
 
     checkpoint["lowrank_pretrain"] = {"format", "phase", "plan", "alpha", "settings", "groups", "exact": {name: tensor}}
@@ -40,10 +40,10 @@ def restore_plain(pl_module: nn.Module, check: bool = True) -> None:
 
 
 def merge(module: nn.Module) -> nn.Module:
-    """Give the plain module back: adapters merged into the weights, plain classes, ``requires_grad`` as before the fit.
+    """Make a module plain: merge adapters into the weights, restore plain classes and ``requires_grad``.
 
     After a fit the module is plain by itself. This is for a copy of it in the middle of one (to script, quantize or share it),
-    and for the module itself where a fit was interrupted::
+    and for the module itself if a fit was interrupted::
 
         plain = lowrank_pretrain.merge(copy.deepcopy(module))
 
@@ -65,7 +65,7 @@ def merge(module: nn.Module) -> nn.Module:
 
 
 def exact_values(module: nn.Module, noted: nn.Module | None = None) -> dict[str, Tensor]:
-    """Return the values that the state dict does not tell exactly.
+    """Return the values that the state dict does not hold exactly.
 
     Args:
         module: the trained module, or an average of it.
@@ -89,7 +89,7 @@ class _HeldLayer(NamedTuple):
 
 
 class Held:
-    """Make a module plain, and hold what it needs to go on exactly where its fit ended.
+    """Make a module plain, and hold what it needs for an exact resume.
 
     Args:
         module: has adapters; it becomes plain.
@@ -109,7 +109,7 @@ class Held:
         layers.make_plain(module, check=False)
 
     def show(self) -> None:
-        """Leave the factors readable on their layers, as attributes that are no parameters of the module."""
+        """Leave the factors readable on their layers, as attributes that are not parameters of the module."""
         for held in self._layers:
             held.layer.__dict__.update(lora_A=held.lora_A, lora_B=held.lora_B)
 
@@ -133,7 +133,7 @@ class Held:
 
 @dataclass
 class Brought:
-    """Hold what a checkpoint's side entry brought, until the replay has used it.
+    """Hold a checkpoint's side entry until the replay has used it.
 
     Args:
         exact: values by name; None where the file has none.
@@ -150,7 +150,7 @@ class Brought:
 
 @dataclass
 class Ended:
-    """Hold what a fit left, for a file or a fit that comes after it.
+    """Hold the results of a fit, for a later file or fit.
 
     Args:
         model: the adapters, which the module no longer has.

@@ -69,7 +69,7 @@ def check_targets(
 
 
 def check_rank_rule(then: str, energy: float | None, flops: float | None) -> tuple[float | None, float | None]:
-    """Return the rules for the ranks of factors; refuse what is out of range, excludes the other, or nothing would follow.
+    """Return the rules for the ranks of factors; refuse values out of range, both at once, or rules without effect.
 
     Raises:
         ConfigError: naming the one.
@@ -94,7 +94,7 @@ def settings_of(phases: PhaseCallback) -> dict[str, Any]:
 
 
 def check_settings(phases: PhaseCallback, noted: Mapping[str, Any], pl_module: pl.LightningModule) -> None:
-    """Compare the arguments with those of a checkpoint's run. Before its switch all but targets may change.
+    """Compare the arguments with those of a checkpoint's run. Before its switch, everything but targets may change.
 
     Args:
         phases: the run's phase callback.

@@ -1,15 +1,15 @@
-"""Look at every target during the first training step, so that nothing is found only when the model changes after days.
+"""Check every target in the first training step, so that problems do not show up days later at the switch.
 
 An adapter adds B A x where its layer is *called*. So a layer that is never called gives a dead adapter; a weight that is also
-used somewhere else (``x @ fc.weight``) makes the merged model another one than the trained one; so does a class that computes
+used somewhere else (``x @ fc.weight``) makes the merged model differ from the trained one; so does a class that computes
 something else than W x + b. All three are seen in one step:
 
 * hooks on the targets say which were called;
 * a ``TorchFunctionMode`` sees the targets' weights in products outside of their layer. A penalty (``weight.pow(2).sum()``) is
   no such use;
 * after backward, a weight that has a gradient though its layer was not called (and no penalty explains it) was used outside;
-* a layer whose class has a forward of its own is called three times more, on copies, without autograd and with the random
-  state put back: with W, with an adapter, and with the adapter merged.
+* a layer whose class has its own forward is called three times more, on copies, without autograd and with the random
+  state restored: with W, with an adapter, and with the adapter merged.
 
 Nothing of this changes a number of the training, and nothing is left after the step, but for one hook on each layer that was
 not called yet: one step is no evidence against a layer (experts, LayerDrop, one task a batch). That hook removes itself.
@@ -59,7 +59,7 @@ class Rehearsal:
     Args:
         module: names of the targets count from it.
         targets: by name.
-        adapters: look whether layers with a forward of their own compute the same with an adapter and merged.
+        adapters: check that layers with their own forward compute the same with an adapter and merged.
     """
 
     def __init__(self, module: nn.Module, targets: Mapping[str, Target], adapters: bool = True) -> None:
@@ -113,17 +113,17 @@ class Rehearsal:
                 self.has_grad.add(name)
 
     def evidence(self) -> list[list[int]]:
-        """What was seen, by layer: called, in a product elsewhere, touched elsewhere, has a gradient, computes another thing.
+        """Return per layer: called, in a product elsewhere, touched elsewhere, has a gradient, computes something else.
 
-        Where several processes train, take the maximum over all of them, and give it to ``finish``.
+        With several processes, take the maximum over all of them, and pass it to ``finish``.
         """
         sets = (self.called, self.elsewhere, self.touched, self.has_grad, self.other)
         return [[int(name in seen) for seen in sets] for name in self.layers]
 
     def finish(self, evidence: list[list[int]] | None = None) -> dict[str, str]:
-        """Stop watching all but layers that nobody has seen yet.
+        """Stop watching all but layers that have not been called yet.
 
-        May be asked again, after layers that nobody had seen were called.
+        May be called again, after unseen layers were called.
 
         Args:
             evidence: of all processes; default: this one's.
@@ -153,7 +153,7 @@ class Rehearsal:
         return {name: reasons[target.layer_name] for name, target in self.targets.items() if target.layer_name in reasons}
 
     def unseen(self) -> list[str]:
-        """Targets whose layers nobody has called, so far."""
+        """Return the targets whose layers have not been called so far."""
         return [name for name, target in self.targets.items() if target.layer_name not in self.called]
 
     def stop(self) -> None:
@@ -168,7 +168,7 @@ _OTHER = "computes something else than W x + b, which an adapter cannot follow: 
 
 
 class Hook:
-    """Be a hook that copies and pickles of the layer do not keep."""
+    """Define a hook that copies and pickles of the layer drop."""
 
     def __init__(self, watcher: Any, name: str) -> None:
         self._watcher, self._name = weakref.ref(watcher), name
@@ -181,7 +181,7 @@ class Hook:
 
 
 def _nothing(*_: Any) -> None:
-    """Do nothing, in a copied layer, in place of a hook."""
+    """Do nothing, in a copied layer, instead of a hook."""
 
 
 def _inert() -> Callable[..., None]:
@@ -200,7 +200,7 @@ class _Seen(Hook):
 
 
 class _Compare(Hook):
-    """Compare, at the first call of a layer with a forward of its own, its output with an adapter and with it merged."""
+    """Compare, at the first call of a layer with its own forward, its outputs with an adapter and with it merged."""
 
     def __call__(self, layer: MatrixLayer, args: tuple, kwargs: dict) -> None:
         rehearsal = self._watcher()
@@ -215,7 +215,7 @@ class _Compare(Hook):
 
 
 class _Outside(TorchFunctionMode):
-    """Follow the targets' weights, and what is made of them, through operations outside of their layers."""
+    """Follow the targets' weights, and tensors computed from them, through operations outside of their layers."""
 
     def __init__(self, rehearsal: Rehearsal) -> None:
         super().__init__()
@@ -266,7 +266,7 @@ class _Outside(TorchFunctionMode):
 
 
 def _inside(layer: MatrixLayer, rehearsal: Rehearsal, name: str) -> bool:
-    """Tell whether the layer's own forward is running, or that of a layer that its weight is tied to."""
+    """Return whether the layer's own forward is running, or that of a layer that its weight is tied to."""
     sharing = rehearsal._sharing.get(name, ())
     frame: FrameType | None = sys._getframe(2)
     while frame is not None:
@@ -282,7 +282,7 @@ def _inside(layer: MatrixLayer, rehearsal: Rehearsal, name: str) -> bool:
 
 
 def in_autograd_function() -> bool:
-    """Return whether the forward of an ``autograd.Function`` is running, which has no autograd of its own."""
+    """Return whether the forward of an ``autograd.Function`` is running, inside which autograd is off."""
     frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         if frame.f_code.co_name == "forward" and isinstance(frame.f_locals.get("ctx"), FunctionCtx):
@@ -293,7 +293,7 @@ def in_autograd_function() -> bool:
 
 @torch.no_grad()
 def differs(layer: MatrixLayer, targets: list[Target], args: tuple, kwargs: dict) -> str | None:
-    """Tell whether a layer with an adapter computes something else than with the adapter merged into its weight.
+    """Return why a layer with an adapter computes something other than with the adapter merged.
 
     Args:
         layer: plain, or with adapters; not changed.
@@ -341,7 +341,7 @@ def _draw(layer: LoRALinear, part: Part) -> None:
 
 
 def _copy(layer: MatrixLayer) -> MatrixLayer:
-    """Return a layer of the same class with tensors of its own and without hooks."""
+    """Return a layer of the same class with its own tensors and without hooks."""
     twin = copy.copy(layer)
     for kind in ("_parameters", "_buffers"):
         own = {}
@@ -359,7 +359,7 @@ def _copy(layer: MatrixLayer) -> MatrixLayer:
 
 
 def _call(layer: nn.Module, args: tuple, kwargs: dict) -> list[Tensor]:
-    """Return the layer's floating outputs for copies of its arguments; the random state is put back."""
+    """Return the layer's floating outputs for copies of its arguments; the random state is restored."""
     args, kwargs = tree_map(lambda a: a.detach().clone() if isinstance(a, Tensor) else a, (args, kwargs))
     devices = {t.device for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.device.type == "cuda"}
     with torch.random.fork_rng(devices=sorted(devices, key=str)):

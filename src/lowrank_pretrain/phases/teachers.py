@@ -1,4 +1,4 @@
-"""Find frozen copies of a model that trains, which users keep inside of one module: DINO, BYOL, MoCo, mean teachers.
+"""Find frozen copies of a training model that users keep in the same module: DINO, BYOL, MoCo, mean teachers.
 
 Their owners update them from the trained one, and most do so by the position of ``parameters()``. Adapters change number and
 order of those, so the update would fail, or pair what does not belong together, after the switch; one by name from
@@ -64,7 +64,7 @@ def teachers(module: nn.Module, targets: Mapping[str, Target], trained: set[int]
 
 
 class _Watch(NamedTuple):
-    """Look at parameters as they are taken: at a student's and a teacher's, in turn.
+    """Record parameters as they are iterated: a student's and a teacher's, in turn.
 
     Attributes:
         side: the student's name for what is taken of it, ``""`` for what is taken of a teacher, ``None`` for anything else.
@@ -79,7 +79,7 @@ class _Watch(NamedTuple):
     taken: list[tuple[str | None, nn.Module, nn.Parameter]]
 
     def note(self, module: nn.Module, p: nn.Parameter) -> tuple[str, str] | None:
-        """Note that a module yields a parameter; return (student, teacher) if the last four were taken in turn."""
+        """Note that a module yields a parameter; return (student, teacher) if the last four alternated."""
         self.taken.append((self.side(module, p), module, p))
         del self.taken[:-4]
         sides = [side for side, _, _ in self.taken]
@@ -96,7 +96,7 @@ class _Watch(NamedTuple):
 
 
 class Pairing:
-    """Notice during a step whether parameters of a student and of its teacher are taken in turn, as by ``zip``.
+    """Detect, during a step, that parameters of a student and its teacher are iterated in turn, as by ``zip``.
 
     Args:
         module: holds the students.
@@ -113,7 +113,7 @@ class Pairing:
         self._plain: Callable[..., Any] | None = None
 
     def watch_whole(self) -> None:
-        """Notice any model that is paired with the whole module too, or an ``AveragedModel`` inside of it."""
+        """Detect also any model that is paired with the whole module, or an ``AveragedModel`` inside of it."""
         whole, own = type(self._module).__name__, _ids(self._module)
         for name, child in self._named.items():
             if isinstance(child, AveragedModel):
@@ -121,7 +121,7 @@ class Pairing:
         self._watches.append(_Watch(_by_ids(whole, own, None), "another model", False, []))
 
     def watch_outside(self, targets: Mapping[str, Target], followed: Iterable[nn.Module]) -> None:
-        """Notice a model that the module does not hold too, where it is paired with a part of the module that has targets.
+        """Detect also an outside model that is paired with a part of the module that has targets.
 
         Args:
             targets: by name.
@@ -141,7 +141,7 @@ class Pairing:
         self._watches.append(_Watch(side, None, True, []))
 
     def start(self) -> None:
-        """Begin to notice."""
+        """Begin to watch."""
         self._plain = nn.Module.named_parameters  # parameters() asks there too
         plain, this = self._plain, weakref.ref(self)
 
@@ -155,7 +155,7 @@ class Pairing:
         _set_named_parameters(named_parameters)
 
     def stop(self) -> None:
-        """Put everything back."""
+        """Stop watching."""
         if self._plain is not None:
             _set_named_parameters(self._plain)
             self._plain = None

@@ -1,11 +1,11 @@
 """Change a model in the middle of a fit: note what it was, change it, and make trainer, optimizers and averages follow.
 
-``apply`` takes the distributed wrapper off, runs the change, refits the optimizers' groups and wraps again, all at an
+``apply`` removes the distributed wrapper, runs the change, refits the optimizers' groups and wraps again, all at an
 optimizer-step boundary. **New parameters join the group that owns their base weight.** That is exact for every kind of
 scheduler, for resume and for layer-wise learning rates, where ``add_param_group`` raises or silently drifts. Frozen
 parameters leave their group (which may become empty, but is never removed); their state and ``.grad`` are released.
 
-Under DDP the new wrapper has a reducer of its own, with the strategy's arguments and communication hook, or else with the hooks
+Under DDP the new wrapper has its own reducer, with the strategy's arguments and communication hook, or else with the hooks
 that were registered on the old wrapper (Lightning registers ``ddp_comm_hook`` on CUDA only and drops it silently on a CPU). The
 state of a hook that holds buffers by bucket (PowerSGD's) starts anew, because the buckets change.
 
@@ -52,7 +52,7 @@ Change = Callable[[], Iterable[Inherit] | None]
 
 @dataclass
 class Note:
-    """Remember what a module was before its first change, and what was done to it. Kept on the module: it outlives the fit.
+    """Remember a module's form before its first change, and its changes since. Kept on the module: it outlives the fit.
 
     Args:
         requires_grad: by parameter, before the first change.
@@ -73,7 +73,7 @@ class Note:
     alpha: float | None = None
 
     def entry(self) -> dict[str, Any]:
-        """Return what a checkpoint must say, as plain types."""
+        """Return the note's part of a checkpoint, as plain types."""
         return {"phase": self.phase, "plan": dict(self.plan or {}), "alpha": self.alpha}
 
 
@@ -83,13 +83,13 @@ def note_of(module: nn.Module) -> Note | None:
 
 
 def note_of_changed(module: nn.Module) -> Note | None:
-    """Return the note on a module that was changed; None for one that is as its user made it."""
+    """Return the note on a changed module; None for an unchanged one."""
     note = note_of(module)
     return note if note is not None and note.plan is not None else None
 
 
 def note_plain(module: pl.LightningModule) -> Note:
-    """Note what a module is before a change. The first note stays."""
+    """Note a module's form before a change. The first note is kept."""
     note = note_of(module)
     if note is not None:
         return note
@@ -107,7 +107,7 @@ def note_plain(module: pl.LightningModule) -> Note:
 
 
 def note_added(module: pl.LightningModule) -> None:
-    """After an optimizer took the plan: leave what it registered on the module out of the state dict, which stays plain."""
+    """Exclude what an optimizer registered on the module from the state dict, so that it stays plain."""
     note = note_plain(module)
     added, note.before = [name for name in own_tensors(module) if name not in note.before], set(own_tensors(module))
     if added:
@@ -130,7 +130,7 @@ def forget_note(module: nn.Module) -> None:
 
 
 def restore_flags(module: nn.Module) -> None:
-    """Give the parameters the ``requires_grad`` that they had before the first change, and the module its own writers."""
+    """Restore the parameters' ``requires_grad`` from before the first change, and the module's own writers."""
     note = note_of(module)
     flags = {} if note is None else note.requires_grad
     for name, p in module.named_parameters():
@@ -149,9 +149,9 @@ _WRITERS = ("state_dict", "on_save_checkpoint")
 
 
 class _AsPlain:
-    """Show the plain model, with what it would train, to a user's own way to write the module into a file.
+    """Show the plain model, with its trainable flags, to a user's own code that saves the module.
 
-    Whoever keeps only what trains would otherwise lose the frozen, merged weights, and find the adapters in their place.
+    Code that saves only trainable parameters would otherwise save adapters instead of the frozen, merged weights.
     """
 
     def __init__(self, module: pl.LightningModule, name: str) -> None:
@@ -160,19 +160,19 @@ class _AsPlain:
 
     @property
     def __wrapped__(self) -> Any:
-        """Lightning asks here whether the method is a user's own."""
+        """Return the wrapped method, in which Lightning looks for a user's override."""
         return getattr(type(self.module), self.name).__get__(self.module) if self.before is None else self.before
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         note = note_of(self.module)
-        if kwargs.get("keep_vars", False):  # who wants the parameters themselves gets them as they are
+        if kwargs.get("keep_vars", False):  # callers that want the parameters themselves get them unchanged
             return self.__wrapped__(*args, **kwargs)
         with shown_whole(self.module), shown_plain(self.module, {} if note is None else note.requires_grad):
             return self.__wrapped__(*args, **kwargs)
 
 
 def _is_own(module: pl.LightningModule, name: str) -> bool:
-    """Return whether a user's code has a say in what the method writes."""
+    """Return whether a user's code overrides what the method writes."""
     if name in module.__dict__ or getattr(type(module), name) is not getattr(pl.LightningModule, name):
         return True
     return name == "state_dict" and any(type(child).state_dict is not nn.Module.state_dict for child in module.modules())
@@ -184,7 +184,7 @@ def _is_own(module: pl.LightningModule, name: str) -> bool:
 def apply(
     trainer: pl.Trainer, module: pl.LightningModule, change: Change, optimizer_state: str = "keep", replay: bool = False
 ) -> int:
-    """Run ``change`` on the module and make trainer, optimizers and wrapper follow.
+    """Run ``change`` on the module, then update trainer, optimizers and wrapper.
 
     Args:
         trainer: the running trainer.
@@ -208,7 +208,7 @@ def apply(
     strategy: Any = trainer.strategy
     by_strategy = isinstance(strategy, Adopter) and strategy.compares_ranks
 
-    # take the wrapper off
+    # remove the wrapper
     wrapped = strategy.model is not strategy.lightning_module
     hooks = comm_hooks(strategy.model) if wrapped else []
     if wrapped:
@@ -250,7 +250,7 @@ def apply(
 
 
 def _give_memory_back() -> None:
-    """Return freed memory to the device and to the system, so that what a phase needs is what they report.
+    """Return freed memory to the device and to the system, so that their figures show what a phase needs.
 
     glibc keeps freed blocks of up to 32 MiB, which most matrices are; it is asked to let them go.
     """
@@ -261,16 +261,16 @@ def _give_memory_back() -> None:
 
 
 def allow_graphs(module: nn.Module) -> int:
-    """Raise dynamo's ``recompile_limit`` to what layers that are compiled one by one need in three phases.
+    """Raise dynamo's ``recompile_limit`` to the number that separately compiled layers need over three phases.
 
     Blocks compiled each by itself (``block.compile()``) share one piece of code. While all are alike they share a graph. With
     adapters of different ranks each needs its own, in each phase, for training and for evaluation. Beyond its limit (8) dynamo
     goes back to eager code with no more than a warning.
 
     Returns:
-        How many of the module's layers are compiled (or hold compiled code); 0 leaves the limit as it is.
+        How many of the module's layers are compiled (or hold compiled code); 0 leaves the limit unchanged.
     """
-    dynamo = sys.modules.get("torch._dynamo")  # where nothing was compiled nobody has imported it
+    dynamo = sys.modules.get("torch._dynamo")  # not imported unless something was compiled
     if dynamo is None:
         return 0
     count = sum(
@@ -302,7 +302,7 @@ def check_restored(optimizers: Iterable[Optimizer], module: nn.Module) -> None:
     names = {id(p): name for name, p in module.named_parameters()}
     for optimizer in optimizers:
         if not type(optimizer).__module__.startswith("torch.optim"):
-            continue  # projected moments have shapes of their own: such an optimizer checks them itself
+            continue  # projected moments have their own shapes: such an optimizer checks them itself
         for p, state in optimizer.state.items():
             for key, value in state.items():
                 if isinstance(value, Tensor) and value.ndim > 0 and key.startswith("exp_avg") and value.shape != p.shape:
@@ -356,7 +356,7 @@ def _join(optimizers: list[Optimizer], module: nn.Module, before: dict[int, bool
 
 
 def _base_weight(name: str, named: dict[str, nn.Parameter], groups: dict[int, Any], origins: dict[int, int]) -> int | None:
-    """Find the nearest parameter above a new one that an optimizer owns: ``fc1.lora_B.W`` -> ``fc1.weight``."""
+    """Find the nearest enclosing parameter of a new one that an optimizer owns: ``fc1.lora_B.W`` -> ``fc1.weight``."""
     words = name.split(".")
     for end in range(len(words) - 1, 0, -1):
         prefix = ".".join(words[:end])
@@ -400,7 +400,7 @@ def averages(callbacks: Iterable[pl.Callback]) -> Iterator[tuple[str, nn.Module,
 
 
 def follow(callbacks: Iterable[pl.Callback], module: pl.LightningModule) -> None:
-    """Give every averaged model the changed module's shape; it keeps its values by name.
+    """Rebuild every averaged model from the changed module, keeping its values by name.
 
     Raises:
         ConfigError: two of the module's parameters are views of one another: averaging both would average twice.
@@ -423,13 +423,13 @@ def follow(callbacks: Iterable[pl.Callback], module: pl.LightningModule) -> None
 
 
 def restart_averages(callbacks: Iterable[pl.Callback], module: pl.LightningModule) -> None:
-    """Make every average a copy of the module as it is, as at the start of a fit."""
+    """Reset every average to a copy of the present module, as at the start of a fit."""
     for _, averaged, callback in averages(callbacks):
         set_averaged_model(callback, copy.deepcopy(module).to(next(averaged.parameters()).device))
 
 
 def refuse_views(callback: pl.Callback) -> None:
-    """Refuse to average a fused layer of which only some row blocks are targets: the others train on as views of W."""
+    """Refuse to average a fused layer with only some row blocks as targets: the others train as views of W."""
     raise ConfigError(
         "callbacks", type(callback).__name__,
         "would average the rows of a fused layer twice of which only some are targets: name all its parts as targets, or set "

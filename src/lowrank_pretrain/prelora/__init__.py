@@ -1,1 +1,1 @@
-"""PreLoRA: train in full, notice partial convergence, finish low-rank."""
+"""Run PreLoRA: train in full, detect partial convergence, finish low-rank."""

@@ -1,4 +1,4 @@
-"""PreLoRA as a Lightning callback (arXiv 2509.21619): *when* training becomes low-rank."""
+"""Run PreLoRA as a Lightning callback (arXiv 2509.21619): decide *when* training becomes low-rank."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -30,7 +30,7 @@ from lowrank_pretrain.prelora.decisions import (
 
 
 class PreLoRA(PhaseCallback):
-    r"""Train in full, notice partial convergence, give each layer a rank by how far it has converged, finish low-rank.
+    r"""Train in full, detect partial convergence, give each layer a rank by its convergence, finish low-rank.
 
     Example::
 
@@ -66,9 +66,9 @@ class PreLoRA(PhaseCallback):
         then: ``lora``, or ``galore``: the optimizer (GaLoreAdamW) takes the targets over, without adapters; or ``factorize``:
             W trains on through the joint phase (at least 8 steps), and then becomes a product U V of its rank: everything
             shrinks with it. A target that would not get faster stays whole and trains on.
-        energy: with ``then="factorize"``: the share of each layer's output energy that its rank must keep, in place of
+        energy: with ``then="factorize"``: the share of each layer's output energy that its rank must keep, instead of
             ``ranks``.
-        flops: likewise: the share of the targets' FLOPs that the factors may take in all, in place of ``ranks``.
+        flops: likewise: the share of the targets' FLOPs that the factors may take in all, instead of ``ranks``.
 
     Raises:
         ConfigError: a wrong value; at the start of fit or in its first step, a pattern without a match, one that names what
@@ -135,13 +135,13 @@ class PreLoRA(PhaseCallback):
 
     @property
     def state_key(self) -> str:
-        """Pinned: a subclass must find this state too."""
+        """Return a pinned key: a subclass must find this state too."""
         return "PreLoRA"
 
     # -- Lightning's hooks ------------------------------------------------------------------------------------------
 
     def choose_targets(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Resolve the targets, with the layers of ``setup`` and ``configure_model`` there, so that a mistake shows at once."""
+        """Resolve the targets after ``setup`` and ``configure_model``, so that mistakes show at once."""
         # a fraction of min(D, O) is never too large: nothing needs cutting down
         targets = self._select(trainer, pl_module, 1 if self.then == "factorize" else self.ranks[-1], "ranks")
         if self.then == "factorize":
@@ -163,7 +163,7 @@ class PreLoRA(PhaseCallback):
         self._loss = _on(pl_module.device, self._loss)
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
-        """At the last step of a window, note gradient norms (unscaled, before clipping) if ranks come from them."""
+        """Note gradient norms (unscaled, before clipping) at a window's last step, if ranks come from them."""
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
         if self.rank_signal == "grad_norm" and self.phase == "full" and self._closes_window(trainer):
             grads = {n: t for n, t in self._present(pl_module).items() if t.layer.weight.grad is not None}
@@ -211,7 +211,7 @@ class PreLoRA(PhaseCallback):
         targets = self._present(pl_module)
         family_of = families(pl_module, targets)
         total, count = trainer.strategy.reduce(self._loss, reduce_op="sum").tolist()
-        if not count:  # every step of it was skipped: it is no window
+        if not count:  # every step of it was skipped: not a window
             self.windows_done -= 1
             return
         self._loss.zero_()
@@ -222,7 +222,7 @@ class PreLoRA(PhaseCallback):
             self._say_unseen(pl_module)
         due = self.verdict.converged and self.windows_done >= self.earliest
         forced = self.latest is not None and self.windows_done >= self.latest
-        # every rank must do the same, whatever its rounding: rank 0 decides
+        # every rank must do the same, regardless of rounding: rank 0 decides
         if trainer.strategy.broadcast(due or forced):
             if not due:
                 rank_zero_info(f"PreLoRA: not converged by window {self.windows_done}, switching because of latest")
@@ -250,7 +250,7 @@ class PreLoRA(PhaseCallback):
         return Plan({name: min(rank, self.chosen[name]) for name, rank in plan.items()})
 
     def _assign_fractions(self, family_of: dict[str, str], targets: Mapping[str, Target]) -> Plan:
-        """Choose among fractions as among ranks; where energy or a budget decides later, this is the most that it may be."""
+        """Choose among fractions as among ranks; if energy or a budget decides later, this is the upper limit."""
         if self.energy is not None or self.flops is not None:
             return Plan({name: self.chosen[name] for name in family_of})
         signal = [w.norms for w in self.history] if self.rank_signal == "weight_norm" else self.grad_norms
@@ -265,7 +265,7 @@ class PreLoRA(PhaseCallback):
         return {name: target for name, target in all_targets(pl_module).items() if name in self.chosen}
 
     def _say_unseen(self, pl_module: pl.LightningModule) -> None:
-        """After the first window, name layers that nobody called; a single step is no evidence against one."""
+        """Name layers not called during the first window; a single step would be no evidence."""
         if self._first is None:
             return
         late, unseen = self._first.late()
@@ -278,7 +278,7 @@ class PreLoRA(PhaseCallback):
             )
 
     def _check_again(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Just before the switch, leave out what is no target any more, or was never called."""
+        """Leave out, just before the switch, targets that are no longer valid or were never called."""
         against, reasons = obstacles(pl_module), {}
         present = self._present(pl_module)
         for name in self.chosen:
@@ -308,7 +308,7 @@ class PreLoRA(PhaseCallback):
         return self._due or self._units + passed >= self.window
 
     def _check_length(self, trainer: pl.Trainer, has_data: bool = False) -> None:
-        """Refuse a run that ends before it can switch, as far as that can be known: not with ``max_time``, say.
+        """Refuse a run that ends before it can switch, as far as that is known: with ``max_time``, for example, it is not.
 
         Raises:
             ConfigError: naming the limit.
@@ -396,7 +396,7 @@ def _norms(targets: dict[str, Target], grad: bool = False) -> dict[str, float]:
 
 
 def _steps(trainer: pl.Trainer) -> tuple[float, float]:
-    """Return ``max_steps`` and the optimizer steps of an epoch; infinite where there is no limit, or none is known."""
+    """Return ``max_steps`` and the optimizer steps of an epoch; infinite if unlimited or unknown."""
     batches = trainer.num_training_batches
     changes = any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks_of(trainer))
     known = math.isfinite(batches) and not changes

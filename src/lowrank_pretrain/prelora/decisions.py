@@ -24,7 +24,7 @@ _TINY = 1e-12
 
 
 class Window(NamedTuple):
-    """Keep of a window its mean loss (in the run's unit), and the Frobenius norm of each target at its end."""
+    """Hold a window's mean loss (in the run's unit), and each target's Frobenius norm at its end."""
 
     loss: float
     norms: dict[str, float]
@@ -39,7 +39,7 @@ class Verdict(NamedTuple):
 
 
 def relative_change(a: float, b: float) -> float:
-    """Return |b − a| / a; 0 where nothing moved away from zero, infinite where something did.
+    """Return |b − a| / a; for a = 0: 0 if b = 0, else infinite.
 
     Example:
         >>> relative_change(2.0, 1.5), relative_change(0.0, 0.0), relative_change(0.0, 1.0)
@@ -51,7 +51,7 @@ def relative_change(a: float, b: float) -> float:
 
 
 def family_changes(a: Mapping[str, float], b: Mapping[str, float], families: Mapping[str, str]) -> dict[str, float]:
-    """Return the mean relative change of the norms from ``a`` to ``b`` by family."""
+    """Return by family the mean relative change of the norms from ``a`` to ``b``."""
     changes: dict[str, list[float]] = {}
     for name, family in families.items():
         changes.setdefault(family, []).append(relative_change(a[name], b[name]))
@@ -96,7 +96,7 @@ RANKS = [4, 8, 16, 32]  # by default
 def assign_ranks(
     before: Mapping[str, float], after: Mapping[str, float], families: Mapping[str, str], ranks: Sequence[int]
 ) -> Plan:
-    """Give every target a rank by how far it has converged.
+    """Give every target a rank by its convergence.
 
     Args:
         before: target -> signal (norm of weight, or of gradient) at the end of the last window but one.
@@ -167,7 +167,7 @@ def check_fractions(ranks: Sequence[float]) -> list[float]:
 
 
 def _items(values: Iterable[Any]) -> Iterator[Any]:
-    """Yield the values; a lone number that claims to be iterable (an array without dimensions) has none."""
+    """Yield the values; a scalar that claims to be iterable (a 0-d array) has none."""
     try:
         yield from values
     except TypeError:

@@ -110,7 +110,7 @@ def bars(name: str, x: str, rows: Sequence[tuple[str, float, int, str]]) -> str:
 
 
 def heat_map(name: str, x: str, y: str, rows: list[str], columns: list[str], cells: dict[tuple[str, str], int]) -> str:
-    """Draw integers in a grid, each in its cell; darker is larger. A cell without a number stays empty.
+    """Draw integers in a grid of cells; darker is larger. A cell without a number stays empty.
 
     Args:
         name: unique on the page.
@@ -171,7 +171,7 @@ def _svg(figure: Any, name: str) -> str:
     svg = re.sub(r'\bid="([^"]+)"', rf'id="{prefix}--\1"', svg)
     svg = re.sub(r'(href="|url\()#', rf"\1#{prefix}--", svg)
     svg = re.sub(r"<style.*?</style>|<metadata.*?</metadata>", "", svg, flags=re.S)
-    svg = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", svg)  # older versions of matplotlib write it so
+    svg = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", svg)  # as older versions of matplotlib write it
     svg = re.sub(r"font-family: [^;\"]*;? ?", "", svg)
     for stand_in, value in ((INK, "var(--ink)"), (FAINT, "var(--faint)"), (PAPER, "var(--paper)")):
         svg = svg.replace(stand_in, value)

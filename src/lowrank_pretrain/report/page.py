@@ -44,7 +44,7 @@ def write_report(paths: list[Path], out: Path | None = None) -> Path:
 
 
 def title(paths: list[Path], runs: list[Run]) -> str:
-    """Return the directory's name, or the number of runs where there are several directories."""
+    """Return the directory's name, or the number of runs if there are several directories."""
     return paths[0].resolve().name if len(paths) == 1 else f"{len(runs)} runs"
 
 
@@ -66,7 +66,7 @@ def render(runs: list[Run], title: str) -> str:
 
 
 def unwell(runs: list[Run]) -> str:
-    """List the runs that have not finished or have unreadable files, with the reason; folded where there are several runs."""
+    """List the runs that have not finished or have unreadable files, with the reason; folded if there are several runs."""
     found = [run for run in runs if run.state != "finished" or run.damage]
     if not found:
         return ""
@@ -101,7 +101,7 @@ NOTES = (
 
 
 def intro(runs: list[Run]) -> str:
-    """Count the runs by how they ended; of a single one, return its command and directory."""
+    """Return the number of runs by outcome; for a single one, its command and directory."""
     counts = {state: sum(run.state == state for run in runs) for state in ("finished", "failed", "damaged", "unfinished")}
     if len(runs) == 1:
         return f"<p>{command(runs[0])}</p><p>{where(runs[0])}</p>"
@@ -126,13 +126,13 @@ def where(run: Run) -> str:
 
 
 def command(run: Run) -> str:
-    """Return the command line that started the run, as far as ``.hydra`` has it."""
+    """Return the command line that started the run, if ``.hydra`` has it."""
     words = " ".join(["python -m lowrank_pretrain", *run.overrides])
     return f"<code>{escape(words)}</code>"
 
 
 def one(run: Run, several: bool) -> str:
-    """Return the section of one run; folded where there are several."""
+    """Return the section of one run; folded if there are several."""
     charts = [*of_one(run, several), *([] if several else over_steps([run]))]
     parts = []
     if several:

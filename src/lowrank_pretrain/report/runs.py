@@ -37,9 +37,9 @@ class Run:
         overrides: the command line's, e.g. ``["seed=1"]``.
         config: as composed; {} where ``.hydra`` is gone.
         summary: contents of summary.json; {} where the run has not finished.
-        failure: why it ended, in one line; None where it left no such line.
-        damage: which of its files cannot be read, in one line; None where all can be read.
-        job: Hydra's number of it in a sweep; None for a single run, whose directory has a name that somebody chose.
+        failure: why it ended, in one line; None if it left no such line.
+        damage: which of its files cannot be read, in one line; None if all can be read.
+        job: its number in a sweep, from Hydra; None for a single run, whose directory has a name that somebody chose.
         series: {metric: [(optimizer steps taken, value), …]}; values that are NaN or infinite are left out.
     """
 
@@ -55,7 +55,7 @@ class Run:
 
     @property
     def state(self) -> str:
-        """``finished``, ``failed``, ``damaged`` or ``unfinished``."""
+        """Return ``finished``, ``failed``, ``damaged`` or ``unfinished``."""
         if self.failure:
             return "failed"
         if self.damage:
@@ -69,7 +69,7 @@ class Run:
 
     @property
     def reason(self) -> str:
-        """Why the run has no end; empty where it has one."""
+        """Return why the run did not finish; empty if it did."""
         if self.failure or self.damage:
             return self.failure or self.damage or ""
         if self.state == "finished":
@@ -82,17 +82,17 @@ class Run:
 
     @property
     def name(self) -> str:
-        """The directory's name."""
+        """Return the directory's name."""
         return self.path.resolve().name
 
     @property
     def told(self) -> list[str]:
-        """The overrides that say something about the run, without ``+``."""
+        """Return the overrides that describe the run, without ``+``."""
         return [override.removeprefix("++").removeprefix("+") for override in self.overrides if not override.startswith(HIDDEN)]
 
     @property
     def phases(self) -> list[dict[str, Any]]:
-        """The phases of summary.json."""
+        """Return the phases of summary.json."""
         return self.summary.get("phases", [])
 
     def last(self, metric: str) -> float | None:
@@ -105,7 +105,7 @@ class Run:
         return {key[len(prefix) + 1 :]: points for key, points in self.series.items() if key.startswith(f"{prefix}/")}
 
     def by_time(self, metric: str) -> Series:
-        """Return a metric over seconds of training instead of steps; [] where no time is known.
+        """Return a metric over seconds of training instead of steps; [] if no time is known.
 
         Validation and checkpoints are not counted. Between two known times, steps count as equally long.
         """
@@ -161,7 +161,7 @@ def find_runs(paths: list[Path]) -> list[Run]:
 
 
 def read_run(directory: Path) -> Run:
-    """Read what a run directory has; a file that cannot be read is named in ``Run.damage``."""
+    """Read a run directory; name a file that cannot be read in ``Run.damage``."""
     run = Run(directory)
     hydra, failure = directory / ".hydra", directory / "failure.txt"
     with _readable(run, hydra / "config.yaml") as file:
@@ -181,7 +181,7 @@ def read_run(directory: Path) -> Run:
 
 
 class _readable:  # noqa: N801
-    """Read a file in a ``with`` block: skip it where it is missing, and note in ``Run.damage`` where it cannot be read."""
+    """Read a file in a ``with`` block: skip it if missing, and note in ``Run.damage`` if it cannot be read."""
 
     def __init__(self, run: Run, file: Path) -> None:
         self.run, self.file = run, file
@@ -259,11 +259,11 @@ def _job_number(run: Run) -> tuple[int, str]:
 def labels(runs: list[Run], without: str = "hydra.") -> list[str]:
     """Return a short, unique name for each run.
 
-    A job is named by the overrides that not all runs have, a single run by its directory.
+    A job is named by the overrides that differ between runs, a single run by its directory.
 
     Args:
         runs: those on one page.
-        without: overrides that begin with it are left out: ``seed=`` where a name stands for several seeds.
+        without: overrides that begin with it are left out: ``seed=`` if a name stands for several seeds.
     """
     told = [[override for override in run.told if not override.startswith(without)] for run in runs]
     shared = set.intersection(*map(set, told)) if told else set()
@@ -310,7 +310,7 @@ def _cut(text: str, most: int = LONGEST_LABEL) -> str:
 
 
 def best(values: Sequence[float | None], metric: str) -> float | None:
-    """Return the best of several runs' values; None where all are the same, there is one, or no end of the scale is better.
+    """Return the best of several runs' values; None if all are equal, there is only one, or neither end of the scale is better.
 
     Example:
         >>> best([0.5, None, 0.7], "val/acc1"), best([0.5, 0.7], "val/loss"), best([0.5], "val/loss")
@@ -338,12 +338,12 @@ class Seeds:
         return [value for run in self.runs if (value := run.last(metric)) is not None]
 
     def mean(self, metric: str) -> float | None:
-        """Return their mean; None where not every run has one."""
+        """Return the mean of a metric's last values; None if a run lacks one."""
         values = self.values(metric)
         return statistics.fmean(values) if len(values) == len(self.runs) else None
 
     def deviation(self, metric: str) -> float:
-        """Return their sample standard deviation, to two digits."""
+        """Return the sample standard deviation of a metric's last values, to two digits."""
         return float(f"{statistics.stdev(self.values(metric)):.2g}")
 
 

@@ -1,4 +1,4 @@
-"""Choose the charts of a page: which metrics of several runs together, and which of one run alone."""
+"""Choose the charts of a page: the metrics of several runs together, and those of a single run."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -71,7 +71,7 @@ def side_by_side(runs: list[Run]) -> Iterator[Chart]:
 
 
 def over_steps(shown: list[Run], remark: str = "") -> Iterator[Chart]:
-    """Draw what a run costs over its steps."""
+    """Draw the cost of a run over its steps."""
     slots = {run.label: index for index, run in enumerate(shown)}
     marks = marks_of(shown[0]) if len(shown) == 1 else {}
     for metric, (factor, unit) in OVER_STEPS.items():
@@ -99,7 +99,7 @@ def by_phase(runs: list[Run], remark: str = "") -> Iterator[Chart]:
 
 
 def of_one(run: Run, several: bool) -> Iterator[Chart]:
-    """Draw what makes sense for a single run only: ranks, norms, heads, subspaces."""
+    """Draw the charts of a single run: ranks, norms, heads, subspaces."""
     own = f"{run.label}: " if several else ""  # ids and accessible names are unique on the page
     if run.summary.get("plan"):
         yield Chart("Ranks", rank_map(run.summary["plan"], f"{own}ranks"), "Rank of each adapter, chosen at the switch.")
@@ -163,7 +163,7 @@ def marks_of(run: Run, by_time: bool = False) -> dict[str, float]:
 
 
 def smooth(points: Series, metric: str) -> Series:
-    """Average a training loss of many steps over stretches of equal length; other metrics stay as they are."""
+    """Average a long training loss over stretches of equal length; leave other metrics unchanged."""
     most = 120
     if metric != "train/loss" or len(points) <= most:
         return points

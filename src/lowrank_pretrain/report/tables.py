@@ -73,7 +73,7 @@ def seeds_table(groups: list[Seeds]) -> str:
 
 
 def measure(value: float | None, finest: float | None, more: str = "") -> str:
-    """Format a loss or an accuracy, and mark it where it is the best."""
+    """Format a loss or an accuracy, and mark it if it is the best."""
     if value is None:
         return "–"
     return f'<b class="best">{format_number(value)} {STAR}</b>{more}' if value == finest else format_number(value) + more

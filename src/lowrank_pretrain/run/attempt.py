@@ -1,4 +1,4 @@
-"""One attempt of a run: build everything, fit from a checkpoint or from the beginning, test, export."""
+"""Make one attempt of a run: build everything, fit from a checkpoint or from the beginning, test, export."""
 
 import os
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ def attempt(config: dict[str, Any], run_dir: Path, ckpt: Path | None, guard: Div
     Args:
         config: the run's plain configuration.
         run_dir: the run directory.
-        ckpt: where to go on from; None: from the beginning.
+        ckpt: where to resume from; None: from the beginning.
         guard: watches loss and gradients, and remembers earlier attempts.
         multirun: whether this is one job of a sweep.
 
@@ -69,7 +69,7 @@ def attempt(config: dict[str, Any], run_dir: Path, ckpt: Path | None, guard: Div
 
 @contextmanager
 def _tidied_up(loggers: list[Logger]) -> Iterator[None]:
-    """After the run, however it ends, close the loggers, and the process group of LTE on one device.
+    """Close the loggers, and LTE's process group on one device, when the run ends in any way.
 
     The next job of a sweep would take that group over, and processes forked then would wait for its threads.
     """

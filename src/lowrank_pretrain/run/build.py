@@ -1,4 +1,4 @@
-"""Make an object of a configuration node, or one line of a wrong key or value that says what is allowed."""
+"""Build an object from a configuration node, or report a wrong key or value in one line with what is allowed."""
 
 import difflib
 import inspect
@@ -40,7 +40,7 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
 
 
 def check_arguments(group: str, target: Callable, given: dict[str, Any], ours: Collection[str] = ()) -> None:
-    """Refuse a key that is no argument of `target` or one of `ours`, a value of another type, and a number that is not finite.
+    """Refuse unknown keys (arguments of neither `target` nor `ours`), values of a wrong type, and non-finite numbers.
 
     Raises:
         ConfigError: there is one; the key is ``group.key``.
@@ -64,7 +64,7 @@ def check_finite(group: str, given: Mapping[str, Any]) -> None:
     """Refuse NaN and infinite numbers in `given`, at any depth: comparisons would let them through.
 
     Raises:
-        ConfigError: one is; the key is ``group.key``.
+        ConfigError: one of them is; the key is ``group.key``.
     """
     for key, value in given.items():
         if any(isinstance(leaf, float) and not math.isfinite(leaf) for leaf in _leaves(value)):
@@ -98,7 +98,7 @@ def _matches(value: Any, hint: Any) -> bool:
             return all(isinstance(item, dict) or _matches(item, parts[0]) for item in value) if parts else True
         return kind not in (*SIMPLE, *DICTS)
     if hint not in SIMPLE:
-        # a number or a word is no container; anything else may fit
+        # a number or a word is not a container; anything else may fit
         return kind not in (*LISTS, *DICTS)
     if isinstance(value, bool):
         return hint is bool
@@ -181,7 +181,7 @@ def build_nested(group: str, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def blamed(text: str, values: dict[str, Any]) -> str | None:
-    """Return the key that a message is about: the one it names first, else one whose value it quotes."""
+    """Return the key that a message is about: the first one that it names, else one whose value it quotes."""
     named = [(text.index(key), -len(key), key) for key in values if key in text]
     if named:
         return min(named)[-1]

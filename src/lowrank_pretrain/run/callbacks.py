@@ -1,4 +1,4 @@
-"""The callbacks of a run from the command line, in the order in which each step calls them."""
+"""Build a command-line run's callbacks, in the order in which each step calls them."""
 
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ class RunCallbacks:
     Args:
         config: the run's plain configuration.
         run_dir: the run directory.
-        ckpt: the checkpoint that the run goes on from.
+        ckpt: the checkpoint that the run resumes from.
         guard: watches loss and gradients.
 
     Raises:

@@ -54,12 +54,12 @@ def _prepared(argument: str, sweep: bool) -> str:
 
 
 def refuse_unknown(arguments: list[str]) -> None:
-    """Refuse a name that is no option of its group, and a key that there is not, in one line; Hydra takes many.
+    """Refuse an unknown option of a group, or an unknown key, in one line; Hydra's message takes many.
 
     A sweep and Hydra's own flags are left to Hydra, and so is any other mistake.
 
     Raises:
-        ConfigError: with the nearest name or key, and all that there are.
+        ConfigError: with the nearest name or key, and all valid ones.
     """
     if any(argument.startswith("-") for argument in arguments):
         return
@@ -87,12 +87,12 @@ def _configuration(arguments: list[str]) -> DictConfig:
 
 
 def _hint(key: str, arguments: list[str]) -> str:
-    """Return which keys there are in the group of an unknown one, or in which group it is; nothing if more is wrong."""
+    """Return the keys of an unknown key's group, or the group that has it; nothing if more is wrong."""
     parent, dot, word = key.rpartition(".")
     try:
         config = _configuration(arguments)
         group = OmegaConf.select(config, parent) if parent else config
-    except Exception:  # another mistake, which Hydra tells
+    except Exception:  # another mistake, which Hydra reports
         return ""
     if not isinstance(group, DictConfig) or word in group:
         return ""
@@ -109,10 +109,10 @@ def _near(word: str, words: list[str], prefix: str = "") -> str:
 
 
 def prepare_process() -> None:
-    """Prepare this process's own arguments, which Hydra reads, and with which Lightning starts further processes.
+    """Prepare this process's arguments, which Hydra reads and Lightning reuses to start further processes.
 
     Raises:
-        SystemExit: 2, after one line, where they cannot be read.
+        SystemExit: 2, after one line, if they cannot be read.
     """
     try:
         sys.argv[1:] = prepare(sys.argv[1:])

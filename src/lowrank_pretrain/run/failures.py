@@ -1,4 +1,4 @@
-"""Say in one line, with an exit code, what a user can mend; other failures keep their traceback."""
+"""Report in one line, with an exit code, failures that a user can fix; others keep their traceback."""
 
 import errno
 import os
@@ -40,7 +40,7 @@ ROOMS = {
 
 
 def describe(error: BaseException, cfg: DictConfig, run_dir: Path) -> tuple[str, int] | None:
-    """Return one line and an exit code for an error; None where a line cannot explain it.
+    """Return one line and an exit code for an error; None if one line cannot explain it.
 
     Args:
         error: what ended the run.
@@ -101,20 +101,20 @@ def _is_another_process(error: BaseException) -> bool:
 
 
 def _trainers(text: str, cfg: DictConfig) -> str:
-    """Return Lightning's complaint about the Trainer's arguments, with the key where it can be told."""
+    """Return Lightning's complaint about the Trainer's arguments, with the key if it is known."""
     values = cfg.get("trainer") or {}
     key = blamed(text, values)
     return f"error: {ConfigError(f'trainer.{key}', values[key], text)}" if key else f"error: trainer: {text}"
 
 
 def last_good(run_dir: Path) -> str:
-    """Return words on the checkpoint that a run in `run_dir` can go on from."""
+    """Describe the checkpoint from which a run in `run_dir` can resume."""
     found = [path for path in (run_dir / "checkpoints" / name for name in ("last.ckpt", "best.ckpt")) if path.is_file()]
     return f"the last good checkpoint is {found[0]}" if found else "no checkpoint was written yet"
 
 
 def with_group(error: ConfigError, cfg: DictConfig) -> ConfigError:
-    """Return an error with its group before a bare key, e.g. ``root`` -> ``data.root``."""
+    """Return an error with the group added to a bare key, e.g. ``root`` -> ``data.root``."""
     if "." in error.key or error.key in cfg:
         return error
     owners = [group for group in (*dict.fromkeys(ROOMS.values()), "trainer") if error.key in (cfg.get(group) or {})]

@@ -18,7 +18,7 @@ from lowrank_pretrain.run.parts import Parts
 
 
 def finish_run(trainer: pl.Trainer, monitor: Monitor, parts: Parts, config: dict[str, Any], run_dir: Path) -> dict[str, Any]:
-    """Export, summarize and say so.
+    """Export, summarize and print the result.
 
     Args:
         trainer: after fit and test.

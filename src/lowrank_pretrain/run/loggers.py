@@ -1,4 +1,4 @@
-"""Make the loggers next to metrics.csv: W&B, TensorBoard, any other of Lightning, one or several; none of them ends a run."""
+"""Build the loggers besides metrics.csv: W&B, TensorBoard, any other of Lightning, one or several; none of them ends a run."""
 
 import hashlib
 import inspect
@@ -32,7 +32,7 @@ MLFLOW_WAITS = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "15", "MLFLOW_HTTP_REQUEST_MAX_RE
 
 
 def more_loggers(values: dict[str, Any], run_dir: Path, config: dict[str, Any], multirun: bool = False) -> list[Logger]:
-    """Return what the ``logger`` group asks for besides metrics.csv.
+    """Return the loggers of the ``logger`` group, besides metrics.csv.
 
     Args:
         values: the group's plain node, see `split`.
@@ -69,7 +69,7 @@ def split(values: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
     ``+logger.NAME._target_=…``). Other keys in `values` belong to the one logger there is, or to the class at its ``_target_``.
 
     Raises:
-        ConfigError: no class of that name, one that is no logger, or a key that could belong to several.
+        ConfigError: no class of that name, one that is not a logger, or a key that could belong to several.
     """
     check_finite("logger", values)
     target = values.get("_target_")
@@ -109,7 +109,7 @@ def _one(group: str, values: dict[str, Any], run_dir: Path, config: dict[str, An
 
 
 def _mlflow(values: dict[str, Any], run_dir: Path) -> dict[str, Any]:
-    """Take MLflow's own place for runs where none is given: Lightning's is a store that MLflow 3 no longer writes to."""
+    """Use MLflow's own default store: MLflow 3 no longer writes to Lightning's."""
     for key, value in MLFLOW_WAITS.items():
         os.environ.setdefault(key, value)
     values = {"run_name": run_dir.name, **values}
@@ -139,7 +139,7 @@ def _wandb(group: str, values: dict[str, Any], run_dir: Path, config: dict[str, 
             rank_zero_only(print)(f"wandb: {why}, writing an offline run; {upload_later(run_dir)}")
     if not issubclass(find_class(group, values["_target_"], Logger), LogsPhases):  # W&B's own class, without ours
         values.pop("init_timeout", None)
-    # the same directory is the same run, so that a resumed one goes on in it
+    # the same directory is the same run, so that a resumed one continues it
     run_id = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:12]
     names = {
         "name": values.get("name") or run_dir.name,
@@ -154,10 +154,10 @@ def upload_later(run_dir: Path) -> str:
 
 
 def check_wandb(group: str, values: dict[str, Any]) -> None:
-    """Let W&B's own rules look at names before training, not its server after it.
+    """Check names by W&B's own rules before training, not by its server afterwards.
 
     Raises:
-        ConfigError: a name that W&B refuses, or a ``WANDB_MODE`` that there is not.
+        ConfigError: a name that W&B refuses, or an unknown ``WANDB_MODE``.
     """
     from wandb import Settings
 
@@ -210,7 +210,7 @@ def _netrc_key(host: str) -> bool:
 
 
 def _missing(error: ModuleNotFoundError) -> str:
-    """Return words for a package that is not installed; Lightning's errors do not always say its name."""
+    """Return the message for a package that is not installed; Lightning's errors do not always say its name."""
     words = one_line(error, 300)
     for package in ("tensorboard", "mlflow", "comet-ml", "neptune", "wandb", "sqlalchemy"):
         if package in words.lower().replace("_", "-"):
@@ -239,7 +239,7 @@ def publish(summary: dict[str, Any], config: dict[str, Any], run_dir: Path, logg
 
 
 def finish(loggers: list[Logger]) -> None:
-    """Close W&B's and Comet's runs, which a sweep's next job would go on in otherwise; a failed one is marked so by W&B."""
+    """Close W&B's and Comet's runs, which a sweep's next job would otherwise continue; W&B marks a failed run."""
     failed = sys.exc_info()[0] is not None
     for logger in loggers:
         try:

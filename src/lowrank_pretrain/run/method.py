@@ -18,12 +18,12 @@ from lowrank_pretrain.core.protocols import ADAPTER_DEFAULTS, HEAD_SETTINGS, ove
 
 @dataclass
 class Method:
-    """Hold what a method brings to a run.
+    """Hold the parts that a method adds to a run.
 
     Attributes:
         callbacks: for ``Trainer(callbacks=…)``.
         strategy: for ``Trainer(strategy=…)``, or ``None``.
-        optimizer: ``(module, optim) -> Optimizer`` in place of AdamW, or ``None``.
+        optimizer: ``(module, optim) -> Optimizer`` instead of AdamW, or ``None``.
     """
 
     callbacks: list[Any] = field(default_factory=list)
@@ -78,10 +78,10 @@ _PHASED = ("prelora", "lora")
 
 
 def _settle_owners(parts: "dict[str, _Part]", config: Mapping[str, Any]) -> None:
-    """Drop the keys of a composed method that another of its parts decides (ARCHITECTURE.md, "The protocol").
+    """Drop keys of a composed method that another part decides (ARCHITECTURE.md, "The protocol").
 
     Raises:
-        ConfigError: LTE and GaLore together, but not as update=galore; what belongs to adapters, where there are none.
+        ConfigError: LTE and GaLore together, but not as update=galore; settings of adapters without adapters.
     """
     phased = any(use in parts for use in _PHASED)
     decided = ADAPTER_DEFAULTS if "galore" in parts else HEAD_SETTINGS if "lte" in parts else {}  # LTE and callback share alpha
@@ -115,7 +115,7 @@ def _drop(part: "_Part", *names: str) -> None:
 
 @dataclass
 class _Part:
-    """Name the constructor's arguments by the configuration's keys, and put what it makes in its place."""
+    """Map configuration keys to a constructor's arguments, and put the result into the method."""
 
     keys: dict[str, str]
     add: Callable[[Method, dict[str, Any]], None]
@@ -150,7 +150,7 @@ def galore_optimizer(rank: int = 128, targets: str | Sequence[str] = "all", **se
     """Return a function that makes ``GaLoreAdamW`` of a module and an ``Optim``; ``settings`` are its own arguments.
 
     Raises:
-        ConfigError: a wrong value, now rather than when the fit begins.
+        ConfigError: a wrong value, already here, not when the fit begins.
     """
     import torch
     from torch import nn
@@ -172,7 +172,7 @@ def galore_optimizer(rank: int = 128, targets: str | Sequence[str] = "all", **se
 
 
 def _adopting() -> _Part:
-    """Return GaLore from a switch on: until then the same optimizer is AdamW; the callback's plan has targets and ranks."""
+    """Return the part for GaLore from a switch on: AdamW until then; the callback's plan gives targets and ranks."""
 
     def add(method: Method, arguments: dict[str, Any]) -> None:
         from lowrank_pretrain.galore import GaLoreAdamW
@@ -192,7 +192,7 @@ def _adopting() -> _Part:
 
 
 def _baseline(name: str) -> Callable[[], _Part]:
-    """Return the part of an optimizer to compare with; its keys are the arguments of what makes it."""
+    """Return the part for a baseline optimizer; its keys are the arguments of its factory."""
 
     def part() -> _Part:
         module = importlib.import_module(f"lowrank_pretrain.baselines.{name}")

@@ -40,7 +40,7 @@ def refuse_full(directory: Path) -> None:
 
 
 LOCK = ".lock"
-_owned: set[Path] = set()  # by this process: the system's locks do not keep a process from itself
+_owned: set[Path] = set()  # by this process, which the system's locks do not exclude
 
 
 @contextmanager
@@ -74,7 +74,7 @@ def owned(directory: Path) -> Iterator[None]:
 
 
 def _locked(path: Path) -> IO[str] | None:
-    """Return the file at `path`, locked and signed; None where another process has locked it."""
+    """Return the file at `path`, locked and signed; None if another process has locked it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
         file = path.open("a+")

@@ -1,4 +1,4 @@
-"""Build what a configuration describes: method, data, and a model with its optimizer."""
+"""Build the parts of a configuration: method, data, and a model with its optimizer."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -23,10 +23,10 @@ class Parts:
 
 
 def build_parts(config: dict[str, Any]) -> Parts:
-    """Build the objects of a run, what is cheap to check first.
+    """Build the objects of a run, those that are cheap to check first.
 
     Args:
-        config: the run's plain configuration; ``model.num_classes`` is filled in from the data where it is null.
+        config: the run's plain configuration; ``model.num_classes`` is filled in from the data if it is null.
 
     Raises:
         ConfigError: a wrong key or value.

@@ -1,4 +1,4 @@
-"""Show a run while it trains: a bar with loss, throughput and phase, or a line per epoch where nobody watches."""
+"""Show a run while it trains: a bar with loss, throughput and phase, or a line per epoch without a terminal."""
 
 import logging
 import sys
@@ -16,7 +16,7 @@ from lowrank_pretrain.observe.monitor import RECENT, Monitor
 HOME = Path(__file__).parents[1]  # the package: warnings from there are ours
 FORMAT = warnings.formatwarning  # Lightning's, which is imported by now
 
-# Remarks of Lightning and its friends at every run that nobody can act on
+# Remarks of Lightning and related libraries at every run that need no action
 REMARKS: tuple[str, ...] = (
     "💡",
     "GPU available",
@@ -43,13 +43,13 @@ WARNINGS = (
 
 
 def progress(monitor: Monitor, bar: bool | None = True) -> list[Callback]:
-    """Return the callbacks that show a line per epoch and, where stdout is a terminal and `bar` is not false, a bar."""
+    """Return the callbacks that show a line per epoch and, if stdout is a terminal and `bar` is not false, a bar."""
     lines: list[Callback] = [EpochLines(monitor)]
     return [*lines, PhaseBar(monitor)] if sys.stdout.isatty() and bar is not False else lines
 
 
 def quiet_lightning() -> None:
-    """Keep remarks that nobody can act on out of the output, and our own warnings to one line without our source."""
+    """Hide remarks that need no action, and print our own warnings on one line without source code."""
     warnings.formatwarning = _one_line
     for message in WARNINGS:
         warnings.filterwarnings("ignore", message=message)
@@ -60,7 +60,7 @@ def quiet_lightning() -> None:
 
 
 def _one_line(message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:
-    """Format a warning; of ours the message alone, for where it was raised says nothing to a user."""
+    """Format a warning; ours as the message alone, because its source line does not help a user."""
     if Path(filename).is_relative_to(HOME):
         return f"warning: {message}\n"
     return FORMAT(message, category, filename, lineno, line)
@@ -105,7 +105,7 @@ class EpochLines(Callback):
 
 
 def _shown(trainer: Trainer, monitor: Monitor, keys: tuple[str, ...]) -> list[str]:
-    """Return phase, some metrics and throughput as words; what is not known yet is left out."""
+    """Return phase, some metrics and throughput as words; leave out unknown values."""
     record, found = monitor.record, trainer.callback_metrics
     shown = [record.phase] if record.phase else []
     shown += [f"{key.removeprefix('train/')} {format_number(float(found[key]))}" for key in keys if key in found]

@@ -51,7 +51,7 @@ def _cut(text: str, most: int) -> str:
 
 
 def _split(overrides: str) -> list[str]:
-    """``a=1,b=[2,3]`` -> ``["a=1", "b=[2,3]"]``."""
+    """Split overrides: ``a=1,b=[2,3]`` -> ``["a=1", "b=[2,3]"]``."""
     parts, depth = [""], 0
     for character in overrides:
         depth += (character in "[{(") - (character in "]})")
@@ -68,7 +68,7 @@ def holds_run(directory: Path) -> bool:
 
 
 def refuse_old_run(directory: Path, ckpt_path: str | None, sweep: bool = False) -> None:
-    """Refuse to start afresh in a directory that holds a run.
+    """Refuse to start a new run in a directory that already holds one.
 
     Args:
         directory: the run directory.
@@ -129,7 +129,7 @@ class RefuseOldRun(Callback):
 def hydra_files(mode: str, sweep_dir: str, subdir: str, ckpt_path: str | None) -> str | None:
     """Return where a run's configuration is written in its directory; None for a sweep's job that will be refused.
 
-    Hydra writes before the job can look: what the run that lies there was made with would be lost.
+    Hydra writes before the job can check: the configuration of the run already there would be lost.
     """
     refused = "MULTIRUN" in str(mode) and ckpt_path is None and holds_run(Path(sweep_dir, subdir))
     return None if refused else ".hydra"

@@ -57,7 +57,7 @@ def summarize(trainer: Trainer, monitor: Monitor, final: dict[str, float]) -> di
 
 
 def _known(record: PhaseRecord) -> dict[str, float]:
-    """Return the figures that not every run knows: optimizer memory by formula, the operations of a sample, use of the chip."""
+    """Return the figures that not every run has: optimizer memory by formula, the operations of a sample, use of the chip."""
     optional = {
         "adapters": record.adapters,
         "optimizer_gib": record.optimizer_gib,
@@ -74,7 +74,7 @@ def note_failure(run_dir: Path, error: BaseException, line: str | None) -> None:
     Args:
         run_dir: the run directory.
         error: what ended it; a run refused because of another one's files leaves that one alone.
-        line: words for it; None: the error's own.
+        line: the message; None: the error's own.
     """
     if isinstance(error, ConfigError) and error.key in ("hydra.run.dir", "hydra.sweep.dir"):
         return
@@ -85,7 +85,7 @@ def note_failure(run_dir: Path, error: BaseException, line: str | None) -> None:
 
 
 def forget_failure(run_dir: Path) -> None:
-    """Remove the line of an earlier failure, for the run begins or goes on."""
+    """Remove the line of an earlier failure, because the run begins or resumes."""
     if process_rank() == 0:
         (run_dir / FAILURE).unlink(missing_ok=True)
 
@@ -99,9 +99,9 @@ def show(records: list[PhaseRecord], final: dict[str, float], where: dict[str, P
     """Print the closing table.
 
     Args:
-        records: the phases; ratios are to the one called ``full``, where there is one.
+        records: the phases; ratios are to the one called ``full``, if there is one.
         final: the last metrics by name.
-        where: what lies where, by words.
+        where: paths of the outputs, by label.
         console: where to print; stdout by default.
     """
     console = console or Console(highlight=False)

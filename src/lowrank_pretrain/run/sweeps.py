@@ -21,7 +21,7 @@ _started: list[Path] = []  # the directory of the sweep that this process runs
 
 
 class Sweep(Callback):
-    """Check a sweep before its first job, and let a job's directory be named after the keys that are swept."""
+    """Check a sweep before its first job, and name jobs' directories after the swept keys."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Check the whole sweep; Hydra's hook."""
@@ -56,7 +56,7 @@ def _parsed(words: list[str]) -> list[Override]:
 
 
 def check_options(overrides: list[Override]) -> None:
-    """Refuse a sweep over a group's options where one of them does not exist, before any job runs.
+    """Refuse a sweep over a group's options if one of them does not exist, before any job runs.
 
     Raises:
         ConfigError: there is no such option.
@@ -74,7 +74,7 @@ def check_options(overrides: list[Override]) -> None:
 
 
 def check_same_kind(config: DictConfig, keys: set[str]) -> None:
-    """Refuse to go on with another sweep's jobs: a directory's name holds the swept keys, not what all its jobs share.
+    """Refuse to resume another sweep's jobs: directory names hold only the swept keys, not the shared ones.
 
     Raises:
         ConfigError: the directory's last sweep was of another method, model, optimizer or data.
@@ -95,7 +95,7 @@ def check_storage(config: DictConfig) -> None:
     """Refuse a storage that the installed Optuna cannot open: version 2 needs an older SQLAlchemy, and does not say so.
 
     Raises:
-        ConfigError: the versions do not go together; with the cure.
+        ConfigError: the versions are incompatible; with the cure.
     """
     storage = OmegaConf.select(config, "hydra.sweeper.storage")
     if storage is None or not str(config.hydra.sweeper.get("_target_", "")).endswith("OptunaSweeper"):
@@ -135,7 +135,7 @@ class _Named:
 
 @contextmanager
 def named_lines(launcher: str, name: str) -> Iterator[None]:
-    """Put `name` before every line that a job prints, where `launcher` runs several jobs at once on one screen."""
+    """Put `name` before every line that a job prints, if `launcher` runs several jobs at once on one screen."""
     if not launcher.endswith("JoblibLauncher"):
         yield
         return

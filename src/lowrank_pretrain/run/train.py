@@ -35,7 +35,7 @@ KEYS = (*GROUPS, "seed", "ckpt_path", "save_every", *SAFETY)
 
 
 def train(cfg: DictConfig, run_dir: Path, multirun: bool = False) -> dict[str, Any]:
-    """Train, test and export what a configuration describes.
+    """Train, test and export one configuration.
 
     Args:
         cfg: the composed configuration, without Hydra's own node.
@@ -102,7 +102,7 @@ _composed = False  # whether a configuration was ever complete enough for a job 
 
 @hydra.main(version_base="1.3", config_path="pkg://lowrank_pretrain.conf", config_name="train")
 def _job(cfg: DictConfig) -> float | None:
-    """Make one run, its failures as one line; Hydra's task. Returns the validation loss, for sweepers that minimise."""
+    """Make one run as Hydra's task, with failures on one line; return the validation loss, for sweepers that minimise."""
     global _composed
     _composed = True
     hydra_cfg = HydraConfig.get()

@@ -1,4 +1,4 @@
-"""Make Lightning's Trainer from the ``trainer`` group; its complaints become one line that names the key."""
+"""Make Lightning's Trainer from the ``trainer`` group; turn its errors into one line that names the key."""
 
 import math
 from pathlib import Path
@@ -31,13 +31,13 @@ AUTO = "auto"  # trainer.precision: what the device likes
 
 
 def with_chosen_precision(config: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
-    """Replace ``trainer.precision=auto`` by what the device likes: bf16-mixed on a GPU, float32 elsewhere.
+    """Replace ``trainer.precision=auto`` by the device's best: bf16-mixed on a GPU, float32 elsewhere.
 
     Args:
         config: a run's plain configuration.
 
     Returns:
-        The configuration, and the line that says what was chosen; None where nothing was to be chosen.
+        The configuration, and the line that says what was chosen; None if nothing had to be chosen.
     """
     values = config["trainer"]
     if values.get("precision") != AUTO:
@@ -61,7 +61,7 @@ def build_trainer(
         strategy: the method's own; None: the group's.
 
     Raises:
-        ConfigError: a key that Trainer has not, a value that it refuses, or a strategy next to the method's.
+        ConfigError: a key that Trainer lacks, a value that it refuses, or a strategy next to the method's.
     """
     check_values(values)
     values = {key: value for key, value in values.items() if key != "enable_progress_bar"}  # callbacks have the answer
@@ -88,10 +88,10 @@ def build_trainer(
 
 
 def check_values(values: dict[str, Any]) -> None:
-    """Check keys and types, and what Lightning itself checks not at all, or only in the middle of training.
+    """Check keys and types, and values that Lightning checks too late or not at all.
 
     Raises:
-        ConfigError: an unknown key, or a value that cannot be meant.
+        ConfigError: an unknown key, or an absurd value.
     """
     for key in OURS.keys() & values.keys():
         raise ConfigError(f"trainer.{key}", values[key], f"is set by the run; {OURS[key]}")

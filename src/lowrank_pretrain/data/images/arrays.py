@@ -26,7 +26,7 @@ class ArrayImages:
         images: uint8, (N, H, W) or (N, H, W, 3); not copied.
         labels: integers, (N,) or (N, 1), in [0, num_classes).
         num_classes: K.
-        img_size: side of the square images that are handed out, pixels; resized bilinearly where it has to be.
+        img_size: side of the square images that are handed out, pixels; resized bilinearly if needed.
         in_chans: 1 or 3; gray images are repeated, and coloured ones turned to gray.
         mean: of the pixel values in [0, 1], one per stored channel.
         std: their standard deviation, one per stored channel.

@@ -1,4 +1,4 @@
-"""Real image sets: folders, torchvision sets, hub sets and streams, with timm's transforms and random augmentation.
+"""Load real image sets (folders, torchvision sets, hub sets, streams) with timm's transforms and random augmentation.
 
 The defaults are those of timm's training script; ``conf/data/imagenet.yaml`` has PreLoRA's, ``images.yaml`` AugReg's
 ("How to train your ViT", https://arxiv.org/abs/2106.10270). Shapes: B batch, C channels, S side in pixels, K classes.
@@ -37,7 +37,7 @@ class ImageData(ImageModule):
         train_split: name of the training part.
         val_split: name of the validation part.
         test_split: None: the validation part.
-        val_fraction: share of each class that is held out for validation, where a folder or a hub set has no part for it. The
+        val_fraction: share of each class that is held out for validation, if a folder or a hub set has no validation part. The
             same images for any run seed; ``seed`` draws others.
         download: let torchvision fetch a missing set.
         scale: area of the random crop as a share of the image, smallest and largest.
@@ -51,7 +51,7 @@ class ImageData(ImageModule):
         crop_pct: validation takes this share of the image's middle.
         mean: per channel.
         std: per channel.
-        train_samples: images in a training pass of a stream that does not say it itself.
+        train_samples: images in a training pass of a stream that does not give its own size.
         val_samples: the same for validation.
 
     All other arguments are described at :class:`~lowrank_pretrain.data.images.module.ImageModule`.
@@ -108,7 +108,7 @@ class ImageData(ImageModule):
         mean, std = _channel_values("mean", mean), _channel_values("std", std)
         self.dataset_name = public_name(root or "images" if name in ("", "folder", "wds/") else name.partition("/")[2])
         common: dict[str, Any] = {"interpolation": interpolation}
-        # gray images are normalised by one mean, so that a reader who turns them gray first does the same
+        # gray images are normalised by one mean, so that converting them to gray first gives the same result
         common |= {key: for_channels(for_channels(v, in_chans), 3) for key, v in (("mean", mean), ("std", std))}
         train: dict[str, Any] = {
             "scale": tuple(scale),
@@ -125,10 +125,10 @@ class ImageData(ImageModule):
         self._bases: dict[str, Any] | None = None  # the opened sets, by key
 
     def count_classes(self) -> int:
-        """Return the number of classes, counted in the training part where it was not given.
+        """Return the number of classes, counted in the training part if it was not given.
 
         Raises:
-            ConfigError: data that are missing, or a stream, which does not say.
+            ConfigError: missing data, or a stream, whose classes cannot be counted.
         """
         if self.num_classes is None and self.name.partition("/")[0] not in STREAMS:
             base = self._open_all()["train_split"]
@@ -159,7 +159,7 @@ class ImageData(ImageModule):
         return {key: split for key, split in splits.items() if split is not None}
 
     def _open_all(self) -> dict[str, Any]:
-        """Open the parts by key, once, and warn on one process of what was left out or held out."""
+        """Open the parts by key, once. One process warns of what was left out or held out."""
         if self._bases is not None:
             return self._bases
         remarks: list[str] = []
@@ -267,7 +267,7 @@ def _channel_values(key: str, values: Sequence[float]) -> tuple[float, ...]:
 
 
 def _open_pass(source: tuple[str, str | None, str, str], options: dict[str, Any], seed: int, number: int) -> Any:
-    # a stream that is opened again for each pass draws the same order again, so a pass can be read up to any place
+    # a stream that is opened again for each pass draws the same order, so a pass can be replayed up to any place
     stream = open_images(*source, **options, seed=seed + number)
     if hasattr(stream, "set_epoch"):
         stream.set_epoch(number)

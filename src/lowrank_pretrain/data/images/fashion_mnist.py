@@ -1,4 +1,4 @@
-"""Fashion-MNIST: the embedded sample of 14,000 images, or all 70,000 where they are installed.
+"""Load Fashion-MNIST: the embedded sample of 14,000 images, or all 70,000 if they are installed.
 
 https://github.com/zalandoresearch/fashion-mnist. 28×28 gray images of 10 kinds of clothes.
 """

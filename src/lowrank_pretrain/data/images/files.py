@@ -1,4 +1,4 @@
-"""Make batches of PIL images, from a map-style set or a stream; each image is augmented from a seed of its own.
+"""Make batches of PIL images, from a map-style set or a stream; each image is augmented from its own seed.
 
 Shapes: B batch, C channels, S side in pixels, K classes.
 """
@@ -59,7 +59,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 class Picture:
-    """Turn an image into a tensor: at random when training, from a seed of its own.
+    """Turn an image into a tensor: at random when training, from its own seed.
 
     Args:
         transform: timm's, PIL image -> (3, S, S) float.
@@ -150,7 +150,7 @@ class StreamImages(IterableDataset):
         name: of the set, for errors.
         open_pass: number of the pass -> iterable of (PIL image, class), split among workers and ranks by timm.
         size: images in a pass, of all readers together.
-        picture: what becomes of an image.
+        picture: turns an image into a tensor.
         batch_size: B.
         rank: this process, part of the seed of its images.
         mixing: mixup, CutMix or label smoothing.
@@ -186,7 +186,7 @@ class StreamImages(IterableDataset):
             yield from self._batches()
         except ConfigError as error:
             yield Fetched(None, [], error)
-        except Exception as error:  # carried to the training process; the readers' libraries have one class each
+        except Exception as error:  # carried to the training process; each reading library has its own class
             yield Fetched(None, [], ConfigError("name", self.name, f"cannot be read: {first_line(error)}"))
 
     def _batches(self) -> Iterator[Fetched]:

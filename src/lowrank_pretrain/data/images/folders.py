@@ -1,6 +1,6 @@
 """Find pictures in folders by class, or in a .tar or .zip of such folders, and split them.
 
-A class is the first folder below the split, as torchvision has it; classes are in natural order, so that ``10`` follows ``9``.
+A class is the first folder below the split, as in torchvision; classes are in natural order, so that ``10`` follows ``9``.
 """
 
 import io
@@ -66,7 +66,7 @@ class Folder:
                 file.seek(member.place[0])
                 return io.BytesIO(file.read(member.place[1]))
         if self.root.is_file():
-            if self._zip is None or self._zip[0] != os.getpid():  # a forked worker must not share its parent's place in it
+            if self._zip is None or self._zip[0] != os.getpid():  # a forked worker must not share its parent's file position
                 self._zip = os.getpid(), zipfile.ZipFile(self.root)
             try:
                 return io.BytesIO(self._zip[1].read(member.path))
@@ -103,11 +103,11 @@ def split_folder(root: str | None, splits: Mapping[str, str | None], fraction: f
     Args:
         root: a folder or an archive: ``<split>/<class>/<picture>``, or ``<class>/<picture>`` without splits.
         splits: names of the parts by configuration key: ``train_split``, ``val_split`` and perhaps ``test_split``.
-        fraction: share of each class that is held out for validation where there is no part for it.
+        fraction: share of each class that is held out for validation if there is no validation part.
         seed: chooses them.
 
     Raises:
-        ConfigError: no pictures, no classes, a part that is named but not there.
+        ConfigError: no pictures, no classes, a part that is named but missing.
     """
     path = Path(root) if root is not None else None
     if path is None or not path.exists():
@@ -118,7 +118,7 @@ def split_folder(root: str | None, splits: Mapping[str, str | None], fraction: f
     if not found.pictures:
         raise ConfigError("root", root, f"must hold images: Found 0 images there{_count(found.others, ', but ')}")
     named = {name for name in found.tops if name == splits["train_split"] or name.lower() in TRAIN + EVAL}
-    # a class may be called train too: parts hold folders, or there is nothing else
+    # a class may be called train too: a part holds folders, or is the only folder
     parted = (named and named == set(found.tops)) or any(parts[0] in named and len(parts) > 2 for parts, _, _ in found.pictures)
     return (_with_splits if parted else _without_splits)(found, splits, fraction, seed)
 
@@ -216,7 +216,7 @@ def _by_class(path: Path, below: list, inside: dict[tuple[str, ...], int], where
 
 
 def hold_out(whole: Folder, fraction: float, seed: int) -> tuple[Folder, Folder, str]:
-    """Return training and validation parts, ``fraction`` of each class being held out, and the sentence that says so.
+    """Return training and validation parts, with ``fraction`` of each class held out, and a sentence that says so.
 
     Raises:
         ConfigError: a class has a single picture, or none is left on one side.
@@ -266,7 +266,7 @@ def _walk(root: Path) -> Iterator[tuple[str, None]]:
 
 
 def _leads_back(folder: str, name: str) -> bool:
-    """Return whether the folder `name` is a link to where it lies: the same pictures would be found again and again."""
+    """Return whether the folder `name` links to a folder that contains it: its pictures would be found again and again."""
     path = os.path.join(folder, name)
     return os.path.islink(path) and Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(path))
 

@@ -1,4 +1,4 @@
-"""MedMNIST: medical images as one ``.npz`` per set, e.g. PathMNIST, 107,180 colon tissue patches of 9 classes.
+"""Load MedMNIST: medical images as one ``.npz`` per set, e.g. PathMNIST, 107,180 colon tissue patches of 9 classes.
 
 https://medmnist.com. The package ``medmnist`` is used for the download only.
 """
@@ -88,7 +88,7 @@ class MedMNIST(ImageModule):
 
     @property
     def path(self) -> Path | None:
-        """The file's path, whether it is there or not; None without ``root``."""
+        """Return the file's path, whether it exists or not; None without ``root``."""
         name = f"{self.flag}.npz" if self.size == 28 else f"{self.flag}_{self.size}.npz"
         return None if self.root is None else Path(self.root) / name
 
@@ -105,7 +105,7 @@ class MedMNIST(ImageModule):
         dataset(split="train", root=str(self.root), size=self.size, download=True)
 
     def count_classes(self) -> int:
-        """Return the number of classes: as given, or the set's own, or counted in the labels of a set of the user's own.
+        """Return the number of classes: as given, else the known set's, else counted in the user's labels.
 
         Raises:
             ConfigError: the file must be read to count, and cannot be read.

@@ -22,7 +22,7 @@ class Mixing:
         mixup: alpha of mixup's Beta distribution; 0 is off.
         cutmix: alpha of CutMix's Beta distribution; 0 is off.
         mix_prob: share of the batches that are mixed.
-        switch_prob: where both are on, the share that gets CutMix.
+        switch_prob: if both are on, the share that gets CutMix.
         smoothing: share of the label spread evenly over all classes, in [0, 1).
         seed: the run's seed; None: the one given to ``seed_everything``.
 

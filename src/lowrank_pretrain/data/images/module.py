@@ -1,4 +1,4 @@
-"""The base of the data modules of images: the arguments and checks that all of them share."""
+"""Define the base of the image data modules: the arguments and checks that all of them share."""
 
 from lowrank_pretrain.data.images.arrays import check_shape
 from lowrank_pretrain.data.images.mixing import Mixing, MixingOptions
@@ -17,7 +17,7 @@ class ImageModule(PretrainData):
         img_size: side of the images that are handed out, pixels.
         in_chans: 1 or 3; gray images are repeated, and coloured ones turned to gray.
         mixing: ``mixup``, ``cutmix``, ``mix_prob``, ``switch_prob`` and ``smoothing``, see
-            :class:`~lowrank_pretrain.data.images.mixing.Mixing`. Of training only.
+            :class:`~lowrank_pretrain.data.images.mixing.Mixing`. Training only.
         seed: of order, augmentation and mixing; None: the run's.
 
     Raises:
@@ -41,5 +41,5 @@ class ImageModule(PretrainData):
         self.mixing(num_classes or 1).check_batch_size(batch_size)
 
     def mixing(self, num_classes: int) -> Mixing:
-        """Return what mixes the images of a batch and their labels."""
+        """Return the object that mixes a batch's images and labels."""
         return Mixing(num_classes, *self._mixing_options, self.seed)

@@ -22,7 +22,7 @@ HOLD_OUT = 10  # every 10th image of a torchvision set without splits is for val
 
 
 class HubImages:
-    """Read a set of the hub that is on this machine as a whole, through timm's reader.
+    """Read a hub set that is fully downloaded, through timm's reader.
 
     Args:
         base: timm's set.
@@ -149,10 +149,10 @@ def open_images(name: str, root: str | None, split: str, split_key: str, downloa
 
 
 def hold_out_of_hub(train: HubImages, val_split: str, fraction: float, seed: int, error: ConfigError) -> tuple[Part, Part, str]:
-    """Return training and validation parts of a hub set that has no part for validation, and the sentence that says so.
+    """Return training and validation parts of a hub set without a validation part, and a sentence that says so.
 
     Raises:
-        ConfigError: ``error``, where a part was asked for that is not simply "the validation part".
+        ConfigError: ``error``, if the part asked for is not simply "the validation part".
     """
     if val_split not in VALIDATION or "split" not in str(error).lower():
         raise error
@@ -187,7 +187,7 @@ def _name_what_webdataset_drops() -> None:
     def named_decode(sample: dict[str, Any], **options: Any) -> Any:
         try:
             return decode(sample, **options)
-        except Exception as error:  # PIL's many; those of the configuration are raised again by timm's own handler
+        except Exception as error:  # PIL has many; timm's own handler raises configuration errors again
             _dropped.append(f"{sample.get('__url__')}: {sample.get('__key__')} ({error})")
             raise
 
@@ -247,7 +247,7 @@ def _other_torchvision(cls: type, root: str | None, split: str, split_key: str, 
     if "split" in parameters:
         names = EVAL if split in EVAL else TRAIN if split in TRAIN else ()
         refusal: ValueError | None = None
-        for alias in dict.fromkeys((split, *names)):  # the set's own word for it
+        for alias in dict.fromkeys((split, *names)):  # the set's own name for it
             try:
                 return cls(split=alias, **kwargs)
             except ValueError as error:
@@ -255,13 +255,13 @@ def _other_torchvision(cls: type, root: str | None, split: str, split_key: str, 
         raise ConfigError(split_key, split, first_line(refusal)) from refusal
     if "train" in parameters:
         return cls(train=split in TRAIN, **kwargs)
-    whole = cls(**kwargs)  # Caltech256, SUN397: no splits of their own
+    whole = cls(**kwargs)  # Caltech256, SUN397: no splits
     held = range(HOLD_OUT - 1, len(whole), HOLD_OUT)
     return Subset(whole, [i for i in range(len(whole)) if i not in held] if split in TRAIN else list(held))
 
 
 def _one_too_deep(root: str | None) -> str:
-    """Return a hint to the parent folder, where the folder of the set itself was given instead."""
+    """Return a hint to use the parent folder, if the folder of the set itself was given."""
     parts = ("cifar-10-batches-py", "cifar-100-python", "raw", "FashionMNIST", "MNIST", "caltech101", "caltech256")
     name = Path(root or "").resolve().name
     return f"; data.root must be the folder that holds {name}, not {name} itself" if name in parts else ""

@@ -1,4 +1,4 @@
-"""The base of all data modules: loaders over sets, and the place in the data inside every checkpoint."""
+"""Define the base of all data modules: loaders over sets, and the position in the data in every checkpoint."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -58,9 +58,9 @@ def public_name(path_or_name: str) -> str:
 
 
 class PretrainData(CountsClasses, L.LightningDataModule):
-    """Hold loaders and their place in the data. A subclass's ``setup`` sets ``train_set``, ``val_set`` and ``test_set``.
+    """Hold loaders and their position in the data. A subclass's ``setup`` sets ``train_set``, ``val_set`` and ``test_set``.
 
-    The place in the data is saved by this module, not only by Lightning's fit loop. The loop restores its loader only if
+    The position in the data is saved by this module, not only by Lightning's fit loop. The loop restores its loader only if
     nothing has asked for it before, but ``trainer.estimated_stepping_batches``, which every schedule needs, does ask.
 
     Args:
@@ -72,12 +72,12 @@ class PretrainData(CountsClasses, L.LightningDataModule):
         ConfigError: ``batch_size`` below 1, or ``num_workers`` below 0 or absurd.
     """
 
-    # each a BatchSet, or the stream of a subclass that makes its loaders itself
+    # each a BatchSet, or the stream of a subclass that creates its own loaders
     train_set: Any = None
     val_set: Any = None
     test_set: Any = None
 
-    # What an export says about the data; known after ``setup``, None where the data has no such thing.
+    # What an export says about the data; known after ``setup``, None if the data has no such thing.
     dataset_name: str = "data"  # for people: never a path of this machine
     class_names: list[str] | None = None  # in the order of the labels
     preprocessing: dict[str, Any] | None = None  # of evaluation, with timm's keys, see :func:`evaluation_recipe`
@@ -99,7 +99,7 @@ class PretrainData(CountsClasses, L.LightningDataModule):
 
     @property
     def ranks(self) -> tuple[int, int]:
-        """The number of this process, and the number of processes."""
+        """Return the rank of this process, and the number of processes."""
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
     def remember_tokenizer(self, name: str, tokenizer: Any, end: int) -> None:
@@ -109,7 +109,7 @@ class PretrainData(CountsClasses, L.LightningDataModule):
         self.tokenizer_file, self.tokenizer_folder = found.file, found.folder
 
     def count_classes(self) -> int | None:
-        """Return the number of classes of an image set, for a model with as many; None where there are none."""
+        """Return the number of classes of an image set, for the model's output size; None if there are none."""
         return getattr(self, "num_classes", None)
 
     def train_dataloader(self) -> EpochLoader | StreamLoader:
@@ -137,11 +137,11 @@ class PretrainData(CountsClasses, L.LightningDataModule):
         self._loaders = []
 
     def on_exception(self, exception: BaseException) -> None:
-        """End them after an error or an interrupt as well, when Lightning does not call ``teardown``."""
+        """End the worker processes after an error or interrupt too, when Lightning does not call ``teardown``."""
         self.teardown()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the place in the training data, {} before there is one."""
+        """Return the position in the training data, {} before there is one."""
         return {"train": self._train_loader.state_dict()} if self._train_loader else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

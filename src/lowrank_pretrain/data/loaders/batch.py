@@ -21,11 +21,11 @@ class Fetched(NamedTuple):
 
 
 NAMED = 20  # unreadable inputs that are named one by one
-REMEMBERED = 100_000  # lines kept, to know one again in the next epoch
+REMEMBERED = 100_000  # lines kept, to recognise one in the next epoch
 
 
 class BadInputs:
-    """Count the inputs that could not be read and warn once of each by name; of many, name the first and give their number.
+    """Count unreadable inputs and warn once of each by name; of many, name the first and give their number.
 
     Args:
         instead: what became of such an input.
@@ -59,7 +59,7 @@ def torch_loader(cls: type[DataLoader], dataset: Any, num_workers: int, **kwargs
     # batch_size=None: the dataset makes whole batches. The generator is ours because a loader without one draws its
     # workers' base seed from the global generator at every iteration, validation included
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*set_vital")  # torchdata's own business
+        warnings.filterwarnings("ignore", message=".*set_vital")  # torchdata's own warning
         return cls(
             dataset,
             batch_size=None,
@@ -74,7 +74,7 @@ def torch_loader(cls: type[DataLoader], dataset: Any, num_workers: int, **kwargs
 
 
 def _outlive_signals(worker: int) -> None:
-    """Make a loading process deaf to Ctrl-C, and to SIGTERM unless the training process sends it.
+    """Make a loading process ignore Ctrl-C, and SIGTERM unless the training process sends it.
 
     A terminal, ``timeout`` and SLURM signal the whole process group. The training process answers by a checkpoint; without its
     workers it would fail while it writes.
@@ -95,7 +95,7 @@ def _wait_for_parent(heard: set[signal.Signals]) -> None:
 
 def end_workers(loader: DataLoader) -> None:
     """End the worker processes now."""
-    # not left to the garbage collector: when it comes while another loader forks, each worker takes 5 seconds to end
+    # not left to the garbage collector: if it runs while another loader forks, each worker takes 5 seconds to end
     shut_down(loader)
 
 

@@ -59,7 +59,7 @@ class EpochBatches(Sampler):
 
     @property
     def sampler(self) -> "EpochBatches":
-        """The sampler itself: Lightning looks for :meth:`set_epoch` under this name."""
+        """Return the sampler itself: Lightning looks for :meth:`set_epoch` under this name."""
         return self
 
     def set_epoch(self, epoch: int) -> None:
@@ -81,7 +81,7 @@ class EpochBatches(Sampler):
 
 
 class EpochLoader:
-    """Yield batches of a map-style set; ``state_dict`` is the position in the epoch.
+    """Yield batches of a map-style set; ``state_dict`` holds the position in the epoch.
 
     Args:
         dataset: fetches whole batches.
@@ -101,7 +101,7 @@ class EpochLoader:
         return len(self.batch_sampler)
 
     def __iter__(self) -> Iterator[Any]:
-        # A generator: nothing happens before the first `next`, and Lightning sets the epoch after it made the iterator
+        # A generator: nothing runs before the first `next`, and Lightning sets the epoch after it creates the iterator
         batches, resume = self.batch_sampler, self._resume
         self._resume = None
         # A position belongs to its epoch: saved at the end of one, it says nothing about the next

@@ -1,4 +1,4 @@
-"""Borrow the global random generators: libraries' augmentations draw from them, and we must leave them as they were."""
+"""Borrow the global random generators: augmentation libraries draw from them, and we must restore their state."""
 
 import random
 from collections.abc import Iterator

@@ -29,13 +29,13 @@ class StreamLoader:
     def __init__(
         self, dataset: IterableDataset, batches_per_epoch: int, num_workers: int = 0, rank: int = 0, world_size: int = 1
     ) -> None:
-        with optional_import():  # here: a strategy knows this class, and needs no torchdata for it
+        with optional_import():  # here: strategies import this class, but do not need torchdata
             from torchdata.stateful_dataloader import StatefulDataLoader
 
         self.num_workers, self.rank, self.world_size = num_workers, rank, world_size
         self.batches_per_epoch = batches_per_epoch
         self.epoch = 0
-        # a copy: without workers this object itself moves on, and another loader must begin at the beginning
+        # a copy: without workers this object itself advances, and another loader must start at the beginning
         self._loader: Any = torch_loader(StatefulDataLoader, copy.copy(dataset), num_workers)
         self._running: Iterator[Fetched] | None = None  # from the first batch to `close`
         self._last: dict[str, Any] | None = None  # the readers' state at `close`
@@ -45,7 +45,7 @@ class StreamLoader:
 
     @property
     def sampler(self) -> "StreamLoader":
-        """The loader itself: Lightning looks for :meth:`set_epoch` under this name."""
+        """Return the loader itself: Lightning looks for :meth:`set_epoch` under this name."""
         return self
 
     def set_epoch(self, epoch: int) -> None:

@@ -1,4 +1,4 @@
-r"""Write and open token files, ``.bin``: a 64-byte header and then only token ids, so that a memmap is the whole loader.
+r"""Write and open token files, ``.bin``: a 64-byte header and then only token ids, so a memmap is all that loading needs.
 
 ======  ======  =====================================================
 offset  type    meaning

@@ -1,4 +1,4 @@
-"""Read documents piece by piece, from local files, a saved set or the hub, from any place and shared among readers.
+"""Read documents piece by piece, from local files, a saved set or the hub, starting anywhere and shared among readers.
 
 A piece is a whole document, or a part of a long one, so that memory holds no more than that. Errors are one line.
 """
@@ -23,7 +23,7 @@ from lowrank_pretrain.data.text.files import (
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
-SMALL = 4 * BLOCK  # bytes for each reader; of less, every reader reads all, and they divide the packed sequences
+SMALL = 4 * BLOCK  # bytes for each reader; with less, every reader reads all, and they divide the packed sequences
 HOPELESS = 1000  # rows without text at the beginning: then it is the wrong column
 
 
@@ -50,11 +50,11 @@ class Documents(Protocol):
     bad: list[str]  # rows that were left out and are not reported yet
 
     def share(self, reader: int, readers: int) -> "Documents | None":
-        """Return one reader's share; None: there is too little to divide."""
+        """Return one reader's share; None if there is too little to divide."""
         ...
 
     def read(self, place: dict[str, Any] | None) -> Iterator[Piece]:
-        """Read all pieces from ``place`` on, None: from the beginning."""
+        """Read all pieces from ``place`` on; None means from the beginning."""
         ...
 
 
@@ -70,7 +70,7 @@ class _Rows:
         self._good, self._left_out, self._first = 0, 0, ""
 
     def _pieces(self, row: Row, unit: int, skip: int, shift: int, where: str, places: tuple[dict, dict]) -> Iterator[Piece]:
-        """Cut this reader's parts from a row; ``places`` are those before and after it."""
+        """Cut this reader's parts from a row; ``places`` are the positions before and after the row."""
         parts = max(1, -(-row.size // BLOCK))
         mine = [(unit + j + shift) % self.readers == self.reader for j in range(parts)]
         if not any(mine):
@@ -92,7 +92,7 @@ class _Rows:
     def _leave_out(self, line: str) -> None:
         self._left_out += 1
         self._first = self._first or line
-        if len(self.bad) < HOPELESS:  # of more, only the number is reported
+        if len(self.bad) < HOPELESS:  # beyond that, only the number is reported
             self.bad.append(line)
         if not self._good and self._left_out >= HOPELESS:
             raise self._hopeless()
@@ -130,7 +130,7 @@ class FileDocuments(_Rows):
         self._mine: set[int] | None = None  # numbers of files, None: by rows or blocks
 
     def share(self, reader: int, readers: int) -> "FileDocuments | None":
-        """Return one reader's share; None: there is too little to divide."""
+        """Return one reader's share; None if there is too little to divide."""
         if sum(self.sizes) < readers * SMALL:
             return None
         part = copy.copy(self)
@@ -158,7 +158,7 @@ class FileDocuments(_Rows):
         count = blocks.count()
 
         def is_mine(k: int) -> bool:
-            shared = k if count is None else k * self.readers // count  # neighbours where that can be known
+            shared = k if count is None else k * self.readers // count  # neighbouring blocks if the count is known
             return (shared + number) % self.readers == self.reader
 
         try:
@@ -213,7 +213,7 @@ class SavedDocuments(_Rows):
         self.files: list[Path] = []
 
     def share(self, reader: int, readers: int) -> "SavedDocuments | None":
-        """Return one reader's share; None: there is too little to divide."""
+        """Return one reader's share; None if there is too little to divide."""
         if self.rows.data.nbytes < readers * SMALL:
             return None
         part = copy.copy(self)
@@ -252,7 +252,7 @@ class HubDocuments(_Rows):
         self.files: list[Path] = []
 
     def share(self, reader: int, readers: int) -> "HubDocuments":
-        """Return one reader's share: files of its own where there are enough of them, else one document in so many."""
+        """Return one reader's share: whole files if there are enough of them, else every n-th document."""
         part = copy.copy(self)
         part.bad = []
         if self.stream.num_shards >= readers:
@@ -297,7 +297,7 @@ def in_parts(text: str, count: int) -> list[str]:
 
 
 def _deal(sizes: list[int], readers: int) -> list[set[int]] | None:
-    """Deal numbers of files to the readers, the largest first to the one that has least; None where shares differ too much."""
+    """Deal numbers of files to the readers, the largest first, to the one with least; None if shares differ too much."""
     if len(sizes) < readers:
         return None
     hands: list[set[int]] = [set() for _ in range(readers)]

@@ -29,7 +29,7 @@ DELIMITERS = ",;\t|"
 
 
 class BadRow(Exception):
-    """Report a row without text in the column asked for; the message says what it holds."""
+    """Report a row without text in the column asked for; the message describes the row."""
 
 
 class Row(NamedTuple):
@@ -38,7 +38,7 @@ class Row(NamedTuple):
     Attributes:
         number: counted from 1, for messages.
         size: its approximate length, the same for every reader of the file.
-        text: read it; raises BadRow.
+        text: reads the text; raises BadRow.
         after: where the next row begins.
     """
 
@@ -80,7 +80,7 @@ def open_bytes(path: Path) -> BinaryIO:
 
 
 def is_packed(path: Path) -> bool:
-    """Return whether the file is compressed, so that its bytes are not those of its text."""
+    """Return whether the file is compressed, so its bytes are not its text."""
     return path.suffix.lower() in PACKED
 
 
@@ -122,7 +122,7 @@ class Blocks:
         return at + (space if space >= 0 else next((i for i, byte in enumerate(window[:4]) if byte & 0xC0 != 0x80), 0))
 
     def text(self, k: int) -> tuple[str, bool] | None:
-        """Read block ``k`` and whether it is the last; None after the last.
+        """Return block ``k``, and whether it is the last; None after the last.
 
         Raises:
             ConfigError: it is not UTF-8.
@@ -240,7 +240,7 @@ def _is_array(path: Path) -> bool:
 
 
 def _json_array(path: Path, text_key: str, place: Any) -> Iterator[Row]:
-    """Read the objects of an array, or one after another; the file is read from its beginning again to go on."""
+    """Read the objects of an array, or consecutive objects. To continue, the file is read again from its beginning."""
     done = place or 0
     decoder, buffer, number, at = json.JSONDecoder(), "", 0, 0
     with open_bytes(path) as raw:
@@ -295,7 +295,7 @@ def _csv(path: Path, text_key: str, key: str, place: Any) -> Iterator[Row]:
 
 
 def _header(path: Path, line: bytes, text_key: str) -> tuple[str, list[str]]:
-    """Return the delimiter and the columns: the delimiter is the one that makes a column of ``text_key``."""
+    """Return the delimiter and the columns; the delimiter is the one that gives a column ``text_key``."""
     try:
         text = line.decode()
     except UnicodeDecodeError as error:

@@ -61,7 +61,7 @@ def open_documents(
 
 
 def saved_folder(root: str | None, split: str) -> Path | None:
-    """Find the folder below ``root`` that ``save_to_disk`` wrote, if one did."""
+    """Find a folder below ``root`` that ``save_to_disk`` wrote; None if there is none."""
     if root is None:
         return None
     folders = (Path(root), Path(root) / split)
@@ -103,7 +103,7 @@ def find_files(root: str | None, patterns: str | list[str], key: str) -> list[Pa
         raise ConfigError(key, patterns, f"must be globs for files below {root}, such as train*")
     found = {path for pattern in patterns for path in Path(root).glob(pattern)}
     found |= {path for folder in found if folder.is_dir() for path in folder.rglob("*")}
-    # names with a dot at the beginning are left by an operating system or an editor
+    # names with a dot at the beginning come from an operating system or an editor
     files = sorted(path for path in found if path.is_file() and not path.name.startswith("."))
     if not files:
         there = sorted(path.name for path in Path(root).iterdir() if not path.name.startswith("."))
@@ -147,14 +147,14 @@ def check_utf8(path: Path, key: str, limit: int | None = None) -> None:
         raise not_utf8(path, key, error, position) from error
     except ConfigError:
         raise
-    except Exception as error:  # gzip, bz2, lzma and zstandard have errors of their own
+    except Exception as error:  # gzip, bz2, lzma and zstandard have their own errors
         if is_packed(path) or isinstance(error, (OSError, EOFError, zlib.error)):
             raise ConfigError(key, str(path), f"cannot be unpacked: {first_line(error)}") from error
         raise
 
 
 def read_error(error: Exception, key: str, paths: list[Path]) -> ConfigError:
-    """Return the error for a reading that broke off; it names the local file to blame, if one can be found."""
+    """Return the error for an interrupted read; it names the local file to blame, if known."""
     if isinstance(error, ConfigError):
         return error
     for path in paths:

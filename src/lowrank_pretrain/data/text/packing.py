@@ -1,7 +1,7 @@
 """Pack documents into sequences of equal length, shuffled in blocks, resumable at any batch.
 
 The content of a shuffle buffer cannot be saved cheaply, so we shuffle in blocks: read ``block`` sequences, hand them out in a
-random order, read the next block. The state is the place where the block began and how much of it is done; resuming reads
+random order, read the next block. The state is where the block began and how much of it is done; resuming reads
 that one block again. Between two blocks at most the end of one piece of text is left over, because older tokens always go into
 the first sequence that the piece helps to fill.
 
@@ -60,7 +60,7 @@ class Packer:
             self._pass_tokens = None
 
     def state(self, fresh: bool = False) -> dict[str, Any]:
-        """Return where the next sequence begins: so many tokens from the end of the piece after ``before``."""
+        """Return the start of the next sequence: a number of tokens from the end of the piece after ``before``."""
         return {"before": self._before, "tail": None if fresh else len(self._left), "made": self._made}
 
     def rows(self, count: int, endless: bool = True) -> np.ndarray:
@@ -93,9 +93,9 @@ class Packer:
         return taken
 
     def _cut(self, rows: np.ndarray) -> int:
-        """Cut sequences from the tokens that are left, write this reader's into ``rows``, and return how many."""
+        """Cut sequences from the tokens that are left, write this reader's into ``rows``, and return their number."""
         whole = len(self._left) // self.seq_len
-        first = (self.reader - self._made) % self.readers  # of the next sequences, the first that is ours
+        first = (self.reader - self._made) % self.readers  # the first of the next sequences that is ours
         ours = min(len(rows), len(range(first, whole, self.readers)))
         used = whole if ours < len(rows) else first + (ours - 1) * self.readers + 1
         made = np.reshape(np.array(self._left[: used * self.seq_len], np.uint32), (used, self.seq_len))

@@ -100,7 +100,7 @@ def load_tokenizer(name: str, key: str = "tokenizer", end_token: str | None = No
 
 
 def special_tokens(name: str, tokenizer: "Tokenizer") -> Special:
-    """Return where the tokenizer ``name`` lies on this machine, and its other special ids."""
+    """Return the local files of the tokenizer ``name``, and its other special ids."""
     path = SAMPLES / "kjv_tokenizer.json" if name == "kjv" else Path(name)
     folder = path if path.is_dir() else path.parent if path.is_file() and name != "kjv" else None
     if path.is_dir():
@@ -137,10 +137,10 @@ class DocumentEncoder:
             self.after = [*self.after, end]
 
     def _ids(self, probe: str) -> tuple[list[int], list[int]] | None:
-        """Return the ids without and with the tokens that the tokenizer adds; None for a word that it does not know."""
+        """Return the ids without and with the tokens that the tokenizer adds; None for an unknown word."""
         try:
             bare, whole = (self.tokenizer.encode(probe, add_special_tokens=added).ids for added in (False, True))
-        except Exception:  # the library's only class: a vocabulary of words that has none for others
+        except Exception:  # the library's only class; a word vocabulary without an unknown token raises it
             return None
         return (bare, whole) if bare else None
 
@@ -157,7 +157,7 @@ class DocumentEncoder:
 
 
 def _named(name: str, which: str) -> str | None:
-    """Return the special token ``which`` by the files next to the tokenizer ``name``."""
+    """Return the special token ``which`` from the files next to the tokenizer ``name``."""
     path = Path(name)
     folder = path if path.is_dir() else path.parent if path.is_file() else None
     for file in ("tokenizer_config.json", "special_tokens_map.json"):
@@ -178,7 +178,7 @@ def _of_hub(name: str, file: str) -> Path | None:
 
     try:
         return Path(hf_hub_download(name, file))
-    except Exception:  # no such file or no network, each in several classes; the tokenizer itself was found before
+    except Exception:  # no such file or no network, each in several classes; the tokenizer itself was already found
         return None
 
 
@@ -189,7 +189,7 @@ def _converted(folder: Path) -> "Tokenizer | None":
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True).backend_tokenizer
-    if tokenizer.get_vocab_size() < 3:  # transformers makes an empty one where it does not know what to do
+    if tokenizer.get_vocab_size() < 3:  # transformers makes an empty one if it does not recognise the files
         raise ValueError("transformers cannot read it; give a tokenizer.json")
     return tokenizer
 

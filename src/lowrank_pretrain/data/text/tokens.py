@@ -19,7 +19,7 @@ class TokenSet:
     """Cut tokens into consecutive pieces of T; the text is a ring, so pieces can begin anywhere.
 
     Args:
-        tokens: ids, (count,), any unsigned type; a memmap is read only where it is asked for.
+        tokens: ids, (count,), any unsigned type; a memmap is read only where needed.
         seq_len: T.
         vocab_size: every id must be below it.
         path: the file to name in errors.

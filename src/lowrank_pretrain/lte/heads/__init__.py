@@ -1,1 +1,1 @@
-"""Give layers heads, and keep what is known of them."""
+"""Give layers heads, and keep their records."""

@@ -1,10 +1,10 @@
-"""Write the heads into a checkpoint as "one process that holds all N heads", and resume, also on other numbers of workers.
+"""Save the heads in a checkpoint as if one process held all N heads, and resume on any number of workers.
 
     checkpoint["lte_state"] = {format, mode, reset, alpha, merge_every, targets {name: rank}, heads (of a worker), workers,
         clock, merges, turn, at_merge, record {"kind|name|key": (N, …)}, missing {"kind|name|key": [workers without it]},
         base {target: (O, D)}, written {target: (1 or w, O, D)}, pending, …}
 
-``written``: W as it stands, of targets into which others than the heads wrote since the last merge.
+``written``: the present W of targets that other code has written into since the last merge.
 
 At a merge nothing of a head is outside W, so heads may be left out or added and the function stays what it is. Between
 merges another number of heads merges first: the checkpoint's ``state_dict`` is that merge.
@@ -61,14 +61,14 @@ def saved_heads(heads: "HeadSet") -> dict[str, Any] | None:
 
 
 def _stack(values: list[Tensor | None]) -> Tensor:
-    """Return all workers' heads one after another; zeros for those of a worker that has none of it."""
+    """Return all workers' heads one after another; zeros for a worker without them."""
     like = next(value for value in values if value is not None)
     return torch.cat([torch.zeros_like(like) if value is None else value for value in values])
 
 
 def _differing(values: list[Tensor | None]) -> Tensor:
     """Return (w, O, D), or (1, O, D) where all workers hold the same."""
-    held = cast(list[Tensor], values)  # all workers find the same targets written
+    held = cast(list[Tensor], values)  # all workers report the same written targets
     same = all(torch.equal(value, held[0]) for value in held)
     return torch.stack(held[:1] if same else held)
 
@@ -94,7 +94,7 @@ def check_heads(state: Mapping[str, Any], heads: "HeadSet") -> None:
 
 
 def load_heads(state: Mapping[str, Any], heads: "HeadSet") -> tuple[dict[str, Moments], str | None]:
-    """Put the heads back; the module's W is the checkpoint's merged one on entry. All workers call it together.
+    """Restore the heads; on entry the module's W is the checkpoint's merged one. All workers call it together.
 
     Args:
         state: ``lte_state``.
@@ -111,7 +111,7 @@ def load_heads(state: Mapping[str, Any], heads: "HeadSet") -> tuple[dict[str, Mo
     heads.cost, heads.last_cost = (sent, 0.0), (last, 0.0)
     heads.outer.load_state_dict(state.get("outer", {}), {piece.name: piece.live() for piece in heads.pieces})
     same_layout = (settings.heads, heads.workers.size) == (state["heads"], state["workers"])
-    # 1 × 4 and 4 × 1 hold the same heads; in `sequential` a turn is a worker's, so only the same layout goes on in mid-window
+    # 1 × 4 and 4 × 1 hold the same heads; in `sequential` a turn is a worker's, so only the same layout resumes in mid-window
     same = same_layout or (settings.mode == "parallel" and settings.heads * heads.workers.size == there)
     if settings.mode == "joint":
         same = settings.heads == state["heads"]
@@ -127,7 +127,7 @@ def load_heads(state: Mapping[str, Any], heads: "HeadSet") -> tuple[dict[str, Mo
 
 
 def _all_turns(heads: "HeadSet") -> Record:
-    """Return this worker's heads; in ``sequential`` those of all turns, the unborn ones as zeros."""
+    """Return this worker's heads; in ``sequential`` those of all turns, with zeros for heads not yet drawn."""
     live = heads.record()
     if heads.settings.mode != "sequential":
         return live
@@ -136,7 +136,7 @@ def _all_turns(heads: "HeadSet") -> Record:
 
 
 def _put(heads: "HeadSet", mine: Record) -> Record:
-    """Put this worker's heads on, or in ``sequential`` park all but the one whose turn it is; returns the live ones."""
+    """Attach this worker's heads, or in ``sequential`` park all but the one whose turn it is; return the live ones."""
     if heads.settings.mode == "sequential":
         stages = next(iter(mine.values())).stage
         turns = [_pick(mine, k, 1) for k in range(heads.settings.heads)]
@@ -151,13 +151,13 @@ def _pick(everyone: Record, first: int, count: int) -> Record:
 
 
 def _mine(heads: "HeadSet") -> tuple[int, int]:
-    """Return the first of this worker's heads, of all its turns, and their number."""
+    """Return the index of this worker's first head over all its turns, and the number of its heads."""
     return 0 if heads.settings.mode == "joint" else heads.workers.rank * heads.settings.heads, heads.settings.heads
 
 
 @torch.no_grad()
 def _restore_same(state: Mapping[str, Any], heads: "HeadSet", everyone: Record, pending: Mapping[str, Tensor]) -> Record:
-    """Put back as many heads as there were; returns this worker's."""
+    """Restore all heads, their number being unchanged; return this worker's."""
     heads.turn = state["turn"]
     mine = _put(heads, _pick(everyone, *_mine(heads)))
     # W₀
@@ -179,7 +179,7 @@ def _restore_same(state: Mapping[str, Any], heads: "HeadSet", everyone: Record, 
                 piece.held = exchange.summed(index).clone()
         heads.workers.sent = sent
     heads.writes.mark()
-    # what others wrote since: it joins at the next merge, as it would have
+    # others' writes since then join at the next merge, as they would have
     for piece in heads.pieces:
         rows = state.get("written", {}).get(piece.name)
         if rows is not None:
@@ -197,7 +197,7 @@ def _restore_same(state: Mapping[str, Any], heads: "HeadSet", everyone: Record, 
 
 @torch.no_grad()
 def _restore_other(state: Mapping[str, Any], heads: "HeadSet", everyone: Record) -> tuple[Record, str | None]:
-    """Put back another number of heads: W holds everything; those that stay go on, new ones begin. Returns this worker's."""
+    """Restore another number of heads: W holds everything, kept heads continue, new ones begin. Return this worker's."""
     settings, message = heads.settings, None
     there, here = state["heads"] * state["workers"], settings.heads * heads.workers.size
     if settings.mode == "joint":
@@ -209,7 +209,7 @@ def _restore_other(state: Mapping[str, Any], heads: "HeadSet", everyone: Record)
             f"LTE: the checkpoint lies between two merges of {there} heads; they were merged first, {here} go on from there"
         )
     if settings.mode == "sequential" or settings.reset:
-        # W holds all: every head starts anew
+        # W holds everything: every head starts again
         heads.merges += not state["at_merge"]
         heads.turn, heads.parked = 0, {}
         heads.draw(heads.merges)

@@ -30,7 +30,7 @@ from lowrank_pretrain.lora.function import (
 
 
 class Layout(NamedTuple):
-    """Describe a layer with heads but for its tensors."""
+    """Describe a layer with heads, apart from its tensors."""
 
     parts: tuple[Part, ...]
     rest: tuple[RestPart, ...]
@@ -109,9 +109,9 @@ def _with_prev(
 
 
 def _forms(rows: int, weight: Tensor) -> bool:
-    """Tell whether to form each head's Wₑ for its rows.
+    """Return whether to form each head's Wₑ for its rows.
 
-    Measured on CPUs with 4 heads: break-even at 1 to 2 DO/(D+O), half of a lone adapter's, as prev doubles the ranks.
+    Measured on CPUs with 4 heads: break-even at 1 to 2 DO/(D+O), half of a single adapter's, because prev doubles the ranks.
     """
     return forms_merged_weight(2 * rows if weight.device.type == "cpu" else rows, weight)
 
@@ -196,7 +196,7 @@ class _HeadsLinear(torch.autograd.Function):
 
 
 def _gradients(ctx: Any, dy: Tensor) -> tuple:
-    """Return what ``_HeadsLinear.backward`` does, by operations that can be differentiated and batched themselves."""
+    """Return the gradients of ``_HeadsLinear.backward``, by operations that can be differentiated and batched."""
     x, weight, lora_A, prev_A, *factors = ctx.saved_tensors
     p, needs, graph = len(ctx.layout.parts), ctx.needs_input_grad, torch.is_grad_enabled()
     lora_B, prev_B = factors[:p], factors[p : 2 * p] if prev_A is not None else []
@@ -217,7 +217,7 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple:
 
 
 def _live(dz: Tensor, parts: tuple[Part, ...]) -> Tensor:
-    """Return the columns that train, of those that ``_with_prev`` put side by side."""
+    """Return the columns that train, out of those that ``_with_prev`` concatenated."""
     columns = [dz[:, 2 * p.a : 2 * p.a + p.rank] for p in parts]
     return columns[0] if len(columns) == 1 else torch.cat(columns, 1)
 

@@ -1,8 +1,8 @@
 """Hold all heads of a model on this worker, and the clock by which they merge (LTE, arXiv 2402.16828, algorithm 1).
 
     window:  every head trains on its own data for T optimizer steps
-    merge:   W ← W₀ + (s/N) Σ BₙAₙ; then heads live on (``reset=False``: each trains on next to what W holds of it)
-             or start anew (``reset=True``: B = 0, A drawn again, their optimizer state gone)
+    merge:   W ← W₀ + (s/N) Σ BₙAₙ; then heads continue (``reset=False``: each trains on next to what W holds of it)
+             or start again (``reset=True``: B = 0, A drawn again, their optimizer state gone)
 
 Without reset the updates telescope: W − W₀ has rank N·R at most, however many merges. With reset every merge adds rank.
 ``sequential`` adds one head's update a window, so W₀ moves on with every merge there too.
@@ -50,7 +50,7 @@ from lowrank_pretrain.lte.workers import Workers
 
 
 class HeadSet(LocalTargets):
-    """Heads of a module, from ``convert`` to ``detach``.
+    """Hold the heads of a module, from ``convert`` to ``detach``.
 
     Args:
         settings: how they train.
@@ -60,11 +60,11 @@ class HeadSet(LocalTargets):
         accumulates: whether a merge adds to the W of the merge before, instead of being formed from the first W₀.
         unmoved: layers whose heads had not moved by the first merge.
         turn: in ``sequential``, number of the head whose turn it is among this worker's.
-        parked: in ``sequential``, this worker's heads whose turn it is not.
+        parked: in ``sequential``, this worker's heads that await their turn.
         pending: a merge under way and the step after which it is applied (``overlap``).
         cost: bytes sent and seconds waited since the last merge.
-        writes: notices who else writes into W.
-        outer: moves W by what merges bring.
+        writes: detects other code's writes into W.
+        outer: moves W by the merged increments.
     """
 
     stacked = True
@@ -91,7 +91,7 @@ class HeadSet(LocalTargets):
 
     @classmethod
     def decides(cls, settings: Settings) -> Mapping[str, Any]:
-        """Return what a phase callback does not decide: heads have the strategy's scale and train their A."""
+        """Return settings that a phase callback cannot change: heads use the strategy's scale and train their A."""
         return {**HEAD_SETTINGS, "alpha": settings.alpha}
 
     # -- beginning and ending ---------------------------------------------------------------------------------------
@@ -101,7 +101,7 @@ class HeadSet(LocalTargets):
         return conversion.begin_heads(self, fit)
 
     def check_adopt(self, names: Iterable[str], fit: Fit) -> None:
-        """Refuse an optimizer that cannot train heads: here and not at the freeze, which comes after days."""
+        """Refuse an optimizer that cannot train heads now, not days later at the freeze."""
         conversion.check_optimizers(fit)
 
     def adopt(self, plan: Plan, fit: Fit) -> list[Inherit]:
@@ -110,7 +110,7 @@ class HeadSet(LocalTargets):
         return lora.Adapters(self.settings.alpha).adopt(plan, fit.module)
 
     def release(self, fit: Fit) -> list[Inherit]:
-        """Start every head from the joint phase's adapter, which W holds from now on."""
+        """Start every head from the joint phase's adapter, which is merged into W."""
         return conversion.begin_from_adapters(self, fit)
 
     def check_optimizer(self, optimizer: Optimizer) -> None:
@@ -118,7 +118,7 @@ class HeadSet(LocalTargets):
         check_stacked(optimizer, next(iter(self.parameters().values())))
 
     def head_ids(self) -> list[int]:
-        """Return the ids of the heads that live here now."""
+        """Return the ids of the live heads on this worker."""
         heads = self.settings.heads
         if self.settings.mode == "joint":
             return list(range(heads))
@@ -160,13 +160,13 @@ class HeadSet(LocalTargets):
 
     @torch.no_grad()
     def start_from(self, adapters: Mapping[str, tuple[nn.Parameter, Mapping[str, nn.Parameter]]]) -> list[Inherit]:
-        """Make every head a copy of one adapter, which W holds from now on; the layers' function stays what it was.
+        """Make every head a copy of one adapter, which is merged into W; the layers' function does not change.
 
         Args:
             adapters: per layer A (ΣR, D) and B per part (O_part, R_part), of the ranks given to ``convert``.
 
         Returns:
-            What the heads' optimizer state starts from.
+            The parameters whose optimizer state the heads take over.
         """
         inherited = []
         for name, (A, B) in adapters.items():
@@ -181,7 +181,7 @@ class HeadSet(LocalTargets):
         return [] if self.settings.reset else inherited
 
     def leave_out(self, names: Iterable[str]) -> tuple[dict[str, nn.Parameter], set[int]]:
-        """Give some layers their plain classes back before anything of them was merged; returns W by layer, and ids that go."""
+        """Give some layers their plain classes back before their first merge; return W by layer, and removed ids."""
         names = list(names)
         gone = {name: self._live_layer(name) for name in names}
         ids = {id(p) for p in factor_parameters(gone).values()}
@@ -196,14 +196,14 @@ class HeadSet(LocalTargets):
         return {name: cast(nn.Parameter, layer.weight) for name, layer in gone.items()}, ids
 
     def detach(self) -> None:
-        """Give the layers their plain classes back, with W as it is in place; the heads stay here."""
+        """Give the layers their plain classes back, keeping W as it is; the heads stay here."""
         if not self.attached:
             return
         self.writes.keep(self._touched_in_view)
         for piece in self.pieces:
             if piece.base is None:
                 piece.base = self.writes.training_rows(piece).clone()
-        self.attached = False  # whatever fails from here: a second try would meet layers that have none
+        self.attached = False  # first: if anything below fails, a second try would meet layers without heads
         for name in list(self.layers):
             layer = self._live_layer(name)
             held = self.layers[name] = take_heads(layer)
@@ -214,7 +214,7 @@ class HeadSet(LocalTargets):
         self.view.keep()
 
     def _live_layer(self, name: str) -> MultiheadLoRALinear:
-        """Return a layer that still has its heads."""
+        """Return a layer, which must still have its heads."""
         return cast(MultiheadLoRALinear, self.layers[name])
 
     def live_layers(self) -> dict[str, MultiheadLoRALinear]:
@@ -232,11 +232,11 @@ class HeadSet(LocalTargets):
         return {name: weight_of(layer) for name, layer in self.live_layers().items()}
 
     def frozen_weights(self) -> list[nn.Parameter]:
-        """Return every W: its heads are what trains."""
+        """Return every W, which is frozen while its heads train."""
         return list(self.weights().values())
 
     def unsynced(self, module: nn.Module) -> set[str]:
-        """Return names of what DDP must neither broadcast nor average."""
+        """Return the names of tensors that DDP must neither broadcast nor average."""
         return set() if self.settings.mode == "joint" else self.hidden(module)
 
     def hidden(self, module: nn.Module) -> set[str]:
@@ -269,7 +269,7 @@ class HeadSet(LocalTargets):
     # -- the clock --------------------------------------------------------------------------------------------------
 
     def after_step(self) -> bool:
-        """Count an optimizer step that was taken or attempted, and merge if it is time. Returns whether W changed."""
+        """Count an optimizer step that was taken or attempted, and merge if it is time. Return whether W changed."""
         self.clock += 1
         changed, before = False, (self.workers.sent, self.workers.seconds)
         # a merge that was begun earlier is due
@@ -291,7 +291,7 @@ class HeadSet(LocalTargets):
         return changed
 
     def snapshot(self) -> list[Factors]:
-        """Return what each piece brings to a merge: its factors, in ``sequential`` with those that W holds of the same head."""
+        """Return each piece's factors for a merge; in ``sequential`` with those of the same head that W holds."""
         result = []
         for piece in self.pieces:
             A, B = piece.factors()
@@ -302,7 +302,7 @@ class HeadSet(LocalTargets):
         return result
 
     def exchange(self, overlap: bool = False) -> Exchange:
-        """Send what is to be merged now; with ``overlap`` a copy of it, without waiting."""
+        """Send the present factors for a merge; with ``overlap`` send a copy, without waiting."""
         snapshot = self.snapshot()
         if overlap:
             snapshot = [(A.clone(), B.clone()) for A, B in snapshot]
@@ -313,10 +313,10 @@ class HeadSet(LocalTargets):
 
     @torch.no_grad()
     def _apply(self, exchange: Exchange, outer: bool = True) -> None:
-        """Merge: W, then the heads; with ``outer=False`` by the mean as it is."""
+        """Merge W, then the heads; with ``outer=False`` by the plain mean."""
         if self.merges == 0:
             self.unmoved = [name for name, layer in self.layers.items() if not any(B.any() for B in layer.lora_B.values())]
-        # what others wrote joins W₀
+        # others' writes join W₀
         touched = self.writes.touched()
         self.warn_of_writes([self.pieces[index].name for index in touched])
         for index, (base, _) in self.writes.bases(touched).items():
@@ -332,7 +332,7 @@ class HeadSet(LocalTargets):
                 piece.base.copy_(new)
         self.writes.mark()
         self.merges += 1
-        # the heads start anew, or go on next to what W holds of them
+        # the heads start again, or continue next to what W holds of them
         if self.settings.reset:
             self.renew()
         else:
@@ -344,7 +344,7 @@ class HeadSet(LocalTargets):
     @torch.no_grad()
     def merged(self, piecemeal: bool = False, wanted: bool = True) -> Iterator[tuple[LocalTarget, Tensor]]:
         """Yield every target with its merged rows, (O, D); changes nothing. All workers call it together."""
-        with self.workers.uncounted():  # looking is no merge
+        with self.workers.uncounted():  # evaluation is not a merge
             touched = self._touched_in_view = self.writes.touched()
             bases = self.writes.bases(touched)
             still = self.writes.still(touched)
@@ -366,7 +366,7 @@ class HeadSet(LocalTargets):
     # -- heads after a merge ----------------------------------------------------------------------------------------
 
     def _given(self, exchange: Exchange, layer: MultiheadLoRALinear) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return what this worker's heads of a layer gave to a merge: A (H, ΣR, D) and B per part."""
+        """Return a layer's factors that this worker gave to a merge: A (H, ΣR, D) and B per part."""
         if self.settings.mode == "sequential":
             return layer.lora_A, dict(layer.lora_B.items())
         mine = {p.part.name: f for p, f in zip(self.pieces, exchange.snapshot, strict=True) if p.layer is layer}
@@ -375,7 +375,7 @@ class HeadSet(LocalTargets):
 
     @torch.no_grad()
     def renew(self) -> None:
-        """Start the heads anew after a resetting merge: B = 0, A drawn again, their optimizer state gone (or pruned)."""
+        """Restart the heads after a resetting merge: B = 0, A drawn again, their optimizer state gone (or pruned)."""
         self.draw(self.merges)
         for optimizer in self.optimizers:
             if self.settings.prune is None:
@@ -399,7 +399,7 @@ class HeadSet(LocalTargets):
         return [p for p in self.parameters().values() if p in optimizer.state]
 
     def _next_turn(self) -> None:
-        """Park the head whose window is over, and put the next one on (``sequential``)."""
+        """Park the head whose window is over, and attach the next one (``sequential``)."""
         if self.settings.heads == 1:
             return
         self.parked[self.turn] = {name: heads.pick(0, 1) for name, heads in self.record().items()}
@@ -446,5 +446,5 @@ class HeadSet(LocalTargets):
         checkpoint.check_heads(state, self)
 
     def load_state(self, state: Mapping[str, Any]) -> tuple[dict[str, dict[str, Tensor]], str | None]:
-        """Put the heads of a checkpoint back."""
+        """Restore the heads of a checkpoint."""
         return checkpoint.load_heads(state, self)

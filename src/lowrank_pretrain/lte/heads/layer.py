@@ -30,7 +30,7 @@ from lowrank_pretrain.lte.outer import OuterStep
 
 
 class MultiheadLoRALinear(Reclassed):
-    """A linear layer with heads: ``give_heads`` mixes this in before ``nn.Linear``, ``Conv1D`` or a subclass of them."""
+    """Add heads to a linear layer: ``give_heads`` mixes this in before ``nn.Linear``, ``Conv1D`` or a subclass."""
 
     _shared: Shared
     _name: str
@@ -55,7 +55,7 @@ class MultiheadLoRALinear(Reclassed):
         return heads_linear(x, weight, self.bias, self.lora_A, factors, prev_A, prev_B, spans, layout, rest_weight)
 
     def _cannot_share(self, x: Tensor) -> bool:
-        """Tell, in the first step, whether x has too few samples for the heads. W takes gradients then, and learns itself."""
+        """Return, in the first step, whether x has too few samples for the heads. Then W itself trains."""
         if len(self.lora_A) == 1:
             return False
         try:
@@ -100,7 +100,7 @@ class MultiheadLoRALinear(Reclassed):
 
     @torch.no_grad()
     def _beyond(self) -> list[tuple[Part, Tensor]]:
-        """Return per part the heads' mean of what each has learnt and W does not hold, (O_part, D), float32 at least."""
+        """Return per part the mean of what the heads have learnt beyond W, (O_part, D), float32 at least."""
         found = []
         for index, part in enumerate(self._parts):
             pairs: list[tuple[Tensor, Tensor, float]] = [(self.lora_A, self.lora_B[part.name], 1.0)]
@@ -117,13 +117,13 @@ class MultiheadLoRALinear(Reclassed):
         return found
 
     def _rows_of(self, weight: Tensor, part: Part) -> Tensor:
-        """Return a part's rows of a tensor that lies as W does, an (O_part, D) view."""
+        """Return a part's rows of a tensor laid out like W, an (O_part, D) view."""
         return (weight.t() if is_conv1d(self) else weight)[part.start : part.start + part.rows]
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the plain layer's state: W with what this worker's heads have learnt, as they would merge alone.
+        """Return the plain layer's state: W with this worker's heads merged as if alone.
 
-        It asks no other worker, so one may call it alone; at a merge it is the merged W on all of them.
+        It does not communicate, so a single worker may call it; at a merge it is the merged W on all of them.
         """
         result = super().state_dict(*args, **kwargs)
         prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
@@ -160,11 +160,11 @@ class MultiheadLoRALinear(Reclassed):
 
     @property
     def has_prev(self) -> bool:
-        """Tell whether W holds anything of these heads."""
+        """Return whether W holds anything of these heads."""
         return getattr(self, "prev_A", None) is not None
 
     def set_prev(self, A: Tensor | None, B: dict[str, Tensor] | None) -> None:
-        """Set what W holds of these heads from now on: a copy is made; ``None``: nothing."""
+        """Set the factors of these heads that W holds, as copies; ``None``: nothing."""
         self.prev_A = None if A is None else A.detach().clone()
         for index, part in enumerate(self._parts):
             self.register_buffer(f"prev_B{index}", None if B is None else B[part.name].detach().clone(), persistent=False)
@@ -189,7 +189,7 @@ def draw_A(target: str, head: int, redraw: int, rank: int, cols: int, seed: int 
 
     Args:
         target: the target's name.
-        head: id of the head, 0 … N−1, the same on whichever worker it lives.
+        head: id of the head, 0 … N−1, the same on any worker.
         redraw: how often it was drawn before.
         rank: R.
         cols: D.
@@ -218,7 +218,7 @@ def give_heads(
         ranked: its targets, in the order of rows, with their ranks.
         head_ids: ids of the H heads that live here.
         shared: what the model's layers have in common.
-        rest: its row blocks that are no targets; they go on training in full.
+        rest: its row blocks that are not targets; they continue to train in full.
         alpha: scale = alpha / rank; ``None``: scale 1.
         seed: the run's seed, for A.
 
@@ -249,7 +249,7 @@ def give_heads(
 
 @dataclass
 class Held:
-    """The heads of a layer that has its plain class back: what a checkpoint of a finished fit still needs."""
+    """Keep the heads of a layer that is plain again, for checkpoints after the fit."""
 
     lora_A: nn.Parameter
     lora_B: dict[str, nn.Parameter]
@@ -259,7 +259,7 @@ class Held:
 
     @property
     def has_prev(self) -> bool:
-        """Tell whether W held anything of these heads."""
+        """Return whether W held anything of these heads."""
         return self.prev_A is not None
 
     def prev_factors(self) -> tuple[Tensor | None, list[Tensor]]:
@@ -271,7 +271,7 @@ HeadLayer = MultiheadLoRALinear | Held
 
 
 def take_heads(layer: MultiheadLoRALinear) -> Held:
-    """Give the layer its plain class back; what the heads hold beyond W is in the record that is returned."""
+    """Give the layer its plain class back; return a record of what the heads hold beyond W."""
     held = Held(layer.lora_A, dict(layer.lora_B.items()), *layer.prev_factors(), layer._parts)
     for name in ("lora_A", "lora_B", "rest_weight", "rest_bias", *prev_names(layer)):
         if hasattr(layer, name):
@@ -283,7 +283,7 @@ def take_heads(layer: MultiheadLoRALinear) -> Held:
 
 
 def prev_names(layer: HeadLayer) -> list[str]:
-    """Return the names of a layer's buffers that hold what W has of its heads."""
+    """Return the names of a layer's buffers that hold its heads' factors as merged into W."""
     return ["prev_A", *(f"prev_B{index}" for index in range(len(layer._parts)))]
 
 
@@ -326,11 +326,11 @@ def weight_of(layer: nn.Module) -> nn.Parameter:
 
 @dataclass
 class HeadTarget:
-    """One target with heads.
+    """Hold one target with heads.
 
     Attributes:
         name: the target's name.
-        layer: the layer with heads; what is left of it once the fit is over.
+        layer: the layer with heads; after the fit, its remains (``Held``).
         part: its row block.
         base: W₀, (O, D) in float32 at least; ``None``: W itself is what the next merge adds to.
         route: ``factors`` or ``dense``.
@@ -346,16 +346,16 @@ class HeadTarget:
 
     @property
     def weight_name(self) -> str:
-        """Return the name of the layer that it is a part of."""
+        """Return the name of the layer that the target is a part of."""
         return self.name if self.part.name == WHOLE else self.name.rpartition(".")[0]
 
     @property
     def owner(self) -> MultiheadLoRALinear:
-        """Return the layer, which still has its heads."""
+        """Return the layer, which must still have its heads."""
         return cast(MultiheadLoRALinear, self.layer)
 
     def weight(self) -> Tensor:
-        """Return the layer's W as it is in place now, without its gradient."""
+        """Return the layer's W that is in place now, without its gradient."""
         return weight_of(self.owner).detach()
 
     def live(self) -> Tensor:
@@ -363,15 +363,15 @@ class HeadTarget:
         return self.rows_of(self.weight())
 
     def rows_of(self, weight: Tensor) -> Tensor:
-        """Return the target's rows of a tensor that lies as its layer's W does, an (O, D) view."""
+        """Return the target's rows of a tensor laid out like its layer's W, an (O, D) view."""
         return self.owner._rows_of(weight, self.part)
 
     def as_live(self, merged: Tensor) -> Tensor:
-        """Return merged rows as they are."""
+        """Return merged rows unchanged."""
         return merged
 
     def write(self, merged: Tensor, into: Tensor) -> None:
-        """Write merged rows into a tensor that lies as the layer's W does."""
+        """Write merged rows into a tensor laid out like the layer's W."""
         self.rows_of(into).copy_(merged)
 
     def merge_base(self, dtype: torch.dtype) -> Tensor:
@@ -383,8 +383,8 @@ class HeadTarget:
 
         Args:
             total: (s/N) Σ BₙAₙ.
-            outer: moves W; ``None``: the increment is added as it is.
-            starts_anew: ``total`` is all increment; else it counts from what the merge before had.
+            outer: moves W; ``None``: the increment is added unchanged.
+            starts_anew: ``total`` is entirely new; else it includes what the merge before had.
         """
         increment = total.clone() if self.held is None else total - self.held
         self.held = None if starts_anew else total.clone()

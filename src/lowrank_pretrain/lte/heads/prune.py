@@ -31,7 +31,7 @@ def prune_moments(optimizer: Optimizer, parameters: Iterable[Tensor], fraction: 
     that the outcome does not depend on which heads share a process.
 
     Args:
-        optimizer: holds the state; parameters that have none yet are passed over.
+        optimizer: holds the state; parameters without state are skipped.
         parameters: the adapters.
         fraction: share of the entries to zero, from 0 to 1; rounded to the nearest whole number of entries.
 
@@ -87,7 +87,7 @@ def _states(optimizer: Optimizer, parameters: Iterable[Tensor]) -> list[tuple[Te
 
 
 def _holder(optimizer: Optimizer) -> Optimizer:
-    """Return the optimizer that holds the state: ``ZeroRedundancyOptimizer`` keeps it in one of its own."""
+    """Return the optimizer that holds the state: ``ZeroRedundancyOptimizer`` keeps it in an inner one."""
     return getattr(optimizer, "optim", optimizer)
 
 

@@ -1,4 +1,4 @@
-"""Keep the heads of a model as records with fields, each tensor with the heads along dim 0: parked, gathered, saved, put back.
+"""Keep a model's heads as records, each tensor with the heads along dim 0, to park, gather, save and restore them.
 
 A checkpoint names every tensor by a text, and only ``to_file`` and ``from_file`` know it:
 
@@ -23,7 +23,7 @@ Moments = dict[str, Tensor]  # by state key, each (H, …)
 
 @dataclass
 class LayerHeads:
-    """The heads of one layer.
+    """Hold the heads of one layer.
 
     Attributes:
         A: (H, ΣR, D).
@@ -51,16 +51,16 @@ class LayerHeads:
         )  # fmt: skip
 
     def pick(self, first: int, count: int) -> "LayerHeads":
-        """Return heads ``first`` … ``first + count − 1``, as copies; fewer if there are not so many."""
+        """Return heads ``first`` … ``first + count − 1``, as copies; fewer if there are not enough."""
         return self._map(lambda value: value[first : first + count].clone())
 
     def extend(self, count: int) -> "LayerHeads":
-        """Return a record with heads added until there are ``count``, as if they were unborn; see ``_longer_moment``."""
+        """Return a record with heads added until there are ``count``, as if never trained; see ``_longer_moment``."""
         return self._map(lambda value: _longer(value, count), lambda key, value: _longer_moment(key, value, count))
 
     @classmethod
     def stack(cls, records: Sequence["LayerHeads | None"]) -> "LayerHeads":
-        """Return the heads of several records one after another; zeros where there is none, or none of some optimizer state."""
+        """Return the heads of several records one after another; zeros for missing records and missing optimizer state."""
         there = [record for record in records if record is not None]
         like = there[0]
         absent = like._map(torch.zeros_like)
@@ -96,7 +96,7 @@ def _longer(value: Tensor, count: int) -> Tensor:
 
 
 def _longer_moment(key: str, value: Tensor, count: int) -> Tensor:
-    """Return optimizer state with heads added that are safe to start with.
+    """Return optimizer state extended by heads, with values that are safe to start from.
 
     Adam's ``step`` is one for all heads of a parameter, so a new head among old ones has no bias correction: with a second
     moment of zero its first steps would be several times too long. It starts with the others' mean square, and no momentum.
@@ -136,7 +136,7 @@ def _layer_heads(layer: HeadLayer, optimizers: list[Optimizer]) -> LayerHeads:
 
 @torch.no_grad()
 def put_layers(record: Record, layers: Mapping[str, MultiheadLoRALinear]) -> None:
-    """Put factors back, and what W holds of them.
+    """Restore the factors, and the record of what W holds of them.
 
     Raises:
         ConfigError: a layer or a shape differs.
@@ -156,7 +156,7 @@ def put_layers(record: Record, layers: Mapping[str, MultiheadLoRALinear]) -> Non
 
 
 def put_moments(record: Record, layers: Mapping[str, HeadLayer], optimizers: Iterable[Optimizer]) -> None:
-    """Put optimizer state back into optimizers that hold the factors."""
+    """Restore optimizer state into the optimizers that hold the factors."""
     owner = {id(p): o for o in optimizers for g in o.param_groups for p in g["params"]}
     states = states_of(record)
     for name, p in factor_parameters(layers).items():
@@ -174,7 +174,7 @@ def states_of(record: Record) -> dict[str, Moments]:
 
 
 def to_file(record: Record) -> dict[str, Tensor]:
-    """Return the record as a checkpoint holds it, by texts."""
+    """Return the record as a checkpoint stores it: tensors by text keys."""
     found: dict[str, Tensor] = {}
     for name, heads in record.items():
         start = f"layer|{name}|"
@@ -188,7 +188,7 @@ def to_file(record: Record) -> dict[str, Tensor]:
 
 
 def from_file(entries: Mapping[str, Tensor]) -> Record:
-    """Return the inverse of ``to_file``; entries of another kind are passed over."""
+    """Invert ``to_file``; entries of another kind are skipped."""
     fields: dict[str, dict[str, Tensor]] = {}
     moments: dict[str, Moments] = {}
     for text, value in entries.items():
