@@ -69,6 +69,10 @@ def _nothing_left_behind():
     set by ``seed_everything`` would draw other adapters in this process than the ranks draw."""
     yield
     os.environ.pop("PL_GLOBAL_SEED", None)
+    # what a fit or a benchmark may have set for the whole process changes how later tests round
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(False)
+    torch.set_float32_matmul_precision("highest")
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

@@ -90,7 +90,7 @@ REFUSED = [
     (lambda: LTEStrategy(update="galore", rank=8), "rank", "belongs to GaLoreAdamW"),
     (lambda: LTEStrategy(update="galore", heads=2), "heads", "no meaning"),
     (lambda: LTEStrategy(update="galore", overlap=2), "overlap", "no meaning"),
-    (lambda: LTEStrategy(update="galore", basis="shared", route="dense"), "route", "only D is sent"),
+    (lambda: LTEStrategy(update="galore", basis="shared", route="dense"), "route", "D alone"),
     (lambda: LTEStrategy(basis="shared"), "basis", "update=galore"),
     (lambda: LTEStrategy(update="lorra"), "update", "lora, galore"),
     (lambda: workers.fit(settings={"refresh": "track"}), "refresh", "must stay"),

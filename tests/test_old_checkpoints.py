@@ -2,8 +2,8 @@
 
 ``tests/fixtures/write.py`` says what the files are. Bits depend on the kind of CPU. So the same run is repeated here from its
 beginning: if it passes the stored checkpoint's weights to the bit, this machine computes as the writing one did, and the
-resumed run must reach the stored end to the bit. On another kind of CPU the ends may differ by 1e-6 (the command line's, whose
-matrix products are larger, by 1e-5).
+resumed run must reach the stored end to the bit. On another kind of CPU the ends may differ by 1e-4, because a decomposition
+amplifies the rounding of its input.
 """
 
 import shutil
@@ -38,7 +38,7 @@ def test_an_old_checkpoint_goes_on_as_it_did(tmp_path, name):
     whole = run(name, tmp_path)
     exact = same_start(tmp_path / f"{name}.ckpt", HERE / f"{name}.ckpt")
     for end in (whole, run(name, tmp_path, HERE / f"{name}.ckpt")):
-        assert_reaches(end, stored, exact, 1e-6)
+        assert_reaches(end, stored, exact, 1e-4)
 
 
 def test_an_old_run_of_the_command_line_goes_on_as_it_did(tmp_path, monkeypatch):
@@ -54,4 +54,4 @@ def test_an_old_run_of_the_command_line_goes_on_as_it_did(tmp_path, monkeypatch)
     for path in [path for path in last.parent.iterdir() if path != last]:
         path.unlink()
     shutil.copy(HERE / "command_line.ckpt", last)
-    assert_reaches(run_command(cut, "ckpt_path=last"), stored, exact, 1e-5)
+    assert_reaches(run_command(cut, "ckpt_path=last"), stored, exact, 1e-4)
