@@ -1,9 +1,12 @@
 """A run that stops in the middle of an epoch and goes on in a new Trainer sees the batches it would have seen."""
 
+import os
 import pickle
 import shutil
 import signal
 import subprocess
+import threading
+import time
 
 import lightning as L
 import pytest
@@ -96,6 +99,24 @@ def test_images_in_memory_with_two_workers(tmp_path):
     check(lambda: sample(2), tmp_path, "batch", 8)
 
 
+THREADS = []  # kinds of threads that a library starts in each new process
+
+
+@pytest.fixture(scope="module")
+def threads_at_fork():
+    """A library that starts a thread in every new process, as those for linear algebra and tables may."""
+
+    def start():
+        for seconds in THREADS:
+            threading.Thread(target=time.sleep, args=(seconds,), daemon=True).start()
+
+    os.register_at_fork(after_in_child=start)
+    THREADS.append(20)
+    yield
+    THREADS.clear()
+
+
+@pytest.mark.usefixtures("threads_at_fork")
 @pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="macOS cannot tell who sent a signal")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_loading_processes_outlive_a_signal_to_the_whole_group(number):

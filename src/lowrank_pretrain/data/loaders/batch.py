@@ -60,7 +60,7 @@ def torch_loader(cls: type[DataLoader], dataset: Any, num_workers: int, **kwargs
     # workers' base seed from the global generator at every iteration, validation included
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*set_vital")  # torchdata's own warning
-        return cls(
+        return _starts_deaf(cls)(
             dataset,
             batch_size=None,
             num_workers=num_workers,
@@ -73,6 +73,25 @@ def torch_loader(cls: type[DataLoader], dataset: Any, num_workers: int, **kwargs
         )
 
 
+HEARD = {signal.SIGINT, signal.SIGTERM}
+
+
+def _starts_deaf(cls: type[DataLoader]) -> type[DataLoader]:
+    """Make a kind of loader whose processes begin with the signals blocked that ``_outlive_signals`` takes.
+
+    Libraries for linear algebra start threads in a new process at once; these must not hear the signals either.
+    """
+
+    def iterate(self: Any) -> Any:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, HEARD)
+        try:
+            return cls.__iter__(self)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    return type(cls.__name__, (cls,), {"__iter__": iterate}) if hasattr(signal, "sigwaitinfo") else cls
+
+
 def _outlive_signals(worker: int) -> None:
     """Make a loading process ignore Ctrl-C, and SIGTERM unless the training process sends it.
 
@@ -81,14 +100,13 @@ def _outlive_signals(worker: int) -> None:
     """
     if not hasattr(signal, "sigwaitinfo"):  # macOS
         return
-    heard = {signal.SIGINT, signal.SIGTERM}
-    signal.pthread_sigmask(signal.SIG_BLOCK, heard)
-    threading.Thread(target=_wait_for_parent, args=(heard,), daemon=True).start()
+    signal.pthread_sigmask(signal.SIG_BLOCK, HEARD)
+    threading.Thread(target=_wait_for_parent, daemon=True).start()
 
 
-def _wait_for_parent(heard: set[signal.Signals]) -> None:
+def _wait_for_parent() -> None:
     while True:
-        info = signal.sigwaitinfo(heard)
+        info = signal.sigwaitinfo(HEARD)
         if info.si_signo == signal.SIGTERM and info.si_pid == os.getppid():
             os._exit(0)
 
