@@ -19,7 +19,7 @@ from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.plan import fit_ranks
 from lowrank_pretrain.core.protocols import Inherit
 from lowrank_pretrain.core.targets import Target, all_targets, families, first_named, say_left_out, select
-from lowrank_pretrain.core.trainer import log_row
+from lowrank_pretrain.core.trainer import log_interval, log_row
 from lowrank_pretrain.lora import model as lora
 from lowrank_pretrain.lora.layer import has_own_forward
 from lowrank_pretrain.lte.bare_groups import BareGroups, check_stacked
@@ -234,7 +234,7 @@ class ConvertedModule:
             agreed: forms the hash; all workers call it together.
         """
         trainer, every = self.module.trainer, self.local.settings.merge_every
-        often = max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]  # Lightning sets it outside of the class
+        often = max(1, log_interval(trainer))
         # Lightning counts the steps it sees: none of a raw optimizer's
         step = max(trainer.global_step, self.local.clock - 1)
         # by the step alone, so that a resumed run logs at the same merges

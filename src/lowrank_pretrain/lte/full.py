@@ -25,7 +25,7 @@ from lowrank_pretrain.core.protocols import Inherit
 from lowrank_pretrain.core.targets import select
 from lowrank_pretrain.lte import full_checkpoint
 from lowrank_pretrain.lte.increments import Increments, Weights
-from lowrank_pretrain.lte.local_targets import Fit, LocalTarget, LocalTargets
+from lowrank_pretrain.lte.local_targets import Fit, LocalTarget, WholeTargets
 from lowrank_pretrain.lte.outer import OuterStep
 from lowrank_pretrain.lte.settings import Settings
 from lowrank_pretrain.lte.workers import Workers
@@ -66,7 +66,7 @@ class FullTarget:
         return self.p.numel() * at_least_32(self.p.dtype).itemsize
 
 
-class FullSet(LocalTargets):
+class FullSet(WholeTargets):
     """Train whole weights separately on each worker, from ``start`` to ``detach``.
 
     It keeps W_base, plus a copy of the weights for outer momentum, and another for a lossy wire.
@@ -162,18 +162,6 @@ class FullSet(LocalTargets):
         self.view.keep()
 
     # -- what belongs to it -----------------------------------------------------------------------------------------
-
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """Return the parameters that this worker trains on its own, by name."""
-        return {piece.name: piece.p for piece in self.pieces}
-
-    def weights(self) -> dict[str, nn.Parameter]:
-        """Return the same parameters."""
-        return self.parameters()
-
-    def unsynced(self, module: nn.Module) -> set[str]:
-        """Return the names of tensors that DDP must neither broadcast nor average."""
-        return set() if self.workers.size == 1 else set(self.parameters())
 
     def training_weights(self) -> Weights:
         """Return the W being trained, by name, also while the merged weights replace it."""

@@ -294,6 +294,27 @@ class LocalTargets(ABC):
         """Finish what ``load_state`` began, when the optimizers have their states."""
 
 
+class WholeTargets(LocalTargets):
+    """Hold targets that are parameters of the model themselves: no layer is converted, and merged weights replace them.
+
+    Each of ``pieces`` has its parameter as ``p``.
+    """
+
+    pieces: Sequence[Any]
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Return the parameters that this worker trains on its own, by name."""
+        return {piece.name: piece.p for piece in self.pieces}
+
+    def weights(self) -> dict[str, nn.Parameter]:
+        """Return the same parameters."""
+        return self.parameters()
+
+    def unsynced(self, module: nn.Module) -> set[str]:
+        """Return the names of tensors that DDP must neither broadcast nor average."""
+        return set() if self.workers.size == 1 else set(self.parameters())
+
+
 class NoTargets(LocalTargets):
     """Stand in for targets before a fit."""
 

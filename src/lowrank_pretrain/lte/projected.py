@@ -27,7 +27,7 @@ from lowrank_pretrain.galore.projection import Projected
 from lowrank_pretrain.lora.function import Part
 from lowrank_pretrain.lte import projected_checkpoint
 from lowrank_pretrain.lte.increments import refuse_nonfinite
-from lowrank_pretrain.lte.local_targets import Fit, LocalTarget, LocalTargets
+from lowrank_pretrain.lte.local_targets import Fit, LocalTarget, WholeTargets
 from lowrank_pretrain.lte.merge import Exchange, Factors
 from lowrank_pretrain.lte.outer import OuterStep
 from lowrank_pretrain.lte.settings import Settings
@@ -105,7 +105,7 @@ class ProjectedTarget:
         return sum(factor.numel() * factor.itemsize for factor in self.factors())
 
 
-class ProjectedSet(LocalTargets):
+class ProjectedSet(WholeTargets):
     """Hold the targets of a GaLoreAdamW, from ``start`` to ``detach``.
 
     Args:
@@ -204,20 +204,6 @@ class ProjectedSet(LocalTargets):
                 piece.p.copy_(piece.update.base)
         self.attached = False
         self.view.keep()
-
-    # -- what belongs to it -----------------------------------------------------------------------------------------
-
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """Return the parameters that this worker trains on its own, by name."""
-        return {piece.name: piece.p for piece in self.pieces}
-
-    def weights(self) -> dict[str, nn.Parameter]:
-        """Return the same parameters."""
-        return self.parameters()
-
-    def unsynced(self, module: nn.Module) -> set[str]:
-        """Return the names of tensors that DDP must neither broadcast nor average."""
-        return set() if self.workers.size == 1 else set(self.parameters())
 
     # -- the clock --------------------------------------------------------------------------------------------------
 
