@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from omegaconf import OmegaConf
@@ -103,9 +103,10 @@ class Run:
             return "still running, before its first logged step"
         trainer: dict[str, Any] = self.config.get("trainer") or {}
         words = f"still running: step {self.last_step:,.0f}"
-        if is_integer(most := trainer.get("max_steps")) and most > 0:
+        most: Any = trainer.get("max_steps")
+        if is_integer(most) and most > 0:
             words += f" of {most:,}"
-        epoch, epochs = self.last("epoch"), trainer.get("max_epochs")
+        epoch, epochs = self.last("epoch"), cast(Any, trainer.get("max_epochs"))
         if epoch is not None and is_integer(epochs) and epochs > 0:
             words += f", epoch {epoch + 1:.0f} of {epochs}"
         if (seconds := self.last("time/train_seconds")) is not None:
