@@ -101,18 +101,6 @@ def sometimes(world, out_at, **kwargs):
     return watched(world, module=Sometimes(out_at), **kwargs)
 
 
-def behind(world, path, **kwargs):
-    """A run of 12 steps, and one from a checkpoint that was written when a fit of 6 was over; one batch all the time."""
-    order = lte_workers.in_layout(world, 8, 8)
-    ends = []
-    for steps, ckpt in ((6, None), (12, None), (12, path)):
-        module, trainer, _ = fit(world, steps=steps, ckpt=ckpt, data=lte_workers.Samples(8, order=order), **kwargs)
-        if steps == 6:
-            trainer.save_checkpoint(path)
-        ends.append(weights(module))
-    return ends[1:]
-
-
 def hooked(world):
     class Hook(pl.Callback):
         def on_train_start(self, trainer, module):

@@ -87,9 +87,28 @@ def test_an_unknown_name_or_key_is_one_line_with_the_nearest(argument, line):
     assert re.fullmatch(line, str(error.value)), str(error.value)
 
 
+@pytest.mark.parametrize(("argument", "line"), [
+    ("method=preloar", r"method='preloar': Could not find '.*'; did you mean prelora\? There are .*"),
+    ("trainer.max_epoch=1,2", r"trainer.max_epoch='1,2': .* did you mean trainer.max_epochs\? .*"),
+    ("methd=full,lora", r"methd='full,lora': Could not override 'methd', .*; did you mean method\? .*"),
+    ("optim.lrr=interval(0,1)", r"optim.lrr='interval\(0,1\)': .* did you mean optim.lr\? .*"),
+])  # fmt: skip
+def test_an_unknown_name_or_key_of_a_sweep_is_the_same_line(argument, line):
+    with pytest.raises(ConfigError) as error:
+        refuse_unknown(["seed=0,1", argument, "method=full,lora", "-m"] if "method=" not in argument else [argument, "-m"])
+    assert re.fullmatch(line, str(error.value)), str(error.value)
+
+
+def test_a_sweep_with_an_unknown_key_starts_no_job(cli, tmp_path):  # noqa: F811
+    code, out, err = cli("-m", *ONE_STEP, "seed=0,1", "trainer.max_epoch=1,2")
+    assert code == 2 and err.startswith("error: trainer.max_epoch='1,2': ") and err.count("\n") == 1, err
+    assert "run directory" not in out and not (tmp_path / "runs").exists()
+
+
 @pytest.mark.parametrize("arguments", [
-    [], ["method=full", "hydra.run.dir=x"], ["-m", "method=nosuch"], ["--help"], ["sweep=seeds"], ["+trainer.new=1"],
-    ["optim.lr=interval(0,1)"], ["hydra/launcher=nosuch"],
+    [], ["method=full", "hydra.run.dir=x"], ["-m", "method=nosuch,full"], ["--help"], ["sweep=seeds"], ["+trainer.new=1"],
+    ["optim.lr=interval(0,1)"], ["hydra/launcher=nosuch"], ["-m", "method=glob(*)", "optim.lr=interval(0,1)", "seed=0,1"],
+    ["-m", "trainer.nosuch=1,2", "--cfg", "job"], ["-m", "method=full,lora", "+trainer.new=1,2"],
 ])  # fmt: skip
 def test_what_hydra_takes_or_tells_itself_is_left_to_it(arguments):
     refuse_unknown(arguments)

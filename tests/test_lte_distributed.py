@@ -8,16 +8,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 
 from lowrank_pretrain.lte.workers import Workers, lost
 from tests import lte_workers as workers
-
-
-def close(a, b, tolerance=1e-12):
-    for name in a:
-        torch.testing.assert_close(a[name], b[name], rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
-
-
-def same(results, key="weights"):
-    for other in results[1:]:
-        assert all(torch.equal(results[0][key][name], other[key][name]) for name in results[0][key])
+from tests.lte_shared import close, same
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])

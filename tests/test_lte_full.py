@@ -11,32 +11,13 @@ from lowrank_pretrain.lte.wire import Codec, padded
 from tests import lte_full_workers as workers
 from tests import lte_workers
 from tests.lte_galore_workers import GaLoreNet
+from tests.lte_shared import Plain, after_a_fit, close, same
 from tests.lte_workers import Net, Samples
 from tests.reference.diloco import diloco
 from tests.test_lte import twin as heads_twin
 from tests.test_lte_galore import twin as projected_twin
 
 OUTER = {"outer_lr": 0.7, "outer_momentum": 0.9}
-
-
-def close(a, b, tolerance=1e-12):
-    assert a.keys() == b.keys()
-    for name in a:
-        torch.testing.assert_close(a[name], b[name], rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
-
-
-def same(results, key="weights"):
-    for other in results[1:]:
-        assert all(torch.equal(results[0][key][name], other[key][name]) for name in results[0][key])
-
-
-class Plain(nn.Module):
-    def __init__(self, net):
-        super().__init__()
-        self.net, self.out = net.net, net.out
-
-    def forward(self, x):
-        return self.out(self.net(x))
 
 
 def batches(workers_, steps=12, batch=8):
@@ -245,7 +226,7 @@ def test_a_file_goes_on_without_lte_and_saved_after_a_fit_it_goes_on(ranks, tmp_
     ranks(2, workers.run, 2, folder=str(tmp_path), save_at=[6], steps=6, exact=True, **OUTER)
     module, run, _ = lte_workers.fit(strategy="auto", ckpt=str(tmp_path / "step=6.ckpt"), steps=8, exact=True)
     assert run.global_step == 8
-    for whole, again in ranks(2, workers.after_a_fit, 2, str(tmp_path / "after.ckpt"), **OUTER):
+    for whole, again in ranks(2, after_a_fit, 2, str(tmp_path / "after.ckpt"), workers.fit, **OUTER):
         close(whole, again, 0)
 
 

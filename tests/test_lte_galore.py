@@ -12,25 +12,11 @@ from lowrank_pretrain.galore.local import LocalUpdate
 from lowrank_pretrain.lte.traffic import traffic
 from tests import lte_galore_workers as workers
 from tests import lte_workers
+from tests.lte_shared import Plain, after_a_fit, close
 from tests.lte_workers import Samples
 from tests.reference.lte_galore import lte_galore
 
 TARGETS = {"net.0.weight": workers.RANK, "net.4.weight": workers.RANK}
-
-
-def close(a, b, tolerance=1e-12):
-    assert a.keys() == b.keys()
-    for name in a:
-        torch.testing.assert_close(a[name], b[name], rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
-
-
-class Plain(nn.Module):
-    def __init__(self, net):
-        super().__init__()
-        self.net, self.out = net.net, net.out
-
-    def forward(self, x):
-        return self.out(self.net(x))
 
 
 def twin(workers_, steps=12, every=4, shared=False, batch=8, outer=None):
@@ -220,7 +206,7 @@ def test_other_numbers_of_workers_go_on_from_the_merged_model(ranks, tmp_path, s
 
 
 def test_a_checkpoint_from_behind_a_fit_goes_on_exactly(ranks, tmp_path):
-    found = ranks(2, workers.behind, 2, str(tmp_path / "x.ckpt"), sync_rest="merge")
+    found = ranks(2, after_a_fit, 2, str(tmp_path / "x.ckpt"), workers.fit, sync_rest="merge")
     for whole, again in found:
         close(whole, again, 0)
 

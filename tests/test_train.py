@@ -25,12 +25,12 @@ from lowrank_pretrain.checkpoints.files import NotWritten, WholeCheckpointIO, in
 from lowrank_pretrain.checkpoints.longer_run import LongerRun
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.interrupts import Interrupted
+from lowrank_pretrain.core.ownership import owned
 from lowrank_pretrain.data.text.stream import TextData
 from lowrank_pretrain.guards.finite import Diverged
 from lowrank_pretrain.loggers import csv as csv_log
 from lowrank_pretrain.observe.closing_loss import ClosingLoss
 from lowrank_pretrain.run import failures
-from lowrank_pretrain.run.ownership import owned
 from tests.conftest import PHASES, SHORT, TINY, VIT
 from tests.toy import loader, toy, trainer
 

@@ -3,7 +3,8 @@
 python -m lowrank_pretrain.report RUN_DIR... [--out FILE|DIR]
 """
 
+from lowrank_pretrain.report.collection import find_runs
 from lowrank_pretrain.report.page import render, write_report
-from lowrank_pretrain.report.runs import Run, find_runs, read_run
+from lowrank_pretrain.report.runs import Run, read_run
 
 __all__ = ["Run", "find_runs", "read_run", "render", "write_report"]

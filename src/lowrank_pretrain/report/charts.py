@@ -45,6 +45,7 @@ def lines(
     marks: dict[str, float] | None = None,
     level: tuple[str, float] | None = None,
     slots: dict[str, int] | None = None,
+    bands: dict[str, list[tuple[float, float, float]]] | None = None,
 ) -> str:
     """Draw a line for each entry of `series`.
 
@@ -56,12 +57,15 @@ def lines(
         marks: {word: x} of vertical lines.
         level: (word, y) of a horizontal line.
         slots: the style of each label; by default in order.
+        bands: [(x, lower, upper), …] of the area around each label's line; may be empty.
     """
     rows = -(-len(series) // _columns(series)) if len(series) > 1 else 0
     figure, axes = _figure(2.5 + 0.17 * rows)
     for index, (label, points) in enumerate(series.items()):
         k = slots[label] if slots else index
         many = len(points) > 25
+        if bands and bands[label]:
+            axes.fill_between(*zip(*bands[label], strict=True), color=slot(k), alpha=0.18, lw=0)
         axes.plot(
             *zip(*points, strict=True), label=label, color=slot(k), ls=DASHES[k % len(DASHES)], lw=1.5,
             marker=MARKERS[k % len(MARKERS)], ms=3.5, markevery=max(1, len(points) // 8) if many else 1,

@@ -9,7 +9,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from lowrank_pretrain.core.text import format_number
-from lowrank_pretrain.report.runs import JUDGED_BY, Run, best, by_seed
+from lowrank_pretrain.report.collection import JUDGED_BY, best, by_seed
+from lowrank_pretrain.report.runs import STATES, Run
 
 WIDTH = 120  # characters, where stdout is no terminal
 MOST = 30  # rows; the page has them all
@@ -44,7 +45,7 @@ def show(runs: list[Run], directory: Path, console: Console | None = None) -> No
         console.print(table)
     if len(shown) > MOST:
         console.print(f"{len(shown) - MOST} more runs are on the page")
-    counts = {state: sum(run.state == state for run in runs) for state in ("finished", "failed", "damaged", "unfinished")}
+    counts = {state: sum(run.state == state for run in runs) for state in STATES}
     words = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
     console.print(f"{len(runs)} runs: {words}; * is the best of a column", soft_wrap=True, markup=False)
     for run in runs:

@@ -2,18 +2,20 @@
 
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
-from lowrank_pretrain.core.metrics import AXES, METRICS, STEP, TIME
+from lowrank_pretrain.core.metrics import METRICS
+from lowrank_pretrain.core.protocols import PHASES
 from lowrank_pretrain.core.text import format_number
 from lowrank_pretrain.report import charts
-from lowrank_pretrain.report.runs import Run, Series
+from lowrank_pretrain.report.collection import Entry
+from lowrank_pretrain.report.curves import ALONG, SENT, STEPS, Axis, Curve, curve
+from lowrank_pretrain.report.runs import Run
 
-STEPS, SECONDS = AXES[STEP], AXES[TIME]
-DRAWN = 16  # runs in one chart; more cannot be distinguished
+DRAWN = 16  # lines in one chart; more cannot be distinguished
 
 CURVES = ("train/loss", "val/loss", "val/acc1", "val/acc5", "val/ppl")
-BY_TIME = ("train/loss", "val/loss", "val/acc1", "val/ppl")
 # metric -> factor and unit, where the page shows another unit than the one that is logged
 OVER_STEPS: dict[str, tuple[float, str | None]] = {
     "throughput/samples_per_sec": (1, None),
@@ -37,65 +39,89 @@ PHASE_BARS: dict[str, tuple[str, str, float, Callable[[float], str]]] = {
 
 
 class Chart(NamedTuple):
-    """Hold a figure of the page: caption, SVG and, under the caption, a remark."""
+    """Hold a figure of the page: caption, SVG, a remark under the caption, and the x axis that a reader chooses it by."""
 
     title: str
     svg: str
     remark: str = ""
+    axis: str = ""
 
 
-def side_by_side(runs: list[Run]) -> Iterator[Chart]:
-    """Draw curves of all runs over steps and over time, then bars by phase."""
-    drawn = sorted((run for run in runs if run.series), key=lambda run: run.state != "finished")[:DRAWN]
-    shown = [run for run in runs if any(run is other for other in drawn)]  # finished ones are preferred; in the page's order
-    left_out = sum(bool(run.series) for run in runs) - len(shown)
-    remark = f"{DRAWN} runs; {left_out} more are in the table." if left_out else ""
-    marks = marks_of(shown[0]) if len(shown) == 1 else {}
+BAND = "Band: mean ± standard deviation over seeds."
+
+
+def side_by_side(entries: list[Entry]) -> Iterator[Chart]:
+    """Draw the curves of all entries over each x axis, then bars by phase and, for several, costs over steps."""
+    shown, remark = drawn_of(entries)
     for metric in CURVES:
-        title, axis = METRICS[metric].title, METRICS[metric].axis
-        series = {run.label: smooth(run.series[metric], metric) for run in shown if run.series.get(metric)}
-        if not series:
-            continue
-        slots = {run.label: index for index, run in enumerate(shown)}
-        yield Chart(f"{title} by step", charts.lines(f"{metric} by step", STEPS, axis, series, marks, slots=slots), remark)
-        if metric in BY_TIME:
-            timed = {run.label: run.by_time(metric) for run in shown if run.by_time(metric)}
-            timed = {label: smooth(points, metric) for label, points in timed.items()}
-            if timed:
-                at = marks_of(shown[0], by_time=True) if len(shown) == 1 else {}
-                svg = charts.lines(f"{metric} by time", SECONDS, axis, timed, at, slots=slots)
-                yield Chart(f"{title} by time", svg, remark)
+        for axis in ALONG:
+            yield from _curves(shown, axis, metric, remark)
     yield from by_phase(shown, remark)
-    if len(runs) > 1:
-        yield from over_steps(shown, remark)
+    if len(entries) > 1:
+        yield from over_steps(entries)
 
 
-def over_steps(shown: list[Run], remark: str = "") -> Iterator[Chart]:
-    """Draw the cost of a run over its steps."""
-    slots = {run.label: index for index, run in enumerate(shown)}
-    marks = marks_of(shown[0]) if len(shown) == 1 else {}
+def drawn_of(entries: list[Entry]) -> tuple[list[Entry], str]:
+    """Return the entries that charts show, finished ones preferred, in the page's order; and a remark if some are left out."""
+    known = [entry for entry in entries if all(run.series for run in entry.runs)]
+    chosen = sorted(known, key=lambda entry: entry.runs[0].state != "finished")[:DRAWN]
+    left_out = len(known) - len(chosen)
+    remark = f"{DRAWN} rows of the table; {left_out} more are not drawn." if left_out else ""
+    return [entry for entry in known if entry in chosen], remark
+
+
+def _curves(shown: list[Entry], axis: Axis, metric: str, remark: str) -> Iterator[Chart]:
+    """Draw a metric of all entries over one x axis, if any has it."""
+    found = {entry.label: drawn for entry in shown if (drawn := curve(entry, axis, metric))}
+    if not found:
+        return
+    without = [entry.label for entry in shown if entry.label not in found]
+    words = [remark, BAND if any(drawn.band for drawn in found.values()) else ""]
+    words.append(f"Without {', '.join(without)}: nothing sent, or not known." if axis is SENT and without else "")
+    svg = _lines(f"{metric} {axis.words}", axis, METRICS[metric].axis, shown, found)
+    yield Chart(f"{METRICS[metric].title} {axis.words}", svg, " ".join(filter(None, words)), axis.key)
+
+
+def over_steps(entries: list[Entry]) -> Iterator[Chart]:
+    """Draw what runs cost over their steps."""
+    shown, remark = drawn_of(entries)
     for metric, (factor, unit) in OVER_STEPS.items():
-        title, axis = METRICS[metric].title, unit or METRICS[metric].axis
-        series = {r.label: [(x, y * factor) for x, y in r.series[metric]] for r in shown if r.series.get(metric)}
-        if series:
-            yield Chart(title, charts.lines(metric, STEPS, axis, series, marks, slots=slots), remark)
+        found = {entry.label: drawn for entry in shown if (drawn := curve(entry, STEPS, metric, factor))}
+        if found:
+            yield Chart(METRICS[metric].title, _lines(metric, STEPS, unit or METRICS[metric].axis, shown, found), remark)
 
 
-def by_phase(runs: list[Run], remark: str = "") -> Iterator[Chart]:
-    """Draw a bar for each run and phase."""
-    order = ["full", "joint", "lowrank"]
+def _lines(name: str, axis: Axis, y: str, shown: list[Entry], found: dict[str, Curve]) -> str:
+    """Draw curves by label; an entry looks alike in all charts, and a single run's phases are marked."""
+    only = shown[0].runs[0] if len(shown) == 1 and len(shown[0].runs) == 1 else None
+    return charts.lines(
+        name,
+        axis.unit,
+        y,
+        {label: drawn.points for label, drawn in found.items()},
+        marks_of(only, axis) if only else {},
+        slots={entry.label: index for index, entry in enumerate(shown)},
+        bands={label: drawn.band for label, drawn in found.items()},
+    )
+
+
+def by_phase(entries: list[Entry], remark: str = "") -> Iterator[Chart]:
+    """Draw a bar for each entry and phase; of seeds, their mean."""
     for key, (title, axis, factor, form) in PHASE_BARS.items():
         rows = []
-        for run in runs:
-            for phase in run.phases:
-                if phase.get(key) is not None:
-                    name = phase["phase"]
-                    style = order.index(name) if name in order else len(order)
-                    label = name if len(runs) == 1 else f"{short(run.label)} · {name}"
-                    value = phase[key] * factor
-                    rows.append((label, value, style, form(value)))
+        for entry in entries:
+            for number, name in enumerate(PHASES):
+                value = entry.mean(partial(_of_phase, name=name, key=key))
+                if value is not None:
+                    label = name if len(entries) == 1 else f"{short(entry.label)} · {name}"
+                    rows.append((label, value * factor, number, form(value * factor)))
         if rows:
             yield Chart(title, charts.bars(key, axis, rows), remark)
+
+
+def _of_phase(run: Run, name: str, key: str) -> float | None:
+    """Return a figure of a run's phase; None if it has no such phase, or no such figure."""
+    return next((phase.get(key) for phase in run.phases if phase["phase"] == name), None)
 
 
 def of_one(run: Run, several: bool) -> Iterator[Chart]:
@@ -112,12 +138,12 @@ def of_one(run: Run, several: bool) -> Iterator[Chart]:
             names = dict(zip(series, shortened(list(series)), strict=True))
             drawn = {names[key]: points for key, points in list(series.items())[:DRAWN]}
             tolerance = _tolerance(run) if prefix == "lowrank/weight_change" else None
-            svg = charts.lines(f"{own}{prefix}", STEPS, axis, drawn, marks_of(run), tolerance)
+            svg = charts.lines(f"{own}{prefix}", STEPS.unit, axis, drawn, marks_of(run), tolerance)
             yield Chart(title, svg, f"The first {DRAWN} of {len(series)} families." if len(series) > DRAWN else "")
     for metric in SINGLES:
         title, axis = METRICS[metric].title, METRICS[metric].axis
         if any(value for _, value in run.series.get(metric, [])):  # one worker sends nothing
-            yield Chart(title, charts.lines(f"{own}{metric}", STEPS, axis, {title: run.series[metric]}, marks_of(run)))
+            yield Chart(title, charts.lines(f"{own}{metric}", STEPS.unit, axis, {title: run.series[metric]}, marks_of(run)))
 
 
 def rank_map(plan: dict[str, int], name: str) -> str:
@@ -147,29 +173,16 @@ def split(target: str) -> tuple[str, str]:
     return layer, ".".join("*" if word.isdigit() else word for word in words)
 
 
-def marks_of(run: Run, by_time: bool = False) -> dict[str, float]:
-    """Return where the run's phases change, by ``switch`` and ``freeze``."""
+def marks_of(run: Run, axis: Axis = STEPS) -> dict[str, float]:
+    """Return where the run's phases change on an axis, by ``switch`` and ``freeze``."""
     marks = {}
     for word in ("switch", "freeze"):
         step = run.summary.get(f"{word}_step")
-        if step is None:
-            continue
-        if by_time:
-            helper = Run(run.path, summary=run.summary, series={**run.series, "at": [(float(step), 0.0)]})
-            marks[word] = helper.by_time("at")[0][0]
-        else:
-            marks[word] = float(step)
+        if step is not None:
+            helper = Run(run.path, config=run.config, summary=run.summary, series={**run.series, word: [(float(step), 0.0)]})
+            if found := axis.of(helper, word):
+                marks[word] = found[0][0]
     return marks
-
-
-def smooth(points: Series, metric: str) -> Series:
-    """Average a long training loss over stretches of equal length; leave other metrics unchanged."""
-    most = 120
-    if metric != "train/loss" or len(points) <= most:
-        return points
-    size = -(-len(points) // most)
-    stretches = [points[i : i + size] for i in range(0, len(points), size)]
-    return [tuple(sum(column) / len(stretch) for column in zip(*stretch, strict=True)) for stretch in stretches]
 
 
 def shortened(names: list[str]) -> list[str]:

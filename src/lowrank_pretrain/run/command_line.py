@@ -7,6 +7,7 @@ from difflib import get_close_matches
 
 from hydra import compose, initialize_config_module
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Glob
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 
@@ -56,29 +57,50 @@ def _prepared(argument: str, sweep: bool) -> str:
 def refuse_unknown(arguments: list[str]) -> None:
     """Refuse an unknown option of a group, or an unknown key, in one line; Hydra's message takes many.
 
-    A sweep and Hydra's own flags are left to Hydra, and so is any other mistake.
+    In a sweep that is each key, and the options that are not swept (``sweeps.check_options`` has the others). Hydra's own
+    flags are left to Hydra, and so is any other mistake.
 
     Raises:
         ConfigError: with the nearest name or key, and all valid ones.
     """
-    if any(argument.startswith("-") for argument in arguments):
+    given_words = [argument for argument in arguments if argument not in MULTIRUN]
+    if any(argument.startswith("-") for argument in given_words):
         return
+    words = (
+        given_words
+        if len(given_words) == len(arguments)
+        else [one for argument in given_words for one in _one_of_sweep(argument)]
+    )
     try:
-        _configuration(arguments)
+        _configuration(words)
     except MissingConfigException as error:
         group, _, name = (error.missing_cfg_file or "").partition("/")
-        if f"{group}={name}" in arguments:
+        if f"{group}={name}" in given_words:
             allowed = f"Could not find '{group}/{name}'; {_near(name, list(error.options or []))}"
             raise ConfigError(group, name, allowed) from error
     except HydraException as error:
         if (found := re.match(r"Could not override '([\w.]+)'", str(error))) is None:
             return
         key = found[1]
-        given = [argument for argument in arguments if argument.partition("=")[0] == key]
-        hint = _hint(key, [argument for argument in arguments if argument not in given])
+        given = [argument for argument in given_words if argument.partition("=")[0] == key]
+        hint = _hint(key, [word for word in words if word.partition("=")[0] != key])
         if given and hint:
             allowed = f"Could not override '{key}', which is no key; {hint}"
             raise ConfigError(key, given[0].partition("=")[2], allowed) from error
+
+
+def _one_of_sweep(argument: str) -> list[str]:
+    """Return an override of a sweep with its first value, which is enough to look for its key; a glob is left out."""
+    try:
+        override = OverridesParser.create().parse_override(argument)
+    except HydraException:
+        return [argument]
+    if not override.is_sweep_override():
+        return [argument]
+    if isinstance(override.value(), Glob):
+        return []
+    first = next(override.sweep_string_iterator()) if override.is_discrete_sweep() else "null"
+    return [f"{argument.partition('=')[0]}={first}"]
 
 
 def _configuration(arguments: list[str]) -> DictConfig:

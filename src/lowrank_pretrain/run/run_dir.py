@@ -12,8 +12,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from lowrank_pretrain.checkpoints.files import check_sums, inspect, newest_whole, remove_unfinished
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.ownership import LOCK, owned, refuse_full
 from lowrank_pretrain.core.trainer import process_rank
-from lowrank_pretrain.run.ownership import LOCK, owned, refuse_full
 
 TRACES = ("metrics.csv", "summary.json", "checkpoints/*.ckpt")  # any of these and the directory holds a run
 LONGEST_NAME = 120  # bytes; file systems end at 255

@@ -57,8 +57,9 @@ def summarize(trainer: Trainer, monitor: Monitor, final: dict[str, float]) -> di
 
 
 def _known(record: PhaseRecord) -> dict[str, float]:
-    """Return the figures that not every run has: optimizer memory by formula, the operations of a sample, use of the chip."""
+    """Return the figures that not every run has: several processes, memory by formula, operations, use of the chip."""
     optional = {
+        "world_size": record.world_size if record.world_size > 1 else None,
         "adapters": record.adapters,
         "optimizer_gib": record.optimizer_gib,
         "optimizer_formula_gib": record.formula_gib,

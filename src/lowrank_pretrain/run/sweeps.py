@@ -161,7 +161,7 @@ def _handlers() -> list[Any]:
 
 def show_end() -> None:
     """Print the table of the sweep that has ended in this process, and the command for its page; nothing without a sweep."""
-    from lowrank_pretrain.report.runs import find_runs
+    from lowrank_pretrain.report.collection import find_runs
 
     while _started:
         directory = _started.pop()

@@ -18,13 +18,13 @@ from omegaconf import DictConfig
 
 from lowrank_pretrain.core.checks import is_integer
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.ownership import owned
 from lowrank_pretrain.core.versions import version_line
 from lowrank_pretrain.guards.divergence import DIVERGENCES, DivergenceGuard
 from lowrank_pretrain.run import failures, summary
 from lowrank_pretrain.run.attempt import attempt
 from lowrank_pretrain.run.build import plain
 from lowrank_pretrain.run.command_line import prepare_process
-from lowrank_pretrain.run.ownership import owned
 from lowrank_pretrain.run.run_dir import start_from
 from lowrank_pretrain.run.sweeps import named_lines, show_end
 

@@ -94,6 +94,24 @@ def _locked(path: Path) -> IO[str] | None:
         file.close()  # its owner has just deleted it
 
 
+def is_owned(directory: Path) -> bool:
+    """Return whether a process, this one or another, writes a run into a directory now.
+
+    Where the system knows no locks, the answer is False.
+    """
+    path = directory.resolve() / LOCK
+    if path in _owned:  # to open and close the file here would give the lock away
+        return True
+    if sys.platform == "win32":
+        return False
+    try:
+        with path.open() as file:
+            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # readers do not exclude each other
+    except OSError as error:
+        return error.errno in (errno.EACCES, errno.EAGAIN) and path.exists()
+    return False
+
+
 def _holder(path: Path) -> str:
     if path in _owned:  # to open and close the file here would give the lock away
         return f"process {os.getpid()}, this one"
