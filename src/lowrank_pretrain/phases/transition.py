@@ -219,6 +219,7 @@ def apply(
     # change the module
     agreed = 0
     if by_strategy and not replay:
+        strategy.before_transition()
         agreed = agreed_hash(strategy, module, f"before a change of the model behind step {trainer.global_step}")
     before = {id(p): p.requires_grad for p in module.parameters()}
     inherited = list(change() or ())
