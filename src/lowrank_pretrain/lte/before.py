@@ -10,7 +10,7 @@ Clock, wire and outer step are the same in all phases. What is handed over:
 - At the switch everything continues by name: the clock, W_base, the outer step's momentum, what the wire has left out. New
   parameters (adapters, the own copy of a tied head) begin without momentum and with nothing left out.
 - At the freeze W_base becomes the W that heads train next to, and the outer step begins anew: its momentum was that of whole
-  weights. Dropped with it is what the last message left out, less than a quantisation step of one merge. Each worker's optimizer
+  weights. Dropped with it is what the last message left out, less than a quantisation step of one merge. A worker's optimizer
   state stays with it, except the rest's under ``sync_rest="step"``: that is averaged once, or equal gradients would move equal
   weights apart.
 

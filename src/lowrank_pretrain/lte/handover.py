@@ -41,6 +41,7 @@ class FollowsPhases(DDPStrategy, Adopter, HasPhase):
     sent: BytesSent
     settings: Settings
     _resume: files.Resume
+    _trains: bool  # whether training has started, and a resume has repeated its changes
     _gradient_bytes: float  # that a worker sends for an optimizer step where DDP has wrapped the model
 
     @property
@@ -98,6 +99,7 @@ class FollowsPhases(DDPStrategy, Adopter, HasPhase):
         if not self.local.optimizers:
             self.converted.assign_optimizers(list(self.optimizers))
             if merged_before:
+                self._count("joint")  # heads began with the mean of their factors
                 self.converted.rest.agree_on_moments(list(self.optimizers))
                 self._count(REST)
             self.phase = "lowrank" if self.local.low_rank else "full"
@@ -141,7 +143,7 @@ class FollowsPhases(DDPStrategy, Adopter, HasPhase):
 
     def _count(self, what: str) -> None:
         """Put what workers have sent since the last call down to a phase, or to the rest."""
-        self.sent.up_to(self.converted.workers.sent, what)
+        self.sent.up_to(self.converted.workers.sent, what if self._trains else None)
 
     def _count_gradients(self) -> None:
         """Count what DDP has averaged for an optimizer step."""

@@ -30,15 +30,16 @@ class BytesSent:
         self._by = dict(before or {})
         self._counted = 0.0
 
-    def up_to(self, total: float, what: str) -> None:
+    def up_to(self, total: float, what: str | None) -> None:
         """Put the bytes of a running count since the last call down to a phase, or to the rest.
 
         Args:
             total: ``Workers.sent``, which only grows during a fit.
-            what: a phase, or ``rest``.
+            what: a phase, or ``rest``; ``None``: a resume has repeated what is counted already.
         """
         new, self._counted = total - self._counted, total
-        self.add(new, what)
+        if what is not None:
+            self.add(new, what)
 
     def add(self, count: float, what: str) -> None:
         """Add bytes that no worker counts itself."""

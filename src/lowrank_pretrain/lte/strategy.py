@@ -142,6 +142,7 @@ class LTEStrategy(FollowsPhases, Reports, Merges):
         self.workers_differ = False
         self.sent = BytesSent()
         self.converted = ConvertedModule.none()
+        self._trains = False
         self._holding = False  # while Lightning's own set-up runs, DDP does not wrap
         self._inside_step = False
         self._ticks: Any = None  # the clock's hook
@@ -314,6 +315,7 @@ class LTEStrategy(FollowsPhases, Reports, Merges):
 
     def on_train_start(self) -> None:
         """Restore a resumed run's random states, after everything that draws; swap out (``lr_find`` leaves the view in)."""
+        self._trains = True
         self.converted.swap_out()
         self._resume.give_random(self.converted.workers)
 

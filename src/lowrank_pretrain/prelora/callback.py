@@ -309,7 +309,7 @@ class PreLoRA(PhaseCallback):
         return (self._due or self._units + passed >= self.window) and self._adopter.settled(1)
 
     def _gradient_norms(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, float]:
-        """Return ‖·‖_F of the targets' gradients; where ranks have gradients of their own, the mean over those that have one."""
+        """Return ‖·‖_F of the targets' gradients; if ranks have gradients of their own, the mean of their norms."""
         present = self._present(pl_module)
         mine = _norms({n: t for n, t in present.items() if t.layer.weight.grad is not None}, grad=True)
         if not self._adopter.gradients_differ:
