@@ -246,7 +246,8 @@ def apply(
     if wrapped:
         strategy.configure_ddp()
         settle_buckets(strategy.model)  # before the hooks, which would take made-up gradients for real ones
-        _keep_hooks(strategy.model, hooks)
+        if strategy.model is not strategy.lightning_module:  # nothing may be left to average at every step
+            _keep_hooks(strategy.model, hooks)
     return agreed
 
 
