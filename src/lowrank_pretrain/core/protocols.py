@@ -150,6 +150,10 @@ class Reports:
         """Return figures by metric name, e.g. ``{"lte/merge_mib": 3.5}``."""
         return {}
 
+    def sent_mebibytes(self) -> dict[str, float]:
+        """Return MiB that each process has sent in the run, by phase, for the ``rest`` and for ``all``; nothing if unknown."""
+        return {}
+
     def formula_bytes(self) -> int | None:
         """Return the bytes of optimizer state that the method's paper promises; None if it gives none."""
         return None
