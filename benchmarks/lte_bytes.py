@@ -88,8 +88,8 @@ def main() -> None:
     head = [
         "# What a worker sends", "",
         f"Per optimizer step, {WORKERS} workers, computed by the sending code: `python benchmarks/lte_bytes.py`. LTE: one head",
-        "of rank 16 to a worker, everything else averaged at merges unless said. PreLoRA → LTE: mean over a run with its freeze",
-        f"at {100 * FREEZE_AT:.0f} % of the steps.", "",
+        "of rank 16 to a worker, everything else averaged at merges unless said. PreLoRA → LTE: mean over a run with the",
+        f"freeze at {100 * FREEZE_AT:.0f} % of the steps.", "",
     ]  # fmt: skip
     text = "\n".join([*head, *table()]) + "\n"
     if args.out is None:

@@ -150,3 +150,7 @@ class FollowsPhases(DDPStrategy, Adopter, HasPhase):
         if self.model is not self.lightning_module:
             of_rest = self.local.begun and self.settings.mode != "joint"
             self.sent.add(self._gradient_bytes, REST if of_rest else phase_of(self._module.trainer))
+
+    def sent_mebibytes(self) -> dict[str, float]:
+        """Return what this worker has sent in the run so far, an interrupted part included; see ``sent``."""
+        return self.sent.mebibytes()

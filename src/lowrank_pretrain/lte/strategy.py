@@ -311,10 +311,6 @@ class LTEStrategy(FollowsPhases, Reports, Merges):
         """Return the cost of merges; see ``ConvertedModule.metrics``."""
         return self.converted.metrics()
 
-    def sent_mebibytes(self) -> dict[str, float]:
-        """Return what this worker has sent in the run so far, an interrupted part included; see ``sent``."""
-        return self.sent.mebibytes()
-
     # -- evaluation, and the end of a fit, see the merged model -----------------------------------------------------
 
     def on_train_start(self) -> None:
