@@ -10,6 +10,7 @@ Inherit from the classes here to join a run; each method has a default, so a new
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -66,6 +67,10 @@ class Adopter:
     adapter_settings: Mapping[str, Any] = ADAPTER_DEFAULTS
     #: Optimizer steps that the adopter needs between switch and freeze, at least.
     joint_steps: int = 0
+    #: Optimizer steps between two moments at which all ranks hold the same weights (``settled``).
+    settles_every: int = 1
+    #: Whether ranks have gradients of their own when they step, and not the mean.
+    gradients_differ: bool = False
     #: Whether the adopter compares the weights of all ranks itself when training starts and after a change of the model.
     compares_ranks: bool = False
 
@@ -95,6 +100,21 @@ class Adopter:
     def release(self) -> list[Inherit] | None:
         """Finish the joint phase, at the freeze; return the same as ``adopt``."""
         return []
+
+    def settled(self, ahead: int = 0) -> bool:
+        """Return whether a window may end now, with weights that all ranks hold alike; a callback waits until then.
+
+        Args:
+            ahead: ask for the moment after so many more optimizer steps.
+        """
+        return True
+
+    def agreed_weights(self) -> AbstractContextManager[None]:
+        """Show, in a block, the weights that a callback's decision looks at: the same on all ranks."""
+        return nullcontext()
+
+    def before_transition(self) -> None:
+        """Prepare a strategy's ranks for a change of the model, after which their weights are compared. All ranks call it."""
 
     def after_replay(self) -> None:
         """React to a finished resume: the changes are repeated, and the checkpoint's exact values are restored."""
@@ -128,6 +148,10 @@ class Reports:
 
     def metrics(self) -> dict[str, float]:
         """Return figures by metric name, e.g. ``{"lte/merge_mib": 3.5}``."""
+        return {}
+
+    def sent_mebibytes(self) -> dict[str, float]:
+        """Return MiB that each process has sent in the run, by phase, for the ``rest`` and for ``all``; nothing if unknown."""
         return {}
 
     def formula_bytes(self) -> int | None:

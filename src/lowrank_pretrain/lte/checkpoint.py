@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from lowrank_pretrain.lte.workers import Workers
 
 KEY = "lte_state"
+SENT = "lte_sent"  # bytes that a worker has sent so far (``sent.BytesSent``)
 # settings that say how increments are merged, with the value that a checkpoint without them has
-HOW_MERGED: Mapping[str, Any] = {"wire": "float32", "outer_lr": 1.0, "outer_momentum": 0.0}
+HOW_MERGED: Mapping[str, Any] = {"wire": "float32", "outer_lr": 1.0, "outer_momentum": 0.0, "before": "ddp"}
 
 
 def how_merged(settings: "Settings") -> dict[str, Any]:
@@ -60,10 +61,19 @@ class Resume:
         self.left_out: tuple[str, ...] = ()  # targets that the resumed run had left out in its first step
         self._random: list[Any] | None = None  # random states by worker
         self._moments: dict[str, dict[str, Any]] = {}  # the targets' optimizer state by name
+        self.sent: Mapping[str, float] = {}  # bytes sent by the resumed run
 
-    def keep(self, checkpoint: Mapping[str, Any]) -> None:
-        """Keep a checkpoint's ``lte_state``, if it has one, until there are targets."""
+    def keep(self, checkpoint: Mapping[str, Any], before: str) -> None:
+        """Keep a checkpoint's ``lte_state``, if it has one, until there are targets.
+
+        Raises:
+            ConfigError: its run merged until the freeze, and this one averages gradients, or the other way round.
+        """
         state = checkpoint.get(KEY)
+        there = HOW_MERGED["before"] if state is None else state.get("before", HOW_MERGED["before"])
+        if "optimizer_states" in checkpoint and there != before:
+            raise ConfigError("before", before, f"the checkpoint was trained with {there}")
+        self.sent = checkpoint.get(SENT, {})
         # an untied output head gets its own weight back later: in the bare model both names are one tensor
         self.state = None if state is None else {**state, "state_dict": checkpoint["state_dict"]}
         self.left_out = () if state is None else tuple(state.get("left_out", ()))

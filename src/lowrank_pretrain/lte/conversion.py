@@ -78,7 +78,13 @@ class ConvertedModule:
 
     def release(self, fit: Fit) -> list[Inherit]:
         """Make the targets this worker's own, at the freeze; return the same as ``begin``."""
+        self.local = self.local.successor()
         return self._begun(fit, self.local.release(fit), [])
+
+    def follow(self, fit: Fit) -> None:
+        """Train a changed model's parameters, where targets merge until a freeze that is still to come."""
+        if self.local.follow(fit):
+            self.bare = [BareGroups.of(optimizer) for optimizer in fit.optimizers]
 
     def _begun(self, fit: Fit, inherited: list[Inherit], adapters: list[nn.Parameter]) -> list[Inherit]:
         self.bare = [BareGroups.of(optimizer, adapters) for optimizer in fit.optimizers]

@@ -202,6 +202,18 @@ class LocalTargets(ABC):
     def detach(self) -> None:
         """Make the module plain, keeping W as it is; what a checkpoint needs stays here."""
 
+    def successor(self) -> "LocalTargets":
+        """Return the targets that a freeze releases: these, unless they were to train until then only."""
+        return self
+
+    def follow(self, fit: Fit) -> bool:
+        """Take up parameters of a changed model, now that optimizers hold them; return whether there were any."""
+        return False
+
+    def takes(self, state: Mapping[str, Any]) -> bool:
+        """Return whether ``lte_state`` can be restored now."""
+        return True
+
     def check_optimizer(self, optimizer: Optimizer) -> None:  # noqa: B027  # a default
         """Raise ConfigError if this optimizer, which holds the targets, cannot train them."""
 

@@ -125,8 +125,12 @@ class ProjectedSet(WholeTargets):
         self.differs = not self.alone
         self.pieces: list[ProjectedTarget] = []
         self.basis = settings.basis
-        self.sketch = SketchMean(workers) if settings.basis == "shared" else None
+        self.sketch = SketchMean(workers, self._apart_so_far) if settings.basis == "shared" else None
         self._galore: list[GaLoreAdamW] = []
+
+    def _apart_so_far(self) -> bool:
+        """Return whether workers may hold bases of their own: those of a joint phase in which they merged."""
+        return self.settings.before == "merge" and self.merges == 0
 
     # -- beginning and ending ---------------------------------------------------------------------------------------
 
@@ -349,13 +353,14 @@ class SketchMean:
 
     Args:
         workers: who shares it.
+        apart: tells whether they hold different bases now: then a sketch is none of all, and worker 0's basis is taken.
 
     Attributes:
         sent: bytes sent and seconds waited since ``cost`` was asked.
     """
 
-    def __init__(self, workers: Workers) -> None:
-        self._workers = workers
+    def __init__(self, workers: Workers, apart: Callable[[], bool] = lambda: False) -> None:
+        self._workers, self._apart = workers, apart
         self.sent = (0.0, 0.0)
 
     def cost(self) -> tuple[float, float]:
@@ -372,7 +377,7 @@ class SketchMean:
 
     def same(self, bases: list[Tensor], averaged: bool) -> None:
         """Broadcast worker 0's bases, except those that all workers computed from one sketch."""
-        if not averaged:
+        if not averaged or self._apart():
             self._counted(self._workers.spread, bases)
 
     def mean(self, sketch: Tensor) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lowrank_pretrain.core.bits import stamp
 from lowrank_pretrain.core.dtypes import at_least_32
@@ -276,6 +277,24 @@ class SharedParameters:
             if self.workers.rank == 0:
                 state.setdefault(key[0], {})[key[1]] = mean if len(holders) == len(kinds) else mean * len(kinds) / len(holders)
         return {**saved, "state": state}
+
+    @torch.no_grad()
+    def agree_on_moments(self, optimizers: Iterable[Optimizer]) -> None:
+        """Average the optimizer state of a rest that is to stay equal at every step; until now workers had their own.
+
+        What not all workers have begins anew on all of them. All workers call it together.
+        """
+        if self.apart or self.workers.size == 1:
+            return
+        found = [(n, o.state[p]) for n, p in self.parameters.items() for o in optimizers if p in o.state]
+        mine = {(n, k): v for n, state in found for k, v in state.items() if isinstance(v, Tensor) and v.is_floating_point()}
+        kinds: list[Any] = [None] * self.workers.size
+        dist.all_gather_object(kinds, {key: (tuple(v.shape), v.dtype) for key, v in mine.items()}, group=self.workers.group)
+        unlike = {key[0] for key in set().union(*kinds) if any(kind.get(key) != kinds[0].get(key) for kind in kinds)}
+        for optimizer in optimizers:
+            for name in unlike:
+                optimizer.state.pop(self.parameters[name], None)
+        self.workers.average([v for key, v in sorted(mine.items()) if key[0] not in unlike])
 
     @torch.no_grad()
     def load_state(self, entry: Mapping[str, Any] | None) -> None:

@@ -107,8 +107,10 @@ class JaggedRestarts(Callback):
         cycle = cast(int, self._cycle)
         if not isinstance(trainer.strategy, LTEStrategy):
             return jagged_factor(trainer.global_step, cycle, self.warmup, self.start)
-        local = trainer.strategy.local
-        return jagged_factor(local.clock, cycle, self.warmup) if local.begun else 1.0
+        strategy = trainer.strategy
+        # merges of whole weights before a freeze draw no new factors
+        restarts = strategy.local.begun and not (strategy.before == "merge" and not strategy.local.low_rank)
+        return jagged_factor(strategy.local.clock, cycle, self.warmup) if restarts else 1.0
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Remove the ramps from the optimizers."""

@@ -20,6 +20,7 @@ ROUTES = ("factors", "dense")
 SYNC = ("step", "merge")
 UPDATES = ("lora", "galore", "full")
 BASES = ("own", "shared")
+BEFORE = ("ddp", "merge")
 MOST_HEADS = 65_536
 
 
@@ -42,6 +43,7 @@ class Settings:
     wire: str = "float32"
     outer_lr: float = 1.0
     outer_momentum: float = 0.0
+    before: str = BEFORE[0]
 
     @property
     def codec(self) -> Codec | None:
@@ -83,7 +85,7 @@ def check_settings(given: Mapping[str, Any]) -> None:
         raise ConfigError("heads", given["heads"], most)
     checks.whole("overlap", given["overlap"], 0)
     choices = (("mode", MODES), ("sync_rest", SYNC), ("route", (None, *ROUTES)), ("update", UPDATES), ("basis", BASES),
-               ("wire", tuple(WIRES)))  # fmt: skip
+               ("wire", tuple(WIRES)), ("before", BEFORE))  # fmt: skip
     for key, one_of in choices:
         checks.choice(key, given[key], one_of)
     checks.flag("reset", given["reset"])
@@ -110,6 +112,7 @@ def _check_together(given: Mapping[str, Any]) -> None:
     elif given["basis"] != "own":
         raise ConfigError("basis", given["basis"], "belongs to update=galore: heads have no basis")
     _check_wire(given)
+    _check_before(given)
     if given["overlap"] >= given["merge_every"]:
         raise ConfigError("overlap", given["overlap"], f"must be below merge_every={given['merge_every']}: one merge at a time")
     if given["overlap"] and (given["reset"] or given["mode"] != "parallel"):
@@ -153,6 +156,16 @@ def _check_wire(given: Mapping[str, Any]) -> None:
         raise ConfigError("wire", wire, "needs mode=parallel: a head's next turn would lose what its message left out")
     if given["route"] == "dense":
         raise ConfigError("route", "dense", f"cannot go with wire={wire}, which writes factors: leave route out")
+
+
+def _check_before(given: Mapping[str, Any]) -> None:
+    """Refuse to merge before a freeze that does not come, or after which nothing merges."""
+    if given["before"] == "ddp":
+        return
+    if given["update"] == "full":
+        raise ConfigError("before", given["before"], "has no meaning with update=full, which merges so from start to end")
+    if given["mode"] == "joint":
+        raise ConfigError("before", given["before"], "has no meaning in mode=joint, which never merges")
 
 
 def check_ddp(given: Mapping[str, Any], own: Iterable[str]) -> None:

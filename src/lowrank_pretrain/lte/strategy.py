@@ -6,16 +6,15 @@ synchronised at every step. This file knows hooks and no maths: ``conversion`` h
 declares what a worker trains on its own, ``checkpoint`` keeps what a resumed fit needs.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
-from typing import Any, cast
+from typing import Any
 
 import lightning.pytorch as pl
 import torch.distributed as dist
-from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.constants import default_pg_timeout
 from torch.optim import Optimizer
 
@@ -23,18 +22,20 @@ from lowrank_pretrain.core.agreement import agreed_hash
 from lowrank_pretrain.core.buckets import settle_buckets
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.lightning_private import LEFT_OUT_OF_DDP, leave_out_of_ddp, set_sampler_injection
-from lowrank_pretrain.core.plan import Plan
-from lowrank_pretrain.core.protocols import Adopter, HasPhase, Inherit, Merges, Reports, phase_callback
+from lowrank_pretrain.core.protocols import HasPhase, Merges, Reports, phase_callback, phase_of
 from lowrank_pretrain.core.trainer import accumulates, callbacks_of
 from lowrank_pretrain.lora import model as lora
 from lowrank_pretrain.lte import checkpoint as files
 from lowrank_pretrain.lte.batches import shared_out
+from lowrank_pretrain.lte.before import MergedUntilFreeze
 from lowrank_pretrain.lte.conversion import DRIFTED, ConvertedModule, check_callbacks
 from lowrank_pretrain.lte.full import FullSet
+from lowrank_pretrain.lte.handover import FollowsPhases
 from lowrank_pretrain.lte.heads.head_set import HeadSet
 from lowrank_pretrain.lte.leaves import batch_size
-from lowrank_pretrain.lte.local_targets import AllHeads, Fit, LocalTargets
+from lowrank_pretrain.lte.local_targets import AllHeads, LocalTargets
 from lowrank_pretrain.lte.projected import ProjectedSet
+from lowrank_pretrain.lte.sent import REST, BytesSent
 from lowrank_pretrain.lte.settings import Settings, check_ddp, check_settings
 from lowrank_pretrain.lte.workers import Workers, make_group, same_weights, set_patience, share_overflow
 from lowrank_pretrain.phases import transition
@@ -42,7 +43,7 @@ from lowrank_pretrain.phases import transition
 KINDS: dict[str, type[HeadSet | ProjectedSet | FullSet]] = {"lora": HeadSet, "galore": ProjectedSet, "full": FullSet}
 
 
-class LTEStrategy(DDPStrategy, Adopter, HasPhase, Reports, Merges):
+class LTEStrategy(FollowsPhases, Reports, Merges):
     """Train low-rank heads separately on each worker, and merge them every `merge_every` optimizer steps.
 
     With several heads on a device targets must see the batch as dim 0 of their input, and the loss must be a mean over it:
@@ -82,6 +83,8 @@ class LTEStrategy(DDPStrategy, Adopter, HasPhase, Reports, Merges):
             float32 copy; for the rest another, of its base). Factors have none, and need ``int4`` or more.
         outer_lr: step W by the workers' mean increment times this (DiLoCo: 0.7).
         outer_momentum: its Nesterov momentum (DiLoCo: 0.9): a float32 copy; another with heads that are not reset.
+        before: with a phase callback, how workers agree until its freeze: ``ddp``: at every step; ``merge``: as with
+            ``update="full"``, by the same clock, wire and outer step, and with the same copies.
         ddp_kwargs: further arguments of ``DDPStrategy`` and of DDP (``timeout``, ``find_unused_parameters``, …).
 
     Raises:
@@ -89,7 +92,6 @@ class LTEStrategy(DDPStrategy, Adopter, HasPhase, Reports, Merges):
     """
 
     strategy_name = "lte"
-    compares_ranks = True
 
     def __init__(
         self,
@@ -110,6 +112,7 @@ class LTEStrategy(DDPStrategy, Adopter, HasPhase, Reports, Merges):
         wire: str = "float32",
         outer_lr: float = 1.0,
         outer_momentum: float = 0.0,
+        before: str = "ddp",
         **ddp_kwargs: Any,
     ) -> None:
         given = dict(locals())
@@ -118,15 +121,18 @@ class LTEStrategy(DDPStrategy, Adopter, HasPhase, Reports, Merges):
         super().__init__(**ddp_kwargs)
         self._patience: timedelta | None = ddp_kwargs.get("timeout")
         self._group: Any = None  # of the merges
+        self._gradient_bytes = 0.0
         self._use_sampler: bool | None = None  # what use_distributed_sampler was before the fit
         patience = 600.0 if self._patience is None else self._patience.total_seconds()
         self.rank, self.targets = rank, targets if isinstance(targets, str) else [str(t) for t in targets]
         self.merge_every, self.sync_rest = merge_every, sync_rest
         self.merge_timeout = patience if merge_timeout is None else merge_timeout
-        self.update, self.basis = update, basis
+        self.update, self.basis, self.before = update, basis, before
         self.settings = Settings.of({**given, "targets": self.targets})
         self.makes_adapters = KINDS[update].makes_adapters
         self.adapter_settings = KINDS[update].decides(self.settings)
+        if before == "merge":
+            self.settles_every, self.gradients_differ = merge_every, True
         self._resume = files.Resume()
         self._forget()
 
@@ -134,15 +140,12 @@ class LTEStrategy(DDPStrategy, Adopter, HasPhase, Reports, Merges):
         """Reset to the state before a fit."""
         self.phase = "full"  # "lowrank" once the targets are this worker's own
         self.workers_differ = False
+        self.sent = BytesSent()
         self.converted = ConvertedModule.none()
+        self._trains = False
         self._holding = False  # while Lightning's own set-up runs, DDP does not wrap
         self._inside_step = False
         self._ticks: Any = None  # the clock's hook
-
-    @property
-    def local(self) -> LocalTargets:
-        """Return what this worker trains on its own."""
-        return self.converted.local
 
     # -- a fit begins -----------------------------------------------------------------------------------------------
 
@@ -156,16 +159,13 @@ class LTEStrategy(DDPStrategy, Adopter, HasPhase, Reports, Merges):
             self._use_sampler = set_sampler_injection(trainer, False)
         self._holding = True
         super().setup(trainer)
+        if fitting:
+            same_weights(self._module, self.converted.workers)
+            if phase_callback(trainer) is None or self.before == "merge":
+                transition.apply(trainer, self._module, lambda: self.converted.begin(self._fit()), replay=True)
         self._holding = False
         if not fitting:
             return
-        same_weights(self._module, self.converted.workers)
-        if phase_callback(trainer) is None:
-            transition.apply(trainer, self._module, lambda: self.converted.begin(self._fit()), replay=True)
-        elif (self.rank, self.targets) != (16, "all"):
-            raise ConfigError(
-                "rank, targets", (self.rank, self.targets), "the phase callback's plan decides them: leave them out"
-            )
         self.configure_ddp()
         scaler = getattr(self.precision_plugin, "scaler", None)
         if scaler is not None and self.converted.workers.size > 1:
@@ -174,7 +174,9 @@ class LTEStrategy(DDPStrategy, Adopter, HasPhase, Reports, Merges):
 
     def _begin_fit(self, trainer: pl.Trainer) -> None:
         check_callbacks(callbacks_of(trainer))
+        self._check_phases(phase_callback(trainer))
         self._forget()
+        self.sent, self._resume.sent = BytesSent(self._resume.sent), {}
         workers = Workers()
         if dist.is_initialized() and dist.get_world_size() > 1:
             if self._group is None:
@@ -184,59 +186,40 @@ class LTEStrategy(DDPStrategy, Adopter, HasPhase, Reports, Merges):
             workers = Workers(self._group, self.merge_timeout)
         if not self._module.automatic_optimization:
             workers.hint = " (in manual optimization all workers must take equally many optimizer steps)"
-        local = KINDS[self.update](self.settings, workers)
+        local: LocalTargets = KINDS[self.update](self.settings, workers)
+        if self.before == "merge":
+            local = MergedUntilFreeze(self.settings, workers, local)
         ignored = set(getattr(self._module, LEFT_OUT_OF_DDP, ()))
         self.converted = ConvertedModule(
             self._module, local, workers, self.sync_rest, ignored, lambda: self.model is not self.lightning_module
         )
 
-    @property
-    def _module(self) -> pl.LightningModule:
-        """Return the module, which a strategy has from the start of a fit."""
-        return cast(pl.LightningModule, self.lightning_module)
-
-    def _fit(self) -> Fit:
-        of = self.converted
-        return Fit(of.module, list(self.optimizers), of.workers, of.ignored, self._resume.left_out)
+    def _check_phases(self, callback: HasPhase | None) -> None:
+        """Refuse settings of phases without a callback that has some, and those that a callback decides."""
+        if callback is None and self.before != "ddp":
+            raise ConfigError(
+                "before",
+                self.before,
+                "says how workers agree until a phase callback's freeze, and there is no callback (PreLoRA)",
+            )
+        if callback is not None and (self.rank, self.targets) != (16, "all"):
+            raise ConfigError(
+                "rank, targets", (self.rank, self.targets), "the phase callback's plan decides them: leave them out"
+            )
 
     def process_dataloader(self, dataloader: Any) -> Any:
         """Make training loaders divide the data and end together."""
         return shared_out(dataloader, self.converted.workers.size) if self._module.trainer.training else dataloader
 
-    # -- the protocol of core/protocols.py: a phase callback hands over a plan ----------------------------------------
-
-    def check_adopt(self, names: Iterable[str], module: nn.Module) -> None:
-        """Refuse, before training, targets that could not be taken over."""
-        self.local.check_adopt(names, self._fit())
-
-    def adopt(self, plan: Plan, module: nn.Module) -> list[Inherit]:
-        """Begin the joint phase: one adapter per target that all workers average; or the optimizer's projections.
-
-        Raises:
-            ConfigError: every target has rank 0.
-        """
-        if not any(plan.values()):
-            raise ConfigError("ranks", 0, "the plan gives 0 to every target, and LTE has nothing to train apart: leave 0 out")
-        return self.local.adopt(plan, self._fit())
-
-    def release(self) -> list[Inherit]:
-        """Make the targets this worker's own, at the freeze: every head starts from the joint phase's adapter."""
-        return self.converted.release(self._fit())
-
     def after_transition(self) -> None:
-        """Separate targets and rest, now that the optimizers hold both; restore a checkpoint's state; start the clock."""
-        if not self.local.begun:
-            return
-        if not self.local.optimizers:
-            self.converted.assign_optimizers(list(self.optimizers))
-            self.phase = "lowrank" if self.local.low_rank else "full"
-            self.workers_differ = self.converted.rest.apart
-            if self._resume.state is not None:
-                self._resume.give_kept(self.converted)
+        """Follow a change of the model; start the clock."""
+        super().after_transition()
         if self.local.optimizers and self._ticks is None:
             # on the optimizer itself, so that any call of its step counts; optimizers that are not torch's have no hooks
             with suppress(AttributeError):
                 self._ticks = self.local.optimizers[0].register_step_post_hook(self._after_raw_step)
+        if self.before == "merge":  # nothing was wrapped: all weights were this worker's own
+            self._wrap_again()
 
     # -- a step -----------------------------------------------------------------------------------------------------
 
@@ -276,6 +259,7 @@ class LTEStrategy(DDPStrategy, Adopter, HasPhase, Reports, Merges):
             output = super().optimizer_step(optimizer, closure, model, **kwargs)
         finally:
             self._inside_step = False
+        self._count_gradients()
         if self.local.optimizers and optimizer is self.local.optimizers[0]:
             self._tick()
         return output
@@ -292,10 +276,13 @@ class LTEStrategy(DDPStrategy, Adopter, HasPhase, Reports, Merges):
             self._finish_first_step()
         # the targets, by their clock
         changed = local.after_step()
+        self._count(phase_of(self._module.trainer))
         if changed and first_step.watches:
             self._finish_first_step()
         # the rest, at the end of a window
-        if not self.converted.merge_rest():
+        agree = self.converted.merge_rest()
+        self._count(REST)
+        if not agree:
             self._hash()
         if changed:
             if local.merges == 1:
@@ -328,6 +315,7 @@ class LTEStrategy(DDPStrategy, Adopter, HasPhase, Reports, Merges):
 
     def on_train_start(self) -> None:
         """Restore a resumed run's random states, after everything that draws; swap out (``lr_find`` leaves the view in)."""
+        self._trains = True
         self.converted.swap_out()
         self._resume.give_random(self.converted.workers)
 
@@ -402,6 +390,9 @@ class LTEStrategy(DDPStrategy, Adopter, HasPhase, Reports, Merges):
         if self.local.begun and "optimizer_states" in checkpoint:
             if (entry := files.lte_state(self.converted)) is not None:
                 checkpoint[files.KEY] = entry
+            self._note_merged(checkpoint)
+        if "optimizer_states" in checkpoint and (sent := self.sent.state()):
+            checkpoint[files.SENT] = sent
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
@@ -409,7 +400,7 @@ class LTEStrategy(DDPStrategy, Adopter, HasPhase, Reports, Merges):
         if not self.local.attached:
             super().load_model_state_dict(checkpoint, strict)
             if self._module.trainer.state.fn == TrainerFn.FITTING:
-                self._resume.keep(checkpoint)
+                self._resume.keep(checkpoint, self.before)
             return
         self.converted.swap_out()
         if (state := checkpoint.get(files.KEY)) is None:
@@ -443,6 +434,8 @@ class LTEStrategy(DDPStrategy, Adopter, HasPhase, Reports, Merges):
             return  # DDP refuses a model without anything to reduce
         super().configure_ddp()
         settle_buckets(self.model)
+        size, sizes = self.converted.workers.size, {n: p.numel() * p.itemsize for n, p in module.named_parameters()}
+        self._gradient_bytes = 2 * (size - 1) / size * sum(sizes[name] for name in synced)
 
     def _wrap_again(self) -> None:
         self.model = self._module

@@ -23,7 +23,7 @@ from lowrank_pretrain.lte.heads.head_set import HeadSet
 from lowrank_pretrain.lte.local_targets import LocalTargets
 from lowrank_pretrain.lte.projected import ProjectedSet
 from lowrank_pretrain.lte.rest import SharedParameters
-from lowrank_pretrain.lte.settings import BASES, ROUTES, SYNC, UPDATES, Settings
+from lowrank_pretrain.lte.settings import BASES, BEFORE, ROUTES, SYNC, UPDATES, Settings
 from lowrank_pretrain.lte.wire import WIRES
 from lowrank_pretrain.lte.workers import Workers
 
@@ -100,6 +100,32 @@ def traffic(
     own, rest = count.sent / merge_every, shared.sent_per_window(merge_every) / merge_every
     routes = dict(Counter(piece.route for piece in local.pieces))
     return {"targets": own, "rest": rest, "all": own + rest, "ddp": ddp, "merge": count.sent, "routes": routes}
+
+
+def traffic_of_run(
+    module: nn.Module, before: str = "merge", freeze_at: float = 0.4, workers: int = 1, **settings: Any
+) -> dict[str, float]:
+    """Return the bytes per optimizer step of a run with a phase callback: of each phase, and the mean over all steps.
+
+    Args:
+        module: the bare model.
+        before: how workers agree until the freeze, ``ddp`` or ``merge``.
+        freeze_at: share of the run's steps before the freeze. The joint phase's adapters are left out: they are small.
+        workers: number of workers.
+        settings: further arguments of ``traffic``; those of clock and wire also hold until the freeze.
+
+    Returns:
+        ``full``: per step until the freeze; ``lowrank``: after it; ``all``: their mean over the run.
+
+    Raises:
+        ConfigError: a wrong value.
+    """
+    checks.choice("before", before, BEFORE)
+    checks.number("freeze_at", freeze_at, least=0, most=1)
+    late = traffic(module, workers=workers, **settings)
+    same = {key: settings[key] for key in ("merge_every", "wire") if key in settings}
+    early = late["ddp"] if before == "ddp" else traffic(module, workers=workers, update="full", **same)["all"]
+    return {"full": early, "lowrank": late["all"], "all": freeze_at * early + (1 - freeze_at) * late["all"]}
 
 
 def _merged_heads(module: nn.Module, settings: Settings, count: Imagined) -> LocalTargets:

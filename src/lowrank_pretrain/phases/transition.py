@@ -219,6 +219,7 @@ def apply(
     # change the module
     agreed = 0
     if by_strategy and not replay:
+        strategy.before_transition()
         agreed = agreed_hash(strategy, module, f"before a change of the model behind step {trainer.global_step}")
     before = {id(p): p.requires_grad for p in module.parameters()}
     inherited = list(change() or ())
@@ -245,7 +246,8 @@ def apply(
     if wrapped:
         strategy.configure_ddp()
         settle_buckets(strategy.model)  # before the hooks, which would take made-up gradients for real ones
-        _keep_hooks(strategy.model, hooks)
+        if strategy.model is not strategy.lightning_module:  # nothing may be left to average at every step
+            _keep_hooks(strategy.model, hooks)
     return agreed
 
 

@@ -166,8 +166,7 @@ class PreLoRA(PhaseCallback):
         """Note gradient norms (unscaled, before clipping) at a window's last step, if ranks come from them."""
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
         if self.rank_signal == "grad_norm" and self.phase == "full" and self._closes_window(trainer):
-            grads = {n: t for n, t in self._present(pl_module).items() if t.layer.weight.grad is not None}
-            self.grad_norms = [*self.grad_norms[-1:], _norms(grads, grad=True)]
+            self.grad_norms = [*self.grad_norms[-1:], self._gradient_norms(trainer, pl_module)]
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -183,7 +182,7 @@ class PreLoRA(PhaseCallback):
         stepped = self._steps.stepped(trainer)
         self._units += int(stepped if self.window_unit == "step" else trainer.is_last_batch)
         self._due = self._due or self._units >= self.window
-        if self._due and stepped:
+        if self._due and stepped and self._adopter.settled():
             self._due, self._units = False, 0
             self._end_of_window(trainer, pl_module)
         if stepped and self.freeze_due:  # asked for before the adopter was ready
@@ -215,7 +214,9 @@ class PreLoRA(PhaseCallback):
             self.windows_done -= 1
             return
         self._loss.zero_()
-        self.history = [*self.history, Window(total / count, _norms(targets))][-self.windows :]
+        with self._adopter.agreed_weights():
+            norms = _norms(targets)
+        self.history = [*self.history, Window(total / count, norms)][-self.windows :]
         self.verdict = check_convergence(self.history, family_of, self.windows, self.loss_tol, self.weight_tol)
         log_row(trainer, {f"lowrank/weight_change/{f}": c for f, c in self.verdict.family_changes.items()})
         if self.windows_done == 1:
@@ -305,7 +306,17 @@ class PreLoRA(PhaseCallback):
 
     def _closes_window(self, trainer: pl.Trainer) -> bool:
         passed = 1 if self.window_unit == "step" else int(trainer.is_last_batch)
-        return self._due or self._units + passed >= self.window
+        return (self._due or self._units + passed >= self.window) and self._adopter.settled(1)
+
+    def _gradient_norms(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, float]:
+        """Return ‖·‖_F of the targets' gradients; if ranks have gradients of their own, the mean of their norms."""
+        present = self._present(pl_module)
+        mine = _norms({n: t for n, t in present.items() if t.layer.weight.grad is not None}, grad=True)
+        if not self._adopter.gradients_differ:
+            return mine
+        table = torch.tensor([[mine.get(n, 0.0), float(n in mine)] for n in present], device=pl_module.device)
+        summed = trainer.strategy.reduce(table, reduce_op="sum").tolist()
+        return {n: total / count for n, (total, count) in zip(present, summed, strict=True) if count}
 
     def _check_length(self, trainer: pl.Trainer, has_data: bool = False) -> None:
         """Refuse a run that ends before it can switch, as far as that is known: with ``max_time``, for example, it is not.
@@ -317,7 +328,9 @@ class PreLoRA(PhaseCallback):
             return
         windows = max(self.windows, self.earliest)
         windows = windows if self.latest is None else min(windows, self.latest)
-        needed = windows * self.window - self.windows_done * self.window - self._units
+        every = self._adopter.settles_every  # a window ends with the next moment at which all ranks hold the same
+        window = -(-self.window // every) * every if self.window_unit == "step" else self.window
+        needed = windows * window - self.windows_done * window - self._units
         steps, per_epoch = _steps(trainer)
         max_epochs = trainer.max_epochs if trainer.max_epochs not in (None, -1) else math.inf
         if self.window_unit == "step":
@@ -338,11 +351,12 @@ class PreLoRA(PhaseCallback):
         if left < needed:
             name = {self.latest: "latest", self.earliest: "earliest", self.windows: "windows"}[windows]
             more = "" if key == f"max_{self.window_unit}s" else f" epochs of {per_epoch} steps"
-            done = f" ({windows * self.window - needed} of them are over)" if needed < windows * self.window else ""
-            reached = (left + windows * self.window - needed) // self.window  # windows by the end of the run
+            more += "" if window == self.window else f" (a window ends with a merge, one every {every} steps)"
+            done = f" ({windows * window - needed} of them are over)" if needed < windows * window else ""
+            reached = (left + windows * window - needed) // window  # windows by the end of the run
             cure = f"; latest={int(reached)} would" if name == "windows" and reached >= 1 else ""
             raise ConfigError(
-                key, int(allowed), f"must be at least {name} * window = {windows * self.window}{more}{done}, else the run can "
+                key, int(allowed), f"must be at least {name} * window = {windows * window}{more}{done}, else the run can "
                 f"never switch{cure}"
             )  # fmt: skip
 

@@ -37,6 +37,8 @@ PHASE_BARS: dict[str, tuple[str, str, float, Callable[[float], str]]] = {
     "mfu": ("Model FLOPs utilisation by phase", "share of the chip's peak", 1, "{:.1%}".format),
 }
 
+SENT = ("full", "joint", "lowrank", "rest", "all")  # what a worker sends in a run: in each phase, for the rest, in all
+
 
 class Chart(NamedTuple):
     """Hold a figure of the page: caption, SVG, a remark under the caption, and the x axis that a reader chooses it by."""
@@ -117,6 +119,13 @@ def by_phase(entries: list[Entry], remark: str = "") -> Iterator[Chart]:
                     rows.append((label, value * factor, number, form(value * factor)))
         if rows:
             yield Chart(title, charts.bars(key, axis, rows), remark)
+    rows = []
+    for run in runs:
+        for name, mib in run.summary.get("sent_mib", {}).items():
+            label = name if len(runs) == 1 else f"{short(run.label)} · {name}"
+            rows.append((label, mib, SENT.index(name) if name in SENT else len(SENT), format_number(mib)))
+    if rows:
+        yield Chart("Sent by a worker", charts.bars("sent", "MiB in the whole run", rows), remark)
 
 
 def _of_phase(run: Run, name: str, key: str) -> float | None:

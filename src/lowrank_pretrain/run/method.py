@@ -99,6 +99,9 @@ def _settle_owners(parts: "dict[str, _Part]", config: Mapping[str, Any]) -> None
         if config.get("update") == "full":
             raise ConfigError("method.update", "full", "has no low-rank phase for a callback to begin: use lora or galore")
         _drop(parts["lte"], "rank", "targets")
+    elif config.get("before", "ddp") == "merge":
+        here = "says how workers agree until a callback's freeze: use method=prelora_lte or prelora_lte_galore, or leave it out"
+        raise ConfigError("method.before", "merge", here)
     if "lte" in parts and config.get("update") == "full":
         _drop(parts["lte"], "rank", "heads", "alpha", "mode", "reset", "route", "overlap", "prune", "basis")
     elif "lte" in parts and "galore" in parts:

@@ -32,7 +32,8 @@ def summarize(trainer: Trainer, monitor: Monitor, final: dict[str, float]) -> di
         final: the last metrics by name.
     """
     method = phase_callback(trainer) or HasPhase()
-    traffic = trainer.strategy.metrics() if isinstance(trainer.strategy, Reports) else {}
+    reports = trainer.strategy if isinstance(trainer.strategy, Reports) else Reports()
+    traffic, sent = reports.metrics(), reports.sent_mebibytes()
     return {
         "phases": [
             {
@@ -53,6 +54,7 @@ def summarize(trainer: Trainer, monitor: Monitor, final: dict[str, float]) -> di
         "final": final,
         "versions": versions(),
         **({"traffic": traffic} if traffic else {}),
+        **({"sent_mib": sent} if sent else {}),
     }
 
 
