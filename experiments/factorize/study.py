@@ -49,6 +49,7 @@ LOW_RANK = {
                                      *at(0.8)],
 }  # fmt: skip
 Side = tuple[str, int, str]  # task, width, run
+CELLS = tuple((task, width) for width in WIDTHS for task in TASKS)  # one is done whole before the next begins
 
 
 def job(side: Side, lr: float, ratio: float = 1.0, seed: int = 0) -> Job:
@@ -66,14 +67,14 @@ def job(side: Side, lr: float, ratio: float = 1.0, seed: int = 0) -> Job:
     )
 
 
-def own_rates() -> list[tuple[Side, float]]:
-    """Return the sides that try learning rates, each with the one in the middle."""
-    return [((task, width, run), MIDDLE_LR[task]) for task in TASKS for width in WIDTHS for run in ("full", *OWN_RATE)]
+def own_rates(task: str, width: int) -> list[tuple[Side, float]]:
+    """Return a cell's sides that try learning rates, each with the one in the middle."""
+    return [((task, width, run), MIDDLE_LR[task]) for run in ("full", *OWN_RATE)]
 
 
-def ratios() -> list[tuple[Side, float]]:
-    """Return the sides that try rates of their adapters or factors."""
-    return [((task, width, run), MIDDLE_RATIO) for task in TASKS for width in WIDTHS for run in LOW_RANK]
+def ratios(task: str, width: int) -> list[tuple[Side, float]]:
+    """Return a cell's sides that try rates of their adapters or factors."""
+    return [((task, width, run), MIDDLE_RATIO) for run in LOW_RANK]
 
 
 def low_rank(where: Path, side: Side, ratio: float, seed: int = 0) -> Job:
@@ -82,20 +83,18 @@ def low_rank(where: Path, side: Side, ratio: float, seed: int = 0) -> Job:
     return job(side, chosen(full, MIDDLE_LR[side[0]], job, where), ratio, seed)
 
 
-def final(where: Path) -> list[Job]:
-    """Return the reported runs.
+def final(where: Path, task: str, width: int) -> list[Job]:
+    """Return a cell's reported runs.
 
     Raises:
         Missing: a rate is not chosen yet.
     """
     found = []
     for seed in SEEDS:
-        for side, middle in own_rates():
+        for side, middle in own_rates(task, width):
             found.append(job(side, chosen(side, middle, job, where), seed=seed))
-        for task in TASKS:
-            for width in WIDTHS:
-                found.append(low_rank(where, (task, width, "full, 0.8 of the steps"), 1.0, seed))
-        for side, middle in ratios():
+        found.append(low_rank(where, (task, width, "full, 0.8 of the steps"), 1.0, seed))
+        for side, middle in ratios(task, width):
             ratio = chosen(side, middle, lambda one, rate: low_rank(where, one, rate), where)
             found.append(low_rank(where, side, ratio, seed))
     return found
@@ -103,11 +102,12 @@ def final(where: Path) -> list[Job]:
 
 def stages(where: Path) -> Iterator[tuple[list[Job], int]]:
     """Yield what to run, one stage after another."""
-    for jobs in rounds(own_rates(), job, where):
-        yield jobs, 2
-    for jobs in rounds(ratios(), lambda side, rate: low_rank(where, side, rate), where):
-        yield jobs, 2
-    yield final(where), 1
+    for cell in CELLS:
+        for jobs in rounds(own_rates(*cell), job, where):
+            yield jobs, 2
+        for jobs in rounds(ratios(*cell), lambda side, rate: low_rank(where, side, rate), where):
+            yield jobs, 2
+        yield final(where, *cell), 1
 
 
 if __name__ == "__main__":

@@ -4,24 +4,34 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from experiments.factorize.study import TASKS, WIDTHS, final
+from experiments.factorize.study import CELLS, TASKS, WIDTHS, final
 from experiments.runs import Job
-from experiments.tables import fill, machines, need, write_csv
+from experiments.tables import Missing, fill, machines, need, write_csv
 
-COLUMNS = ("test_loss", "test_acc1", "speed_up_of_last_phase", "parameters", "cpu_seconds")
+COLUMNS = {"test_loss": 1, "test_acc1": 100, "parameters": 1e-3, "cpu_seconds": 1}  # and what each is multiplied by
 
 
 def write(where: Path, here: Path) -> None:
-    """Write all that stands next to this file, from the runs in `where`.
+    """Write all that stands next to this file, from the runs in `where`; cells that are not finished are named.
 
     Raises:
-        Missing: one of them is not there.
+        Missing: no cell is finished.
     """
-    jobs = final(where)
-    found = need(jobs, where)
-    rows = [row(job, one) for job, one in zip(jobs, found, strict=True)]
+    rows, results, waiting = [], [], []
+    for cell in CELLS:
+        try:
+            jobs = final(where, *cell)
+            found = need(jobs, where)
+        except Missing:
+            waiting.append(f"{cell[0]} at width {cell[1]}")
+            continue
+        rows += [row(job, one) for job, one in zip(jobs, found, strict=True)]
+        results += found
+    if not rows:
+        raise Missing(f"no cell is finished: {', '.join(waiting)}")
     write_csv(here / "results.csv", rows)
-    fill(here / "README.md", "machine", machines(found, 1))
+    left = f"\n\nNot run yet: {', '.join(waiting)}." if waiting else ""
+    fill(here / "README.md", "machine", machines(results, 1) + left)
     for task in TASKS:
         fill(here / "README.md", task, markdown(rows, task))
 
@@ -41,20 +51,20 @@ def row(job: Job, found: dict[str, Any]) -> dict[str, Any]:
 
 def markdown(rows: list[dict[str, Any]], task: str) -> str:
     """Return the table of a task: mean of the seeds, and their standard deviation."""
-    lines = ["| width | run | rate of factors | test loss | accuracy | speed-up of the last phase | parameters | CPU s |"]
-    lines += ["|---|---|---|---|---|---|---|---|"]
+    lines = ["| width | run | rate of factors | test loss | accuracy, % | parameters, thousands | CPU s of the whole run |"]
+    lines += ["|---|---|---|---|---|---|---|"]
     for width in WIDTHS:
         mine = [one for one in rows if one["task"] == task and one["width"] == width]
         for run in dict.fromkeys(one["run"] for one in mine):
             group = [one for one in mine if one["run"] == run]
-            cells = [_mean(group, key) for key in COLUMNS]
+            cells = [_mean(group, key, factor) for key, factor in COLUMNS.items()]
             lines.append(f"| {width} | {run} | {group[0]['ratio']:g} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _mean(group: list[dict[str, Any]], key: str) -> str:
-    values = [float(one[key]) for one in group if one[key] != ""]
+def _mean(group: list[dict[str, Any]], key: str, factor: float) -> str:
+    values = [float(one[key]) * factor for one in group if one[key] != ""]
     if not values:
         return ""
-    spread = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.4g}{spread}"
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.fmean(values):.4g}" + (f" ± {spread:.2g}" if spread else "")
