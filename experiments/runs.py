@@ -28,7 +28,8 @@ import lightning.pytorch as pl
 from lowrank_pretrain.core.protocols import phase_of
 
 PRELOAD = ["lightning.pytorch", "timm", "transformers", "torchmetrics", "lowrank_pretrain.run.train", "experiments.held_out"]
-PRELOAD += ["experiments.mixers", "transformers.models.gpt2.modeling_gpt2"]
+PRELOAD += ["experiments.mixers", "transformers.models.gpt2.modeling_gpt2",
+            "transformers.models.llama.modeling_llama"]  # fmt: skip
 
 
 @dataclass

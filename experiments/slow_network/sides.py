@@ -33,7 +33,7 @@ class Side:
     overrides: tuple[str, ...]
     coordinates: tuple[str, ...] = ("lr", "rest")
     first: float = 1.0
-    rest: float = 1.0
+    rest: float = 4.0
     wires: tuple[str, ...] = ()
     needs: str = ""
 
@@ -46,7 +46,7 @@ class Side:
         return not self.needs or file.is_file() or self.needs in inspect.signature(LTEStrategy).parameters
 
 
-OUTER = ("lr", "outer_momentum", "outer_lr", "rest")
+OUTER = ("lr", "outer_momentum", "rest", "outer_lr")
 FULL, FACTORS = ("int8", "int4", "int2"), ("int8", "int4")
 
 
@@ -57,7 +57,7 @@ def diloco(every: int) -> Side:
 
 def lte(every: int) -> Side:
     """Return LTE that merges every so many steps."""
-    return Side("LTE", (*LTE, f"method.merge_every={every}"), first=2.0, rest=0.5, wires=FACTORS)
+    return Side("LTE", (*LTE, f"method.merge_every={every}"), first=2.0, rest=2.0, wires=FACTORS)
 
 
 SIDES = {
@@ -66,20 +66,20 @@ SIDES = {
     "diloco_h30": diloco(30),
     "lte_t10": lte(10),
     "lte_galore": Side("LTE × GaLore", ("method=lte_galore", "method.merge_every=10", "method.rank=16", "method.scale=1",
-                                        "method.sync_rest=merge"), first=2.0, rest=0.5, wires=FACTORS),
+                                        "method.sync_rest=merge"), first=2.0, rest=2.0, wires=FACTORS),
     "diloco_h100": diloco(100),
     "lte_t30": lte(30),
-    "lte_t10_outer": Side("LTE", (*LTE, "method.merge_every=10"), OUTER, first=2.0, rest=0.5, wires=FACTORS),
+    "lte_t10_outer": Side("LTE", (*LTE, "method.merge_every=10"), OUTER, first=2.0, rest=2.0, wires=FACTORS),
     "muloco_h30": Side("MuLoCo", ("method=muloco", "method.merge_every=30"), OUTER, wires=FULL, needs="muloco"),
     "prelora_lte": Side("PreLoRA → LTE", ("method=prelora_lte", "method.heads=1", "method.before=merge",
                                           "method.merge_every=10", "method.sync_rest=merge", *PRELORA), OUTER, wires=FACTORS,
                         needs="before"),
 }  # fmt: skip
 TASKS = {
-    "text": [*tasks.gpt2(width=WIDTH, batch=4, tokens=64), *tasks.length(1, STEPS)],
-    "images": [*tasks.images(width=WIDTH, batch=8), *tasks.length(1, STEPS)],
+    "text": [*tasks.llama(width=WIDTH, batch=4, tokens=64), *tasks.length(1, STEPS), "optim.warmup=0.1"],
+    "images": [*tasks.images(width=WIDTH, batch=8), *tasks.length(1, STEPS), "optim.warmup=0.1"],
 }
-FIRST_LR = {"text": 6e-3, "images": 4e-3}  # DDP's
+FIRST_LR = {"text": 4e-3, "images": 2e-3}  # DDP's
 
 
 @dataclass(frozen=True)
@@ -94,15 +94,15 @@ class Space:
     """
 
     lists: Mapping[str, tuple[float, ...]] = field(default_factory=lambda: {
-        "outer_momentum": (0.0, 0.5, 0.8, 0.9), "outer_lr": (0.5, 0.7, 1.0, 1.4), "rest": (0.25, 0.5, 1.0, 2.0, 4.0),
+        "outer_momentum": (0.0, 0.5, 0.8, 0.9), "outer_lr": (0.5, 0.7, 1.0, 1.4), "rest": (0.5, 1.0, 2.0, 4.0, 8.0, 16.0),
     })  # fmt: skip
     factor: float = 2.0
-    budget: int = 7
+    budget: int = 8
     gain: float = 0.005
 
     def start(self, side: Side) -> Point:
         """Return a side's first point."""
-        begin = {"outer_momentum": 0.5, "outer_lr": 1.0, "rest": side.rest}
+        begin = {"outer_momentum": 0.5, "outer_lr": 0.7, "rest": side.rest}
         return tuple((name, 0 if name == "lr" else self.lists[name].index(begin[name])) for name in side.coordinates)
 
     def values(self, point: Point, lr: float) -> dict[str, float]:

@@ -6,7 +6,7 @@
 
 Four workers (real processes over gloo), 300 steps. DDP, DiLoCo (H = 10, 30, 100), LTE (T = 10, 30; with outer momentum), LTE x
 GaLore, MuLoCo, PreLoRA -> LTE that merges from the first step. Every side searches one space (``sides.py``) by coordinate
-descent with seven runs, on seed 0 by the dev split; reported are seeds 1-3 on the test split. Then the wires int8, int4 and
+descent with eight runs, on seed 0 by the dev split; reported are seeds 1-3 on the test split. Then the wires int8, int4 and
 int2 for the best side of each family (and DiLoCo's H = 30, LTE's T = 10), with float32's settings and the same seeds.
 
 What is done stays, so it goes on where it stopped. Tables and figure are made from the sides that are complete; the others are
