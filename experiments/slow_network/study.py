@@ -129,7 +129,8 @@ class Study:
             for side in self.sides:
                 if side in CORE:
                     yield from self._plain(task, side)
-            yield from self._wires(task, [side for side in PUBLISHED if side in self.sides])
+                if side in PUBLISHED:
+                    yield from self._wires(task, [side])
             for side in self.sides:
                 yield from self._plain(task, side)
             yield from self._wires(task, self.wired(task))
