@@ -28,7 +28,8 @@ import lightning.pytorch as pl
 from lowrank_pretrain.core.protocols import phase_of
 
 PRELOAD = ["lightning.pytorch", "timm", "transformers", "torchmetrics", "lowrank_pretrain.run.train", "experiments.held_out"]
-PRELOAD += ["experiments.mixers"]
+PRELOAD += ["experiments.mixers", "transformers.models.gpt2.modeling_gpt2",
+            "transformers.models.llama.modeling_llama"]  # fmt: skip
 
 
 @dataclass
@@ -53,11 +54,21 @@ class Wire(pl.Callback):
 
     def __init__(self) -> None:
         self.seen: list[tuple[int, str, int]] = []  # step, phase, bytes
+        self.began = self.ended = (0, 0.0)  # bytes, CPU seconds
+
+    def on_train_start(self, *_: Any) -> None:
+        """Begin to count."""
+        self.began = self.ended = (sum(by_socket().values()), time.process_time())
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         """Look once per merge and not more often: it costs a system call per socket."""
         if trainer.global_step % 10 == 0 and (not self.seen or self.seen[-1][0] != trainer.global_step):
             self.seen.append((trainer.global_step, phase_of(trainer), sum(by_socket().values())))
+            self.ended = (self.seen[-1][2], time.process_time())
+
+    def whole_run(self) -> dict[str, float]:
+        """Bytes and CPU seconds of this process from the start of training to its last step (of a multiple of ten)."""
+        return {"sent": self.ended[0] - self.began[0], "train_cpu": self.ended[1] - self.began[1]}
 
     def per_step(self) -> dict[str, float]:
         """Mean bytes per step by phase."""
@@ -212,7 +223,7 @@ def _train(rank: int, overrides: list[str], run_dir: Path) -> dict[str, Any]:
     return {
         "summary": summary, "wall": time.perf_counter() - began, "cpu": time.process_time() - cpu,
         "peak_gib": (high_water() - before) / GIB, "optimizer_mib": optimizer_bytes(trainer.optimizers) / 2**20,
-        "wire": wire.per_step(), "steps": trainer.global_step,
+        "wire": wire.per_step(), **wire.whole_run(), "steps": trainer.global_step,
     }  # fmt: skip
 
 

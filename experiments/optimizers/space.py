@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from lowrank_pretrain.core.checks import number, whole
 from lowrank_pretrain.core.errors import ConfigError
@@ -74,6 +74,25 @@ class Space:
         return [tuple((key, p if key == name else old) for key, old in point) for p in allowed]
 
 
+class Steps(Protocol):
+    """What a search needs to know of the space that it goes through."""
+
+    @property
+    def lists(self) -> Mapping[str, tuple[float, ...]]:
+        """Return the values of each coordinate that is no rate, in increasing order."""
+
+    @property
+    def budget(self) -> int:
+        """Return the most runs that a side's search may take."""
+
+    @property
+    def gain(self) -> float:
+        """Return by how much the loss must fall for a step to count."""
+
+    def neighbours(self, point: Point, name: str) -> list[Point]:
+        """Return the points one step off along a coordinate."""
+
+
 @dataclass
 class Descent:
     """One side's coordinate descent: along each coordinate in turn, until no neighbour is better or the budget is spent.
@@ -85,7 +104,7 @@ class Descent:
         loss: of a point that has been run; infinite where it diverged.
     """
 
-    space: Space
+    space: Steps
     point: Point
     coordinates: tuple[str, ...]
     loss: Loss

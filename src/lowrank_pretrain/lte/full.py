@@ -188,7 +188,7 @@ class FullSet(WholeTargets):
     @torch.no_grad()
     def _merge(self, increments: Increments) -> None:
         # what all workers did since the last merge
-        mean = increments.mean(self.training_weights())
+        mean = increments.mean(self.training_weights(), overwrite=True)
         # the outer step; everyone continues from W_base
         for piece in self.pieces:
             base = increments.base[piece.name]

@@ -9,7 +9,7 @@ steps that are small compared with W add up in W_base.
 n numbers in all.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import reduce
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lowrank_pretrain.core.dtypes import at_least_32
 from lowrank_pretrain.core.errors import NotFinite
-from lowrank_pretrain.lte.wire import DenseMean
+from lowrank_pretrain.lte.wire import IN_CACHE, DenseMean, Line
 from lowrank_pretrain.lte.workers import Workers
 
 Weights = Mapping[str, Tensor]  # by name, as training has them now
@@ -60,15 +60,27 @@ class Increments:
         parts = flat.split([base.numel() for base in self.base.values()])
         return {name: part.view(base.shape) for (name, base), part in zip(self.base.items(), parts, strict=True)}
 
-    def mean(self, weights: Weights) -> dict[str, Tensor]:
+    @torch.no_grad()
+    def mean(self, weights: Weights, overwrite: bool = False) -> dict[str, Tensor]:
         """Return the workers' mean of Δ by name, through the wire. All workers call it together.
 
+        Args:
+            weights: the weights by name.
+            overwrite: put the mean in the weights' own memory where it fits: ``weights`` are of no more use.
+
         Raises:
-            NotFinite: on every worker, if one's increment is NaN or infinite; nothing is then sent.
+            NotFinite: on every worker, if one's weight is NaN or infinite; nothing is then sent.
         """
-        mine = self._since(weights)
-        refuse_nonfinite(self._by_name(mine), self.workers)
-        return self._by_name(self.wire.mean(mine))
+        mine = {name: weights[name].detach() for name in self.base}
+        refuse_nonfinite(mine, self.workers)
+        mean = {
+            name: W if overwrite and W is not base and W.dtype == self._dtype and W.is_contiguous()
+            else torch.empty_like(base, dtype=self._dtype, memory_format=torch.contiguous_format)
+            for (name, W), base in zip(mine.items(), self.base.values(), strict=True)
+        }  # fmt: skip
+        changes = Changes([mine[name] for name in self.base], list(self.base.values()))
+        self.wire.mean_of(changes, Line([mean[name] for name in self.base]), next(iter(mean.values())).device, self._dtype)
+        return mean
 
     def now(self, weights: Weights) -> dict[str, Tensor]:
         """Return the exact mean of Δ by name, for evaluation; change nothing. All workers call it together."""
@@ -111,6 +123,28 @@ class Increments:
             add_pending(self.base, self.base, errors)
 
 
+class Changes(Line):
+    """Read Δ of several weights as one line of numbers, without forming it.
+
+    Args:
+        weights: W as training has them.
+        bases: W_base of each.
+    """
+
+    def __init__(self, weights: Sequence[Tensor], bases: Sequence[Tensor]) -> None:
+        super().__init__([base.contiguous() for base in bases])
+        self._weights = [W.reshape(-1) for W in weights]
+
+    def add_to(self, at: int, out: Tensor) -> None:
+        """Add the numbers from `at` on to `out`, in pieces that stay in a CPU's cache."""
+        most = IN_CACHE if out.device.type == "cpu" else max(1, len(out))
+        for start in range(0, len(out), most):
+            for index, there, here in self.parts(at + start, min(most, len(out) - start)):
+                W, base = self._weights[index][there], self.tensors[index][there]
+                since = W - base if W.dtype == base.dtype else W.to(base.dtype) - base.to(W.dtype).to(base.dtype)
+                out[start : start + most][here] += since
+
+
 def _pending(errors: Mapping[str, list[Tensor]], n: int) -> Tensor:
     """Return what all messages have left out of the mean (``DenseMean.pending``), (n), from a checkpoint's errors."""
     return (torch.stack(errors["sent"]).mean(0) + torch.cat(errors["mean"]))[:n]
@@ -147,8 +181,9 @@ def refuse_nonfinite(mine: Mapping[str, Tensor], workers: Workers) -> None:
         device = next(iter(mine.values())).device
         if device.type == "meta":  # ``traffic`` only counts
             return
-        fine = torch.stack([torch.isfinite(t).all().to(device) for t in mine.values()]).tolist()
-        first = fine.index(False) + 1 if False in fine else 0
+        if not torch.stack([t.sum().to(device) for t in mine.values()]).isfinite().all():  # the quick way; a sum may overflow
+            fine = torch.stack([torch.isfinite(t).all().to(device) for t in mine.values()]).tolist()
+            first = fine.index(False) + 1 if False in fine else 0
     for rank, (found,) in enumerate(workers.gather_numbers([first])):
         if found:
             raise NotFinite(

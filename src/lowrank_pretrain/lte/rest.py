@@ -131,7 +131,7 @@ class SharedParameters:
         if self.increments is not None:
             # through the wire; parameters unfrozen since the start are sent uncoded
             base = self.increments.base
-            mean = self.increments.mean({name: live.get(name, W) for name, W in base.items()})
+            mean = self.increments.mean({name: live.get(name, W) for name, W in base.items()}, overwrite=True)
             for name, W in base.items():
                 W.add_(mean[name].to(W.dtype))
                 if name in live:

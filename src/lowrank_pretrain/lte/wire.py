@@ -19,8 +19,11 @@ n numbers, w workers, c numbers in a worker's chunk.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -64,46 +67,88 @@ class Codec:
         scales = 2 * (n // BLOCK) if self.bits <= 8 else 0
         return n * self.bits // 8 + scales
 
-    def encode(self, x: Tensor) -> Tensor:
+    @torch.no_grad()
+    def encode(self, x: Tensor, left_out: Tensor | None = None) -> Tensor:
         """Write numbers as one message.
 
         Args:
             x: float32, (…, n) with n a multiple of 64.
+            left_out: of x's shape; gets x minus what will be read. It may be x itself.
 
         Returns:
             uint8, (…, bytes): scales first, then codes.
         """
-        x = x.contiguous()
-        if self.wire == "float32":
-            return x.view(torch.uint8)
-        if self.wire == "bfloat16":
-            return x.to(torch.bfloat16).view(torch.uint8)
-        blocks = x.unflatten(-1, (-1, BLOCK))  # (…, n/64, 64)
-        step = _step(blocks, self.bits)  # (…, n/64, 1)
-        levels = blocks / torch.where(step > 0, step, 1).float()
+        n = x.shape[-1]
+        if self.exact:
+            message = x.contiguous().view(torch.uint8)
+            if left_out is not None:
+                message = message.clone()
+                left_out.zero_()
+            return message
+        if self.bits == 16:
+            coded = x.to(torch.bfloat16)
+            if left_out is not None:
+                torch.sub(x, coded, out=left_out)
+            return coded.view(torch.uint8)
+        message = torch.empty((*x.shape[:-1], self.bytes_of(n)), dtype=torch.uint8, device=x.device)
+        left = x.reshape(-1, n) if left_out is None else left_out.view(-1, n)
+        for row, out, rest in zip(x.reshape(-1, n), message.view(-1, self.bytes_of(n)), left, strict=True):
+            for at, scales, codes in self._pieces(out, n):
+                some = slice(at, at + BLOCK * len(scales))
+                to = None if left_out is None else rest[some].view(-1, BLOCK)
+                self._encode_blocks(row[some].view(-1, BLOCK), scales, codes, to)
+        return message
+
+    def _pieces(self, message: Tensor, n: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Yield views of one message: the first number's place, some blocks' scales in bfloat16, their packed codes."""
+        scales, codes = message.split([2 * n // BLOCK, n * self.bits // 8])
+        scales = scales.view(torch.bfloat16)
+        # a CPU keeps so many in its cache from one operation to the next
+        some = IN_CACHE if message.device.type == "cpu" else max(n, BLOCK)
+        for at in range(0, n, some):
+            yield at, scales[at // BLOCK : (at + some) // BLOCK], codes[at * self.bits // 8 : (at + some) * self.bits // 8]
+
+    def _encode_blocks(self, x: Tensor, scales: Tensor, packed: Tensor, left: Tensor | None) -> None:
+        """Write blocks (b, 64): their scales (b), their packed codes (b·8·bits), and what is left out."""
+        step = _step(x, self.bits)  # (b, 1)
+        scales.copy_(step.squeeze(-1))
+        step = step.float()
+        levels = x / torch.where(step > 0, step, 1)
         if self.bits == 2:
-            codes = levels.floor_().clamp_(-2, 1).add_(2)  # mid-rise: level = code - 3/2
+            codes = levels.floor_().clamp_(-2, 1).to(torch.int8).view(torch.uint8).add_(2)  # mid-rise: level = code - 3/2
+            levels.add_(0.5)
         else:
             top = 2 ** (self.bits - 1) - 1
-            codes = levels.round_().clamp_(-top, top).add_(top)
-        packed = _pack(codes.to(torch.uint8).flatten(-2), self.bits)
-        return torch.cat((step.squeeze(-1).contiguous().view(torch.uint8), packed), -1)
+            codes = levels.round_().clamp_(-top, top).to(torch.int8).view(torch.uint8).add_(top)
+        packed.copy_(_pack(codes.flatten(), self.bits))
+        if left is not None:
+            torch.addcmul(x, levels, step, value=-1, out=left)
 
-    def decode(self, message: Tensor) -> Tensor:
-        """Read a message back, float32, (…, n)."""
-        if self.wire == "float32":
-            return message.contiguous().view(torch.float32)
-        if self.wire == "bfloat16":
-            return message.contiguous().view(torch.bfloat16).float()
-        n = message.shape[-1] * BLOCK // (2 + BLOCK * self.bits // 8)
-        scales, packed = message.split([2 * n // BLOCK, n * self.bits // 8], -1)
-        step = scales.contiguous().view(torch.bfloat16).float().unsqueeze(-1)
+    @torch.no_grad()
+    def decode(self, message: Tensor, out: Tensor | None = None) -> Tensor:
+        """Read a message back, float32, (…, n).
+
+        Args:
+            message: (…, bytes).
+            out: written to and returned, if given.
+        """
+        n = message.shape[-1] * BLOCK // self.bytes_of(BLOCK)
+        if out is None:
+            out = torch.empty((*message.shape[:-1], n), device=message.device)
+        message = message.contiguous()
+        if self.bits >= 16:
+            return out.copy_(message.view(torch.float32 if self.exact else torch.bfloat16))
         middle = 1.5 if self.bits == 2 else 2 ** (self.bits - 1) - 1
-        levels = _unpack(packed, self.bits).unflatten(-1, (-1, BLOCK)).float().sub_(middle)
-        return levels.mul_(step).flatten(-2)
+        for row, numbers in zip(message.view(-1, message.shape[-1]), out.view(-1, n), strict=True):
+            for at, scales, codes in self._pieces(row, n):
+                levels = numbers[at : at + BLOCK * len(scales)].view(-1, BLOCK)
+                levels.copy_(_unpack(codes, self.bits).view(-1, BLOCK)).sub_(middle).mul_(scales.float().unsqueeze(-1))
+        return out
 
 
 WIRES: Mapping[str, int] = {"float32": 32, "bfloat16": 16, "int8": 8, "int4": 4, "int2": 2}
+IN_CACHE = 2**16  # numbers
+AT_ONCE = {"cpu": 2**22, "cuda": 2**26}  # numbers that a worker sends at a time: they bound a merge's memory
 
 
 def _step(blocks: Tensor, bits: int) -> Tensor:
@@ -114,28 +159,71 @@ def _step(blocks: Tensor, bits: int) -> Tensor:
 
 
 def _pack(codes: Tensor, bits: int) -> Tensor:
-    """Put 8/bits codes into each byte, the first in the lowest bits: (…, n) to (…, n·bits/8)."""
+    """Put 8/bits codes into each byte, the first in the lowest bits: (n), one a byte, to (n·bits/8)."""
     if bits == 8:
         return codes
-    groups = codes.unflatten(-1, (-1, 8 // bits))
-    packed = groups[..., 0].clone()
-    for place in range(1, 8 // bits):
-        packed |= groups[..., place] << (bits * place)
-    return packed
+    if bits == 4:  # two bytes as one integer, the first in its lower half: shift the second's code down to the first's
+        pairs = codes.view(torch.int16)
+        return (pairs | pairs >> 4).to(torch.uint8)  # the lowest byte
+    fours = codes.view(torch.int32)
+    fours = fours | fours >> 6
+    return (fours | fours >> 12).to(torch.uint8)
 
 
 def _unpack(packed: Tensor, bits: int) -> Tensor:
-    """Undo :func:`_pack`."""
+    """Undo :func:`_pack`: (n·bits/8) to (n)."""
     if bits == 8:
         return packed
-    mask = 2**bits - 1
-    return torch.stack([(packed >> (bits * place)) & mask for place in range(8 // bits)], -1).flatten(-2)
+    if bits == 4:
+        pairs = packed.to(torch.int16)
+        return (pairs | pairs << 4).bitwise_and_(0x0F0F).view(torch.uint8)
+    fours = packed.to(torch.int32)
+    fours = (fours | fours << 12).bitwise_and_(0x000F000F)
+    return (fours | fours << 6).bitwise_and_(0x03030303).view(torch.uint8)
 
 
 def padded(n: int, workers: int) -> int:
     """Return n rounded up, so that each worker's chunk is whole blocks."""
     unit = BLOCK * workers
     return (n + unit - 1) // unit * unit
+
+
+class Line:
+    """Several tensors as one line of n numbers.
+
+    Args:
+        tensors: each contiguous.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.tensors = [t.detach().view(-1) for t in tensors]
+        self._ends = list(accumulate(map(len, self.tensors)))
+
+    def parts(self, at: int, n: int) -> Iterator[tuple[int, slice, slice]]:
+        """Yield where numbers at … at + n lie: the tensor's index, the place in it, and the place among these numbers."""
+        index, done = bisect_right(self._ends, at), 0
+        while done < n:
+            start = at + done - (self._ends[index] - len(self.tensors[index]))
+            some = min(n - done, len(self.tensors[index]) - start)
+            yield index, slice(start, start + some), slice(done, done + some)
+            index, done = index + 1, done + some
+
+    def add_to(self, at: int, out: Tensor) -> None:
+        """Add the numbers from `at` on to `out`."""
+        for index, there, here in self.parts(at, len(out)):
+            out[here] += self.tensors[index][there]
+
+    def put(self, at: int, numbers: Tensor) -> None:
+        """Write numbers from `at` on."""
+        for index, there, here in self.parts(at, len(numbers)):
+            self.tensors[index][there].copy_(numbers[here])
+
+
+class Addable(Protocol):
+    """Describe numbers that are read once, as ``DenseMean`` does."""
+
+    def add_to(self, at: int, out: Tensor) -> None:
+        """Add the numbers from `at` on to `out`."""
 
 
 class DenseMean:
@@ -169,31 +257,68 @@ class DenseMean:
     @torch.no_grad()
     def mean(self, flat: Tensor) -> Tensor:
         """Return the workers' mean of `flat`, (n), the same bits on all of them. `flat` is not changed."""
-        w = self.workers.size
-        if w == 1 or self.codec.exact:
-            mean = flat.clone()
-            self.workers.average([mean])
-            return mean
-        # what this worker's last message left out joins this one
-        mine = self.sent_error.to(flat.device, copy=True)
-        mine[: self.n] += flat
-        messages = self.codec.encode(mine.view(w, -1))  # (w, bytes)
-        self._keep("sent_error", mine - self.codec.decode(messages).flatten())
-        # everybody's messages for my chunk, averaged in one order
-        received = self.codec.decode(self.workers.swap(messages))  # (w, c)
-        mean = received[0].clone()
-        for theirs in received[1:]:
-            mean += theirs
-        mean /= w
-        # the mean of my chunk, for everyone
-        mean += self.mean_error.to(flat.device)
-        message = self.codec.encode(mean)
-        self._keep("mean_error", mean - self.codec.decode(message))
-        gathered, _ = self.workers.gather(message)
-        return self.codec.decode(gathered).flatten()[: self.n]
+        mean = torch.empty_like(flat, dtype=flat.dtype if self._plain else torch.float32)
+        self.mean_of(Line([flat]), Line([mean]), flat.device, flat.dtype)
+        return mean
 
-    def _keep(self, name: str, error: Tensor) -> None:
-        setattr(self, name, error if self.device is None else error.to(self.device))
+    @property
+    def _plain(self) -> bool:
+        """Return whether nothing is coded."""
+        return self.workers.size == 1 or self.codec.exact
+
+    @torch.no_grad()
+    def mean_of(self, mine: Addable, result: Line, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+        """Write the workers' mean of `mine` to `result`, a part at a time, so that little memory is used.
+
+        A number of `mine` is read before its place in `result` is written, so both may be the same memory.
+
+        Args:
+            mine: this worker's numbers, n.
+            result: gets the mean, n; the same bits on all workers.
+            device: of both.
+            dtype: of numbers that are not coded.
+        """
+        w, at_once = self.workers.size, AT_ONCE.get(device.type, self.n + BLOCK)
+        if self._plain:
+            for at in range(0, self.n, at_once):
+                part = torch.zeros(min(at_once, self.n - at), dtype=dtype, device=device)
+                mine.add_to(at, part)
+                self.workers.average([part])
+                result.put(at, part)
+            return
+        for name in ("sent_error", "mean_error"):  # a checkpoint's are on the CPU
+            setattr(self, name, getattr(self, name).to(self.device or device))
+        c = len(self.mean_error)
+        width = max(BLOCK, at_once // w // BLOCK * BLOCK)
+        for at in range(0, c, width):
+            self._mean_of_columns(mine, result, slice(at, min(c, at + width)), device)
+
+    def _mean_of_columns(self, mine: Addable, result: Line, columns: slice, device: torch.device) -> None:
+        """Do the same for some columns of all numbers as (w, c): worker j forms the mean of row j."""
+        w, c = self.workers.size, len(self.mean_error)
+        starts = [row * c + columns.start for row in range(w)]
+        # what this worker's last message left out joins this one
+        kept = self.sent_error.view(w, c)[:, columns]
+        whole = kept.to(device)
+        for start, row in zip(starts, whole, strict=True):
+            mine.add_to(start, row[: max(0, self.n - start)])
+        messages = self.codec.encode(whole, whole)  # (w, bytes)
+        if whole is not kept:
+            kept.copy_(whole)
+        # everybody's messages for my row, averaged in one order
+        received = self.workers.swap(messages)
+        mean = self.codec.decode(received[0])
+        for message in received[1:]:
+            mean += self.codec.decode(message)
+        mean /= w
+        # the mean of my row, for everyone
+        left = self.mean_error[columns]
+        mean += left.to(device)
+        message = self.codec.encode(mean, mean)
+        left.copy_(mean)
+        gathered, _ = self.workers.gather(message)
+        for start, written in zip(starts, gathered, strict=True):
+            result.put(start, self.codec.decode(written, mean)[: max(0, self.n - start)])
 
     def sent_per_mean(self) -> float:
         """Return the bytes that this worker sends for one mean."""
