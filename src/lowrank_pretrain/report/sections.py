@@ -37,7 +37,7 @@ PHASE_BARS: dict[str, tuple[str, str, float, Callable[[float], str]]] = {
     "mfu": ("Model FLOPs utilisation by phase", "share of the chip's peak", 1, "{:.1%}".format),
 }
 
-SENT = ("full", "joint", "lowrank", "rest", "all")  # what a worker sends in a run: in each phase, for the rest, in all
+PARTS_SENT = ("full", "joint", "lowrank", "rest", "all")  # what a worker sends in a run: in each phase, for the rest, in all
 
 
 class Chart(NamedTuple):
@@ -120,12 +120,19 @@ def by_phase(entries: list[Entry], remark: str = "") -> Iterator[Chart]:
         if rows:
             yield Chart(title, charts.bars(key, axis, rows), remark)
     rows = []
-    for run in runs:
-        for name, mib in run.summary.get("sent_mib", {}).items():
-            label = name if len(runs) == 1 else f"{short(run.label)} · {name}"
-            rows.append((label, mib, SENT.index(name) if name in SENT else len(SENT), format_number(mib)))
+    for entry in entries:
+        for number, name in enumerate(PARTS_SENT):
+            mib = entry.mean(partial(_sent, name=name))
+            if mib is not None:
+                label = name if len(entries) == 1 else f"{short(entry.label)} · {name}"
+                rows.append((label, mib, number, format_number(mib)))
     if rows:
         yield Chart("Sent by a worker", charts.bars("sent", "MiB in the whole run", rows), remark)
+
+
+def _sent(run: Run, name: str) -> float | None:
+    """Return the MiB that a worker of the run has sent in a phase, for the rest, or in all; None if that is not known."""
+    return run.summary.get("sent_mib", {}).get(name)
 
 
 def _of_phase(run: Run, name: str, key: str) -> float | None:
