@@ -109,8 +109,10 @@ class ConvertedModule:
     def _collect_rest(self) -> None:
         owned = {id(p) for p in self.local.parameters().values()}
         left_out = self.local.hidden(self.module) | self.ignored
-        wire = self.local.settings.wire
-        self.rest = SharedParameters(self.module, owned, left_out, self.workers, self.sync_rest, self._wrapped, wire)
+        settings = self.local.settings
+        self.rest = SharedParameters(
+            self.module, owned, left_out, self.workers, self.sync_rest, self._wrapped, settings.wire, settings.keep_on
+        )
 
     def _warn_of_heavy_rest(self) -> None:
         """Warn if the rest sends more at every step than a merge sends for the targets."""
@@ -211,7 +213,7 @@ class ConvertedModule:
 
     def differing(self) -> set[str]:
         """Return the names of tensors that may differ between workers after a merge."""
-        names = self.local.hidden(self.module) | self.ignored
+        names = self.local.hidden(self.module) | self.ignored | self.local.differing()
         if self.rest.apart and self.local.settings.overlap:  # the rest was averaged when the merge began, and has moved since
             names |= set(self.rest.parameters)
         return names
@@ -233,7 +235,7 @@ class ConvertedModule:
         Args:
             agreed: forms the hash; all workers call it together.
         """
-        trainer, every = self.module.trainer, self.local.settings.merge_every
+        trainer, every = self.module.trainer, self.local.settings.interval
         often = max(1, log_interval(trainer))
         # Lightning counts the steps it sees: none of a raw optimizer's
         step = max(trainer.global_step, self.local.clock - 1)
@@ -250,6 +252,7 @@ class ConvertedModule:
     def swap_in(self) -> None:
         """Swap merged weights and averages in for evaluation. All workers call it together."""
         if self.local.attached:
+            self.local.meet()
             self.rest.swap_in()  # first: the merged weights take rows of the rest along
             self.local.view.swap_in()
 
@@ -272,6 +275,7 @@ class ConvertedModule:
         All workers call it together.
         """
         shared, writes = self.local.shared, self.workers.rank == 0
+        self.local.meet()
         self.rest.swap_in_to_write(writes)
         self.local.view.swap_in(piecemeal=True, writes=writes)
         viewing, shared.viewing = shared.viewing, True  # heads add nothing of their own to the output

@@ -74,7 +74,7 @@ class LTEStrategy(DDPStrategy, Adopter, HasPhase, Reports, Merges):
             ``full``: W itself, by any optimizer (DiLoCo, local SGD); ``targets="all"`` is everything that trains, others
             are the weights of the layers they choose, and the rest follows ``sync_rest``. Costs a float32 copy.
         basis: with ``update="galore"``, each worker's ``own``, or one that all have ``shared``.
-        overlap: apply a merge this many steps after it began, ``< merge_every``; needs ``reset=False``.
+        overlap: apply a merge this many steps after it began; fewer than between two merges. Heads need ``reset=False``.
         prune: with ``reset``, share of the heads' moments to zero instead of deleting their optimizer state (ReLoRA).
         merge_timeout: seconds that a merge waits for a worker before the job ends; ``None``: ``timeout``, else 600. Without
             ``timeout`` it bounds all other waiting of a fit too.
@@ -82,6 +82,9 @@ class LTEStrategy(DDPStrategy, Adopter, HasPhase, Reports, Merges):
             float32 copy; for the rest another, of its base). Factors have none, and need ``int4`` or more.
         outer_lr: step W by the workers' mean increment times this (DiLoCo: 0.7).
         outer_momentum: its Nesterov momentum (DiLoCo: 0.9): a float32 copy; another with heads that are not reset.
+        fragments: with ``update="full"``, parts of the targets that merge in turn; must divide ``merge_every``.
+        keep_on: where what only merges need lies between them, ``device`` or ``cpu``: outer momentum, error feedback, and with
+            ``update="full"`` W_base (``full.FullSet`` has the memory of each setting).
         ddp_kwargs: further arguments of ``DDPStrategy`` and of DDP (``timeout``, ``find_unused_parameters``, …).
 
     Raises:
@@ -110,6 +113,8 @@ class LTEStrategy(DDPStrategy, Adopter, HasPhase, Reports, Merges):
         wire: str = "float32",
         outer_lr: float = 1.0,
         outer_momentum: float = 0.0,
+        fragments: int = 1,
+        keep_on: str = "device",
         **ddp_kwargs: Any,
     ) -> None:
         given = dict(locals())
@@ -314,7 +319,7 @@ class LTEStrategy(DDPStrategy, Adopter, HasPhase, Reports, Merges):
     def _hash(self) -> int:
         """Return a hash of the tensors that all workers share at a merge; end the run if they differ."""
         when = f"after the merge at step {self._module.trainer.global_step + 1}"
-        return agreed_hash(self, self._module, when, self.converted.differing(), DRIFTED)
+        return agreed_hash(self, self._module, when, self.converted.differing(), DRIFTED, self.local.agreed())
 
     def all_heads(self) -> AllHeads:
         """Yield per layer its name, A (N, ΣR, D), B (N, O, R) per part, and the parts. All workers call it together."""

@@ -21,10 +21,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from lowrank_pretrain.lte.storage import Storage
 from lowrank_pretrain.lte.workers import Workers
 
 BLOCK = 64
@@ -152,48 +154,23 @@ class DenseMean:
         workers: who takes part.
         wire: a key of :data:`WIRES`.
         n: the buffer's length.
-        device: where the error feedback is kept between merges; ``None``: with the buffer.
+        keep_on: where the error feedback is kept between merges, ``device`` or ``cpu`` (``storage.Storage``).
 
     Attributes:
         sent_error: what this worker's messages have left out so far, (padded n) float32.
         mean_error: what this worker's messages of the mean of its own chunk have left out, (c) float32.
     """
 
-    def __init__(self, workers: Workers, wire: str, n: int, device: torch.device | None = None) -> None:
-        self.workers, self.codec, self.n, self.device = workers, Codec(wire), n, device
+    def __init__(self, workers: Workers, wire: str, n: int, keep_on: str = "device") -> None:
+        self.workers, self.codec, self.n, self.storage = workers, Codec(wire), n, Storage(keep_on)
         length = padded(n, workers.size)
         lossy = workers.size > 1 and not self.codec.exact
-        self.sent_error = torch.zeros(length if lossy else 0, device=device)
-        self.mean_error = torch.zeros(length // workers.size if lossy else 0, device=device)
+        self.sent_error = self.storage.put(torch.zeros(length if lossy else 0))
+        self.mean_error = self.storage.put(torch.zeros(length // workers.size if lossy else 0))
 
-    @torch.no_grad()
     def mean(self, flat: Tensor) -> Tensor:
         """Return the workers' mean of `flat`, (n), the same bits on all of them. `flat` is not changed."""
-        w = self.workers.size
-        if w == 1 or self.codec.exact:
-            mean = flat.clone()
-            self.workers.average([mean])
-            return mean
-        # what this worker's last message left out joins this one
-        mine = self.sent_error.to(flat.device, copy=True)
-        mine[: self.n] += flat
-        messages = self.codec.encode(mine.view(w, -1))  # (w, bytes)
-        self._keep("sent_error", mine - self.codec.decode(messages).flatten())
-        # everybody's messages for my chunk, averaged in one order
-        received = self.codec.decode(self.workers.swap(messages))  # (w, c)
-        mean = received[0].clone()
-        for theirs in received[1:]:
-            mean += theirs
-        mean /= w
-        # the mean of my chunk, for everyone
-        mean += self.mean_error.to(flat.device)
-        message = self.codec.encode(mean)
-        self._keep("mean_error", mean - self.codec.decode(message))
-        gathered, _ = self.workers.gather(message)
-        return self.codec.decode(gathered).flatten()[: self.n]
-
-    def _keep(self, name: str, error: Tensor) -> None:
-        setattr(self, name, error if self.device is None else error.to(self.device))
+        return MeanUnderway(self, flat.clone()).result()
 
     def sent_per_mean(self) -> float:
         """Return the bytes that this worker sends for one mean."""
@@ -212,6 +189,7 @@ class DenseMean:
         """
         if not self.sent_error.numel():
             return None
+        self.storage.wait()
         total = self.sent_error.clone()
         self.workers.average([total], counted=False)
         errors, _ = self.workers.gather(self.mean_error)
@@ -220,6 +198,77 @@ class DenseMean:
     @torch.no_grad()
     def take_pending(self, pending: Tensor) -> None:
         """Resume from another number of workers' ``pending``: each worker takes on all of it, so the mean is the same."""
+        self.storage.wait()
         if self.sent_error.numel():
             self.sent_error.zero_()[: self.n] = pending.to(self.sent_error)
             self.mean_error.zero_()
+
+
+class MeanUnderway:
+    """Carry one mean of :class:`DenseMean` through its steps; with ``overlap`` training goes on in between.
+
+    All workers make the same calls at the same time of their clocks, so that messages meet.
+
+    Args:
+        of: the mean that this belongs to; its error feedback is used and renewed.
+        flat: this worker's buffer, (n); it is overwritten.
+        overlap: return before the others have answered.
+    """
+
+    @torch.no_grad()
+    def __init__(self, of: DenseMean, flat: Tensor, overlap: bool = False) -> None:
+        self._of, self._overlap = of, overlap
+        self._summed: Tensor | None = None  # of an exact wire
+        self._received: Tensor | None = None  # everybody's messages for my chunk, (w, bytes)
+        self._gathered: Tensor | None = None  # the mean's messages, (w, bytes)
+        self._mean: Tensor | None = None
+        self._work: Any = None
+        workers, codec = of.workers, of.codec
+        if workers.size == 1:
+            self._mean = flat
+            return
+        if codec.exact:
+            self._summed, self._work = flat, workers.begin_mean(flat, overlap)
+            return
+        # what this worker's last message left out joins this one
+        mine = of.storage.get(of.sent_error, flat.device)
+        mine[: of.n] += flat
+        messages = codec.encode(mine.view(workers.size, -1))  # (w, bytes)
+        of.sent_error = of.storage.put(mine.sub_(codec.decode(messages).flatten()), of.sent_error)
+        # everybody's messages for my chunk
+        self._received, self._work = workers.swap(messages, overlap)
+
+    @torch.no_grad()
+    def advance(self) -> None:
+        """Average what has arrived, and send it on; a second call does nothing."""
+        if self._received is None:
+            return
+        of, workers = self._of, self._of.workers
+        self._wait()
+        # in one order
+        received, self._received = of.codec.decode(self._received), None  # (w, c)
+        mean = received[0].clone()
+        for theirs in received[1:]:
+            mean += theirs
+        mean /= workers.size
+        # the mean of my chunk, for everyone
+        mean += of.storage.get(of.mean_error, mean.device)
+        message = of.codec.encode(mean)
+        of.mean_error = of.storage.put(mean.sub_(of.codec.decode(message)), of.mean_error)
+        self._gathered, self._work = workers.gather(message, self._overlap)
+
+    @torch.no_grad()
+    def result(self) -> Tensor:
+        """Wait, and return the mean, (n), the same bits on all workers; any later call returns the same tensor."""
+        self.advance()
+        self._wait()
+        of = self._of
+        if self._gathered is not None:
+            self._mean, self._gathered = of.codec.decode(self._gathered).flatten()[: of.n], None
+        elif self._summed is not None:
+            self._mean, self._summed = of.workers.end_mean(self._summed), None
+        return cast(Tensor, self._mean)
+
+    def _wait(self) -> None:
+        work, self._work = self._work, None
+        self._of.workers.wait(work)
