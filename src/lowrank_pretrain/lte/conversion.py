@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lowrank_pretrain.core.agreement import agreed_hash
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.plan import fit_ranks
 from lowrank_pretrain.core.protocols import Inherit
@@ -214,9 +215,17 @@ class ConvertedModule:
     def differing(self) -> set[str]:
         """Return the names of tensors that may differ between workers after a merge."""
         names = self.local.hidden(self.module) | self.ignored | self.local.differing()
-        if self.rest.apart and self.local.settings.overlap:  # the rest was averaged when the merge began, and has moved since
+        local = self.local
+        # the rest was averaged when the merge began, and has moved since; or is, when the last fragment merges
+        if self.rest.apart and (local.settings.overlap or local.clock % local.settings.merge_every):
             names |= set(self.rest.parameters)
         return names
+
+    def hash_shared(self, strategy: Any) -> int:
+        """Return a hash of the tensors that all workers share at a merge; end the run if they differ. All call it together."""
+        when = f"after the merge at step {self.module.trainer.global_step + 1}"
+        apart, further = self.differing(), self.local.agreed()
+        return self.workers.together(lambda: agreed_hash(strategy, self.module, when, apart, DRIFTED, further))
 
     def metrics(self) -> dict[str, float]:
         """Return MiB that this worker sent for the last merge and for the rest in that window, and milliseconds waited."""

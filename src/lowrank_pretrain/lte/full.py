@@ -268,7 +268,7 @@ class FullSet(WholeTargets):
 
     @torch.no_grad()
     def _begin(self) -> bool:
-        """Send the increments of the fragment whose turn it is, and apply them if nothing overlaps; return whether W changed."""
+        """Send the increments of the fragment whose turn it is; without overlap apply them. Return whether W changed."""
         if not self.fragments:  # one worker, and a plain mean
             self.merges += 1
             return True

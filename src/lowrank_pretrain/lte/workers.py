@@ -89,6 +89,14 @@ class Workers:
         if work is not None:
             self._call(work.wait)
 
+    def together(self, call: Callable[[], Any]) -> Any:
+        """Return what a function gives that all workers call together, on any group.
+
+        Raises:
+            RuntimeError: another worker died or did not answer.
+        """
+        return self._call(call)
+
     def _call(self, call: Callable[[], Any]) -> Any:
         began = time.perf_counter()
         try:
