@@ -99,18 +99,19 @@ def fragments_of(sizes: Mapping[str, int], count: int) -> list[list[str]]:
 class FullSet(WholeTargets):
     """Train whole weights separately on each worker, from ``start`` to ``detach``.
 
-    Next to weights, gradients and the optimizer's state it keeps, in numbers of the size of float32 (of W, if that is larger):
+    Next to weights, gradients and the optimizer's state it needs, in float32 copies of the targets (measured on ViT-S/16 with
+    eight workers by ``benchmarks/lte_memory.py``):
 
-    ====================  ==============================================================================================
-    W_base                one copy of the targets (none for one worker with a plain outer step)
-    ``outer_momentum``    one more
-    a wire below float32  one more, and 1/N of one on N workers
-    ``overlap``           while a merge is under way one copy of W and one of Δ, of the fragment's size
-    a merge               two to three copies of the fragment, for as long as it lasts
-    ====================  ==============================================================================================
+    ====================  =======================================================================================
+    W_base                1; none for one worker with a plain outer step
+    ``outer_momentum``    1
+    a wire below float32  1.13: its error feedback, 1 + 1/N on N workers
+    a merge               1.1 while it lasts, 2.5 with a wire below float32
+    ``overlap``           2 while a merge is under way, 1.1 with ``int4``: W as it was sent, and what travels
+    ====================  =======================================================================================
 
-    ``keep_on="cpu"`` moves the first three rows to (pinned) main memory; the last two stay on the device, where they are
-    smaller by the number of ``fragments``. ``benchmarks/lte_memory.py`` counts them.
+    ``fragments=k`` divides the last two by about k. ``keep_on="cpu"`` moves the first three to main memory (pinned where the
+    weights are on CUDA) between merges; a merge brings them back weight by weight.
 
     Args:
         settings: ``targets``, ``merge_every``, ``overlap``, ``fragments``, ``keep_on``, ``wire`` and the outer step's are used.

@@ -31,7 +31,7 @@ class Increments:
     """Track workers' changes to some weights between two merges.
 
     It costs one float32 copy of the weights; a lossy wire costs another for what its messages left out. Both lie where
-    ``keep_on`` says. While a merge is being formed there are two to three more.
+    ``keep_on`` says. While a merge is being formed there is one more, or two and a half with a lossy wire.
 
     Args:
         weights: the weights, now equal on all workers.
