@@ -139,7 +139,9 @@ def shown(times: dict[str, list[list[float]]], against: str, part: str, limits: 
         ratios = [
             statistics.median(mine[j] / plain[j] for mine, plain in zip(some, times[against], strict=True)) for j in (0, 1)
         ]
-        print(f"{side:24}{1e3 * wall:10.1f}{ratios[0]:8.2f}{1e3 * cpu:10.1f}{ratios[1]:8.2f}{sent:10.1f}  {limits.get(side, '')}")
+        print(
+            f"{side:24}{1e3 * wall:10.1f}{ratios[0]:8.2f}{1e3 * cpu:10.1f}{ratios[1]:8.2f}{sent:10.1f}  {limits.get(side, '')}"
+        )
         rows.append({"part": part, "side": side, "wall_ms": 1e3 * wall, "wall_ratio": ratios[0], "cpu_ms": 1e3 * cpu,
                      "cpu_ratio": ratios[1], "mib": sent})  # fmt: skip
     return rows

@@ -86,6 +86,7 @@ LEGAL = {
     "method.layerwise": FLAG, "method.residual": (None,), "method.nesterov": FLAG, "method.outer_lr": (0.5, HUGE),
     "method.outer_momentum": OFF_OR_SHARE,
     "method.merge_every": (HUGE,), "method.reset": FLAG, "method.route": (None,), "method.overlap": (0,),
+    "method.fragments": (1,),
     "method.prune": (None,), "method.merge_timeout": (None, 0.5, HUGE),
     "method.restart_warmup": (0,), "method.restart_start": COUNT_FROM_0,
 }  # fmt: skip

@@ -135,6 +135,31 @@ def test_the_low_rank_phase_needs_less_memory_than_the_full_one():
     assert peaks["lowrank"] < 0.8 * peaks["full"]
 
 
+@pytest.mark.parametrize("how", [{"overlap": 2}, {"fragments": 2}], ids=str)
+def test_whole_weights_keep_their_copies_in_pinned_memory(tmp_path, how):
+    """A lone worker with an outer step keeps W_base and momentum; where they lie changes no bit."""
+    import lightning.pytorch as pl
+    from torch.utils.data import DataLoader
+
+    from lowrank_pretrain.lte import LTEStrategy
+    from tests.lte_workers import Net, Samples
+
+    ends = []
+    for keep_on in ("device", "cpu"):
+        module = Net(dtype=torch.float32)
+        strategy = LTEStrategy(update="full", merge_every=4, outer_lr=0.7, outer_momentum=0.9, keep_on=keep_on, **how)
+        run = pl.Trainer(
+            accelerator="gpu", devices=1, max_epochs=-1, max_steps=12, strategy=strategy, logger=False,
+            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
+        )  # fmt: skip
+        run.fit(module, DataLoader(Samples(dtype=torch.float32), batch_size=8))
+        local = strategy.local
+        kept = [*local.outer.buffers.values(), *(W for one in local.fragments for W in one.base.values())]
+        assert all(t.is_pinned() if keep_on == "cpu" else t.is_cuda for t in kept) and kept
+        ends.append(module.state_dict())
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed", "bf16-true"])
 @pytest.mark.parametrize("how", [{}, {"reset": True}, {"overlap": 2}, {"mode": "sequential"}], ids=str)
 def test_lte_trains_validates_and_resumes_on_one_gpu(tmp_path, precision, how):

@@ -11,6 +11,7 @@ from torch import nn
 
 from lowrank_pretrain import ConfigError
 from lowrank_pretrain.core.targets import find_targets
+from lowrank_pretrain.lte.full import FullSet
 from lowrank_pretrain.lte.heads.head_set import HeadSet
 from lowrank_pretrain.lte.rest import SharedParameters
 from lowrank_pretrain.lte.settings import Settings
@@ -177,3 +178,25 @@ def test_sockets_send_what_is_computed(ranks, world, route):
     for key, computed in (("merge", want["merge"]), ("rest", 10 * want["rest"]), ("ddp", want["ddp"])):
         mean = sum(found[key] for found, _ in results) / world
         assert computed <= mean <= 1.02 * computed + 4096  # and the library's headers
+
+
+def measured_weights(world, wire, fragments):
+    """Bytes that a merge of whole weights, part by part, puts on this rank's sockets, and our own count."""
+    dist.init_process_group("gloo", rank=int(os.environ["RANK"]), world_size=world)
+    net, workers = Net(), Workers(dist.group.WORLD)
+    full = FullSet(Settings(heads=1, wire=wire, fragments=fragments), workers)
+    full.start(full.chosen(net, dict(net.named_parameters())))
+    found = [on_the_wire(lambda one=one: one.mean(full.training_weights())) for one in full.fragments]
+    return sum(found), workers.sent
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the kernel's count of each socket")
+@pytest.mark.parametrize(
+    ("world", "wire", "fragments"), [(2, "float32", 2), (2, "bfloat16", 1), (2, "int2", 1), (4, "int8", 1), (4, "int4", 2)]
+)
+def test_sockets_send_what_is_computed_for_whole_weights(ranks, world, wire, fragments):
+    want = 10 * traffic(Net(), workers=world, merge_every=10, update="full", wire=wire, fragments=fragments)["targets"]
+    results = ranks(world, measured_weights, world, wire, fragments)
+    assert all(counted == pytest.approx(want) for _, counted in results)
+    mean = sum(found for found, _ in results) / world
+    assert want <= mean <= 1.02 * want + 4096 * fragments  # and the library's headers

@@ -20,6 +20,7 @@ look at them. So its windows end with a merge, the first one at or after their l
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -47,10 +48,15 @@ class MergedUntilFreeze(FullSet):
     """
 
     def __init__(self, settings: Settings, workers: Workers, later: LocalTargets) -> None:
-        super().__init__(settings, workers)
+        super().__init__(replace(settings, overlap=0, fragments=1), workers)  # overlap is that of the later targets
         self.later = later
         self.stage = "full"
         self._changed = False  # the model has other parameters than ``pieces``, until ``follow``
+
+    @property
+    def increments(self) -> Increments | None:
+        """Return W_base and the wire; None where a merge changes nothing."""
+        return self.fragments[0] if self.fragments else None
 
     # -- phases -----------------------------------------------------------------------------------------------------
 
@@ -66,7 +72,7 @@ class MergedUntilFreeze(FullSet):
     def successor(self) -> LocalTargets:
         """Stop, and return the later targets, whose release comes next."""
         self.attached = self.begun = False
-        self.increments = None
+        self.fragments = []
         return self.later
 
     def follow(self, fit: Fit) -> bool:
@@ -90,7 +96,7 @@ class MergedUntilFreeze(FullSet):
     def merge_outstanding(self) -> None:
         """Merge what was done since the last merge, so that all hold the same weights. All workers call it together."""
         if self.increments is not None and self.clock % self.settings.merge_every:
-            self._merge(self.increments)
+            self._move(self.increments, self.increments.mean(self.training_weights(), overwrite=True), {})
 
     # -- what a callback may decide by ------------------------------------------------------------------------------
 
@@ -139,11 +145,12 @@ def carry_over(before: Increments, after: Increments) -> None:
     old, new = before.wire, after.wire
     if not old.sent_error.numel():
         return
+    old.storage.wait()
     pending = old.sent_error.clone()
     chunk = len(old.mean_error)
     first = before.workers.rank * chunk
     pending[first : first + chunk] += before.workers.size * old.mean_error
-    parts: Mapping[str, Tensor] = before._by_name(pending[: old.n])
-    for name, place in after._by_name(new.sent_error[: new.n]).items():
+    parts: Mapping[str, Tensor] = before.by_name(pending[: old.n])
+    for name, place in after.by_name(new.sent_error[: new.n]).items():
         if name in parts:
             place.copy_(parts[name])

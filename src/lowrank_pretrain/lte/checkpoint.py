@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 KEY = "lte_state"
 SENT = "lte_sent"  # bytes that a worker has sent so far (``sent.BytesSent``)
 # settings that say how increments are merged, with the value that a checkpoint without them has
-HOW_MERGED: Mapping[str, Any] = {"wire": "float32", "outer_lr": 1.0, "outer_momentum": 0.0, "before": "ddp"}
+HOW_MERGED: Mapping[str, Any] = {
+    "wire": "float32", "outer_lr": 1.0, "outer_momentum": 0.0, "fragments": 1, "before": "ddp"
+}  # fmt: skip
 
 
 def how_merged(settings: "Settings") -> dict[str, Any]:
