@@ -13,7 +13,6 @@ are not counted: each setting has them.
 import argparse
 import csv
 import gc
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -125,4 +124,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -4,13 +4,15 @@ import pytest
 import torch
 
 from lowrank_pretrain import ConfigError
-from lowrank_pretrain.lte import LTEStrategy
+from lowrank_pretrain.lte import LTEStrategy, increments
 from lowrank_pretrain.lte.full import fragments_of
-from lowrank_pretrain.lte.traffic import traffic
+from lowrank_pretrain.lte.outer import OuterStep
+from lowrank_pretrain.lte.traffic import Imagined, traffic
 from lowrank_pretrain.lte.wire import Codec, padded
 from tests import lte_full_workers as workers
 from tests import lte_workers
 from tests.lte_workers import Net, Samples
+from tests.pretend_gpu import no_waiting, pretend_gpu
 from tests.reference.diloco import streaming_diloco
 from tests.test_lte_full import OUTER, Plain, batches, close, loss_of, same
 
@@ -100,6 +102,19 @@ def test_looking_changes_nothing_and_sees_the_same_model_everywhere(ranks, how):
 @pytest.mark.parametrize("how", [{"overlap": 2, "wire": "int4", **OUTER}, {"fragments": 2, **OUTER}], ids=str)
 def test_where_copies_are_kept_changes_nothing(ranks, how):
     close(ranks(2, workers.run, 2, **how)[0]["weights"], ranks(2, workers.far, 2, **how)[0]["weights"], 0)
+
+
+@pytest.mark.parametrize("wire", ["float32", "int4"])
+def test_on_a_device_copies_lie_in_pinned_memory_and_nobody_waits_for_them(monkeypatch, wire):
+    monkeypatch.setattr(increments, "refuse_nonfinite", lambda *_: None)  # whose answer the host must have
+    with pretend_gpu(), no_waiting() as watch:
+        weights = {"a": torch.randn(64, 8, device="cuda"), "b": torch.randn(5, device="cuda")}
+        one, outer = increments.Increments(weights, Imagined(2), wire, "cpu"), OuterStep(0.7, 0.9, "cpu")
+        for _ in range(3):
+            for name, mean in one.mean(weights).items():
+                assert one.moved(name, mean, outer).is_cuda
+        kept = [*one.base.values(), *outer.buffers.values(), one.wire.sent_error, one.wire.mean_error]
+        assert all(t.device.type == "cpu" for t in kept) and watch.operations > 60
 
 
 @pytest.mark.parametrize("update", ["lora", "galore"])
