@@ -11,10 +11,11 @@ from lowrank_pretrain.lte.traffic import Imagined, traffic
 from lowrank_pretrain.lte.wire import Codec, padded
 from tests import lte_full_workers as workers
 from tests import lte_workers
+from tests.lte_shared import Plain, after_a_fit, close, same
 from tests.lte_workers import Net, Samples
 from tests.pretend_gpu import no_waiting, pretend_gpu
 from tests.reference.diloco import streaming_diloco
-from tests.test_lte_full import OUTER, Plain, batches, close, loss_of, same
+from tests.test_lte_full import OUTER, batches, loss_of
 
 SIZES = {name: p.numel() for name, p in Net().named_parameters()}
 
@@ -199,7 +200,7 @@ def test_copies_may_move_and_the_delay_may_change_between_runs(ranks, tmp_path):
 
 
 def test_saved_after_a_fit_it_goes_on(ranks, tmp_path):
-    for whole, again in ranks(2, workers.after_a_fit, 2, str(tmp_path / "after.ckpt"), overlap=3, **OUTER):
+    for whole, again in ranks(2, after_a_fit, 2, str(tmp_path / "after.ckpt"), workers.fit, overlap=3, **OUTER):
         close(whole, again, 0)
 
 
