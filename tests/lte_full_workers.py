@@ -132,17 +132,17 @@ def counted(world, **kwargs):
     def during(kind, method):
         whole = getattr(kind, method)
 
-        def call(*args):
+        def call(*args, **kw):
             inside[0] += 1
             try:
-                return whole(*args)
+                return whole(*args, **kw)
             finally:
                 inside[0] -= 1
 
         setattr(kind, method, call)
         return lambda: setattr(kind, method, whole)
 
-    undo = [during(Increments, "begin"), during(MeanUnderway, "advance"), during(SharedParameters, "merge")]
+    undo = [during(Increments, "mean"), during(Increments, "begin"), during(MeanUnderway, "advance"), during(SharedParameters, "merge")]
     for name in real:
         setattr(dist, name, counting(name))
     try:
