@@ -26,8 +26,9 @@ class Twin:
 
     def __init__(self, weight, rank, name, lr, *, scale=0.25, gap=200, proj_type="std", refresh="subspace", rotate=True,
                  residual=None, variant="galore", betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0, offset=0,
-                 seed=0):  # fmt: skip
-        self.w, self.r, self.name, self.lr, self.scale, self.gap = weight, rank, name, lr, scale, gap
+                 seed=0, track_every=1):  # fmt: skip
+        self.w, self.r, self.name, self.lr, self.scale = weight, rank, name, lr, scale
+        self.gap = track_every if refresh == "track" else gap
         self.refresh, self.rotate, self.residual, self.variant = refresh, rotate, residual, variant
         self.betas, self.eps, self.weight_decay, self.offset, self.seed = betas, eps, weight_decay, offset, seed
         rows, cols = weight.shape
@@ -52,7 +53,7 @@ class Twin:
         elif self.p is None or not self.v.any():  # no gradient but zero so far: no basis yet
             self.p = None
             self.renew(g)
-        elif self.refresh == "track" or (self.t + self.offset) % self.gap == 0:
+        elif (self.t + self.offset) % self.gap == 0:
             self.renew(g)
         low = self.p.T @ g @ self.q if self.two_sided else self.p.T @ g
         self.t += 1

@@ -26,7 +26,7 @@ class ModeTwin(Twin):
         if self.p is None or not self.m.any():
             self.p = None
             self.renew(g)
-        elif self.refresh == "track" or (self.t + self.offset) % self.gap == 0:
+        elif (self.t + self.offset) % self.gap == 0:
             self.renew(g)
         low = self.p.T @ g @ self.q if self.two_sided else self.p.T @ g
         self.t += 1
