@@ -19,6 +19,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 from experiments.optimizers.sides import CELLS, QUICK, QUICK_SIDES, SIDES, Cell, settings, task
@@ -206,6 +207,9 @@ def from_arguments(argv: Sequence[str] | None = None) -> tuple[Study, argparse.N
     cells = {cell.name: cell for cell in (QUICK if args.quick else CELLS)}
     chosen = [cells[name] for name in choose(args.cells, dict(cells), "cells")]
     sides = choose(args.sides or (QUICK_SIDES if args.quick else None), dict(SIDES), "sides")
+    if not args.sides and "galore_torch" in sides and find_spec("galore_torch") is None:
+        print("without the side galore_torch: pip install galore-torch", flush=True)
+        sides.remove("galore_torch")
     space = from_file(json.loads(args.space.read_text())) if args.space else Space(budget=6) if args.quick else Space()
     from experiments.optimizers.sides import pictures
 
