@@ -10,7 +10,6 @@ from experiments import figures
 from experiments.optimizers import study as study_file
 from experiments.optimizers import table
 from experiments.optimizers.sides import ALL, CELLS, QUICK, SIDES, Cell, settings
-from experiments.optimizers.space import LISTS, NAMES, Descent, Space, from_file
 from experiments.optimizers.study import Study, from_arguments, main
 from experiments.optimizers.table import interval, verdict
 from experiments.runs import done
@@ -18,6 +17,7 @@ from experiments.tables import Missing
 
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.run import method
+from lowrank_pretrain.run.search import LISTS, NAMES, Descent, Space, from_file
 
 SMALL = (
     Cell("text", 0.05, 32, 2, 1, ALL, (2e-3, 1e-2), batch=4, tokens=64),

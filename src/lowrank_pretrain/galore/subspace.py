@@ -64,13 +64,14 @@ class Sketched:
 
     def before(self, thin: Tensor) -> Tensor:
         """Return M Z in float32."""
-        return self._product(self.matrix, self._rounded(thin))
+        return self._product(self.matrix, self.rounded(thin))
 
     def after(self, thin: Tensor) -> Tensor:
         """Return Z M in float32."""
-        return self._product(self._rounded(thin), self.matrix)
+        return self._product(self.rounded(thin), self.matrix)
 
-    def _rounded(self, thin: Tensor) -> Tensor:
+    def rounded(self, thin: Tensor) -> Tensor:
+        """Return a factor as the products take it."""
         return thin if self.exact else thin.to(torch.bfloat16).to(self.matrix.dtype)
 
     def _product(self, a: Tensor, b: Tensor) -> Tensor:
@@ -85,7 +86,7 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type == "cpu":
-        found = getattr(torch.cpu, "get_capabilities", dict)()
+        found: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
         return any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     return True
 
@@ -184,7 +185,7 @@ def track_step(matrix: Tensor, p: Tensor, m: Tensor, beta1: float) -> Tensor:
         beta1: its decay.
     """
     gradient, momentum = Sketched(matrix), Sketched(m)
-    z = unit(gradient.after(p.t()).lerp_(m, beta1))  # r×k
+    z = gradient.rounded(unit(gradient.after(p.t()).lerp_(m, beta1)))  # r×k
     y = gradient.before(z.t()).mul_(1 - beta1).addmm_(p, momentum.before(z.t()), alpha=beta1)
     return orthonormal(unit(y).add_(p, alpha=RIDGE), fallback=p)
 
