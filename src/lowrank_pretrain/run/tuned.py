@@ -99,7 +99,8 @@ class TunedSweeper(Sweeper):
         """
         for override in OverridesParser.create(config_loader=self.loader).parse_overrides(arguments):
             if override.is_sweep_override() or self.params:
-                raise ConfigError(override.key_or_group, (override.input_line or "").partition("=")[2], "sweep=tuned chooses values itself: give one")
+                given = (override.input_line or "").partition("=")[2]
+                raise ConfigError(override.key_or_group, given, "sweep=tuned chooses values itself: give one")
         if not self.coordinates or any(name not in NAMES for name in self.coordinates):
             raise ConfigError("hydra.sweeper.coordinates", self.coordinates, f"must be some of {', '.join(NAMES)}")
         space = from_file({**self.space, "lists": {name: list(values) for name, values in self.space["lists"].items()}})
