@@ -5,6 +5,7 @@
     python benchmarks/galore.py --refresh-only                      # a 1024x4096 refresh at rank 128 against its SVD
     PYTHONPATH=src python benchmarks/galore.py --device cuda        # LLaMA-1B shapes in bfloat16, and memory of whole steps
 
+On the CPU times are CPU times of the process, next to the wall time of a step; a busy machine changes them less.
 ``step`` is a step without a refresh, ``refresh`` what renewing every basis once adds, ``amortised`` step + refresh/200 (for
 ``track``, which renews at each step, the step itself). On the CPU only the matrices are stepped, in float32; on CUDA all of the
 model's parameters, in bfloat16. A full SVD is timed once per distinct shape and counted as often as the shape occurs. ``state``
@@ -127,6 +128,9 @@ SIDES = {
     "ours, 8bit": (ours(moments="8bit"), False, False),
     "ours, published": (ours(**PUBLISHED), False, True),
     "ours, track": (ours(refresh="track"), True, False),
+    "ours, track every 2nd": (ours(refresh="track", track_every=2, stagger=True), True, False),
+    "ours, factored": (ours(refresh="track", second_moment="factored", nesterov=True), True, False),
+    "ours, muon": (ours(refresh="track", rule="muon", nesterov=True), True, False),
     "ours, fira": (ours(residual="fira"), False, False),
     "ours, apollo": (ours(variant="apollo"), None, False),
 }
@@ -170,12 +174,17 @@ def sync(device):
 
 
 def seconds(function, device):
-    """Wall time of one call."""
+    """Time of one call: on the CPU the process's CPU time, all threads, which a busy machine changes little; else wall time."""
+    return both_times(function, device)[device != "cpu"]
+
+
+def both_times(function, device):
+    """CPU time and wall time of one call."""
     sync(device)
-    began = time.perf_counter()
+    began = time.process_time(), time.perf_counter()
     function()
     sync(device)
-    return time.perf_counter() - began
+    return time.process_time() - began[0], time.perf_counter() - began[1]
 
 
 def kept_bytes(value, seen=None):
@@ -267,10 +276,10 @@ def compare(name, args):
     for round_ in range(args.rounds if live else 0):
         order = list(live)
         for side in order[round_ % len(order) :] + order[: round_ % len(order)]:
-            times[side].append(seconds(live[side].step, device))
+            times[side].append(both_times(live[side].step, device))
     for side, taken in times.items():
-        rows[side]["step"] = statistics.median(taken)
-        rows[side]["fastest"] = min(taken)
+        cpu, wall = zip(*taken, strict=True)
+        rows[side] |= {"step": statistics.median(cpu), "fastest": min(cpu), "wall": statistics.median(wall)}
     live.clear()
     gc.collect()
     for side, row in rows.items():
@@ -297,14 +306,15 @@ def show(name, rows, args, write):
     m_n = SHAPES[name]
     print(f"\n{name}: {len(m_n[0])} matrices, rank {m_n[2]}, {args.threads} threads, {args.device}")
     print(f"  {'':22s}{'step ms':>10s}{'fastest':>9s}{'refresh':>10s}{'amortised':>11s}{'/published':>11s}{'/adamw':>8s}"
-          f"{'state MiB':>11s}{'temp. MiB':>11s}")  # fmt: skip
-    base, peer = (rows.get(side, {}).get("amortised") for side in ("adamw fused", "galore_torch"))
+          f"{'/default':>10s}{'wall':>9s}{'state MiB':>11s}{'temp. MiB':>11s}")  # fmt: skip
+    base, peer, default = (rows.get(side, {}).get("amortised") for side in ("adamw fused", "galore_torch", "ours"))
     for side, row in rows.items():
         cells = [row.get("step"), row.get("fastest"), row.get("refresh"), row.get("amortised")]
         ms = ["" if c is None else f"{1e3 * c:.1f}" for c in cells]
-        ratio = ["" if not (x and cells[3]) else f"{cells[3] / x:.2f}" for x in (peer, base)]
+        ratio = ["" if not (x and cells[3]) else f"{cells[3] / x:.2f}" for x in (peer, base, default)]
+        ratio.append("" if row.get("wall") is None else f"{1e3 * row['wall']:.1f}")
         mib = ["" if row.get(k) is None else f"{row[k] / 2**20:.1f}" for k in ("state", "temporary")]
-        widths = (10, 9, 10, 11, 11, 8, 11, 11)
+        widths = (10, 9, 10, 11, 11, 8, 10, 9, 11, 11)
         print(f"  {side:22s}" + "".join(f"{c:>{w}s}" for c, w in zip((*ms, *ratio, *mib), widths, strict=True)), flush=True)
         write([name, args.device, args.threads, side, *ms, *ratio, *mib])
 
@@ -414,7 +424,7 @@ def main():
         rows = csv.writer(file)
         rows.writerow([str(date.today()), machine, f"torch {torch.__version__}", f"{args.threads} threads"])
         rows.writerow(["shapes", "device", "threads", "side", "step_ms", "fastest_ms", "refresh_ms", "amortised_ms",
-                       "of_published", "of_adamw", "state_mib", "temporary_mib"])  # fmt: skip
+                       "of_published", "of_adamw", "of_default", "wall_ms", "state_mib", "temporary_mib"])  # fmt: skip
         if not args.no_refresh:
             refresh_against_svd(args.device, rows.writerow)
         if args.refresh_only:

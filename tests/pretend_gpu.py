@@ -54,6 +54,21 @@ class Event:
         raise Waits("event.elapsed_time()")
 
 
+class DeviceGenerator(torch.Generator):
+    """A generator of the device's, whose numbers nobody asks for."""
+
+    def __new__(cls, device: Any = "cpu") -> "DeviceGenerator":
+        """Make one of the CPU, and remember the device."""
+        made = super().__new__(cls)
+        made.__dict__["at"] = torch.device(device)
+        return made
+
+    @property
+    def device(self) -> torch.device:
+        """The device that it was asked for."""
+        return self.__dict__["at"]
+
+
 class NoWaiting(TorchDispatchMode):
     """Raise for each operation that waits for the device."""
 
@@ -108,6 +123,7 @@ def real_paths() -> Iterator[pytest.MonkeyPatch]:
     """Lead our code where a real device leads it, and not where fake tensors would."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "Event", Event)
+        patch.setattr(torch, "Generator", DeviceGenerator)
         for name, module in list(sys.modules.items()):
             if name.startswith("lowrank_pretrain"):
                 if "FakeTensor" in vars(module):

@@ -1,6 +1,7 @@
 """Two rates for every optimizer, and the optimizers of others: what they compute, what they keep, and that they resume."""
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from lowrank_pretrain.baselines import muon as muon_file
+from lowrank_pretrain.baselines.galore_torch import GaLoreTorch, galore_torch_optimizer
 from lowrank_pretrain.baselines.muon import Muon
 from lowrank_pretrain.baselines.pair import MATRICES
 from lowrank_pretrain.baselines.sinkgd import SinkGD, sinkhorn
@@ -22,7 +24,8 @@ from tests.test_method import load
 from tests.test_train import rows, sends, weights
 from tests.toy import toy
 
-BASELINES = ("muon", "sinkgd", "adamw8bit")
+BASELINES = ("muon", "sinkgd", "adamw8bit", "galore_torch")
+NEEDS = {"adamw8bit": "bitsandbytes", "galore_torch": "galore_torch"}
 PICTURES = [*SHORT, *VIT]
 TEXT = [*SHORT, "experiment=galore_pocket", "data.seq_len=16", "model.config.hidden_size=32",
         "model.config.num_hidden_layers=1", "model.config.intermediate_size=48", "model.config.num_attention_heads=2",
@@ -30,8 +33,8 @@ TEXT = [*SHORT, "experiment=galore_pocket", "data.seq_len=16", "model.config.hid
 
 
 def make(name, module, **optim):
-    if name == "adamw8bit":
-        pytest.importorskip("bitsandbytes")
+    if name in NEEDS:
+        pytest.importorskip(NEEDS[name])
     return build(OmegaConf.create(load(name))).optimizer(module, Optim(**optim))
 
 
@@ -49,8 +52,8 @@ def names_by_rate(optimizer, module):
 @pytest.mark.parametrize("name", ["full", "galore", "galore_8bit", "fira", "apollo", *BASELINES])
 def test_every_method_has_the_same_two_rates(name):
     module = toy()
-    if name.endswith("8bit"):
-        pytest.importorskip("bitsandbytes")
+    if name.endswith(("8bit", "torch")):
+        pytest.importorskip(NEEDS.get(name, "bitsandbytes"))
     if name == "full":
         optimizer = torch.optim.AdamW(Optim(lr=1e-3, rest_lr=2e-2).groups(module), lr=1e-3)
     else:
@@ -184,12 +187,38 @@ def test_sinkhorn_makes_rows_and_columns_of_one_size():
 def test_what_they_keep_of_a_matrix():
     module = nn.Sequential(nn.Linear(128, 128, bias=False))
     sizes = {}
-    for name in BASELINES:
+    for name in ("muon", "sinkgd", "adamw8bit"):
         optimizer = make(name, module, lr=1e-3)
         module[0].weight.grad = torch.randn(128, 128)
         optimizer.step()
         sizes[name] = optimizer_bytes([optimizer]) / (8 * 128 * 128)  # 1: AdamW's
     assert sizes["muon"] == 0.5 and sizes["sinkgd"] == 0 and 0.25 < sizes["adamw8bit"] < 0.29
+
+
+@pytest.mark.parametrize("proj_type", ["std", "left", "full"])
+def test_galore_torch_is_the_package_itself(proj_type):
+    package = pytest.importorskip("galore_torch")
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(12, 20, generator=generator)
+    ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    settings = {"rank": 4, "update_proj_gap": 3, "scale": 0.5, "proj_type": proj_type}
+    pair = GaLoreTorch([{"params": [ours], MATRICES: True, "weight_decay": 0.1}], 1e-2, **settings)
+    other = package.GaLoreAdamW([{"params": [theirs], **settings}], lr=1e-2, weight_decay=0.1, no_deprecation_warning=True)
+    for _ in range(8):
+        ours.grad = torch.randn(12, 20, generator=generator)
+        theirs.grad = ours.grad.clone()
+        pair.step(), other.step()
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)  # its bases have another memory layout here
+    assert all(isinstance(value, (int, torch.Tensor)) for value in pair.state[ours].values())
+
+
+def test_galore_torch_that_is_missing_is_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "galore_torch", None)
+    with pytest.raises(
+        ConfigError, match="method='galore_torch': needs galore-torch: pip install galore-torch, or take"
+    ) as error:
+        galore_torch_optimizer()
+    assert "\n" not in str(error.value)
 
 
 # ---- in Lightning, and what they refuse --------------------------------------------------------------------------------------
@@ -198,8 +227,8 @@ def test_what_they_keep_of_a_matrix():
 @pytest.mark.parametrize("name", BASELINES)
 @pytest.mark.parametrize("base", [PICTURES, TEXT], ids=["pictures", "text"])
 def test_they_resume_bit_for_bit(run, name, base):
-    if name == "adamw8bit":
-        pytest.importorskip("bitsandbytes")
+    if name in NEEDS:
+        pytest.importorskip(NEEDS[name])
     settings = [f"method={name}", "optim.lr=1e-3", "optim.rest_lr=5e-3"]
     if name == "adamw8bit" and base is PICTURES:
         settings += ["model.model_kwargs.embed_dim=64"]  # large enough for codes
@@ -211,7 +240,7 @@ def test_they_resume_bit_for_bit(run, name, base):
     assert weights(cut) == weights(whole) and rows(cut) == rows(whole)
 
 
-@pytest.mark.parametrize("name", ["muon", "sinkgd"])
+@pytest.mark.parametrize("name", ["muon", "sinkgd", "galore_torch"])
 def test_their_state_is_plain_and_survives_copies(name, tmp_path):
     module = toy()
     optimizer = make(name, module, lr=1e-2)
@@ -257,6 +286,7 @@ def test_a_closure_and_a_frozen_matrix():
         ("muon", {"nesterov": 1}, r"method\.nesterov=1: must be true or false"),
         ("sinkgd", {"iterations": 0}, r"method\.iterations=0: must be an integer of 1 or more"),
         ("sinkgd", {"scale": 0}, r"method\.scale=0: must be a number above 0"),
+        ("galore_torch", {"proj_type": "top"}, r"method\.proj_type='top': must be one of std, reverse_std, right, left, full"),
         ("adamw8bit", {"targets": "mlp"}, r"method\.targets='mlp': is no key of this method; allowed: none"),
     ],
 )

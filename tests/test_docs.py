@@ -24,6 +24,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_module
 
+from lowrank_pretrain.run import train  # noqa: F401  it makes sweep=tuned known to Hydra
 from tests.docs_commands import Command
 
 ROOT = Path(__file__).parents[1]

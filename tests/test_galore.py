@@ -444,7 +444,7 @@ def test_a_mask_that_lets_pass_changes_nothing_either(settings, monkeypatch):
     results = []
     for mask in (None, torch.tensor(0.0)):
         torch.manual_seed(0)
-        model, x = Net(), torch.randn(4, 3, 8, 8)
+        model, x = Net().double(), torch.randn(4, 3, 8, 8).double()
         optimizer = GaLoreAdamW(galore_param_groups(model, 4, update_proj_gap=2, **settings), lr=1e-2, weight_decay=0.1)
         if mask is not None:
             monkeypatch.setattr(optimizer._guard, "check", lambda *_, mask=mask, **__: mask)

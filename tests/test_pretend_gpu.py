@@ -31,6 +31,11 @@ MODES = [
     {"moments": "grad"}, {"rotate_moments": False}, {"correct_bias": False}, {"weight_decay": 0.0},
     {"layerwise": True}, {"layerwise": True, "residual": "fira"}, {"layerwise": True, "variant": "apollo"},
     {"layerwise": True, "refresh": "track"},
+    *({**rule, "refresh": refresh, **more} for rule, refresh, more in itertools.product(
+        ({"second_moment": "factored"}, {"nesterov": True}, {"rule": "muon"}), ("subspace", "track"),
+        ({}, {"residual": "fira"}, {"proj_type": "full"}, {"layerwise": True}),
+    )),
+    {"second_moment": "factored", "nesterov": True, "refresh": "track"}, {"rule": "muon", "nesterov": True, "moments": "grad"},
     {"rank": None},
 ]  # fmt: skip
 COLD, WARM = 2, 4  # steps; a gap of 2 makes every other one renew its bases

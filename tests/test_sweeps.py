@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import itertools
 import logging
+import math
 import re
 import sys
 from importlib import metadata
@@ -18,7 +19,7 @@ from omegaconf import OmegaConf
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.report import find_runs, render
 from lowrank_pretrain.report.closing import show
-from lowrank_pretrain.run import method, sweeps
+from lowrank_pretrain.run import method, sweeps, train
 from lowrank_pretrain.run.build import plain
 from lowrank_pretrain.run.run_dir import job_dir
 from lowrank_pretrain.run.sweeps import named_lines
@@ -34,7 +35,7 @@ MADE_FOR = {
     "methods": "prelora_pocket",
     "seeds": "prelora_pocket",
 }
-ELSEWHERE = {"lte_heads_rank", "lte_merge_every", "layers_replaced", "lte_vit_scales", "lte_mixer", "optuna"}
+ELSEWHERE = {"lte_heads_rank", "lte_merge_every", "layers_replaced", "lte_vit_scales", "lte_mixer", "optuna", "tuned"}
 
 
 def choices(sweep: str) -> dict[str, list[str]]:
@@ -112,6 +113,44 @@ def test_a_sweeps_own_keys_name_its_jobs_too(cli, tmp_path):  # noqa: F811
     assert code == 0 and directories(tmp_path / "mine") == {"seed=3", "seed=4"}, err
     code, _, err = cli("-m", *ONE_STEP, "hydra.sweep.dir=one")
     assert code == 0 and len(directories(tmp_path / "one")) == 1, err  # nothing is swept: all that was given
+
+
+def test_a_tuned_sweep_moves_to_the_better_neighbours_and_tells_the_best(cli, tmp_path, monkeypatch):  # noqa: F811
+    def bowl(cfg, run_dir, multirun):  # the best: 3e-3 and 1e-2, a weight decay of 0.1; too large a rate diverges
+        optim = cfg.optim
+        asked.append((optim.lr, optim.rest_lr, optim.weight_decay))
+        if optim.lr > 5e-3:
+            raise train.JobFailed("diverged", 1)
+        far = [math.log(optim.lr / 3e-3), math.log(optim.rest_lr / 1e-2), math.log(optim.weight_decay / 0.1)]
+        return 3 + 0.01 * sum(x * x for x in far)
+
+    asked = []
+    monkeypatch.setattr(train, "_run", bowl)
+    words = ["hydra.sweeper.coordinates=[lr,rest_lr,weight_decay]", "hydra.sweeper.gain=0",
+             "hydra.sweeper.lists.weight_decay=[0.01,0.03,0.1,0.3]"]  # fmt: skip
+    code, out, err = cli("sweep=tuned", "-m", "optim.lr=2e-3", "hydra.sweep.dir=tuned", *words)
+    assert code == 0, err
+    assert asked[0] == (2e-3, 2e-3, 0.03) and len(set(asked)) == len(asked)
+    (line,) = (line for line in out.splitlines() if line.startswith("tuned: "))
+    assert line.startswith("tuned: optim.lr=0.003 optim.rest_lr=0.0101 optim.weight_decay=0.1  val/loss 3.0000 of ")
+    assert line.endswith(f"{len(asked)} runs; no neighbour is better")
+    code, out, err = cli("sweep=tuned", "-m", "optim.lr=2e-3", "hydra.sweep.dir=short", "hydra.sweeper.budget=4")
+    assert code == 0 and "the budget of 4 runs ended the search" in out, err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["hydra.sweeper.lists.beta1=[0.9,0.95]"], "beta1=[0.9, 0.95]: must be three or more increasing values: a search "),
+        (["optim.lr=1e-3,2e-3"], "optim.lr='1e-3,2e-3': sweep=tuned chooses values itself: give one"),
+        (["hydra.sweeper.coordinates=[rank]"], "hydra.sweeper.coordinates=['rank']: must be some of lr, rest_lr, beta1"),
+        (["hydra.sweeper.factor=1.0"], "factor=1.0: must be a number above 1"),
+    ],
+)  # fmt: skip
+def test_a_search_that_cannot_be_is_one_line(cli, tmp_path, words, message):  # noqa: F811
+    code, out, err = cli("sweep=tuned", "-m", *words)
+    assert code == 2 and err.startswith(f"error: {message}") and err.count("\n") == 1, err
+    assert not (tmp_path / "runs").exists()
 
 
 def test_an_option_that_there_is_not_is_one_line_before_any_job(cli, tmp_path):  # noqa: F811

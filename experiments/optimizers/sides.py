@@ -11,6 +11,7 @@ SIDES: dict[str, tuple[list[str], float]] = {
     "adamw8bit": (["method=adamw8bit"], 1.0),
     "muon": (["method=muon"], 2.0),
     "sinkgd": (["method=sinkgd"], 1.0),
+    "galore_torch": (["method=galore_torch", "method.scale=1"], 2.0),  # the package itself, where it is installed
     "galore_published": (["method=galore_published", "method.scale=1"], 2.0),
     "galore": (["method=galore", "method.scale=1"], 2.0),
     "track": (["method=galore_track", "method.scale=1"], 2.0),

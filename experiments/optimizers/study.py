@@ -5,7 +5,7 @@
     python -m experiments.optimizers --quick             minutes: tiny models, three sides, six runs of search for each
     python -m experiments.optimizers --table             run nothing; tables and figure from the runs there are
 
-The protocol, the same for every side. One space (``space.py``): rates of matrices and of the rest by factors, both averages,
+The protocol, the same for every side. One space (``run/search.py``): rates of matrices and of the rest by factors, averages,
 decay and warm-up from lists. Coordinate descent from one start, on seed 0 by the dev split, until no neighbour is better by
 more than .001 or 60 runs are spent. Then test loss on five seeds that the search never saw, judged at the end of the schedule.
 
@@ -19,13 +19,14 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 from experiments.optimizers.sides import CELLS, QUICK, QUICK_SIDES, SIDES, Cell, settings, task
-from experiments.optimizers.space import Descent, Point, Space, from_file
 from experiments.rates import loss_of
 from experiments.runs import Job, done, run
 from experiments.tables import Missing
+from lowrank_pretrain.run.search import Descent, Point, Space, from_file
 
 SEEDS = (1, 2, 3, 4, 5)
 LONG = 5_000  # steps from which on a run keeps checkpoints and goes on from them
@@ -197,7 +198,7 @@ def from_arguments(argv: Sequence[str] | None = None) -> tuple[Study, argparse.N
     parser.add_argument("--table", action="store_true", help="run nothing")
     parser.add_argument("--cells", nargs="+", help="parts at their sizes and lengths, e.g. text1m-1tpp")
     parser.add_argument("--sides", nargs="+")
-    parser.add_argument("--space", type=Path, help="a search space of one's own, JSON (space.py)")
+    parser.add_argument("--space", type=Path, help="a search space of one's own, JSON (lowrank_pretrain/run/search.py)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--precision", default="bf16-mixed")
     parser.add_argument("--runs", type=Path, help="where the runs are; default runs/studies/optimizers")
@@ -206,6 +207,9 @@ def from_arguments(argv: Sequence[str] | None = None) -> tuple[Study, argparse.N
     cells = {cell.name: cell for cell in (QUICK if args.quick else CELLS)}
     chosen = [cells[name] for name in choose(args.cells, dict(cells), "cells")]
     sides = choose(args.sides or (QUICK_SIDES if args.quick else None), dict(SIDES), "sides")
+    if not args.sides and "galore_torch" in sides and find_spec("galore_torch") is None:
+        print("without the side galore_torch: pip install galore-torch", flush=True)
+        sides.remove("galore_torch")
     space = from_file(json.loads(args.space.read_text())) if args.space else Space(budget=6) if args.quick else Space()
     from experiments.optimizers.sides import pictures
 

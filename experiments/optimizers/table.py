@@ -8,10 +8,10 @@ from typing import Any
 
 from experiments import figures
 from experiments.optimizers.sides import Cell
-from experiments.optimizers.space import Point
 from experiments.optimizers.study import ANCHOR, Study, seconds_of
 from experiments.runs import done
 from experiments.tables import Missing, fill, machines, mean, need, plain_row, spread, table, write_csv
+from lowrank_pretrain.run.search import Point
 
 # 97.5 % points of Student's t by degrees of freedom: the half-width of a 95 % interval in standard errors
 T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}

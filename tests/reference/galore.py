@@ -26,8 +26,9 @@ class Twin:
 
     def __init__(self, weight, rank, name, lr, *, scale=0.25, gap=200, proj_type="std", refresh="subspace", rotate=True,
                  residual=None, variant="galore", betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0, offset=0,
-                 seed=0):  # fmt: skip
-        self.w, self.r, self.name, self.lr, self.scale, self.gap = weight, rank, name, lr, scale, gap
+                 seed=0, track_every=1):  # fmt: skip
+        self.w, self.r, self.name, self.lr, self.scale = weight, rank, name, lr, scale
+        self.gap = track_every if refresh == "track" else gap
         self.refresh, self.rotate, self.residual, self.variant = refresh, rotate, residual, variant
         self.betas, self.eps, self.weight_decay, self.offset, self.seed = betas, eps, weight_decay, offset, seed
         rows, cols = weight.shape
@@ -52,15 +53,18 @@ class Twin:
         elif self.p is None or not self.v.any():  # no gradient but zero so far: no basis yet
             self.p = None
             self.renew(g)
-        elif self.refresh == "track" or (self.t + self.offset) % self.gap == 0:
+        elif (self.t + self.offset) % self.gap == 0:
             self.renew(g)
-        low = self.p.T @ g @ self.q if self.two_sided else self.p.T @ g
+        low = self.project(g)
         self.t += 1
         b1, b2 = self.betas
         self.m = b1 * self.m + (1 - b1) * low
         self.v = b2 * self.v + (1 - b2) * low**2
         n = self.m / (self.v.sqrt() + self.eps)
         return math.sqrt(1 - b2**self.t) / (1 - b1**self.t) * self.outcome(g, low, n)
+
+    def project(self, g):
+        return self.p.T @ g @ self.q if self.two_sided else self.p.T @ g
 
     def outcome(self, g, low, n):
         if self.variant == "apollo":
@@ -91,6 +95,8 @@ class Twin:
         if self.two_sided:
             self.q = orth(mixture.T @ old, old_q)
             self.p = orth(mixture @ self.q, old)
+        elif self.refresh == "track" and g.dtype != torch.float64:
+            self.p = orth(rounded_sketch(g, old, self.m, self.betas[0]), old)
         else:
             self.p = orth(mixture @ mixture.T @ old, old)
         if self.rotate:
@@ -108,6 +114,18 @@ class Twin:
 
     def rng(self, *words):
         return torch.Generator().manual_seed(generator("galore", self.name, *words, seed=self.seed).initial_seed())
+
+
+def rounded_sketch(g, p, m, beta1):
+    """ĜĜᵀP as the optimizer takes it where it is not float64: of factors and products rounded to bfloat16."""
+    z = beta1 * m + (1 - beta1) * bf16(bf16(p.T) @ bf16(g))
+    z = z / z.norm()
+    return beta1 * p @ bf16(bf16(m) @ bf16(z.T)) + (1 - beta1) * bf16(bf16(g) @ bf16(z.T))
+
+
+def bf16(t):
+    """Round to bfloat16."""
+    return t.to(torch.bfloat16).to(torch.float32)
 
 
 def orth(y, old):

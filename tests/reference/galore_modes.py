@@ -9,7 +9,7 @@ import math
 
 import torch
 
-from tests.reference.galore import TINY, Twin
+from tests.reference.galore import GROWTH, TINY, Twin, bf16
 
 QUINTIC = (3.4445, -4.7750, 2.0315)
 
@@ -26,9 +26,9 @@ class ModeTwin(Twin):
         if self.p is None or not self.m.any():
             self.p = None
             self.renew(g)
-        elif self.refresh == "track" or (self.t + self.offset) % self.gap == 0:
+        elif (self.t + self.offset) % self.gap == 0:
             self.renew(g)
-        low = self.p.T @ g @ self.q if self.two_sided else self.p.T @ g
+        low = self.project(g)
         self.t += 1
         b1, b2 = self.betas
         self.m = b1 * self.m + (1 - b1) * low
@@ -61,6 +61,56 @@ class ModeTwin(Twin):
             self.row = (self.p.T @ old) ** 2 @ self.row
             if self.two_sided:
                 self.col = (self.q.T @ old_q) ** 2 @ self.col
+
+
+class HalfTwin(ModeTwin):
+    """The same for weights and gradients in bfloat16, rounded to it where the optimizer rounds, and nowhere else.
+
+    It rounds W after each of its updates, P (and Q) where they meet a gradient or W, N and the residual's scale where they
+    meet W, and in two-sided projection GQ and NQᵀ. R, moments, N and the bases are float32. Everything is held in float32.
+    """
+
+    def step(self, grad):
+        g = grad.T if self.turned else grad
+        w = self.w.T if self.turned else self.w
+        self.weight = w
+        self.update(g)  # changes it
+        w.copy_(bf16(w - self.lr * self.weight_decay * w))
+
+    def follow(self, state):
+        """Take over the optimizer's state, for the next step to begin from it."""
+        self.p, self.q, self.m = state["proj"].clone(), state.get("proj_right", self.q), state["exp_avg"].clone()
+        self.q = self.q if self.q is None else self.q.clone()
+        self.v, self.last_norm = state.get("exp_avg_sq", self.v), state.get("residual_norm")
+        self.v = self.v.clone() if torch.is_tensor(self.v) else self.v
+        if "exp_avg_sq_row" in state:
+            self.row, self.col = state["exp_avg_sq_row"].clone(), state["exp_avg_sq_col"].clone()
+
+    def project(self, g):
+        return bf16(self.p).T @ (bf16(g @ bf16(self.q)) if self.two_sided else g)
+
+    def outcome(self, g, low, n):
+        b1, b2 = self.betas
+        correction = math.sqrt(1 - b2**self.t) / (1 - b1 ** (self.t + 1 if self.nesterov else self.t))
+        n = n if self.rule == "muon" else correction * n
+        eta, s = self.lr * self.scale, None
+        if self.residual == "fira":
+            s = n.norm(dim=0) / (low.norm(dim=0) + TINY)
+            whole, inside = g.norm(dim=0) ** 2, low.norm(dim=0) ** 2
+            outside = torch.where(whole - inside > 100 * torch.finfo(g.dtype).eps * whole, whole - inside, 0.0)
+            length = (s**2 * outside).sum().sqrt() / (1 if self.rule == "muon" else correction)
+            factor = 1.0
+            if self.last_norm:
+                factor = 1 / (max(length / (self.last_norm + TINY), GROWTH) / GROWTH)
+            self.last_norm, s = length * factor, s * factor
+            n = n - low * s
+        back = bf16(n)
+        if self.two_sided:
+            back = bf16(back @ bf16(self.q).T)
+        self.weight.copy_(bf16(self.weight - eta * (bf16(self.p) @ back)))
+        if s is not None:
+            self.weight.copy_(bf16(self.weight - eta * g * bf16(s)))
+        return torch.zeros_like(g)
 
 
 def newton_schulz(whole, steps=5):

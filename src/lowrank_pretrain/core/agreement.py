@@ -21,21 +21,23 @@ def run_seed() -> int:
     return int(os.environ.get("PL_GLOBAL_SEED", 0))
 
 
-def generator(*words: object, seed: int | None = None) -> torch.Generator:
-    """Return a CPU generator seeded by a stable hash of the run's seed and ``words``.
+def generator(*words: object, seed: int | None = None, device: torch.device | str = "cpu") -> torch.Generator:
+    """Return a generator seeded by a stable hash of the run's seed and ``words``.
 
     Args:
         words: what the numbers are for, e.g. target name, head id, refresh count.
         seed: the run's seed; by default the one given to ``lightning.seed_everything`` (0 if none was).
+        device: where the numbers are drawn.
 
     Returns:
-        A generator that yields the same numbers in every process and on every machine.
+        A generator that yields the same numbers in every process: a CPU one on every machine, another on every device of
+        the same kind.
     """
     if seed is None:
         seed = run_seed()
     text = "\x1f".join(str(word) for word in (seed, *words))
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+    return torch.Generator(device).manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
 class Disagreement(RuntimeError):

@@ -29,7 +29,7 @@ from lowrank_pretrain.galore.modes import RULES, SECOND_MOMENTS
 from lowrank_pretrain.galore.subspace import PROJ_TYPES, REFRESHES
 from lowrank_pretrain.models.optim import undecayed_names
 
-MODE_DEFAULTS = {"second_moment": "full", "nesterov": False, "rule": "adam"}
+MODE_DEFAULTS = {"second_moment": "full", "nesterov": False, "rule": "adam", "track_every": 1}
 # settings of projected groups alone
 _PROJECTED = ("update_proj_gap", "scale", "proj_type", "refresh", "residual", "variant", *MODE_DEFAULTS)
 RESIDUALS = (None, "fira")
@@ -37,7 +37,8 @@ VARIANTS = ("galore", "apollo")
 # settings that a group may have, and other keys that torch, its schedulers, Lightning and timm put into one
 KEYS = (
     "rank", "lr", "betas", "eps", "weight_decay", "correct_bias", "update_proj_gap", "scale", "proj_type", "refresh",
-    "rotate_moments", "stagger", "layerwise", "moments", "residual", "variant", "second_moment", "nesterov", "rule", "seed",
+    "rotate_moments", "stagger", "layerwise", "moments", "residual", "variant", "second_moment", "nesterov", "rule",
+    "track_every", "seed",
 )  # fmt: skip
 _OTHERS = (
     "params", "param_names", "initial_lr", "max_lr", "min_lr", "base_lr", "max_momentum", "base_momentum", "swa_lr", "name",
@@ -48,7 +49,11 @@ _HARMLESS = {
     "foreach": (None, False, True), "fused": (None, False, True), "capturable": (False,), "differentiable": (False,),
     "maximize": (False,), "amsgrad": (False,), "decoupled_weight_decay": (True,),
 }  # fmt: skip
-_NUMBERS = {"lr": float, "eps": float, "weight_decay": float, "scale": float, "update_proj_gap": int, "seed": int}
+_REALS, _INTEGERS = ("lr", "eps", "weight_decay", "scale"), ("update_proj_gap", "track_every", "seed")
+_CHOICES = {
+    "proj_type": PROJ_TYPES, "refresh": REFRESHES, "moments": MOMENTS, "residual": RESIDUALS, "variant": VARIANTS,
+    "second_moment": SECOND_MOMENTS, "rule": RULES,
+}  # fmt: skip
 _CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _STACKED = (*_CONV, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Bilinear)  # their weights are no stacks
 _FLAT = "a GaLore group takes matrices. FSDP1 and DeepSpeed flatten theirs: use FSDP2 (ModelParallelStrategy)"
@@ -213,9 +218,9 @@ def check_group(group: dict[str, Any], names: Mapping[int, str], quiet: bool = F
     check_keys(group)
     check_values(group)
     group["betas"] = tuple(float(beta) for beta in group["betas"])
-    for key, kind in _NUMBERS.items():  # plain ones: a file with NumPy's in it is refused by torch.load
+    for key in _REALS + _INTEGERS:  # plain ones: a file with NumPy's in it is refused by torch.load
         if not (key == "lr" and isinstance(group[key], Tensor)):
-            group[key] = kind(group[key])
+            group[key] = (float if key in _REALS else int)(group[key])
     if group["moments"] == "8bit":
         load_bitsandbytes()
     for p in group["params"]:
@@ -229,6 +234,9 @@ def check_group(group: dict[str, Any], names: Mapping[int, str], quiet: bool = F
         raise ConfigError("proj_type", "full", "Fira and APOLLO scale columns of a one-sided projection: use std")
     if group["variant"] == "apollo" and (group["residual"] or group["refresh"] == "track"):
         raise ConfigError("variant", "apollo", "has no basis to track and no residual: leave refresh and residual alone")
+    if group["track_every"] != 1 and group["refresh"] != "track":
+        cure = f"refresh={group['refresh']} renews its bases every update_proj_gap steps: set that, or refresh=track"
+        raise ConfigError("track_every", group["track_every"], cure)
     clamped = []
     for p in group["params"]:
         if p.ndim < 2 or not p.numel():
@@ -275,19 +283,11 @@ def check_values(group: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: naming the key, the value and what is allowed.
     """
-    for key, allowed in (
-        ("proj_type", PROJ_TYPES),
-        ("refresh", REFRESHES),
-        ("moments", MOMENTS),
-        ("residual", RESIDUALS),
-        ("variant", VARIANTS),
-        ("second_moment", SECOND_MOMENTS),
-        ("rule", RULES),
-    ):
+    for key, allowed in _CHOICES.items():
         choice(key, group[key], allowed)
     for key in ("rotate_moments", "stagger", "layerwise", "correct_bias", "nesterov"):
         flag(key, group[key])
-    for key in ("lr", "eps", "weight_decay", "scale"):
+    for key in _REALS:
         number(key, _plain_number(group[key]), least=0, allowed="must be a number, 0 or more")
     betas = group["betas"]
     if not isinstance(betas, (tuple, list)) or len(betas) != 2 or not all(_is_decay(_plain_number(beta)) for beta in betas):
@@ -298,7 +298,8 @@ def check_values(group: Mapping[str, Any]) -> None:
         raise ConfigError("rule", "muon", "orthogonalises the momentum in a basis, which variant=apollo has not: use galore")
     if group["nesterov"] and not _plain_number(betas[0]):
         raise ConfigError("nesterov", True, "needs momentum: betas[0] must be above 0")
-    whole("update_proj_gap", group["update_proj_gap"], 1, "steps")
+    for key in ("update_proj_gap", "track_every"):
+        whole(key, group[key], 1, "steps")
     if not is_integer(group["seed"]):
         raise ConfigError("seed", group["seed"], "must be an integer, or null for the run's")
 
@@ -402,17 +403,15 @@ def warn_of_unused(settings: Mapping[str, Any], usual: inspect.Signature, groups
     """Warn of settings for projected groups when no group is projected."""
     changed = [key for key in _PROJECTED if settings[key] != usual.parameters[key].default]
     if changed and not any(group.get("rank") for group in groups):
-        warnings.warn(
-            f"{changed[0]}={settings[changed[0]]!r} has no effect yet: no parameter group has a rank, so all are plain "
-            "AdamW (until a plan projects some: PreLoRA with then=galore)",
-            stacklevel=3,
-        )
+        where = "no parameter group has a rank, so all are plain AdamW (until a plan projects some: PreLoRA with then=galore)"
+        warnings.warn(f"{changed[0]}={settings[changed[0]]!r} has no effect yet: {where}", stacklevel=3)
 
 
 # A change of any of these in the middle of a fit makes the index anew; lr, betas and decay are read at each step.
 _INDEXED = (
     "rank", "proj_type", "variant", "update_proj_gap", "stagger", "refresh", "rotate_moments", "moments", "residual",
-    "layerwise", "scale", "eps", "correct_bias", "second_moment", "nesterov", "rule", "seed",
+    "layerwise", "scale", "eps", "correct_bias", "second_moment", "nesterov", "rule",
+    "track_every", "seed",
 )  # fmt: skip
 
 

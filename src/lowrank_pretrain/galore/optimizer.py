@@ -41,15 +41,14 @@ class GaLoreAdamW(Adopter, Reports, Optimizer):
         weight_decay: decoupled, after the update, not multiplied by ``scale``.
         correct_bias: bias correction of the moments.
         no_deprecation_warning: accepted and ignored.
-        update_proj_gap: steps between two refreshes of a matrix (``refresh="track"`` refreshes at every step).
+        update_proj_gap: steps between two refreshes of a matrix.
         scale: α of the paper.
         proj_type: ``std`` projects the shorter side, ``reverse_std`` the longer, ``left``, ``right``, or ``full`` both.
         refresh: ``subspace``: one warm-started power iteration; ``svd``: the published full SVD; ``track``: at every step one
             power iteration on the momentum's mixture with the gradient.
         rotate_moments: carry the moments over into the new basis.
         stagger: spread the refreshes of the matrices over the gap.
-        layerwise: update each parameter as soon as its gradient is ready, and free the gradient. Not with clipping, 16-mixed
-            or DDP.
+        layerwise: update each parameter as its gradient arrives, and free the gradient. Not with clipping, 16-mixed or DDP.
         moments: ``auto``, ``float32``, ``grad`` (the gradient's dtype) or ``8bit`` (needs bitsandbytes).
         residual: ``fira`` adds the scaled part of the gradient outside the subspace, with a limit on its growth.
         variant: ``apollo`` scales the whole gradient by what Adam does to a random projection of it (rank 1: APOLLO-Mini).
@@ -57,6 +56,7 @@ class GaLoreAdamW(Adopter, Reports, Optimizer):
         nesterov: step on β₁m + (1−β₁)R, one step ahead of the momentum: no state, no product. Use it for text.
         rule: ``muon`` steps on the orthogonalised momentum, without a second moment: .18 of AdamW's state, two small products
             (r×r by r×k) more, an update of AdamW's size. Use it for images.
+        track_every: steps between two refreshes with ``refresh="track"``, instead of ``update_proj_gap``.
         seed: of random projections; by default the run's.
         rank: if ``params`` is a model: its groups are ``galore_param_groups(model, rank, targets)``, and norms, biases and
             embeddings have no weight decay. A HF ``Trainer`` takes it as
@@ -91,6 +91,7 @@ class GaLoreAdamW(Adopter, Reports, Optimizer):
         second_moment: str = "full",
         nesterov: bool = False,
         rule: str = "adam",
+        track_every: int = 1,
         seed: int | None = None,
         rank: int | None = None,
         targets: str | Sequence[str] = "all",
@@ -100,7 +101,7 @@ class GaLoreAdamW(Adopter, Reports, Optimizer):
             "update_proj_gap": update_proj_gap, "scale": scale, "proj_type": proj_type, "refresh": refresh,
             "rotate_moments": rotate_moments, "stagger": stagger, "layerwise": layerwise, "moments": moments,
             "residual": residual, "variant": variant, "second_moment": second_moment, "nesterov": nesterov, "rule": rule,
-            "seed": run_seed() if seed is None else seed,
+            "track_every": track_every, "seed": run_seed() if seed is None else seed,
         }  # fmt: skip
         params = groups.groups_of_model(params, rank, targets, weight_decay)
         self._reset({})
@@ -181,9 +182,7 @@ class GaLoreAdamW(Adopter, Reports, Optimizer):
                     "resized needs a new optimizer, or no state (optimizer.state.pop(p))"
                 )  # fmt: skip
             self._index = None
-            again = self.lookup()[p].slot
-            assert again is not None, "a rank stays where it is"
-            slot = again
+            slot = self.lookup()[p].slot or slot  # a rank stays where it is
         return slot.attach(kept, self.local.get(p), self.shared)
 
     # ---- the step -----------------------------------------------------------------------------------------------------------

@@ -150,8 +150,7 @@ class Projected:
             return False
         if self.local is not None:  # between two merges D belongs to one P, at any number of the step
             return self.cold or self.local.fresh
-        gap = 1 if self.group["refresh"] == "track" else self.group["update_proj_gap"]
-        return self.cold or (self.step + self.offset) % gap == 0
+        return self.cold or (self.step + self.offset) % refresh_gap(self.group) == 0
 
     @property
     def needs_gradient(self) -> bool:
@@ -186,11 +185,9 @@ class Projected:
         """Return P in the gradient's dtype; for a matrix cut along its projected side, the rows of this rank."""
         if self.variant == "apollo":
             since = self.step // self.group["update_proj_gap"]
-            rng = self._generator("apollo", since)
-            p = residual.gaussian(self.matrix(grad).shape[0], self.rank, rng, grad.dtype)
-            if grad.is_cuda and has_values(grad):
-                p = p.pin_memory()  # from other memory the copy would wait for the device
-            return p.to(grad.device, non_blocking=grad.is_cuda)
+            device = grad.device if has_values(grad) else torch.device("cpu")
+            rng = self._generator("apollo", since, device=device)  # on the device: a copy from the host would cost more
+            return residual.gaussian(self.matrix(grad).shape[0], self.rank, rng, grad.dtype).to(grad.device)
         p = self.state["proj"]
         if p.dtype != grad.dtype:
             p = p.to(grad.dtype)
@@ -349,9 +346,9 @@ class Projected:
     def _keys(self) -> list[str]:
         return ["proj", "proj_right"] if self.two_sided else ["proj"]
 
-    def _generator(self, *words: object) -> torch.Generator:
-        """Return a CPU generator for a weight on any device, so that runs on different devices draw the same."""
-        return generator("galore", self.name, *words, seed=self.group["seed"])
+    def _generator(self, *words: object, device: torch.device | str = "cpu") -> torch.Generator:
+        """Return a generator of this weight; by default a CPU one, so that runs on different devices draw the same."""
+        return generator("galore", self.name, *words, seed=self.group["seed"], device=device)
 
     def _new_basis(self, matrix: Tensor, old: list[Tensor], m: Tensor) -> list[Tensor]:
         how, beta1 = self.group["refresh"], self.group["betas"][0]
@@ -367,8 +364,7 @@ class Projected:
             m = m.to(old[0].dtype)
             if self.two_sided:
                 return list(subspace.two_sided_track(matrix, old[0], old[1], m, beta1))
-            low = subspace.product32(old[0].t().to(matrix.dtype), matrix)
-            return [subspace.track_step(matrix, old[0], low, m, beta1)]
+            return [subspace.track_step(matrix, old[0], m, beta1)]
         mean = None if self.shared is None else self.shared.mean
         if self.two_sided:
             return list(subspace.two_sided_step(matrix, old[0], old[1], mean))
@@ -403,6 +399,11 @@ class Entry(NamedTuple):
     slot: Projected | None
 
 
+def refresh_gap(group: Mapping[str, Any]) -> int:
+    """Return the steps between two refreshes of a basis."""
+    return group["track_every"] if group["refresh"] == "track" else group["update_proj_gap"]
+
+
 def make_index(
     groups: list[dict[str, Any]],
     ranks: Mapping[Tensor, int],
@@ -427,7 +428,7 @@ def make_index(
         if rank:
             if p.ndim < 2 or not p.numel():
                 raise ConfigError("params", name, "is flat now (FSDP1, DeepSpeed): use FSDP2 (ModelParallelStrategy)")
-            offset = position * group["update_proj_gap"] // count if group["stagger"] else 0
+            offset = position * refresh_gap(group) // count if group["stagger"] else 0
             slot = Projected(p, group, {}, min(rank, largest_rank(p)), name, offset)
             position += 1
         if before is not None:

@@ -6,6 +6,7 @@ basis of the other side and R = PᵀGQ is r×r.
 """
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -45,6 +46,49 @@ def product32(a: Tensor, b: Tensor) -> Tensor:
         cut = slice(int(some[0]), int(some[-1]) + 1)
         out.addmm_(a[:, cut].float(), b[cut].float())
     return out
+
+
+class Sketched:
+    """Multiply a matrix by thin ones in bfloat16, for products from which only a basis is made; float64 stays exact.
+
+    The factors are rounded, and on a CPU the product too, whether it has instructions for bfloat16 or not: so all agree. M Z of
+    384×1152 by rank 96 on one thread (AMD, AVX512-BF16): .22 ms, and .035 ms once for rounding M, against .83 ms in float32.
+    """
+
+    def __init__(self, matrix: Tensor) -> None:
+        self.exact = matrix.dtype == torch.float64
+        self.matrix = matrix if self.exact else matrix.to(torch.bfloat16)
+        self.quick = not has_values(matrix) or multiplies_bfloat16(matrix.device)
+        if not self.exact and not self.quick:
+            self.matrix = self.matrix.float()
+
+    def before(self, thin: Tensor) -> Tensor:
+        """Return M Z in float32."""
+        return self._product(self.matrix, self.rounded(thin))
+
+    def after(self, thin: Tensor) -> Tensor:
+        """Return Z M in float32."""
+        return self._product(self.rounded(thin), self.matrix)
+
+    def rounded(self, thin: Tensor) -> Tensor:
+        """Return a factor as the products take it."""
+        return thin if self.exact else thin.to(torch.bfloat16).to(self.matrix.dtype)
+
+    def _product(self, a: Tensor, b: Tensor) -> Tensor:
+        if self.exact:
+            return a @ b
+        return product32(a, b) if a.is_cuda else (a @ b).to(torch.bfloat16).float()
+
+
+@cache
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Return whether a device has instructions for products in bfloat16."""
+    if device.type == "cuda":
+        return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu":
+        found: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
+        return any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return True
 
 
 def orthonormal(y: Tensor, fallback: Tensor | None = None) -> Tensor:
@@ -129,20 +173,20 @@ def _sketch(matrix: Tensor, z: Tensor, mean: Mean) -> Tensor:
     return unit(y)
 
 
-def track_step(matrix: Tensor, p: Tensor, low: Tensor, m: Tensor, beta1: float) -> Tensor:
+def track_step(matrix: Tensor, p: Tensor, m: Tensor, beta1: float) -> Tensor:
     """Take one power iteration on the momentum mixture Ĝ = β₁ P m + (1−β₁) M, which is never formed.
 
-    ĜᵀP = β₁ mᵀ + (1−β₁) Rᵀ is available, and Ĝ Z = β₁ P (m Z) + (1−β₁) M Z costs one full product.
+    PᵀĜ = β₁ m + (1−β₁) PᵀM =: Z, and Ĝ Zᵀ = β₁ P (m Zᵀ) + (1−β₁) M Zᵀ: two full products, as rough as :class:`Sketched`.
 
     Args:
         matrix: M, d×k.
         p: the basis of the last step, d×r.
-        low: R = PᵀM in that basis, r×k.
         m: first moment in that basis, r×k.
         beta1: its decay.
     """
-    z = unit(torch.lerp(low, m, beta1).t())  # k×r
-    y = product32(matrix, z).mul_(1 - beta1).addmm_(p, m @ z, alpha=beta1)
+    gradient, momentum = Sketched(matrix), Sketched(m)
+    z = gradient.rounded(unit(gradient.after(p.t()).lerp_(m, beta1)))  # r×k
+    y = gradient.before(z.t()).mul_(1 - beta1).addmm_(p, momentum.before(z.t()), alpha=beta1)
     return orthonormal(unit(y).add_(p, alpha=RIDGE), fallback=p)
 
 

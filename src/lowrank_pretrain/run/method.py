@@ -258,6 +258,7 @@ _PARTS: dict[str, Callable[[], _Part]] = {
     "muon": _baseline("muon"),
     "sinkgd": _baseline("sinkgd"),
     "adamw8bit": _baseline("adamw8bit"),
+    "galore_torch": _baseline("galore_torch"),
 }
 
 

@@ -34,6 +34,8 @@ class Sweep(Callback):
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
         keys = {override.key_or_group for override in overrides}
+        if str(config.hydra.sweeper.get("_target_", "")).endswith("TunedSweeper"):
+            keys |= {f"optim.{name}" for name in ("lr", "rest_lr", "betas", "weight_decay", "warmup")}
         given = [override.key_or_group for override in _parsed([*config.hydra.overrides.task])]
         excluded = {*config.hydra.job.config.override_dirname.exclude_keys, *(key for key in given if key not in keys)}
         if keys:  # jobs' configurations are composed anew, from these words

@@ -1,4 +1,4 @@
-"""The published search space: one for every side, and the rule by which a side moves through it."""
+"""Search for the best settings: one published space for every optimizer, and the rule by which a search moves through it."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
