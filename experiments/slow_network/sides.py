@@ -26,6 +26,7 @@ class Side:
         first: its first learning rate over DDP's.
         rest: its first rate of embeddings, norms and biases over its matrices'.
         wires: what it can send besides float32.
+        usual: what its method sends in, if nothing is said.
         needs: name of a method's configuration, or of an argument of ``LTEStrategy``, that must be there.
     """
 
@@ -35,6 +36,7 @@ class Side:
     first: float = 1.0
     rest: float = 4.0
     wires: tuple[str, ...] = ()
+    usual: str = "float32"
     needs: str = ""
 
     @property
@@ -70,7 +72,8 @@ SIDES = {
     "diloco_h100": diloco(100),
     "lte_t30": lte(30),
     "lte_t10_outer": Side("LTE", (*LTE, "method.merge_every=10"), OUTER, first=2.0, rest=2.0, wires=FACTORS),
-    "muloco_h30": Side("MuLoCo", ("method=muloco", "method.merge_every=30"), OUTER, wires=FULL, needs="muloco"),
+    "muloco_h30": Side("MuLoCo", ("method=muloco", "method.merge_every=30"), OUTER, wires=FULL, usual="int2",
+                       needs="muloco"),
     "prelora_lte": Side("PreLoRA → LTE", ("method=prelora_lte", "method.heads=1", "method.before=merge",
                                           "method.merge_every=10", "method.sync_rest=merge", *PRELORA), OUTER, wires=FACTORS,
                         needs="before"),
@@ -124,4 +127,4 @@ def settings(task: str, side: str, values: Mapping[str, float], wire: str = "flo
     found = [*TASKS[task], f"trainer.devices={WORLD}", *SIDES[side].overrides]
     found += [f"optim.lr={lr:g}", f"optim.rest_lr={lr * values['rest']:g}"]
     found += [f"method.{name}={values[name]:g}" for name in ("outer_lr", "outer_momentum") if name in values]
-    return found + [f"method.wire={wire}"] * (wire != "float32")
+    return found + [f"method.wire={wire}"] * (wire != SIDES[side].usual)
