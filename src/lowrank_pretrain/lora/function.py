@@ -27,6 +27,7 @@ from lowrank_pretrain.core.lightning_private import (
     is_view,
     transforms_active,
 )
+from lowrank_pretrain.lora.remake import Recipe, Remaker, keep, kept
 
 _is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)  # since torch 2.7
 
@@ -69,6 +70,7 @@ def lora_linear(
     rest: tuple[RestPart, ...] = (),
     rest_weight: tuple[Tensor, ...] = (),
     rest_bias: tuple[Tensor, ...] = (),
+    remaker: Remaker | None = None,
 ) -> Tensor:
     """Apply a linear layer with low-rank adapters on its row blocks.
 
@@ -83,6 +85,7 @@ def lora_linear(
         rest: row blocks that train in full while the others are frozen.
         rest_weight: per rest block a view of its rows of ``weight`` (gradients only; ``weight`` already holds the values).
         rest_bias: the same for the bias, empty if there is none.
+        remaker: the layer's own; it keeps for backward what x is made from. ``None``: x is kept.
 
     Returns:
         (..., O), in autocast's dtype under autocast.
@@ -101,7 +104,11 @@ def lora_linear(
         )
     # autograd casts, not the function: what the function keeps for backward is then its input, which second derivatives need
     layout = Layout(parts, rest, transposed)
-    return _LoRALinear.apply(for_autocast(x), weight, bias, lora_A, layout, *lora_B, *rest_weight, *rest_bias)
+    given, x = x, for_autocast(x)
+    recipe = None
+    if remaker is not None and not torch.compiler.is_compiling():
+        recipe = remaker.recipe(given, x.dtype)
+    return _LoRALinear.apply(x, weight, bias, lora_A, layout, recipe, *lora_B, *rest_weight, *rest_bias)
 
 
 def is_ordinary(x: Any) -> bool:
@@ -215,7 +222,7 @@ class _Needs(NamedTuple):
 
 
 def _needs(ctx: Any, layout: Layout) -> _Needs:
-    x, weight, bias, lora_A, _, *factors = ctx.needs_input_grad
+    x, weight, bias, lora_A, _, _, *factors = ctx.needs_input_grad
     p, r = len(layout.parts), len(layout.rest)
     return _Needs(x, weight, bias, lora_A, tuple(factors[:p]), tuple(factors[p : p + r]), tuple(factors[p + r :]))
 
@@ -225,7 +232,7 @@ class _LoRALinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, layout: Layout,
-                *factors: Tensor) -> Tensor:  # fmt: skip
+                recipe: Recipe | None, *factors: Tensor) -> Tensor:  # fmt: skip
         parts, transposed = layout.parts, layout.transposed
         lora_B = list(factors[: len(parts)])
         device, dtype, cols = x.device.type, x.dtype, x.shape[-1]
@@ -246,7 +253,7 @@ class _LoRALinear(torch.autograd.Function):
         if not needs_x and z is None and any(needs.lora_B):
             with torch.autocast(device, enabled=False):
                 z = x.reshape(-1, cols) @ lora_A.to(dtype).t()
-        ctx.save_for_backward(weight, lora_A, x if needs_x else None, z if not needs_x else None, *lora_B)
+        keep(ctx, x if needs_x else None, recipe, weight, lora_A, z if not needs_x else None, *lora_B)
         ctx.layout, ctx.use_merged, ctx.dtype, ctx.x_shape = layout, use_merged, dtype, x.shape
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.rest_dtypes = [f.dtype for f in factors[len(parts) :]]
@@ -256,7 +263,7 @@ class _LoRALinear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple:
         if wants_graph(dy):
             return _gradients(ctx, dy)
-        weight, lora_A, x, z, *lora_B = ctx.saved_tensors
+        x, (weight, lora_A, z, *lora_B) = kept(ctx)
         layout, dtype, needs = ctx.layout, ctx.dtype, _needs(ctx, ctx.layout)
         dy = dy.reshape(-1, dy.shape[-1])  # (N, O)
         if x is not None:
@@ -283,7 +290,7 @@ class _LoRALinear(torch.autograd.Function):
         # what trains in full
         db = dy.sum(0).to(ctx.bias_dtype) if needs.bias else None
         d_rest = _rest_gradients(dy, x, layout, needs, ctx.rest_dtypes)
-        return dx, dW, db, dA, None, *dB, *d_rest
+        return dx, dW, db, dA, None, None, *dB, *d_rest
 
 
 def _joint_gradients(
@@ -354,7 +361,7 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple:
 
     ``narrow`` and not ``[:, a:b]``: the old kind of vmap (``is_grads_batched``) fails on a slice that covers everything.
     """
-    weight, lora_A, x, z, *lora_B = ctx.saved_tensors
+    x, (weight, lora_A, z, *lora_B) = kept(ctx)
     (parts, rest, transposed), dtype, needs = ctx.layout, ctx.dtype, _needs(ctx, ctx.layout)
     dy = dy.reshape(-1, dy.shape[-1])  # (N, O)
     if z is not None and needs.x and torch.is_grad_enabled():
@@ -389,7 +396,7 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple:
         d_rest.append(None if block is None else (block.t() if transposed else block).to(ctx.rest_dtypes[len(d_rest)]))
     for span, need in zip(rest, needs.rest_bias, strict=False):
         d_rest.append(dy.narrow(1, span.start, span.rows).sum(0).to(ctx.rest_dtypes[len(d_rest)]) if need else None)
-    return dx, dW, db, dA, None, *dB, *d_rest
+    return dx, dW, db, dA, None, None, *dB, *d_rest
 
 
 def _end_here(z: Tensor) -> Tensor:
