@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from lowrank_pretrain.core.agreement import generator
 from lowrank_pretrain.core.protocols import Inherit
 from lowrank_pretrain.core.targets import MatrixLayer, Target, is_conv1d
-from lowrank_pretrain.lora.function import Part, RestPart, effective_bias, effective_weight, lora_linear, merged
+from lowrank_pretrain.lora.function import effective_bias, effective_weight, lora_linear
+from lowrank_pretrain.lora.products import Part, RestPart, merged
 from lowrank_pretrain.lora.remake import Remaker
 
 
@@ -123,7 +124,7 @@ class LoRALinear(Reclassed):
         rest_bias = tuple(self.rest_bias[part.name] for part in self._rest) if self.bias is not None else ()
         return lora_linear(
             x, self.weight, self.bias, self.lora_A, factors, self._parts, self._transposed, self._rest, rest_weight, rest_bias,
-            self._remaker,
+            remaker=self._remaker,
         )  # fmt: skip
 
     @torch.compiler.disable  # dynamo knows no object that borrows another one's attributes

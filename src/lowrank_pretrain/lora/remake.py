@@ -42,7 +42,7 @@ class Remaker:
 
     Example:
         >>> h = torch.ones(2, 3, requires_grad=True)
-        >>> recipe = Remaker().recipe(F.gelu(h * 2), torch.float32)
+        >>> recipe = Remaker().recipe(F.gelu(h * 2), torch.float32, of=[h])
         >>> recipe.name, torch.equal(recipe.make(recipe.kept), F.gelu(h * 2))
         ('gelu(kept)', True)
     """
@@ -51,13 +51,16 @@ class Remaker:
         self.trusted: set[str] = set()
         self.stopped = False
 
-    def recipe(self, x: Tensor, dtype: torch.dtype) -> Recipe | None:
-        """Return how to make ``x.to(dtype)`` again; None if x is to be kept.
+    def recipe(self, x: Tensor, dtype: torch.dtype, of: Sequence[Tensor]) -> Recipe | None:
+        """Return how to make ``x.to(dtype)`` again; None if x is to be kept, or is not needed.
 
         Args:
             x: the layer's input, before autocast's cast.
             dtype: what the layer's products take.
+            of: the tensors whose gradients need x.
         """
+        if not any(t.requires_grad for t in of):
+            return None
         if self.stopped or x.grad_fn is None or not torch.is_grad_enabled() or version_of(x) or hooks_recompute():
             return None
         kept: list[Tensor] = []
