@@ -8,10 +8,10 @@ batch of N ≫ R rows, and leaves four; while W trains too, dWₑ = dyᵀ x give
 (dA = Bᵀ dWₑ, dB = dWₑ Aᵀ). With few rows, or weights stored in half precision (W + BA would round the small update away),
 the two-step form is used: ``forms_merged_weight`` decides.
 
-Kept for backward: x, or what it is made from (``lora.remake``); in the two-step form the R-wide z = x Aᵀ; and under autocast W or Wₑ in its dtype, as the plain layer
-keeps its cast. Otherwise Wₑ is formed again. A cast lives from one forward to its backward and no longer. Keeping it over
-steps would save a pass over W, and so would cost a way to notice every write into W: none but a pass over W sees them all
-(``.data``, numpy and other processes move no version counter).
+Kept for backward: x, or what it is made from (``lora.remake``); in the two-step form the R-wide z = x Aᵀ; and under autocast W
+or Wₑ in its dtype, as the plain layer keeps its cast. Otherwise Wₑ is formed again. A cast lives from one forward to its
+backward and no longer. Keeping it over steps would save a pass over W, and so would cost a way to notice every write into W:
+none but a pass over W sees them all (``.data``, numpy and other processes move no version counter).
 
 That function serves ordinary training. Whatever must look inside (tracers, exporters, functorch's transforms, forward-mode AD,
 nested tensors) gets the same linear layer as plain operations on ``effective_weight``; second derivatives come from
@@ -90,11 +90,11 @@ def lora_linear(
             effective_bias(bias, rest, rest_bias),
             transposed,
         )
-    # autograd casts, not the function: what the function keeps for backward is then its input, which second derivatives need
     layout = Layout(parts, rest, transposed)
     recipe = None
     if remaker is not None and not torch.compiler.is_compiling():
         recipe = remaker.recipe(x, autocast_dtype(x), (weight, lora_A, *rest_weight))
+    # autograd casts, not the function: what the function keeps for backward is then its input, which second derivatives need
     return _LoRALinear.apply(for_autocast(x), weight, bias, lora_A, layout, recipe, *lora_B, *rest_weight, *rest_bias)
 
 

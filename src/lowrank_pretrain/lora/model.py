@@ -236,13 +236,16 @@ class Adapters(Adopter):
     makes_adapters = True
     adapter_settings: Mapping[str, Any] = MappingProxyType({})  # it takes them all from the callback
 
-    def __init__(self, alpha: float | None = None, train_A: bool = True, freeze_rest: bool = False) -> None:
+    def __init__(
+        self, alpha: float | None = None, train_A: bool = True, freeze_rest: bool = False, recompute_inputs: bool = False
+    ) -> None:
         self.alpha, self.train_A, self.freeze_rest = alpha, train_A, freeze_rest
+        self.recompute_inputs = recompute_inputs
 
     def adopt(self, plan: Plan, module: nn.Module) -> list[Inherit]:
         """Give every target of the plan an adapter, at the switch."""
         self.plan, self.module = plan, module
-        return inject(module, plan, self.alpha, self.train_A)
+        return inject(module, plan, self.alpha, self.train_A, recompute_inputs=self.recompute_inputs)
 
     def release(self) -> list[Inherit]:
         """Stop training the targets' W and b, at the freeze."""

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from lowrank_pretrain.core.lightning_private import hooks_recompute, kept_by, output_of, scalar_of, version_of
 
 Make = Callable[[Sequence[Tensor]], Tensor]
-"""A function from all kept tensors to x, or to something on the way to x. It holds no tensor itself: that would never be freed."""
+"""A function from all kept tensors to x, or to something on the way to x. It holds no tensor itself: nobody would free it."""
 
 DEPTH = 5  # operations that are made again one after another, at most
 
@@ -103,8 +103,10 @@ def keep(ctx: Any, x: Tensor | None, recipe: Recipe | None, *others: Tensor | No
     ctx.save_for_backward(*others, *((x,) if recipe is None else recipe.kept))
 
 
-def kept(ctx: Any) -> tuple[Tensor | None, tuple[Any, ...]]:
-    """Return x, made again if it must be, and the other tensors. While a graph is recorded, x is connected to it.
+def kept(ctx: Any) -> tuple[Any, tuple[Any, ...]]:
+    """Return x, made again where it is not kept (None if backward does not need it), and the other tensors.
+
+    While a graph is recorded, an x that is made again is connected to it.
 
     Raises:
         RuntimeError: something saved was changed in place, or is freed already.
@@ -149,6 +151,12 @@ def _again(node: Any, index: int, kept: list[Tensor], depth: int) -> tuple[str, 
     return None if rule is None else rule(node, kept, depth - 1)
 
 
+def _input(node: Any, index: int, kept: list[Tensor], depth: int) -> tuple[str, Make] | None:
+    """Return the same for one of a node's inputs."""
+    before, output = node.next_functions[index]
+    return _again(before, output, kept, depth)
+
+
 def _kept(node: Any, name: str, kept: list[Tensor]) -> Make | None:
     """Return how to get the tensor that the node keeps under this name; None if it keeps none."""
     tensor = kept_by(node, name)
@@ -174,7 +182,7 @@ def _product(node: Any, kept: list[Tensor], depth: int) -> tuple[str, Make] | No
     found = []
     for index, name in enumerate(("self", "other")):
         factor = _kept(node, name, kept)
-        one = _again(*node.next_functions[index], kept, depth) if factor is None else ("kept", factor)
+        one = _input(node, index, kept, depth) if factor is None else ("kept", factor)
         if one is None:
             return None
         found.append(one)
@@ -183,7 +191,7 @@ def _product(node: Any, kept: list[Tensor], depth: int) -> tuple[str, Make] | No
 
 
 def _layer_norm(node: Any, kept: list[Tensor], depth: int) -> tuple[str, Make] | None:
-    """Make (h − mean) / std · w + b. Autograd keeps mean and 1/std, and not the eps that a call of ``layer_norm`` would need."""
+    """Make (h − mean) / std · w + b from mean and 1/std: the eps that a call of ``layer_norm`` would need is not kept."""
     h, mean, rstd = (_kept(node, name, kept) for name in ("input", "result1", "result2"))
     w, b = (_kept(node, name, kept) for name in ("weight", "bias"))
     if h is None or mean is None or rstd is None:
@@ -238,7 +246,7 @@ def _rms_norm(node: Any, kept: list[Tensor], depth: int) -> tuple[str, Make] | N
 
 def _dropout(node: Any, kept: list[Tensor], depth: int) -> tuple[str, Make] | None:
     """Make h · mask / (1 − p) with the mask that is kept (on GPUs; elsewhere dropout is a product)."""
-    mask, inner = _kept(node, "result1", kept), _again(*node.next_functions[0], kept, depth)
+    mask, inner = _kept(node, "result1", kept), _input(node, 0, kept, depth)
     if mask is None or inner is None:
         return None
     (name, h), scale = inner, 1 / (1 - scalar_of(node, "p"))
@@ -246,7 +254,7 @@ def _dropout(node: Any, kept: list[Tensor], depth: int) -> tuple[str, Make] | No
 
 
 def _cast(node: Any, kept: list[Tensor], depth: int) -> tuple[str, Make] | None:
-    inner, (_, dtype) = _again(*node.next_functions[0], kept, depth), output_of(node)
+    inner, (_, dtype) = _input(node, 0, kept, depth), output_of(node)
     if inner is None:
         return None
     name, h = inner
@@ -254,7 +262,7 @@ def _cast(node: Any, kept: list[Tensor], depth: int) -> tuple[str, Make] | None:
 
 
 def _view(node: Any, kept: list[Tensor], depth: int) -> tuple[str, Make] | None:
-    inner, (shape, _) = _again(*node.next_functions[0], kept, depth), output_of(node)
+    inner, (shape, _) = _input(node, 0, kept, depth), output_of(node)
     if inner is None:
         return None
     name, h = inner

@@ -82,6 +82,7 @@ class LTEStrategy(DDPStrategy, Adopter, HasPhase, Reports, Merges):
             float32 copy; for the rest another, of its base). Factors have none, and need ``int4`` or more.
         outer_lr: step W by the workers' mean increment times this (DiLoCo: 0.7).
         outer_momentum: its Nesterov momentum (DiLoCo: 0.9): a float32 copy; another with heads that are not reset.
+        recompute_inputs: make layers' inputs again in backward where possible, in place of keeping them (``lora.inject``).
         ddp_kwargs: further arguments of ``DDPStrategy`` and of DDP (``timeout``, ``find_unused_parameters``, …).
 
     Raises:
@@ -110,6 +111,7 @@ class LTEStrategy(DDPStrategy, Adopter, HasPhase, Reports, Merges):
         wire: str = "float32",
         outer_lr: float = 1.0,
         outer_momentum: float = 0.0,
+        recompute_inputs: bool = False,
         **ddp_kwargs: Any,
     ) -> None:
         given = dict(locals())
@@ -121,9 +123,8 @@ class LTEStrategy(DDPStrategy, Adopter, HasPhase, Reports, Merges):
         self._use_sampler: bool | None = None  # what use_distributed_sampler was before the fit
         patience = 600.0 if self._patience is None else self._patience.total_seconds()
         self.rank, self.targets = rank, targets if isinstance(targets, str) else [str(t) for t in targets]
-        self.merge_every, self.sync_rest = merge_every, sync_rest
         self.merge_timeout = patience if merge_timeout is None else merge_timeout
-        self.update, self.basis = update, basis
+        self.merge_every, self.sync_rest, self.update, self.basis = merge_every, sync_rest, update, basis
         self.settings = Settings.of({**given, "targets": self.targets})
         self.makes_adapters = KINDS[update].makes_adapters
         self.adapter_settings = KINDS[update].decides(self.settings)
