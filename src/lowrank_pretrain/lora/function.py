@@ -19,6 +19,7 @@ nested tensors) gets the same linear layer as plain operations on ``effective_we
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -123,6 +124,11 @@ def for_autocast(x: Tensor) -> Tensor:
     return x.to(autocast_dtype(x))
 
 
+def without_autocast(device: str) -> AbstractContextManager:
+    """Return a context without autocast, which costs nothing where there is none: small layers notice the Python in a step."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
 def effective_weight(
     weight: Tensor,
     lora_A: Tensor,
@@ -209,7 +215,7 @@ class _LoRALinear(torch.autograd.Function):
         lora_B = list(factors[: len(parts)])
         device, dtype, cols = x.device.type, x.dtype, x.shape[-1]
         # in-place products after an autocast op fail ("BFloat16 and Float"), so all casts are made here and before
-        with torch.autocast(device, enabled=False):
+        with without_autocast(device):
             use_merged = forms_merged_weight(x.numel() // cols, weight)
             w = _multiplied_weight(weight, lora_A, lora_B, layout, use_merged, dtype)
             b = None if bias is None else bias.to(dtype)
@@ -223,7 +229,7 @@ class _LoRALinear(torch.autograd.Function):
         needs = _needs(ctx, layout)
         needs_x = needs.weight or needs.lora_A or needs.rest
         if not needs_x and z is None and any(needs.lora_B):
-            with torch.autocast(device, enabled=False):
+            with without_autocast(device):
                 z = times_A(x.reshape(-1, cols), lora_A, dtype)
         keeps_z = any(needs.lora_B) and not needs.weight
         keeps_w = needs.x and dtype != weight.dtype
