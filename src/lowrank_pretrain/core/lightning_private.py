@@ -257,11 +257,6 @@ def is_view(tensor: Tensor) -> bool:
 # -- torch: what autograd keeps ---------------------------------------------------------------------------------------
 
 
-def version_of(tensor: Tensor) -> int:
-    """Return how often a tensor, or what it is a view of, was written into. Tried with torch 2.14.1."""
-    return tensor._version
-
-
 def hooks_recompute() -> bool:
     """Return whether what autograd keeps now goes to activation checkpointing, which counts it. Tried with torch 2.14.1."""
     top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)

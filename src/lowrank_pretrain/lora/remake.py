@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lowrank_pretrain.core.lightning_private import hooks_recompute, kept_by, output_of, scalar_of, version_of
+from lowrank_pretrain.core.lightning_private import hooks_recompute, kept_by, output_of, scalar_of
 
 Make = Callable[[Sequence[Tensor]], Tensor]
 """A function from all kept tensors to x, or to something on the way to x. It holds no tensor itself: nobody would free it."""
@@ -61,7 +61,7 @@ class Remaker:
         """
         if not any(t.requires_grad for t in of):
             return None
-        if self.stopped or x.grad_fn is None or not torch.is_grad_enabled() or version_of(x) or hooks_recompute():
+        if self.stopped or x.grad_fn is None or not torch.is_grad_enabled() or x._version or hooks_recompute():
             return None
         kept: list[Tensor] = []
         try:
