@@ -7,6 +7,8 @@ Counted are the storages that go into autograd's graph in one forward pass, each
 includes the casts of the weights, which are the same for any batch: they are in a column of their own. The count is the same on
 every machine. CPU time is that of a step (forward, backward, clipping, AdamW). Each round has one step of each variant, in an
 order that rotates; reported is the median, within a round, of a variant's time over that of the one that keeps its inputs.
+Gradients of the adapters, of three blocks: the largest relative difference of one tensor, between inputs made again and kept,
+and of both, and of plain autograd operations in place of the package's function, from float64.
 """
 
 import argparse
@@ -21,6 +23,7 @@ import torch
 from lora import Runner, full, plan_for
 from torch import nn
 
+from lowrank_pretrain.lora import function
 from lowrank_pretrain.lora import model as lora
 
 
@@ -109,6 +112,46 @@ def measure(args: argparse.Namespace) -> list[dict]:
     return list(rows.values())
 
 
+def gradients(args: argparse.Namespace, precision: str, recompute_inputs: bool, plain: bool = False) -> dict[str, torch.Tensor]:
+    """Return the gradients of all adapters, which are not zero; ``plain``: by autograd's own operations."""
+    args = argparse.Namespace(**{**vars(args), "precision": precision, "depth": 3, "batch": 4})
+    change = adapters(recompute_inputs, freeze_rest=False)
+    runner = Steps(change, args)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for _, p in lora.adapter_parameters(runner.model):
+            p.normal_(0, 0.02)
+    if precision == "fp64":
+        runner.model.double()
+        runner.x = runner.x.double() if runner.x.is_floating_point() else runner.x
+    ordinary = function.is_ordinary
+    function.is_ordinary = (lambda x: False) if plain else ordinary
+    runner.loss().backward()
+    function.is_ordinary = ordinary
+    return {name: p.grad.double() for name, p in lora.adapter_parameters(runner.model)}
+
+
+def compare_gradients(args: argparse.Namespace) -> list[dict]:
+    """Return a row per precision."""
+    exact, rows = gradients(args, "fp64", False), []
+
+    def difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+        return max(float((a[name] - b[name]).norm() / b[name].norm()) for name in a)
+
+    for precision in ("fp32", "bf16-mixed", "bf16-true"):
+        kept, again = gradients(args, precision, False), gradients(args, precision, True)
+        plain = gradients(args, precision, False, plain=True)
+        rows.append({"precision": precision, "again_to_kept": difference(again, kept), "kept_to_fp64": difference(kept, exact)})
+        rows[-1] |= {"again_to_fp64": difference(again, exact), "autograd_to_fp64": difference(plain, exact)}
+        rows[-1] |= {"kept_to_autograd": difference(kept, plain)}
+        print(
+            "gradients:",
+            ", ".join(f"{k} {v if k == 'precision' else format(v, '.1e')}" for k, v in rows[-1].items()),
+            flush=True,
+        )
+    return rows
+
+
 def main() -> None:
     """Print the table, and write it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -130,6 +173,7 @@ def main() -> None:
         for row in rows[-len(VARIANTS) :]:
             numbers = f"{row['kept_mib']:9.1f}{row['casts_mib']:7.1f}{row['of_full']:9.3f}{row['of_full_with_casts']:11.3f}"
             print(f"{row['precision']:12}{row['variant']:48}{numbers}{row.get('cpu_time', float('nan')):9.3f}", flush=True)
+    rows += compare_gradients(args)
     if args.out:
         about = {**vars(args), "device": f"{platform.machine()}, {args.threads} threads", "torch": torch.__version__}
         about = {k: v for k, v in about.items() if k not in ("out", "precision")} | {"date": str(date.today())}
