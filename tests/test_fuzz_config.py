@@ -78,6 +78,7 @@ LEGAL = {
     "trainer.num_sanity_val_steps": (-1, 0, HUGE, None), "trainer.enable_model_summary": (True, None),
     "trainer.enable_progress_bar": (True, None), "trainer.deterministic": (True, None), "trainer.benchmark": (True, None),
     "logger._target_": (None,),
+    "method.recompute_inputs": FLAG,
     "method.alpha": (0.5, HUGE, None), "method.freeze_rest": FLAG, "method.train_A": FLAG, "method.adapter_lr": (0.5, HUGE),
     "method.adapter_weight_decay": (0, 0.5, HUGE, None), "method.seed": (-1, 0, HUGE, None),
     "method.weight_tol": (0.5,), "method.loss_tol": (0.5,), "method.warmup": COUNT_FROM_0, "method.earliest": (0,),

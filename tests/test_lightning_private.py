@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging,
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, SequentialSampler
 
 from lowrank_pretrain.core import lightning_private as private
@@ -71,6 +72,8 @@ NAMES = {
     "is_legacy_batchedtensor": "torch._C:_functorch",
     "_current_level": "torch.autograd.forward_ad",
     "_is_view": "torch:Tensor",
+    "_top_saved_tensors_default_hooks": "torch._C:_autograd",
+    "_input_metadata": "torch.autograd.graph:Node",
     "FakeTensor": "torch._subclasses.fake_tensor",
     "TorchDispatchMode": "torch.utils._python_dispatch",
     "tree_leaves": "torch.utils._pytree",
@@ -136,6 +139,26 @@ def test_what_is_asked_of_lightning_is_answered():
     assert private.set_sampler_injection(parts.trainer, True) is False
     assert private.LOGGED_STEPS in parts.trainer.fit_loop.epoch_loop.on_save_checkpoint()
     assert not private.is_compiled_whole(parts.module)
+
+
+def test_what_autograd_keeps_is_read_without_calling_hooks_that_recompute():
+    h = torch.ones(2, 3, requires_grad=True) * 1
+    node = nn.functional.gelu(h, approximate="tanh").grad_fn
+    kept = private.kept_by(node, "self")
+    assert kept.data_ptr() == h.data_ptr() and private.scalar_of(node, "approximate") == "tanh"
+    assert private.output_of(node) == (torch.Size([2, 3]), torch.float32) and not private.hooks_recompute()
+    assert private.kept_by((h * 2).grad_fn, "self") is None
+    assert private.scalar_of(nn.functional.glu(h @ torch.ones(3, 2)).grad_fn, "dim") == -1
+    seen = []
+
+    def inside(h):
+        seen.append(private.hooks_recompute())
+        return nn.functional.gelu(h)
+
+    x = checkpoint(inside, h, use_reentrant=False)
+    with pytest.raises(LookupError):
+        private.kept_by(x.grad_fn, "self")
+    assert seen == [True]
 
 
 def test_averages_are_found_and_replaced():

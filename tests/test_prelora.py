@@ -84,7 +84,8 @@ BAD = [
     ("weight_tol", 0), ("weight_tol", 1), ("weight_tol", -0.1),
     ("loss_tol", 1.5), ("loss_tol", "x"), ("loss_tol", None), ("warmup", -1), ("warmup", 1.5), ("window", 0), ("windows", 1),
     ("earliest", -1), ("latest", 0), ("window_unit", "batch"), ("rank_signal", "norm"), ("alpha", -1), ("alpha", "a"),
-    ("freeze_rest", "yes"), ("train_A", 1), ("rewarm", -1), ("optimizer_state", "drop"), ("then", "lte"),
+    ("freeze_rest", "yes"), ("train_A", 1), ("recompute_inputs", 1), ("rewarm", -1), ("optimizer_state", "drop"),
+    ("then", "lte"),
     ("adapter_lr", 0), ("adapter_lr", float("nan")), ("adapter_weight_decay", -1), ("alpha", float("inf")), ("alpha", True),
 ]  # fmt: skip
 

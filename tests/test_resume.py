@@ -24,6 +24,7 @@ VARIANTS = {
     "fixed A": {"train_A": False, "alpha": 3.0},
     "grad_norm": {"rank_signal": "grad_norm"},
     "own rate": {"adapter_lr": 2.0, "adapter_weight_decay": 0.0, "rewarm": 5},
+    "inputs made again": {"recompute_inputs": True},
 }
 
 

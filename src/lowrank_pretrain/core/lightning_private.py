@@ -252,3 +252,49 @@ def is_legacy_batched(tensor: Tensor) -> bool:
 def is_view(tensor: Tensor) -> bool:
     """Return whether a tensor is a view of another one. Tried with torch 2.14.1."""
     return tensor._is_view()
+
+
+# -- torch: what autograd keeps ---------------------------------------------------------------------------------------
+
+
+def hooks_recompute() -> bool:
+    """Return whether what autograd keeps now goes to activation checkpointing, which counts it. Tried with torch 2.14.1."""
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    hooks = None if top is None else top(True)
+    return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
+
+
+def kept_by(node: Any, name: str) -> Tensor | None:
+    """Return the tensor that a node of autograd's graph keeps under a name, itself and not a copy; None if it keeps none.
+
+    A node's public attributes call the hooks of ``saved_tensors_hooks``, which may compute or move a lot. So the raw one is
+    asked for hooks first. Tried with torch 2.14.1.
+
+    Raises:
+        LookupError: hooks hold something else in its place, or this version of torch does not tell.
+        RuntimeError: torch's own: it was changed in place, or is freed.
+    """
+    raw: Any = getattr(node, f"_raw_saved_{name}")
+    if not hasattr(raw, "unpack_hook"):
+        raise LookupError(name)
+    if raw.unpack_hook is None:
+        return getattr(node, f"_saved_{name}")
+    held = raw.data
+    if not isinstance(held, Tensor) or raw.unpack_hook.__module__ == "torch.utils.checkpoint":
+        raise LookupError(name)
+    tensor = getattr(node, f"_saved_{name}")
+    if tensor.data_ptr() != held.data_ptr() or tensor.shape != held.shape:
+        raise LookupError(name)
+    return tensor
+
+
+def scalar_of(node: Any, name: str) -> Any:
+    """Return a setting (no tensor) that a node of autograd's graph keeps under a name. Tried with torch 2.14.1."""
+    value = getattr(node, f"_saved_{name}")
+    return value - 2**64 if isinstance(value, int) and value >= 2**63 else value  # torch shows a dim of -1 as unsigned
+
+
+def output_of(node: Any) -> tuple[torch.Size, torch.dtype]:
+    """Return shape and dtype of the first output of a node of autograd's graph. Tried with torch 2.14.1."""
+    first = node._input_metadata[0]
+    return torch.Size(first.shape), first.dtype

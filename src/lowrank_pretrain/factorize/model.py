@@ -43,7 +43,7 @@ class Factors(Adopter, Reports):
 
     makes_adapters = True
     joint_steps = STEPS
-    adapter_settings: Mapping[str, Any] = {"alpha": None, "train_A": True}
+    adapter_settings: Mapping[str, Any] = {"alpha": None, "train_A": True, "recompute_inputs": False}
 
     def __init__(
         self,

@@ -8,10 +8,10 @@ batch of N ≫ R rows, and leaves four; while W trains too, dWₑ = dyᵀ x give
 (dA = Bᵀ dWₑ, dB = dWₑ Aᵀ). With few rows, or weights stored in half precision (W + BA would round the small update away),
 the two-step form is used: ``forms_merged_weight`` decides.
 
-Kept for backward: x; in the two-step form the R-wide z = x Aᵀ; and under autocast W or Wₑ in its dtype, as the plain layer
-keeps its cast. Otherwise Wₑ is formed again. A cast lives from one forward to its backward and no longer. Keeping it over
-steps would save a pass over W, and so would cost a way to notice every write into W: none but a pass over W sees them all
-(``.data``, numpy and other processes move no version counter).
+Kept for backward: x, or what it is made from (``lora.remake``); in the two-step form the R-wide z = x Aᵀ; and under autocast W
+or Wₑ in its dtype, as the plain layer keeps its cast. Otherwise Wₑ is formed again. A cast lives from one forward to its
+backward and no longer. Keeping it over steps would save a pass over W, and so would cost a way to notice every write into W:
+none but a pass over W sees them all (``.data``, numpy and other processes move no version counter).
 
 That function serves ordinary training. Whatever must look inside (tracers, exporters, functorch's transforms, forward-mode AD,
 nested tensors) gets the same linear layer as plain operations on ``effective_weight``; second derivatives come from
@@ -43,6 +43,7 @@ from lowrank_pretrain.lora.products import (
     times_A,
     times_B,
 )
+from lowrank_pretrain.lora.remake import Recipe, Remaker, keep, kept
 
 _is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)  # since torch 2.7
 
@@ -58,6 +59,7 @@ def lora_linear(
     rest: tuple[RestPart, ...] = (),
     rest_weight: tuple[Tensor, ...] = (),
     rest_bias: tuple[Tensor, ...] = (),
+    remaker: Remaker | None = None,
 ) -> Tensor:
     """Apply a linear layer with low-rank adapters on its row blocks.
 
@@ -72,6 +74,7 @@ def lora_linear(
         rest: row blocks that train in full while the others are frozen.
         rest_weight: per rest block a view of its rows of ``weight`` (gradients only; ``weight`` already holds the values).
         rest_bias: the same for the bias, empty if there is none.
+        remaker: the layer's own: for backward, x is made again where that is possible. ``None``: x is kept.
 
     Returns:
         (..., O), in autocast's dtype under autocast.
@@ -88,9 +91,12 @@ def lora_linear(
             effective_bias(bias, rest, rest_bias),
             transposed,
         )
-    # autograd casts, not the function: what the function keeps for backward is then its input, which second derivatives need
     layout = Layout(parts, rest, transposed)
-    return _LoRALinear.apply(for_autocast(x), weight, bias, lora_A, layout, *lora_B, *rest_weight, *rest_bias)
+    recipe = None
+    if remaker is not None and not torch.compiler.is_compiling():
+        recipe = remaker.recipe(x, autocast_dtype(x), (weight, lora_A, *rest_weight))
+    # autograd casts, not the function: what the function keeps for backward is then its input, which second derivatives need
+    return _LoRALinear.apply(for_autocast(x), weight, bias, lora_A, layout, recipe, *lora_B, *rest_weight, *rest_bias)
 
 
 def is_ordinary(x: Any) -> bool:
@@ -107,10 +113,15 @@ def is_ordinary(x: Any) -> bool:
     )
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype that autocast gives to products of x; without autocast, that of x."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) and x.dtype != torch.float64 else x.dtype
+
+
 def for_autocast(x: Tensor) -> Tensor:
     """Return x in the dtype that autocast gives to products; without autocast, x itself."""
-    device = x.device.type
-    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) and x.dtype != torch.float64 else x
+    return x.to(autocast_dtype(x))
 
 
 def without_autocast(device: str) -> AbstractContextManager:
@@ -189,7 +200,7 @@ class _Needs(NamedTuple):
 
 
 def _needs(ctx: Any, layout: Layout) -> _Needs:
-    x, weight, bias, lora_A, _, *factors = ctx.needs_input_grad
+    x, weight, bias, lora_A, _, _, *factors = ctx.needs_input_grad
     p, r = len(layout.parts), len(layout.rest)
     return _Needs(x, weight, bias, lora_A, tuple(factors[:p]), tuple(factors[p : p + r]), tuple(factors[p + r :]))
 
@@ -199,7 +210,7 @@ class _LoRALinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, layout: Layout,
-                *factors: Tensor) -> Tensor:  # fmt: skip
+                recipe: Recipe | None, *factors: Tensor) -> Tensor:  # fmt: skip
         parts, transposed = layout.parts, layout.transposed
         lora_B = list(factors[: len(parts)])
         device, dtype, cols = x.device.type, x.dtype, x.shape[-1]
@@ -222,7 +233,7 @@ class _LoRALinear(torch.autograd.Function):
                 z = times_A(x.reshape(-1, cols), lora_A, dtype)
         keeps_z = any(needs.lora_B) and not needs.weight
         keeps_w = needs.x and dtype != weight.dtype
-        ctx.save_for_backward(weight, lora_A, x if needs_x else None, z if keeps_z else None, w if keeps_w else None, *lora_B)
+        keep(ctx, x if needs_x else None, recipe, weight, lora_A, z if keeps_z else None, w if keeps_w else None, *lora_B)
         ctx.layout, ctx.use_merged, ctx.dtype, ctx.x_shape = layout, use_merged, dtype, x.shape
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.rest_dtypes = [f.dtype for f in factors[len(parts) :]]
@@ -232,7 +243,7 @@ class _LoRALinear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple:
         if wants_graph(dy):
             return _gradients(ctx, dy)
-        weight, lora_A, x, z, w, *lora_B = ctx.saved_tensors
+        x, (weight, lora_A, z, w, *lora_B) = kept(ctx)
         layout, dtype, needs = ctx.layout, ctx.dtype, _needs(ctx, ctx.layout)
         dy = dy.reshape(-1, dy.shape[-1])  # (N, O)
         if x is not None:
@@ -259,7 +270,7 @@ class _LoRALinear(torch.autograd.Function):
         # what trains in full
         db = dy.sum(0).to(ctx.bias_dtype) if needs.bias else None
         d_rest = _rest_gradients(dy, x, layout, needs, ctx.rest_dtypes)
-        return dx, dW, db, dA, None, *dB, *d_rest
+        return dx, dW, db, dA, None, None, *dB, *d_rest
 
 
 def _multiplied_weight(
@@ -341,7 +352,7 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple:
 
     ``narrow`` and not ``[:, a:b]``: the old kind of vmap (``is_grads_batched``) fails on a slice that covers everything.
     """
-    weight, lora_A, x, z, _, *lora_B = ctx.saved_tensors  # not the kept cast: no derivative goes through it to W
+    x, (weight, lora_A, z, _, *lora_B) = kept(ctx)  # not the kept cast: no derivative goes through it to W
     (parts, rest, transposed), dtype, needs = ctx.layout, ctx.dtype, _needs(ctx, ctx.layout)
     dy = dy.reshape(-1, dy.shape[-1])  # (N, O)
     if x is None and z is not None and needs.x and torch.is_grad_enabled():
@@ -376,7 +387,7 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple:
         d_rest.append(None if block is None else (block.t() if transposed else block).to(ctx.rest_dtypes[len(d_rest)]))
     for span, need in zip(rest, needs.rest_bias, strict=False):
         d_rest.append(dy.narrow(1, span.start, span.rows).sum(0).to(ctx.rest_dtypes[len(d_rest)]) if need else None)
-    return dx, dW, db, dA, None, *dB, *d_rest
+    return dx, dW, db, dA, None, None, *dB, *d_rest
 
 
 def _end_here(z: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from lowrank_pretrain.core.protocols import Inherit
 from lowrank_pretrain.core.targets import MatrixLayer, Target, is_conv1d
 from lowrank_pretrain.lora.function import effective_bias, effective_weight, lora_linear
 from lowrank_pretrain.lora.products import Part, RestPart, merged
+from lowrank_pretrain.lora.remake import Remaker
 
 
 class Unannounced:
@@ -48,6 +49,7 @@ class Reclassed(Unannounced, _Plain):
     _transposed: bool
     _parts: tuple[Part, ...]
     _rest: tuple[RestPart, ...]
+    _remaker: Remaker | None = None  # with recompute_inputs
     lora_A: nn.Parameter
     lora_B: nn.ParameterDict
     rest_weight: nn.ParameterDict
@@ -121,8 +123,9 @@ class LoRALinear(Reclassed):
         rest_weight = tuple(self.rest_weight[part.name] for part in self._rest)
         rest_bias = tuple(self.rest_bias[part.name] for part in self._rest) if self.bias is not None else ()
         return lora_linear(
-            x, self.weight, self.bias, self.lora_A, factors, self._parts, self._transposed, self._rest, rest_weight, rest_bias
-        )
+            x, self.weight, self.bias, self.lora_A, factors, self._parts, self._transposed, self._rest, rest_weight, rest_bias,
+            remaker=self._remaker,
+        )  # fmt: skip
 
     @torch.compiler.disable  # dynamo knows no object that borrows another one's attributes
     def _forward_of_its_own(self, args: tuple, kwargs: dict) -> Any:
@@ -193,7 +196,12 @@ class LoRALinear(Reclassed):
 
 
 def give_adapters(
-    layer: nn.Module, ranked: list[tuple[Target, int]], alpha: float | None, train_A: bool, seed: int | None
+    layer: nn.Module,
+    ranked: list[tuple[Target, int]],
+    alpha: float | None,
+    train_A: bool,
+    seed: int | None,
+    recompute_inputs: bool = False,
 ) -> None:
     """Swap the layer's class and register factors for its ranked targets; ``lora.inject`` explains the arguments."""
     weight = cast(MatrixLayer, layer).weight
@@ -213,6 +221,7 @@ def give_adapters(
     swap_class(layer, LoRALinear)
     layer = cast(LoRALinear, layer)
     layer._parts, layer._rest = tuple(spans), ()
+    layer._remaker = Remaker() if recompute_inputs else None
     layer.lora_A = nn.Parameter(A.to(**like), requires_grad=train_A and total > 0)
     layer.lora_B = nn.ParameterDict(factors)
 
@@ -241,6 +250,7 @@ def take_adapters(layer: LoRALinear) -> None:
             delattr(layer, name)
     object.__setattr__(layer, "__class__", layer._plain_class)
     del layer._parts, layer._rest
+    layer.__dict__.pop("_remaker", None)
 
 
 def _known_forwards() -> tuple:

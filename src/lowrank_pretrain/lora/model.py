@@ -21,7 +21,12 @@ from lowrank_pretrain.lora.products import RestPart
 
 
 def inject(
-    module: nn.Module, plan: Mapping[str, int], alpha: float | None = None, train_A: bool = True, seed: int | None = None
+    module: nn.Module,
+    plan: Mapping[str, int],
+    alpha: float | None = None,
+    train_A: bool = True,
+    seed: int | None = None,
+    recompute_inputs: bool = False,
 ) -> list[Inherit]:
     """Give every target of the plan an adapter of its rank. Outputs do not change by one bit (B = 0).
 
@@ -31,6 +36,8 @@ def inject(
         alpha: scale = alpha / rank; ``None``: alpha = rank, scale 1.
         train_A: ``False`` keeps A as drawn and trains B alone (LoRA-FA, arXiv 2308.03303), which saves activations.
         seed: of the private generators that draw A; default: the run's seed.
+        recompute_inputs: make a layer's input again in backward, from what the operation before it keeps anyway (GELU, SiLU,
+            norms, products such as SwiGLU's), in place of keeping it for A's gradient.
 
     Returns:
         For each target that was an output head tied to the embedding: its own weight, a copy.
@@ -47,7 +54,7 @@ def inject(
         layer = group[0].layer
         ranked = [t for t in group if plan[t.name] > 0]
         if ranked or len(group) < len(parts(layer_name, layer)):
-            give_adapters(layer, [(t, plan[t.name]) for t in ranked], alpha, train_A, seed)
+            give_adapters(layer, [(t, plan[t.name]) for t in ranked], alpha, train_A, seed, recompute_inputs)
     switch_fast_path(module, off=True)
     _merge_where_shared(module)
     return untied
@@ -229,13 +236,16 @@ class Adapters(Adopter):
     makes_adapters = True
     adapter_settings: Mapping[str, Any] = MappingProxyType({})  # it takes them all from the callback
 
-    def __init__(self, alpha: float | None = None, train_A: bool = True, freeze_rest: bool = False) -> None:
+    def __init__(
+        self, alpha: float | None = None, train_A: bool = True, freeze_rest: bool = False, recompute_inputs: bool = False
+    ) -> None:
         self.alpha, self.train_A, self.freeze_rest = alpha, train_A, freeze_rest
+        self.recompute_inputs = recompute_inputs
 
     def adopt(self, plan: Plan, module: nn.Module) -> list[Inherit]:
         """Give every target of the plan an adapter, at the switch."""
         self.plan, self.module = plan, module
-        return inject(module, plan, self.alpha, self.train_A)
+        return inject(module, plan, self.alpha, self.train_A, recompute_inputs=self.recompute_inputs)
 
     def release(self) -> list[Inherit]:
         """Stop training the targets' W and b, at the freeze."""

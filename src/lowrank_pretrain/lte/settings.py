@@ -44,6 +44,7 @@ class Settings:
     wire: str = "float32"
     outer_lr: float = 1.0
     outer_momentum: float = 0.0
+    recompute_inputs: bool = False
     before: str = BEFORE[0]
     fragments: int = 1
     keep_on: str = KEEP_ON[0]
@@ -98,6 +99,7 @@ def check_settings(given: Mapping[str, Any]) -> None:
     for key, one_of in choices:
         checks.choice(key, given[key], one_of)
     checks.flag("reset", given["reset"])
+    checks.flag("recompute_inputs", given["recompute_inputs"])
     OuterStep(given["outer_lr"], given["outer_momentum"])
     if given["alpha"] is not None:
         checks.number("alpha", given["alpha"], above=0, allowed="must be a number above 0, or null for alpha = rank")
@@ -140,7 +142,7 @@ def _check_together(given: Mapping[str, Any]) -> None:
 def _check_galore(given: Mapping[str, Any]) -> None:
     """Refuse settings that GaLoreAdamW's groups decide, and more than one head per device."""
     defaults: dict[str, tuple] = {"rank": (16,), "targets": ("all",), "heads": (4, 1), "mode": ("parallel",), "reset": (False,)}
-    for key, allowed in {**defaults, "overlap": (0,), "alpha": (None,), "prune": (None,)}.items():
+    for key, allowed in {**defaults, "overlap": (0,), "alpha": (None,), "prune": (None,), "recompute_inputs": (False,)}.items():
         if given[key] not in allowed:
             where = "belongs to GaLoreAdamW's groups" if key in ("rank", "targets") else "has no meaning"
             raise ConfigError(key, given[key], f"{where} with update=galore: leave it out")
@@ -151,7 +153,8 @@ def _check_galore(given: Mapping[str, Any]) -> None:
 def _check_full(given: Mapping[str, Any]) -> None:
     """Refuse settings of heads or projections: a worker sends the difference of its weights."""
     defaults: dict[str, tuple] = {"rank": (16,), "heads": (4, 1), "mode": ("parallel",), "reset": (False,), "basis": ("own",)}
-    for key, allowed in {**defaults, "alpha": (None,), "prune": (None,), "route": (None,)}.items():
+    defaults |= {"alpha": (None,), "prune": (None,), "route": (None,), "recompute_inputs": (False,)}
+    for key, allowed in defaults.items():
         if given[key] not in allowed:
             raise ConfigError(key, given[key], "has no meaning with update=full, which trains whole weights: leave it out")
 

@@ -87,6 +87,7 @@ class LTEStrategy(FollowsPhases, Reports, Merges):
         fragments: with ``update="full"``, parts of the targets that merge in turn within ``merge_every``.
         keep_on: ``device``, or ``cpu`` for what only merges need: outer momentum, error feedback, W_base of ``update="full"``
             (``full.FullSet`` says what each costs).
+        recompute_inputs: make layers' inputs again in backward where possible, in place of keeping them (``lora.inject``).
         ddp_kwargs: further arguments of ``DDPStrategy`` and of DDP (``timeout``, ``find_unused_parameters``, …).
 
     Raises:
@@ -117,6 +118,7 @@ class LTEStrategy(FollowsPhases, Reports, Merges):
         before: str = "ddp",
         fragments: int = 1,
         keep_on: str = "device",
+        recompute_inputs: bool = False,
         **ddp_kwargs: Any,
     ) -> None:
         given = dict(locals())
@@ -129,8 +131,8 @@ class LTEStrategy(FollowsPhases, Reports, Merges):
         self._use_sampler: bool | None = None  # what use_distributed_sampler was before the fit
         patience = 600.0 if self._patience is None else self._patience.total_seconds()
         self.rank, self.targets = rank, targets if isinstance(targets, str) else [str(t) for t in targets]
-        self.merge_every, self.sync_rest = merge_every, sync_rest
         self.merge_timeout = patience if merge_timeout is None else merge_timeout
+        self.merge_every, self.sync_rest = merge_every, sync_rest
         self.update, self.basis, self.before = update, basis, before
         self.settings = Settings.of({**given, "targets": self.targets})
         self.makes_adapters = KINDS[update].makes_adapters

@@ -64,6 +64,7 @@ class PhaseCallback(HasPhase, Callback):
             becomes a product U V of its rank.
         energy: with ``factorize``, instead of the plan's ranks: the share of each layer's output energy that must stay.
         flops: likewise: the share of the targets' FLOPs that the factors may take in all.
+        recompute_inputs: layers with adapters make their input again in backward, where they can, in place of keeping it.
 
     Attributes:
         phase: ``full``, ``joint`` or ``lowrank``.
@@ -95,25 +96,24 @@ class PhaseCallback(HasPhase, Callback):
         adapter_weight_decay: float | None = None,
         energy: float | None = None,
         flops: float | None = None,
+        recompute_inputs: bool = False,
     ) -> None:
         if alpha is not None:
             number("alpha", alpha, above=0, allowed="must be a number above 0, or null for alpha = rank")
-        flag("train_A", train_A)
-        flag("freeze_rest", freeze_rest)
+        for key, value in (("train_A", train_A), ("freeze_rest", freeze_rest), ("recompute_inputs", recompute_inputs)):
+            flag(key, value)
         choice("optimizer_state", optimizer_state, ("keep", "reset"))
         whole("rewarm", rewarm, 0, "optimizer steps")
         choice("then", then, ("lora", "galore", "factorize"))
         self.energy, self.flops = refusals.check_rank_rule(then, energy, flops)
         number("adapter_lr", adapter_lr, above=0, allowed="must be a number above 0, times the base weight's learning rate")
         if adapter_weight_decay is not None:
-            allowed = "must be a number of 0 or more, or null"
-            number("adapter_weight_decay", adapter_weight_decay, least=0, allowed=allowed)
+            number("adapter_weight_decay", adapter_weight_decay, least=0, allowed="must be a number of 0 or more, or null")
         self.adapter_lr, self.adapter_weight_decay = adapter_lr, adapter_weight_decay
-        self.alpha, self.train_A, self.freeze_rest = alpha, train_A, freeze_rest
+        self.alpha, self.train_A, self.freeze_rest, self.recompute_inputs = alpha, train_A, freeze_rest, recompute_inputs
         self.optimizer_state, self.rewarm, self.then = optimizer_state, rewarm, then
-        self._brought = Brought()
+        self._brought, self._restoring = Brought(), True
         self._ended: Ended | None = None
-        self._restoring = True
         self._rewarm: Rewarm | None = None
         self._diverged = False  # the module came with adapters that are NaN, and no file has replaced them
         self._reset()

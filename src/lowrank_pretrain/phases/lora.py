@@ -35,6 +35,9 @@ class LoRA(PhaseCallback):
         train_A: ``False`` trains B alone (LoRA-FA).
         adapter_lr: the adapters' learning rate over that of their base weight.
         adapter_weight_decay: the adapters' weight decay; ``None``: that of their base weight.
+        recompute_inputs: make a layer's input again in backward where what made it keeps what that takes (GELU, SiLU, norms,
+            products such as SwiGLU's), in place of keeping the input too. Saves activation memory and costs a few percent of
+            a step.
 
     Raises:
         ConfigError: a wrong value; at the start of fit or in its first step, a pattern without a match, one that names what
@@ -50,9 +53,13 @@ class LoRA(PhaseCallback):
         train_A: bool = True,
         adapter_lr: float = 1.0,
         adapter_weight_decay: float | None = None,
+        recompute_inputs: bool = False,
     ) -> None:
         whole("rank", rank, 1)
-        super().__init__(alpha, train_A, freeze_rest, adapter_lr=adapter_lr, adapter_weight_decay=adapter_weight_decay)
+        super().__init__(
+            alpha, train_A, freeze_rest, adapter_lr=adapter_lr, adapter_weight_decay=adapter_weight_decay,
+            recompute_inputs=recompute_inputs,
+        )  # fmt: skip
         self.rank = int(rank)
         self.targets = check_patterns(targets)
 

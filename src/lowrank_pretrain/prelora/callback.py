@@ -69,6 +69,9 @@ class PreLoRA(PhaseCallback):
         energy: with ``then="factorize"``: the share of each layer's output energy that its rank must keep, instead of
             ``ranks``.
         flops: likewise: the share of the targets' FLOPs that the factors may take in all, instead of ``ranks``.
+        recompute_inputs: make a layer's input again in backward where what made it keeps what that takes (GELU, SiLU, norms,
+            products such as SwiGLU's), in place of keeping the input too. Saves activation memory and costs a few percent of
+            a step.
 
     Raises:
         ConfigError: a wrong value; at the start of fit or in its first step, a pattern without a match, one that names what
@@ -100,9 +103,10 @@ class PreLoRA(PhaseCallback):
         adapter_weight_decay: float | None = None,
         energy: float | None = None,
         flops: float | None = None,
+        recompute_inputs: bool = False,
     ) -> None:
         own = (adapter_lr, adapter_weight_decay, energy, flops)
-        super().__init__(alpha, train_A, freeze_rest, optimizer_state, rewarm, then, *own)
+        super().__init__(alpha, train_A, freeze_rest, optimizer_state, rewarm, then, *own, recompute_inputs=recompute_inputs)
         self.targets = check_patterns(targets)
         if then == "factorize":
             unset = isinstance(ranks, Sequence) and list(ranks) == RANKS

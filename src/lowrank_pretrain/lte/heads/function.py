@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lowrank_pretrain.lora.function import effective_weight, for_autocast, is_ordinary, wants_graph
+from lowrank_pretrain.lora.function import autocast_dtype, effective_weight, for_autocast, is_ordinary, wants_graph
 from lowrank_pretrain.lora.products import (
     Part,
     RestPart,
@@ -24,6 +24,7 @@ from lowrank_pretrain.lora.products import (
     own_memory,
     times_B,
 )
+from lowrank_pretrain.lora.remake import Recipe, Remaker, keep, kept
 
 
 class Layout(NamedTuple):
@@ -45,6 +46,7 @@ def heads_linear(
     spans: tuple[tuple[int, int], ...],
     layout: Layout,
     rest_weight: tuple[Tensor, ...] = (),
+    remaker: Remaker | None = None,
 ) -> Tensor:
     """Apply a linear layer whose batch is shared out among H heads.
 
@@ -59,6 +61,7 @@ def heads_linear(
         spans: per head its first row and the one after its last, among x's n rows.
         layout: the parts, and how W lies.
         rest_weight: see ``lora.function.lora_linear``.
+        remaker: likewise.
 
     Returns:
         (B, …, O). Each head's gradient is that of the mean over its own samples: it is multiplied by n / n_k, as
@@ -66,8 +69,12 @@ def heads_linear(
     """
     if not is_ordinary(x):
         return _by_autograd(x, weight, bias, lora_A, lora_B, prev_A, prev_B, spans, layout, rest_weight)
+    recipe = None
+    if remaker is not None and not torch.compiler.is_compiling():
+        recipe = remaker.recipe(x, autocast_dtype(x), (lora_A, *lora_B, *rest_weight))
+    others = (*lora_B, *prev_B, *rest_weight)
     # autograd casts, not the function: what the function keeps for backward is then its input, which second derivatives need
-    return _HeadsLinear.apply(for_autocast(x), weight, bias, lora_A, prev_A, spans, layout, *lora_B, *prev_B, *rest_weight)
+    return _HeadsLinear.apply(for_autocast(x), weight, bias, lora_A, prev_A, spans, layout, recipe, *others)
 
 
 def _by_autograd(
@@ -117,8 +124,10 @@ class _HeadsLinear(torch.autograd.Function):
     """Form the products of ``lora.function`` for each head, on its own rows; the formula is at the top of this file."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, prev_A: Tensor | None,
-                spans: tuple[tuple[int, int], ...], layout: Layout, *factors: Tensor) -> Tensor:  # fmt: skip
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, prev_A: Tensor | None,
+        spans: tuple[tuple[int, int], ...], layout: Layout, recipe: Recipe | None, *factors: Tensor,
+    ) -> Tensor:  # fmt: skip
         parts, p = layout.parts, len(layout.parts)
         lora_B, prev_B = list(factors[:p]), list(factors[p : 2 * p]) if prev_A is not None else []
         dtype = x.dtype
@@ -137,7 +146,7 @@ class _HeadsLinear(torch.autograd.Function):
                 y = own_memory(affine(x, weight.to(dtype), b, layout.transposed))
                 for k, (i, j) in enumerate(spans):
                     add_low_rank(y.view(-1, y.shape[-1])[i:j], flat[i:j] @ A[k].to(dtype).t(), [f[k] for f in B], wide, dtype)
-        ctx.save_for_backward(x, weight, lora_A, prev_A, *factors)
+        keep(ctx, x, recipe, weight, lora_A, prev_A, *factors)
         ctx.layout, ctx.spans, ctx.forms, ctx.dtype, ctx.x_shape = layout, spans, forms, dtype, x.shape
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.rest_dtypes = [f.dtype for f in factors[p + len(prev_B) :]]
@@ -147,7 +156,7 @@ class _HeadsLinear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple:
         if wants_graph(dy):
             return _gradients(ctx, dy)
-        x, weight, lora_A, prev_A, *factors = ctx.saved_tensors
+        x, (weight, lora_A, prev_A, *factors) = kept(ctx)
         (parts, rest, transposed), dtype, needs = ctx.layout, ctx.dtype, ctx.needs_input_grad
         p = len(parts)
         lora_B, prev_B = factors[:p], factors[p : 2 * p] if prev_A is not None else []
@@ -155,7 +164,7 @@ class _HeadsLinear(torch.autograd.Function):
         n, total = dy.shape[0], lora_A.shape[1]
         A, B, wide = _with_prev(lora_A, lora_B, prev_A, prev_B, parts)
         dA = torch.zeros_like(lora_A) if needs[3] else None
-        dB = [torch.zeros_like(f) for f in lora_B] if any(needs[7 : 7 + p]) else []
+        dB = [torch.zeros_like(f) for f in lora_B] if any(needs[8 : 8 + p]) else []
         dx = None
         if needs[0]:
             dx = torch.empty_like(x) if ctx.forms else dy @ _as_rows(weight.to(dtype), transposed)
@@ -189,17 +198,18 @@ class _HeadsLinear(torch.autograd.Function):
                 d_rest[index] = (d.t() if transposed else d).to(ctx.rest_dtypes[index])
         dx = None if dx is None else dx.view(ctx.x_shape)
         d_lora_B: list[Any] = [*dB] or [None] * p
-        return dx, None, db, dA, None, None, None, *d_lora_B, *[None] * len(prev_B), *d_rest
+        return dx, None, db, dA, None, None, None, None, *d_lora_B, *[None] * len(prev_B), *d_rest
 
 
 def _gradients(ctx: Any, dy: Tensor) -> tuple:
     """Return the gradients of ``_HeadsLinear.backward``, by operations that can be differentiated and batched."""
-    x, weight, lora_A, prev_A, *factors = ctx.saved_tensors
+    x, (weight, lora_A, prev_A, *factors) = kept(ctx)
     p, needs, graph = len(ctx.layout.parts), ctx.needs_input_grad, torch.is_grad_enabled()
+    x = x if x.requires_grad or not needs[0] else x.requires_grad_()  # made again without a graph
     lora_B, prev_B = factors[:p], factors[p : 2 * p] if prev_A is not None else []
     rest_weight = tuple(factors[p + len(prev_B) :])
     wanted = [x, lora_A, *lora_B, *rest_weight]
-    needed = [needs[0], needs[3], *needs[7 : 7 + p], *needs[7 + p + len(prev_B) :]]
+    needed = [needs[0], needs[3], *needs[8 : 8 + p], *needs[8 + p + len(prev_B) :]]
     with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
         y = _by_autograd(
             x, weight.to(ctx.dtype), None, lora_A.to(ctx.dtype), [f.to(ctx.dtype) for f in lora_B],
@@ -210,7 +220,7 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple:
         found = iter(torch.autograd.grad(y, chosen, dy, create_graph=graph, allow_unused=True) if chosen else ())
     dx, dA, *others = (next(found) if need else None for need in needed)
     db = dy.reshape(-1, dy.shape[-1]).sum(0).to(ctx.bias_dtype) if needs[2] else None
-    return dx, None, db, dA, None, None, None, *others[:p], *[None] * len(prev_B), *others[p:]
+    return dx, None, db, dA, None, None, None, None, *others[:p], *[None] * len(prev_B), *others[p:]
 
 
 def _live(dz: Tensor, parts: tuple[Part, ...]) -> Tensor:

@@ -92,7 +92,7 @@ class HeadSet(LocalTargets):
     @classmethod
     def decides(cls, settings: Settings) -> Mapping[str, Any]:
         """Return settings that a phase callback cannot change: heads use the strategy's scale and train their A."""
-        return {**HEAD_SETTINGS, "alpha": settings.alpha}
+        return {**HEAD_SETTINGS, "alpha": settings.alpha, "recompute_inputs": settings.recompute_inputs}
 
     # -- beginning and ending ---------------------------------------------------------------------------------------
 
@@ -107,7 +107,7 @@ class HeadSet(LocalTargets):
     def adopt(self, plan: Plan, fit: Fit) -> list[Inherit]:
         """Give each target one synchronous adapter, averaged like all other parameters."""
         self.plan = plan
-        return lora.Adapters(self.settings.alpha).adopt(plan, fit.module)
+        return lora.Adapters(self.settings.alpha, recompute_inputs=self.settings.recompute_inputs).adopt(plan, fit.module)
 
     def release(self, fit: Fit) -> list[Inherit]:
         """Start every head from the joint phase's adapter, which is merged into W."""
@@ -144,7 +144,7 @@ class HeadSet(LocalTargets):
             rest = [RestPart(*block) for block in parts(name, layer) if block[0] not in chosen]
             ranked = [(t, ranks[t.name]) for t in group if ranks[t.name]]
             self.layers[name] = layer
-            seeded = self.settings.alpha, self.settings.seed
+            seeded = self.settings.alpha, self.settings.seed, self.settings.recompute_inputs
             self.row_blocks += give_heads(name, layer, ranked, self.head_ids(), self.shared, rest, *seeded)
             wide = at_least_32(layer.weight.dtype)
             for (target, _), part in zip(ranked, layer._parts, strict=True):

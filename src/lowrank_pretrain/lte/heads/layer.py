@@ -24,6 +24,7 @@ from lowrank_pretrain.core.targets import WHOLE, Target, is_conv1d
 from lowrank_pretrain.lora.function import lora_linear
 from lowrank_pretrain.lora.layer import Reclassed, has_own_forward, keep_rows, swap_class
 from lowrank_pretrain.lora.products import Part, RestPart
+from lowrank_pretrain.lora.remake import Remaker
 from lowrank_pretrain.lte.heads.function import Layout, heads_linear
 from lowrank_pretrain.lte.local_targets import Shared
 from lowrank_pretrain.lte.merge import Factors
@@ -47,13 +48,17 @@ class MultiheadLoRALinear(Reclassed):
         factors = [self.lora_B[part.name] for part in self._parts]
         if shared.mode == "joint":
             A, B, parts = self._side_by_side(factors)
-            return lora_linear(x, weight, self.bias, A, B, parts, is_conv1d(self), self._rest, rest_weight)
+            return lora_linear(
+                x, weight, self.bias, A, B, parts, is_conv1d(self), self._rest, rest_weight, remaker=self._remaker
+            )
         prev_A, prev_B = self.prev_factors()
         layout = Layout(self._parts, self._rest, is_conv1d(self))
         if self.weight.requires_grad and self._cannot_share(x):
             return self._plain_class.forward(self, x)
         spans = self._spans(x)
-        return heads_linear(x, weight, self.bias, self.lora_A, factors, prev_A, prev_B, spans, layout, rest_weight)
+        return heads_linear(
+            x, weight, self.bias, self.lora_A, factors, prev_A, prev_B, spans, layout, rest_weight, self._remaker
+        )
 
     def _cannot_share(self, x: Tensor) -> bool:
         """Return, in the first step, whether x has too few samples for the heads. Then W itself trains."""
@@ -210,6 +215,7 @@ def give_heads(
     rest: list[RestPart],
     alpha: float | None = None,
     seed: int | None = None,
+    recompute_inputs: bool = False,
 ) -> list[Inherit]:
     """Swap the layer's class, register heads with B = 0 for its ranked targets, and freeze W.
 
@@ -222,6 +228,7 @@ def give_heads(
         rest: its row blocks that are not targets; they continue to train in full.
         alpha: scale = alpha / rank; ``None``: scale 1.
         seed: the run's seed, for A.
+        recompute_inputs: see ``LTEStrategy``.
 
     Returns:
         What the rest blocks' parameters take over.
@@ -237,6 +244,7 @@ def give_heads(
     swap_class(layer, MultiheadLoRALinear)
     layer = cast(MultiheadLoRALinear, layer)
     layer._parts, layer._rest, layer._shared, layer._name = tuple(parts), (), shared, layer_name
+    layer._remaker = Remaker() if recompute_inputs else None
     none = torch.empty(0, weight.shape[0] if is_conv1d(layer) else weight.shape[1])
     A = [torch.cat([none, *(draw_A(t.name, head, 0, rank, t.cols, seed) for t, rank in ranked)]) for head in head_ids]
     layer.lora_A = nn.Parameter(torch.stack(A).to(**like), requires_grad=at > 0)
@@ -280,6 +288,7 @@ def take_heads(layer: MultiheadLoRALinear) -> Held:
     plain = layer._plain_class
     layer.__class__ = plain  # type: ignore[assignment]  # the class that ``give_heads`` found
     del layer._parts, layer._rest, layer._shared, layer._name
+    layer.__dict__.pop("_remaker", None)
     return held
 
 
