@@ -27,6 +27,7 @@ from lowrank_pretrain.core.lightning_private import (
     is_view,
     transforms_active,
 )
+from lowrank_pretrain.lora.frozen import Stored, base_weight, gradient_product, product, widened
 
 _is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)  # since torch 2.7
 
@@ -56,6 +57,7 @@ class Layout(NamedTuple):
     parts: tuple[Part, ...]
     rest: tuple[RestPart, ...]
     transposed: bool  # W is D×O (transformers' Conv1D)
+    stored: str | None = None  # kind of `frozen.KINDS` in which a frozen W is stored and multiplied
 
 
 def lora_linear(
@@ -69,6 +71,7 @@ def lora_linear(
     rest: tuple[RestPart, ...] = (),
     rest_weight: tuple[Tensor, ...] = (),
     rest_bias: tuple[Tensor, ...] = (),
+    stored: Stored | None = None,
 ) -> Tensor:
     """Apply a linear layer with low-rank adapters on its row blocks.
 
@@ -83,6 +86,7 @@ def lora_linear(
         rest: row blocks that train in full while the others are frozen.
         rest_weight: per rest block a view of its rows of ``weight`` (gradients only; ``weight`` already holds the values).
         rest_bias: the same for the bias, empty if there is none.
+        stored: what belongs to a frozen ``weight`` that is stored in a cheaper type; then there are no rest blocks.
 
     Returns:
         (..., O), in autocast's dtype under autocast.
@@ -93,6 +97,8 @@ def lora_linear(
         tensor([[2., 1.]])
     """
     if not is_ordinary(x):
+        if stored is not None:
+            weight = widened(weight, stored.kind, stored.scale, stored.dtype)
         return affine(
             x,
             effective_weight(weight, lora_A, lora_B, parts, transposed, rest, rest_weight),
@@ -100,6 +106,9 @@ def lora_linear(
             transposed,
         )
     # autograd casts, not the function: what the function keeps for backward is then its input, which second derivatives need
+    if stored is not None:
+        layout = Layout(parts, (), transposed, stored.kind)
+        return _LoRALinear.apply(for_autocast(x), weight, bias, lora_A, layout, *lora_B, *stored.operands())
     layout = Layout(parts, rest, transposed)
     return _LoRALinear.apply(for_autocast(x), weight, bias, lora_A, layout, *lora_B, *rest_weight, *rest_bias)
 
@@ -172,9 +181,11 @@ def _in_order(whole: Tensor, blocks: dict[tuple[int, int], Tensor]) -> Tensor:
     return torch.cat(pieces)
 
 
-def merged(weight: Tensor, lora_A: Tensor, lora_B: list[Tensor], parts: tuple[Part, ...], transposed: bool) -> Tensor:
-    """Return Wₑ = W + scale · B A per row block, a new tensor of the layout and dtype of ``weight``; float32 inside."""
-    out = weight.detach().clone(memory_format=torch.contiguous_format)
+def merged(
+    weight: Tensor, lora_A: Tensor, lora_B: list[Tensor], parts: tuple[Part, ...], transposed: bool, stored: Stored | None = None
+) -> Tensor:
+    """Return Wₑ = W + scale · B A per row block, a new tensor in W's layout and own dtype; float32 inside."""
+    out = base_weight(weight, stored).clone(memory_format=torch.contiguous_format)
     for part, factor in zip(parts, lora_B, strict=True):
         rows = slice(part.start, part.start + part.rows)
         block = out[:, rows].t() if transposed else out[rows]
@@ -217,6 +228,8 @@ class _Needs(NamedTuple):
 def _needs(ctx: Any, layout: Layout) -> _Needs:
     x, weight, bias, lora_A, _, *factors = ctx.needs_input_grad
     p, r = len(layout.parts), len(layout.rest)
+    if layout.stored is not None:  # what follows the factors are the stored W's scales
+        return _Needs(x, False, bias, lora_A, tuple(factors[:p]), (), ())
     return _Needs(x, weight, bias, lora_A, tuple(factors[:p]), tuple(factors[p : p + r]), tuple(factors[p + r :]))
 
 
@@ -231,12 +244,16 @@ class _LoRALinear(torch.autograd.Function):
         device, dtype, cols = x.device.type, x.dtype, x.shape[-1]
         # in-place products after an autocast op fail ("BFloat16 and Float"), so all casts are made here and before
         with torch.autocast(device, enabled=False):
-            use_merged = forms_merged_weight(x.numel() // cols, weight)
-            w = (merged(weight, lora_A, lora_B, parts, transposed) if use_merged else weight).to(dtype)
+            use_merged = layout.stored is None and forms_merged_weight(x.numel() // cols, weight)
             b = None if bias is None else bias.to(dtype)
-            y = own_memory(affine(x, w, b, transposed))
+            if layout.stored is not None:
+                y = product(x.reshape(-1, cols), weight, layout.stored, factors[len(parts) :], b, transposed)
+                y = own_memory(y.view(*x.shape[:-1], y.shape[-1]))
+            else:
+                w = (merged(weight, lora_A, lora_B, parts, transposed) if use_merged else weight).to(dtype)
+                y = own_memory(affine(x, w, b, transposed))
             z = None
-            if not use_merged:
+            if not use_merged and parts:
                 z = x.reshape(-1, cols) @ lora_A.to(dtype).t()  # (N, ΣR)
                 add_low_rank(y.view(-1, y.shape[-1]), z, lora_B, parts, dtype)
 
@@ -246,7 +263,8 @@ class _LoRALinear(torch.autograd.Function):
         if not needs_x and z is None and any(needs.lora_B):
             with torch.autocast(device, enabled=False):
                 z = x.reshape(-1, cols) @ lora_A.to(dtype).t()
-        ctx.save_for_backward(weight, lora_A, x if needs_x else None, z if not needs_x else None, *lora_B)
+        operands = factors[len(parts) :] if layout.stored is not None else ()
+        ctx.save_for_backward(weight, lora_A, x if needs_x else None, z if not needs_x else None, *lora_B, *operands)
         ctx.layout, ctx.use_merged, ctx.dtype, ctx.x_shape = layout, use_merged, dtype, x.shape
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.rest_dtypes = [f.dtype for f in factors[len(parts) :]]
@@ -256,15 +274,16 @@ class _LoRALinear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple:
         if wants_graph(dy):
             return _gradients(ctx, dy)
-        weight, lora_A, x, z, *lora_B = ctx.saved_tensors
+        weight, lora_A, x, z, *factors = ctx.saved_tensors
         layout, dtype, needs = ctx.layout, ctx.dtype, _needs(ctx, ctx.layout)
+        lora_B, operands = factors[: len(layout.parts)], tuple(factors[len(layout.parts) :])
         dy = dy.reshape(-1, dy.shape[-1])  # (N, O)
         if x is not None:
             x = x.reshape(-1, x.shape[-1])  # (N, D)
         dx = dW = dz = None
 
         # W, A and B
-        if (needs.factors and not needs.weight) or (needs.x and not ctx.use_merged):
+        if layout.parts and ((needs.factors and not needs.weight) or (needs.x and not ctx.use_merged)):
             dz = times_B(dy, lora_B, layout.parts, lora_A.shape[0], dtype)  # (N, ΣR)
         if needs.weight:
             dW, dA, dB = _joint_gradients(dy, x, weight, lora_A, lora_B, layout, needs)
@@ -272,17 +291,20 @@ class _LoRALinear(torch.autograd.Function):
             dA, dB = _factor_gradients(dy, dz, x, z, lora_A, lora_B, layout, needs, dtype)
 
         # x
-        if needs.x:
+        if needs.x and layout.stored is not None:
+            dx = gradient_product(dy, weight, layout.stored, operands, layout.transposed)
+        elif needs.x:
             w = merged(weight, lora_A, lora_B, layout.parts, layout.transposed) if ctx.use_merged else weight
             w = w.to(dtype)
             dx = dy @ (w.t() if layout.transposed else w)
+        if dx is not None:
             if dz is not None and not ctx.use_merged:
                 dx.addmm_(dz, lora_A.to(dtype))
             dx = dx.view(ctx.x_shape)
 
         # what trains in full
         db = dy.sum(0).to(ctx.bias_dtype) if needs.bias else None
-        d_rest = _rest_gradients(dy, x, layout, needs, ctx.rest_dtypes)
+        d_rest = [None] * len(operands) or _rest_gradients(dy, x, layout, needs, ctx.rest_dtypes)
         return dx, dW, db, dA, None, *dB, *d_rest
 
 
@@ -354,14 +376,15 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple:
 
     ``narrow`` and not ``[:, a:b]``: the old kind of vmap (``is_grads_batched``) fails on a slice that covers everything.
     """
-    weight, lora_A, x, z, *lora_B = ctx.saved_tensors
-    (parts, rest, transposed), dtype, needs = ctx.layout, ctx.dtype, _needs(ctx, ctx.layout)
+    weight, lora_A, x, z, *factors = ctx.saved_tensors
+    (parts, rest, transposed, stored), dtype, needs = ctx.layout, ctx.dtype, _needs(ctx, ctx.layout)
+    lora_B, operands = factors[: len(parts)], factors[len(parts) :]
     dy = dy.reshape(-1, dy.shape[-1])  # (N, O)
     if z is not None and needs.x and torch.is_grad_enabled():
         z = _end_here(z)
     dx = dW = dA = None
     if needs.x:
-        W = weight.to(dtype)
+        W = weight.to(dtype) if stored is None else widened(weight, stored, operands[0] if operands else None, dtype)
         dx = dy @ (W.t() if transposed else W)
         for p, B in zip(parts, lora_B, strict=True):
             dz = dy.narrow(1, p.start, p.rows) @ B.to(dtype) * p.scale
@@ -389,7 +412,7 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple:
         d_rest.append(None if block is None else (block.t() if transposed else block).to(ctx.rest_dtypes[len(d_rest)]))
     for span, need in zip(rest, needs.rest_bias, strict=False):
         d_rest.append(dy.narrow(1, span.start, span.rows).sum(0).to(ctx.rest_dtypes[len(d_rest)]) if need else None)
-    return dx, dW, db, dA, None, *dB, *d_rest
+    return dx, dW, db, dA, None, *dB, *d_rest, *[None] * len(operands)
 
 
 def _end_here(z: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any, cast
@@ -15,9 +15,10 @@ from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.lightning_private import state_dict_hooks
 from lowrank_pretrain.core.plan import Plan
 from lowrank_pretrain.core.protocols import Adopter, Inherit
-from lowrank_pretrain.core.targets import Target, all_targets, output_heads, parts, plain_name, tied_layers
+from lowrank_pretrain.core.targets import Target, all_targets, families, output_heads, parts, plain_name, tied_layers
+from lowrank_pretrain.lora import frozen
 from lowrank_pretrain.lora.function import RestPart
-from lowrank_pretrain.lora.layer import ADDED, LoRALinear, give_adapters, keep_rows, take_adapters
+from lowrank_pretrain.lora.layer import ADDED, LoRALinear, give_adapters, has_own_forward, keep_rows, take_adapters
 
 
 def inject(
@@ -53,14 +54,31 @@ def inject(
     return untied
 
 
-def freeze(module: nn.Module, plan: Mapping[str, int], freeze_rest: bool = False) -> list[Inherit]:
+def freeze(
+    module: nn.Module,
+    plan: Mapping[str, int],
+    freeze_rest: bool = False,
+    frozen_dtype: str | None = None,
+    keep_original: bool = False,
+) -> list[Inherit]:
     """Freeze W and b of the plan's targets; with ``freeze_rest`` also everything else but the adapters.
 
     A fused layer of which only some row blocks are targets (say q and v) continues to train the others: they become
     parameters ``rest_weight.<part>`` that are views of W.
 
+    Args:
+        module: has adapters by the same plan.
+        plan: target -> rank.
+        freeze_rest: see above.
+        frozen_dtype: store each frozen W in this type (``frozen.KINDS``) and multiply in it, but for the layers that
+            ``frozen_layers`` leaves out; ``None``: as it is.
+        keep_original: keep W itself in the host's memory: merges add to it.
+
     Returns:
         For those views, the rows and optimizer state that they take over.
+
+    Raises:
+        ConfigError: a W that the type cannot hold.
     """
     inherited: list[Inherit] = []
     targets = all_targets(module)
@@ -79,18 +97,92 @@ def freeze(module: nn.Module, plan: Mapping[str, int], freeze_rest: bool = False
         for p in module.parameters():
             if id(p) not in adapters:
                 p.requires_grad_(False)
+    if frozen_dtype is not None:
+        _store_frozen(module, plan, freeze_rest, frozen_dtype, keep_original)
     return inherited
+
+
+def frozen_layers(module: nn.Module, plan: Mapping[str, int], freeze_rest: bool, kind: str) -> tuple[dict[str, Target], dict[str, str]]:
+    """Return the layers whose whole W a freeze makes a constant, with one of their targets; and why others are left out.
+
+    Args:
+        module: with or without adapters.
+        plan: target -> rank, 0 included.
+        freeze_rest: whether everything but adapters freezes.
+        kind: the type to store W in.
+
+    Raises:
+        ConfigError: a W whose shape the type's kernel refuses.
+    """
+    found, left_out = {}, {}
+    for layer_name, group in _by_layer(all_targets(module), plan).items():
+        layer = group[0].layer
+        if has_own_forward(layer):
+            left_out[layer_name] = "has a class with a forward of its own"
+        elif len(group) < len(parts(layer_name, layer)) and not freeze_rest:
+            left_out[layer_name] = "has row blocks that are no targets and train on"
+        else:
+            found[layer_name] = group[0]
+            reason = frozen.obstacle(kind, tuple(layer.weight.shape))
+            if reason is not None:
+                raise ConfigError("frozen_dtype", kind, f"{layer_name} {reason}")
+    return found, left_out
+
+
+def check_frozen(module: nn.Module, plan: Mapping[str, int], freeze_rest: bool, kind: str) -> str | None:
+    """Refuse before training what a freeze could not store; return one line that names what it will leave out.
+
+    Raises:
+        ConfigError: a shape, or a device, that cannot multiply in this type.
+    """
+    chosen, left_out = frozen_layers(module, plan, freeze_rest, kind)
+    device = next((target.layer.weight.device for target in chosen.values()), None)
+    reason = None if device is None else frozen.refuses(kind, device)
+    if reason is not None:
+        raise ConfigError("frozen_dtype", kind, f"{reason}: use bfloat16, or leave frozen_dtype out")
+    if not left_out:
+        return None
+    reasons: dict[str, str] = {}
+    for family in families(module, left_out).items():
+        reasons[family[1]] = left_out[family[0]]
+    listed = "; ".join(f"{family} {why}" for family, why in reasons.items())
+    return f"frozen_dtype={kind} leaves out {listed}: their W stays as it is"
+
+
+def _store_frozen(module: nn.Module, plan: Mapping[str, int], freeze_rest: bool, kind: str, keep_original: bool) -> None:
+    """Store every frozen W in a cheaper type. A layer of rank 0 gets our forward for it, without an adapter."""
+    chosen, _ = frozen_layers(module, plan, freeze_rest, kind)
+    for name, target in chosen.items():
+        if frozen.overflows(target.layer.weight, kind):
+            largest = float(target.layer.weight.abs().max())
+            raise ConfigError(
+                "frozen_dtype", kind, f"{name} holds numbers up to {largest:.3g}, which it cannot: leave it out of the targets, "
+                "or use bfloat16 (a run may go on with that from its last checkpoint before the freeze)"
+            )  # fmt: skip
+    for target in chosen.values():
+        if not isinstance(target.layer, LoRALinear):
+            give_adapters(target.layer, [], None, False, None)
+        cast(LoRALinear, target.layer).store_weight(kind, keep_original)
+
+
+def forget_originals(module: nn.Module) -> None:
+    """Drop each original W that ``keep_original`` kept: merges add to W as it is stored from here on."""
+    for _, layer in lora_layers(module):
+        if layer._stored is not None:
+            layer._stored = layer._stored._replace(original=None)
 
 
 def merge(module: nn.Module) -> None:
     """Fold the adapters into W and set B = 0. The function stays the same to rounding; merging again changes nothing.
+
+    A W that was stored in a cheaper type has its own again: the cheaper one would round the update away.
 
     Raises:
         ValueError: the adapters hold NaN or infinite numbers.
     """
     with torch.no_grad():
         for _, layer in lora_layers(module):
-            layer.weight.copy_(layer.merged_weight())
+            layer.write_weight(layer.merged_weight())
             for factor in layer.lora_B.values():
                 factor.zero_()
 
@@ -107,7 +199,7 @@ def eject(module: nn.Module, check: bool = True) -> None:
     """
     with torch.no_grad():
         for _, layer in list(lora_layers(module)):
-            layer.weight.copy_(layer.merged_weight(check))
+            layer.write_weight(layer.merged_weight(check))
             take_adapters(layer)  # the factors keep their values: code that holds them can resume exactly
     switch_fast_path(module, off=False)
     for child in module.modules():
@@ -191,7 +283,13 @@ def exact_state(module: nn.Module) -> dict[str, Tensor]:
     for name, layer in lora_layers(module):
         exact[f"{name}.weight"] = layer.weight.detach()
         exact |= {f"{name}.{own}": p.detach() for own, p in layer.named_parameters() if own.startswith("lora_")}
+        exact |= stored_tensors(name, layer._stored)
     return exact
+
+
+def stored_tensors(name: str, stored: frozen.Stored | None) -> dict[str, Tensor]:
+    """Return what belongs to a W that is stored in a cheaper type, by its name in a checkpoint."""
+    return {} if stored is None else {f"{name}.frozen_{field}": value for field, value in stored.tensors().items()}
 
 
 def own_tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -207,7 +305,10 @@ def load_exact(module: nn.Module, exact: Mapping[str, Tensor]) -> None:
     Raises:
         ConfigError: the names or shapes differ.
     """
+    exact = {**exact, **_stored_again(module, exact)}
     state = own_tensors(module)
+    for name, layer in lora_layers(module):
+        state |= stored_tensors(name, layer._stored)
     missing = sorted(exact_state(module).keys() - exact.keys()) or sorted(exact.keys() - state.keys())
     if missing:
         raise ConfigError("ckpt_path", missing[0], "adapters of the checkpoint and of this model differ: was it another model?")
@@ -216,6 +317,18 @@ def load_exact(module: nn.Module, exact: Mapping[str, Tensor]) -> None:
             shapes = f"{tuple(tensor.shape)} there and {tuple(state[name].shape)} in this model"
             raise ConfigError("ckpt_path", name, f"has shape {shapes}")
         state[name].copy_(tensor)
+
+
+def _stored_again(module: nn.Module, exact: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Store each W that comes in its own dtype (others wrote into it after a fit); return what replaces it."""
+    found: dict[str, Tensor] = {}
+    for name, layer in lora_layers(module):
+        given, stored = exact.get(f"{name}.weight"), layer._stored
+        if stored is not None and given is not None and given.dtype != layer.weight.dtype:
+            layer.write_weight(given.to(layer.weight.device, stored.dtype))
+            layer.store_weight(stored.kind, stored.original is not None)
+            found |= {f"{name}.weight": layer.weight.detach()} | stored_tensors(name, layer._stored)
+    return found
 
 
 def clone_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -229,8 +342,21 @@ class Adapters(Adopter):
     makes_adapters = True
     adapter_settings: Mapping[str, Any] = MappingProxyType({})  # it takes them all from the callback
 
-    def __init__(self, alpha: float | None = None, train_A: bool = True, freeze_rest: bool = False) -> None:
+    def __init__(
+        self,
+        alpha: float | None = None,
+        train_A: bool = True,
+        freeze_rest: bool = False,
+        frozen_dtype: str | None = None,
+        keep_original: bool = False,
+    ) -> None:
         self.alpha, self.train_A, self.freeze_rest = alpha, train_A, freeze_rest
+        self.frozen_dtype, self.keep_original = frozen_dtype, keep_original
+
+    def check_adopt(self, names: Iterable[str], module: nn.Module) -> None:
+        """Refuse a ``frozen_dtype`` in which the device, or the kernel for a target's shape, cannot multiply."""
+        if self.frozen_dtype is not None:
+            check_frozen(module, dict.fromkeys(names, 0), self.freeze_rest, self.frozen_dtype)
 
     def adopt(self, plan: Plan, module: nn.Module) -> list[Inherit]:
         """Give every target of the plan an adapter, at the switch."""
@@ -239,7 +365,7 @@ class Adapters(Adopter):
 
     def release(self) -> list[Inherit]:
         """Stop training the targets' W and b, at the freeze."""
-        return freeze(self.module, self.plan, self.freeze_rest)
+        return freeze(self.module, self.plan, self.freeze_rest, self.frozen_dtype, self.keep_original)
 
 
 class _Shared:

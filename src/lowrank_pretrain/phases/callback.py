@@ -64,6 +64,9 @@ class PhaseCallback(HasPhase, Callback):
             becomes a product U V of its rank.
         energy: with ``factorize``, instead of the plan's ranks: the share of each layer's output energy that must stay.
         flops: likewise: the share of the targets' FLOPs that the factors may take in all.
+        frozen_dtype: at the freeze, store each frozen W in this type and multiply in it: ``bfloat16``, ``float16``, ``float8``
+            or ``int8``; ``None``: as it is.
+        keep_original: with ``frozen_dtype``: keep W itself in the host's memory, for merges and exports.
 
     Attributes:
         phase: ``full``, ``joint`` or ``lowrank``.
@@ -95,6 +98,8 @@ class PhaseCallback(HasPhase, Callback):
         adapter_weight_decay: float | None = None,
         energy: float | None = None,
         flops: float | None = None,
+        frozen_dtype: str | None = None,
+        keep_original: bool = False,
     ) -> None:
         if alpha is not None:
             number("alpha", alpha, above=0, allowed="must be a number above 0, or null for alpha = rank")
@@ -104,6 +109,8 @@ class PhaseCallback(HasPhase, Callback):
         whole("rewarm", rewarm, 0, "optimizer steps")
         choice("then", then, ("lora", "galore", "factorize"))
         self.energy, self.flops = refusals.check_rank_rule(then, energy, flops)
+        refusals.check_frozen_dtype(then, frozen_dtype, keep_original)
+        self.frozen_dtype, self.keep_original = frozen_dtype, keep_original
         number("adapter_lr", adapter_lr, above=0, allowed="must be a number above 0, times the base weight's learning rate")
         if adapter_weight_decay is not None:
             allowed = "must be a number of 0 or more, or null"
@@ -176,7 +183,8 @@ class PhaseCallback(HasPhase, Callback):
         if isinstance(self._adopter, Factors):
             self.plan = adoption.settle_factors(self, self._adopter, trainer, pl_module, replay)
         self._look_at_gradients(not replay)  # freezing may have cut a gradient's path
-        transition.note_plain(pl_module).phase = self.phase
+        note = transition.note_plain(pl_module)
+        note.phase, note.frozen_dtype, note.keep_original = self.phase, self.frozen_dtype, self.keep_original
         self._log_hash(trainer, agreed, replay)
         if self.rewarm:  # from here on, so that its hook always comes after that of the adapters' own groups
             self._rewarm = Rewarm(trainer, self, self.rewarm)

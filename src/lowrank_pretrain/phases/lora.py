@@ -35,6 +35,10 @@ class LoRA(PhaseCallback):
         train_A: ``False`` trains B alone (LoRA-FA).
         adapter_lr: the adapters' learning rate over that of their base weight.
         adapter_weight_decay: the adapters' weight decay; ``None``: that of their base weight.
+        frozen_dtype: store each frozen W in this type and multiply in it: ``bfloat16``, ``float16``, ``float8`` or ``int8``;
+            ``None``: as it is.
+        keep_original: with ``frozen_dtype``: keep W itself in the host's memory, and merge and export from it; without, from W
+            as it is stored.
 
     Raises:
         ConfigError: a wrong value; at the start of fit or in its first step, a pattern without a match, one that names what
@@ -50,9 +54,14 @@ class LoRA(PhaseCallback):
         train_A: bool = True,
         adapter_lr: float = 1.0,
         adapter_weight_decay: float | None = None,
+        frozen_dtype: str | None = None,
+        keep_original: bool = False,
     ) -> None:
         whole("rank", rank, 1)
-        super().__init__(alpha, train_A, freeze_rest, adapter_lr=adapter_lr, adapter_weight_decay=adapter_weight_decay)
+        super().__init__(
+            alpha, train_A, freeze_rest, adapter_lr=adapter_lr, adapter_weight_decay=adapter_weight_decay,
+            frozen_dtype=frozen_dtype, keep_original=keep_original,
+        )  # fmt: skip
         self.rank = int(rank)
         self.targets = check_patterns(targets)
 
@@ -111,7 +120,7 @@ class LoRA(PhaseCallback):
 
         def change() -> None:
             for name, layer in layers.items():
-                layer.weight.data.copy_(layer.merged_weight())  # it may have been called in this step
+                layer.write_weight(layer.merged_weight())  # it may have been called in this step
                 take_adapters(layer)
                 for own, p in layer.named_parameters():
                     p.requires_grad_(flags[f"{name}.{own}"] and not self.freeze_rest)

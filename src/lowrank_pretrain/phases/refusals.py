@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 
-from lowrank_pretrain.core.checks import number
+from lowrank_pretrain.core.checks import choice, flag, number
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.lightning_private import comm_state, spawns_processes
 from lowrank_pretrain.core.protocols import HasPhase
 from lowrank_pretrain.core.targets import Target, all_targets, find_targets, tied_layers
 from lowrank_pretrain.core.trainer import callbacks_of
+from lowrank_pretrain.lora.frozen import KINDS
 from lowrank_pretrain.phases import transition
 
 if TYPE_CHECKING:
@@ -42,6 +43,9 @@ def check_run(phases: PhaseCallback, trainer: pl.Trainer, pl_module: pl.Lightnin
     for callback in callbacks_of(trainer):
         if isinstance(callback, StochasticWeightAveraging) and phases.has_own_groups():
             allowed = "sets rates by group, which adapters with a rate of their own break: leave out adapter_lr"
+            raise ConfigError("callbacks", type(callback).__name__, allowed)
+        if isinstance(callback, (StochasticWeightAveraging, WeightAveraging)) and phases.frozen_dtype is not None:
+            allowed = f"averages weights, and a frozen W stored in {phases.frozen_dtype} has none of its own: leave out frozen_dtype"
             raise ConfigError("callbacks", type(callback).__name__, allowed)
         if isinstance(callback, HasPhase) and callback is not phases:
             raise ConfigError("callbacks", type(callback).__name__, f"cannot run beside {name}: both change the model")
@@ -84,11 +88,26 @@ def check_rank_rule(then: str, energy: float | None, flops: float | None) -> tup
     return energy, flops
 
 
+def check_frozen_dtype(then: str, frozen_dtype: str | None, keep_original: bool) -> None:
+    """Refuse an unknown type, one without a frozen W, and an original without a cheaper copy.
+
+    Raises:
+        ConfigError: naming the one.
+    """
+    choice("frozen_dtype", frozen_dtype, (None, *KINDS))
+    flag("keep_original", keep_original)
+    if frozen_dtype is not None and then != "lora":
+        raise ConfigError("frozen_dtype", frozen_dtype, f'is for a frozen W next to adapters, and then="{then}" has none: leave it out')
+    if keep_original and frozen_dtype is None:
+        raise ConfigError("keep_original", True, "is for frozen_dtype: without it W stays as it is")
+
+
 def settings_of(phases: PhaseCallback) -> dict[str, Any]:
     """Return the arguments that a resumed run must have again, as plain types."""
     names = ["train_A", "adapter_lr", "adapter_weight_decay", "freeze_rest"]
     names += [name for name in ("targets", "ranks") if getattr(phases, name) is not None]
     names += ["then", "energy", "flops"] if phases.then == "factorize" else []
+    names += ["frozen_dtype", "keep_original"] if phases.frozen_dtype is not None else []
     found = {name: getattr(phases, name) for name in names}
     return {name: [*value] if isinstance(value, tuple) else value for name, value in found.items()}
 
@@ -104,8 +123,11 @@ def check_settings(phases: PhaseCallback, noted: Mapping[str, Any], pl_module: p
     Raises:
         ConfigError: naming each that differs.
     """
-    bound = {"full": ["targets"], "joint": [name for name in noted if name != "freeze_rest"]}.get(phases.phase, list(noted))
-    now, differing = {"then": phases.then} | settings_of(phases), []
+    at_freeze = {"frozen_dtype": None, "keep_original": False}  # a file that does not say has neither
+    noted = at_freeze | dict(noted) if noted else noted
+    later = ("freeze_rest", *at_freeze)
+    bound = {"full": ["targets"], "joint": [name for name in noted if name not in later]}.get(phases.phase, list(noted))
+    now, differing = {"then": phases.then} | at_freeze | settings_of(phases), []
     for name in bound:
         if name not in noted or name not in now or now[name] == noted[name]:
             continue

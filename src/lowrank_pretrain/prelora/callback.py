@@ -69,6 +69,10 @@ class PreLoRA(PhaseCallback):
         energy: with ``then="factorize"``: the share of each layer's output energy that its rank must keep, instead of
             ``ranks``.
         flops: likewise: the share of the targets' FLOPs that the factors may take in all, instead of ``ranks``.
+        frozen_dtype: at the freeze, store each frozen W in this type and multiply in it, those of rank 0 included:
+            ``bfloat16``, ``float16``, ``float8`` or ``int8``; ``None``: as it is.
+        keep_original: with ``frozen_dtype``: keep W itself in the host's memory, and merge and export from it; without, from W
+            as it is stored.
 
     Raises:
         ConfigError: a wrong value; at the start of fit or in its first step, a pattern without a match, one that names what
@@ -100,8 +104,10 @@ class PreLoRA(PhaseCallback):
         adapter_weight_decay: float | None = None,
         energy: float | None = None,
         flops: float | None = None,
+        frozen_dtype: str | None = None,
+        keep_original: bool = False,
     ) -> None:
-        own = (adapter_lr, adapter_weight_decay, energy, flops)
+        own = (adapter_lr, adapter_weight_decay, energy, flops, frozen_dtype, keep_original)
         super().__init__(alpha, train_A, freeze_rest, optimizer_state, rewarm, then, *own)
         self.targets = check_patterns(targets)
         if then == "factorize":
