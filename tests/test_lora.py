@@ -8,7 +8,7 @@ from torch import nn
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.targets import find_targets, is_conv1d, weight_rows
 from lowrank_pretrain.lora import model as lora
-from lowrank_pretrain.lora.function import forms_merged_weight
+from lowrank_pretrain.lora.products import forms_merged_weight
 from tests.reference.lora import ReferenceLoRA
 from tests.toy import toy
 
@@ -207,7 +207,10 @@ def saved_bytes(module: nn.Module, x: torch.Tensor, own: set[int]) -> int:
 @pytest.mark.parametrize("n", [4, 2000])
 @pytest.mark.parametrize("train_A", [True, False])
 def test_activation_memory_of_one_linear(autocast, n, train_A):
-    """At most x (in the dtype of the product) and the R-wide product; LoRA-FA keeps only the latter."""
+    """At most x (in the dtype of the product), the R-wide product and what a plain layer keeps: autocast's copy of W.
+
+    LoRA-FA does without x.
+    """
     net = nn.Sequential(nn.Linear(64, 96))
     plan = {"0": 8}
     lora.inject(net, plan, train_A=train_A)
@@ -217,9 +220,92 @@ def test_activation_memory_of_one_linear(autocast, n, train_A):
     size = 2 if autocast else 4
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         kept = saved_bytes(net, x, own)
-    assert kept <= n * (64 + 8) * size
+    copy_of_w = 64 * 96 * 2 if autocast else 0
+    assert kept <= n * (64 + 8) * size + copy_of_w
     if not train_A:
-        assert kept == n * 8 * size
+        assert kept == n * 8 * size + copy_of_w
+
+
+def _step(net, layer):
+    layer.weight.requires_grad_(True).grad = torch.ones_like(layer.weight)
+    torch.optim.SGD([layer.weight], lr=0.5).step()
+    layer.weight.requires_grad_(False).grad = None
+
+
+def _load(net, layer):
+    net.load_state_dict({name: tensor + 0.5 for name, tensor in net.state_dict().items()}, strict=False)
+
+
+def _swap_average(net, layer):
+    for p in net.parameters():  # as implementations of weight averages swap: through .data
+        p.data.copy_(p.data * 0.5)
+
+
+def _write_a_view(net, layer):
+    layer.weight.data[3, 5] += 4.0  # one number, which no sampled check would see
+
+
+def _write_by_numpy(net, layer):
+    layer.weight.detach().numpy()[:, 2] = 1.0
+
+
+def _point_elsewhere(net, layer):
+    layer.weight.data = layer.weight.data.clone().neg_()
+
+
+def _move(net, layer):
+    net.double().float()
+    layer.weight.data.add_(0.5)
+
+
+def _merge(net, layer):
+    lora.merge(net)
+    layer.lora_B["W"].data.fill_(0.25)
+
+
+@pytest.mark.parametrize("n", [2, 200])
+@pytest.mark.parametrize(
+    "write", [_step, _load, _swap_average, _write_a_view, _write_by_numpy, _point_elsewhere, _move, _merge]
+)
+def test_under_autocast_every_write_into_a_frozen_weight_shows_in_the_next_step(write, n):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(24, 16, bias=False))
+    lora.inject(net, {"0": 4})
+    lora.freeze(net, {"0": 4})
+    randomise(net)
+    layer, x = net[0], torch.randn(n, 24, requires_grad=True)
+
+    def once():
+        x.grad = None
+        with torch.autocast("cpu", torch.bfloat16):
+            y = net(x)
+        y.float().sum().backward()
+        return y.detach().float(), x.grad
+
+    def expected():
+        merged = layer.merged_weight()
+        return x.detach() @ merged.t(), merged.sum(0).expand(n, -1)
+
+    before = once()
+    write(net, layer)
+    for was, now, right in zip(before, once(), expected(), strict=True):
+        assert not torch.equal(was, now)
+        assert (now - right).norm() / right.norm() < 0.02
+
+
+@pytest.mark.parametrize("n", [2, 200])
+def test_under_autocast_backward_is_that_of_the_weight_its_forward_saw(n):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(24, 16, bias=False))
+    lora.inject(net, {"0": 4})
+    lora.freeze(net, {"0": 4})
+    x = torch.randn(n, 24, requires_grad=True)
+    seen = net[0].weight.detach().clone()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = net(x)
+    net[0].weight.data.zero_()
+    y.float().sum().backward()
+    assert (x.grad - seen.sum(0)).norm() / x.grad.norm() < 0.02
 
 
 def test_autocast_matches_float32_and_gives_float32_gradients():

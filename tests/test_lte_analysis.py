@@ -14,7 +14,7 @@ from lowrank_pretrain import LoRA, PreLoRA
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.protocols import Merges
 from lowrank_pretrain.core.targets import find_targets
-from lowrank_pretrain.lora.function import Part
+from lowrank_pretrain.lora.products import Part
 from lowrank_pretrain.lte import LTEStrategy
 from lowrank_pretrain.observe import spectra
 from lowrank_pretrain.observe.rank_analysis import EffectiveRank, HeadOrthogonality, local_heads, present_matrices

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lowrank_pretrain import ConfigError
-from lowrank_pretrain.lora.function import Part, RestPart
+from lowrank_pretrain.lora.products import Part, RestPart
 from lowrank_pretrain.lte.heads.function import Layout, heads_linear
 from tests import lte_habits_workers as workers
 from tests.lte_workers import WIDTH, Net, fit, weights

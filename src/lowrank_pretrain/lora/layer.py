@@ -20,7 +20,8 @@ from lowrank_pretrain.core.agreement import generator
 from lowrank_pretrain.core.protocols import Inherit
 from lowrank_pretrain.core.targets import MatrixLayer, Target, is_conv1d
 from lowrank_pretrain.lora.frozen import Stored, base_weight, store
-from lowrank_pretrain.lora.function import Part, RestPart, effective_bias, effective_weight, lora_linear, merged
+from lowrank_pretrain.lora.function import effective_bias, effective_weight, lora_linear
+from lowrank_pretrain.lora.products import Part, RestPart, merged
 
 
 class Unannounced:

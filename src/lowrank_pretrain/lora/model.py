@@ -17,8 +17,8 @@ from lowrank_pretrain.core.plan import Plan
 from lowrank_pretrain.core.protocols import Adopter, Inherit
 from lowrank_pretrain.core.targets import Target, all_targets, families, output_heads, parts, plain_name, tied_layers
 from lowrank_pretrain.lora import frozen
-from lowrank_pretrain.lora.function import RestPart
 from lowrank_pretrain.lora.layer import ADDED, LoRALinear, give_adapters, has_own_forward, keep_rows, take_adapters
+from lowrank_pretrain.lora.products import RestPart
 
 
 def inject(

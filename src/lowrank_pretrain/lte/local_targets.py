@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.plan import Plan
 from lowrank_pretrain.core.protocols import ADAPTER_DEFAULTS, Inherit
-from lowrank_pretrain.lora.function import Part
+from lowrank_pretrain.lora.products import Part
 from lowrank_pretrain.lte.first_step import Unwatched
 from lowrank_pretrain.lte.settings import Settings
 from lowrank_pretrain.lte.view import MergedView

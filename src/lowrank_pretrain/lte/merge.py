@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lowrank_pretrain.core.dtypes import at_least_32
-from lowrank_pretrain.lora.function import Part
+from lowrank_pretrain.lora.products import Part
 from lowrank_pretrain.lte.wire import Codec, padded
 from lowrank_pretrain.lte.workers import Workers
 

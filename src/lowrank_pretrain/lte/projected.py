@@ -24,7 +24,7 @@ from lowrank_pretrain.core.targets import all_targets
 from lowrank_pretrain.galore import GaLoreAdamW
 from lowrank_pretrain.galore.local import LocalUpdate
 from lowrank_pretrain.galore.projection import Projected
-from lowrank_pretrain.lora.function import Part
+from lowrank_pretrain.lora.products import Part
 from lowrank_pretrain.lte import projected_checkpoint
 from lowrank_pretrain.lte.increments import refuse_nonfinite
 from lowrank_pretrain.lte.local_targets import Fit, LocalTarget, WholeTargets

@@ -19,7 +19,7 @@ from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.protocols import Merges
 from lowrank_pretrain.core.targets import WHOLE, Target, families, find_targets, is_conv1d, plain_name
 from lowrank_pretrain.core.trainer import log_row
-from lowrank_pretrain.lora.function import Part, merged
+from lowrank_pretrain.lora.products import Part, merged
 from lowrank_pretrain.observe.spectra import (
     entropy_rank,
     mean_of_pairs,

@@ -27,7 +27,7 @@ from lowrank_pretrain.core.lightning_private import trainer_of
 from lowrank_pretrain.core.targets import MatrixLayer
 from lowrank_pretrain.lora import model as lora
 from lowrank_pretrain.lora.frozen import Stored
-from lowrank_pretrain.lora.function import Part, merged
+from lowrank_pretrain.lora.products import Part, merged
 from lowrank_pretrain.phases import layers
 from lowrank_pretrain.phases.transition import Note, forget_note, note_of, restore_flags
 

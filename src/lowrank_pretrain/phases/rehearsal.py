@@ -34,8 +34,8 @@ from torch.overrides import TorchFunctionMode
 from lowrank_pretrain.core.agreement import generator
 from lowrank_pretrain.core.lightning_private import is_compiled, is_compiled_whole, tree_leaves, tree_map
 from lowrank_pretrain.core.targets import MatrixLayer, Target
-from lowrank_pretrain.lora.function import Part
 from lowrank_pretrain.lora.layer import LoRALinear, give_adapters, has_own_forward
+from lowrank_pretrain.lora.products import Part
 
 _PRODUCTS = {
     "linear", "matmul", "mm", "bmm", "mv", "addmm", "addmv", "addbmm", "baddbmm", "einsum", "tensordot", "inner", "outer",

@@ -13,19 +13,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lowrank_pretrain.lora.function import (
+from lowrank_pretrain.lora.function import effective_weight, for_autocast, is_ordinary, wants_graph
+from lowrank_pretrain.lora.products import (
     Part,
     RestPart,
     add_low_rank,
     affine,
-    effective_weight,
-    for_autocast,
     forms_merged_weight,
-    is_ordinary,
     merged,
     own_memory,
     times_B,
-    wants_graph,
 )
 
 

@@ -24,7 +24,7 @@ from lowrank_pretrain.core.plan import Plan
 from lowrank_pretrain.core.protocols import HEAD_SETTINGS, Inherit
 from lowrank_pretrain.core.targets import Target, families, parts
 from lowrank_pretrain.lora import model as lora
-from lowrank_pretrain.lora.function import RestPart
+from lowrank_pretrain.lora.products import RestPart
 from lowrank_pretrain.lte import conversion
 from lowrank_pretrain.lte.bare_groups import check_stacked
 from lowrank_pretrain.lte.heads import checkpoint, prune, record

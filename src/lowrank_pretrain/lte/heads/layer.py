@@ -21,8 +21,9 @@ from lowrank_pretrain.core.agreement import generator
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.protocols import Inherit
 from lowrank_pretrain.core.targets import WHOLE, Target, is_conv1d
-from lowrank_pretrain.lora.function import Part, RestPart, lora_linear
+from lowrank_pretrain.lora.function import lora_linear
 from lowrank_pretrain.lora.layer import Reclassed, has_own_forward, keep_rows, swap_class
+from lowrank_pretrain.lora.products import Part, RestPart
 from lowrank_pretrain.lte.heads.function import Layout, heads_linear
 from lowrank_pretrain.lte.local_targets import Shared
 from lowrank_pretrain.lte.merge import Factors
