@@ -3,10 +3,10 @@
     PYTHONPATH=src python benchmarks/frozen_learning.py                              # both tasks, three seeds, one CPU thread
     PYTHONPATH=src python benchmarks/frozen_learning.py --parts vit --kinds bfloat16 --seeds 1 --steps 100
 
-The pocket tasks of ``galore_learning.py``: ``text`` a LLaMA of width 128 and 3 layers on the King James tokens, ``vit`` a ViT of
-the same size on the Fashion-MNIST sample; float32, AdamW, warm-up 10 %, cosine to 10 %. PreLoRA switches after 2/5 of the steps,
-freezes W after 8/15, and trains adapters (with the rest, its default) for the other 7/15. A seed trains once up to the freeze. From
-that checkpoint each type goes on with the same batches, so that the runs of a seed are the same but for the type.
+The pocket tasks of ``galore_learning.py``: ``text`` a LLaMA of width 128 and 3 layers on the King James tokens, ``vit`` a ViT
+of that size on the Fashion-MNIST sample; float32, AdamW, warm-up 10 %, cosine to 10 %. PreLoRA switches after 2/5 of the steps,
+freezes W after 8/15, and trains adapters (with the rest, its default) for the other 7/15. A seed trains once up to the freeze.
+From that checkpoint each type goes on with the same batches: the runs of a seed are the same but for the type.
 """
 
 import argparse
@@ -97,7 +97,9 @@ def fit(part: str, seed: int, steps: int, kind: str | None, stop: int, ckpt: Pat
         max_steps=stop, max_epochs=-1, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, callbacks=[when, *callbacks],
     )  # fmt: skip
-    loader = torch.utils.data.DataLoader(Batches(part, seed, 0 if ckpt is None else before_freeze(steps), steps), batch_size=None)
+    loader = torch.utils.data.DataLoader(
+        Batches(part, seed, 0 if ckpt is None else before_freeze(steps), steps), batch_size=None
+    )
     trainer.fit(module, loader, ckpt_path=ckpt)
     return module
 

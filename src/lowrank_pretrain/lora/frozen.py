@@ -6,7 +6,7 @@ separately, in x's dtype, and a small update is not rounded away.
 | kind | W is kept as | the product |
 |---|---|---|
 | ``bfloat16`` | bfloat16 | bfloat16 |
-| ``float16`` | float16 | float16, x and dy scaled by row, as their numbers are too small or too large for it; on most CPUs float32 |
+| ``float16`` | float16 | float16, x and dy scaled by row into its range; on most CPUs float32 |
 | ``float8`` | e4m3, a scale for each row; and Wᵀ likewise | e4m3, x and dy scaled by row (``torch._scaled_mm``) |
 | ``int8`` | int8, a scale for each row | bfloat16: W is widened for each product, on every device |
 
@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 KINDS = ("bfloat16", "float16", "float8", "int8")
+OPERANDS = {"float8": 3, "int8": 1}  # how many tensors products need besides W
 FLOAT8 = torch.float8_e4m3fn
 _LARGEST = {"float8": 448.0, "int8": 127.0, "float16": 1.0}  # of a row after scaling; sums of products in float16 must fit, too
 MULTIPLE = 16  # of D and O, which float8's kernels want
@@ -122,7 +123,9 @@ def _float8_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
 # -- multiplying ------------------------------------------------------------------------------------------------------
 
 
-def product(x: Tensor, weight: Tensor, kind: str, operands: tuple[Tensor, ...], bias: Tensor | None, transposed: bool) -> Tensor:
+def product(
+    x: Tensor, weight: Tensor, kind: str, operands: tuple[Tensor, ...], bias: Tensor | None, transposed: bool
+) -> Tensor:
     """Return x Wᵀ + b, (N, O) in x's dtype, a new tensor.
 
     Args:

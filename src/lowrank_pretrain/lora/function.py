@@ -30,7 +30,7 @@ from lowrank_pretrain.core.lightning_private import (
     is_traced,
     transforms_active,
 )
-from lowrank_pretrain.lora.frozen import Stored, gradient_product, product, widened
+from lowrank_pretrain.lora.frozen import OPERANDS, Stored, gradient_product, product, widened
 from lowrank_pretrain.lora.products import (
     Layout,
     Part,
@@ -73,7 +73,7 @@ def lora_linear(
         rest: row blocks that train in full while the others are frozen.
         rest_weight: per rest block a view of its rows of ``weight`` (gradients only; ``weight`` already holds the values).
         rest_bias: the same for the bias, empty if there is none.
-        stored: what belongs to a frozen ``weight`` that is stored in a cheaper type; then there are no rest blocks.
+        stored: what belongs to a ``weight`` that is stored in a cheaper type; it needs no gradient then.
 
     Returns:
         (..., O), in autocast's dtype under autocast.
@@ -92,11 +92,9 @@ def lora_linear(
             transposed,
         )
     # autograd casts, not the function: what the function keeps for backward is then its input, which second derivatives need
-    if stored is not None:
-        layout = Layout(parts, (), transposed, stored.kind)
-        return _LoRALinear.apply(for_autocast(x), weight, bias, lora_A, layout, *lora_B, *stored.operands())
-    layout = Layout(parts, rest, transposed)
-    return _LoRALinear.apply(for_autocast(x), weight, bias, lora_A, layout, *lora_B, *rest_weight, *rest_bias)
+    kind, operands = (None, ()) if stored is None else (stored.kind, stored.operands())
+    layout = Layout(parts, rest, transposed, kind)
+    return _LoRALinear.apply(for_autocast(x), weight, bias, lora_A, layout, *lora_B, *rest_weight, *rest_bias, *operands)
 
 
 def is_ordinary(x: Any) -> bool:
@@ -192,8 +190,7 @@ class _Needs(NamedTuple):
 def _needs(ctx: Any, layout: Layout) -> _Needs:
     x, weight, bias, lora_A, _, *factors = ctx.needs_input_grad
     p, r = len(layout.parts), len(layout.rest)
-    if layout.stored is not None:  # after the factors come the scales of the stored W
-        return _Needs(x, False, bias, lora_A, tuple(factors[:p]), (), ())
+    factors = factors[: len(factors) - OPERANDS.get(layout.stored, 0)]
     return _Needs(x, weight, bias, lora_A, tuple(factors[:p]), tuple(factors[p : p + r]), tuple(factors[p + r :]))
 
 
@@ -204,7 +201,7 @@ class _LoRALinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, layout: Layout,
                 *factors: Tensor) -> Tensor:  # fmt: skip
         parts, transposed = layout.parts, layout.transposed
-        lora_B, operands = list(factors[: len(parts)]), factors[len(parts) :] if layout.stored is not None else ()
+        lora_B, operands = list(factors[: len(parts)]), factors[len(factors) - OPERANDS.get(layout.stored, 0) :]
         device, dtype, cols = x.device.type, x.dtype, x.shape[-1]
         # in-place products after an autocast op fail ("BFloat16 and Float"), so all casts are made here and before
         with torch.autocast(device, enabled=False):
@@ -234,7 +231,7 @@ class _LoRALinear(torch.autograd.Function):
         )  # fmt: skip
         ctx.layout, ctx.use_merged, ctx.dtype, ctx.x_shape = layout, use_merged, dtype, x.shape
         ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.rest_dtypes = [f.dtype for f in factors[len(parts) :]]
+        ctx.rest_dtypes = [f.dtype for f in factors[len(parts) : len(factors) - len(operands)]]
         return y
 
     @staticmethod
@@ -270,8 +267,8 @@ class _LoRALinear(torch.autograd.Function):
 
         # what trains in full
         db = dy.sum(0).to(ctx.bias_dtype) if needs.bias else None
-        d_rest = [None] * len(operands) or _rest_gradients(dy, x, layout, needs, ctx.rest_dtypes)
-        return dx, dW, db, dA, None, *dB, *d_rest
+        d_rest = _rest_gradients(dy, x, layout, needs, ctx.rest_dtypes)
+        return dx, dW, db, dA, None, *dB, *d_rest, *[None] * len(operands)
 
 
 def _multiplied_weight(

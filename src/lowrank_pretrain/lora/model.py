@@ -102,7 +102,9 @@ def freeze(
     return inherited
 
 
-def frozen_layers(module: nn.Module, plan: Mapping[str, int], freeze_rest: bool, kind: str) -> tuple[dict[str, Target], dict[str, str]]:
+def frozen_layers(
+    module: nn.Module, plan: Mapping[str, int], freeze_rest: bool, kind: str
+) -> tuple[dict[str, Target], dict[str, str]]:
     """Return the layers whose whole W a freeze makes a constant, with one of their targets; and why others are left out.
 
     Args:
@@ -156,7 +158,7 @@ def _store_frozen(module: nn.Module, plan: Mapping[str, int], freeze_rest: bool,
         if frozen.overflows(target.layer.weight, kind):
             largest = float(target.layer.weight.abs().max())
             raise ConfigError(
-                "frozen_dtype", kind, f"{name} holds numbers up to {largest:.3g}, which it cannot: leave it out of the targets, "
+                "frozen_dtype", kind, f"{name} holds numbers up to {largest:.3g}, which it cannot: leave it out of the targets "
                 "or use bfloat16 (a run may go on with that from its last checkpoint before the freeze)"
             )  # fmt: skip
     for target in chosen.values():

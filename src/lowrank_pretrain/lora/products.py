@@ -43,7 +43,12 @@ class Layout(NamedTuple):
 
 
 def merged(
-    weight: Tensor, lora_A: Tensor, lora_B: list[Tensor], parts: tuple[Part, ...], transposed: bool, stored: Stored | None = None
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: list[Tensor],
+    parts: tuple[Part, ...],
+    transposed: bool,
+    stored: Stored | None = None,
 ) -> Tensor:
     """Return Wₑ = W + scale · B A per row block, a new tensor in W's layout and own dtype; float32 inside."""
     out = base_weight(weight, stored).clone(memory_format=torch.contiguous_format)

@@ -318,6 +318,7 @@ def begin_heads(heads: "HeadSet", fit: Fit) -> list[Inherit]:
     for line in (say_left_out(module, patterns, chosen.left_out) if chosen.left_out else None, narrow):
         if line is not None:
             rank_zero_warn(f"LTE: {line}")
+    check_frozen_dtype(heads, module, ranks)
     # convert
     heads.untied = lora.untie(module, {t.layer_name for t in targets.values()})
     targets = {name: target for name, target in all_targets(module).items() if name in targets}
@@ -340,6 +341,22 @@ def _obstacle(target: Target, fit: Fit) -> str | None:
     if not any(p is target.layer.weight for o in fit.optimizers for group in o.param_groups for p in group["params"]):
         return "is in no optimizer: configure_optimizers must hand over its weight, or leave it out"
     return None
+
+
+def check_fit(heads: "HeadSet", names: Iterable[str], fit: Fit) -> None:
+    """Refuse an optimizer or a ``frozen_dtype`` that heads cannot have; raise ``ConfigError``."""
+    check_optimizers(fit)
+    check_frozen_dtype(heads, fit.module, names)
+
+
+def check_frozen_dtype(heads: "HeadSet", module: pl.LightningModule, names: Iterable[str]) -> None:
+    """Refuse a ``frozen_dtype`` that the device, or a target's shape, does not allow.
+
+    Raises:
+        ConfigError: naming it.
+    """
+    if heads.settings.frozen_dtype is not None:
+        lora.check_frozen(module, dict.fromkeys(names, 0), True, heads.settings.frozen_dtype)
 
 
 def check_optimizers(fit: Fit) -> None:

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lowrank_pretrain.core import checks
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.lora.frozen import KINDS
 from lowrank_pretrain.lte.outer import OuterStep
 from lowrank_pretrain.lte.wire import WIRES, Codec
 
@@ -42,6 +43,7 @@ class Settings:
     wire: str = "float32"
     outer_lr: float = 1.0
     outer_momentum: float = 0.0
+    frozen_dtype: str | None = None
 
     @property
     def codec(self) -> Codec | None:
@@ -110,6 +112,7 @@ def _check_together(given: Mapping[str, Any]) -> None:
     elif given["basis"] != "own":
         raise ConfigError("basis", given["basis"], "belongs to update=galore: heads have no basis")
     _check_wire(given)
+    _check_frozen_dtype(given)
     if given["overlap"] >= given["merge_every"]:
         raise ConfigError("overlap", given["overlap"], f"must be below merge_every={given['merge_every']}: one merge at a time")
     if given["overlap"] and (given["reset"] or given["mode"] != "parallel"):
@@ -136,6 +139,17 @@ def _check_full(given: Mapping[str, Any]) -> None:
     for key, allowed in {**defaults, "overlap": (0,), "alpha": (None,), "prune": (None,), "route": (None,)}.items():
         if given[key] not in allowed:
             raise ConfigError(key, given[key], "has no meaning with update=full, which trains whole weights: leave it out")
+
+
+def _check_frozen_dtype(given: Mapping[str, Any]) -> None:
+    """Refuse an unknown type, one without heads, and one that only saves memory: merges need W in full."""
+    kind = given["frozen_dtype"]
+    if kind == "int8":
+        raise ConfigError("frozen_dtype", kind, "saves memory only, and merges need W in full: use bfloat16 or float8")
+    checks.choice("frozen_dtype", kind, (None, *(known for known in KINDS if known != "int8")))
+    if kind is not None and given["update"] != "lora":
+        allowed = f"is for a frozen W next to heads, and update={given['update']} trains W: leave it out"
+        raise ConfigError("frozen_dtype", kind, allowed)
 
 
 def _check_wire(given: Mapping[str, Any]) -> None:

@@ -76,12 +76,12 @@ class LTEStrategy(DDPStrategy, Adopter, HasPhase, Reports, Merges):
         basis: with ``update="galore"``, each worker's ``own``, or one that all have ``shared``.
         overlap: apply a merge this many steps after it began, ``< merge_every``; needs ``reset=False``.
         prune: with ``reset``, share of the heads' moments to zero instead of deleting their optimizer state (ReLoRA).
-        merge_timeout: seconds that a merge waits for a worker before the job ends; ``None``: ``timeout``, else 600. Without
-            ``timeout`` it bounds all other waiting of a fit too.
+        merge_timeout: seconds before a stuck merge ends the job, and any other wait too; ``None``: ``timeout``, else 600.
         wire: what merges travel in (``wire.WIRES``). Whole weights and a rest averaged at merges have error feedback (a
             float32 copy; for the rest another, of its base). Factors have none, and need ``int4`` or more.
         outer_lr: step W by the workers' mean increment times this (DiLoCo: 0.7).
         outer_momentum: its Nesterov momentum (DiLoCo: 0.9): a float32 copy; another with heads that are not reset.
+        frozen_dtype: multiply W next to heads in ``bfloat16``, ``float16`` or ``float8``. W itself stays: merges add to it.
         ddp_kwargs: further arguments of ``DDPStrategy`` and of DDP (``timeout``, ``find_unused_parameters``, …).
 
     Raises:
@@ -110,6 +110,7 @@ class LTEStrategy(DDPStrategy, Adopter, HasPhase, Reports, Merges):
         wire: str = "float32",
         outer_lr: float = 1.0,
         outer_momentum: float = 0.0,
+        frozen_dtype: str | None = None,
         **ddp_kwargs: Any,
     ) -> None:
         given = dict(locals())

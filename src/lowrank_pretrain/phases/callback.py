@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from lowrank_pretrain.checkpoints.format import FORMAT, SIDE, check_format
 from lowrank_pretrain.core.agreement import agreed_hash
 from lowrank_pretrain.core.buckets import settle_buckets
-from lowrank_pretrain.core.checks import choice, flag, number, whole
+from lowrank_pretrain.core.checks import choice, whole
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.lr_factor import Rewarm
 from lowrank_pretrain.core.plan import Plan, fit_ranks
@@ -64,9 +64,8 @@ class PhaseCallback(HasPhase, Callback):
             becomes a product U V of its rank.
         energy: with ``factorize``, instead of the plan's ranks: the share of each layer's output energy that must stay.
         flops: likewise: the share of the targets' FLOPs that the factors may take in all.
-        frozen_dtype: at the freeze, store each frozen W in this type and multiply in it: ``bfloat16``, ``float16``, ``float8``
-            or ``int8``; ``None``: as it is.
-        keep_original: with ``frozen_dtype``: keep W itself in the host's memory, for merges and exports.
+        frozen_dtype: at the freeze, store each frozen W in this type (``lora.frozen``) and multiply in it; ``None``: as it is.
+        keep_original: with it: keep W itself in the host's memory, for merges and exports.
 
     Attributes:
         phase: ``full``, ``joint`` or ``lowrank``.
@@ -101,20 +100,12 @@ class PhaseCallback(HasPhase, Callback):
         frozen_dtype: str | None = None,
         keep_original: bool = False,
     ) -> None:
-        if alpha is not None:
-            number("alpha", alpha, above=0, allowed="must be a number above 0, or null for alpha = rank")
-        flag("train_A", train_A)
-        flag("freeze_rest", freeze_rest)
+        refusals.check_adapter_settings(alpha, train_A, freeze_rest, adapter_lr, adapter_weight_decay)
         choice("optimizer_state", optimizer_state, ("keep", "reset"))
         whole("rewarm", rewarm, 0, "optimizer steps")
         choice("then", then, ("lora", "galore", "factorize"))
         self.energy, self.flops = refusals.check_rank_rule(then, energy, flops)
-        refusals.check_frozen_dtype(then, frozen_dtype, keep_original)
-        self.frozen_dtype, self.keep_original = frozen_dtype, keep_original
-        number("adapter_lr", adapter_lr, above=0, allowed="must be a number above 0, times the base weight's learning rate")
-        if adapter_weight_decay is not None:
-            allowed = "must be a number of 0 or more, or null"
-            number("adapter_weight_decay", adapter_weight_decay, least=0, allowed=allowed)
+        self.frozen_dtype, self.keep_original = refusals.check_frozen_dtype(then, frozen_dtype, keep_original)
         self.adapter_lr, self.adapter_weight_decay = adapter_lr, adapter_weight_decay
         self.alpha, self.train_A, self.freeze_rest = alpha, train_A, freeze_rest
         self.optimizer_state, self.rewarm, self.then = optimizer_state, rewarm, then
@@ -184,7 +175,8 @@ class PhaseCallback(HasPhase, Callback):
             self.plan = adoption.settle_factors(self, self._adopter, trainer, pl_module, replay)
         self._look_at_gradients(not replay)  # freezing may have cut a gradient's path
         note = transition.note_plain(pl_module)
-        note.phase, note.frozen_dtype, note.keep_original = self.phase, self.frozen_dtype, self.keep_original
+        note.phase, note.keep_original = self.phase, self.keep_original
+        note.frozen_dtype = self.frozen_dtype if isinstance(self._adopter, lora.Adapters) else None  # heads keep W as it is
         self._log_hash(trainer, agreed, replay)
         if self.rewarm:  # from here on, so that its hook always comes after that of the adapters' own groups
             self._rewarm = Rewarm(trainer, self, self.rewarm)

@@ -45,7 +45,7 @@ def check_run(phases: PhaseCallback, trainer: pl.Trainer, pl_module: pl.Lightnin
             allowed = "sets rates by group, which adapters with a rate of their own break: leave out adapter_lr"
             raise ConfigError("callbacks", type(callback).__name__, allowed)
         if isinstance(callback, (StochasticWeightAveraging, WeightAveraging)) and phases.frozen_dtype is not None:
-            allowed = f"averages weights, and a frozen W stored in {phases.frozen_dtype} has none of its own: leave out frozen_dtype"
+            allowed = "keeps an average of W, which a cheaper type would round away: leave frozen_dtype out, or the average"
             raise ConfigError("callbacks", type(callback).__name__, allowed)
         if isinstance(callback, HasPhase) and callback is not phases:
             raise ConfigError("callbacks", type(callback).__name__, f"cannot run beside {name}: both change the model")
@@ -72,6 +72,24 @@ def check_targets(
             transition.refuse_views(kept[0])
 
 
+def check_adapter_settings(
+    alpha: float | None, train_A: bool, freeze_rest: bool, adapter_lr: float, adapter_weight_decay: float | None
+) -> None:
+    """Refuse wrong values of the settings that adapters have in any phase callback.
+
+    Raises:
+        ConfigError: naming the first.
+    """
+    if alpha is not None:
+        number("alpha", alpha, above=0, allowed="must be a number above 0, or null for alpha = rank")
+    flag("train_A", train_A)
+    flag("freeze_rest", freeze_rest)
+    number("adapter_lr", adapter_lr, above=0, allowed="must be a number above 0, times the base weight's learning rate")
+    if adapter_weight_decay is not None:
+        allowed = "must be a number of 0 or more, or null"
+        number("adapter_weight_decay", adapter_weight_decay, least=0, allowed=allowed)
+
+
 def check_rank_rule(then: str, energy: float | None, flops: float | None) -> tuple[float | None, float | None]:
     """Return the rules for the ranks of factors; refuse values out of range, both at once, or rules without effect.
 
@@ -88,8 +106,8 @@ def check_rank_rule(then: str, energy: float | None, flops: float | None) -> tup
     return energy, flops
 
 
-def check_frozen_dtype(then: str, frozen_dtype: str | None, keep_original: bool) -> None:
-    """Refuse an unknown type, one without a frozen W, and an original without a cheaper copy.
+def check_frozen_dtype(then: str, frozen_dtype: str | None, keep_original: bool) -> tuple[str | None, bool]:
+    """Return both settings; refuse an unknown type, one without a frozen W, and an original without a cheaper copy.
 
     Raises:
         ConfigError: naming the one.
@@ -97,9 +115,12 @@ def check_frozen_dtype(then: str, frozen_dtype: str | None, keep_original: bool)
     choice("frozen_dtype", frozen_dtype, (None, *KINDS))
     flag("keep_original", keep_original)
     if frozen_dtype is not None and then != "lora":
-        raise ConfigError("frozen_dtype", frozen_dtype, f'is for a frozen W next to adapters, and then="{then}" has none: leave it out')
+        raise ConfigError(
+            "frozen_dtype", frozen_dtype, f'is for a frozen W next to adapters, and then="{then}" has none: leave it out'
+        )
     if keep_original and frozen_dtype is None:
         raise ConfigError("keep_original", True, "is for frozen_dtype: without it W stays as it is")
+    return frozen_dtype, keep_original
 
 
 def settings_of(phases: PhaseCallback) -> dict[str, Any]:
