@@ -294,6 +294,25 @@ def stored_tensors(name: str, stored: frozen.Stored | None) -> dict[str, Tensor]
     return {} if stored is None else {f"{name}.frozen_{field}": value for field, value in stored.tensors().items()}
 
 
+def unmerged_weights(exact: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the W of every layer with adapters in its own dtype, from the result of ``exact_state``.
+
+    Args:
+        exact: of a checkpoint; a W may be stored in a cheaper type.
+        like: the merged weights by the same names, which have W's own dtype.
+    """
+    found = {}
+    for key in (key for key in exact if key.endswith(".weight")):
+        name = key.removesuffix(".weight")
+        kind = "float8" if f"{name}.frozen_turned" in exact else "int8"
+        original = exact.get(f"{name}.frozen_original")
+        dtype = like[key].dtype if key in like else torch.float32
+        found[key] = (
+            frozen.widened(exact[key], kind, exact.get(f"{name}.frozen_scale"), dtype) if original is None else original
+        )
+    return found
+
+
 def own_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Return every parameter and buffer under each of its names, adapters and unmerged weights included."""
     named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
@@ -311,6 +330,8 @@ def load_exact(module: nn.Module, exact: Mapping[str, Tensor]) -> None:
     state = own_tensors(module)
     for name, layer in lora_layers(module):
         state |= stored_tensors(name, layer._stored)
+        if f"{name}.frozen_original" not in state:  # kept there until the first step was over
+            exact.pop(f"{name}.frozen_original", None)
     missing = sorted(exact_state(module).keys() - exact.keys()) or sorted(exact.keys() - state.keys())
     if missing:
         raise ConfigError("ckpt_path", missing[0], "adapters of the checkpoint and of this model differ: was it another model?")
@@ -354,15 +375,21 @@ class Adapters(Adopter):
     ) -> None:
         self.alpha, self.train_A, self.freeze_rest = alpha, train_A, freeze_rest
         self.frozen_dtype, self.keep_original = frozen_dtype, keep_original
+        self._checked = frozen_dtype is None
 
     def check_adopt(self, names: Iterable[str], module: nn.Module) -> None:
         """Refuse a ``frozen_dtype`` in which the device, or the kernel for a target's shape, cannot multiply."""
         if self.frozen_dtype is not None:
-            check_frozen(module, dict.fromkeys(names, 0), self.freeze_rest, self.frozen_dtype)
+            left_out = check_frozen(module, dict.fromkeys(names, 0), self.freeze_rest, self.frozen_dtype)
+            if left_out is not None:
+                warnings.warn(left_out, stacklevel=2)
+        self._checked = True
 
     def adopt(self, plan: Plan, module: nn.Module) -> list[Inherit]:
         """Give every target of the plan an adapter, at the switch."""
         self.plan, self.module = plan, module
+        if not self._checked:  # a callback that names its targets only now
+            self.check_adopt(plan, module)
         return inject(module, plan, self.alpha, self.train_A)
 
     def release(self) -> list[Inherit]:

@@ -73,6 +73,7 @@ class LoRA(PhaseCallback):
     def _reset(self) -> None:
         super()._reset()
         self._to_take_back: list[str] = []  # targets that the first step found unfit
+        self._keeps_for_now = False  # until then each W is kept: one that is found unfit goes on from it, not from its rounding
 
     def choose_targets(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Resolve the targets after ``setup`` and ``configure_model``, so that mistakes show at once."""
@@ -90,6 +91,8 @@ class LoRA(PhaseCallback):
         self._owned = _snapshot(trainer.optimizers)
         super().on_fit_start(trainer, pl_module)
         if not resumed:
+            if isinstance(self._adopter, lora.Adapters) and self.frozen_dtype is not None and not self.keep_original:
+                self._adopter.keep_original = self._keeps_for_now = True
             self._switch(trainer, pl_module, Plan(self.chosen), replay=True)
             self._freeze(trainer, pl_module, replay=True)
             self.switch_step = self.freeze_step = 0
@@ -112,6 +115,9 @@ class LoRA(PhaseCallback):
         if self._to_take_back:
             names, self._to_take_back = self._to_take_back, []
             self._take_back(trainer, pl_module, names)
+        if self._keeps_for_now and self._first is None:
+            self._keeps_for_now = False
+            lora.forget_originals(pl_module)
 
     def _take_back(self, trainer: pl.Trainer, pl_module: pl.LightningModule, names: list[str]) -> None:
         flags = transition.note_plain(pl_module).requires_grad
