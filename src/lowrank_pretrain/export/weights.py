@@ -41,7 +41,8 @@ from lowrank_pretrain.export.factored import factored_names, write_factors
 from lowrank_pretrain.export.facts import KEY as FACTS
 from lowrank_pretrain.export.facts import Facts
 from lowrank_pretrain.export.peft import adapted_layers, write_adapters
-from lowrank_pretrain.lora.model import plain_state, unmerged_weights
+from lowrank_pretrain.lora.model import plain_state
+from lowrank_pretrain.lora.storing import unmerged_weights
 
 log = logging.getLogger("lowrank_pretrain.export")  # run as a command, __name__ differs
 

@@ -11,6 +11,7 @@ block of a fused layer, ``lora_B.<part>`` (O_part, R_part); a layer that is not 
 import inspect
 import math
 import sys
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, SupportsIndex, cast
 
 import torch
@@ -275,6 +276,11 @@ def take_adapters(layer: LoRALinear) -> None:
     object.__setattr__(layer, "__class__", layer._plain_class)
     del layer._parts, layer._rest
     layer.__dict__.pop("_stored", None)
+
+
+def lora_layers(module: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
+    """Yield (name, layer) of every layer with adapters, in the module's order."""
+    return ((name, layer) for name, layer in module.named_modules() if isinstance(layer, LoRALinear))
 
 
 def _known_forwards() -> tuple:

@@ -15,9 +15,9 @@ from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.lightning_private import state_dict_hooks
 from lowrank_pretrain.core.plan import Plan
 from lowrank_pretrain.core.protocols import Adopter, Inherit
-from lowrank_pretrain.core.targets import Target, all_targets, families, output_heads, parts, plain_name, tied_layers
-from lowrank_pretrain.lora import frozen
-from lowrank_pretrain.lora.layer import ADDED, LoRALinear, give_adapters, has_own_forward, keep_rows, take_adapters
+from lowrank_pretrain.core.targets import all_targets, output_heads, parts, plain_name, tied_layers
+from lowrank_pretrain.lora import storing
+from lowrank_pretrain.lora.layer import ADDED, LoRALinear, give_adapters, keep_rows, lora_layers, take_adapters
 from lowrank_pretrain.lora.products import RestPart
 
 
@@ -44,7 +44,7 @@ def inject(
     if any(True for _ in lora_layers(module)):
         raise RuntimeError("adapters are there already: call lora.eject first")
     untied = untie(module, {targets[name].layer_name for name in plan if plan[name] > 0})
-    for layer_name, group in _by_layer(targets, plan).items():
+    for layer_name, group in storing.by_layer(targets, plan).items():
         layer = group[0].layer
         ranked = [t for t in group if plan[t.name] > 0]
         if ranked or len(group) < len(parts(layer_name, layer)):
@@ -71,7 +71,7 @@ def freeze(
         plan: target -> rank.
         freeze_rest: see above.
         frozen_dtype: store each frozen W in this type (``frozen.KINDS``) and multiply in it, but for the layers that
-            ``frozen_layers`` leaves out; ``None``: as it is.
+            ``storing.frozen_layers`` leaves out; ``None``: as it is.
         keep_original: keep W itself in the host's memory: merges add to it.
 
     Returns:
@@ -82,7 +82,7 @@ def freeze(
     """
     inherited: list[Inherit] = []
     targets = all_targets(module)
-    for layer_name, group in _by_layer(targets, plan).items():
+    for layer_name, group in storing.by_layer(targets, plan).items():
         layer = group[0].layer
         chosen = {t.part for t in group}
         others = [p for p in parts(layer_name, layer) if p[0] not in chosen]
@@ -98,80 +98,8 @@ def freeze(
             if id(p) not in adapters:
                 p.requires_grad_(False)
     if frozen_dtype is not None:
-        _store_frozen(module, plan, freeze_rest, frozen_dtype, keep_original)
+        storing.store_frozen(module, plan, freeze_rest, frozen_dtype, keep_original)
     return inherited
-
-
-def frozen_layers(
-    module: nn.Module, plan: Mapping[str, int], freeze_rest: bool, kind: str
-) -> tuple[dict[str, Target], dict[str, str]]:
-    """Return the layers whose whole W a freeze makes a constant, with one of their targets; and why others are left out.
-
-    Args:
-        module: with or without adapters.
-        plan: target -> rank, 0 included.
-        freeze_rest: whether everything but adapters freezes.
-        kind: the type to store W in.
-
-    Raises:
-        ConfigError: a W whose shape the type's kernel refuses.
-    """
-    found, left_out = {}, {}
-    for layer_name, group in _by_layer(all_targets(module), plan).items():
-        layer = group[0].layer
-        if has_own_forward(layer):
-            left_out[layer_name] = "has a class with a forward of its own"
-        elif len(group) < len(parts(layer_name, layer)) and not freeze_rest:
-            left_out[layer_name] = "has row blocks that are no targets and train on"
-        else:
-            found[layer_name] = group[0]
-            reason = frozen.obstacle(kind, tuple(layer.weight.shape))
-            if reason is not None:
-                raise ConfigError("frozen_dtype", kind, f"{layer_name} {reason}")
-    return found, left_out
-
-
-def check_frozen(module: nn.Module, plan: Mapping[str, int], freeze_rest: bool, kind: str) -> str | None:
-    """Refuse before training what a freeze could not store; return one line that names what it will leave out.
-
-    Raises:
-        ConfigError: a shape, or a device, that cannot multiply in this type.
-    """
-    chosen, left_out = frozen_layers(module, plan, freeze_rest, kind)
-    device = next((target.layer.weight.device for target in chosen.values()), None)
-    reason = None if device is None else frozen.refuses(kind, device)
-    if reason is not None:
-        raise ConfigError("frozen_dtype", kind, f"{reason}: use bfloat16, or leave frozen_dtype out")
-    if not left_out:
-        return None
-    reasons: dict[str, str] = {}
-    for family in families(module, left_out).items():
-        reasons[family[1]] = left_out[family[0]]
-    listed = "; ".join(f"{family} {why}" for family, why in reasons.items())
-    return f"frozen_dtype={kind} leaves out {listed}: their W stays as it is"
-
-
-def _store_frozen(module: nn.Module, plan: Mapping[str, int], freeze_rest: bool, kind: str, keep_original: bool) -> None:
-    """Store every frozen W in a cheaper type. A layer of rank 0 gets our forward for it, without an adapter."""
-    chosen, _ = frozen_layers(module, plan, freeze_rest, kind)
-    for name, target in chosen.items():
-        if frozen.overflows(target.layer.weight, kind):
-            largest = float(target.layer.weight.abs().max())
-            raise ConfigError(
-                "frozen_dtype", kind, f"{name} holds numbers up to {largest:.3g}, which it cannot: leave it out of the targets "
-                "or use bfloat16 (a run may go on with that from its last checkpoint before the freeze)"
-            )  # fmt: skip
-    for target in chosen.values():
-        if not isinstance(target.layer, LoRALinear):
-            give_adapters(target.layer, [], None, False, None)
-        cast(LoRALinear, target.layer).store_weight(kind, keep_original)
-
-
-def forget_originals(module: nn.Module) -> None:
-    """Drop each original W that ``keep_original`` kept: merges add to W as it is stored from here on."""
-    for _, layer in lora_layers(module):
-        if layer._stored is not None:
-            layer._stored = layer._stored._replace(original=None)
 
 
 def merge(module: nn.Module) -> None:
@@ -255,11 +183,6 @@ def is_finite(module: nn.Module) -> bool:
     return all(bool(torch.isfinite(p).all()) for _, p in adapter_parameters(module))
 
 
-def lora_layers(module: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
-    """Yield (name, layer) of every layer with adapters, in the module's order."""
-    return ((name, layer) for name, layer in module.named_modules() if isinstance(layer, LoRALinear))
-
-
 def adapter_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Yield (name, parameter) of every adapter factor."""
     for name, layer in lora_layers(module):
@@ -285,32 +208,8 @@ def exact_state(module: nn.Module) -> dict[str, Tensor]:
     for name, layer in lora_layers(module):
         exact[f"{name}.weight"] = layer.weight.detach()
         exact |= {f"{name}.{own}": p.detach() for own, p in layer.named_parameters() if own.startswith("lora_")}
-        exact |= stored_tensors(name, layer._stored)
+        exact |= storing.stored_tensors(name, layer._stored)
     return exact
-
-
-def stored_tensors(name: str, stored: frozen.Stored | None) -> dict[str, Tensor]:
-    """Return what belongs to a W that is stored in a cheaper type, by its name in a checkpoint."""
-    return {} if stored is None else {f"{name}.frozen_{field}": value for field, value in stored.tensors().items()}
-
-
-def unmerged_weights(exact: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the W of every layer with adapters in its own dtype, from the result of ``exact_state``.
-
-    Args:
-        exact: of a checkpoint; a W may be stored in a cheaper type.
-        like: the merged weights by the same names, which have W's own dtype.
-    """
-    found = {}
-    for key in (key for key in exact if key.endswith(".weight")):
-        name = key.removesuffix(".weight")
-        kind = "float8" if f"{name}.frozen_turned" in exact else "int8"
-        original = exact.get(f"{name}.frozen_original")
-        dtype = like[key].dtype if key in like else torch.float32
-        found[key] = (
-            frozen.widened(exact[key], kind, exact.get(f"{name}.frozen_scale"), dtype) if original is None else original
-        )
-    return found
 
 
 def own_tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -326,10 +225,10 @@ def load_exact(module: nn.Module, exact: Mapping[str, Tensor]) -> None:
     Raises:
         ConfigError: the names or shapes differ.
     """
-    exact = {**exact, **_stored_again(module, exact)}
+    exact = {**exact, **storing.stored_again(module, exact)}
     state = own_tensors(module)
     for name, layer in lora_layers(module):
-        state |= stored_tensors(name, layer._stored)
+        state |= storing.stored_tensors(name, layer._stored)
         if f"{name}.frozen_original" not in state:  # kept there until the first step was over
             exact.pop(f"{name}.frozen_original", None)
     missing = sorted(exact_state(module).keys() - exact.keys()) or sorted(exact.keys() - state.keys())
@@ -340,18 +239,6 @@ def load_exact(module: nn.Module, exact: Mapping[str, Tensor]) -> None:
             shapes = f"{tuple(tensor.shape)} there and {tuple(state[name].shape)} in this model"
             raise ConfigError("ckpt_path", name, f"has shape {shapes}")
         state[name].copy_(tensor)
-
-
-def _stored_again(module: nn.Module, exact: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Store each W that comes in its own dtype (others wrote into it after a fit); return what replaces it."""
-    found: dict[str, Tensor] = {}
-    for name, layer in lora_layers(module):
-        given, stored = exact.get(f"{name}.weight"), layer._stored
-        if stored is not None and given is not None and given.dtype != layer.weight.dtype:
-            layer.write_weight(given.to(layer.weight.device, stored.dtype))
-            layer.store_weight(stored.kind, stored.original is not None)
-            found |= {f"{name}.weight": layer.weight.detach()} | stored_tensors(name, layer._stored)
-    return found
 
 
 def clone_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -380,7 +267,7 @@ class Adapters(Adopter):
     def check_adopt(self, names: Iterable[str], module: nn.Module) -> None:
         """Refuse a ``frozen_dtype`` in which the device, or the kernel for a target's shape, cannot multiply."""
         if self.frozen_dtype is not None:
-            left_out = check_frozen(module, dict.fromkeys(names, 0), self.freeze_rest, self.frozen_dtype)
+            left_out = storing.check_frozen(module, dict.fromkeys(names, 0), self.freeze_rest, self.frozen_dtype)
             if left_out is not None:
                 warnings.warn(left_out, stacklevel=2)
         self._checked = True
@@ -419,14 +306,6 @@ def _merge_where_shared(module: nn.Module) -> None:
         for name, p in child._parameters.items():
             if id(p) in layers and not isinstance(child, LoRALinear):
                 child.register_state_dict_post_hook(_Shared(layers[id(p)], name))
-
-
-def _by_layer(targets: Mapping[str, Target], plan: Mapping[str, int]) -> dict[str, list[Target]]:
-    groups: dict[str, list[Target]] = {}
-    for name, target in targets.items():  # the module's order, never the plan's: optimizer state is restored by index
-        if name in plan:
-            groups.setdefault(target.layer_name, []).append(target)
-    return groups
 
 
 def untie(module: nn.Module, layer_names: set[str]) -> list[Inherit]:

@@ -22,6 +22,7 @@ from lowrank_pretrain.core.targets import Target, all_targets, families, first_n
 from lowrank_pretrain.core.trainer import log_interval, log_row
 from lowrank_pretrain.lora import model as lora
 from lowrank_pretrain.lora.layer import has_own_forward
+from lowrank_pretrain.lora.storing import check_frozen
 from lowrank_pretrain.lte.bare_groups import BareGroups, check_stacked
 from lowrank_pretrain.lte.first_step import FirstStep
 from lowrank_pretrain.lte.local_targets import Fit, LocalTargets, NoTargets
@@ -356,7 +357,7 @@ def check_frozen_dtype(heads: "HeadSet", module: pl.LightningModule, names: Iter
         ConfigError: naming it.
     """
     if heads.settings.frozen_dtype is not None:
-        lora.check_frozen(module, dict.fromkeys(names, 0), True, heads.settings.frozen_dtype)
+        check_frozen(module, dict.fromkeys(names, 0), True, heads.settings.frozen_dtype)
 
 
 def check_optimizers(fit: Fit) -> None:

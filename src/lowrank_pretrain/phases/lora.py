@@ -13,6 +13,7 @@ from lowrank_pretrain.core.plan import Plan
 from lowrank_pretrain.core.targets import check_patterns, families, plain_name
 from lowrank_pretrain.lora import model as lora
 from lowrank_pretrain.lora.layer import take_adapters
+from lowrank_pretrain.lora.storing import forget_originals
 from lowrank_pretrain.phases import transition
 from lowrank_pretrain.phases.callback import PhaseCallback
 from lowrank_pretrain.phases.first_step import FirstStep
@@ -117,7 +118,7 @@ class LoRA(PhaseCallback):
             self._take_back(trainer, pl_module, names)
         if self._keeps_for_now and self._first is None:
             self._keeps_for_now = False
-            lora.forget_originals(pl_module)
+            forget_originals(pl_module)
 
     def _take_back(self, trainer: pl.Trainer, pl_module: pl.LightningModule, names: list[str]) -> None:
         flags = transition.note_plain(pl_module).requires_grad

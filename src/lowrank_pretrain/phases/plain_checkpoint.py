@@ -28,6 +28,7 @@ from lowrank_pretrain.core.targets import MatrixLayer
 from lowrank_pretrain.lora import model as lora
 from lowrank_pretrain.lora.frozen import Stored
 from lowrank_pretrain.lora.products import Part, merged
+from lowrank_pretrain.lora.storing import stored_tensors
 from lowrank_pretrain.phases import layers
 from lowrank_pretrain.phases.transition import Note, forget_note, note_of, restore_flags
 
@@ -130,7 +131,7 @@ class Held:
             shared = [alias for alias in self._tied if alias in live and live[alias].data_ptr() == now.data_ptr()]
             exact |= dict.fromkeys([*shared, f"{held.name}.weight"], W) | {f"{held.name}.lora_A": A}
             exact |= {f"{held.name}.lora_B.{part}": factor for part, factor in B.items()}
-            exact |= lora.stored_tensors(held.name, stored)
+            exact |= stored_tensors(held.name, stored)
         return exact
 
 
