@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 KINDS = ("bfloat16", "float16", "float8", "int8")
-OPERANDS = {"float8": 3, "int8": 1}  # how many tensors products need besides W
+OPERANDS: dict[str | None, int] = {"float8": 3, "int8": 1}  # how many tensors products need besides W
 FLOAT8 = torch.float8_e4m3fn
 _LARGEST = {"float8": 448.0, "int8": 127.0, "float16": 1.0}  # of a row after scaling; sums of products in float16 must fit, too
 MULTIPLE = 16  # of D and O, which float8's kernels want
@@ -57,9 +57,10 @@ class Stored(NamedTuple):
 
     def moved(self, like: Tensor) -> "Stored":
         """Return the same on the device of ``like``; the original stays on the host."""
-        names = ("scale", "turned", "turned_scale")
-        here = {name: value.to(like.device) for name, value in self.tensors().items() if name in names}
-        return self._replace(**here)
+        scale, turned, turned_scale = (
+            None if value is None else value.to(like.device) for value in (self.scale, self.turned, self.turned_scale)
+        )
+        return self._replace(scale=scale, turned=turned, turned_scale=turned_scale)
 
 
 # -- storing ----------------------------------------------------------------------------------------------------------

@@ -121,6 +121,7 @@ def unmerged_weights(exact: Mapping[str, Tensor], like: Mapping[str, Tensor]) ->
 
 
 def by_layer(targets: Mapping[str, Target], plan: Mapping[str, int]) -> dict[str, list[Target]]:
+    """Return the plan's targets by the layer that they are row blocks of."""
     groups: dict[str, list[Target]] = {}
     for name, target in targets.items():  # the module's order, never the plan's: optimizer state is restored by index
         if name in plan:
