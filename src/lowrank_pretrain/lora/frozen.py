@@ -164,7 +164,7 @@ def gradient_product(dy: Tensor, weight: Tensor, kind: str, operands: tuple[Tens
 
 def _half_product(x: Tensor, weight: Tensor) -> Tensor:
     """Return x · weight by float16 numbers, in x's dtype; weight: (K, M). Each row of x is scaled into float16's range."""
-    if not multiplies_float16(x.device):
+    if x.device.type == "cpu" and not _CPU_HAS_FLOAT16:
         wide = torch.float32 if x.dtype != torch.float64 else torch.float64
         return (x.to(wide) @ weight.to(wide)).to(x.dtype)
     scale = _scales(x, "float16")
@@ -182,14 +182,12 @@ def _float8_product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     return y.to(x.dtype)
 
 
-def multiplies_float16(device: torch.device) -> bool:
-    """Return whether the device has products in float16: all but most CPUs."""
-    return device.type != "cpu" or _cpu_has_float16()
-
-
 def _cpu_has_float16() -> bool:
     supported: Callable[[], bool] | None = getattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", None)
     return supported is not None and supported()
+
+
+_CPU_HAS_FLOAT16 = _cpu_has_float16()  # asked once: dynamo cannot trace the question
 
 
 # -- checks -----------------------------------------------------------------------------------------------------------

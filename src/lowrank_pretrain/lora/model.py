@@ -229,8 +229,6 @@ def load_exact(module: nn.Module, exact: Mapping[str, Tensor]) -> None:
     state = own_tensors(module)
     for name, layer in lora_layers(module):
         state |= storing.stored_tensors(name, layer._stored)
-        if f"{name}.frozen_original" not in state:  # kept there until the first step was over
-            exact.pop(f"{name}.frozen_original", None)
     missing = sorted(exact_state(module).keys() - exact.keys()) or sorted(exact.keys() - state.keys())
     if missing:
         raise ConfigError("ckpt_path", missing[0], "adapters of the checkpoint and of this model differ: was it another model?")

@@ -63,25 +63,26 @@ def check_frozen(module: nn.Module, plan: Mapping[str, int], freeze_rest: bool, 
 
 def store_frozen(module: nn.Module, plan: Mapping[str, int], freeze_rest: bool, kind: str, keep_original: bool) -> None:
     """Store every frozen W in a cheaper type. A layer of rank 0 gets our forward for it, without an adapter."""
-    chosen, _ = frozen_layers(module, plan, freeze_rest, kind)
-    for name, target in chosen.items():
+    refuse_overflow(module, plan, freeze_rest, kind)
+    for target in frozen_layers(module, plan, freeze_rest, kind)[0].values():
+        if not isinstance(target.layer, LoRALinear):
+            give_adapters(target.layer, [], None, False, None)
+        cast(LoRALinear, target.layer).store_weight(kind, keep_original)
+
+
+def refuse_overflow(module: nn.Module, plan: Mapping[str, int], freeze_rest: bool, kind: str) -> None:
+    """Refuse a finite W that the type cannot hold, before any is stored.
+
+    Raises:
+        ConfigError: naming the target.
+    """
+    for name, target in frozen_layers(module, plan, freeze_rest, kind)[0].items():
         if frozen.overflows(target.layer.weight, kind):
             largest = float(target.layer.weight.abs().max())
             raise ConfigError(
                 "frozen_dtype", kind, f"{name} holds numbers up to {largest:.3g}, which it cannot: leave it out of the targets "
                 "or use bfloat16 (a run may go on with that from its last checkpoint before the freeze)"
             )  # fmt: skip
-    for target in chosen.values():
-        if not isinstance(target.layer, LoRALinear):
-            give_adapters(target.layer, [], None, False, None)
-        cast(LoRALinear, target.layer).store_weight(kind, keep_original)
-
-
-def forget_originals(module: nn.Module) -> None:
-    """Drop each original W that ``keep_original`` kept: merges add to W as it is stored from here on."""
-    for _, layer in lora_layers(module):
-        if layer._stored is not None:
-            layer._stored = layer._stored._replace(original=None)
 
 
 def stored_tensors(name: str, stored: frozen.Stored | None) -> dict[str, Tensor]:
