@@ -265,6 +265,22 @@ def test_heads_multiply_in_it_and_merge_into_w_itself(tmp_path, mode, kind):
         assert all(torch.equal(whole["weights"][name], again["weights"][name]) for name in whole["weights"])
 
 
+def test_prelora_hands_it_on_to_heads(tmp_path):
+    """W stays in float32, where merges add to it; heads multiply in bfloat16 from the freeze on."""
+    runs = []
+    for kind in (None, "bfloat16"):
+        module, seen = toy(), AtEnd(lambda fit, m: {n: p.dtype for n, p in m.named_parameters()})
+        strategy = LTEStrategy(heads=2, merge_every=3, frozen_dtype=kind)
+        trainer(tmp_path, steps(frozen_dtype=kind), seen, strategy=strategy, max_epochs=4).fit(module, loader())
+        assert set(seen.found.values()) == {torch.float32}
+        runs.append(module.losses)
+    assert runs[0][:14] == runs[1][:14] and runs[0][14:] != runs[1][14:]
+    assert runs[0] == pytest.approx(runs[1], abs=0.02)
+    with pytest.raises(ConfigError, match="is for the callback's own adapters, and LTEStrategy takes the targets over"):
+        strategy = LTEStrategy(heads=2, merge_every=3)
+        trainer(tmp_path, steps(frozen_dtype="bfloat16"), strategy=strategy, max_epochs=4).fit(toy(), loader())
+
+
 # -- what is refused ----------------------------------------------------------------------------------------------------
 
 
@@ -278,6 +294,8 @@ def test_heads_multiply_in_it_and_merge_into_w_itself(tmp_path, mode, kind):
          "frozen_dtype='int8': is for a frozen W next to adapters, and then=\"galore\" has none: leave it out"),
         (lambda: LTEStrategy(frozen_dtype="int8"),
          "frozen_dtype='int8': saves memory only, and merges need W in full: use bfloat16 or float8"),
+        (lambda: LTEStrategy(frozen_dtype="bfloat16", update="galore"),
+         "frozen_dtype='bfloat16': is for a frozen W next to heads, and update=galore trains W: leave it out"),
         (lambda: LTEStrategy(frozen_dtype="bfloat16", update="full"),
          "frozen_dtype='bfloat16': is for a frozen W next to heads, and update=full trains W: leave it out"),
     ],
