@@ -19,6 +19,7 @@ nested tensors) gets the same linear layer as plain operations on ``effective_we
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -117,6 +118,11 @@ def for_autocast(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) and x.dtype != torch.float64 else x
 
 
+def without_autocast(device: str) -> AbstractContextManager:
+    """Return a context without autocast, which costs nothing where there is none: small layers notice the Python in a step."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
 def effective_weight(
     weight: Tensor,
     lora_A: Tensor,
@@ -204,7 +210,7 @@ class _LoRALinear(torch.autograd.Function):
         lora_B, operands = list(factors[: len(parts)]), factors[len(factors) - OPERANDS.get(layout.stored, 0) :]
         device, dtype, cols = x.device.type, x.dtype, x.shape[-1]
         # in-place products after an autocast op fail ("BFloat16 and Float"), so all casts are made here and before
-        with torch.autocast(device, enabled=False):
+        with without_autocast(device):
             use_merged = layout.stored is None and forms_merged_weight(x.numel() // cols, weight)
             b = None if bias is None else bias.to(dtype)
             if layout.stored is None:
@@ -222,13 +228,12 @@ class _LoRALinear(torch.autograd.Function):
         needs = _needs(ctx, layout)
         needs_x = needs.weight or needs.lora_A or needs.rest
         if not needs_x and z is None and any(needs.lora_B):
-            with torch.autocast(device, enabled=False):
+            with without_autocast(device):
                 z = times_A(x.reshape(-1, cols), lora_A, dtype)
         keeps_z = any(needs.lora_B) and not needs.weight
         w = w if needs.x and dtype != weight.dtype else None
-        ctx.save_for_backward(
-            weight, lora_A, x if needs_x else None, z if keeps_z else None, w, *lora_B, *operands
-        )  # fmt: skip
+        kept = x if needs_x else None, z if keeps_z else None, w
+        ctx.save_for_backward(weight, lora_A, *kept, *lora_B, *operands)
         ctx.layout, ctx.use_merged, ctx.dtype, ctx.x_shape = layout, use_merged, dtype, x.shape
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.rest_dtypes = [f.dtype for f in factors[len(parts) : len(factors) - len(operands)]]

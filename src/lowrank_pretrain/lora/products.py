@@ -66,12 +66,19 @@ def merged(
 def forms_merged_weight(n: int, weight: Tensor) -> bool:
     """Return whether to form Wₑ: W holds float32 or more, and N is at least 2.5 DO/(D+O).
 
-    Measured on one thread of a loaded AMX machine: time of a layer that trains in full over that of the adapted one.
+    Measured on one thread of loaded machines, median CPU time of a layer that trains in full over that of the adapted one
+    (ViT-S, ViT-B and GPT-2 shapes, ΣR 16 or 32; 5 % of noise):
 
-    | N(D+O)/DO             | 0.9  | 1.8  | 2.7  | 5.1  | 10.9 | 2.7, float32 | 1.8, W trains | 2.7, W trains |
-    |-----------------------|------|------|------|------|------|--------------|---------------|---------------|
-    | formed (bf16-mixed)   | 1.16 | 1.29 | 1.08 | 1.25 | 1.32 | 1.29         | 0.78          | 0.81          |
-    | two-step (bf16-mixed) | 1.29 | 1.29 | 0.99 | 1.23 | 1.28 | 1.26         | 0.88          | 0.74          |
+    | N(D+O)/DO                       | 0.9  | 1.7  | 2.7  | 4.1  | 5.1  | 10.5 | 1.7, W trains |
+    |---------------------------------|------|------|------|------|------|------|---------------|
+    | AMX, bf16-mixed: formed         | 1.16 | 1.29 | 1.08 |      | 1.25 | 1.32 | 0.78          |
+    | AMX, bf16-mixed: two-step       | 1.29 | 1.29 | 0.99 |      | 1.23 | 1.28 | 0.88          |
+    | AVX512-BF16, mixed: formed      |      | 1.32 | 1.32 | 1.30 |      | 1.33 | 0.94          |
+    | AVX512-BF16, mixed: two-step    |      | 1.36 | 1.32 | 1.28 |      | 1.26 | 0.92          |
+    | the same, float32: formed       |      | 1.37 | 1.37 | 1.34 |      | 1.32 |               |
+    | the same, float32: two-step     |      | 1.39 | 1.38 | 1.33 |      | 1.28 |               |
+
+    A W in half precision is never formed, at any price: its rounding would swallow a small B A.
     """
     d, o = weight.shape
     return weight.dtype in (torch.float32, torch.float64) and 2 * n * (d + o) >= 5 * d * o
