@@ -83,14 +83,16 @@ def full(model: nn.Module) -> nn.Module:
     return model
 
 
-def ours(freeze_rest: bool = False, lower_half_zero: bool = False, joint: bool = False) -> Callable[[nn.Module], nn.Module]:
-    """This package's adapters."""
+def ours(
+    freeze_rest: bool = False, lower_half_zero: bool = False, joint: bool = False, stored: str | None = None
+) -> Callable[[nn.Module], nn.Module]:
+    """This package's adapters; ``stored``: the type in which the frozen W is kept and multiplied."""
 
     def change(model: nn.Module) -> nn.Module:
         plan = plan_for(model, lower_half_zero)
         lora.inject(model, plan)
         if not joint:
-            lora.freeze(model, plan, freeze_rest=freeze_rest)
+            lora.freeze(model, plan, freeze_rest=freeze_rest, frozen_dtype=stored)
         return model
 
     return change
@@ -131,6 +133,10 @@ VARIANTS = {
     "peft, rest frozen": peft(freeze_rest=True),
     "ours, freeze_rest": ours(freeze_rest=True),
     "ours, lower half rank 0, freeze_rest": ours(freeze_rest=True, lower_half_zero=True),
+    "ours, freeze_rest, W in bfloat16": ours(freeze_rest=True, stored="bfloat16"),
+    "ours, half rank 0, W in bfloat16": ours(freeze_rest=True, lower_half_zero=True, stored="bfloat16"),
+    "ours, freeze_rest, W in int8": ours(freeze_rest=True, stored="int8"),
+    "ours, freeze_rest, W in float8": ours(freeze_rest=True, stored="float8"),
     "no adapters (bound)": bound,
 }
 

@@ -142,7 +142,12 @@ def counted(world, **kwargs):
         setattr(kind, method, call)
         return lambda: setattr(kind, method, whole)
 
-    undo = [during(Increments, "mean"), during(Increments, "begin"), during(MeanUnderway, "advance"), during(SharedParameters, "merge")]
+    undo = [
+        during(Increments, "mean"),
+        during(Increments, "begin"),
+        during(MeanUnderway, "advance"),
+        during(SharedParameters, "merge"),
+    ]
     for name in real:
         setattr(dist, name, counting(name))
     try:

@@ -14,7 +14,7 @@ METHODS = (
 FEATURES = (
     "one device", "DDP", "FSDP2", "DeepSpeed", "bf16-mixed", "16-mixed", "bf16-true", "accumulation", "clipping", "compile",
     "activation checkpointing", "EMA", "resume", "elastic", "export to timm", "export to hf", "export to peft", "HF Trainer",
-    "Accelerate", "Fabric",
+    "Accelerate", "Fabric", "frozen_dtype",
 )  # fmt: skip
 
 
@@ -46,6 +46,8 @@ OWN = "trainer.strategy=…: must be auto: the method brings its own strategy"
 SHARDED = "strategy=…: … changes the model in mid-run, which sharded parameters cannot follow: use ddp"
 FLAT = "params=…: is flat now (FSDP1, DeepSpeed): use FSDP2 (ModelParallelStrategy)"
 AVERAGED = "callbacks=…: pairs weights by position and would average the heads: remove it, or average the exports"
+HEADS_ONLY = "frozen_dtype=…: is for a frozen W next to heads, and update=… trains W: leave it out"
+ADAPTERS_ONLY = "frozen_dtype=…: is for the callback's own adapters, and … takes the targets over: leave it out"
 NO_ADAPTERS = "format='peft': … holds no adapters; leave format= out for its merged weights"
 PRELORA_2 = "test_prelora_distributed.py"
 GALORE_2 = "test_galore_distributed.py::test_two_processes"
@@ -95,6 +97,13 @@ CELLS: dict[tuple[str, str], Cell] = {
     **row("HF Trainer", ("galore",), "test_other_trainers.py::test_hf_trainer_equals_the_plain_loop"),
     **row("Accelerate", ("galore",), "test_other_trainers.py::test_accelerate_equals_the_plain_loop_and_resumes"),
     **row("Fabric", ("galore",), "test_other_trainers.py::test_fabric_equals_the_plain_loop"),
+    **row("frozen_dtype", ("lora",), "test_frozen.py::test_lora_resumes_and_says_what_it_merges"),
+    **row("frozen_dtype", ("prelora",), "test_frozen.py::test_two_processes_are_equal_and_resume"),
+    **row("frozen_dtype", ("lte", "mhlora"), "test_frozen.py::test_heads_multiply_in_it_and_merge_into_w_itself"),
+    **row("frozen_dtype", ("prelora_lte",), "test_frozen.py::test_prelora_hands_it_on_to_heads"),
+    **row("frozen_dtype", ("lte_galore", "prelora_lte_galore"), "test_frozen.py::test_a_wrong_value_is_one_line", HEADS_ONLY),
+    **row("frozen_dtype", ("prelora_galore",), "test_frozen.py::test_an_optimizer_that_takes_the_plan_has_no_frozen_weight",
+          ADAPTERS_ONLY),
 }  # fmt: skip
 
 HEAD = """# What works with what

@@ -25,6 +25,9 @@ VARIANTS = {
     "grad_norm": {"rank_signal": "grad_norm"},
     "own rate": {"adapter_lr": 2.0, "adapter_weight_decay": 0.0, "rewarm": 5},
     "inputs made again": {"recompute_inputs": True},
+    "stored in bfloat16": {"frozen_dtype": "bfloat16", "freeze_rest": True, "ranks": (0, 4)},
+    "stored in int8": {"frozen_dtype": "int8", "keep_original": True},
+    "stored in float8": {"frozen_dtype": "float8", "targets": "blocks.*"},
 }
 
 

@@ -26,11 +26,19 @@ if TYPE_CHECKING:
 PHASES = ("full", "joint", "lowrank")  # logged as 0, 1, 2
 # A phase callback's settings of adapters, each with the value that leaves the choice to the adopter.
 ADAPTER_DEFAULTS: Mapping[str, Any] = MappingProxyType(
-    {"alpha": None, "train_A": True, "adapter_lr": 1.0, "adapter_weight_decay": None, "recompute_inputs": False}
+    {
+        "alpha": None,
+        "train_A": True,
+        "adapter_lr": 1.0,
+        "adapter_weight_decay": None,
+        "recompute_inputs": False,
+        "frozen_dtype": None,
+        "keep_original": False,
+    }
 )
 
 # The values that LTE's heads allow.
-HEAD_SETTINGS: Mapping[str, Any] = MappingProxyType({"train_A": True})
+HEAD_SETTINGS: Mapping[str, Any] = MappingProxyType({"train_A": True, "keep_original": False})
 
 
 class Inherit(NamedTuple):

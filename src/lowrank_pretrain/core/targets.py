@@ -136,7 +136,7 @@ def obstacle(layer: nn.Module) -> str | None:
         return "is lazy and has no shape yet: call it once (in setup or configure_model), or leave it out"
     if weight.is_complex():
         return f"is complex ({weight.dtype}): only real matrices can be targets, so leave it out"
-    if not weight.is_floating_point() or weight.itemsize < 2:
+    if getattr(layer, "_stored", None) is None and (not weight.is_floating_point() or weight.itemsize < 2):
         return f"holds {weight.dtype}: only weights of 16 bits or more can be trained, so leave it out"
     if weight.ndim != 2 or not weight.numel():
         return f"has shape {tuple(weight.shape)}: only a matrix can be a target, so leave it out"

@@ -57,7 +57,10 @@ STATE = """from safetensors.torch import load_file
 state_dict = load_file('model.safetensors')"""
 
 
-def write(out: Path, config: dict[str, Any] | None, summary: dict[str, Any] | None, facts: Facts | None = None) -> Path:
+def write(
+    out: Path, config: dict[str, Any] | None, summary: dict[str, Any] | None, facts: Facts | None = None,
+    merged: str | None = None,
+) -> Path:  # fmt: skip
     """Write ``README.md`` into the folder of an export.
 
     Args:
@@ -65,12 +68,13 @@ def write(out: Path, config: dict[str, Any] | None, summary: dict[str, Any] | No
         config: the run's whole configuration; None: not known.
         summary: the contents of its summary.json; None: not known.
         facts: of the data.
+        merged: a sentence on the weights that the merge is made of, if they were not the run's own.
 
     Returns:
         The file.
     """
     card = out / "README.md"
-    write_whole(card, text(out, config, summary, facts or Facts()))
+    write_whole(card, text(out, config, summary, facts or Facts(), merged))
     return card
 
 
@@ -123,7 +127,9 @@ def usage(out: Path) -> list[tuple[str, str]]:
     return [("safetensors", STATE)]
 
 
-def text(out: Path, config: dict[str, Any] | None, summary: dict[str, Any] | None, facts: Facts) -> str:
+def text(
+    out: Path, config: dict[str, Any] | None, summary: dict[str, Any] | None, facts: Facts, merged: str | None = None
+) -> str:
     """Return the card as Markdown, with the metadata block that model hubs read."""
     adapters = (out / "adapter_config.json").is_file()
     kind = library(out / "base" if adapters else out)
@@ -140,7 +146,8 @@ def text(out: Path, config: dict[str, Any] | None, summary: dict[str, Any] | Non
     parts = [
         f"---\n{head}---\n\n# {name}{f', trained with {how}' if config else ''}\n",
         f"A {name}{size}{trained if config else ''}{f' with the method `{how}` of lowrank_pretrain' if config else ''}. "
-        f"{'These are its adapters; `base` holds the weights that they belong to.' if adapters else PLAIN}\n",
+        f"{'These are its adapters; `base` holds the weights that they belong to.' if adapters else PLAIN}"
+        f"{f' {merged}' if merged else ''}\n",
         "## Use\n\nIn this folder, or with its path in the place of the dot:\n",
         *(f"With {way}:\n\n```python\n{lines}\n```\n" for way, lines in usage(out)),
         _data(facts, kind),

@@ -42,6 +42,7 @@ from lowrank_pretrain.export.facts import KEY as FACTS
 from lowrank_pretrain.export.facts import Facts
 from lowrank_pretrain.export.peft import adapted_layers, write_adapters
 from lowrank_pretrain.lora.model import plain_state
+from lowrank_pretrain.lora.storing import unmerged_weights
 
 log = logging.getLogger("lowrank_pretrain.export")  # run as a command, __name__ differs
 
@@ -103,7 +104,7 @@ def export(ckpt: str | Path, format: str | None, out: str | Path) -> Path:
         raise ConfigError("format", format, f"{source.label} holds a {source.kind} model; use format={source.kind}")
     else:
         _write(source, out)
-    model_card.write(out, *model_card.of_run(Path(ckpt)), source.facts)
+    model_card.write(out, *model_card.of_run(Path(ckpt)), source.facts, _stored_in(source))
     return out
 
 
@@ -275,13 +276,22 @@ def _network(source: Source) -> torch.nn.Module:
     return module.model.eval()
 
 
+def _stored_in(source: Source) -> str | None:
+    """Say of which W the merge is made, where a run stored it in a cheaper type; ``None`` elsewhere."""
+    kind = source.lowrank.get("frozen_dtype")
+    if kind is None:
+        return None
+    if source.lowrank.get("keep_original"):
+        return f"From the freeze on the targets' W was multiplied in {kind}. The W merged here is the original, which was kept."
+    return f"From the freeze on the targets' W was stored and multiplied in {kind}. The W merged here is the one as stored."
+
+
 def _write_peft(source: Source, out: Path) -> Path:
     """Write adapters into `out`, and the weights that they belong to into ``out/base``."""
     exact: Mapping[str, Tensor] = _tensors(source.lowrank.get("exact", {}))
     if not adapted_layers(exact):
         raise ConfigError("format", "peft", f"{source.label} holds no adapters; leave format= out for its merged weights")
-    unmerged = {key: value for key, value in exact.items() if key.endswith(".weight")}
-    _write(source._replace(state={**source.state, **unmerged}), out / "base")
+    _write(source._replace(state={**source.state, **unmerged_weights(exact, source.state)}), out / "base")
     # names start from the network, or from the root of a user's own module
     prefix = "model." if source.kind else ""
     write_adapters(exact, source.lowrank.get("alpha"), out, prefix, "CAUSAL_LM" if source.kind == "hf" else None)

@@ -31,6 +31,7 @@ from lowrank_pretrain.core.lightning_private import (
     is_traced,
     transforms_active,
 )
+from lowrank_pretrain.lora.frozen import OPERANDS, Stored, gradient_product, product, widened
 from lowrank_pretrain.lora.products import (
     Layout,
     Part,
@@ -60,6 +61,7 @@ def lora_linear(
     rest_weight: tuple[Tensor, ...] = (),
     rest_bias: tuple[Tensor, ...] = (),
     remaker: Remaker | None = None,
+    stored: Stored | None = None,
 ) -> Tensor:
     """Apply a linear layer with low-rank adapters on its row blocks.
 
@@ -75,6 +77,7 @@ def lora_linear(
         rest_weight: per rest block a view of its rows of ``weight`` (gradients only; ``weight`` already holds the values).
         rest_bias: the same for the bias, empty if there is none.
         remaker: the layer's own: for backward, x is made again where that is possible. ``None``: x is kept.
+        stored: what belongs to a ``weight`` that is stored in a cheaper type; it needs no gradient then.
 
     Returns:
         (..., O), in autocast's dtype under autocast.
@@ -85,18 +88,21 @@ def lora_linear(
         tensor([[2., 1.]])
     """
     if not is_ordinary(x):
+        weight = weight if stored is None else widened(weight, stored.kind, stored.scale, stored.dtype)
         return affine(
             x,
             effective_weight(weight, lora_A, lora_B, parts, transposed, rest, rest_weight),
             effective_bias(bias, rest, rest_bias),
             transposed,
         )
-    layout = Layout(parts, rest, transposed)
+    layout = Layout(parts, rest, transposed, None if stored is None else stored.kind)
+    operands = () if stored is None else stored.operands()
     recipe = None
     if remaker is not None and not torch.compiler.is_compiling():
         recipe = remaker.recipe(x, autocast_dtype(x), (weight, lora_A, *rest_weight))
+    factors = (*lora_B, *rest_weight, *rest_bias, *operands)
     # autograd casts, not the function: what the function keeps for backward is then its input, which second derivatives need
-    return _LoRALinear.apply(for_autocast(x), weight, bias, lora_A, layout, recipe, *lora_B, *rest_weight, *rest_bias)
+    return _LoRALinear.apply(for_autocast(x), weight, bias, lora_A, layout, recipe, *factors)
 
 
 def is_ordinary(x: Any) -> bool:
@@ -202,6 +208,7 @@ class _Needs(NamedTuple):
 def _needs(ctx: Any, layout: Layout) -> _Needs:
     x, weight, bias, lora_A, _, _, *factors = ctx.needs_input_grad
     p, r = len(layout.parts), len(layout.rest)
+    factors = factors[: len(factors) - OPERANDS.get(layout.stored, 0)]
     return _Needs(x, weight, bias, lora_A, tuple(factors[:p]), tuple(factors[p : p + r]), tuple(factors[p + r :]))
 
 
@@ -212,16 +219,20 @@ class _LoRALinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, layout: Layout,
                 recipe: Recipe | None, *factors: Tensor) -> Tensor:  # fmt: skip
         parts, transposed = layout.parts, layout.transposed
-        lora_B = list(factors[: len(parts)])
+        lora_B, operands = list(factors[: len(parts)]), factors[len(factors) - OPERANDS.get(layout.stored, 0) :]
         device, dtype, cols = x.device.type, x.dtype, x.shape[-1]
         # in-place products after an autocast op fail ("BFloat16 and Float"), so all casts are made here and before
         with without_autocast(device):
-            use_merged = forms_merged_weight(x.numel() // cols, weight)
-            w = _multiplied_weight(weight, lora_A, lora_B, layout, use_merged, dtype)
+            use_merged = layout.stored is None and forms_merged_weight(x.numel() // cols, weight)
             b = None if bias is None else bias.to(dtype)
-            y = own_memory(affine(x, w, b, transposed))
+            if layout.stored is None:
+                w = _multiplied_weight(weight, lora_A, lora_B, layout, use_merged, dtype)
+                y = own_memory(affine(x, w, b, transposed))
+            else:  # W is a constant in a cheaper type: its product is made in that one, and is not kept
+                w, y = None, product(x.reshape(-1, cols), weight, layout.stored, operands, b, transposed)
+                y = own_memory(y.view(*x.shape[:-1], y.shape[-1]))
             z = None
-            if not use_merged:
+            if parts and not use_merged:
                 z = times_A(x.reshape(-1, cols), lora_A, dtype)
                 add_low_rank(y.view(-1, y.shape[-1]), z, lora_B, parts, dtype)
 
@@ -232,26 +243,27 @@ class _LoRALinear(torch.autograd.Function):
             with without_autocast(device):
                 z = times_A(x.reshape(-1, cols), lora_A, dtype)
         keeps_z = any(needs.lora_B) and not needs.weight
-        keeps_w = needs.x and dtype != weight.dtype
-        keep(ctx, x if needs_x else None, recipe, weight, lora_A, z if keeps_z else None, w if keeps_w else None, *lora_B)
+        w = w if needs.x and dtype != weight.dtype else None
+        keep(ctx, x if needs_x else None, recipe, weight, lora_A, z if keeps_z else None, w, *lora_B, *operands)
         ctx.layout, ctx.use_merged, ctx.dtype, ctx.x_shape = layout, use_merged, dtype, x.shape
         ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.rest_dtypes = [f.dtype for f in factors[len(parts) :]]
+        ctx.rest_dtypes = [f.dtype for f in factors[len(parts) : len(factors) - len(operands)]]
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple:
         if wants_graph(dy):
             return _gradients(ctx, dy)
-        x, (weight, lora_A, z, w, *lora_B) = kept(ctx)
+        x, (weight, lora_A, z, w, *factors) = kept(ctx)
         layout, dtype, needs = ctx.layout, ctx.dtype, _needs(ctx, ctx.layout)
+        lora_B, operands = factors[: len(layout.parts)], tuple(factors[len(layout.parts) :])
         dy = dy.reshape(-1, dy.shape[-1])  # (N, O)
         if x is not None:
             x = x.reshape(-1, x.shape[-1])  # (N, D)
         dx = dW = dz = None
 
         # W, A and B
-        if (needs.factors and not needs.weight) or (needs.x and not ctx.use_merged):
+        if layout.parts and ((needs.factors and not needs.weight) or (needs.x and not ctx.use_merged)):
             dz = times_B(dy, lora_B, layout.parts, lora_A.shape[0], dtype)  # (N, ΣR)
         if needs.weight:
             dW, dA, dB = _joint_gradients(dy, x, weight, lora_A, lora_B, layout, needs)
@@ -260,9 +272,11 @@ class _LoRALinear(torch.autograd.Function):
 
         # x
         if needs.x:
-            if w is None:
-                w = _multiplied_weight(weight, lora_A, lora_B, layout, ctx.use_merged, dtype)
-            dx = dy @ (w.t() if layout.transposed else w)
+            if layout.stored is not None:
+                dx = gradient_product(dy, weight, layout.stored, operands, layout.transposed)
+            else:
+                w = _multiplied_weight(weight, lora_A, lora_B, layout, ctx.use_merged, dtype) if w is None else w
+                dx = dy @ (w.t() if layout.transposed else w)
             if dz is not None and not ctx.use_merged:
                 dx.addmm_(dz, lora_A.to(dtype))
             dx = dx.view(ctx.x_shape)
@@ -270,7 +284,7 @@ class _LoRALinear(torch.autograd.Function):
         # what trains in full
         db = dy.sum(0).to(ctx.bias_dtype) if needs.bias else None
         d_rest = _rest_gradients(dy, x, layout, needs, ctx.rest_dtypes)
-        return dx, dW, db, dA, None, None, *dB, *d_rest
+        return dx, dW, db, dA, None, None, *dB, *d_rest, *[None] * len(operands)
 
 
 def _multiplied_weight(
@@ -352,14 +366,15 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple:
 
     ``narrow`` and not ``[:, a:b]``: the old kind of vmap (``is_grads_batched``) fails on a slice that covers everything.
     """
-    x, (weight, lora_A, z, _, *lora_B) = kept(ctx)  # not the kept cast: no derivative goes through it to W
-    (parts, rest, transposed), dtype, needs = ctx.layout, ctx.dtype, _needs(ctx, ctx.layout)
+    x, (weight, lora_A, z, _, *factors) = kept(ctx)  # not the kept cast: no derivative goes through it to W
+    (parts, rest, transposed, stored), dtype, needs = ctx.layout, ctx.dtype, _needs(ctx, ctx.layout)
+    lora_B, operands = factors[: len(parts)], factors[len(parts) :]
     dy = dy.reshape(-1, dy.shape[-1])  # (N, O)
     if x is None and z is not None and needs.x and torch.is_grad_enabled():
         z = _end_here(z)
     dx = dW = dA = None
     if needs.x:
-        W = weight.to(dtype)
+        W = weight.to(dtype) if stored is None else widened(weight, stored, operands[0] if operands else None, dtype)
         dx = dy @ (W.t() if transposed else W)
         for p, B in zip(parts, lora_B, strict=True):
             dz = dy.narrow(1, p.start, p.rows) @ B.to(dtype) * p.scale
@@ -387,7 +402,7 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple:
         d_rest.append(None if block is None else (block.t() if transposed else block).to(ctx.rest_dtypes[len(d_rest)]))
     for span, need in zip(rest, needs.rest_bias, strict=False):
         d_rest.append(dy.narrow(1, span.start, span.rows).sum(0).to(ctx.rest_dtypes[len(d_rest)]) if need else None)
-    return dx, dW, db, dA, None, None, *dB, *d_rest
+    return dx, dW, db, dA, None, None, *dB, *d_rest, *[None] * len(operands)
 
 
 def _end_here(z: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ block of a fused layer, ``lora_B.<part>`` (O_part, R_part); a layer that is not 
 import inspect
 import math
 import sys
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, SupportsIndex, cast
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from lowrank_pretrain.core.agreement import generator
 from lowrank_pretrain.core.protocols import Inherit
 from lowrank_pretrain.core.targets import MatrixLayer, Target, is_conv1d
+from lowrank_pretrain.lora.frozen import Stored, base_weight, store
 from lowrank_pretrain.lora.function import effective_bias, effective_weight, lora_linear
 from lowrank_pretrain.lora.products import Part, RestPart, merged
 from lowrank_pretrain.lora.remake import Remaker
@@ -107,6 +109,8 @@ ADDED = ("lora_A", "lora_B", "rest_weight", "rest_bias")  # what adapters regist
 class LoRALinear(Reclassed):
     """Add adapters to a layer's class (mixed in before ``nn.Linear``, ``Conv1D`` or a user's subclass of them)."""
 
+    _stored: Stored | None = None  # after the freeze, where W is stored in a cheaper type
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Map (.., D) to (.., O); called like the plain class's forward, and equal to it with W + scale · B A for W.
 
@@ -124,7 +128,7 @@ class LoRALinear(Reclassed):
         rest_bias = tuple(self.rest_bias[part.name] for part in self._rest) if self.bias is not None else ()
         return lora_linear(
             x, self.weight, self.bias, self.lora_A, factors, self._parts, self._transposed, self._rest, rest_weight, rest_bias,
-            remaker=self._remaker,
+            self._remaker, self._stored,
         )  # fmt: skip
 
     @torch.compiler.disable  # dynamo knows no object that borrows another one's attributes
@@ -157,7 +161,31 @@ class LoRALinear(Reclassed):
         factors = [self.lora_B[part.name] for part in self._parts]
         if check and not all(torch.isfinite(f).all() for f in (self.lora_A, *factors)):
             raise ValueError("adapters hold numbers that are not finite: refusing to merge them into the weights")
-        return merged(self.weight, self.lora_A, factors, self._parts, self._transposed)
+        return merged(self.weight, self.lora_A, factors, self._parts, self._transposed, self._stored)
+
+    def base_weight(self) -> Tensor:
+        """Return W without the adapters in its own layout and dtype; of one stored in a cheaper type a new tensor."""
+        return base_weight(self.weight, self._stored)
+
+    @torch.no_grad()
+    def store_weight(self, kind: str, keep_original: bool) -> None:
+        """Store the frozen W in a cheaper type, in which it is multiplied from here on."""
+        self.weight.data, self._stored = store(self.base_weight(), kind, self._transposed, keep_original)
+
+    @torch.no_grad()
+    def write_weight(self, weight: Tensor) -> None:
+        """Write W in its own dtype. If it was stored in a cheaper one, that ends here."""
+        if self._stored is None:
+            self.weight.copy_(weight)
+        else:
+            self.weight.data = weight
+            del self._stored
+
+    def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
+        super()._apply(*args, **kwargs)
+        if self._stored is not None:  # they follow to another device, and keep their dtypes
+            self._stored = self._stored.moved(self.weight)
+        return self
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Return the plain layer's state with the merged weight, for any caller and any name that it is registered under.
@@ -176,7 +204,12 @@ class LoRALinear(Reclassed):
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         # A plain state dict (no adapter keys) is the merged model: then B = 0, and nothing is missing.
-        plain = f"{prefix}lora_A" not in state_dict
+        plain, given = f"{prefix}lora_A" not in state_dict, state_dict.get(f"{prefix}weight")
+        if self._stored is not None and given is not None and given.dtype != self.weight.dtype:
+            kept = self._stored.original is not None
+            state_dict[f"{prefix}weight"], self._stored = store(
+                given.to(self.weight.device, self._stored.dtype), self._stored.kind, self._transposed, kept
+            )
         for name, own in self.named_parameters():
             if name.startswith("lora_") and plain:
                 state_dict[prefix + name] = torch.zeros_like(own) if name.startswith("lora_B") else own.detach()
@@ -251,6 +284,12 @@ def take_adapters(layer: LoRALinear) -> None:
     object.__setattr__(layer, "__class__", layer._plain_class)
     del layer._parts, layer._rest
     layer.__dict__.pop("_remaker", None)
+    layer.__dict__.pop("_stored", None)
+
+
+def lora_layers(module: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
+    """Yield (name, layer) of every layer with adapters, in the module's order."""
+    return ((name, layer) for name, layer in module.named_modules() if isinstance(layer, LoRALinear))
 
 
 def _known_forwards() -> tuple:

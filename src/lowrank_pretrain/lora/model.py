@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any, cast
@@ -15,8 +15,9 @@ from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.lightning_private import state_dict_hooks
 from lowrank_pretrain.core.plan import Plan
 from lowrank_pretrain.core.protocols import Adopter, Inherit
-from lowrank_pretrain.core.targets import Target, all_targets, output_heads, parts, plain_name, tied_layers
-from lowrank_pretrain.lora.layer import ADDED, LoRALinear, give_adapters, keep_rows, take_adapters
+from lowrank_pretrain.core.targets import all_targets, output_heads, parts, plain_name, tied_layers
+from lowrank_pretrain.lora import storing
+from lowrank_pretrain.lora.layer import ADDED, LoRALinear, give_adapters, keep_rows, lora_layers, take_adapters
 from lowrank_pretrain.lora.products import RestPart
 
 
@@ -50,7 +51,7 @@ def inject(
     if any(True for _ in lora_layers(module)):
         raise RuntimeError("adapters are there already: call lora.eject first")
     untied = untie(module, {targets[name].layer_name for name in plan if plan[name] > 0})
-    for layer_name, group in _by_layer(targets, plan).items():
+    for layer_name, group in storing.by_layer(targets, plan).items():
         layer = group[0].layer
         ranked = [t for t in group if plan[t.name] > 0]
         if ranked or len(group) < len(parts(layer_name, layer)):
@@ -60,18 +61,35 @@ def inject(
     return untied
 
 
-def freeze(module: nn.Module, plan: Mapping[str, int], freeze_rest: bool = False) -> list[Inherit]:
+def freeze(
+    module: nn.Module,
+    plan: Mapping[str, int],
+    freeze_rest: bool = False,
+    frozen_dtype: str | None = None,
+    keep_original: bool = False,
+) -> list[Inherit]:
     """Freeze W and b of the plan's targets; with ``freeze_rest`` also everything else but the adapters.
 
     A fused layer of which only some row blocks are targets (say q and v) continues to train the others: they become
     parameters ``rest_weight.<part>`` that are views of W.
 
+    Args:
+        module: has adapters by the same plan.
+        plan: target -> rank.
+        freeze_rest: see above.
+        frozen_dtype: store each frozen W in this type (``frozen.KINDS``) and multiply in it, but for the layers that
+            ``storing.frozen_layers`` leaves out; ``None``: as it is.
+        keep_original: keep W itself in the host's memory: merges add to it.
+
     Returns:
         For those views, the rows and optimizer state that they take over.
+
+    Raises:
+        ConfigError: a W that the type cannot hold.
     """
     inherited: list[Inherit] = []
     targets = all_targets(module)
-    for layer_name, group in _by_layer(targets, plan).items():
+    for layer_name, group in storing.by_layer(targets, plan).items():
         layer = group[0].layer
         chosen = {t.part for t in group}
         others = [p for p in parts(layer_name, layer) if p[0] not in chosen]
@@ -86,18 +104,22 @@ def freeze(module: nn.Module, plan: Mapping[str, int], freeze_rest: bool = False
         for p in module.parameters():
             if id(p) not in adapters:
                 p.requires_grad_(False)
+    if frozen_dtype is not None:
+        storing.store_frozen(module, plan, freeze_rest, frozen_dtype, keep_original)
     return inherited
 
 
 def merge(module: nn.Module) -> None:
     """Fold the adapters into W and set B = 0. The function stays the same to rounding; merging again changes nothing.
 
+    A W that was stored in a cheaper type has its own again: the cheaper one would round the update away.
+
     Raises:
         ValueError: the adapters hold NaN or infinite numbers.
     """
     with torch.no_grad():
         for _, layer in lora_layers(module):
-            layer.weight.copy_(layer.merged_weight())
+            layer.write_weight(layer.merged_weight())
             for factor in layer.lora_B.values():
                 factor.zero_()
 
@@ -114,7 +136,7 @@ def eject(module: nn.Module, check: bool = True) -> None:
     """
     with torch.no_grad():
         for _, layer in list(lora_layers(module)):
-            layer.weight.copy_(layer.merged_weight(check))
+            layer.write_weight(layer.merged_weight(check))
             take_adapters(layer)  # the factors keep their values: code that holds them can resume exactly
     switch_fast_path(module, off=False)
     for child in module.modules():
@@ -168,11 +190,6 @@ def is_finite(module: nn.Module) -> bool:
     return all(bool(torch.isfinite(p).all()) for _, p in adapter_parameters(module))
 
 
-def lora_layers(module: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
-    """Yield (name, layer) of every layer with adapters, in the module's order."""
-    return ((name, layer) for name, layer in module.named_modules() if isinstance(layer, LoRALinear))
-
-
 def adapter_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Yield (name, parameter) of every adapter factor."""
     for name, layer in lora_layers(module):
@@ -198,6 +215,7 @@ def exact_state(module: nn.Module) -> dict[str, Tensor]:
     for name, layer in lora_layers(module):
         exact[f"{name}.weight"] = layer.weight.detach()
         exact |= {f"{name}.{own}": p.detach() for own, p in layer.named_parameters() if own.startswith("lora_")}
+        exact |= storing.stored_tensors(name, layer._stored)
     return exact
 
 
@@ -214,7 +232,10 @@ def load_exact(module: nn.Module, exact: Mapping[str, Tensor]) -> None:
     Raises:
         ConfigError: the names or shapes differ.
     """
+    exact = {**exact, **storing.stored_again(module, exact)}
     state = own_tensors(module)
+    for name, layer in lora_layers(module):
+        state |= storing.stored_tensors(name, layer._stored)
     missing = sorted(exact_state(module).keys() - exact.keys()) or sorted(exact.keys() - state.keys())
     if missing:
         raise ConfigError("ckpt_path", missing[0], "adapters of the checkpoint and of this model differ: was it another model?")
@@ -237,19 +258,37 @@ class Adapters(Adopter):
     adapter_settings: Mapping[str, Any] = MappingProxyType({})  # it takes them all from the callback
 
     def __init__(
-        self, alpha: float | None = None, train_A: bool = True, freeze_rest: bool = False, recompute_inputs: bool = False
+        self,
+        alpha: float | None = None,
+        train_A: bool = True,
+        freeze_rest: bool = False,
+        recompute_inputs: bool = False,
+        frozen_dtype: str | None = None,
+        keep_original: bool = False,
     ) -> None:
         self.alpha, self.train_A, self.freeze_rest = alpha, train_A, freeze_rest
         self.recompute_inputs = recompute_inputs
+        self.frozen_dtype, self.keep_original = frozen_dtype, keep_original
+        self._checked = frozen_dtype is None
+
+    def check_adopt(self, names: Iterable[str], module: nn.Module) -> None:
+        """Refuse a ``frozen_dtype`` in which the device, or the kernel for a target's shape, cannot multiply."""
+        if self.frozen_dtype is not None:
+            left_out = storing.check_frozen(module, dict.fromkeys(names, 0), self.freeze_rest, self.frozen_dtype)
+            if left_out is not None:
+                warnings.warn(left_out, stacklevel=2)
+        self._checked = True
 
     def adopt(self, plan: Plan, module: nn.Module) -> list[Inherit]:
         """Give every target of the plan an adapter, at the switch."""
         self.plan, self.module = plan, module
+        if not self._checked:  # a callback that names its targets only now
+            self.check_adopt(plan, module)
         return inject(module, plan, self.alpha, self.train_A, recompute_inputs=self.recompute_inputs)
 
     def release(self) -> list[Inherit]:
         """Stop training the targets' W and b, at the freeze."""
-        return freeze(self.module, self.plan, self.freeze_rest)
+        return freeze(self.module, self.plan, self.freeze_rest, self.frozen_dtype, self.keep_original)
 
 
 class _Shared:
@@ -274,14 +313,6 @@ def _merge_where_shared(module: nn.Module) -> None:
         for name, p in child._parameters.items():
             if id(p) in layers and not isinstance(child, LoRALinear):
                 child.register_state_dict_post_hook(_Shared(layers[id(p)], name))
-
-
-def _by_layer(targets: Mapping[str, Target], plan: Mapping[str, int]) -> dict[str, list[Target]]:
-    groups: dict[str, list[Target]] = {}
-    for name, target in targets.items():  # the module's order, never the plan's: optimizer state is restored by index
-        if name in plan:
-            groups.setdefault(target.layer_name, []).append(target)
-    return groups
 
 
 def untie(module: nn.Module, layer_names: set[str]) -> list[Inherit]:

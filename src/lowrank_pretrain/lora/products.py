@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lowrank_pretrain.core.lightning_private import is_view
+from lowrank_pretrain.lora.frozen import Stored, base_weight
 
 
 class Part(NamedTuple):
@@ -38,11 +39,19 @@ class Layout(NamedTuple):
     parts: tuple[Part, ...]
     rest: tuple[RestPart, ...]
     transposed: bool  # W is D×O (transformers' Conv1D)
+    stored: str | None = None  # the kind (`frozen.KINDS`) in which a frozen W is stored and multiplied
 
 
-def merged(weight: Tensor, lora_A: Tensor, lora_B: list[Tensor], parts: tuple[Part, ...], transposed: bool) -> Tensor:
-    """Return Wₑ = W + scale · B A per row block, a new tensor of the layout and dtype of ``weight``; float32 inside."""
-    out = weight.detach().clone(memory_format=torch.contiguous_format)
+def merged(
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: list[Tensor],
+    parts: tuple[Part, ...],
+    transposed: bool,
+    stored: Stored | None = None,
+) -> Tensor:
+    """Return Wₑ = W + scale · B A per row block, a new tensor in W's layout and own dtype; float32 inside."""
+    out = base_weight(weight, stored).clone(memory_format=torch.contiguous_format)
     for part, factor in zip(parts, lora_B, strict=True):
         rows = slice(part.start, part.start + part.rows)
         block = out[:, rows].t() if transposed else out[rows]

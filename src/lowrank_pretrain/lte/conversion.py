@@ -23,6 +23,7 @@ from lowrank_pretrain.core.targets import Target, all_targets, families, first_n
 from lowrank_pretrain.core.trainer import log_interval, log_row
 from lowrank_pretrain.lora import model as lora
 from lowrank_pretrain.lora.layer import has_own_forward
+from lowrank_pretrain.lora.storing import check_frozen
 from lowrank_pretrain.lte.bare_groups import BareGroups, check_stacked
 from lowrank_pretrain.lte.first_step import FirstStep
 from lowrank_pretrain.lte.local_targets import Fit, LocalTargets, NoTargets
@@ -345,6 +346,7 @@ def begin_heads(heads: "HeadSet", fit: Fit) -> list[Inherit]:
     for line in (say_left_out(module, patterns, chosen.left_out) if chosen.left_out else None, narrow):
         if line is not None:
             rank_zero_warn(f"LTE: {line}")
+    check_frozen_dtype(heads, module, ranks)
     # convert
     heads.untied = lora.untie(module, {t.layer_name for t in targets.values()})
     targets = {name: target for name, target in all_targets(module).items() if name in targets}
@@ -367,6 +369,22 @@ def _obstacle(target: Target, fit: Fit) -> str | None:
     if not any(p is target.layer.weight for o in fit.optimizers for group in o.param_groups for p in group["params"]):
         return "is in no optimizer: configure_optimizers must hand over its weight, or leave it out"
     return None
+
+
+def check_fit(heads: "HeadSet", names: Iterable[str], fit: Fit) -> None:
+    """Refuse an optimizer or a ``frozen_dtype`` that heads cannot have; raise ``ConfigError``."""
+    check_optimizers(fit)
+    check_frozen_dtype(heads, fit.module, names)
+
+
+def check_frozen_dtype(heads: "HeadSet", module: pl.LightningModule, names: Iterable[str]) -> None:
+    """Refuse a ``frozen_dtype`` that the device, or a target's shape, does not allow.
+
+    Raises:
+        ConfigError: naming it.
+    """
+    if heads.settings.frozen_dtype is not None:
+        check_frozen(module, dict.fromkeys(names, 0), True, heads.settings.frozen_dtype)
 
 
 def check_optimizers(fit: Fit) -> None:

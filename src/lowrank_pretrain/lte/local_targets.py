@@ -67,6 +67,7 @@ class Shared:
         viewing: W holds the merged weights for evaluation: heads add nothing.
         seen: per layer the largest dim 0 of its inputs in the first training step; ``None`` after it.
         refused: why a layer's input cannot be shared out, as the first training step showed.
+        frozen_dtype: the type in which W is multiplied (``lora.frozen.KINDS``); ``None``: its own.
     """
 
     mode: str
@@ -75,6 +76,7 @@ class Shared:
     viewing: bool = False
     seen: dict[str, int] | None = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
+    frozen_dtype: str | None = None
 
     def check_seen(self, heads: int, families: Callable[[Iterable[str]], Mapping[str, str]]) -> dict[str, str]:
         """Return which layers saw fewer samples than there are heads, after the first forward pass.
@@ -161,7 +163,7 @@ class LocalTargets(ABC):
 
     def __init__(self, settings: Settings, workers: Workers, total: int) -> None:
         self.settings, self.workers = settings, workers
-        self.shared = Shared(settings.mode, total)
+        self.shared = Shared(settings.mode, total, frozen_dtype=settings.frozen_dtype)
         self.view = MergedView(self)
         self.clock = self.merges = 0
         self.last_cost = (0.0, 0.0)

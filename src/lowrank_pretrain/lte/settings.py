@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lowrank_pretrain.core import checks
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.lora.frozen import KINDS
 from lowrank_pretrain.lte.outer import OuterStep
 from lowrank_pretrain.lte.storage import KEEP_ON
 from lowrank_pretrain.lte.wire import WIRES, Codec
@@ -45,6 +46,7 @@ class Settings:
     outer_lr: float = 1.0
     outer_momentum: float = 0.0
     recompute_inputs: bool = False
+    frozen_dtype: str | None = None
     before: str = BEFORE[0]
     fragments: int = 1
     keep_on: str = KEEP_ON[0]
@@ -126,6 +128,7 @@ def _check_together(given: Mapping[str, Any]) -> None:
         raise ConfigError("fragments", given["fragments"], "belongs to update=full: factors of all targets merge together")
     _check_wire(given)
     _check_before(given)
+    _check_frozen_dtype(given)
     every, parts = given["merge_every"], given["fragments"]
     if every % parts:
         raise ConfigError("fragments", parts, f"must divide merge_every={every}: each part merges once in so many steps")
@@ -157,6 +160,17 @@ def _check_full(given: Mapping[str, Any]) -> None:
     for key, allowed in defaults.items():
         if given[key] not in allowed:
             raise ConfigError(key, given[key], "has no meaning with update=full, which trains whole weights: leave it out")
+
+
+def _check_frozen_dtype(given: Mapping[str, Any]) -> None:
+    """Refuse an unknown type, one without heads, and one that only saves memory: merges need W in full."""
+    kind = given["frozen_dtype"]
+    if kind == "int8":
+        raise ConfigError("frozen_dtype", kind, "saves memory only, and merges need W in full: use bfloat16 or float8")
+    checks.choice("frozen_dtype", kind, (None, *(known for known in KINDS if known != "int8")))
+    if kind is not None and given["update"] != "lora":
+        allowed = f"is for a frozen W next to heads, and update={given['update']} trains W: leave it out"
+        raise ConfigError("frozen_dtype", kind, allowed)
 
 
 def _check_wire(given: Mapping[str, Any]) -> None:

@@ -88,6 +88,7 @@ class LTEStrategy(FollowsPhases, Reports, Merges):
         keep_on: ``device``, or ``cpu`` for what only merges need: outer momentum, error feedback, W_base of ``update="full"``
             (``full.FullSet`` says what each costs).
         recompute_inputs: make layers' inputs again in backward where possible, in place of keeping them (``lora.inject``).
+        frozen_dtype: multiply W next to heads in ``bfloat16``, ``float16`` or ``float8``. W itself stays: merges add to it.
         ddp_kwargs: further arguments of ``DDPStrategy`` and of DDP (``timeout``, ``find_unused_parameters``, …).
 
     Raises:
@@ -119,6 +120,7 @@ class LTEStrategy(FollowsPhases, Reports, Merges):
         fragments: int = 1,
         keep_on: str = "device",
         recompute_inputs: bool = False,
+        frozen_dtype: str | None = None,
         **ddp_kwargs: Any,
     ) -> None:
         given = dict(locals())

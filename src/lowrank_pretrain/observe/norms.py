@@ -1,12 +1,14 @@
 """Log the size of weights by family during a run: the switch to low rank is decided from it and visible in it."""
 
+from typing import Any, cast
+
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
-from lowrank_pretrain.core.targets import all_targets
+from lowrank_pretrain.core.targets import all_targets, is_conv1d
 from lowrank_pretrain.core.trainer import log_row
 from lowrank_pretrain.observe.rank_analysis import by_family, present_matrices
 
@@ -29,8 +31,11 @@ class WeightNorms(Callback):
             for name, present in present_matrices(targets):
                 norms[name] = _norm(present)
                 if getattr(targets[name].layer, "lora_A", None) is not None and targets[name].layer.lora_A.ndim == 2:
-                    base[name] = _norm(targets[name].matrix())
-                    added[name] = _norm(present - targets[name].matrix())
+                    target, layer = targets[name], cast(Any, targets[name].layer)
+                    W = layer.base_weight()  # a frozen one may be stored in a cheaper type
+                    W = (W.t() if is_conv1d(layer) else W)[target.start : target.start + target.rows]
+                    base[name] = _norm(W)
+                    added[name] = _norm(present - W)
         metrics: dict[str, float] = {}
         for key, found in (("lowrank/weight_norm", norms), ("lowrank/base_norm", base), ("lowrank/adapter_norm", added)):
             if found:

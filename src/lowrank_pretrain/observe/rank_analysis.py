@@ -19,7 +19,7 @@ from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.protocols import Merges
 from lowrank_pretrain.core.targets import WHOLE, Target, families, find_targets, is_conv1d, plain_name
 from lowrank_pretrain.core.trainer import log_row
-from lowrank_pretrain.lora.products import Part, merged
+from lowrank_pretrain.lora.products import Part
 from lowrank_pretrain.observe.spectra import (
     entropy_rank,
     mean_of_pairs,
@@ -208,8 +208,7 @@ def present_matrices(targets: dict[str, Target]) -> Iterator[tuple[str, Tensor]]
             continue
         if target.layer is not layer:  # the parts of a fused layer come one after the other
             layer = target.layer
-            factors = [layer.lora_B[part.name] for part in layer._parts]
-            weight = merged(layer.weight, layer.lora_A, factors, layer._parts, is_conv1d(layer))
+            weight = layer.merged_weight(check=False)
             weight = weight.t() if is_conv1d(layer) else weight
         yield name, weight[target.start : target.start + target.rows]
 

@@ -55,7 +55,8 @@ def find_adopter(phases: PhaseCallback, trainer: pl.Trainer) -> Adopter:
         raise ConfigError("then", "galore", "needs GaLoreAdamW from configure_optimizers (a group without rank is AdamW)")
     if phases.then == "factorize":
         return _factors(phases, trainer)
-    return lora.Adapters(phases.alpha, phases.train_A, phases.freeze_rest, recompute_inputs=phases.recompute_inputs)
+    how = (phases.alpha, phases.train_A, phases.freeze_rest, phases.recompute_inputs)
+    return lora.Adapters(*how, phases.frozen_dtype, phases.keep_original)
 
 
 def _factors(phases: PhaseCallback, trainer: pl.Trainer) -> Factors:

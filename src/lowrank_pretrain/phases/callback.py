@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from lowrank_pretrain.checkpoints.format import FORMAT, SIDE, check_format
 from lowrank_pretrain.core.agreement import agreed_hash
 from lowrank_pretrain.core.buckets import settle_buckets
-from lowrank_pretrain.core.checks import choice, flag, number, whole
+from lowrank_pretrain.core.checks import choice, whole
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.lr_factor import Rewarm
 from lowrank_pretrain.core.plan import Plan, fit_ranks
@@ -65,6 +65,8 @@ class PhaseCallback(HasPhase, Callback):
         energy: with ``factorize``, instead of the plan's ranks: the share of each layer's output energy that must stay.
         flops: likewise: the share of the targets' FLOPs that the factors may take in all.
         recompute_inputs: layers with adapters make their input again in backward, where they can, in place of keeping it.
+        frozen_dtype: at the freeze, store each frozen W in this type (``lora.frozen``) and multiply in it; ``None``: as it is.
+        keep_original: with it: keep W itself in the host's memory, for merges and exports.
 
     Attributes:
         phase: ``full``, ``joint`` or ``lowrank``.
@@ -97,20 +99,17 @@ class PhaseCallback(HasPhase, Callback):
         energy: float | None = None,
         flops: float | None = None,
         recompute_inputs: bool = False,
+        frozen_dtype: str | None = None,
+        keep_original: bool = False,
     ) -> None:
-        if alpha is not None:
-            number("alpha", alpha, above=0, allowed="must be a number above 0, or null for alpha = rank")
-        for key, value in (("train_A", train_A), ("freeze_rest", freeze_rest), ("recompute_inputs", recompute_inputs)):
-            flag(key, value)
+        refusals.check_adapter_settings(alpha, train_A, freeze_rest, adapter_lr, adapter_weight_decay, recompute_inputs)
         choice("optimizer_state", optimizer_state, ("keep", "reset"))
         whole("rewarm", rewarm, 0, "optimizer steps")
         choice("then", then, ("lora", "galore", "factorize"))
         self.energy, self.flops = refusals.check_rank_rule(then, energy, flops)
-        number("adapter_lr", adapter_lr, above=0, allowed="must be a number above 0, times the base weight's learning rate")
-        if adapter_weight_decay is not None:
-            number("adapter_weight_decay", adapter_weight_decay, least=0, allowed="must be a number of 0 or more, or null")
-        self.adapter_lr, self.adapter_weight_decay = adapter_lr, adapter_weight_decay
+        self.frozen_dtype, self.keep_original = refusals.check_frozen_dtype(then, frozen_dtype, keep_original)
         self.alpha, self.train_A, self.freeze_rest, self.recompute_inputs = alpha, train_A, freeze_rest, recompute_inputs
+        self.adapter_lr, self.adapter_weight_decay = adapter_lr, adapter_weight_decay
         self.optimizer_state, self.rewarm, self.then = optimizer_state, rewarm, then
         self._brought, self._restoring = Brought(), True
         self._ended: Ended | None = None
@@ -130,9 +129,8 @@ class PhaseCallback(HasPhase, Callback):
         self.left_out: dict[str, str] = {}  # target -> what the first step said against it
         self._first: FirstStep | None = None
         # after a change, until each adapter has been seen to train; both watches begin with the next batch
-        self._unchecked = False  # whether a gradient reaches every adapter
+        self._unchecked = self._unmoved = False  # whether a gradient reaches, and a step moves, every adapter
         self._watch: GradientWatch | None = None
-        self._unmoved = False  # whether a step moves every adapter
         self._moving: AdapterWatch | None = None
         self._said_dead: set[str] = set()  # layers of adapters that no gradient had reached
 
@@ -176,7 +174,9 @@ class PhaseCallback(HasPhase, Callback):
         if isinstance(self._adopter, Factors):
             self.plan = adoption.settle_factors(self, self._adopter, trainer, pl_module, replay)
         self._look_at_gradients(not replay)  # freezing may have cut a gradient's path
-        transition.note_plain(pl_module).phase = self.phase
+        note = transition.note_plain(pl_module)
+        note.phase, note.keep_original = self.phase, self.keep_original
+        note.frozen_dtype = self.frozen_dtype if isinstance(self._adopter, lora.Adapters) else None  # heads keep W as it is
         self._log_hash(trainer, agreed, replay)
         if self.rewarm:  # from here on, so that its hook always comes after that of the adapters' own groups
             self._rewarm = Rewarm(trainer, self, self.rewarm)

@@ -11,7 +11,9 @@ from lowrank_pretrain.core.checks import whole
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.plan import Plan
 from lowrank_pretrain.core.targets import check_patterns, families, plain_name
+from lowrank_pretrain.core.trainer import accumulates
 from lowrank_pretrain.lora import model as lora
+from lowrank_pretrain.lora import storing
 from lowrank_pretrain.lora.layer import take_adapters
 from lowrank_pretrain.phases import transition
 from lowrank_pretrain.phases.callback import PhaseCallback
@@ -38,6 +40,10 @@ class LoRA(PhaseCallback):
         recompute_inputs: make a layer's input again in backward where what made it keeps what that takes (GELU, SiLU, norms,
             products such as SwiGLU's), in place of keeping the input too. Saves activation memory and costs a few percent of
             a step.
+        frozen_dtype: after the second step, store each frozen W in this type and multiply in it: ``bfloat16``, ``float16``,
+            ``float8`` or ``int8``; ``None``: as it is.
+        keep_original: with ``frozen_dtype``: keep W itself in the host's memory, and merge and export from it; without, from W
+            as it is stored.
 
     Raises:
         ConfigError: a wrong value; at the start of fit or in its first step, a pattern without a match, one that names what
@@ -54,11 +60,13 @@ class LoRA(PhaseCallback):
         adapter_lr: float = 1.0,
         adapter_weight_decay: float | None = None,
         recompute_inputs: bool = False,
+        frozen_dtype: str | None = None,
+        keep_original: bool = False,
     ) -> None:
         whole("rank", rank, 1)
         super().__init__(
             alpha, train_A, freeze_rest, adapter_lr=adapter_lr, adapter_weight_decay=adapter_weight_decay,
-            recompute_inputs=recompute_inputs,
+            recompute_inputs=recompute_inputs, frozen_dtype=frozen_dtype, keep_original=keep_original,
         )  # fmt: skip
         self.rank = int(rank)
         self.targets = check_patterns(targets)
@@ -71,6 +79,7 @@ class LoRA(PhaseCallback):
     def _reset(self) -> None:
         super()._reset()
         self._to_take_back: list[str] = []  # targets that the first step found unfit
+        self._to_store = False  # W in its cheaper type, once the first steps are watched: what is unfit trains on in full
 
     def choose_targets(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Resolve the targets after ``setup`` and ``configure_model``, so that mistakes show at once."""
@@ -93,6 +102,15 @@ class LoRA(PhaseCallback):
             self.switch_step = self.freeze_step = 0
             self._unchecked = True
 
+    def _freeze(self, trainer: pl.Trainer, pl_module: pl.LightningModule, replay: bool) -> None:
+        """Freeze W; a cheaper type waits until the first steps are watched."""
+        if isinstance(self._adopter, lora.Adapters) and self.frozen_dtype is not None:
+            if self.freeze_step is None:  # no replay of a resumed run
+                storing.refuse_overflow(pl_module, self.chosen, self.freeze_rest, self.frozen_dtype)
+                self._to_store = True
+            self._adopter.frozen_dtype = None if self._to_store else self.frozen_dtype
+        super()._freeze(trainer, pl_module, replay)
+
     def leave_out(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, reasons: Mapping[str, str], refuse: bool = True
     ) -> None:
@@ -110,6 +128,10 @@ class LoRA(PhaseCallback):
         if self._to_take_back:
             names, self._to_take_back = self._to_take_back, []
             self._take_back(trainer, pl_module, names)
+        if self._to_store and self._first is None and self.frozen_dtype is not None and not accumulates(trainer):
+            self._to_store = False
+            how = self.plan or {}, self.freeze_rest, self.frozen_dtype, self.keep_original
+            transition.apply(trainer, pl_module, lambda: storing.store_frozen(pl_module, *how))
 
     def _take_back(self, trainer: pl.Trainer, pl_module: pl.LightningModule, names: list[str]) -> None:
         flags = transition.note_plain(pl_module).requires_grad
@@ -118,7 +140,7 @@ class LoRA(PhaseCallback):
 
         def change() -> None:
             for name, layer in layers.items():
-                layer.weight.data.copy_(layer.merged_weight())  # it may have been called in this step
+                layer.write_weight(layer.merged_weight())  # it may have been called in this step
                 take_adapters(layer)
                 for own, p in layer.named_parameters():
                     p.requires_grad_(flags[f"{name}.{own}"] and not self.freeze_rest)
@@ -137,11 +159,12 @@ class LoRA(PhaseCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """Add the rank: narrow targets may all have less."""
-        return super().state_dict() | {"rank": self.rank}
+        return super().state_dict() | {"rank": self.rank} | ({"to_store": True} if self._to_store else {})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Refuse a checkpoint of another rank."""
         super().load_state_dict(state_dict)
+        self._to_store = state_dict.get("to_store", False) if self._restoring else self._to_store
         rank = state_dict.get("rank", max((self.plan or {"": self.rank}).values()))
         if self.plan and rank != self.rank:
             raise ConfigError("rank", self.rank, f"the checkpoint was trained with rank {rank}")

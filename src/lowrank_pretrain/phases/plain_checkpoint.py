@@ -26,7 +26,9 @@ from torch import Tensor, nn
 from lowrank_pretrain.core.lightning_private import trainer_of
 from lowrank_pretrain.core.targets import MatrixLayer
 from lowrank_pretrain.lora import model as lora
+from lowrank_pretrain.lora.frozen import Stored
 from lowrank_pretrain.lora.products import Part, merged
+from lowrank_pretrain.lora.storing import stored_tensors
 from lowrank_pretrain.phases import layers
 from lowrank_pretrain.phases.transition import Note, forget_note, note_of, restore_flags
 
@@ -81,7 +83,8 @@ def exact_values(module: nn.Module, noted: nn.Module | None = None) -> dict[str,
 class _HeldLayer(NamedTuple):
     name: str
     layer: MatrixLayer  # plain by now
-    weight: Tensor  # W before the merge
+    weight: Tensor  # W before the merge, as it was stored
+    stored: Stored | None
     lora_A: nn.Parameter
     lora_B: dict[str, nn.Parameter]
     parts: tuple[Part, ...]
@@ -101,8 +104,8 @@ class Held:
         note = note_of(module if noted is None else noted)
         self._tied = [] if note is None else list(note.tied)
         self._layers = [
-            _HeldLayer(name, layer, layer.weight.detach().clone(), layer.lora_A, dict(layer.lora_B.items()), layer._parts,
-                       layer._transposed)
+            _HeldLayer(name, layer, layer.weight.detach().clone(), layer._stored, layer.lora_A, dict(layer.lora_B.items()),
+                       layer._parts, layer._transposed)
             for name, layer in lora.lora_layers(module)
         ]  # fmt: skip
         self._factors = layers.HeldFactors(module)
@@ -122,12 +125,13 @@ class Held:
             W, A = held.weight, held.lora_A.detach()
             B = {part: factor.detach() for part, factor in held.lora_B.items()}
             factors = [B[part.name].to(W.device) for part in held.parts]
-            now = held.layer.weight
-            if not torch.equal(merged(W, A.to(W.device), factors, held.parts, held.transposed), now.to(W.device)):
-                W, B = now.detach(), {part: torch.zeros_like(factor) for part, factor in B.items()}
+            now, stored = held.layer.weight, held.stored
+            if not torch.equal(merged(W, A.to(W.device), factors, held.parts, held.transposed, stored), now.to(W.device)):
+                W, B, stored = now.detach(), {part: torch.zeros_like(factor) for part, factor in B.items()}, None
             shared = [alias for alias in self._tied if alias in live and live[alias].data_ptr() == now.data_ptr()]
             exact |= dict.fromkeys([*shared, f"{held.name}.weight"], W) | {f"{held.name}.lora_A": A}
             exact |= {f"{held.name}.lora_B.{part}": factor for part, factor in B.items()}
+            exact |= stored_tensors(held.name, stored)
         return exact
 
 

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 
-from lowrank_pretrain.core.checks import number
+from lowrank_pretrain.core.checks import choice, flag, number
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.lightning_private import comm_state, spawns_processes
 from lowrank_pretrain.core.protocols import HasPhase
 from lowrank_pretrain.core.targets import Target, all_targets, find_targets, tied_layers
 from lowrank_pretrain.core.trainer import callbacks_of
+from lowrank_pretrain.lora.frozen import KINDS
 from lowrank_pretrain.phases import transition
 
 if TYPE_CHECKING:
@@ -43,6 +44,9 @@ def check_run(phases: PhaseCallback, trainer: pl.Trainer, pl_module: pl.Lightnin
         if isinstance(callback, StochasticWeightAveraging) and phases.has_own_groups():
             allowed = "sets rates by group, which adapters with a rate of their own break: leave out adapter_lr"
             raise ConfigError("callbacks", type(callback).__name__, allowed)
+        if isinstance(callback, (StochasticWeightAveraging, WeightAveraging)) and phases.frozen_dtype is not None:
+            allowed = "keeps an average of W, which a cheaper type would round away: leave frozen_dtype out, or the average"
+            raise ConfigError("callbacks", type(callback).__name__, allowed)
         if isinstance(callback, HasPhase) and callback is not phases:
             raise ConfigError("callbacks", type(callback).__name__, f"cannot run beside {name}: both change the model")
     if not pl_module.automatic_optimization:
@@ -68,6 +72,25 @@ def check_targets(
             transition.refuse_views(kept[0])
 
 
+def check_adapter_settings(
+    alpha: float | None, train_A: bool, freeze_rest: bool, adapter_lr: float, adapter_weight_decay: float | None,
+    recompute_inputs: bool,
+) -> None:  # fmt: skip
+    """Refuse wrong values of the settings that adapters have in any phase callback.
+
+    Raises:
+        ConfigError: naming the first.
+    """
+    if alpha is not None:
+        number("alpha", alpha, above=0, allowed="must be a number above 0, or null for alpha = rank")
+    for key, value in (("train_A", train_A), ("freeze_rest", freeze_rest), ("recompute_inputs", recompute_inputs)):
+        flag(key, value)
+    number("adapter_lr", adapter_lr, above=0, allowed="must be a number above 0, times the base weight's learning rate")
+    if adapter_weight_decay is not None:
+        allowed = "must be a number of 0 or more, or null"
+        number("adapter_weight_decay", adapter_weight_decay, least=0, allowed=allowed)
+
+
 def check_rank_rule(then: str, energy: float | None, flops: float | None) -> tuple[float | None, float | None]:
     """Return the rules for the ranks of factors; refuse values out of range, both at once, or rules without effect.
 
@@ -84,11 +107,29 @@ def check_rank_rule(then: str, energy: float | None, flops: float | None) -> tup
     return energy, flops
 
 
+def check_frozen_dtype(then: str, frozen_dtype: str | None, keep_original: bool) -> tuple[str | None, bool]:
+    """Return both settings; refuse an unknown type, one without a frozen W, and an original without a cheaper copy.
+
+    Raises:
+        ConfigError: naming the one.
+    """
+    choice("frozen_dtype", frozen_dtype, (None, *KINDS))
+    flag("keep_original", keep_original)
+    if frozen_dtype is not None and then != "lora":
+        raise ConfigError(
+            "frozen_dtype", frozen_dtype, f'is for a frozen W next to adapters, and then="{then}" has none: leave it out'
+        )
+    if keep_original and frozen_dtype is None:
+        raise ConfigError("keep_original", True, "is for frozen_dtype: without it W stays as it is")
+    return frozen_dtype, keep_original
+
+
 def settings_of(phases: PhaseCallback) -> dict[str, Any]:
     """Return the arguments that a resumed run must have again, as plain types."""
     names = ["train_A", "adapter_lr", "adapter_weight_decay", "freeze_rest"]
     names += [name for name in ("targets", "ranks") if getattr(phases, name) is not None]
     names += ["then", "energy", "flops"] if phases.then == "factorize" else []
+    names += ["frozen_dtype", "keep_original"] if phases.frozen_dtype is not None else []
     found = {name: getattr(phases, name) for name in names}
     return {name: [*value] if isinstance(value, tuple) else value for name, value in found.items()}
 
@@ -104,8 +145,11 @@ def check_settings(phases: PhaseCallback, noted: Mapping[str, Any], pl_module: p
     Raises:
         ConfigError: naming each that differs.
     """
-    bound = {"full": ["targets"], "joint": [name for name in noted if name != "freeze_rest"]}.get(phases.phase, list(noted))
-    now, differing = {"then": phases.then} | settings_of(phases), []
+    at_freeze = {"frozen_dtype": None, "keep_original": False}  # a file that does not say has neither
+    noted = at_freeze | dict(noted) if noted else noted
+    later = ("freeze_rest", *at_freeze)
+    bound = {"full": ["targets"], "joint": [name for name in noted if name not in later]}.get(phases.phase, list(noted))
+    now, differing = {"then": phases.then} | at_freeze | settings_of(phases), []
     for name in bound:
         if name not in noted or name not in now or now[name] == noted[name]:
             continue

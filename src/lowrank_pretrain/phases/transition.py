@@ -62,6 +62,8 @@ class Note:
         phase: after the last change.
         plan: {target: rank}; None until a change has succeeded.
         alpha: of the adapters.
+        frozen_dtype: in which a frozen W is stored since the freeze; None: in its own.
+        keep_original: whether such a W is kept as it was, too.
     """
 
     requires_grad: dict[str, bool]
@@ -71,10 +73,13 @@ class Note:
     phase: str = "full"
     plan: dict[str, int] | None = None
     alpha: float | None = None
+    frozen_dtype: str | None = None
+    keep_original: bool = False
 
     def entry(self) -> dict[str, Any]:
         """Return the note's part of a checkpoint, as plain types."""
-        return {"phase": self.phase, "plan": dict(self.plan or {}), "alpha": self.alpha}
+        stored = {"frozen_dtype": self.frozen_dtype, "keep_original": self.keep_original} if self.frozen_dtype else {}
+        return {"phase": self.phase, "plan": dict(self.plan or {}), "alpha": self.alpha, **stored}
 
 
 def note_of(module: nn.Module) -> Note | None:

@@ -72,6 +72,10 @@ class PreLoRA(PhaseCallback):
         recompute_inputs: make a layer's input again in backward where what made it keeps what that takes (GELU, SiLU, norms,
             products such as SwiGLU's), in place of keeping the input too. Saves activation memory and costs a few percent of
             a step.
+        frozen_dtype: at the freeze, store each frozen W in this type and multiply in it, those of rank 0 included:
+            ``bfloat16``, ``float16``, ``float8`` or ``int8``; ``None``: as it is.
+        keep_original: with ``frozen_dtype``: keep W itself in the host's memory, and merge and export from it; without, from W
+            as it is stored.
 
     Raises:
         ConfigError: a wrong value; at the start of fit or in its first step, a pattern without a match, one that names what
@@ -104,9 +108,11 @@ class PreLoRA(PhaseCallback):
         energy: float | None = None,
         flops: float | None = None,
         recompute_inputs: bool = False,
+        frozen_dtype: str | None = None,
+        keep_original: bool = False,
     ) -> None:
-        own = (adapter_lr, adapter_weight_decay, energy, flops)
-        super().__init__(alpha, train_A, freeze_rest, optimizer_state, rewarm, then, *own, recompute_inputs=recompute_inputs)
+        own = (adapter_lr, adapter_weight_decay, energy, flops, recompute_inputs, frozen_dtype, keep_original)
+        super().__init__(alpha, train_A, freeze_rest, optimizer_state, rewarm, then, *own)
         self.targets = check_patterns(targets)
         if then == "factorize":
             unset = isinstance(ranks, Sequence) and list(ranks) == RANKS

@@ -8,15 +8,16 @@ update would count twice. W is frozen here; x is what backward keeps.
 n rows of x in all, n_k of head k, D in, O out, R rank per part, ΣR the parts' ranks added up, H heads.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lowrank_pretrain.lora.frozen import OPERANDS, Stored, gradient_product, product, widened
 from lowrank_pretrain.lora.function import autocast_dtype, effective_weight, for_autocast, is_ordinary, wants_graph
 from lowrank_pretrain.lora.products import (
+    Layout,
     Part,
-    RestPart,
     add_low_rank,
     affine,
     forms_merged_weight,
@@ -25,14 +26,6 @@ from lowrank_pretrain.lora.products import (
     times_B,
 )
 from lowrank_pretrain.lora.remake import Recipe, Remaker, keep, kept
-
-
-class Layout(NamedTuple):
-    """Describe a layer with heads, apart from its tensors."""
-
-    parts: tuple[Part, ...]
-    rest: tuple[RestPart, ...]
-    transposed: bool  # W is D×O (transformers' Conv1D)
 
 
 def heads_linear(
@@ -47,6 +40,7 @@ def heads_linear(
     layout: Layout,
     rest_weight: tuple[Tensor, ...] = (),
     remaker: Remaker | None = None,
+    stored: Stored | None = None,
 ) -> Tensor:
     """Apply a linear layer whose batch is shared out among H heads.
 
@@ -62,19 +56,23 @@ def heads_linear(
         layout: the parts, and how W lies.
         rest_weight: see ``lora.function.lora_linear``.
         remaker: likewise.
+        stored: likewise.
 
     Returns:
         (B, …, O). Each head's gradient is that of the mean over its own samples: it is multiplied by n / n_k, as
         if it were alone on a worker with them.
     """
     if not is_ordinary(x):
+        weight = weight if stored is None else widened(weight, stored.kind, stored.scale, stored.dtype)
         return _by_autograd(x, weight, bias, lora_A, lora_B, prev_A, prev_B, spans, layout, rest_weight)
     recipe = None
     if remaker is not None and not torch.compiler.is_compiling():
         recipe = remaker.recipe(x, autocast_dtype(x), (lora_A, *lora_B, *rest_weight))
     others = (*lora_B, *prev_B, *rest_weight)
     # autograd casts, not the function: what the function keeps for backward is then its input, which second derivatives need
-    return _HeadsLinear.apply(for_autocast(x), weight, bias, lora_A, prev_A, spans, layout, recipe, *others)
+    operands = () if stored is None else stored.operands()
+    layout = layout if stored is None else layout._replace(stored=stored.kind)
+    return _HeadsLinear.apply(for_autocast(x), weight, bias, lora_A, prev_A, spans, layout, recipe, *others, *operands)
 
 
 def _by_autograd(
@@ -82,7 +80,7 @@ def _by_autograd(
     prev_B: list[Tensor], spans: tuple[tuple[int, int], ...], layout: Layout, rest_weight: tuple[Tensor, ...],
 ) -> Tensor:  # fmt: skip
     """Return the same by operations that torch.func, forward-mode derivatives and tracers can follow."""
-    parts, rest, transposed = layout
+    parts, rest, transposed, _ = layout
 
     def of_head(k: int, share: float) -> Tensor:
         """Return Wₑ of head k, whose factors' gradients are multiplied by ``share``."""
@@ -133,7 +131,8 @@ class _HeadsLinear(torch.autograd.Function):
         dtype = x.dtype
         with torch.autocast(x.device.type, enabled=False):
             flat = x.reshape(-1, x.shape[-1])  # (n, D)
-            forms = _forms(flat.shape[0] // len(spans), weight)
+            operands = factors[len(factors) - OPERANDS.get(layout.stored, 0) :]
+            forms = layout.stored is None and _forms(flat.shape[0] // len(spans), weight)
             A, B, wide = _with_prev(lora_A, lora_B, prev_A, prev_B, parts)
             b = None if bias is None else bias.to(dtype)
             if forms:
@@ -143,13 +142,17 @@ class _HeadsLinear(torch.autograd.Function):
                     w = merged(weight, A[k], [f[k] for f in B], wide, layout.transposed).to(dtype)
                     y.view(-1, out)[i:j] = affine(flat[i:j], w, b, layout.transposed)
             else:
-                y = own_memory(affine(x, weight.to(dtype), b, layout.transposed))
+                if layout.stored is None:
+                    y = own_memory(affine(x, weight.to(dtype), b, layout.transposed))
+                else:
+                    y = product(flat, weight, layout.stored, operands, b, layout.transposed)
+                    y = own_memory(y.view(*x.shape[:-1], y.shape[-1]))
                 for k, (i, j) in enumerate(spans):
                     add_low_rank(y.view(-1, y.shape[-1])[i:j], flat[i:j] @ A[k].to(dtype).t(), [f[k] for f in B], wide, dtype)
         keep(ctx, x, recipe, weight, lora_A, prev_A, *factors)
         ctx.layout, ctx.spans, ctx.forms, ctx.dtype, ctx.x_shape = layout, spans, forms, dtype, x.shape
         ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.rest_dtypes = [f.dtype for f in factors[p + len(prev_B) :]]
+        ctx.rest_dtypes = [f.dtype for f in factors[p + len(prev_B) : len(factors) - len(operands)]]
         return y
 
     @staticmethod
@@ -157,7 +160,7 @@ class _HeadsLinear(torch.autograd.Function):
         if wants_graph(dy):
             return _gradients(ctx, dy)
         x, (weight, lora_A, prev_A, *factors) = kept(ctx)
-        (parts, rest, transposed), dtype, needs = ctx.layout, ctx.dtype, ctx.needs_input_grad
+        (parts, rest, transposed, stored), dtype, needs = ctx.layout, ctx.dtype, ctx.needs_input_grad
         p = len(parts)
         lora_B, prev_B = factors[:p], factors[p : 2 * p] if prev_A is not None else []
         dy, x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])  # (n, O), (n, D)
@@ -166,7 +169,10 @@ class _HeadsLinear(torch.autograd.Function):
         dA = torch.zeros_like(lora_A) if needs[3] else None
         dB = [torch.zeros_like(f) for f in lora_B] if any(needs[8 : 8 + p]) else []
         dx = None
-        if needs[0]:
+        operands = tuple(factors[len(factors) - OPERANDS.get(stored, 0) :])
+        if needs[0] and stored is not None:
+            dx = gradient_product(dy, weight, stored, operands, transposed)
+        elif needs[0]:
             dx = torch.empty_like(x) if ctx.forms else dy @ _as_rows(weight.to(dtype), transposed)
         for k, (i, j) in enumerate(ctx.spans):
             if i == j:
@@ -191,14 +197,15 @@ class _HeadsLinear(torch.autograd.Function):
                     d[k] = block.to(d.dtype).mul_(part.scale * share)
         db = dy.sum(0).to(ctx.bias_dtype) if needs[2] else None
         d_rest: list[Tensor | None] = [None] * len(ctx.rest_dtypes)
-        first = len(needs) - len(d_rest)
+        first = len(needs) - len(operands) - len(d_rest)
         for index, span in enumerate(rest):
             if needs[first + index]:
                 d = dy[:, span.start : span.start + span.rows].t() @ x
                 d_rest[index] = (d.t() if transposed else d).to(ctx.rest_dtypes[index])
         dx = None if dx is None else dx.view(ctx.x_shape)
         d_lora_B: list[Any] = [*dB] or [None] * p
-        return dx, None, db, dA, None, None, None, None, *d_lora_B, *[None] * len(prev_B), *d_rest
+        grads = (*d_lora_B, *[None] * len(prev_B), *d_rest, *[None] * len(operands))
+        return dx, None, db, dA, None, None, None, None, *grads
 
 
 def _gradients(ctx: Any, dy: Tensor) -> tuple:
@@ -207,12 +214,14 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple:
     p, needs, graph = len(ctx.layout.parts), ctx.needs_input_grad, torch.is_grad_enabled()
     x = x if x.requires_grad or not needs[0] else x.requires_grad_()  # made again without a graph
     lora_B, prev_B = factors[:p], factors[p : 2 * p] if prev_A is not None else []
-    rest_weight = tuple(factors[p + len(prev_B) :])
+    last, stored = len(factors) - OPERANDS.get(ctx.layout.stored, 0), ctx.layout.stored
+    rest_weight, operands = tuple(factors[p + len(prev_B) : last]), factors[last:]
+    W = weight.to(ctx.dtype) if stored is None else widened(weight, stored, operands[0] if operands else None, ctx.dtype)
     wanted = [x, lora_A, *lora_B, *rest_weight]
-    needed = [needs[0], needs[3], *needs[8 : 8 + p], *needs[8 + p + len(prev_B) :]]
+    needed = [needs[0], needs[3], *needs[8 : 8 + p], *needs[8 + p + len(prev_B) : 8 + last]]
     with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
         y = _by_autograd(
-            x, weight.to(ctx.dtype), None, lora_A.to(ctx.dtype), [f.to(ctx.dtype) for f in lora_B],
+            x, W, None, lora_A.to(ctx.dtype), [f.to(ctx.dtype) for f in lora_B],
             None if prev_A is None else prev_A.to(ctx.dtype), [f.to(ctx.dtype) for f in prev_B], ctx.spans, ctx.layout,
             tuple(f.to(ctx.dtype) for f in rest_weight),
         )  # fmt: skip
@@ -220,7 +229,8 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple:
         found = iter(torch.autograd.grad(y, chosen, dy, create_graph=graph, allow_unused=True) if chosen else ())
     dx, dA, *others = (next(found) if need else None for need in needed)
     db = dy.reshape(-1, dy.shape[-1]).sum(0).to(ctx.bias_dtype) if needs[2] else None
-    return dx, None, db, dA, None, None, None, None, *others[:p], *[None] * len(prev_B), *others[p:]
+    grads = (*others[:p], *[None] * len(prev_B), *others[p:], *[None] * len(operands))
+    return dx, None, db, dA, None, None, None, None, *grads
 
 
 def _live(dz: Tensor, parts: tuple[Part, ...]) -> Tensor:

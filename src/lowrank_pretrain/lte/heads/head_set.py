@@ -92,7 +92,7 @@ class HeadSet(LocalTargets):
     @classmethod
     def decides(cls, settings: Settings) -> Mapping[str, Any]:
         """Return settings that a phase callback cannot change: heads use the strategy's scale and train their A."""
-        return {**HEAD_SETTINGS, "alpha": settings.alpha, "recompute_inputs": settings.recompute_inputs}
+        return {**HEAD_SETTINGS, **{key: getattr(settings, key) for key in ("alpha", "recompute_inputs", "frozen_dtype")}}
 
     # -- beginning and ending ---------------------------------------------------------------------------------------
 
@@ -102,7 +102,7 @@ class HeadSet(LocalTargets):
 
     def check_adopt(self, names: Iterable[str], fit: Fit) -> None:
         """Refuse an optimizer that cannot train heads now, not days later at the freeze."""
-        conversion.check_optimizers(fit)
+        conversion.check_fit(self, names, fit)
 
     def adopt(self, plan: Plan, fit: Fit) -> list[Inherit]:
         """Give each target one synchronous adapter, averaged like all other parameters."""

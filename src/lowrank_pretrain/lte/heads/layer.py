@@ -21,6 +21,7 @@ from lowrank_pretrain.core.agreement import generator
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.protocols import Inherit
 from lowrank_pretrain.core.targets import WHOLE, Target, is_conv1d
+from lowrank_pretrain.lora.frozen import store
 from lowrank_pretrain.lora.function import lora_linear
 from lowrank_pretrain.lora.layer import Reclassed, has_own_forward, keep_rows, swap_class
 from lowrank_pretrain.lora.products import Part, RestPart
@@ -43,22 +44,22 @@ class MultiheadLoRALinear(Reclassed):
         shared = self._shared
         if shared.viewing or shared.batch is None:
             return self._plain_class.forward(self, x)
-        weight = self.weight.detach() if self.weight.requires_grad else self.weight  # in the first step only
+        weight, stored = self.weight.detach() if self.weight.requires_grad else self.weight, None  # in the first step only
+        if shared.frozen_dtype is not None:  # merges and others write into W: cast at each call, the copy is never stale
+            weight, stored = store(weight, shared.frozen_dtype, is_conv1d(self))
         rest_weight = tuple(self.rest_weight[part.name] for part in self._rest)
         factors = [self.lora_B[part.name] for part in self._parts]
         if shared.mode == "joint":
             A, B, parts = self._side_by_side(factors)
-            return lora_linear(
-                x, weight, self.bias, A, B, parts, is_conv1d(self), self._rest, rest_weight, remaker=self._remaker
-            )
+            rest = (self._rest, rest_weight, (), self._remaker, stored)
+            return lora_linear(x, weight, self.bias, A, B, parts, is_conv1d(self), *rest)
         prev_A, prev_B = self.prev_factors()
         layout = Layout(self._parts, self._rest, is_conv1d(self))
         if self.weight.requires_grad and self._cannot_share(x):
             return self._plain_class.forward(self, x)
         spans = self._spans(x)
-        return heads_linear(
-            x, weight, self.bias, self.lora_A, factors, prev_A, prev_B, spans, layout, rest_weight, self._remaker
-        )
+        factors_of = (self.lora_A, factors, prev_A, prev_B, spans, layout, rest_weight)
+        return heads_linear(x, weight, self.bias, *factors_of, self._remaker, stored)
 
     def _cannot_share(self, x: Tensor) -> bool:
         """Return, in the first step, whether x has too few samples for the heads. Then W itself trains."""
