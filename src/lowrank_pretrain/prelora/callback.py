@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import lightning.pytorch as pl
@@ -182,7 +183,7 @@ class PreLoRA(PhaseCallback):
         stepped = self._steps.stepped(trainer)
         self._units += int(stepped if self.window_unit == "step" else trainer.is_last_batch)
         self._due = self._due or self._units >= self.window
-        if self._due and stepped and self._adopter.settled():
+        if self._due and stepped and self._settled():
             self._due, self._units = False, 0
             self._end_of_window(trainer, pl_module)
         if stepped and self.freeze_due:  # asked for before the adopter was ready
@@ -214,7 +215,7 @@ class PreLoRA(PhaseCallback):
             self.windows_done -= 1
             return
         self._loss.zero_()
-        with self._adopter.agreed_weights():
+        with nullcontext() if self._adopter.settles_every == 1 else self._adopter.agreed_weights():
             norms = _norms(targets)
         self.history = [*self.history, Window(total / count, norms)][-self.windows :]
         self.verdict = check_convergence(self.history, family_of, self.windows, self.loss_tol, self.weight_tol)
@@ -306,7 +307,11 @@ class PreLoRA(PhaseCallback):
 
     def _closes_window(self, trainer: pl.Trainer) -> bool:
         passed = 1 if self.window_unit == "step" else int(trainer.is_last_batch)
-        return (self._due or self._units + passed >= self.window) and self._adopter.settled(1)
+        return (self._due or self._units + passed >= self.window) and self._settled(1)
+
+    def _settled(self, ahead: int = 0) -> bool:
+        """Return whether a window may end now, or after so many more steps: all ranks must hold the same weights."""
+        return self._adopter.settles_every == 1 or self._adopter.settled(ahead)
 
     def _gradient_norms(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, float]:
         """Return ‖·‖_F of the targets' gradients; if ranks have gradients of their own, the mean of their norms."""
