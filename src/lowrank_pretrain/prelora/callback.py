@@ -48,7 +48,7 @@ class PreLoRA(PhaseCallback):
         ranks: increasing powers of two to choose from; may begin with 0 (frozen without an adapter). A target narrower than
             its rank gets min(D, O), with one warning, and is refused where it is named. With ``then="factorize"`` increasing
             fractions of min(D, O) instead, by default (0.25,).
-        window: length of a window, in units of ``window_unit``.
+        window: length of a window, in units of ``window_unit``; under ``LTEStrategy(before="merge")`` it ends with a merge.
         window_unit: ``epoch`` or ``step`` (optimizer steps).
         windows: k, how many windows the test looks at; at least 2.
         weight_tol: fraction in (0, 1) for the families' mean relative norm change. Exp1/2/3 of the paper: .01, .005, .0025.
