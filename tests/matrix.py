@@ -10,6 +10,7 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "support-matrix.md"
 METHODS = (
     "lora", "prelora", "galore", "lte", "mhlora", "lte_galore", "prelora_lte", "prelora_galore", "prelora_lte_galore",
+    "diloco", "muloco",
 )  # fmt: skip
 FEATURES = (
     "one device", "DDP", "FSDP2", "DeepSpeed", "bf16-mixed", "16-mixed", "bf16-true", "accumulation", "clipping", "compile",
@@ -32,6 +33,8 @@ class Refused(NamedTuple):
 
 
 Cell = Works | Refused
+MERGED = ("diloco", "muloco")  # whole weights: what other rows have not tried is "-"
+FIRST = tuple(method for method in METHODS if method not in MERGED)
 WITH_LTE = ("lte", "mhlora", "lte_galore", "prelora_lte", "prelora_lte_galore")
 WITH_CALLBACK = ("lora", "prelora", "prelora_galore")  # and no strategy of its own
 
@@ -53,11 +56,11 @@ PRELORA_2 = "test_prelora_distributed.py"
 GALORE_2 = "test_galore_distributed.py::test_two_processes"
 ACTS = "test_support.py::test_a_feature_acts_and_a_resume_under_it_is_exact"
 EMA = "test_support.py::test_an_average_of_the_weights_resumes_or_is_refused[{}]"
-NO_PEFT = tuple(method for method in METHODS if method not in ("lora", "prelora"))
+NO_PEFT = tuple(method for method in FIRST if method not in ("lora", "prelora"))
 EXPORTS = "test_support.py::test_what_a_run_exports_is_the_trained_model"
 
 CELLS: dict[tuple[str, str], Cell] = {
-    **row("one device", METHODS, "test_composition.py::test_what_comes_out_is_a_plain_model[{}]"),
+    **row("one device", FIRST, "test_composition.py::test_what_comes_out_is_a_plain_model[{}]"),
     **row("DDP", ("prelora",), f"{PRELORA_2}::test_two_processes_are_one_through_all_phases_and_send_what_trains"),
     **row("DDP", ("galore",), f"{GALORE_2}[hook_in_lightning]"),
     **row("DDP", ("lte",), "test_lte_distributed.py::test_any_layout_of_four_heads_is_the_same_run"),
@@ -71,13 +74,13 @@ CELLS: dict[tuple[str, str], Cell] = {
     **row("DeepSpeed", WITH_CALLBACK,
           "test_support.py::test_who_changes_the_model_refuses_sharded_weights[DeepSpeedStrategy-{}]", SHARDED),
     **row("DeepSpeed", WITH_LTE, "test_support.py::test_a_method_with_a_strategy_refuses_another[deepspeed-{}]", OWN),
-    **row("bf16-mixed", METHODS, f"{ACTS}[bf16-mixed-{{}}]"),
-    **row("16-mixed", METHODS, f"{ACTS}[16-mixed-{{}}]"),
-    **row("bf16-true", METHODS, f"{ACTS}[bf16-true-{{}}]"),
-    **row("accumulation", METHODS, f"{ACTS}[accumulation-{{}}]"),
-    **row("clipping", METHODS, f"{ACTS}[clipping-{{}}]"),
-    **row("compile", METHODS, "test_support.py::test_a_compiled_model_is_the_eager_one[{}]"),
-    **row("activation checkpointing", METHODS, "test_support.py::test_checkpointed_activations_change_nothing[{}]"),
+    **row("bf16-mixed", FIRST, f"{ACTS}[bf16-mixed-{{}}]"),
+    **row("16-mixed", FIRST, f"{ACTS}[16-mixed-{{}}]"),
+    **row("bf16-true", FIRST, f"{ACTS}[bf16-true-{{}}]"),
+    **row("accumulation", FIRST, f"{ACTS}[accumulation-{{}}]"),
+    **row("clipping", FIRST, f"{ACTS}[clipping-{{}}]"),
+    **row("compile", FIRST, "test_support.py::test_a_compiled_model_is_the_eager_one[{}]"),
+    **row("activation checkpointing", FIRST, "test_support.py::test_checkpointed_activations_change_nothing[{}]"),
     **row("EMA", ("lora", "prelora", "galore", "prelora_galore"), EMA),
     **row("EMA", WITH_LTE, EMA, AVERAGED),
     **row("resume", ("lora",), "test_resume.py::test_lora_resumes"),
@@ -90,8 +93,16 @@ CELLS: dict[tuple[str, str], Cell] = {
     **row("elastic", ("prelora",), f"{PRELORA_2}::test_one_process_goes_on_where_two_were_and_two_where_one_was"),
     **row("elastic", ("lte",), "test_lte_resume.py::test_two_to_three_to_one_worker"),
     **row("elastic", ("lte_galore",), "test_lte_galore.py::test_other_numbers_of_workers_go_on_from_the_merged_model"),
-    **row("export to timm", METHODS, f"{EXPORTS}[vit-timm-{{}}]"),
-    **row("export to hf", METHODS, f"{EXPORTS}[gpt2-hf-{{}}]"),
+    **row("elastic", ("prelora_lte", "prelora_lte_galore"), "test_lte_before.py::test_two_to_three_to_one_worker"),
+    **row("elastic", ("diloco",), "test_lte_full.py::test_two_to_three_to_one_worker_loses_no_error_feedback"),
+    **row("one device", ("diloco",), "test_lte_full.py::test_it_is_algorithm_1"),
+    **row("DDP", ("diloco",), "test_lte_full.py::test_it_is_algorithm_1"),
+    **row("resume", ("diloco",), "test_lte_full.py::test_resume_is_exact_at_and_between_merges"),
+    **row("one device", ("muloco",), "test_lte_muloco.py::test_with_muon_inside_it_is_algorithm_1_for_a_few_merges"),
+    **row("DDP", ("muloco",), "test_lte_muloco.py::test_with_muon_inside_it_is_algorithm_1_for_a_few_merges"),
+    **row("resume", ("muloco",), "test_lte_muloco.py::test_muloco_resumes_to_the_bit"),
+    **row("export to timm", FIRST, f"{EXPORTS}[vit-timm-{{}}]"),
+    **row("export to hf", FIRST, f"{EXPORTS}[gpt2-hf-{{}}]"),
     **row("export to peft", ("lora", "prelora"), f"{EXPORTS}[vit-timm-{{}}]"),
     **row("export to peft", NO_PEFT, f"{EXPORTS}[vit-timm-{{}}]", NO_ADAPTERS),
     **row("HF Trainer", ("galore",), "test_other_trainers.py::test_hf_trainer_equals_the_plain_loop"),

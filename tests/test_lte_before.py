@@ -35,7 +35,8 @@ RESUMED = [
     (1, "prelora_lte", OUTER, AT),
     (2, "prelora_lte", {"wire": "int4", **OUTER}, AT), (2, "prelora_lte", {"sync_rest": "step", "wire": "int8"}, (4, 8, 10)),
     (2, "prelora_lte_galore", {"wire": "int8", **OUTER}, AT),
-    (2, "prelora_lte_galore", {"basis": "shared", "sync_rest": "step"}, (8, 10)),
+    (2, "prelora_lte", {"wire": "int8", "overlap": 2, "keep_on": "cpu", **OUTER}, (4, 6, 8, 9)),
+    pytest.param(2, "prelora_lte_galore", {"basis": "shared", "sync_rest": "step"}, (8, 10), marks=pytest.mark.slow),
 ]  # fmt: skip
 
 
@@ -106,7 +107,7 @@ def test_what_a_switch_and_a_freeze_between_merges_find_is_merged_first(ranks, t
 
 
 @pytest.mark.parametrize(("name", "change"), [("prelora_lte", {"wire": "int4", **OUTER}), ("prelora_lte_galore", {})], ids=str)
-@pytest.mark.parametrize("at", [4, 8])
+@pytest.mark.parametrize("at", [pytest.param(4, marks=pytest.mark.slow), 8])
 def test_two_to_three_to_one_worker(ranks, tmp_path, name, change, at):
     how = {"change": change, "batch": 12}
     ranks(2, workers.cell, 2, name, folder=str(tmp_path / "2"), save_at=[at], steps=max(at, 6), **how)

@@ -68,13 +68,11 @@ def test_some_setting_sends_as_little_as_must_hold():
     assert found["DiLoCo (MuLoCo), H = 100, int2"]["ViT-L/16"] <= 2
 
 
-def test_the_pages_show_the_tables_rows_and_the_code_still_says_so():
+def test_the_page_shows_the_tables_rows_and_the_code_still_says_so():
     lines = TABLE.read_text().splitlines()
-    for page in ("README.md", "docs/tutorials/lte.md"):
-        shown = [
-            line for line in (ROOT / page).read_text().splitlines() if line.startswith(("| DiLoCo", "| LTE, T", "| PreLoRA →"))
-        ]
-        assert shown and set(shown) <= set(lines)
+    page = (ROOT / "docs/tutorials/lte.md").read_text().splitlines()
+    shown = [line for line in page if line.startswith(("| DiLoCo", "| LTE, T", "| PreLoRA →"))]
+    assert len(shown) > 10 and set(shown) <= set(lines)
     model = lte_bytes.bare(lte_bytes.MODELS["ViT-S/32"])
     rows = list(lte_bytes.settings())
     for name, how, arguments in (rows[0], rows[5], rows[13], rows[-2]):

@@ -20,7 +20,6 @@ look at them. So its windows end with a merge, the first one at or after their l
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -48,15 +47,10 @@ class MergedUntilFreeze(FullSet):
     """
 
     def __init__(self, settings: Settings, workers: Workers, later: LocalTargets) -> None:
-        super().__init__(replace(settings, overlap=0, fragments=1), workers)  # overlap is that of the later targets
+        super().__init__(settings, workers)
         self.later = later
         self.stage = "full"
         self._changed = False  # the model has other parameters than ``pieces``, until ``follow``
-
-    @property
-    def increments(self) -> Increments | None:
-        """Return W_base and the wire; None where a merge changes nothing."""
-        return self.fragments[0] if self.fragments else None
 
     # -- phases -----------------------------------------------------------------------------------------------------
 
@@ -79,10 +73,9 @@ class MergedUntilFreeze(FullSet):
         """Train the changed model's parameters separately, now that optimizers hold them; return whether it was changed."""
         if not self._changed:
             return False
-        before, self._changed = self.increments, False
+        before, self._changed = self.fragments, False
         self.begin(fit)
-        if before is not None and self.increments is not None:
-            carry_over(before, self.increments)
+        carry_over(before, self.fragments)
         here = self.parameters()
         self.outer.buffers = {name: buffer for name, buffer in self.outer.buffers.items() if name in here}
         self.optimizers = []
@@ -95,8 +88,12 @@ class MergedUntilFreeze(FullSet):
     @torch.no_grad()
     def merge_outstanding(self) -> None:
         """Merge what was done since the last merge, so that all hold the same weights. All workers call it together."""
-        if self.increments is not None and self.clock % self.settings.merge_every:
-            self._move(self.increments, self.increments.mean(self.training_weights(), overwrite=True), {})
+        just_sent = (self.clock // self.settings.interval - 1) if self.clock % self.settings.interval == 0 else None
+        if self.pending is not None:
+            self._finish()
+        for number, increments in enumerate(self.fragments):
+            if just_sent is None or number != just_sent % len(self.fragments):
+                self._move(increments, increments.mean(self.training_weights(), overwrite=True), {})
 
     # -- what a callback may decide by ------------------------------------------------------------------------------
 
@@ -107,7 +104,9 @@ class MergedUntilFreeze(FullSet):
     @contextmanager
     def base_in_place(self) -> Iterator[None]:
         """Show W_base instead of W in this block."""
-        base = {} if self.increments is None else self.increments.base
+        base = {name: W for increments in self.fragments for name, W in increments.base.items()}
+        for increments in self.fragments:
+            increments.storage.wait()
         kept = {piece.name: piece.p.data for piece in self.pieces if piece.name in base}
         try:
             for piece in self.pieces:
@@ -132,25 +131,27 @@ class MergedUntilFreeze(FullSet):
 
 
 @torch.no_grad()
-def carry_over(before: Increments, after: Increments) -> None:
-    """Give what the wire has left out so far to the same weights in another flat buffer.
+def carry_over(before: Iterable[Increments], after: Iterable[Increments]) -> None:
+    """Give what the wire has left out so far to the same weights in other flat buffers.
 
     What a worker's messages of the mean have left out joins what its own messages have, times w, because those are averaged:
     the sum stays, and nothing is sent.
 
     Args:
-        before: the increments so far.
+        before: the increments so far, by fragment.
         after: those of the changed model.
     """
-    old, new = before.wire, after.wire
-    if not old.sent_error.numel():
-        return
-    old.storage.wait()
-    pending = old.sent_error.clone()
-    chunk = len(old.mean_error)
-    first = before.workers.rank * chunk
-    pending[first : first + chunk] += before.workers.size * old.mean_error
-    parts: Mapping[str, Tensor] = before.by_name(pending[: old.n])
-    for name, place in after.by_name(new.sent_error[: new.n]).items():
-        if name in parts:
-            place.copy_(parts[name])
+    parts: dict[str, Tensor] = {}
+    for old in before:
+        old.storage.wait()
+        pending, wire = old.wire.sent_error.clone(), old.wire
+        if not len(pending):
+            return
+        chunk = len(wire.mean_error)
+        first = old.workers.rank * chunk
+        pending[first : first + chunk] += old.workers.size * wire.mean_error
+        parts |= old.by_name(pending[: wire.n])
+    for new in after:
+        for name, place in new.by_name(new.wire.sent_error[: new.wire.n]).items():
+            if name in parts:
+                place.copy_(parts[name])

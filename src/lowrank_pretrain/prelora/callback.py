@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import lightning.pytorch as pl
@@ -47,7 +48,7 @@ class PreLoRA(PhaseCallback):
         ranks: increasing powers of two to choose from; may begin with 0 (frozen without an adapter). A target narrower than
             its rank gets min(D, O), with one warning, and is refused where it is named. With ``then="factorize"`` increasing
             fractions of min(D, O) instead, by default (0.25,).
-        window: length of a window, in units of ``window_unit``.
+        window: length of a window, in units of ``window_unit``; under ``LTEStrategy(before="merge")`` it ends with a merge.
         window_unit: ``epoch`` or ``step`` (optimizer steps).
         windows: k, how many windows the test looks at; at least 2.
         weight_tol: fraction in (0, 1) for the families' mean relative norm change. Exp1/2/3 of the paper: .01, .005, .0025.
@@ -192,7 +193,7 @@ class PreLoRA(PhaseCallback):
         stepped = self._steps.stepped(trainer)
         self._units += int(stepped if self.window_unit == "step" else trainer.is_last_batch)
         self._due = self._due or self._units >= self.window
-        if self._due and stepped and self._adopter.settled():
+        if self._due and stepped and self._settled():
             self._due, self._units = False, 0
             self._end_of_window(trainer, pl_module)
         if stepped and self.freeze_due:  # asked for before the adopter was ready
@@ -224,7 +225,7 @@ class PreLoRA(PhaseCallback):
             self.windows_done -= 1
             return
         self._loss.zero_()
-        with self._adopter.agreed_weights():
+        with nullcontext() if self._adopter.settles_every == 1 else self._adopter.agreed_weights():
             norms = _norms(targets)
         self.history = [*self.history, Window(total / count, norms)][-self.windows :]
         self.verdict = check_convergence(self.history, family_of, self.windows, self.loss_tol, self.weight_tol)
@@ -316,7 +317,11 @@ class PreLoRA(PhaseCallback):
 
     def _closes_window(self, trainer: pl.Trainer) -> bool:
         passed = 1 if self.window_unit == "step" else int(trainer.is_last_batch)
-        return (self._due or self._units + passed >= self.window) and self._adopter.settled(1)
+        return (self._due or self._units + passed >= self.window) and self._settled(1)
+
+    def _settled(self, ahead: int = 0) -> bool:
+        """Return whether a window may end now, or after so many more steps: all ranks must hold the same weights."""
+        return self._adopter.settles_every == 1 or self._adopter.settled(ahead)
 
     def _gradient_norms(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, float]:
         """Return ‖·‖_F of the targets' gradients; if ranks have gradients of their own, the mean of their norms."""
