@@ -23,11 +23,12 @@ from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
+from lowrank_pretrain.lte.storage import Storage
 from lowrank_pretrain.lte.workers import Workers
 
 BLOCK = 64
@@ -240,19 +241,19 @@ class DenseMean:
         workers: who takes part.
         wire: a key of :data:`WIRES`.
         n: the buffer's length.
-        device: where the error feedback is kept between merges; ``None``: with the buffer.
+        keep_on: where the error feedback is kept between merges, ``device`` or ``cpu`` (``storage.Storage``).
 
     Attributes:
         sent_error: what this worker's messages have left out so far, (padded n) float32.
         mean_error: what this worker's messages of the mean of its own chunk have left out, (c) float32.
     """
 
-    def __init__(self, workers: Workers, wire: str, n: int, device: torch.device | None = None) -> None:
-        self.workers, self.codec, self.n, self.device = workers, Codec(wire), n, device
+    def __init__(self, workers: Workers, wire: str, n: int, keep_on: str = "device") -> None:
+        self.workers, self.codec, self.n, self.storage = workers, Codec(wire), n, Storage(keep_on)
         length = padded(n, workers.size)
         lossy = workers.size > 1 and not self.codec.exact
-        self.sent_error = torch.zeros(length if lossy else 0, device=device)
-        self.mean_error = torch.zeros(length // workers.size if lossy else 0, device=device)
+        self.sent_error = self.storage.put(torch.zeros(length if lossy else 0))
+        self.mean_error = self.storage.put(torch.zeros(length // workers.size if lossy else 0))
 
     @torch.no_grad()
     def mean(self, flat: Tensor) -> Tensor:
@@ -283,11 +284,11 @@ class DenseMean:
             for at in range(0, self.n, at_once):
                 part = torch.zeros(min(at_once, self.n - at), dtype=dtype, device=device)
                 mine.add_to(at, part)
-                self.workers.average([part])
-                result.put(at, part)
+                self.workers.wait(self.workers.begin_mean(part))
+                result.put(at, self.workers.end_mean(part))
             return
-        for name in ("sent_error", "mean_error"):  # a checkpoint's are on the CPU
-            setattr(self, name, getattr(self, name).to(self.device or device))
+        # at first, and after a checkpoint, they are in main memory
+        self.sent_error, self.mean_error = (self.storage.place(kept, device) for kept in (self.sent_error, self.mean_error))
         c = len(self.mean_error)
         width = max(BLOCK, at_once // w // BLOCK * BLOCK)
         for at in range(0, c, width):
@@ -299,26 +300,30 @@ class DenseMean:
         starts = [row * c + columns.start for row in range(w)]
         # what this worker's last message left out joins this one
         kept = self.sent_error.view(w, c)[:, columns]
-        whole = kept.to(device)
+        whole = self.storage.get(kept, device)
         for start, row in zip(starts, whole, strict=True):
             mine.add_to(start, row[: max(0, self.n - start)])
         messages = self.codec.encode(whole, whole)  # (w, bytes)
         if whole is not kept:
-            kept.copy_(whole)
-        # everybody's messages for my row, averaged in one order
-        received = self.workers.swap(messages)
-        mean = self.codec.decode(received[0])
-        for message in received[1:]:
-            mean += self.codec.decode(message)
-        mean /= w
+            for old, new in zip(kept, whole, strict=True):  # contiguous, so that a copy to pinned memory need not wait
+                old.copy_(new, non_blocking=True)
+        # everybody's messages for my row
+        mean = self.mean_of_rows(self.workers.swap(messages)[0])
         # the mean of my row, for everyone
         left = self.mean_error[columns]
-        mean += left.to(device)
+        mean += self.storage.get(left, device)
         message = self.codec.encode(mean, mean)
-        left.copy_(mean)
+        left.copy_(mean, non_blocking=True)
         gathered, _ = self.workers.gather(message)
         for start, written in zip(starts, gathered, strict=True):
             result.put(start, self.codec.decode(written, mean)[: max(0, self.n - start)])
+
+    def mean_of_rows(self, messages: Tensor) -> Tensor:
+        """Return the mean of what the workers' messages (w, bytes) say, added in the order of the ranks."""
+        mean = self.codec.decode(messages[0])
+        for message in messages[1:]:
+            mean += self.codec.decode(message)
+        return mean.div_(self.workers.size)
 
     def sent_per_mean(self) -> float:
         """Return the bytes that this worker sends for one mean."""
@@ -337,6 +342,7 @@ class DenseMean:
         """
         if not self.sent_error.numel():
             return None
+        self.storage.wait()
         total = self.sent_error.clone()
         self.workers.average([total], counted=False)
         errors, _ = self.workers.gather(self.mean_error)
@@ -345,6 +351,73 @@ class DenseMean:
     @torch.no_grad()
     def take_pending(self, pending: Tensor) -> None:
         """Resume from another number of workers' ``pending``: each worker takes on all of it, so the mean is the same."""
+        self.storage.wait()
         if self.sent_error.numel():
             self.sent_error.zero_()[: self.n] = pending.to(self.sent_error)
             self.mean_error.zero_()
+
+
+class MeanUnderway:
+    """Carry one mean of :class:`DenseMean` through its steps; with ``overlap`` training goes on in between.
+
+    All workers make the same calls at the same time of their clocks, so that messages meet.
+
+    Args:
+        of: the mean that this belongs to; its error feedback is used and renewed.
+        flat: this worker's buffer, (n); it is overwritten.
+        overlap: return before the others have answered.
+    """
+
+    @torch.no_grad()
+    def __init__(self, of: DenseMean, flat: Tensor, overlap: bool = False) -> None:
+        self._of, self._overlap = of, overlap
+        self._summed: Tensor | None = None  # of an exact wire
+        self._received: Tensor | None = None  # everybody's messages for my chunk, (w, bytes)
+        self._gathered: Tensor | None = None  # the mean's messages, (w, bytes)
+        self._mean: Tensor | None = None
+        self._work: Any = None
+        workers, codec = of.workers, of.codec
+        if workers.size == 1:
+            self._mean = flat
+            return
+        if codec.exact:
+            self._summed, self._work = flat, workers.begin_mean(flat, overlap)
+            return
+        # what this worker's last message left out joins this one
+        mine = of.storage.get(of.sent_error, flat.device)
+        mine[: of.n] += flat
+        rows = mine.view(workers.size, -1)
+        messages = codec.encode(rows, rows)  # (w, bytes)
+        of.sent_error = of.storage.put(mine, of.sent_error)
+        # everybody's messages for my chunk
+        self._received, self._work = workers.swap(messages, overlap)
+
+    @torch.no_grad()
+    def advance(self) -> None:
+        """Average what has arrived, and send it on; a second call does nothing."""
+        if self._received is None:
+            return
+        of, workers = self._of, self._of.workers
+        self._wait()
+        mean, self._received = of.mean_of_rows(self._received), None
+        # the mean of my chunk, for everyone
+        mean += of.storage.get(of.mean_error, mean.device)
+        message = of.codec.encode(mean, mean)
+        of.mean_error = of.storage.put(mean, of.mean_error)
+        self._gathered, self._work = workers.gather(message, self._overlap)
+
+    @torch.no_grad()
+    def result(self) -> Tensor:
+        """Wait, and return the mean, (n), the same bits on all workers; any later call returns the same tensor."""
+        self.advance()
+        self._wait()
+        of = self._of
+        if self._gathered is not None:
+            self._mean, self._gathered = of.codec.decode(self._gathered).flatten()[: of.n], None
+        elif self._summed is not None:
+            self._mean, self._summed = of.workers.end_mean(self._summed), None
+        return cast(Tensor, self._mean)
+
+    def _wait(self) -> None:
+        work, self._work = self._work, None
+        self._of.workers.wait(work)
