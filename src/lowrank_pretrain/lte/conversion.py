@@ -221,6 +221,14 @@ class ConvertedModule:
             names |= set(self.rest.parameters)
         return names
 
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any] | None:
+        """Return what the bare model's optimizer would hold; ``None`` before conversion. All workers call it together."""
+        for bare in self.bare:
+            if bare.optimizer is getattr(optimizer, "_optimizer", optimizer):
+                own = bare.numbers(self.local.parameters().values())
+                return self.rest.averaged_moments(bare.state_dict(), own)
+        return None
+
     def hash_shared(self, strategy: Any) -> int:
         """Return a hash of the tensors that all workers share at a merge; end the run if they differ. All call it together."""
         when = f"after the merge at step {self.module.trainer.global_step + 1}"

@@ -77,11 +77,11 @@ class LTEStrategy(DDPStrategy, Adopter, HasPhase, Reports, Merges):
         prune: with ``reset``, share of the heads' moments to zero instead of deleting their optimizer state (ReLoRA).
         merge_timeout: seconds until a merge gives a worker up; ``None``: ``timeout``, else 600. Without ``timeout`` it
             bounds all other waiting of a fit too.
-        wire: what merges travel in (``wire.WIRES``). Whole weights and a rest averaged at merges have error feedback, at a
-            float32 copy (the rest: two). Factors have none, and need ``int4`` or more.
+        wire: what merges travel in (``wire.WIRES``). Whole weights, and a rest averaged at merges, have error feedback
+            (float32 copies: one, two). Factors have none, and need ``int4`` or more.
         outer_lr: step W by the workers' mean increment times this (DiLoCo: 0.7).
         outer_momentum: its Nesterov momentum (DiLoCo: 0.9): a float32 copy; another with heads that are not reset.
-        fragments: with ``update="full"``, parts of the targets that merge in turn; must divide ``merge_every``.
+        fragments: with ``update="full"``, parts of the targets that merge in turn within ``merge_every``.
         keep_on: ``device``, or ``cpu`` for what only merges need: outer momentum, error feedback, W_base of ``update="full"``
             (``full.FullSet`` says what each costs).
         ddp_kwargs: further arguments of ``DDPStrategy`` and of DDP (``timeout``, ``find_unused_parameters``, …).
@@ -394,11 +394,8 @@ class LTEStrategy(DDPStrategy, Adopter, HasPhase, Reports, Merges):
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """Return what the bare model's optimizer would hold; the heads' moments are in ``lte_state``."""
-        for bare in self.converted.bare:
-            if bare.optimizer is getattr(optimizer, "_optimizer", optimizer):
-                own = bare.numbers(self.local.parameters().values())
-                return self.converted.rest.averaged_moments(bare.state_dict(), own)
-        return super().optimizer_state(optimizer)
+        bare = self.converted.optimizer_state(optimizer)
+        return super().optimizer_state(optimizer) if bare is None else bare
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Add ``lte_state`` to what worker 0 writes; a weights-only file needs none."""
