@@ -179,11 +179,15 @@ class Changes(Line):
     def add_to(self, at: int, out: Tensor) -> None:
         """Add the numbers from `at` on to `out`, in pieces that stay in a CPU's cache."""
         most = IN_CACHE if out.device.type == "cpu" else max(1, len(out))
+        room = torch.empty(min(most, len(out)), dtype=out.dtype, device=out.device)
         for start in range(0, len(out), most):
             for index, there, here in self.parts(at + start, min(most, len(out) - start)):
                 W = self._weights[index][there]
                 base = self.tensors[index][there].to(W.device, non_blocking=True)
-                since = W - base if W.dtype == base.dtype else W.to(base.dtype) - base.to(W.dtype).to(base.dtype)
+                if W.dtype == base.dtype == out.dtype:
+                    since = torch.sub(W, base, out=room[: len(W)])
+                else:
+                    since = W.to(base.dtype) - base.to(W.dtype).to(base.dtype)
                 out[start : start + most][here] += since
 
 
