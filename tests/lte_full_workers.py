@@ -4,11 +4,12 @@ import lightning.pytorch as pl
 import torch
 
 from lowrank_pretrain.lte import LTEStrategy
+from lowrank_pretrain.lte.storage import Storage
 from tests import lte_workers
 from tests.lte_workers import Net, weights
 
 LTE = ("wire", "outer_lr", "outer_momentum", "sync_rest", "targets", "merge_every", "update", "basis", "reset", "route", "rank",
-       "heads", "overlap", "mode", "merge_timeout")  # fmt: skip
+       "heads", "overlap", "mode", "merge_timeout", "fragments", "keep_on")  # fmt: skip
 
 
 def fit(world=1, net=None, module=None, **kwargs):
@@ -25,14 +26,17 @@ def fit(world=1, net=None, module=None, **kwargs):
 
 
 class Seen(pl.Callback):
-    """All parameters after every batch, but for heads."""
+    """All parameters after every batch, but for heads; with whole weights also W_base and how many bytes were sent so far."""
 
     def __init__(self):
-        self.W = []
+        self.W, self.base, self.sent = [], [], []
 
     def on_train_batch_end(self, trainer, module, *_):
-        hidden = trainer.strategy.local.hidden(module)
+        local = trainer.strategy.local
+        hidden = local.hidden(module)
         self.W.append({n: p.detach().clone() for n, p in module.named_parameters() if n not in hidden})
+        self.base.append({n: W.clone() for one in getattr(local, "fragments", ()) for n, W in one.base.items()})
+        self.sent.append(local.workers.sent)
 
 
 def run(world, trainer=None, **kwargs):
@@ -43,7 +47,8 @@ def run(world, trainer=None, **kwargs):
     owned = [(o, p) for o in run_.optimizers for group in o.param_groups for p in group["params"]]
     moments = [v.clone() for o, p in owned for v in o.state.get(p, {}).values() if torch.is_tensor(v)]
     heads = {name: p.detach().clone() for name, p in local.parameters().items()}
-    return {"weights": weights(module), "W": seen.W, "losses": module.losses, "scores": module.scores, "moments": moments,
+    steps = {"W": seen.W, "base": seen.base, "sent_by": seen.sent}
+    return {"weights": weights(module), **steps, "losses": module.losses, "scores": module.scores, "moments": moments,
             "heads": heads, "clock": (local.clock, local.merges), "metrics": strategy.metrics(), "sent": local.workers.sent,
             "phase": strategy.phase}  # fmt: skip
 
@@ -116,6 +121,7 @@ def counted(world, **kwargs):
 
     from lowrank_pretrain.lte.increments import Increments
     from lowrank_pretrain.lte.rest import SharedParameters
+    from lowrank_pretrain.lte.wire import MeanUnderway
 
     seen = [0.0]
     inside = [0]
@@ -138,17 +144,18 @@ def counted(world, **kwargs):
     def during(kind, method):
         whole = getattr(kind, method)
 
-        def call(*args):
+        def call(*args, **kwargs):
             inside[0] += 1
             try:
-                return whole(*args)
+                return whole(*args, **kwargs)
             finally:
                 inside[0] -= 1
 
         setattr(kind, method, call)
         return lambda: setattr(kind, method, whole)
 
-    undo = [during(Increments, "mean"), during(SharedParameters, "merge")]
+    undo = [during(Increments, "mean"), during(Increments, "begin"), during(MeanUnderway, "advance"),
+            during(SharedParameters, "merge")]  # fmt: skip
     for name in real:
         setattr(dist, name, counting(name))
     try:
@@ -159,3 +166,61 @@ def counted(world, **kwargs):
         for back in undo:
             back()
     return {**found, "seen": seen[0]}
+
+
+def dying(world, how, folder, answer_within, **kwargs):
+    """A run whose worker 1 ends, or answers no more, after step 6: in the middle of an exchange if merges overlap."""
+    callbacks = [lte_workers.Dies(1, 6, how)]
+    return run(world, trainer={"callbacks": callbacks}, folder=folder, save_at=[5], exact=True, merge_timeout=answer_within,
+               **kwargs)  # fmt: skip
+
+
+def saved_at_once(world, folder, ckpt, **kwargs):
+    """A resume that takes no step, and is saved again."""
+    _, trainer, _ = fit(world, steps=5, ckpt=ckpt, **kwargs)
+    trainer.save_checkpoint(f"{folder}/step=5.ckpt")
+
+
+def hashed(world, **kwargs):
+    """The hashes logged at merges."""
+    rows = lte_workers.Rows()
+    fit(world, trainer={"logger": rows, "log_every_n_steps": 1}, **kwargs)
+    return [row["lte/hash"] for _, row in rows.rows if "lte/hash" in row]
+
+
+class Lazy(Net):
+    """Steps by hand; worker 1 leaves its optimizer out from some step on."""
+
+    def __init__(self, until):
+        super().__init__()
+        self.automatic_optimization, self.until = False, until
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        loss = super().training_step(batch, batch_idx)
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        if self.global_rank == 0 or batch_idx < self.until:
+            optimizer.step()
+
+
+def lazy(world, until, **kwargs):
+    fit(world, module=Lazy(until), trainer={"max_epochs": 1, "max_steps": -1}, merge_timeout=8, **kwargs)
+
+
+class Host:
+    """Stands for a device of its own: what is kept is a copy, and what is got is another."""
+
+    def __enter__(self):
+        self.put, self.get = Storage.put, Storage.get
+        Storage.put = lambda _, t, old=None: t.clone() if old is None else old.copy_(t)
+        Storage.get = lambda _, kept, device: kept.clone()
+
+    def __exit__(self, *_):
+        Storage.put, Storage.get = self.put, self.get
+
+
+def far(world, **kwargs):
+    """A run whose copies for merges lie elsewhere."""
+    with Host():
+        return run(world, keep_on="cpu", **kwargs)

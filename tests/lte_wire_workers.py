@@ -23,7 +23,7 @@ def workers():
     return Workers(dist.group.WORLD)
 
 
-def means(wire, n, merges, keep_on=None):
+def means(wire, n, merges, keep_on="device"):
     """Each merge's mean, the bytes that were counted and promised, and what is pending at the end."""
     group = workers()
     dense = DenseMean(group, wire, n, keep_on)

@@ -231,6 +231,7 @@ OTHERS = [
     ({"update": "lora"}, {}, "update='full': the checkpoint was trained with lora"),
     ({}, {"update": "galore"}, "update='galore': the checkpoint was trained with full"),
     ({"update": "lora"}, {"update": "lora", **OUTER}, "outer_lr=0.7: the checkpoint was trained with 1.0"),
+    ({"fragments": 2}, {}, "fragments=1: the checkpoint was trained with 2"),
     ({}, {"targets": ["net.0"]}, "targets='net.0.bias': has shape [8] in the checkpoint and None here"),
 ]  # fmt: skip
 
@@ -267,7 +268,12 @@ BAD = [
     ({"update": "ful"}, "update='ful': must be one of lora, galore, full"), ({"wire": "int3"}, "wire='int3': must be one of"),
     ({"outer_lr": 0}, "outer_lr=0: must be a number above 0"), ({"outer_momentum": 1.0}, "outer_momentum=1.0: must be"),
     ({"outer_momentum": -0.1}, "outer_momentum=-0.1"), ({"rank": 8}, "rank=8: has no meaning with update=full"),
-    ({"reset": True}, "reset=True: has no meaning"), ({"overlap": 1}, "overlap=1: has no meaning"),
+    ({"reset": True}, "reset=True: has no meaning"), ({"overlap": 10}, "overlap=10: must be below merge_every=10"),
+    ({"fragments": 0}, "fragments=0: must be"), ({"fragments": 3}, "fragments=3: must divide merge_every=10"),
+    ({"fragments": 5, "overlap": 2}, "overlap=2: must be below merge_every / fragments = 2"),
+    ({"update": "lora", "fragments": 2}, "fragments=2: belongs to update=full"),
+    ({"update": "galore", "fragments": 2}, "fragments=2: belongs to update=full"),
+    ({"keep_on": "disk"}, "keep_on='disk': must be one of device, cpu"),
     ({"update": "lora", "wire": "int2"}, "wire='int2': needs error feedback"),
     ({"update": "galore", "wire": "int2"}, "wire='int2': needs error feedback"),
     ({"update": "lora", "wire": "int8", "route": "dense"}, "route='dense': cannot go with wire=int8"),

@@ -89,7 +89,7 @@ def test_what_is_pending_survives_another_number_of_workers(ranks):
 
 def test_error_feedback_may_lie_on_another_device(ranks):
     near = ranks(2, run.means, "int4", 200, 3)[0][0]
-    far = ranks(2, run.means, "int4", 200, 3, keep_on=torch.device("cpu"))[0][0]
+    far = ranks(2, run.means, "int4", 200, 3, keep_on="cpu")[0][0]
     assert all(torch.equal(a, b) for a, b in zip(near, far, strict=True))
 
 

@@ -6,7 +6,7 @@ because adapters drawn differently, or a reducer that missed some, would let ran
 
 import hashlib
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -60,7 +60,10 @@ def fingerprint(p: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def agreed_hash(strategy: Any, module: nn.Module, when: str, apart: Collection[str] | None = None, cause: str = "") -> int:
+def agreed_hash(
+    strategy: Any, module: nn.Module, when: str, apart: Collection[str] | None = None, cause: str = "",
+    further: Mapping[str, Tensor] | None = None,
+) -> int:  # fmt: skip
     """Return a hash of all parameters, after checking that all ranks hold the same.
 
     Args:
@@ -69,6 +72,7 @@ def agreed_hash(strategy: Any, module: nn.Module, when: str, apart: Collection[s
         when: for the message, e.g. ``after the switch at step 8``.
         apart: names of parameters that may differ; ``None``: those that DDP was told to ignore.
         cause: the likely cause of the drift, for the message.
+        further: tensors by name that all ranks must share as well.
 
     Returns:
         32 bits, the same on every rank.
@@ -77,10 +81,14 @@ def agreed_hash(strategy: Any, module: nn.Module, when: str, apart: Collection[s
         Disagreement: on every rank, naming the first parameter that differs and the ranks where it differs.
     """
     apart = set(getattr(module, LEFT_OUT_OF_DDP, ())) if apart is None else set(apart)
-    named = [(name, p) for name, p in module.named_parameters() if name not in apart and not is_lazy(p)]
+    named: list[tuple[str, Tensor]] = [
+        (name, p) for name, p in module.named_parameters() if name not in apart and not is_lazy(p)
+    ]
+    named += (further or {}).items()
     if not named:
         return 0
-    mine = torch.stack([fingerprint(p) for _, p in named])
+    device = next((p.device for p in module.parameters()), named[0][1].device)
+    mine = torch.stack([fingerprint(p).to(device) for _, p in named])
     everyone = strategy.all_gather(mine).reshape(-1, len(named)).tolist()  # (ranks, parameters)
     for i, (name, _) in enumerate(named):
         others = [rank for rank, theirs in enumerate(everyone) if theirs[i] != everyone[0][i]]

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 KEY = "lte_state"
 # settings that say how increments are merged, with the value that a checkpoint without them has
-HOW_MERGED: Mapping[str, Any] = {"wire": "float32", "outer_lr": 1.0, "outer_momentum": 0.0}
+HOW_MERGED: Mapping[str, Any] = {"wire": "float32", "outer_lr": 1.0, "outer_momentum": 0.0, "fragments": 1}
 
 
 def how_merged(settings: "Settings") -> dict[str, Any]:

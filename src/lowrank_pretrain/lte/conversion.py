@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lowrank_pretrain.core.agreement import agreed_hash
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.plan import fit_ranks
 from lowrank_pretrain.core.protocols import Inherit
@@ -109,8 +110,10 @@ class ConvertedModule:
     def _collect_rest(self) -> None:
         owned = {id(p) for p in self.local.parameters().values()}
         left_out = self.local.hidden(self.module) | self.ignored
-        wire = self.local.settings.wire
-        self.rest = SharedParameters(self.module, owned, left_out, self.workers, self.sync_rest, self._wrapped, wire)
+        settings = self.local.settings
+        self.rest = SharedParameters(
+            self.module, owned, left_out, self.workers, self.sync_rest, self._wrapped, settings.wire, settings.keep_on
+        )
 
     def _warn_of_heavy_rest(self) -> None:
         """Warn if the rest sends more at every step than a merge sends for the targets."""
@@ -211,10 +214,26 @@ class ConvertedModule:
 
     def differing(self) -> set[str]:
         """Return the names of tensors that may differ between workers after a merge."""
-        names = self.local.hidden(self.module) | self.ignored
-        if self.rest.apart and self.local.settings.overlap:  # the rest was averaged when the merge began, and has moved since
+        names = self.local.hidden(self.module) | self.ignored | self.local.differing()
+        local = self.local
+        # the rest was averaged when the merge began, and has moved since; or is, when the last fragment merges
+        if self.rest.apart and (local.settings.overlap or local.clock % local.settings.merge_every):
             names |= set(self.rest.parameters)
         return names
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any] | None:
+        """Return what the bare model's optimizer would hold; ``None`` before conversion. All workers call it together."""
+        for bare in self.bare:
+            if bare.optimizer is getattr(optimizer, "_optimizer", optimizer):
+                own = bare.numbers(self.local.parameters().values())
+                return self.rest.averaged_moments(bare.state_dict(), own)
+        return None
+
+    def hash_shared(self, strategy: Any) -> int:
+        """Return a hash of the tensors that all workers share at a merge; end the run if they differ. All call it together."""
+        when = f"after the merge at step {self.module.trainer.global_step + 1}"
+        apart, further = self.differing(), self.local.agreed()
+        return self.workers.together(lambda: agreed_hash(strategy, self.module, when, apart, DRIFTED, further))
 
     def metrics(self) -> dict[str, float]:
         """Return MiB that this worker sent for the last merge and for the rest in that window, and milliseconds waited."""
@@ -233,7 +252,7 @@ class ConvertedModule:
         Args:
             agreed: forms the hash; all workers call it together.
         """
-        trainer, every = self.module.trainer, self.local.settings.merge_every
+        trainer, every = self.module.trainer, self.local.settings.interval
         often = max(1, log_interval(trainer))
         # Lightning counts the steps it sees: none of a raw optimizer's
         step = max(trainer.global_step, self.local.clock - 1)
@@ -250,6 +269,7 @@ class ConvertedModule:
     def swap_in(self) -> None:
         """Swap merged weights and averages in for evaluation. All workers call it together."""
         if self.local.attached:
+            self.local.meet()
             self.rest.swap_in()  # first: the merged weights take rows of the rest along
             self.local.view.swap_in()
 
@@ -272,6 +292,7 @@ class ConvertedModule:
         All workers call it together.
         """
         shared, writes = self.local.shared, self.workers.rank == 0
+        self.local.meet()
         self.rest.swap_in_to_write(writes)
         self.local.view.swap_in(piecemeal=True, writes=writes)
         viewing, shared.viewing = shared.viewing, True  # heads add nothing of their own to the output

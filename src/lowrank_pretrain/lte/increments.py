@@ -10,6 +10,7 @@ n numbers in all.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
@@ -18,7 +19,9 @@ from torch import Tensor
 
 from lowrank_pretrain.core.dtypes import at_least_32
 from lowrank_pretrain.core.errors import NotFinite
-from lowrank_pretrain.lte.wire import IN_CACHE, DenseMean, Line
+from lowrank_pretrain.lte.outer import OuterStep
+from lowrank_pretrain.lte.storage import Storage
+from lowrank_pretrain.lte.wire import IN_CACHE, DenseMean, Line, MeanUnderway
 from lowrank_pretrain.lte.workers import Workers
 
 Weights = Mapping[str, Tensor]  # by name, as training has them now
@@ -27,73 +30,110 @@ Weights = Mapping[str, Tensor]  # by name, as training has them now
 class Increments:
     """Track workers' changes to some weights between two merges.
 
-    It costs one float32 copy of the weights; a lossy wire costs another for what its messages left out. While a merge is
-    being formed there are two to four more.
+    It costs one float32 copy of the weights; a lossy wire costs another for what its messages left out. Both lie where
+    ``keep_on`` says. A merge that overlaps training takes two to three more while it is under way; others take little.
 
     Args:
         weights: the weights, now equal on all workers.
         workers: who merges with whom.
         wire: a key of ``wire.WIRES``.
+        keep_on: where W_base and error feedback are kept between merges, ``device`` or ``cpu`` (``storage.Storage``).
 
     Attributes:
-        base: W_base by name.
+        base: W_base by name, as kept.
         wire: averages the flat buffer, and keeps the error feedback.
     """
 
-    def __init__(self, weights: Weights, workers: Workers, wire: str) -> None:
-        self.workers = workers
-        self.base = {name: W.detach().to(at_least_32(W.dtype), copy=True) for name, W in weights.items()}
-        self.wire = DenseMean(workers, wire, sum(W.numel() for W in weights.values()))
+    def __init__(self, weights: Weights, workers: Workers, wire: str, keep_on: str = "device") -> None:
+        self.workers, self.storage = workers, Storage(keep_on)
+        self.base = {n: self.storage.put(W.detach().to(at_least_32(W.dtype), copy=True)) for n, W in weights.items()}
+        self.wire = DenseMean(workers, wire, sum(W.numel() for W in weights.values()), keep_on)
         self._dtype = reduce(torch.promote_types, [W.dtype for W in self.base.values()], torch.float32)
 
     @torch.no_grad()
     def _since(self, weights: Weights) -> Tensor:
         """Return Δ of this worker, (n)."""
-        found = []
-        for name, base in self.base.items():
+        device = weights[next(iter(self.base))].device
+        flat = torch.empty(self.wire.n, dtype=self._dtype, device=device)
+        for name, part in self.by_name(flat).items():
             W = weights[name].detach()
-            found.append((W.to(base.dtype) - base.to(W.dtype).to(base.dtype)).reshape(-1).to(self._dtype))
-        return torch.cat(found)
+            base = self.storage.get(self.base[name], W.device)
+            part.copy_(W.to(base.dtype) - base.to(W.dtype).to(base.dtype))
+        return flat
 
-    def _by_name(self, flat: Tensor) -> dict[str, Tensor]:
+    def by_name(self, flat: Tensor) -> dict[str, Tensor]:
         """Return a flat buffer's parts in the weights' shapes, as views."""
         parts = flat.split([base.numel() for base in self.base.values()])
         return {name: part.view(base.shape) for (name, base), part in zip(self.base.items(), parts, strict=True)}
+
+    def begin(self, weights: Weights, overlap: bool = False) -> MeanUnderway:
+        """Send Δ through the wire; the result is the workers' mean of it, flat. All workers call it together.
+
+        Args:
+            weights: by name.
+            overlap: return before the others have answered.
+
+        Raises:
+            NotFinite: on every worker, if one's increment is NaN or infinite; nothing is then sent.
+        """
+        mine = self._since(weights)
+        refuse_nonfinite(self.by_name(mine), self.workers)
+        return MeanUnderway(self.wire, mine, overlap)
 
     @torch.no_grad()
     def mean(self, weights: Weights, overwrite: bool = False) -> dict[str, Tensor]:
         """Return the workers' mean of Δ by name, through the wire. All workers call it together.
 
         Args:
-            weights: the weights by name.
-            overwrite: put the mean in the weights' own memory where it fits: ``weights`` are of no more use.
+            weights: by name.
+            overwrite: put the mean into the weights' own memory where it fits; ``weights`` are of no more use.
 
         Raises:
             NotFinite: on every worker, if one's weight is NaN or infinite; nothing is then sent.
         """
         mine = {name: weights[name].detach() for name in self.base}
         refuse_nonfinite(mine, self.workers)
-        mean = {
-            name: W if overwrite and W is not base and W.dtype == self._dtype and W.is_contiguous()
-            else torch.empty_like(base, dtype=self._dtype, memory_format=torch.contiguous_format)
-            for (name, W), base in zip(mine.items(), self.base.values(), strict=True)
-        }  # fmt: skip
-        changes = Changes([mine[name] for name in self.base], list(self.base.values()))
-        self.wire.mean_of(changes, Line([mean[name] for name in self.base]), next(iter(mean.values())).device, self._dtype)
+        mean = {}
+        for name, W in mine.items():
+            fits = overwrite and weights[name] is not self.base[name] and W.dtype == self._dtype and W.is_contiguous()
+            mean[name] = W if fits else torch.empty(W.shape, dtype=self._dtype, device=W.device)
+        changes = Changes([*mine.values()], [*self.base.values()])
+        self.wire.mean_of(changes, Line([*mean.values()]), next(iter(mean.values())).device, self._dtype)
         return mean
 
     def now(self, weights: Weights) -> dict[str, Tensor]:
         """Return the exact mean of Δ by name, for evaluation; change nothing. All workers call it together."""
         mean = self._since(weights)
         self.workers.average([mean], counted=False)
-        return self._by_name(mean)
+        return self.by_name(mean)
+
+    @torch.no_grad()
+    def moved(self, name: str, mean: Tensor, outer: OuterStep) -> Tensor:
+        """Take the outer step of one weight; return its new W_base, on the device of `mean`.
+
+        Args:
+            name: the weight's.
+            mean: the workers' mean of its Δ; overwritten.
+            outer: the outer step.
+        """
+        kept = self.base[name]
+        base = self.storage.get(kept, mean.device)
+        outer.step(name, base, mean.to(base.dtype))
+        self.base[name] = self.storage.put(base, kept)
+        return base
 
     # -- checkpoints ------------------------------------------------------------------------------------------------
+
+    def saved_base(self) -> dict[str, Tensor]:
+        """Return copies of W_base by name, in main memory."""
+        self.storage.wait()
+        return {name: base.cpu().clone() for name, base in self.base.items()}
 
     def errors(self) -> dict[str, list[Tensor]] | None:
         """Return every worker's error feedback on the worker that writes, ``None`` on the others. All call it together."""
         if not self.wire.sent_error.numel():
             return {}
+        self.storage.wait()
         found = self.workers.to_first({"sent": self.wire.sent_error, "mean": self.wire.mean_error})
         return (
             None
@@ -109,6 +149,7 @@ class Increments:
             base: W_base by name.
             errors: as ``errors`` gave them.
         """
+        self.storage.wait()
         for name, mine in self.base.items():
             mine.copy_(base[name])
         if not errors:
@@ -128,7 +169,7 @@ class Changes(Line):
 
     Args:
         weights: W as training has them.
-        bases: W_base of each.
+        bases: W_base of each, as kept.
     """
 
     def __init__(self, weights: Sequence[Tensor], bases: Sequence[Tensor]) -> None:
@@ -138,11 +179,44 @@ class Changes(Line):
     def add_to(self, at: int, out: Tensor) -> None:
         """Add the numbers from `at` on to `out`, in pieces that stay in a CPU's cache."""
         most = IN_CACHE if out.device.type == "cpu" else max(1, len(out))
+        room = torch.empty(min(most, len(out)), dtype=out.dtype, device=out.device)
         for start in range(0, len(out), most):
             for index, there, here in self.parts(at + start, min(most, len(out) - start)):
-                W, base = self._weights[index][there], self.tensors[index][there]
-                since = W - base if W.dtype == base.dtype else W.to(base.dtype) - base.to(W.dtype).to(base.dtype)
+                W = self._weights[index][there]
+                base = self.tensors[index][there].to(W.device, non_blocking=True)
+                if W.dtype == base.dtype == out.dtype:
+                    since = torch.sub(W, base, out=room[: len(W)])
+                else:
+                    since = W.to(base.dtype) - base.to(W.dtype).to(base.dtype)
                 out[start : start + most][here] += since
+
+
+@dataclass
+class Pending:
+    """Hold a merge of one fragment that is under way.
+
+    Attributes:
+        number: the fragment's.
+        due: the step at whose end it is applied.
+        sent: this worker's W by name, as it was sent.
+        mean: the workers' mean of Δ, flat, once it has arrived.
+    """
+
+    number: int
+    due: int
+    sent: dict[str, Tensor]
+    mean: MeanUnderway | Tensor
+
+    def advance(self) -> None:
+        """Read what has arrived, and send the mean on. All workers call it at the same step."""
+        if isinstance(self.mean, MeanUnderway):
+            self.mean.advance()
+
+    def arrived(self) -> Tensor:
+        """Wait, and return the mean, flat. All workers call it at the same step."""
+        if isinstance(self.mean, MeanUnderway):
+            self.mean = self.mean.result()
+        return self.mean
 
 
 def _pending(errors: Mapping[str, list[Tensor]], n: int) -> Tensor:
@@ -181,7 +255,7 @@ def refuse_nonfinite(mine: Mapping[str, Tensor], workers: Workers) -> None:
         device = next(iter(mine.values())).device
         if device.type == "meta":  # ``traffic`` only counts
             return
-        if not torch.stack([t.sum().to(device) for t in mine.values()]).isfinite().all():  # the quick way; a sum may overflow
+        if not torch.stack([t.sum().to(device) for t in mine.values()]).isfinite().all():  # quick; but a sum may overflow
             fine = torch.stack([torch.isfinite(t).all().to(device) for t in mine.values()]).tolist()
             first = fine.index(False) + 1 if False in fine else 0
     for rank, (found,) in enumerate(workers.gather_numbers([first])):

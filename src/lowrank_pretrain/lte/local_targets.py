@@ -250,6 +250,17 @@ class LocalTargets(ABC):
             wanted: ``False``: only send this worker's part; nothing is needed here.
         """
 
+    def meet(self) -> None:  # noqa: B027  # a default
+        """Check, before all workers send something together, that all have come to the same step."""
+
+    def differing(self) -> set[str]:
+        """Return the names of parameters that may differ between workers after a merge, beyond ``hidden``."""
+        return set()
+
+    def agreed(self) -> dict[str, Tensor]:
+        """Return tensors outside the module, by name, that all workers must share after a merge."""
+        return {}
+
     def all_heads(self) -> AllHeads:
         """Yield per layer its name, A (N, ΣR, D), B (N, O, R) per part, and the parts. All workers call it together."""
         return iter(())

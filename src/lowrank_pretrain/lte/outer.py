@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lowrank_pretrain.core import checks
+from lowrank_pretrain.lte.storage import Storage
 
 
 class OuterStep:
@@ -22,7 +23,7 @@ class OuterStep:
     Args:
         lr: the outer learning rate, above 0.
         momentum: from 0 to below 1; 0 keeps no buffer.
-        device: where buffers are kept between merges; ``None``: with the weights.
+        keep_on: where buffers are kept between merges, ``device`` or ``cpu`` (``storage.Storage``).
 
     Attributes:
         buffers: momentum by target name.
@@ -35,10 +36,10 @@ class OuterStep:
         tensor([1.2500])
     """
 
-    def __init__(self, lr: float = 1.0, momentum: float = 0.0, device: torch.device | None = None) -> None:
+    def __init__(self, lr: float = 1.0, momentum: float = 0.0, keep_on: str = "device") -> None:
         self.lr = checks.number("outer_lr", lr, above=0)
         self.momentum = checks.number("outer_momentum", momentum, least=0, below=1)
-        self.device = device
+        self.storage = Storage(keep_on)
         self.buffers: dict[str, Tensor] = {}
 
     @property
@@ -59,13 +60,17 @@ class OuterStep:
             base.add_(increment, alpha=self.lr)
             return
         # buffer ← μ·buffer + Δ;  W ← W + lr·(Δ + μ·buffer)
-        buffer = self.buffers.get(name)
-        buffer = increment.clone() if buffer is None else buffer.to(increment.device).mul_(self.momentum).add_(increment)
-        self.buffers[name] = buffer if self.device is None else buffer.to(self.device)
+        kept = self.buffers.get(name)
+        if kept is None:
+            buffer = increment.clone()
+        else:
+            buffer = self.storage.get(kept, increment.device).mul_(self.momentum).add_(increment)
+        self.buffers[name] = self.storage.put(buffer, kept)
         base.add_(increment.add_(buffer, alpha=self.momentum), alpha=self.lr)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the buffers, by target name."""
+        self.storage.wait()
         return dict(self.buffers)
 
     def load_state_dict(self, state: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> None:
@@ -75,4 +80,4 @@ class OuterStep:
             state: what ``state_dict`` gave.
             like: the merged weights by target name; buffers move to their devices, unless they are kept elsewhere.
         """
-        self.buffers = {name: state[name].to(self.device or like[name].device, copy=True) for name in state}
+        self.buffers = {name: self.storage.put(state[name].to(like[name].device, copy=True)) for name in state}

@@ -120,7 +120,7 @@ class ProjectedSet(WholeTargets):
 
     def __init__(self, settings: Settings, workers: Workers) -> None:
         super().__init__(settings, workers, workers.size)
-        self.outer = OuterStep(settings.outer_lr, settings.outer_momentum)
+        self.outer = OuterStep(settings.outer_lr, settings.outer_momentum, settings.keep_on)
         self.alone = workers.size == 1 and self.outer.plain
         self.differs = not self.alone
         self.pieces: list[ProjectedTarget] = []

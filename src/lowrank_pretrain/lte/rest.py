@@ -22,6 +22,7 @@ from lowrank_pretrain.core.dtypes import at_least_32
 from lowrank_pretrain.core.lightning_private import tensor_norms, unsaved_buffers
 from lowrank_pretrain.lte.bare_groups import BareGroups
 from lowrank_pretrain.lte.increments import Increments, add_pending
+from lowrank_pretrain.lte.outer import OuterStep
 from lowrank_pretrain.lte.view import read_stamps
 from lowrank_pretrain.lte.workers import Workers
 
@@ -42,6 +43,7 @@ class SharedParameters:
         sync: ``sync_rest``.
         wrapped: tells whether DDP broadcasts buffers at every step.
         wire: what the parameters travel in at a merge (``wire.WIRES``).
+        keep_on: where the wire's copies lie between merges (``storage.Storage``).
 
     Attributes:
         parameters: the rest's, by name.
@@ -51,7 +53,7 @@ class SharedParameters:
 
     def __init__(
         self, module: nn.Module, local: set[int], left_out: Collection[str], workers: Workers, sync: str,
-        wrapped: Callable[[], bool] = not_wrapped, wire: str = "float32",
+        wrapped: Callable[[], bool] = not_wrapped, wire: str = "float32", keep_on: str = "device",
     ) -> None:  # fmt: skip
         self._left_out, self._local = set(left_out), local
         self.parameters = {
@@ -64,10 +66,11 @@ class SharedParameters:
         self._seen: dict[str, int] = {}  # stamps of the averages while they are in place
         self._buffer_bytes = 0  # that the last merge averaged; before the first, what it may
         self.increments: Increments | None = None
+        self._average = OuterStep()  # the plain mean
         if self.apart:
             self._buffer_bytes = sum(b.numel() * at_least_32(b.dtype).itemsize for b in self._buffers().values())
             if wire != "float32" and self.parameters:
-                self.increments = Increments({n: p.detach() for n, p in self.parameters.items()}, workers, wire)
+                self.increments = Increments({n: p.detach() for n, p in self.parameters.items()}, workers, wire, keep_on)
 
     def follow(self, frozen: Collection[int]) -> bool:
         """Add parameters that a callback has unfrozen since, except ids in ``frozen``; return whether there were any."""
@@ -131,8 +134,8 @@ class SharedParameters:
             # through the wire; parameters unfrozen since the start are sent uncoded
             base = self.increments.base
             mean = self.increments.mean({name: live.get(name, W) for name, W in base.items()}, overwrite=True)
-            for name, W in base.items():
-                W.add_(mean[name].to(W.dtype))
+            for name, increment in mean.items():
+                W = self.increments.moved(name, increment, self._average)
                 if name in live:
                     live.pop(name).copy_(W)
         self.workers.average([*live.values(), *moving.values()])
@@ -228,7 +231,7 @@ class SharedParameters:
         entry: dict[str, Any] = {"tensors": {}, "moments": {}, "workers": self.workers.size}
         if self.increments is not None:
             entry["errors"] = self.increments.errors()
-            entry["base"] = {name: W.cpu().clone() for name, W in self.increments.base.items()}
+            entry["base"] = self.increments.saved_base()
         for key, values in (everyone or {}).items():
             copies = [None if value is None else value.clone() for value in values]
             if key[0] == "tensor":

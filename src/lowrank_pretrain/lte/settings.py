@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lowrank_pretrain.core import checks
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.lte.outer import OuterStep
+from lowrank_pretrain.lte.storage import KEEP_ON
 from lowrank_pretrain.lte.wire import WIRES, Codec
 
 MODES = ("parallel", "joint", "sequential")
@@ -42,6 +43,13 @@ class Settings:
     wire: str = "float32"
     outer_lr: float = 1.0
     outer_momentum: float = 0.0
+    fragments: int = 1
+    keep_on: str = KEEP_ON[0]
+
+    @property
+    def interval(self) -> int:
+        """Return the optimizer steps between two merges, each of one fragment."""
+        return self.merge_every // self.fragments
 
     @property
     def codec(self) -> Codec | None:
@@ -82,8 +90,9 @@ def check_settings(given: Mapping[str, Any]) -> None:
         most = f"must be at most {MOST_HEADS} on a device: each needs a sample of the batch"
         raise ConfigError("heads", given["heads"], most)
     checks.whole("overlap", given["overlap"], 0)
+    checks.whole("fragments", given["fragments"], 1)
     choices = (("mode", MODES), ("sync_rest", SYNC), ("route", (None, *ROUTES)), ("update", UPDATES), ("basis", BASES),
-               ("wire", tuple(WIRES)))  # fmt: skip
+               ("wire", tuple(WIRES)), ("keep_on", KEEP_ON))  # fmt: skip
     for key, one_of in choices:
         checks.choice(key, given[key], one_of)
     checks.flag("reset", given["reset"])
@@ -109,9 +118,15 @@ def _check_together(given: Mapping[str, Any]) -> None:
         _check_full(given)
     elif given["basis"] != "own":
         raise ConfigError("basis", given["basis"], "belongs to update=galore: heads have no basis")
+    if given["fragments"] > 1 and given["update"] != "full":
+        raise ConfigError("fragments", given["fragments"], "belongs to update=full: factors of all targets merge together")
     _check_wire(given)
-    if given["overlap"] >= given["merge_every"]:
-        raise ConfigError("overlap", given["overlap"], f"must be below merge_every={given['merge_every']}: one merge at a time")
+    every, parts = given["merge_every"], given["fragments"]
+    if every % parts:
+        raise ConfigError("fragments", parts, f"must divide merge_every={every}: each part merges once in so many steps")
+    if given["overlap"] >= every // parts:
+        window = f"merge_every={every}" if parts == 1 else f"merge_every / fragments = {every // parts}"
+        raise ConfigError("overlap", given["overlap"], f"must be below {window}: one merge at a time")
     if given["overlap"] and (given["reset"] or given["mode"] != "parallel"):
         raise ConfigError("overlap", given["overlap"], "needs reset=false and mode=parallel: else steps would be lost")
     if given["mode"] == "joint" and (given["reset"] or given["sync_rest"] == "merge"):
@@ -133,7 +148,7 @@ def _check_galore(given: Mapping[str, Any]) -> None:
 def _check_full(given: Mapping[str, Any]) -> None:
     """Refuse settings of heads or projections: a worker sends the difference of its weights."""
     defaults: dict[str, tuple] = {"rank": (16,), "heads": (4, 1), "mode": ("parallel",), "reset": (False,), "basis": ("own",)}
-    for key, allowed in {**defaults, "overlap": (0,), "alpha": (None,), "prune": (None,), "route": (None,)}.items():
+    for key, allowed in {**defaults, "alpha": (None,), "prune": (None,), "route": (None,)}.items():
         if given[key] not in allowed:
             raise ConfigError(key, given[key], "has no meaning with update=full, which trains whole weights: leave it out")
 

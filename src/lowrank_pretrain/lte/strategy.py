@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.distributed.constants import default_pg_timeout
 from torch.optim import Optimizer
 
-from lowrank_pretrain.core.agreement import agreed_hash
 from lowrank_pretrain.core.buckets import settle_buckets
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.lightning_private import LEFT_OUT_OF_DDP, leave_out_of_ddp, set_sampler_injection
@@ -29,7 +28,7 @@ from lowrank_pretrain.core.trainer import accumulates, callbacks_of
 from lowrank_pretrain.lora import model as lora
 from lowrank_pretrain.lte import checkpoint as files
 from lowrank_pretrain.lte.batches import shared_out
-from lowrank_pretrain.lte.conversion import DRIFTED, ConvertedModule, check_callbacks
+from lowrank_pretrain.lte.conversion import ConvertedModule, check_callbacks
 from lowrank_pretrain.lte.full import FullSet
 from lowrank_pretrain.lte.heads.head_set import HeadSet
 from lowrank_pretrain.lte.leaves import batch_size
@@ -71,17 +70,20 @@ class LTEStrategy(DDPStrategy, Adopter, HasPhase, Reports, Merges):
             ``configure_optimizers`` returns. Its groups say which targets and what rank, ``merge_every`` how long a basis
             lives (instead of their ``update_proj_gap`` and ``stagger``); merges send the bases and the updates in them.
             Costs a float32 copy of the targets, and the bases' coefficients, r·n numbers a matrix.
-            ``full``: W itself, by any optimizer (DiLoCo, local SGD); ``targets="all"`` is everything that trains, others
-            are the weights of the layers they choose, and the rest follows ``sync_rest``. Costs a float32 copy.
+            ``full``: W itself, by any optimizer (DiLoCo, local SGD), at a float32 copy; ``targets="all"`` is everything that
+            trains, others are the weights of the layers they choose.
         basis: with ``update="galore"``, each worker's ``own``, or one that all have ``shared``.
-        overlap: apply a merge this many steps after it began, ``< merge_every``; needs ``reset=False``.
+        overlap: apply a merge this many steps after it began; fewer than between two merges. Heads need ``reset=False``.
         prune: with ``reset``, share of the heads' moments to zero instead of deleting their optimizer state (ReLoRA).
-        merge_timeout: seconds that a merge waits for a worker before the job ends; ``None``: ``timeout``, else 600. Without
-            ``timeout`` it bounds all other waiting of a fit too.
-        wire: what merges travel in (``wire.WIRES``). Whole weights and a rest averaged at merges have error feedback (a
-            float32 copy; for the rest another, of its base). Factors have none, and need ``int4`` or more.
+        merge_timeout: seconds until a merge gives a worker up; ``None``: ``timeout``, else 600. Without ``timeout`` it
+            bounds all other waiting of a fit too.
+        wire: what merges travel in (``wire.WIRES``). Whole weights, and a rest averaged at merges, have error feedback
+            (float32 copies: one, two). Factors have none, and need ``int4`` or more.
         outer_lr: step W by the workers' mean increment times this (DiLoCo: 0.7).
         outer_momentum: its Nesterov momentum (DiLoCo: 0.9): a float32 copy; another with heads that are not reset.
+        fragments: with ``update="full"``, parts of the targets that merge in turn within ``merge_every``.
+        keep_on: ``device``, or ``cpu`` for what only merges need: outer momentum, error feedback, W_base of ``update="full"``
+            (``full.FullSet`` says what each costs).
         ddp_kwargs: further arguments of ``DDPStrategy`` and of DDP (``timeout``, ``find_unused_parameters``, …).
 
     Raises:
@@ -110,6 +112,8 @@ class LTEStrategy(DDPStrategy, Adopter, HasPhase, Reports, Merges):
         wire: str = "float32",
         outer_lr: float = 1.0,
         outer_momentum: float = 0.0,
+        fragments: int = 1,
+        keep_on: str = "device",
         **ddp_kwargs: Any,
     ) -> None:
         given = dict(locals())
@@ -313,8 +317,7 @@ class LTEStrategy(DDPStrategy, Adopter, HasPhase, Reports, Merges):
 
     def _hash(self) -> int:
         """Return a hash of the tensors that all workers share at a merge; end the run if they differ."""
-        when = f"after the merge at step {self._module.trainer.global_step + 1}"
-        return agreed_hash(self, self._module, when, self.converted.differing(), DRIFTED)
+        return self.converted.hash_shared(self)
 
     def all_heads(self) -> AllHeads:
         """Yield per layer its name, A (N, ΣR, D), B (N, O, R) per part, and the parts. All workers call it together."""
@@ -391,11 +394,8 @@ class LTEStrategy(DDPStrategy, Adopter, HasPhase, Reports, Merges):
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """Return what the bare model's optimizer would hold; the heads' moments are in ``lte_state``."""
-        for bare in self.converted.bare:
-            if bare.optimizer is getattr(optimizer, "_optimizer", optimizer):
-                own = bare.numbers(self.local.parameters().values())
-                return self.converted.rest.averaged_moments(bare.state_dict(), own)
-        return super().optimizer_state(optimizer)
+        bare = self.converted.optimizer_state(optimizer)
+        return super().optimizer_state(optimizer) if bare is None else bare
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Add ``lte_state`` to what worker 0 writes; a weights-only file needs none."""

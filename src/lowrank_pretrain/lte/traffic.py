@@ -34,6 +34,7 @@ class Imagined(Workers):
     def __init__(self, size: int) -> None:
         super().__init__()
         self.size = size
+        self.by_merge: list[float] = []  # bytes of each merge, where there are several
 
     def _call(self, call: Callable) -> None:
         """Make no call."""
@@ -51,6 +52,7 @@ def traffic(
     update: str = "lora",
     basis: str = "own",
     wire: str = "float32",
+    fragments: int = 1,
 ) -> dict[str, Any]:
     """Return the bytes that each worker sends per optimizer step. ``module`` is not changed and may be on the meta device.
 
@@ -66,16 +68,17 @@ def traffic(
         update: ``lora``; ``galore`` or ``full`` (one head to a worker).
         basis: with ``update="galore"``: ``own`` or ``shared``, the refresh's sketch included.
         wire: what merges travel in (``wire.WIRES``).
+        fragments: of ``update="full"``.
 
     Returns:
         ``targets``, ``rest``, ``all`` (both) and ``ddp`` (every trainable parameter's gradient): bytes per step;
-        ``merge``: bytes of one merge of the targets; ``routes``: targets by route.
+        ``merge``: bytes of one merge of the targets, with fragments of the largest; ``routes``: targets by route.
 
     Raises:
         ConfigError: a wrong value, a pattern that matches nothing, a rank above min(D, O) of a target
             that is named (where a preset chose it, the rank is cut down to that).
     """
-    for key, value in {"heads": heads, "workers": workers, "merge_every": merge_every}.items():
+    for key, value in {"heads": heads, "workers": workers, "merge_every": merge_every, "fragments": fragments}.items():
         checks.whole(key, value, 1)
     known: tuple[tuple[str, Any, Sequence[Any]], ...] = (
         ("sync_rest", sync_rest, SYNC),
@@ -90,8 +93,9 @@ def traffic(
     module = without_data(module)
     ddp = SharedParameters(module, set(), set(), count, "step").sent_per_window(1)
     settings = Settings(
-        heads if update == "lora" else 1, merge_every, route=route, rank=rank, targets=targets, basis=basis, wire=wire
-    )
+        heads if update == "lora" else 1, merge_every, route=route, rank=rank, targets=targets, basis=basis, wire=wire,
+        fragments=fragments if update == "full" else 1,
+    )  # fmt: skip
     merged = {"lora": _merged_heads, "galore": _merged_projections, "full": _merged_weights}[update]
     local = merged(module, settings, count)
     owned = {id(p) for p in local.parameters().values()}
@@ -99,7 +103,8 @@ def traffic(
         shared = SharedParameters(module, owned, local.hidden(module), count, sync_rest, wire=wire)
     own, rest = count.sent / merge_every, shared.sent_per_window(merge_every) / merge_every
     routes = dict(Counter(piece.route for piece in local.pieces))
-    return {"targets": own, "rest": rest, "all": own + rest, "ddp": ddp, "merge": count.sent, "routes": routes}
+    most = max(count.by_merge, default=count.sent)
+    return {"targets": own, "rest": rest, "all": own + rest, "ddp": ddp, "merge": most, "routes": routes}
 
 
 def _merged_heads(module: nn.Module, settings: Settings, count: Imagined) -> LocalTargets:
@@ -137,8 +142,10 @@ def _merged_weights(module: nn.Module, settings: Settings, count: Imagined) -> L
     full = FullSet(settings, count)
     with torch.device("meta"):
         full.start(full.chosen(module, dict(module.named_parameters())))
-        if full.increments is not None:
-            full.increments.mean(full.training_weights())
+        for increments in full.fragments:
+            before = count.sent
+            increments.mean(full.training_weights())
+            count.by_merge.append(count.sent - before)
     return full
 
 

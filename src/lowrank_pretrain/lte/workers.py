@@ -56,11 +56,12 @@ class Workers:
         finally:
             self.sent, self.seconds = before
 
-    def gather(self, flat: Tensor, async_op: bool = False) -> tuple[Tensor, Any]:
-        """Return all workers' ``flat``, (w, n), n being equal everywhere, and the handle to wait for."""
+    def gather(self, flat: Tensor, async_op: bool = False, out: Tensor | None = None) -> tuple[Tensor, Any]:
+        """Return all workers' ``flat``, (w, n), n being equal everywhere, in ``out`` if given, and the handle to wait for."""
         if self.size == 1:
             return flat[None], None
-        out = flat.new_empty(self.size * flat.numel())  # gloo takes a flat output only
+        # gloo takes a flat output only
+        out = flat.new_empty(self.size * flat.numel()) if out is None else out.view(-1)
         self.sent += (self.size - 1) * flat.numel() * flat.itemsize
         work = self._call(lambda: dist.all_gather_into_tensor(out, flat, group=self.group, async_op=async_op))
         return out.view(self.size, -1), work
@@ -72,19 +73,30 @@ class Workers:
         self.sent += 2 * (self.size - 1) / self.size * flat.numel() * flat.itemsize
         return self._call(lambda: dist.all_reduce(flat, group=self.group, async_op=async_op))
 
-    def swap(self, messages: Tensor) -> Tensor:
-        """Send row j of ``messages`` (w, n) to worker j; return the rows that all workers sent here, (w, n)."""
+    def swap(self, messages: Tensor, async_op: bool = False, out: Tensor | None = None) -> tuple[Tensor, Any]:
+        """Send row j of ``messages`` (w, n) to worker j.
+
+        Returns:
+            The rows that all workers send here, (w, n), in ``out`` if given, and the handle to wait for.
+        """
         if self.size == 1:
-            return messages
-        out = torch.empty_like(messages)
+            return messages, None
+        out = torch.empty_like(messages) if out is None else out
         self.sent += (self.size - 1) / self.size * messages.numel() * messages.itemsize
-        self._call(lambda: dist.all_to_all_single(out, messages, group=self.group))
-        return out
+        return out, self._call(lambda: dist.all_to_all_single(out, messages, group=self.group, async_op=async_op))
 
     def wait(self, work: Any) -> None:
         """Wait until an asynchronous call is done."""
         if work is not None:
             self._call(work.wait)
+
+    def together(self, call: Callable[[], Any]) -> Any:
+        """Return what a function gives that all workers call together, on any group.
+
+        Raises:
+            RuntimeError: another worker died or did not answer.
+        """
+        return self._call(call)
 
     def _call(self, call: Callable[[], Any]) -> Any:
         began = time.perf_counter()
@@ -179,13 +191,24 @@ class Workers:
         for dtype in dict.fromkeys(at_least_32(t.dtype) for t in tensors):
             chosen = [t for t in tensors if at_least_32(t.dtype) == dtype]
             flat = self._flat(chosen, dtype)
-            power = 2.0 ** (self.size - 1).bit_length()
-            self.add(flat.div_(power))  # by a power of two, which rounds nothing: the sum of huge numbers stays finite
-            if power != self.size:
-                flat.div_(self.size).mul_(power)
-            _unflatten(flat, chosen)
+            self.begin_mean(flat)
+            _unflatten(self.end_mean(flat), chosen)
         if not counted:
             self.sent = before  # but the time was spent
+
+    def begin_mean(self, flat: Tensor, async_op: bool = False) -> Any:
+        """Begin to average a buffer over the workers, in place; return the handle to wait for before ``end_mean``."""
+        # by a power of two, which rounds nothing: the sum of huge numbers stays finite
+        return self.add(flat.div_(self._power), async_op)
+
+    def end_mean(self, flat: Tensor) -> Tensor:
+        """Return the mean, in place, of a buffer that was summed by ``begin_mean``."""
+        return flat if self._power == self.size else flat.div_(self.size).mul_(self._power)
+
+    @property
+    def _power(self) -> float:
+        """Return the smallest power of two that is not below the number of workers."""
+        return 2.0 ** (self.size - 1).bit_length()
 
     def spread(self, tensors: Sequence[Tensor]) -> None:
         """Give worker 0's tensors to all workers, in place."""

@@ -100,11 +100,11 @@ def _settle_owners(parts: "dict[str, _Part]", config: Mapping[str, Any]) -> None
             raise ConfigError("method.update", "full", "has no low-rank phase for a callback to begin: use lora or galore")
         _drop(parts["lte"], "rank", "targets")
     if "lte" in parts and config.get("update") == "full":
-        _drop(parts["lte"], "rank", "heads", "alpha", "mode", "reset", "route", "overlap", "prune", "basis")
+        _drop(parts["lte"], "rank", "heads", "alpha", "mode", "reset", "route", "prune", "basis")
     elif "lte" in parts and "galore" in parts:
         if config.get("update") != "galore":
             raise ConfigError("method.update", config.get("update"), "must be galore where a method uses lte and galore")
-        _drop(parts["lte"], "rank", "targets", "heads", "alpha", "mode", "reset", "overlap", "prune")
+        _drop(parts["lte"], "rank", "targets", "heads", "alpha", "mode", "reset", "overlap", "prune", "fragments")
         _drop(parts["galore"], "update_proj_gap", "stagger", "layerwise")  # a basis lives from merge to merge
 
 

@@ -75,7 +75,7 @@ class HeadSet(LocalTargets):
         merging = Workers() if joint else workers
         self.total = (1 if settings.mode == "sequential" else settings.heads) * merging.size
         super().__init__(settings, merging, self.total)
-        self.outer = OuterStep(settings.outer_lr, settings.outer_momentum)
+        self.outer = OuterStep(settings.outer_lr, settings.outer_momentum, settings.keep_on)
         self.accumulates = settings.starts_anew or not self.outer.plain
         self.turn = 0
         self.unmoved: list[str] = []
