@@ -103,6 +103,18 @@ def files(folder, at):
     return torch.load(f"{folder}/step={at}.ckpt", weights_only=True)
 
 
+def after_a_fit(world, path, **kwargs):
+    """A run of 12 steps, and one from a checkpoint that was written when a fit of 6 was over; one batch all the time."""
+    order = lte_workers.in_layout(world, 8, 8)
+    ends = []
+    for steps, ckpt in ((6, None), (12, None), (12, path)):
+        module, trainer, _ = fit(world, steps=steps, ckpt=ckpt, data=lte_workers.Samples(8, order=order), **kwargs)
+        if steps == 6:
+            trainer.save_checkpoint(path)
+        ends.append(weights(module))
+    return ends[1:]
+
+
 def counted(world, **kwargs):
     """Bytes at torch.distributed's door, by ring formulae, while merges are on (not while anyone looks)."""
     import torch.distributed as dist
@@ -132,22 +144,18 @@ def counted(world, **kwargs):
     def during(kind, method):
         whole = getattr(kind, method)
 
-        def call(*args, **kw):
+        def call(*args, **kwargs):
             inside[0] += 1
             try:
-                return whole(*args, **kw)
+                return whole(*args, **kwargs)
             finally:
                 inside[0] -= 1
 
         setattr(kind, method, call)
         return lambda: setattr(kind, method, whole)
 
-    undo = [
-        during(Increments, "mean"),
-        during(Increments, "begin"),
-        during(MeanUnderway, "advance"),
-        during(SharedParameters, "merge"),
-    ]
+    undo = [during(Increments, "mean"), during(Increments, "begin"), during(MeanUnderway, "advance"),
+            during(SharedParameters, "merge")]  # fmt: skip
     for name in real:
         setattr(dist, name, counting(name))
     try:

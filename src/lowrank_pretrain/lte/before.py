@@ -93,7 +93,7 @@ class MergedUntilFreeze(FullSet):
             self._finish()
         for number, increments in enumerate(self.fragments):
             if just_sent is None or number != just_sent % len(self.fragments):
-                self._move(increments, increments.mean(self.training_weights(), overwrite=True), {})
+                self._apply(increments, increments.mean(self.training_weights(), overwrite=True), {})
 
     # -- what a callback may decide by ------------------------------------------------------------------------------
 

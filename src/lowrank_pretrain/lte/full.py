@@ -99,19 +99,18 @@ def fragments_of(sizes: Mapping[str, int], count: int) -> list[list[str]]:
 class FullSet(WholeTargets):
     """Train whole weights separately on each worker, from ``start`` to ``detach``.
 
-    Next to weights, gradients and the optimizer's state it needs, in float32 copies of the targets (measured on ViT-S/16 with
-    eight workers by ``benchmarks/lte_memory.py``):
+    Next to weights, gradients and the optimizer's state it keeps, in numbers of the size of float32 (of W, if that is larger):
 
-    ====================  =======================================================================================
-    W_base                1; none for one worker with a plain outer step
-    ``outer_momentum``    1
-    a wire below float32  1.13: its error feedback, 1 + 1/N on N workers
-    a merge               1.1 while it lasts, 2.5 with a wire below float32
-    ``overlap``           2 while a merge is under way, 1.1 with ``int4``: W as it was sent, and what travels
-    ====================  =======================================================================================
+    ====================  ==============================================================================================
+    W_base                one copy of the targets (none for one worker with a plain outer step)
+    ``outer_momentum``    one more
+    a wire below float32  one more, and 1/N of one on N workers
+    ``overlap``           while a merge is under way one copy of W and one of Δ, of the fragment's size
+    an overlapped merge   two to three copies of the fragment, for as long as it lasts; others take little more
+    ====================  ==============================================================================================
 
-    ``fragments=k`` divides the last two by about k. ``keep_on="cpu"`` moves the first three to main memory (pinned where the
-    weights are on CUDA) between merges; a merge brings them back weight by weight.
+    ``keep_on="cpu"`` moves the first three rows to (pinned) main memory; the last two stay on the device, where they are
+    smaller by the number of ``fragments``. ``benchmarks/lte_memory.py`` counts them.
 
     Args:
         settings: ``targets``, ``merge_every``, ``overlap``, ``fragments``, ``keep_on``, ``wire`` and the outer step's are used.
@@ -269,41 +268,44 @@ class FullSet(WholeTargets):
 
     @torch.no_grad()
     def _begin(self) -> bool:
-        """Merge the fragment whose turn it is; with overlap only send its increments. Return whether W changed."""
+        """Send the increments of the fragment whose turn it is; without overlap apply them. Return whether W changed."""
         if not self.fragments:  # one worker, and a plain mean
             self.merges += 1
             return True
         self.meet()
         number = (self.clock // self.settings.interval - 1) % len(self.fragments)
         increments, overlap, weights = self.fragments[number], self.settings.overlap, self.training_weights()
-        if overlap:
-            sent = {name: weights[name].clone() for name in increments.base}
-            self.pending = Pending(number, self.clock + overlap, sent, increments.begin(weights))
-            return False
-        self._move(increments, increments.mean(weights, overwrite=True), {})
-        self.merges += 1
-        return True
+        if not overlap:
+            return self._apply(increments, increments.mean(weights, overwrite=True), {})
+        sent = {name: weights[name].clone() for name in increments.base}
+        self.pending = Pending(number, self.clock + overlap, sent, increments.begin(weights, overlap=True))
+        return False
 
     @torch.no_grad()
     def _finish(self) -> bool:
         """Apply the merge under way; return True: W changed."""
         pending, self.pending = cast(Pending, self.pending), None
         increments = self.fragments[pending.number]
-        self._move(increments, increments.by_name(pending.arrived()), pending.sent)
-        self.merges += 1
-        return True
+        return self._apply(increments, increments.by_name(pending.arrived()), pending.sent)
 
-    @torch.no_grad()
-    def _move(self, increments: Increments, means: Mapping[str, Tensor], sent: Mapping[str, Tensor]) -> None:
-        """Apply a fragment's mean increments; ``sent`` is W as it was when they were sent, if training went on since."""
+    def _apply(self, increments: Increments, mean: Mapping[str, Tensor], sent: Mapping[str, Tensor]) -> bool:
+        """Step W_base by the workers' mean of Δ, and W after it; return True: W changed.
+
+        Args:
+            increments: of a fragment.
+            mean: by name; overwritten.
+            sent: W as it was sent, by name, if training has gone on since.
+        """
         weights = self.parameters()
-        for name, mean in means.items():
+        for name, increment in mean.items():
             # the outer step
-            base = increments.moved(name, mean, self.outer)
+            base = increments.moved(name, increment, self.outer)
             # everyone continues from W_base, and from what it has learnt since its increment was sent
-            W = weights[name]
-            W.copy_(base if name not in sent else base + (W.to(base.dtype) - sent[name].to(base.dtype)))
+            W, before = weights[name], sent.get(name)
+            W.copy_(base if before is None else base + (W.to(base.dtype) - before.to(base.dtype)))
+        self.merges += 1
         self._merged_last = set() if sent else set(increments.base)
+        return True
 
     def differing(self) -> set[str]:
         """Return the names of targets that differ between workers after a merge: of other fragments, or moved during it."""

@@ -31,8 +31,7 @@ class Increments:
     """Track workers' changes to some weights between two merges.
 
     It costs one float32 copy of the weights; a lossy wire costs another for what its messages left out. Both lie where
-    ``keep_on`` says. A merge forms little more: weights and increments go through it part by part.
-    With ``begin`` there is one more copy, or two and a half with a lossy wire.
+    ``keep_on`` says. A merge that overlaps training takes two to three more while it is under way; others take little.
 
     Args:
         weights: the weights, now equal on all workers.
@@ -67,38 +66,39 @@ class Increments:
         parts = flat.split([base.numel() for base in self.base.values()])
         return {name: part.view(base.shape) for (name, base), part in zip(self.base.items(), parts, strict=True)}
 
-    def begin(self, weights: Weights) -> MeanUnderway:
-        """Send Δ through the wire, and return before the others have answered. All workers call it together.
+    def begin(self, weights: Weights, overlap: bool = False) -> MeanUnderway:
+        """Send Δ through the wire; the result is the workers' mean of it, flat. All workers call it together.
 
-        The result is the workers' mean of Δ, flat, as ``mean`` gives it.
+        Args:
+            weights: by name.
+            overlap: return before the others have answered.
 
         Raises:
             NotFinite: on every worker, if one's increment is NaN or infinite; nothing is then sent.
         """
         mine = self._since(weights)
         refuse_nonfinite(self.by_name(mine), self.workers)
-        return MeanUnderway(self.wire, mine)
+        return MeanUnderway(self.wire, mine, overlap)
 
     @torch.no_grad()
     def mean(self, weights: Weights, overwrite: bool = False) -> dict[str, Tensor]:
         """Return the workers' mean of Δ by name, through the wire. All workers call it together.
 
         Args:
-            weights: the weights by name.
-            overwrite: put the mean in the weights' own memory where it fits: ``weights`` are of no more use.
+            weights: by name.
+            overwrite: put the mean into the weights' own memory where it fits; ``weights`` are of no more use.
 
         Raises:
             NotFinite: on every worker, if one's weight is NaN or infinite; nothing is then sent.
         """
         mine = {name: weights[name].detach() for name in self.base}
         refuse_nonfinite(mine, self.workers)
-        mean = {
-            name: W if overwrite and W is not self.base[name] and W.dtype == self._dtype and W.is_contiguous()
-            else torch.empty_like(W, dtype=self._dtype, memory_format=torch.contiguous_format)
-            for name, W in mine.items()
-        }  # fmt: skip
-        changes = Changes([mine[name] for name in self.base], list(self.base.values()), self.storage)
-        self.wire.mean_of(changes, Line([mean[name] for name in self.base]), next(iter(mean.values())).device, self._dtype)
+        mean = {}
+        for name, W in mine.items():
+            fits = overwrite and weights[name] is not self.base[name] and W.dtype == self._dtype and W.is_contiguous()
+            mean[name] = W if fits else torch.empty(W.shape, dtype=self._dtype, device=W.device)
+        changes = Changes([*mine.values()], [*self.base.values()])
+        self.wire.mean_of(changes, Line([*mean.values()]), next(iter(mean.values())).device, self._dtype)
         return mean
 
     def now(self, weights: Weights) -> dict[str, Tensor]:
@@ -164,6 +164,33 @@ class Increments:
             add_pending(self.base, self.base, errors)
 
 
+class Changes(Line):
+    """Read Δ of several weights as one line of numbers, without forming it.
+
+    Args:
+        weights: W as training has them.
+        bases: W_base of each, as kept.
+    """
+
+    def __init__(self, weights: Sequence[Tensor], bases: Sequence[Tensor]) -> None:
+        super().__init__([base.contiguous() for base in bases])
+        self._weights = [W.reshape(-1) for W in weights]
+
+    def add_to(self, at: int, out: Tensor) -> None:
+        """Add the numbers from `at` on to `out`, in pieces that stay in a CPU's cache."""
+        most = IN_CACHE if out.device.type == "cpu" else max(1, len(out))
+        room = torch.empty(min(most, len(out)), dtype=out.dtype, device=out.device)
+        for start in range(0, len(out), most):
+            for index, there, here in self.parts(at + start, min(most, len(out) - start)):
+                W = self._weights[index][there]
+                base = self.tensors[index][there].to(W.device, non_blocking=True)
+                if W.dtype == base.dtype == out.dtype:
+                    since = torch.sub(W, base, out=room[: len(W)])
+                else:
+                    since = W.to(base.dtype) - base.to(W.dtype).to(base.dtype)
+                out[start : start + most][here] += since
+
+
 @dataclass
 class Pending:
     """Hold a merge of one fragment that is under way.
@@ -190,31 +217,6 @@ class Pending:
         if isinstance(self.mean, MeanUnderway):
             self.mean = self.mean.result()
         return self.mean
-
-
-class Changes(Line):
-    """Read Δ of several weights as one line of numbers, without forming it.
-
-    Args:
-        weights: W as training has them.
-        bases: W_base of each, as kept.
-        storage: keeps them.
-    """
-
-    def __init__(self, weights: Sequence[Tensor], bases: Sequence[Tensor], storage: Storage) -> None:
-        super().__init__([base.contiguous() for base in bases])
-        self._storage = storage
-        self._weights = [W.reshape(-1) for W in weights]
-
-    def add_to(self, at: int, out: Tensor) -> None:
-        """Add the numbers from `at` on to `out`, in pieces that stay in a CPU's cache."""
-        most = IN_CACHE if out.device.type == "cpu" else max(1, len(out))
-        for start in range(0, len(out), most):
-            for index, there, here in self.parts(at + start, min(most, len(out) - start)):
-                W = self._weights[index][there]
-                base = self._storage.get(self.tensors[index][there], W.device)
-                since = W - base if W.dtype == base.dtype else W.to(base.dtype) - base.to(W.dtype).to(base.dtype)
-                out[start : start + most][here] += since
 
 
 def _pending(errors: Mapping[str, list[Tensor]], n: int) -> Tensor:
@@ -253,8 +255,9 @@ def refuse_nonfinite(mine: Mapping[str, Tensor], workers: Workers) -> None:
         device = next(iter(mine.values())).device
         if device.type == "meta":  # ``traffic`` only counts
             return
-        fine = torch.stack([torch.isfinite(t).all().to(device) for t in mine.values()]).tolist()
-        first = fine.index(False) + 1 if False in fine else 0
+        if not torch.stack([t.sum().to(device) for t in mine.values()]).isfinite().all():  # quick; but a sum may overflow
+            fine = torch.stack([torch.isfinite(t).all().to(device) for t in mine.values()]).tolist()
+            first = fine.index(False) + 1 if False in fine else 0
     for rank, (found,) in enumerate(workers.gather_numbers([first])):
         if found:
             raise NotFinite(

@@ -46,6 +46,12 @@ class Storage:
         """Return a kept tensor on `device`; itself if it lies there."""
         return kept.to(device, non_blocking=True)
 
+    def place(self, kept: Tensor, device: torch.device) -> Tensor:
+        """Return a kept tensor where ``put`` would have it for weights on `device`; itself if it lies there."""
+        if not self.on_host:
+            return kept.to(device)
+        return kept.pin_memory() if device.type == "cuda" and not kept.is_pinned() else kept
+
     def wait(self) -> None:
         """Wait for copies to main memory, before the host reads or writes them (checkpoints)."""
         if self.on_host and torch.cuda.is_initialized():

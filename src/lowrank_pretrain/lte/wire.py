@@ -19,11 +19,12 @@ n numbers, w workers, c numbers in a worker's chunk.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -69,12 +70,13 @@ class Codec:
         return n * self.bits // 8 + scales
 
     @torch.no_grad()
-    def encode(self, x: Tensor, left_out: Tensor | None = None) -> Tensor:
+    def encode(self, x: Tensor, left_out: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         """Write numbers as one message.
 
         Args:
             x: float32, (…, n) with n a multiple of 64.
             left_out: of x's shape; gets x minus what will be read. It may be x itself.
+            out: uint8 memory for the message, if it is given and the wire has eight bits or fewer.
 
         Returns:
             uint8, (…, bytes): scales first, then codes.
@@ -91,13 +93,15 @@ class Codec:
             if left_out is not None:
                 torch.sub(x, coded, out=left_out)
             return coded.view(torch.uint8)
-        message = torch.empty((*x.shape[:-1], self.bytes_of(n)), dtype=torch.uint8, device=x.device)
+        shape = (*x.shape[:-1], self.bytes_of(n))
+        message = torch.empty(shape, dtype=torch.uint8, device=x.device) if out is None else _shaped(out, shape)
         left = x.reshape(-1, n) if left_out is None else left_out.view(-1, n)
-        for row, out, rest in zip(x.reshape(-1, n), message.view(-1, self.bytes_of(n)), left, strict=True):
-            for at, scales, codes in self._pieces(out, n):
+        room = torch.empty(min(n, IN_CACHE) if x.device.type == "cpu" else n, device=x.device)
+        for row, written, rest in zip(x.reshape(-1, n), message.view(-1, self.bytes_of(n)), left, strict=True):
+            for at, scales, codes in self._pieces(written, n):
                 some = slice(at, at + BLOCK * len(scales))
                 to = None if left_out is None else rest[some].view(-1, BLOCK)
-                self._encode_blocks(row[some].view(-1, BLOCK), scales, codes, to)
+                self._encode_blocks(row[some].view(-1, BLOCK), scales, codes, to, room)
         return message
 
     def _pieces(self, message: Tensor, n: int) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -109,20 +113,32 @@ class Codec:
         for at in range(0, n, some):
             yield at, scales[at // BLOCK : (at + some) // BLOCK], codes[at * self.bits // 8 : (at + some) * self.bits // 8]
 
-    def _encode_blocks(self, x: Tensor, scales: Tensor, packed: Tensor, left: Tensor | None) -> None:
+    def _encode_blocks(self, x: Tensor, scales: Tensor, packed: Tensor, left: Tensor | None, room: Tensor) -> None:
         """Write blocks (b, 64): their scales (b), their packed codes (b·8·bits), and what is left out."""
-        step = _step(x, self.bits)  # (b, 1)
-        scales.copy_(step.squeeze(-1))
-        step = step.float()
-        levels = x / torch.where(step > 0, step, 1)
+        levels, top = room[: x.numel()].view(x.shape), 2 ** (self.bits - 1) - 1
+        # the distance between two levels, rounded to what is sent
         if self.bits == 2:
-            codes = levels.floor_().clamp_(-2, 1).to(torch.int8).view(torch.uint8).add_(2)  # mid-rise: level = code - 3/2
-            levels.add_(0.5)
+            step = torch.mul(x, x, out=levels).mean(-1, keepdim=True).sqrt_().mul_(FOUR_LEVELS)
         else:
-            top = 2 ** (self.bits - 1) - 1
-            codes = levels.round_().clamp_(-top, top).to(torch.int8).view(torch.uint8).add_(top)
-        packed.copy_(_pack(codes.flatten(), self.bits))
+            step = torch.abs(x, out=levels).amax(-1, keepdim=True).div_(top)
+        scales.copy_(step.squeeze(-1))
+        step = scales.float().unsqueeze(-1)  # (b, 1)
+        # the levels; codes count them from the lowest
+        torch.div(x, torch.where(step > 0, step, 1), out=levels)
+        if self.bits == 2:
+            lowest = 2
+            levels.floor_().clamp_(-2, 1)
+        else:
+            lowest = top
+            levels.round_().clamp_(-top, top)
+        # bytes: the sum wraps around from -127 … 127 to 0 … 254
+        if self.bits == 8:
+            packed.view(torch.int8).copy_(levels.view(-1))
+            packed.add_(lowest)
+        else:
+            packed.copy_(_pack(levels.view(-1).to(torch.int8).view(torch.uint8).add_(lowest), self.bits))
         if left is not None:
+            levels = levels.add_(0.5) if self.bits == 2 else levels  # mid-rise: level = code - 3/2
             torch.addcmul(x, levels, step, value=-1, out=left)
 
     @torch.no_grad()
@@ -152,11 +168,9 @@ IN_CACHE = 2**16  # numbers
 AT_ONCE = {"cpu": 2**22, "cuda": 2**26}  # numbers that a worker sends at a time: they bound a merge's memory
 
 
-def _step(blocks: Tensor, bits: int) -> Tensor:
-    """Return the distance between two levels of each block, rounded to what is sent: bfloat16, (…, 1)."""
-    if bits == 2:
-        return blocks.square().mean(-1, keepdim=True).sqrt_().mul_(FOUR_LEVELS).to(torch.bfloat16)
-    return blocks.abs().amax(-1, keepdim=True).div_(2 ** (bits - 1) - 1).to(torch.bfloat16)
+def _shaped(memory: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return the beginning of a flat tensor's memory in a shape."""
+    return memory[: math.prod(shape)].view(*shape)
 
 
 def _pack(codes: Tensor, bits: int) -> Tensor:
@@ -227,6 +241,18 @@ class Addable(Protocol):
         """Add the numbers from `at` on to `out`."""
 
 
+class Room(NamedTuple):
+    """Memory for one part of a mean after another.
+
+    Attributes:
+        numbers: (2, c) float32.
+        messages: (3, at least w messages of c numbers) uint8.
+    """
+
+    numbers: Tensor
+    messages: Tensor
+
+
 class DenseMean:
     """Average a flat buffer over all workers through a wire, with error feedback.
 
@@ -252,8 +278,8 @@ class DenseMean:
         self.workers, self.codec, self.n, self.storage = workers, Codec(wire), n, Storage(keep_on)
         length = padded(n, workers.size)
         lossy = workers.size > 1 and not self.codec.exact
-        self.sent_error = torch.zeros(length if lossy else 0)
-        self.mean_error = torch.zeros(length // workers.size if lossy else 0)
+        self.sent_error = self.storage.put(torch.zeros(length if lossy else 0))
+        self.mean_error = self.storage.put(torch.zeros(length // workers.size if lossy else 0))
 
     @torch.no_grad()
     def mean(self, flat: Tensor) -> Tensor:
@@ -266,13 +292,6 @@ class DenseMean:
     def _plain(self) -> bool:
         """Return whether nothing is coded."""
         return self.workers.size == 1 or self.codec.exact
-
-    def settle(self, device: torch.device) -> None:
-        """Take the error feedback to where it is kept: a new one's, or a checkpoint's, is on the CPU."""
-        if not self.storage.on_host:
-            self.sent_error, self.mean_error = self.sent_error.to(device), self.mean_error.to(device)
-        elif device.type == "cuda" and not self.sent_error.is_pinned():
-            self.sent_error, self.mean_error = self.sent_error.pin_memory(), self.mean_error.pin_memory()
 
     @torch.no_grad()
     def mean_of(self, mine: Addable, result: Line, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
@@ -291,41 +310,60 @@ class DenseMean:
             for at in range(0, self.n, at_once):
                 part = torch.zeros(min(at_once, self.n - at), dtype=dtype, device=device)
                 mine.add_to(at, part)
-                self.workers.average([part])
-                result.put(at, part)
+                self.workers.wait(self.workers.begin_mean(part))
+                result.put(at, self.workers.end_mean(part))
             return
-        self.settle(device)
+        # at first, and after a checkpoint, they are in main memory
+        self.sent_error, self.mean_error = (self.storage.place(kept, device) for kept in (self.sent_error, self.mean_error))
         c = len(self.mean_error)
-        width = max(BLOCK, at_once // w // BLOCK * BLOCK)
+        width = min(c, max(BLOCK, at_once // w // BLOCK * BLOCK))
+        # memory for all parts: fresh memory costs a CPU more than the arithmetic
+        room = Room(
+            torch.empty(2, width, device=device),
+            torch.empty(3, w * self.codec.bytes_of(width), dtype=torch.uint8, device=device),
+        )
         for at in range(0, c, width):
-            self._mean_of_columns(mine, result, slice(at, min(c, at + width)), device)
+            self._mean_of_columns(mine, result, slice(at, min(c, at + width)), room)
 
-    def _mean_of_columns(self, mine: Addable, result: Line, columns: slice, device: torch.device) -> None:
+    def _mean_of_columns(self, mine: Addable, result: Line, columns: slice, room: Room) -> None:
         """Do the same for some columns of all numbers as (w, c): worker j forms the mean of row j."""
         w, c = self.workers.size, len(self.mean_error)
+        device = room.numbers.device
         starts = [row * c + columns.start for row in range(w)]
         # what this worker's last message left out joins this one
         kept = self.sent_error.view(w, c)[:, columns]
         whole = self.storage.get(kept, device)
         for start, row in zip(starts, whole, strict=True):
             mine.add_to(start, row[: max(0, self.n - start)])
-        messages = self.codec.encode(whole, whole)  # (w, bytes)
+        messages = self.codec.encode(whole, whole, room.messages[0])  # (w, bytes)
         if whole is not kept:
-            kept.copy_(whole, non_blocking=True)
-        # everybody's messages for my row, averaged in one order
-        received, _ = self.workers.swap(messages)
-        mean = self.codec.decode(received[0])
-        for message in received[1:]:
-            mean += self.codec.decode(message)
-        mean /= w
+            for old, new in zip(kept, whole, strict=True):  # contiguous, so that a copy to pinned memory need not wait
+                old.copy_(new, non_blocking=True)
+        # everybody's messages for my row
+        received, _ = self.workers.swap(messages, out=_shaped(room.messages[1], messages.shape))
+        mean = self.mean_of_rows(received, room.numbers)
         # the mean of my row, for everyone
         left = self.mean_error[columns]
         mean += self.storage.get(left, device)
-        message = self.codec.encode(mean, mean)
+        message = self.codec.encode(mean, mean, room.messages[2])
         left.copy_(mean, non_blocking=True)
-        gathered, _ = self.workers.gather(message)
+        gathered, _ = self.workers.gather(message, out=_shaped(room.messages[1], messages.shape))
         for start, written in zip(starts, gathered, strict=True):
             result.put(start, self.codec.decode(written, mean)[: max(0, self.n - start)])
+
+    def mean_of_rows(self, messages: Tensor, room: Tensor | None = None) -> Tensor:
+        """Return the mean of what the workers' messages (w, bytes) say, added in the order of the ranks.
+
+        Args:
+            messages: one a worker.
+            room: (2, at least n) float32 memory to use; the mean is in the first row.
+        """
+        n = messages.shape[1] * BLOCK // self.codec.bytes_of(BLOCK)
+        mean, theirs = (torch.empty(2, n, device=messages.device) if room is None else room)[:, :n]
+        self.codec.decode(messages[0], mean)
+        for message in messages[1:]:
+            mean += self.codec.decode(message, theirs)
+        return mean.div_(self.workers.size)
 
     def sent_per_mean(self) -> float:
         """Return the bytes that this worker sends for one mean."""
@@ -360,18 +398,19 @@ class DenseMean:
 
 
 class MeanUnderway:
-    """Carry one mean of :class:`DenseMean` through its steps while training goes on in between.
+    """Carry one mean of :class:`DenseMean` through its steps; with ``overlap`` training goes on in between.
 
     All workers make the same calls at the same time of their clocks, so that messages meet.
 
     Args:
         of: the mean that this belongs to; its error feedback is used and renewed.
         flat: this worker's buffer, (n); it is overwritten.
+        overlap: return before the others have answered.
     """
 
     @torch.no_grad()
-    def __init__(self, of: DenseMean, flat: Tensor) -> None:
-        self._of = of
+    def __init__(self, of: DenseMean, flat: Tensor, overlap: bool = False) -> None:
+        self._of, self._overlap = of, overlap
         self._summed: Tensor | None = None  # of an exact wire
         self._received: Tensor | None = None  # everybody's messages for my chunk, (w, bytes)
         self._gathered: Tensor | None = None  # the mean's messages, (w, bytes)
@@ -382,16 +421,16 @@ class MeanUnderway:
             self._mean = flat
             return
         if codec.exact:
-            self._summed, self._work = flat, workers.begin_mean(flat, True)
+            self._summed, self._work = flat, workers.begin_mean(flat, overlap)
             return
         # what this worker's last message left out joins this one
-        of.settle(flat.device)
-        mine = of.storage.get(of.sent_error, flat.device).view(workers.size, -1)
-        mine.view(-1)[: of.n] += flat
-        messages = codec.encode(mine, mine)  # (w, bytes)
-        of.sent_error = of.storage.put(mine.view(-1), of.sent_error)
+        mine = of.storage.get(of.sent_error, flat.device)
+        mine[: of.n] += flat
+        rows = mine.view(workers.size, -1)
+        messages = codec.encode(rows, rows)  # (w, bytes)
+        of.sent_error = of.storage.put(mine, of.sent_error)
         # everybody's messages for my chunk
-        self._received, self._work = workers.swap(messages, True)
+        self._received, self._work = workers.swap(messages, overlap)
 
     @torch.no_grad()
     def advance(self) -> None:
@@ -400,17 +439,12 @@ class MeanUnderway:
             return
         of, workers = self._of, self._of.workers
         self._wait()
-        # in one order
-        received, self._received = of.codec.decode(self._received), None  # (w, c)
-        mean = received[0].clone()
-        for theirs in received[1:]:
-            mean += theirs
-        mean /= workers.size
+        mean, self._received = of.mean_of_rows(self._received), None
         # the mean of my chunk, for everyone
         mean += of.storage.get(of.mean_error, mean.device)
         message = of.codec.encode(mean, mean)
         of.mean_error = of.storage.put(mean, of.mean_error)
-        self._gathered, self._work = workers.gather(message, True)
+        self._gathered, self._work = workers.gather(message, self._overlap)
 
     @torch.no_grad()
     def result(self) -> Tensor:

@@ -56,11 +56,12 @@ class Workers:
         finally:
             self.sent, self.seconds = before
 
-    def gather(self, flat: Tensor, async_op: bool = False) -> tuple[Tensor, Any]:
-        """Return all workers' ``flat``, (w, n), n being equal everywhere, and the handle to wait for."""
+    def gather(self, flat: Tensor, async_op: bool = False, out: Tensor | None = None) -> tuple[Tensor, Any]:
+        """Return all workers' ``flat``, (w, n), n being equal everywhere, in ``out`` if given, and the handle to wait for."""
         if self.size == 1:
             return flat[None], None
-        out = flat.new_empty(self.size * flat.numel())  # gloo takes a flat output only
+        # gloo takes a flat output only
+        out = flat.new_empty(self.size * flat.numel()) if out is None else out.view(-1)
         self.sent += (self.size - 1) * flat.numel() * flat.itemsize
         work = self._call(lambda: dist.all_gather_into_tensor(out, flat, group=self.group, async_op=async_op))
         return out.view(self.size, -1), work
@@ -72,15 +73,15 @@ class Workers:
         self.sent += 2 * (self.size - 1) / self.size * flat.numel() * flat.itemsize
         return self._call(lambda: dist.all_reduce(flat, group=self.group, async_op=async_op))
 
-    def swap(self, messages: Tensor, async_op: bool = False) -> tuple[Tensor, Any]:
+    def swap(self, messages: Tensor, async_op: bool = False, out: Tensor | None = None) -> tuple[Tensor, Any]:
         """Send row j of ``messages`` (w, n) to worker j.
 
         Returns:
-            The rows that all workers send here, (w, n), and the handle to wait for.
+            The rows that all workers send here, (w, n), in ``out`` if given, and the handle to wait for.
         """
         if self.size == 1:
             return messages, None
-        out = torch.empty_like(messages)
+        out = torch.empty_like(messages) if out is None else out
         self.sent += (self.size - 1) / self.size * messages.numel() * messages.itemsize
         return out, self._call(lambda: dist.all_to_all_single(out, messages, group=self.group, async_op=async_op))
 
