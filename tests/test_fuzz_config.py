@@ -79,7 +79,7 @@ LEGAL = {
     "trainer.enable_progress_bar": (True, None), "trainer.deterministic": (True, None), "trainer.benchmark": (True, None),
     "logger._target_": (None,),
     "method.alpha": (0.5, HUGE, None), "method.freeze_rest": FLAG, "method.train_A": FLAG, "method.adapter_lr": (0.5, HUGE),
-    "method.frozen_dtype": ("bfloat16", "int8", None),
+    "method.frozen_dtype": (None,),
     "method.adapter_weight_decay": (0, 0.5, HUGE, None), "method.seed": (-1, 0, HUGE, None),
     "method.weight_tol": (0.5,), "method.loss_tol": (0.5,), "method.warmup": COUNT_FROM_0, "method.earliest": (0,),
     "method.energy": (None,), "method.flops": (None,), "method.latest": (HUGE, None), "method.rewarm": COUNT_FROM_0,
