@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
+from safetensors.torch import load_file
 from torch import nn
 
 from lowrank_pretrain import LoRA, PreLoRA
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.export import export
 from lowrank_pretrain.galore import GaLoreAdamW
 from lowrank_pretrain.lora import frozen, storing
 from lowrank_pretrain.lora import model as lora
@@ -230,6 +232,20 @@ def test_a_file_written_after_the_fit_goes_on_like_one_written_at_its_end(tmp_pa
         trainer(tmp_path, steps(**settings), max_epochs=4).fit(resumed, loader(), ckpt_path=tmp_path / name)
         runs.append(resumed.state_dict())
     assert moved != all(torch.equal(a, b) for a, b in zip(runs[0].values(), runs[1].values(), strict=True))
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_exports_say_which_weight_was_merged(tmp_path, keep):
+    trainer(tmp_path, LoRA(rank=4, frozen_dtype="int8", keep_original=keep), max_epochs=1, every=1).fit(toy(), loader())
+    file = tmp_path / "step=6.ckpt"
+    for kind, folder in ((None, tmp_path / "merged"), ("peft", tmp_path / "adapters")):
+        export(file, kind, folder)
+        said = (folder / "README.md").read_text()
+        assert ("The W merged here is the original" in said) is keep and ("the one as stored" in said) is not keep
+    base = load_file(tmp_path / "adapters" / "base" / "model.safetensors")["blocks.0.fc1.weight"]
+    assert base.dtype == torch.float32 and torch.equal(base, toy().blocks[0].fc1.weight) is keep
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    assert_equal(merged, dict(torch.load(file, weights_only=True)["state_dict"]))
 
 
 def test_the_type_may_change_until_the_freeze(tmp_path):

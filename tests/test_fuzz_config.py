@@ -80,6 +80,7 @@ LEGAL = {
     "logger._target_": (None,),
     "method.recompute_inputs": FLAG,
     "method.alpha": (0.5, HUGE, None), "method.freeze_rest": FLAG, "method.train_A": FLAG, "method.adapter_lr": (0.5, HUGE),
+    "method.frozen_dtype": (None,),
     "method.adapter_weight_decay": (0, 0.5, HUGE, None), "method.seed": (-1, 0, HUGE, None),
     "method.weight_tol": (0.5,), "method.loss_tol": (0.5,), "method.warmup": COUNT_FROM_0, "method.earliest": (0,),
     "method.energy": (None,), "method.flops": (None,), "method.latest": (HUGE, None), "method.rewarm": COUNT_FROM_0,

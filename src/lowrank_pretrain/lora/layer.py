@@ -11,7 +11,7 @@ block of a fused layer, ``lora_B.<part>`` (O_part, R_part); a layer that is not 
 import inspect
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, SupportsIndex, cast
 
 import torch
@@ -290,6 +290,15 @@ def take_adapters(layer: LoRALinear) -> None:
 def lora_layers(module: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
     """Yield (name, layer) of every layer with adapters, in the module's order."""
     return ((name, layer) for name, layer in module.named_modules() if isinstance(layer, LoRALinear))
+
+
+def by_layer(targets: Mapping[str, Target], plan: Mapping[str, int]) -> dict[str, list[Target]]:
+    """Return the plan's targets by the layer that they are row blocks of."""
+    groups: dict[str, list[Target]] = {}
+    for name, target in targets.items():  # the module's order, never the plan's: optimizer state is restored by index
+        if name in plan:
+            groups.setdefault(target.layer_name, []).append(target)
+    return groups
 
 
 def _known_forwards() -> tuple:

@@ -17,7 +17,7 @@ from lowrank_pretrain.core.plan import Plan
 from lowrank_pretrain.core.protocols import Adopter, Inherit
 from lowrank_pretrain.core.targets import all_targets, output_heads, parts, plain_name, tied_layers
 from lowrank_pretrain.lora import storing
-from lowrank_pretrain.lora.layer import ADDED, LoRALinear, give_adapters, keep_rows, lora_layers, take_adapters
+from lowrank_pretrain.lora.layer import ADDED, LoRALinear, by_layer, give_adapters, keep_rows, lora_layers, take_adapters
 from lowrank_pretrain.lora.products import RestPart
 
 
@@ -51,7 +51,7 @@ def inject(
     if any(True for _ in lora_layers(module)):
         raise RuntimeError("adapters are there already: call lora.eject first")
     untied = untie(module, {targets[name].layer_name for name in plan if plan[name] > 0})
-    for layer_name, group in storing.by_layer(targets, plan).items():
+    for layer_name, group in by_layer(targets, plan).items():
         layer = group[0].layer
         ranked = [t for t in group if plan[t.name] > 0]
         if ranked or len(group) < len(parts(layer_name, layer)):
@@ -89,7 +89,7 @@ def freeze(
     """
     inherited: list[Inherit] = []
     targets = all_targets(module)
-    for layer_name, group in storing.by_layer(targets, plan).items():
+    for layer_name, group in by_layer(targets, plan).items():
         layer = group[0].layer
         chosen = {t.part for t in group}
         others = [p for p in parts(layer_name, layer) if p[0] not in chosen]

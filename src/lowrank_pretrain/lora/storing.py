@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.targets import Target, all_targets, families, parts
 from lowrank_pretrain.lora import frozen
-from lowrank_pretrain.lora.layer import LoRALinear, give_adapters, has_own_forward, lora_layers
+from lowrank_pretrain.lora.layer import LoRALinear, by_layer, give_adapters, has_own_forward, lora_layers
 
 
 def frozen_layers(
@@ -119,12 +119,3 @@ def unmerged_weights(exact: Mapping[str, Tensor], like: Mapping[str, Tensor]) ->
             frozen.widened(exact[key], kind, exact.get(f"{name}.frozen_scale"), dtype) if original is None else original
         )
     return found
-
-
-def by_layer(targets: Mapping[str, Target], plan: Mapping[str, int]) -> dict[str, list[Target]]:
-    """Return the plan's targets by the layer that they are row blocks of."""
-    groups: dict[str, list[Target]] = {}
-    for name, target in targets.items():  # the module's order, never the plan's: optimizer state is restored by index
-        if name in plan:
-            groups.setdefault(target.layer_name, []).append(target)
-    return groups

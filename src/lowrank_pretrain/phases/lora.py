@@ -130,7 +130,7 @@ class LoRA(PhaseCallback):
             self._take_back(trainer, pl_module, names)
         if self._to_store and self._first is None and self.frozen_dtype is not None and not accumulates(trainer):
             self._to_store = False
-            how = self.plan or {}, self.freeze_rest, self.frozen_dtype, self.keep_original
+            how = self.plan or Plan({}), self.freeze_rest, self.frozen_dtype, self.keep_original
             transition.apply(trainer, pl_module, lambda: storing.store_frozen(pl_module, *how))
 
     def _take_back(self, trainer: pl.Trainer, pl_module: pl.LightningModule, names: list[str]) -> None:
