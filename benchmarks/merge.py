@@ -1,4 +1,4 @@
-"""What a merge of whole weights costs: quantise, exchange, apply, next to a plain all-reduce of float32. One run, interleaved, medians.
+"""Time a merge of whole weights: quantise, exchange, apply, next to a plain all-reduce of float32. Interleaved, medians.
 
     OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE python benchmarks/merge.py --out benchmarks/results/merge_cpu.jsonl
     python benchmarks/merge.py --model vit_tiny_patch16_224 --wires int8 --rounds 15
@@ -21,12 +21,13 @@ import time
 from collections.abc import Callable
 from dataclasses import fields
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from lowrank_pretrain.lte.full import FullSet
 from lowrank_pretrain.lte.settings import Settings
@@ -89,6 +90,16 @@ def timed(call: Callable[[], Any]) -> tuple[float, float]:
     return both[:, 0].max().item(), both[:, 1].mean().item()
 
 
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, merger: FullSet | None) -> None:
+    """Take ten steps."""
+    for _ in range(STEPS):
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if merger is not None:
+            merger.after_step()
+
+
 def steps(rank: int, args: argparse.Namespace) -> dict[str, Any]:
     """Time ten training steps without a merge, with one at the end of them, and with one that overlaps them."""
     if "overlap" not in {one.name for one in fields(Settings)}:
@@ -103,17 +114,7 @@ def steps(rank: int, args: argparse.Namespace) -> dict[str, Any]:
         for i in range(-1, max(3, args.rounds // 3)):
             order = list(sides)
             for side in order[i % len(order) :] + order[: i % len(order)]:
-                merger = sides[side]
-
-                def ten(merger: FullSet | None = merger) -> None:
-                    for _ in range(STEPS):
-                        nn.functional.cross_entropy(model(x), y).backward()
-                        optimizer.step()
-                        optimizer.zero_grad()
-                        if merger is not None:
-                            merger.after_step()
-
-                cost = timed(ten)
+                cost = timed(partial(train, model, optimizer, x, y, sides[side]))
                 if i >= 0:
                     found.setdefault(side, []).append([*cost, 0.0])
     return {"steps": found}
@@ -139,9 +140,8 @@ def shown(times: dict[str, list[list[float]]], against: str, part: str, limits: 
         ratios = [
             statistics.median(mine[j] / plain[j] for mine, plain in zip(some, times[against], strict=True)) for j in (0, 1)
         ]
-        print(
-            f"{side:24}{1e3 * wall:10.1f}{ratios[0]:8.2f}{1e3 * cpu:10.1f}{ratios[1]:8.2f}{sent:10.1f}  {limits.get(side, '')}"
-        )
+        figures = f"{1e3 * wall:10.1f}{ratios[0]:8.2f}{1e3 * cpu:10.1f}{ratios[1]:8.2f}{sent:10.1f}"
+        print(f"{side:24}{figures}  {limits.get(side, '')}")
         rows.append({"part": part, "side": side, "wall_ms": 1e3 * wall, "wall_ratio": ratios[0], "cpu_ms": 1e3 * cpu,
                      "cpu_ratio": ratios[1], "mib": sent})  # fmt: skip
     return rows
