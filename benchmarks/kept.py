@@ -162,6 +162,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--precisions", nargs="*", default=["fp32", "bf16-mixed"])
+    parser.add_argument("--gradients", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--out", type=Path, help="write the table as JSON lines beside the machine and the date")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -173,7 +174,7 @@ def main() -> None:
         for row in rows[-len(VARIANTS) :]:
             numbers = f"{row['kept_mib']:9.1f}{row['casts_mib']:7.1f}{row['of_full']:9.3f}{row['of_full_with_casts']:11.3f}"
             print(f"{row['precision']:12}{row['variant']:48}{numbers}{row.get('cpu_time', float('nan')):9.3f}", flush=True)
-    rows += compare_gradients(args)
+    rows += compare_gradients(args) if args.gradients else []
     if args.out:
         about = {**vars(args), "device": f"{platform.machine()}, {args.threads} threads", "torch": torch.__version__}
         about = {k: v for k, v in about.items() if k not in ("out", "precision")} | {"date": str(date.today())}
