@@ -39,13 +39,13 @@ class One(Imagined):
         """Return this worker's numbers for each."""
         return [list(mine)] * self.size
 
-    def gather(self, flat: Tensor, async_op: bool = False) -> tuple[Tensor, Any]:
+    def gather(self, flat: Tensor, async_op: bool = False, out: Tensor | None = None) -> tuple[Tensor, Any]:
         """Return this worker's numbers for each."""
-        return super().gather(flat)[0].copy_(flat), None
+        return super().gather(flat, out=out)[0].copy_(flat), None
 
-    def swap(self, messages: Tensor, async_op: bool = False) -> tuple[Tensor, Any]:
+    def swap(self, messages: Tensor, async_op: bool = False, out: Tensor | None = None) -> tuple[Tensor, Any]:
         """Return this worker's own messages."""
-        return super().swap(messages)[0].copy_(messages), None
+        return super().swap(messages, out=out)[0].copy_(messages), None
 
 
 def kept(full: FullSet) -> Iterator[Tensor]:

@@ -121,7 +121,7 @@ def counted(world, **kwargs):
 
     from lowrank_pretrain.lte.increments import Increments
     from lowrank_pretrain.lte.rest import SharedParameters
-    from lowrank_pretrain.lte.wire import MeanUnderway
+    from lowrank_pretrain.lte.underway import MeanUnderway
 
     seen = [0.0]
     inside = [0]

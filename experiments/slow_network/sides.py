@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from importlib import resources
 
 from experiments import tasks
-from experiments.optimizers.space import Point
+from lowrank_pretrain.run.search import Point
 
 WORLD, STEPS, WIDTH = 4, 300, 64
 RANK = 8  # of a head; 4 workers' heads span half of the width, as 8 heads of rank 16 span a third of ViT-S

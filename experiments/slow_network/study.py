@@ -21,11 +21,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from experiments.optimizers.space import Descent, Point
 from experiments.rates import loss_of
 from experiments.runs import Job, done, run
 from experiments.slow_network.sides import FIRST_LR, SIDES, TASKS, WORLD, Space, settings
 from experiments.tables import Missing
+from lowrank_pretrain.run.search import Descent, Point
 
 SEEDS = (1, 2, 3)
 CORE = ("ddp", "diloco_h10", "diloco_h30", "lte_t10")  # these come first

@@ -31,10 +31,11 @@ from lowrank_pretrain.core.plan import Plan
 from lowrank_pretrain.core.protocols import Inherit
 from lowrank_pretrain.core.targets import select
 from lowrank_pretrain.lte import full_checkpoint
-from lowrank_pretrain.lte.increments import Increments, Pending, Weights
+from lowrank_pretrain.lte.increments import Increments, Weights
 from lowrank_pretrain.lte.local_targets import Fit, LocalTarget, WholeTargets
 from lowrank_pretrain.lte.outer import OuterStep
 from lowrank_pretrain.lte.settings import Settings
+from lowrank_pretrain.lte.underway import Pending
 from lowrank_pretrain.lte.workers import Workers
 
 
@@ -278,7 +279,7 @@ class FullSet(WholeTargets):
         if not overlap:
             return self._apply(increments, increments.mean(weights, overwrite=True), {})
         sent = {name: weights[name].clone() for name in increments.base}
-        self.pending = Pending(number, self.clock + overlap, sent, increments.begin(weights, overlap=True))
+        self.pending = Pending(number, self.clock + overlap, sent, increments.begin(weights))
         return False
 
     @torch.no_grad()

@@ -25,7 +25,8 @@ from lowrank_pretrain.checkpoints.format import FORMAT
 from lowrank_pretrain.core.dtypes import at_least_32
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.lte.checkpoint import check_saved, how_merged
-from lowrank_pretrain.lte.increments import Pending, add_pending, saved_by_all
+from lowrank_pretrain.lte.increments import add_pending, saved_by_all
+from lowrank_pretrain.lte.underway import Pending
 
 if TYPE_CHECKING:
     from lowrank_pretrain.lte.full import FullSet

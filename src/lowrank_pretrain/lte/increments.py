@@ -10,7 +10,6 @@ n numbers in all.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
@@ -21,7 +20,8 @@ from lowrank_pretrain.core.dtypes import at_least_32
 from lowrank_pretrain.core.errors import NotFinite
 from lowrank_pretrain.lte.outer import OuterStep
 from lowrank_pretrain.lte.storage import Storage
-from lowrank_pretrain.lte.wire import IN_CACHE, DenseMean, Line, MeanUnderway
+from lowrank_pretrain.lte.underway import MeanUnderway
+from lowrank_pretrain.lte.wire import IN_CACHE, DenseMean, Line
 from lowrank_pretrain.lte.workers import Workers
 
 Weights = Mapping[str, Tensor]  # by name, as training has them now
@@ -66,19 +66,18 @@ class Increments:
         parts = flat.split([base.numel() for base in self.base.values()])
         return {name: part.view(base.shape) for (name, base), part in zip(self.base.items(), parts, strict=True)}
 
-    def begin(self, weights: Weights, overlap: bool = False) -> MeanUnderway:
-        """Send Δ through the wire; the result is the workers' mean of it, flat. All workers call it together.
+    def begin(self, weights: Weights) -> MeanUnderway:
+        """Send Δ through the wire, and do not wait; the result is the workers' mean of it, flat. All workers call it together.
 
         Args:
             weights: by name.
-            overlap: return before the others have answered.
 
         Raises:
             NotFinite: on every worker, if one's increment is NaN or infinite; nothing is then sent.
         """
         mine = self._since(weights)
         refuse_nonfinite(self.by_name(mine), self.workers)
-        return MeanUnderway(self.wire, mine, overlap)
+        return MeanUnderway(self.wire, mine)
 
     @torch.no_grad()
     def mean(self, weights: Weights, overwrite: bool = False) -> dict[str, Tensor]:
@@ -189,34 +188,6 @@ class Changes(Line):
                 else:
                     since = W.to(base.dtype) - base.to(W.dtype).to(base.dtype)
                 out[start : start + most][here] += since
-
-
-@dataclass
-class Pending:
-    """Hold a merge of one fragment that is under way.
-
-    Attributes:
-        number: the fragment's.
-        due: the step at whose end it is applied.
-        sent: this worker's W by name, as it was sent.
-        mean: the workers' mean of Δ, flat, once it has arrived.
-    """
-
-    number: int
-    due: int
-    sent: dict[str, Tensor]
-    mean: MeanUnderway | Tensor
-
-    def advance(self) -> None:
-        """Read what has arrived, and send the mean on. All workers call it at the same step."""
-        if isinstance(self.mean, MeanUnderway):
-            self.mean.advance()
-
-    def arrived(self) -> Tensor:
-        """Wait, and return the mean, flat. All workers call it at the same step."""
-        if isinstance(self.mean, MeanUnderway):
-            self.mean = self.mean.result()
-        return self.mean
 
 
 def _pending(errors: Mapping[str, list[Tensor]], n: int) -> Tensor:

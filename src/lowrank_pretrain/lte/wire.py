@@ -24,7 +24,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, NamedTuple, Protocol, cast
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -204,7 +204,7 @@ def padded(n: int, workers: int) -> int:
 
 
 class Line:
-    """Several tensors as one line of n numbers.
+    """Show several tensors as one line of n numbers.
 
     Args:
         tensors: each contiguous.
@@ -235,14 +235,14 @@ class Line:
 
 
 class Addable(Protocol):
-    """Describe numbers that are read once, as ``DenseMean`` does."""
+    """Describe numbers that ``DenseMean`` reads once."""
 
     def add_to(self, at: int, out: Tensor) -> None:
         """Add the numbers from `at` on to `out`."""
 
 
 class Room(NamedTuple):
-    """Memory for one part of a mean after another.
+    """Hold memory for one part of a mean after another.
 
     Attributes:
         numbers: (2, c) float32.
@@ -395,69 +395,3 @@ class DenseMean:
         if self.sent_error.numel():
             self.sent_error.zero_()[: self.n] = pending.to(self.sent_error)
             self.mean_error.zero_()
-
-
-class MeanUnderway:
-    """Carry one mean of :class:`DenseMean` through its steps; with ``overlap`` training goes on in between.
-
-    All workers make the same calls at the same time of their clocks, so that messages meet.
-
-    Args:
-        of: the mean that this belongs to; its error feedback is used and renewed.
-        flat: this worker's buffer, (n); it is overwritten.
-        overlap: return before the others have answered.
-    """
-
-    @torch.no_grad()
-    def __init__(self, of: DenseMean, flat: Tensor, overlap: bool = False) -> None:
-        self._of, self._overlap = of, overlap
-        self._summed: Tensor | None = None  # of an exact wire
-        self._received: Tensor | None = None  # everybody's messages for my chunk, (w, bytes)
-        self._gathered: Tensor | None = None  # the mean's messages, (w, bytes)
-        self._mean: Tensor | None = None
-        self._work: Any = None
-        workers, codec = of.workers, of.codec
-        if workers.size == 1:
-            self._mean = flat
-            return
-        if codec.exact:
-            self._summed, self._work = flat, workers.begin_mean(flat, overlap)
-            return
-        # what this worker's last message left out joins this one
-        mine = of.storage.get(of.sent_error, flat.device)
-        mine[: of.n] += flat
-        rows = mine.view(workers.size, -1)
-        messages = codec.encode(rows, rows)  # (w, bytes)
-        of.sent_error = of.storage.put(mine, of.sent_error)
-        # everybody's messages for my chunk
-        self._received, self._work = workers.swap(messages, overlap)
-
-    @torch.no_grad()
-    def advance(self) -> None:
-        """Average what has arrived, and send it on; a second call does nothing."""
-        if self._received is None:
-            return
-        of, workers = self._of, self._of.workers
-        self._wait()
-        mean, self._received = of.mean_of_rows(self._received), None
-        # the mean of my chunk, for everyone
-        mean += of.storage.get(of.mean_error, mean.device)
-        message = of.codec.encode(mean, mean)
-        of.mean_error = of.storage.put(mean, of.mean_error)
-        self._gathered, self._work = workers.gather(message, self._overlap)
-
-    @torch.no_grad()
-    def result(self) -> Tensor:
-        """Wait, and return the mean, (n), the same bits on all workers; any later call returns the same tensor."""
-        self.advance()
-        self._wait()
-        of = self._of
-        if self._gathered is not None:
-            self._mean, self._gathered = of.codec.decode(self._gathered).flatten()[: of.n], None
-        elif self._summed is not None:
-            self._mean, self._summed = of.workers.end_mean(self._summed), None
-        return cast(Tensor, self._mean)
-
-    def _wait(self) -> None:
-        work, self._work = self._work, None
-        self._of.workers.wait(work)
