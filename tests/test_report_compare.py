@@ -89,6 +89,8 @@ def test_what_lte_sends_was_counted_at_its_merges():
     merges = {"lte__merge_mib": [(5.0, 1.0), (20.0, 2.0)], "lte__rest_mib": [(5.0, 4.0), (20.0, 4.0)]}
     config = {"method": {"merge_every": 5}, "trainer": {"devices": 2}}
     assert sent(one(config, **merges)) == [(5.0, 5.0), (20.0, 23.0)], "merges between two logged ones cost as the later"
+    halves = {"method": {"merge_every": 10, "fragments": 2}}
+    assert sent(one(halves, **merges)) == [(5.0, 3.0), (20.0, 15.0)], "each half merges once in ten steps, and the rest once"
     late = {key: [(step + 5, mib) for step, mib in points] for key, points in merges.items()}
     assert sent(one(config, **late, **TRAINABLE))[:2] == [(5.0, 20.0), (10.0, 25.0)], "before its heads, gradients"
     idle = {key: [(step, 0.0) for step, _ in points] for key, points in merges.items()}

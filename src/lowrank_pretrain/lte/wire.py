@@ -359,7 +359,10 @@ class DenseMean:
             room: (2, at least n) float32 memory to use; the mean is in the first row.
         """
         n = messages.shape[1] * BLOCK // self.codec.bytes_of(BLOCK)
-        mean, theirs = (torch.empty(2, n, device=messages.device) if room is None else room)[:, :n]
+        if room is None:  # each in memory of its own: the mean may be kept
+            mean, theirs = torch.empty(n, device=messages.device), torch.empty(n, device=messages.device)
+        else:
+            mean, theirs = room[:, :n]
         self.codec.decode(messages[0], mean)
         for message in messages[1:]:
             mean += self.codec.decode(message, theirs)

@@ -16,7 +16,8 @@ BYTES = {"bf16-true": 2, "16-true": 2, "64-true": 8}  # of a number in a gradien
 def sent(run: Run) -> Series:
     """Return [(optimizer steps taken, MiB sent by each worker until then), …]; [] if nothing is sent, or nothing is known."""
     merges, total, before = _per_step_of_merges(run), 0.0, 0.0
-    merging_from = merges[0][0] - _window(run) if merges else run.last_step
+    interval = _setting(run, "merge_every") // _setting(run, "fragments", 1)
+    merging_from = merges[0][0] - interval if merges else run.last_step
     found = []
     for until, rate in [*_per_step_of_gradients(run, merging_from), *merges]:
         if until > before:
@@ -28,14 +29,17 @@ def sent(run: Run) -> Series:
 
 def _per_step_of_merges(run: Run) -> Series:
     """Return [(step, MiB per step until then), …] of LTE's merges, the rest's share included; [] for other methods."""
-    window = _window(run)
+    window, fragments = _setting(run, "merge_every"), _setting(run, "fragments", 1)
     rest = dict(run.series.get("lte/rest_mib", []))
-    return [(step, (mib + rest.get(step, 0.0)) / window) for step, mib in run.series.get("lte/merge_mib", []) if window]
+    # in a window each fragment of the targets merges once, and the rest once
+    merges = run.series.get("lte/merge_mib", []) if window else []
+    return [(step, (fragments * mib + rest.get(step, 0.0)) / window) for step, mib in merges]
 
 
-def _window(run: Run) -> int:
+def _setting(run: Run, key: str, default: int = 0) -> int:
+    """Return a whole number of the run's method; the default where it has none."""
     method: dict[str, Any] = run.config.get("method") or {}
-    return method["merge_every"] if is_integer(method.get("merge_every")) else 0
+    return method[key] if is_integer(method.get(key)) else default
 
 
 def _per_step_of_gradients(run: Run, last: float) -> Series:
