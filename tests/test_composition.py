@@ -111,7 +111,7 @@ REFUSED = [
      "recompute_inputs", "leave it out"),
     (prelora(LTEStrategy(merge_every=2), groups={"targets": ["out"]}, adapters={"recompute_inputs": True}),
      "recompute_inputs", "LTEStrategy"),
-    (lambda: LTEStrategy().adopt(Plan({"net.0": 0}), lte_workers.Net()), "ranks", "nothing to train apart"),
+    (lambda: LTEStrategy().adopt(Plan({"net.0": 0}), lte_workers.Net()), "ranks", "nothing to train separately"),
     (prelora(settings={"layerwise": True}, groups={"targets": ["out"]}), "layerwise", "switch"),
     (prelora(then="galore", strategy=LTEStrategy(merge_every=2)), "then", "LTE"),
     (prelora(), "targets", "not projected already"),

@@ -5,7 +5,8 @@ import torch
 
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.lte.outer import OuterStep
-from lowrank_pretrain.lte.wire import BLOCK, WIRES, Codec, padded
+from lowrank_pretrain.lte.traffic import Imagined
+from lowrank_pretrain.lte.wire import BLOCK, WIRES, Codec, DenseMean, padded
 from tests import lte_wire_workers as run
 from tests.reference import lte_wire as twin
 
@@ -53,6 +54,13 @@ def test_the_mean_over_processes_equals_its_twin_and_has_the_same_bits_everywher
         torch.testing.assert_close(results[0][0][merge], expected, rtol=1e-4, atol=1e-4)
         assert all(torch.equal(other[0][merge], results[0][0][merge]) for other in results[1:])
     assert all(counted == promised for _, counted, promised, _ in results)
+
+
+def test_a_mean_that_is_kept_keeps_no_other_memory_alive():
+    dense = DenseMean(Imagined(2), "int8", 4 * BLOCK)
+    messages = dense.codec.encode(torch.stack([run.drawn(rank, 0, 2 * BLOCK) for rank in range(2)]))
+    mean = dense.mean_of_rows(messages)  # an overlapped merge keeps what it leaves out there
+    assert mean.untyped_storage().nbytes() == mean.numel() * 4
 
 
 @pytest.mark.parametrize("wire", ["bfloat16", *LOSSY])

@@ -2,8 +2,8 @@
 
 import re
 import sys
-from argparse import ArgumentParser
-from collections.abc import Collection, Sequence
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.text import closest
@@ -53,3 +53,27 @@ def as_flags(argv: Sequence[str] | None, parser: ArgumentParser) -> list[str]:
         flag = f"--{name.replace('_', '-')}"
         found += [flag, value] if equals and flag in flags else [word]
     return found
+
+
+def command_parser(module: str, about: str | None) -> ArgumentParser:
+    """Return a parser for ``python -m lowrank_pretrain.MODULE``, whose help is the module's docstring."""
+    return ArgumentParser(
+        prog=f"python -m lowrank_pretrain.{module}", description=about, formatter_class=RawDescriptionHelpFormatter
+    )
+
+
+def print_counts(write: Callable[[], Mapping[str, int]], line: Callable[[str, int], str]) -> int:
+    """Run a command that writes data, print what it has written, and return the exit code: 2 for a wrong value.
+
+    Args:
+        write: returns the number of what was written, by split.
+        line: returns what is printed for a split and its number.
+    """
+    try:
+        counts = write()
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    for split, count in counts.items():
+        print(line(split, count))
+    return 0

@@ -8,7 +8,6 @@ and ``SHA256SUMS``. Exact duplicates go in once. A file's split follows from its
 Nothing here is to be passed on: the texts are under their packages' licences.
 """
 
-import argparse
 import csv
 import hashlib
 import os
@@ -20,7 +19,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from lowrank_pretrain.core.arguments import as_flags
+from lowrank_pretrain.core.arguments import as_flags, command_parser, print_counts
 from lowrank_pretrain.core.checks import whole
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.data.text.bins import write_bin
@@ -205,24 +204,16 @@ def _write_record(out: Path, texts: list[Text], counts: dict[str, int]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit code: 2 for a wrong value."""
-    parser = argparse.ArgumentParser(
-        prog="python -m lowrank_pretrain.data.corpus",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("data.corpus", __doc__)
     parser.add_argument("--out", required=True)
     parser.add_argument("--vocab-size", type=int, default=4096)
     parser.add_argument("--least", type=int, default=LEAST, help="training tokens that are needed")
     parser.add_argument("--most", type=int, default=MOST, help="training tokens to end with")
     args = parser.parse_args(as_flags(argv, parser))
-    try:
-        counts = make_corpus(args.out, args.vocab_size, args.least, args.most)
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return 2
-    for split, count in counts.items():
-        print(f"{Path(args.out) / split}.bin: {count:,} tokens")
-    return 0
+    return print_counts(
+        lambda: make_corpus(args.out, args.vocab_size, args.least, args.most),
+        lambda split, count: f"{Path(args.out) / split}.bin: {count:,} tokens",
+    )
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ r"""Tokenise text once: local files or a hub set -> ``train.bin`` and ``val.bin`
 hub. ``--train-bpe N`` trains a byte-level BPE on the same text instead. Either is kept as ``OUT/tokenizer.json``.
 """
 
-import argparse
 import json
 import sys
 import tempfile
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lowrank_pretrain.core.arguments import as_flags
+from lowrank_pretrain.core.arguments import as_flags, command_parser, print_counts
 from lowrank_pretrain.core.checks import whole
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.files import write_whole
@@ -144,11 +143,7 @@ def _keep_tokenizer(out: Path, name: str, encoder: "Tokenizer", end: int) -> Non
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit code, 2 for a wrong value."""
-    parser = argparse.ArgumentParser(
-        prog="python -m lowrank_pretrain.data.prepare",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("data.prepare", __doc__)
     parser.add_argument("--out", required=True)
     parser.add_argument("--tokenizer")
     parser.add_argument("--train-bpe", type=int, dest="train_bpe_vocab", metavar="N")
@@ -161,14 +156,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--val-every", type=int, default=100)
     parser.add_argument("--end-token")
     args = vars(parser.parse_args(as_flags(argv, parser)))
-    try:
-        counts = prepare(**args)
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return 2
-    for part, count in counts.items():
-        print(f"{Path(args['out']) / part}.bin: {count:,} tokens")
-    return 0
+    return print_counts(lambda: prepare(**args), lambda split, count: f"{Path(args['out']) / split}.bin: {count:,} tokens")
 
 
 if __name__ == "__main__":

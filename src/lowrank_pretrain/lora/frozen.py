@@ -1,4 +1,4 @@
-"""Store a frozen W in a cheaper type and multiply in it: y = x Wᵀ and dx = dy W, for whatever adapters add to.
+"""Store a frozen W in a cheaper type and multiply in it: y = x Wᵀ and dx = dy W, to which adapters add.
 
 N rows of x, D in, O out. A frozen W is a constant, so it is cast once. Adapters are never cast with it: their products are made
 separately, in x's dtype, and a small update is not rounded away.

@@ -34,7 +34,7 @@ class RestPart(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """Describe a layer with adapters, apart from its tensors."""
+    """Describe a layer with adapters or heads, without its tensors."""
 
     parts: tuple[Part, ...]
     rest: tuple[RestPart, ...]

@@ -11,8 +11,8 @@ Clock, wire and outer step are the same in all phases. What is handed over:
   parameters (adapters, the own copy of a tied head) begin without momentum and with nothing left out.
 - At the freeze W_base becomes the W that heads train next to, and the outer step begins anew: its momentum was that of whole
   weights. Dropped with it is what the last message left out, less than a quantisation step of one merge. A worker's optimizer
-  state stays with it, except the rest's under ``sync_rest="step"``: that is averaged once, or equal gradients would move equal
-  weights apart.
+  state stays with it, except the rest's under ``sync_rest="step"``: that is averaged once, or equal gradients would make equal
+  weights differ.
 
 A callback decides by W_base, as the last merge left it: the same numbers on all workers, and nothing is sent or changed to
 look at them. So its windows end with a merge, the first one at or after their last step.

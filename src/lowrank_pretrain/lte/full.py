@@ -106,12 +106,13 @@ class FullSet(WholeTargets):
     W_base                one copy of the targets (none for one worker with a plain outer step)
     ``outer_momentum``    one more
     a wire below float32  one more, and 1/N of one on N workers
-    ``overlap``           while a merge is under way one copy of W and one of Δ, of the fragment's size
-    an overlapped merge   two to three copies of the fragment, for as long as it lasts; others take little more
+    a merge               parts of the targets, one after another: 11 to 32 MiB in all on a CPU
+    one with ``overlap``  a copy of W as sent, of the fragment's size, and Δ or its messages: 1.1 to 2 copies while it is under
+                          way, 2.3 where it is read and written
     ====================  ==============================================================================================
 
-    ``keep_on="cpu"`` moves the first three rows to (pinned) main memory; the last two stay on the device, where they are
-    smaller by the number of ``fragments``. ``benchmarks/lte_memory.py`` counts them.
+    ``keep_on="cpu"`` moves the first three rows to (pinned) main memory; the last two stay on the device, where the
+    overlapped one is smaller by the number of ``fragments``. ``benchmarks/lte_memory.py`` counts them.
 
     Args:
         settings: ``targets``, ``merge_every``, ``overlap``, ``fragments``, ``keep_on``, ``wire`` and the outer step's are used.

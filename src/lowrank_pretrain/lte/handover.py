@@ -83,7 +83,9 @@ class FollowsPhases(DDPStrategy, Adopter, HasPhase):
             ConfigError: every target has rank 0.
         """
         if not any(plan.values()):
-            raise ConfigError("ranks", 0, "the plan gives 0 to every target, and LTE has nothing to train apart: leave 0 out")
+            raise ConfigError(
+                "ranks", 0, "the plan gives 0 to every target, and LTE has nothing to train separately: leave 0 out"
+            )
         return self.local.adopt(plan, self._fit())
 
     def release(self) -> list[Inherit]:

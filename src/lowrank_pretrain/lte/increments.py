@@ -31,7 +31,7 @@ class Increments:
     """Track workers' changes to some weights between two merges.
 
     It costs one float32 copy of the weights; a lossy wire costs another for what its messages left out. Both lie where
-    ``keep_on`` says. A merge that overlaps training takes two to three more while it is under way; others take little.
+    ``keep_on`` says. A merge that overlaps training takes about two more while it is under way; others take little.
 
     Args:
         weights: the weights, now equal on all workers.

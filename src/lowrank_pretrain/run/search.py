@@ -22,7 +22,7 @@ NAMES = (*RATES, *LISTS)
 
 @dataclass(frozen=True)
 class Space:
-    """Where a side may go, and how far.
+    """Describe where a side may go, and how far.
 
     Args:
         lists: values of each coordinate that is no rate, in increasing order.
@@ -75,7 +75,7 @@ class Space:
 
 
 class Steps(Protocol):
-    """What a search needs to know of the space that it goes through."""
+    """Describe what a search needs to know of its space."""
 
     @property
     def lists(self) -> Mapping[str, tuple[float, ...]]:
@@ -95,7 +95,7 @@ class Steps(Protocol):
 
 @dataclass
 class Descent:
-    """One side's coordinate descent: along each coordinate in turn, until no neighbour is better or the budget is spent.
+    """Go along each coordinate in turn, until no neighbour is better or the budget is spent: one side's coordinate descent.
 
     Args:
         space: where.

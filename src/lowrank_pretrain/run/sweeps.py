@@ -1,4 +1,4 @@
-"""Check a sweep before its first job, name its jobs' directories and lines, and print its closing table."""
+"""Check a sweep before its first job, name its jobs' directories and lines, print its closing table; make ``tuned`` known."""
 
 import logging
 import re
@@ -16,7 +16,9 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.run.tuned import register
 
+register()
 _started: list[Path] = []  # the directory of the sweep that this process runs
 
 

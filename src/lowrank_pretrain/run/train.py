@@ -27,9 +27,7 @@ from lowrank_pretrain.run.build import plain
 from lowrank_pretrain.run.command_line import prepare_process
 from lowrank_pretrain.run.run_dir import start_from
 from lowrank_pretrain.run.sweeps import named_lines, show_end
-from lowrank_pretrain.run.tuned import register
 
-register()
 GROUPS = ("data", "model", "optim", "method", "trainer", "logger")
 NEEDED = ("data", "model", "optim", "method")  # the other two may be empty
 SAFETY = ("on_divergence", "max_rewinds", "loss_spike", "stall_timeout", "agree_every")

@@ -9,7 +9,6 @@ and ``SHA256SUMS``. A family's split follows from the hash of its name, so all i
 fonts make equal files. Nothing here is to be passed on: the drawings are under their fonts' licences.
 """
 
-import argparse
 import csv
 import hashlib
 import logging
@@ -23,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from lowrank_pretrain.core.arguments import as_flags
+from lowrank_pretrain.core.arguments import as_flags, command_parser, print_counts
 from lowrank_pretrain.core.checks import whole
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.extras import optional_import
@@ -222,25 +221,17 @@ def _write(out: Path, kept: dict[Font, np.ndarray]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit code: 2 for a wrong value."""
-    parser = argparse.ArgumentParser(
-        prog="python -m lowrank_pretrain.data.images.draw_glyphs",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("data.images.draw_glyphs", __doc__)
     parser.add_argument("--out", required=True)
     parser.add_argument("--fonts", nargs="+", default=FOLDERS, help="folders to look for fonts in")
     parser.add_argument("--least", type=int, default=LEAST, help="training images that are needed")
     parser.add_argument("--least-fonts", type=int, default=LEAST_FONTS, help="fonts that are needed")
     parser.add_argument("--most-fonts", type=int, default=MOST_FONTS, help="fonts to draw at most")
     args = parser.parse_args(as_flags(argv, parser))
-    try:
-        counts = make_glyphs(args.out, args.fonts, args.least, args.least_fonts, args.most_fonts)
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return 2
-    for split, count in counts.items():
-        print(f"{split}: {count:,} images")
-    return 0
+    return print_counts(
+        lambda: make_glyphs(args.out, args.fonts, args.least, args.least_fonts, args.most_fonts),
+        lambda split, count: f"{split}: {count:,} images",
+    )
 
 
 if __name__ == "__main__":
