@@ -1,4 +1,4 @@
-"""What a merge of whole weights costs: quantise, exchange, apply, next to a plain all-reduce of float32. One run, interleaved, medians.
+"""What a merge of whole weights costs: quantise, exchange, apply, next to a plain all-reduce of float32. Medians, interleaved.
 
     OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE python benchmarks/merge.py --out benchmarks/results/merge_cpu.jsonl
     python benchmarks/merge.py --model vit_tiny_patch16_224 --wires int8 --rounds 15
@@ -94,10 +94,10 @@ def steps(rank: int, args: argparse.Namespace) -> dict[str, Any]:
     if "overlap" not in {one.name for one in fields(Settings)}:
         raise SystemExit("overlap: this installation has none")
     found: dict[str, list[list[float]]] = {}
+    model = model_of(args.model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    x, y = torch.randn(args.batch, 3, 224, 224), torch.arange(args.batch)
     for wire in args.wires:
-        model = model_of(args.model)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
-        x, y = torch.randn(args.batch, 3, 224, 224), torch.arange(args.batch)
         sides = {"no merge": None, f"{wire}": merging(model, wire, STEPS)}
         sides[f"{wire}, overlap {args.overlap}"] = merging(model, wire, STEPS, overlap=args.overlap)
         for i in range(-1, max(3, args.rounds // 3)):
@@ -139,7 +139,9 @@ def shown(times: dict[str, list[list[float]]], against: str, part: str, limits: 
         ratios = [
             statistics.median(mine[j] / plain[j] for mine, plain in zip(some, times[against], strict=True)) for j in (0, 1)
         ]
-        print(f"{side:24}{1e3 * wall:10.1f}{ratios[0]:8.2f}{1e3 * cpu:10.1f}{ratios[1]:8.2f}{sent:10.1f}  {limits.get(side, '')}")
+        print(
+            f"{side:24}{1e3 * wall:10.1f}{ratios[0]:8.2f}{1e3 * cpu:10.1f}{ratios[1]:8.2f}{sent:10.1f}  {limits.get(side, '')}"
+        )
         rows.append({"part": part, "side": side, "wall_ms": 1e3 * wall, "wall_ratio": ratios[0], "cpu_ms": 1e3 * cpu,
                      "cpu_ratio": ratios[1], "mib": sent})  # fmt: skip
     return rows

@@ -85,7 +85,8 @@ LEGAL = {
     "method.update_proj_gap": (HUGE,), "method.scale": (0, 0.5, HUGE), "method.rotate_moments": FLAG, "method.stagger": FLAG,
     "method.layerwise": FLAG, "method.residual": (None,), "method.nesterov": FLAG, "method.outer_lr": (0.5, HUGE),
     "method.outer_momentum": OFF_OR_SHARE,
-    "method.merge_every": (HUGE,), "method.reset": FLAG, "method.route": (None,), "method.overlap": (0,), "method.fragments": (1,),
+    "method.merge_every": (HUGE,), "method.reset": FLAG, "method.route": (None,), "method.overlap": (0,),
+    "method.fragments": (1,),
     "method.prune": (None,), "method.merge_timeout": (None, 0.5, HUGE),
     "method.restart_warmup": (0,), "method.restart_start": COUNT_FROM_0,
 }  # fmt: skip
