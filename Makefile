@@ -8,7 +8,7 @@ SEED   ?= 0
 NAME   ?=
 JOBS   ?= 2
 GPU    ?=
-STUDIES := prelora_vit lte_vit cs744_gpt2 cs744_galore cs744_pathmnist composition
+STUDIES := prelora_vit lte_vit cs744_gpt2 cs744_galore cs744_pathmnist composition factorize slow_network
 VENV   := .venv
 BIN    := $(VENV)/bin
 DEMO   := runs/prelora_pocket-prelora_pocket-0
@@ -39,7 +39,7 @@ $(STAMP): pyproject.toml
 
 demo: $(STAMP) ## Pre-train a pocket Vision Transformer with PreLoRA: minutes on two cores
 	@echo "the demo: 12,000 embedded pictures, nothing more to download; 8 epochs, about two minutes on two idle cores"
-	$(BIN)/python -m lowrank_pretrain ckpt_path=last hydra.run.dir=$(DEMO)
+	$(BIN)/python -m lowrank_pretrain method.frozen_dtype=auto ckpt_path=last hydra.run.dir=$(DEMO)
 	$(BIN)/python -m lowrank_pretrain.report $(DEMO)
 
 demo-full: demo ## Train the same steps in full, and draw both on one page

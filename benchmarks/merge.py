@@ -1,4 +1,4 @@
-"""Time a merge of whole weights: quantise, exchange, apply, next to a plain all-reduce of float32. Interleaved, medians.
+"""Time a merge of whole weights: quantise, exchange, apply, next to a plain all-reduce of float32. Medians, interleaved.
 
     OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE python benchmarks/merge.py --out benchmarks/results/merge_cpu.jsonl
     python benchmarks/merge.py --model vit_tiny_patch16_224 --wires int8 --rounds 15
@@ -21,13 +21,12 @@ import time
 from collections.abc import Callable
 from dataclasses import fields
 from datetime import date
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from lowrank_pretrain.lte.full import FullSet
 from lowrank_pretrain.lte.settings import Settings
@@ -90,31 +89,31 @@ def timed(call: Callable[[], Any]) -> tuple[float, float]:
     return both[:, 0].max().item(), both[:, 1].mean().item()
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, merger: FullSet | None) -> None:
-    """Take ten steps."""
-    for _ in range(STEPS):
-        nn.functional.cross_entropy(model(x), y).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        if merger is not None:
-            merger.after_step()
-
-
 def steps(rank: int, args: argparse.Namespace) -> dict[str, Any]:
     """Time ten training steps without a merge, with one at the end of them, and with one that overlaps them."""
     if "overlap" not in {one.name for one in fields(Settings)}:
         raise SystemExit("overlap: this installation has none")
     found: dict[str, list[list[float]]] = {}
+    model = model_of(args.model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    x, y = torch.randn(args.batch, 3, 224, 224), torch.arange(args.batch)
     for wire in args.wires:
-        model = model_of(args.model)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
-        x, y = torch.randn(args.batch, 3, 224, 224), torch.arange(args.batch)
         sides = {"no merge": None, f"{wire}": merging(model, wire, STEPS)}
         sides[f"{wire}, overlap {args.overlap}"] = merging(model, wire, STEPS, overlap=args.overlap)
         for i in range(-1, max(3, args.rounds // 3)):
             order = list(sides)
             for side in order[i % len(order) :] + order[: i % len(order)]:
-                cost = timed(partial(train, model, optimizer, x, y, sides[side]))
+                merger = sides[side]
+
+                def ten(merger: FullSet | None = merger) -> None:
+                    for _ in range(STEPS):
+                        nn.functional.cross_entropy(model(x), y).backward()
+                        optimizer.step()
+                        optimizer.zero_grad()
+                        if merger is not None:
+                            merger.after_step()
+
+                cost = timed(ten)
                 if i >= 0:
                     found.setdefault(side, []).append([*cost, 0.0])
     return {"steps": found}
@@ -140,8 +139,9 @@ def shown(times: dict[str, list[list[float]]], against: str, part: str, limits: 
         ratios = [
             statistics.median(mine[j] / plain[j] for mine, plain in zip(some, times[against], strict=True)) for j in (0, 1)
         ]
-        figures = f"{1e3 * wall:10.1f}{ratios[0]:8.2f}{1e3 * cpu:10.1f}{ratios[1]:8.2f}{sent:10.1f}"
-        print(f"{side:24}{figures}  {limits.get(side, '')}")
+        print(
+            f"{side:24}{1e3 * wall:10.1f}{ratios[0]:8.2f}{1e3 * cpu:10.1f}{ratios[1]:8.2f}{sent:10.1f}  {limits.get(side, '')}"
+        )
         rows.append({"part": part, "side": side, "wall_ms": 1e3 * wall, "wall_ratio": ratios[0], "cpu_ms": 1e3 * cpu,
                      "cpu_ratio": ratios[1], "mib": sent})  # fmt: skip
     return rows

@@ -303,8 +303,8 @@ def test_prelora_hands_it_on_to_heads(tmp_path):
 @pytest.mark.parametrize(
     ("make", "line"),
     [
-        (lambda: PreLoRA(frozen_dtype="fp8"), "frozen_dtype='fp8': must be one of null, bfloat16, float16, float8, int8"),
-        (lambda: LoRA(frozen_dtype=16), "frozen_dtype=16: must be one of null, bfloat16, float16, float8, int8"),
+        (lambda: PreLoRA(frozen_dtype="fp8"), "frozen_dtype='fp8': must be one of null, auto, bfloat16, float16, float8, int8"),
+        (lambda: LoRA(frozen_dtype=16), "frozen_dtype=16: must be one of null, auto, bfloat16, float16, float8, int8"),
         (lambda: PreLoRA(keep_original=True), "keep_original=True: is for frozen_dtype: without it W stays as it is"),
         (lambda: PreLoRA(frozen_dtype="int8", then="galore"),
          "frozen_dtype='int8': is for a frozen W next to adapters, and then=\"galore\" has none: leave it out"),
@@ -320,6 +320,17 @@ def test_a_wrong_value_is_one_line(make, line):
     with pytest.raises(ConfigError) as error:
         make()
     assert str(error.value) == line
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", None])
+def test_auto_is_bfloat16_where_the_device_has_instructions_for_it_and_goes_on_so(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr("lowrank_pretrain.phases.adoption.multiplies_bfloat16", lambda device: kind is not None)
+    given = run(tmp_path / "given", steps(frozen_dtype=kind), toy())
+    chosen = run(tmp_path / "auto", steps(frozen_dtype="auto"), toy())
+    assert_equal(given, chosen)
+    for at in (8, 19):  # before and after the freeze
+        again = run(tmp_path / f"{at}", steps(frozen_dtype="auto"), toy(), ckpt=tmp_path / "auto" / f"step={at}.ckpt")
+        assert_equal(given, again)
 
 
 def refused(tmp_path, callback, *others, module=None, **kwargs):

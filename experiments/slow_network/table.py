@@ -9,7 +9,7 @@ from typing import Any
 from experiments import figures
 from experiments.runs import done
 from experiments.slow_network.sides import SIDES, TASKS
-from experiments.slow_network.study import Study
+from experiments.slow_network.study import PUBLISHED, Study
 from experiments.tables import Missing, fill, machines, spread, table, write_csv
 
 NETWORKS = {"100 Mb/s": 1e8, "1 Gb/s": 1e9, "10 Gb/s": 1e10}
@@ -48,25 +48,26 @@ def collect(study: Study) -> tuple[list[Row], list[Row], list[str]]:
     lacking = []
     for task in study.tasks:
         for side, spec in SIDES.items():
+            missing = []
             for wire in ("float32", *spec.wires):
                 some = finished(study, task, side, wire)
-                if some is None:
-                    expected = wire == "float32" or side in wired(study, task)
-                    why = "" if spec.there else f" (needs {spec.needs}, which this installation does not have)"
-                    if expected:
-                        lacking.append(f"{task}, {side}, {wire}{why}: `{COMMAND.format(task, side)}`")
-                    continue
-                rows += [row for row, _ in some]
-                found += [one for _, one in some]
+                if some is not None:
+                    rows += [row for row, _ in some]
+                    found += [one for _, one in some]
+                elif wire == "float32" or side in wired(study, task):
+                    missing.append(wire)
+            if missing:
+                why = "" if spec.there else f" (it needs {spec.needs}, which this installation does not have)"
+                lacking.append(f"{task}, {side}, {', '.join(missing)}{why}: `{COMMAND.format(task, side)}`")
     return rows, found, lacking
 
 
 def wired(study: Study, task: str) -> list[str]:
-    """Return the sides whose wires are tried; none while that is open."""
+    """Return the sides whose wires are tried, as far as is known."""
     try:
         return study.wired(task)
     except Missing:
-        return []
+        return [*PUBLISHED]
 
 
 def finished(study: Study, task: str, side: str, wire: str) -> list[tuple[Row, Row]] | None:

@@ -6,12 +6,11 @@ basis of the other side and R = PᵀGQ is r×r.
 """
 
 from collections.abc import Callable
-from functools import cache
 
 import torch
 from torch import Tensor
 
-from lowrank_pretrain.core.dtypes import at_least_32
+from lowrank_pretrain.core.dtypes import at_least_32, multiplies_bfloat16
 from lowrank_pretrain.galore.guard import has_values
 
 PROJ_TYPES = ("std", "reverse_std", "right", "left", "full")
@@ -78,17 +77,6 @@ class Sketched:
         if self.exact:
             return a @ b
         return product32(a, b) if a.is_cuda else (a @ b).to(torch.bfloat16).float()
-
-
-@cache
-def multiplies_bfloat16(device: torch.device) -> bool:
-    """Return whether a device has instructions for products in bfloat16."""
-    if device.type == "cuda":
-        return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
-    if device.type == "cpu":
-        found: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
-        return any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-    return True
 
 
 def orthonormal(y: Tensor, fallback: Tensor | None = None) -> Tensor:

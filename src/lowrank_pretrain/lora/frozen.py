@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 KINDS = ("bfloat16", "float16", "float8", "int8")
+AUTO = "auto"  # a phase callback's choice: bfloat16 where the device has instructions for it, else W stays as it is
 OPERANDS: dict[str | None, int] = {"float8": 3, "int8": 1}  # how many tensors products need besides W
 FLOAT8 = torch.float8_e4m3fn
 _LARGEST = {"float8": 448.0, "int8": 127.0, "float16": 1.0}  # of a row after scaling; sums of products in float16 must fit, too

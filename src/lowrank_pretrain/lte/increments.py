@@ -9,7 +9,7 @@ steps that are small compared with W add up in W_base.
 n numbers in all.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import reduce
 from typing import Any
 
@@ -18,10 +18,11 @@ from torch import Tensor
 
 from lowrank_pretrain.core.dtypes import at_least_32
 from lowrank_pretrain.core.errors import NotFinite
+from lowrank_pretrain.lte.line import Changes, Line
 from lowrank_pretrain.lte.outer import OuterStep
 from lowrank_pretrain.lte.storage import Storage
 from lowrank_pretrain.lte.underway import MeanUnderway
-from lowrank_pretrain.lte.wire import IN_CACHE, DenseMean, Line
+from lowrank_pretrain.lte.wire import DenseMean
 from lowrank_pretrain.lte.workers import Workers
 
 Weights = Mapping[str, Tensor]  # by name, as training has them now
@@ -161,33 +162,6 @@ class Increments:
             self.wire.take_pending(_pending(errors, self.wire.n))
         else:  # no other worker to send it to
             add_pending(self.base, self.base, errors)
-
-
-class Changes(Line):
-    """Read Δ of several weights as one line of numbers, without forming it.
-
-    Args:
-        weights: W as training has them.
-        bases: W_base of each, as kept.
-    """
-
-    def __init__(self, weights: Sequence[Tensor], bases: Sequence[Tensor]) -> None:
-        super().__init__([base.contiguous() for base in bases])
-        self._weights = [W.reshape(-1) for W in weights]
-
-    def add_to(self, at: int, out: Tensor) -> None:
-        """Add the numbers from `at` on to `out`, in pieces that stay in a CPU's cache."""
-        most = IN_CACHE if out.device.type == "cpu" else max(1, len(out))
-        room = torch.empty(min(most, len(out)), dtype=out.dtype, device=out.device)
-        for start in range(0, len(out), most):
-            for index, there, here in self.parts(at + start, min(most, len(out) - start)):
-                W = self._weights[index][there]
-                base = self.tensors[index][there].to(W.device, non_blocking=True)
-                if W.dtype == base.dtype == out.dtype:
-                    since = torch.sub(W, base, out=room[: len(W)])
-                else:
-                    since = W.to(base.dtype) - base.to(W.dtype).to(base.dtype)
-                out[start : start + most][here] += since
 
 
 def _pending(errors: Mapping[str, list[Tensor]], n: int) -> Tensor:

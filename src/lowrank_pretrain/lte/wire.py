@@ -20,15 +20,14 @@ n numbers, w workers, c numbers in a worker's chunk.
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from lowrank_pretrain.lte.line import IN_CACHE, Addable, Line
 from lowrank_pretrain.lte.storage import Storage
 from lowrank_pretrain.lte.workers import Workers
 
@@ -164,7 +163,6 @@ class Codec:
 
 
 WIRES: Mapping[str, int] = {"float32": 32, "bfloat16": 16, "int8": 8, "int4": 4, "int2": 2}
-IN_CACHE = 2**16  # numbers
 AT_ONCE = {"cpu": 2**22, "cuda": 2**26}  # numbers that a worker sends at a time: they bound a merge's memory
 
 
@@ -201,44 +199,6 @@ def padded(n: int, workers: int) -> int:
     """Return n rounded up, so that each worker's chunk is whole blocks."""
     unit = BLOCK * workers
     return (n + unit - 1) // unit * unit
-
-
-class Line:
-    """Show several tensors as one line of n numbers.
-
-    Args:
-        tensors: each contiguous.
-    """
-
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self.tensors = [t.detach().view(-1) for t in tensors]
-        self._ends = list(accumulate(map(len, self.tensors)))
-
-    def parts(self, at: int, n: int) -> Iterator[tuple[int, slice, slice]]:
-        """Yield where numbers at … at + n lie: the tensor's index, the place in it, and the place among these numbers."""
-        index, done = bisect_right(self._ends, at), 0
-        while done < n:
-            start = at + done - (self._ends[index] - len(self.tensors[index]))
-            some = min(n - done, len(self.tensors[index]) - start)
-            yield index, slice(start, start + some), slice(done, done + some)
-            index, done = index + 1, done + some
-
-    def add_to(self, at: int, out: Tensor) -> None:
-        """Add the numbers from `at` on to `out`."""
-        for index, there, here in self.parts(at, len(out)):
-            out[here] += self.tensors[index][there]
-
-    def put(self, at: int, numbers: Tensor) -> None:
-        """Write numbers from `at` on."""
-        for index, there, here in self.parts(at, len(numbers)):
-            self.tensors[index][there].copy_(numbers[here])
-
-
-class Addable(Protocol):
-    """Describe numbers that ``DenseMean`` reads once."""
-
-    def add_to(self, at: int, out: Tensor) -> None:
-        """Add the numbers from `at` on to `out`."""
 
 
 class Room(NamedTuple):

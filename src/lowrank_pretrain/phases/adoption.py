@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelPruning
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from lowrank_pretrain.core.dtypes import multiplies_bfloat16
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.lightning_private import pruned_layers
 from lowrank_pretrain.core.plan import Plan
@@ -17,6 +19,7 @@ from lowrank_pretrain.core.targets import Target, all_targets, plain_name
 from lowrank_pretrain.core.trainer import callbacks_of
 from lowrank_pretrain.factorize.model import Factors, obstacle_to_factors
 from lowrank_pretrain.lora import model as lora
+from lowrank_pretrain.lora.frozen import AUTO
 from lowrank_pretrain.phases import adapter_groups
 from lowrank_pretrain.phases.transition import note_of
 
@@ -55,6 +58,12 @@ def find_adopter(phases: PhaseCallback, trainer: pl.Trainer) -> Adopter:
         raise ConfigError("then", "galore", "needs GaLoreAdamW from configure_optimizers (a group without rank is AdamW)")
     if phases.then == "factorize":
         return _factors(phases, trainer)
+    if phases.frozen_dtype == AUTO:
+        device = trainer.strategy.root_device
+        phases.frozen_dtype = "bfloat16" if multiplies_bfloat16(device) else None
+        phases.keep_original = phases.keep_original and phases.frozen_dtype is not None
+        why = "bfloat16" if phases.frozen_dtype else "left out: this device has no instructions for bfloat16"
+        rank_zero_info(f"{type(phases).__name__}: frozen_dtype=auto is {why}")
     how = (phases.alpha, phases.train_A, phases.freeze_rest, phases.recompute_inputs)
     return lora.Adapters(*how, phases.frozen_dtype, phases.keep_original)
 

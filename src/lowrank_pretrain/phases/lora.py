@@ -41,7 +41,7 @@ class LoRA(PhaseCallback):
             products such as SwiGLU's), in place of keeping the input too. Saves activation memory and costs a few percent of
             a step.
         frozen_dtype: after the second step, store each frozen W in this type and multiply in it: ``bfloat16``, ``float16``,
-            ``float8`` or ``int8``; ``None``: as it is.
+            ``float8`` or ``int8``; ``auto``: bfloat16 if the device has instructions for it; ``None``: as it is.
         keep_original: with ``frozen_dtype``: keep W itself in the host's memory, and merge and export from it; without, from W
             as it is stored.
 

@@ -14,7 +14,7 @@ from lowrank_pretrain.core.lightning_private import comm_state, spawns_processes
 from lowrank_pretrain.core.protocols import HasPhase
 from lowrank_pretrain.core.targets import Target, all_targets, find_targets, tied_layers
 from lowrank_pretrain.core.trainer import callbacks_of
-from lowrank_pretrain.lora.frozen import KINDS
+from lowrank_pretrain.lora.frozen import AUTO, KINDS
 from lowrank_pretrain.phases import transition
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def check_frozen_dtype(then: str, frozen_dtype: str | None, keep_original: bool)
     Raises:
         ConfigError: naming the one.
     """
-    choice("frozen_dtype", frozen_dtype, (None, *KINDS))
+    choice("frozen_dtype", frozen_dtype, (None, AUTO, *KINDS))
     flag("keep_original", keep_original)
     if frozen_dtype is not None and then != "lora":
         raise ConfigError(
