@@ -118,6 +118,22 @@ def test_the_original_is_what_is_merged_if_it_is_kept():
         assert torch.equal(layer.weight, exact) is keep and type(layer) is nn.Linear
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_original_that_is_kept_follows_what_is_loaded(dtype):
+    """Also where the weight that comes has the stored dtype already."""
+    module = nn.ModuleDict({"fc": nn.Linear(32, 16)}).to(dtype)
+    lora.inject(module, {"fc": 2})
+    lora.freeze(module, {"fc": 2}, frozen_dtype="bfloat16", keep_original=True)
+    given = {name: 2 * value.bfloat16() for name, value in module.state_dict().items()}
+    module.load_state_dict(given)
+    assert all(torch.equal(value.bfloat16(), given[name]) for name, value in module.state_dict().items())
+    exact = lora.exact_state(module)
+    moved = 3 * exact.pop("fc.weight")  # others wrote into it after the fit: the file has no original
+    del exact["fc.frozen_original"]
+    lora.load_exact(module, {**exact, "fc.weight": moved})
+    assert torch.equal(module.state_dict()["fc.weight"].bfloat16(), moved)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_other_paths_see_the_same_layer(kind):
     """Second derivatives, torch.func and LoRA-FA, and an expert that gets no row."""
@@ -183,6 +199,25 @@ def test_layers_that_are_left_out_are_named_and_stay(tmp_path):
     with pytest.warns(UserWarning, match=r"leaves out blocks.\*.qkv has row blocks that are no targets and train on"):
         trainer(tmp_path, callback, seen, max_epochs=4).fit(toy(), loader())
     assert seen.found["blocks.0.fc1.weight"] == torch.bfloat16 and seen.found["blocks.0.qkv.weight"] == torch.float32
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_an_output_head_is_stored_once_it_has_a_weight_of_its_own(rank):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.head = nn.Embedding(16, 8), nn.Linear(8, 16, bias=False)
+            self.head.weight = self.embed.weight
+
+        def get_output_embeddings(self):
+            return self.head
+
+    module, plan = Tied(), {"head": rank}
+    assert "head shares its weight with embed" in storing.check_frozen(module, {"head": 0}, False, "int8")
+    lora.inject(module, plan)
+    lora.freeze(module, plan, frozen_dtype="int8")
+    assert module.embed.weight.dtype == torch.float32  # a lookup reads W itself
+    assert module.head.weight.dtype == (torch.int8 if rank else torch.float32)
 
 
 @pytest.mark.parametrize("keep", [False, True])

@@ -35,7 +35,7 @@ RESUMED = [
     (1, "prelora_lte", OUTER, AT),
     (2, "prelora_lte", {"wire": "int4", **OUTER}, AT), (2, "prelora_lte", {"sync_rest": "step", "wire": "int8"}, (4, 8, 10)),
     (2, "prelora_lte_galore", {"wire": "int8", **OUTER}, AT),
-    (2, "prelora_lte", {"wire": "int8", "overlap": 2, "keep_on": "cpu", **OUTER}, (4, 6, 8, 9)),
+    (2, "prelora_lte", {"wire": "int8", "overlap": 2, "keep_on": "cpu", **OUTER}, (3, 4, 6, 8, 9, 12)),
     pytest.param(2, "prelora_lte_galore", {"basis": "shared", "sync_rest": "step"}, (8, 10), marks=pytest.mark.slow),
 ]  # fmt: skip
 

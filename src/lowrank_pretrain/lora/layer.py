@@ -205,7 +205,8 @@ class LoRALinear(Reclassed):
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         # A plain state dict (no adapter keys) is the merged model: then B = 0, and nothing is missing.
         plain, given = f"{prefix}lora_A" not in state_dict, state_dict.get(f"{prefix}weight")
-        if self._stored is not None and given is not None and given.dtype != self.weight.dtype:
+        if self._stored is not None and given is not None and given.shape == self.weight.shape:
+            # also where its dtype is the stored one: an original that is kept would be that of the weight before
             kept = self._stored.original is not None
             state_dict[f"{prefix}weight"], self._stored = store(
                 given.to(self.weight.device, self._stored.dtype), self._stored.kind, self._transposed, kept

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_pretrain.core.errors import ConfigError
-from lowrank_pretrain.core.targets import Target, all_targets, families, parts
+from lowrank_pretrain.core.targets import Target, all_targets, families, parts, tied_layers
 from lowrank_pretrain.lora import frozen
 from lowrank_pretrain.lora.layer import LoRALinear, by_layer, give_adapters, has_own_forward, lora_layers
 
@@ -26,11 +26,13 @@ def frozen_layers(
     Raises:
         ConfigError: a W whose shape the type's kernel refuses.
     """
-    found, left_out = {}, {}
+    found, left_out, tied = {}, {}, tied_layers(module)
     for layer_name, group in by_layer(all_targets(module), plan).items():
         layer = group[0].layer
         if has_own_forward(layer):
             left_out[layer_name] = "has a class with a forward of its own"
+        elif layer_name in tied:  # an embedding would look numbers up that only our forward can read
+            left_out[layer_name] = f"shares its weight with {', '.join(tied[layer_name])} (an output head of rank 0)"
         elif len(group) < len(parts(layer_name, layer)) and not freeze_rest:
             left_out[layer_name] = "has row blocks that are no targets and train on"
         else:
@@ -95,7 +97,10 @@ def stored_again(module: nn.Module, exact: Mapping[str, Tensor]) -> dict[str, Te
     found: dict[str, Tensor] = {}
     for name, layer in lora_layers(module):
         given, stored = exact.get(f"{name}.weight"), layer._stored
-        if stored is not None and given is not None and given.dtype != layer.weight.dtype:
+        if stored is None or given is None:
+            continue
+        lacks_original = stored.original is not None and f"{name}.frozen_original" not in exact
+        if given.dtype != layer.weight.dtype or lacks_original:
             layer.write_weight(given.to(layer.weight.device, stored.dtype))
             layer.store_weight(stored.kind, stored.original is not None)
             found |= {f"{name}.weight": layer.weight.detach()} | stored_tensors(name, layer._stored)

@@ -395,6 +395,8 @@ class LTEStrategy(FollowsPhases, Reports, Merges):
             if (entry := files.lte_state(self.converted)) is not None:
                 checkpoint[files.KEY] = entry
             self._note_merged(checkpoint)
+            if self.local.attached:
+                self._count(phase_of(self._module.trainer))  # a merge under way has been completed for the file
         if "optimizer_states" in checkpoint and (sent := self.sent.state()):
             checkpoint[files.SENT] = sent
         super().save_checkpoint(checkpoint, filepath, storage_options)

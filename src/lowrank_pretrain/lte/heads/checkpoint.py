@@ -191,7 +191,9 @@ def _restore_same(state: Mapping[str, Any], heads: "HeadSet", everyone: Record, 
         for piece in heads.pieces:
             A, B = (pending[f"pending|{piece.name}|{key}"][first : first + count].clone() for key in "AB")
             snapshot.append((A.to(piece.layer.lora_A), B.to(piece.layer.lora_A)))
-        heads.pending = Exchange(heads.pieces, snapshot, heads.workers, heads.total, overlap=True), state["pending"]
+        with heads.workers.uncounted():  # the run before has counted it
+            exchange = Exchange(heads.pieces, snapshot, heads.workers, heads.total, overlap=True)
+        heads.pending = exchange, state["pending"]
     return mine
 
 
