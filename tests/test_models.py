@@ -114,7 +114,7 @@ def test_wrong_vision_arguments_are_one_line():
     wrong(lambda: vit(model_kwargs={**TINY, "num_heads": 3}), "num_heads", "divisible")
     wrong(lambda: vit(model_kwargs={"img_size": 8}), "model_kwargs='img_size'", "data.img_size")
     wrong(lambda: vit(model_kwargs={"pretrained": True}), "model_kwargs='pretrained'", "model.pretrained_file=PATH")
-    wrong(lambda: vit(img_size=10), "img_size=10", "patch size 4", "such as data.img_size=8")
+    wrong(lambda: vit(img_size=10), "img_size=10", "patch size 4", "such as data.img_size=8", "experiment=none")
     wrong(lambda: vit(img_size=2), "img_size=2", "such as data.img_size=4")
     wrong(lambda: vit(num_classes=1), "num_classes=1", "at least 2")
     wrong(lambda: vit(in_chans=0), "in_chans=0")

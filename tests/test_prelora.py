@@ -127,6 +127,13 @@ def test_earliest_delays_and_warmup_0_freezes_at_once(tmp_path):
     assert (callback.switch_step, callback.freeze_step, callback.phase) == (24, 24, "lowrank")
 
 
+@pytest.mark.parametrize(("warmup", "ended"), [(3, "in phase joint, after 2 of warmup=3 windows"), (2, "with the freeze")])
+def test_a_run_without_a_low_rank_step_says_so_and_how_to_get_one(tmp_path, warmup, ended):
+    callback = PreLoRA(ranks=(1, 2), windows=2, latest=2, warmup=warmup, loss_tol=1e-9)
+    with pytest.warns(UserWarning, match=f"the run ended {ended}: no step was low-rank. Train longer, lower warmup"):
+        trainer(tmp_path, callback, max_epochs=4).fit(toy(), loader())
+
+
 @pytest.mark.parametrize("accumulate", [1, 2, 4])
 def test_the_window_loss_is_the_mean_of_what_training_step_returned(tmp_path, accumulate):
     module, callback = toy(), PreLoRA(ranks=(1,), windows=3, loss_tol=1e-9)

@@ -145,6 +145,7 @@ def test_a_tuned_sweep_moves_to_the_better_neighbours_and_tells_the_best(cli, tm
         (["optim.lr=1e-3,2e-3"], "optim.lr='1e-3,2e-3': sweep=tuned chooses values itself: give one"),
         (["hydra.sweeper.coordinates=[rank]"], "hydra.sweeper.coordinates=['rank']: must be some of lr, rest_lr, beta1"),
         (["hydra.sweeper.factor=1.0"], "factor=1.0: must be a number above 1"),
+        (["hydra.sweeper.budget=2"], "hydra.sweeper.budget=2: must be 3 or more: the first comparison takes so many runs"),
     ],
 )  # fmt: skip
 def test_a_search_that_cannot_be_is_one_line(cli, tmp_path, words, message):  # noqa: F811

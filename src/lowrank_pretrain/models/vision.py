@@ -267,6 +267,5 @@ def check_patches(model: nn.Module, name: str, img_size: int) -> None:
     patch = embed.patch_size[0]
     if img_size % patch:
         near = max(patch, img_size // patch * patch)
-        raise ConfigError(
-            "img_size", img_size, f"must be a multiple of {name}'s patch size {patch}, such as data.img_size={near}"
-        )
+        cure = f"such as data.img_size={near}; a patch size that the experiment has chosen goes with experiment=none"
+        raise ConfigError("img_size", img_size, f"must be a multiple of {name}'s patch size {patch}, {cure}")

@@ -203,10 +203,15 @@ class PreLoRA(PhaseCallback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Warn when a run ended before its last phase."""
         super().on_train_end(trainer, pl_module)
-        if self.phase != "lowrank":
+        if self.phase == "joint" or self.freeze_step == trainer.global_step:
+            joint = f"in phase joint, after {self.windows_done} of warmup={self.warmup} windows"
+            ended = joint if self.phase == "joint" else "with the freeze"
+            cure = "Train longer, lower warmup, or switch earlier (latest)."
+            rank_zero_warn(f"PreLoRA: the run ended {ended}: no step was low-rank. {cure}")
+        elif self.phase == "full":
             changes = {family: round(change, 4) for family, change in self.verdict.family_changes.items()}
             rank_zero_warn(
-                f"PreLoRA: the run ended in phase {self.phase}. Last window: loss moved by {self.verdict.loss_change:.4f} "
+                f"PreLoRA: the run ended in phase full. Last window: loss moved by {self.verdict.loss_change:.4f} "
                 f"(loss_tol={self.loss_tol}), norms by {changes} (weight_tol={self.weight_tol}). Train longer, loosen the "
                 "tolerances or set latest."
             )

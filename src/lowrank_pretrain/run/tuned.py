@@ -95,7 +95,7 @@ class TunedSweeper(Sweeper):
         """Return the space, and the point at the experiment's values.
 
         Raises:
-            ConfigError: several values of a key, an unknown coordinate, or as :class:`Space`.
+            ConfigError: several values of a key, an unknown coordinate, a budget without a comparison, or as :class:`Space`.
         """
         for override in OverridesParser.create(config_loader=self.loader).parse_overrides(arguments):
             if override.is_sweep_override() or self.params:
@@ -109,7 +109,13 @@ class TunedSweeper(Sweeper):
         nearest = {
             name: min(range(len(space.lists[name])), key=lambda i: abs(space.lists[name][i] - here[name])) for name in LISTS
         }
-        return space, (tuple((name, nearest.get(name, place)) for name, place in point), origin)
+        point = tuple((name, nearest.get(name, place)) for name, place in point)
+        first = 1 + len(space.neighbours(point, self.coordinates[0]))
+        if space.budget < first:
+            raise ConfigError(
+                "hydra.sweeper.budget", space.budget, f"must be {first} or more: the first comparison takes so many runs"
+            )
+        return space, (point, origin)
 
 
 def words(values: Mapping[str, float], coordinates: Sequence[str], optim: DictConfig) -> list[str]:
