@@ -135,7 +135,7 @@ def test_the_core_is_four_packages_and_every_extra_is_in_all_and_dev():
     assert {package(line) for line in core} == {"torch", "lightning", "numpy", "omegaconf"}
     for name in extras.keys() - {"bench", "dev", "docs", "all"}:
         assert whole(extras, name) <= whole(extras, "all") <= whole(extras, "dev"), name
-    present = {"hub", "wds", "medmnist", "dashboard", "tensorboard", "bench", "dev", "docs", "sweep", "8bit"}
+    present = {"hub", "wds", "medmnist", "glyphs", "dashboard", "tensorboard", "bench", "dev", "docs", "sweep", "8bit"}
     assert present | {"cli", "images", "text", "report", "wandb", "all"} == extras.keys()
 
 
