@@ -1,7 +1,7 @@
 """results.csv, search.csv, figure.png and the README's tables of ``slow_network``, from the sides that are complete."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -11,6 +11,7 @@ from experiments.runs import done
 from experiments.slow_network.sides import SIDES, TASKS
 from experiments.slow_network.study import PUBLISHED, Study
 from experiments.tables import Missing, fill, machines, spread, table, write_csv
+from lowrank_pretrain.run.search import Descent
 
 NETWORKS = {"100 Mb/s": 1e8, "1 Gb/s": 1e9, "10 Gb/s": 1e10}
 LIMITS = {"int8": 0.2, "int4": 0.5}  # per cent above float32's loss, on text
@@ -220,36 +221,36 @@ def real_sizes(rows: Sequence[Row]) -> str:
 NAMES = ("lr", "rest", "outer_lr", "outer_momentum")
 
 
-def chosen(study: Study) -> str:
-    """Return what each side has chosen, in how many runs, and whether its search has settled."""
-    lines = []
+def searched(study: Study) -> Iterator[tuple[str, str, Descent]]:
+    """Yield every finished search with its task and side."""
     for task in study.tasks:
         for side in study.sides:
             try:
-                descent = study.best(task, side)
+                yield task, side, study.best(task, side)
             except Missing:
                 continue
-            values = study.values(task, side, descent.point)
-            state = "no neighbour is better" if descent.settled else "the budget ended it"
-            edges = ", ".join(descent.at_an_edge())
-            cells = [f"{values[name]:g}" if name in values else "" for name in NAMES]
-            end = state + (f"; at an edge: {edges}" if edges else "")
-            lines.append([task, side, *cells, f"{study.loss(task, side, descent.point):.4f}", len(descent.tried), end])
+
+
+def chosen(study: Study) -> str:
+    """Return what each side has chosen, in how many runs, and whether its search has settled."""
+    lines = []
+    for task, side, descent in searched(study):
+        values = study.values(task, side, descent.point)
+        state = "no neighbour is better" if descent.settled else "the budget ended it"
+        edges = ", ".join(descent.at_an_edge())
+        cells = [f"{values[name]:g}" if name in values else "" for name in NAMES]
+        end = state + (f"; at an edge: {edges}" if edges else "")
+        lines.append([task, side, *cells, f"{study.loss(task, side, descent.point):.4f}", len(descent.tried), end])
     return table(["task", "side", *NAMES, "dev loss", "runs", "end"], lines)
 
 
 def searches(study: Study) -> list[Row]:
     """Return every run of every finished search with its dev loss."""
     rows = []
-    for task in study.tasks:
-        for side in study.sides:
-            try:
-                descent = study.best(task, side)
-            except Missing:
-                continue
-            for point in sorted(descent.tried):
-                facts = study.job(task, side, point).facts
-                rows.append({**facts, "dev_loss": study.loss(task, side, point), "chosen": point == descent.point})
+    for task, side, descent in searched(study):
+        for point in sorted(descent.tried):
+            facts = study.job(task, side, point).facts
+            rows.append({**facts, "dev_loss": study.loss(task, side, point), "chosen": point == descent.point})
     return rows
 
 

@@ -253,21 +253,21 @@ def _dropout(node: Any, kept: list[Tensor], depth: int) -> tuple[str, Make] | No
     return f"dropout({name})", lambda tensors: h(tensors) * mask(tensors) * scale
 
 
-def _cast(node: Any, kept: list[Tensor], depth: int) -> tuple[str, Make] | None:
-    inner, (_, dtype) = _input(node, 0, kept, depth), output_of(node)
-    if inner is None:
-        return None
-    name, h = inner
-    return f"cast({name})", lambda tensors: h(tensors).to(dtype)
+def _of_input(name: str, function: Callable[[Tensor, torch.Size, torch.dtype], Tensor]) -> Callable:
+    """Return the rule of an operation that needs its input, and the shape or dtype of its output."""
+
+    def rule(node: Any, kept: list[Tensor], depth: int) -> tuple[str, Make] | None:
+        inner, (shape, dtype) = _input(node, 0, kept, depth), output_of(node)
+        if inner is None:
+            return None
+        before, h = inner
+        return f"{name}({before})", lambda tensors: function(h(tensors), shape, dtype)
+
+    return rule
 
 
-def _view(node: Any, kept: list[Tensor], depth: int) -> tuple[str, Make] | None:
-    inner, (shape, _) = _input(node, 0, kept, depth), output_of(node)
-    if inner is None:
-        return None
-    name, h = inner
-    return f"view({name})", lambda tensors: h(tensors).reshape(shape)
-
+_cast = _of_input("cast", lambda h, shape, dtype: h.to(dtype))
+_view = _of_input("view", lambda h, shape, dtype: h.reshape(shape))
 
 _RULES: dict[str, Callable[[Any, list[Tensor], int], tuple[str, Make] | None]] = {
     "GeluBackward0": _of_kept("gelu", lambda h, approximate: F.gelu(h, approximate=approximate), "approximate"),

@@ -4,13 +4,11 @@ https://github.com/zalandoresearch/fashion-mnist. 28×28 gray images of 10 kinds
 """
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.data import SAMPLES
-from lowrank_pretrain.data.images.arrays import ArrayImages
 from lowrank_pretrain.data.images.idx import read_idx
 from lowrank_pretrain.data.images.module import ImageModule
 from lowrank_pretrain.data.loaders.base import evaluation_recipe
@@ -66,10 +64,8 @@ class FashionMNIST(ImageModule):
         if self.train_set is not None:
             return
         split = read_sample() if self.root == "sample" else read_files(self.root)
-        common: dict[str, Any] = {"num_classes": self.num_classes, "img_size": self.img_size, "in_chans": self.in_chans}
-        common |= {"mean": MEAN, "std": STD, "seed": self.seed}
-        self.train_set = ArrayImages(*split["train"], **common, flip=self.flip, mixing=self.mixing(self.num_classes or 1))
-        self.val_set = self.test_set = ArrayImages(*split["test"], **common)
+        self.train_set = self.in_memory(split["train"], MEAN, STD, train=True, flip=self.flip)
+        self.val_set = self.test_set = self.in_memory(split["test"], MEAN, STD)
 
 
 def read_sample() -> dict[str, tuple[np.ndarray, np.ndarray]]:

@@ -5,13 +5,11 @@
 
 import csv
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.data import SAMPLES
-from lowrank_pretrain.data.images.arrays import ArrayImages
 from lowrank_pretrain.data.images.module import ImageModule
 from lowrank_pretrain.data.loaders.base import evaluation_recipe
 
@@ -68,10 +66,8 @@ class Glyphs(ImageModule):
         if self.train_set is not None:
             return
         split = read_glyphs(self.root)
-        common: dict[str, Any] = {"num_classes": self.num_classes, "img_size": self.img_size, "in_chans": self.in_chans}
-        common |= {"mean": MEAN, "std": STD, "seed": self.seed}
-        self.train_set = ArrayImages(*split["train"], **common, mixing=self.mixing(self.num_classes or 1))
-        self.val_set, self.test_set = ArrayImages(*split["val"], **common), ArrayImages(*split["test"], **common)
+        self.train_set = self.in_memory(split["train"], MEAN, STD, train=True)
+        self.val_set, self.test_set = (self.in_memory(split[name], MEAN, STD) for name in ("val", "test"))
 
 
 def read_glyphs(root: str | None) -> dict[str, tuple[np.ndarray, np.ndarray]]:

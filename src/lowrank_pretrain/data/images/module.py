@@ -1,6 +1,10 @@
 """Define the base of the image data modules: the arguments and checks that all of them share."""
 
-from lowrank_pretrain.data.images.arrays import check_shape
+from collections.abc import Sequence
+
+import numpy as np
+
+from lowrank_pretrain.data.images.arrays import ArrayImages, check_shape
 from lowrank_pretrain.data.images.mixing import Mixing, MixingOptions
 from lowrank_pretrain.data.loaders.base import PretrainData
 
@@ -43,3 +47,20 @@ class ImageModule(PretrainData):
     def mixing(self, num_classes: int) -> Mixing:
         """Return the object that mixes a batch's images and labels."""
         return Mixing(num_classes, *self._mixing_options, self.seed)
+
+    def in_memory(
+        self, part: tuple[np.ndarray, np.ndarray], mean: Sequence[float], std: Sequence[float], train: bool = False,
+        flip: bool = False,
+    ) -> ArrayImages:  # fmt: skip
+        """Return a part of a set whose number of classes is known, held in memory; training images are mixed.
+
+        Args:
+            part: images and labels, as :class:`~lowrank_pretrain.data.images.arrays.ArrayImages` takes them.
+            mean: of the pixel values, one per stored channel.
+            std: their standard deviation.
+            train: whether the part is trained on.
+            flip: mirror half of the images at random.
+        """
+        classes = self.num_classes or 1
+        mixing = self.mixing(classes) if train else None
+        return ArrayImages(*part, classes, self.img_size, self.in_chans, mean, std, flip, mixing, self.seed)
