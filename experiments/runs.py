@@ -112,7 +112,8 @@ def run(jobs: list[Job], where: Path, world: int = 1, together: int = 1) -> None
             with socket.socket() as probe:
                 probe.bind(("127.0.0.1", 0))
                 port = probe.getsockname()[1]
-            ranks = [context.Process(target=_rank, args=(r, world, port, job, where / job.name)) for r in range(world)]
+            arguments = (world, port, job, where / job.name, together)
+            ranks = [context.Process(target=_rank, args=(r, *arguments)) for r in range(world)]
             for rank in ranks:
                 rank.start()
             going.append((number, job, ranks, time.monotonic()))
@@ -134,6 +135,8 @@ def machine() -> str:
     with open("/proc/cpuinfo") as file:
         name = next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), platform.machine())
     libraries = f"Python {platform.python_version()}, torch {torch.__version__}"
+    if torch.cuda.is_initialized():  # by the run itself
+        name = f"{torch.cuda.get_device_name()} beside {name}"
     return f"{platform.system()}, {name}, {os.cpu_count()} cores, one thread per run, {libraries}"
 
 
@@ -152,7 +155,7 @@ def _portable(job: Job, where: Path) -> list[str]:
     return [override.replace(str(where), "RUNS") for override in job.overrides]
 
 
-def _rank(rank: int, world: int, port: int, job: Job, run_dir: Path) -> None:
+def _rank(rank: int, world: int, port: int, job: Job, run_dir: Path, together: int) -> None:
     if world > 1:
         os.environ |= {
             "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
@@ -170,7 +173,7 @@ def _rank(rank: int, world: int, port: int, job: Job, run_dir: Path) -> None:
         if rank == 0:
             load = os.getloadavg()[0]
             kept = run_dir / ".found.part"
-            what = {"overrides": _portable(job, run_dir.parent), "facts": job.facts}
+            what = {"overrides": _portable(job, run_dir.parent), "facts": job.facts, "together": together}
             kept.write_text(json.dumps({**found, **what, "machine": machine(), "load": load}, indent=1))
             kept.replace(run_dir / "found.json")  # whole or not at all: it says that the run is done
             shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)  # a hundred runs' would fill a disk

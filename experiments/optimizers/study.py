@@ -48,6 +48,8 @@ class Study:
         device: ``cpu`` or ``cuda``.
         precision: Lightning's.
         images: training images of a pass.
+        together: runs at a time of a search.
+        timed: reported runs go one at a time, and equal seconds are compared.
     """
 
     where: Path
@@ -59,6 +61,8 @@ class Study:
     device: str = "cpu"
     precision: str = "bf16-mixed"
     images: int = 60_000
+    together: int = 2
+    timed: bool = True
 
     def origin(self, side: str, cell: Cell) -> tuple[Point, dict[str, float]]:
         """Return the first point of a part's first cell, and the rates that the scale is counted from."""
@@ -152,6 +156,8 @@ class Study:
             found = done(job, self.where)
             if found is None or "diverged" in found:
                 raise Missing(f"{job.name} is not done, or diverged")
+            if found.get("together", 1) > 1:
+                raise Missing(f"{job.name} shared its machine: its seconds say nothing")
             seconds.setdefault(side, []).append(seconds_of(found))
         middle = {side: sorted(some)[len(some) // 2] for side, some in seconds.items()}
         full, result = cell.steps(self.images), {}
@@ -167,9 +173,10 @@ class Study:
         """Yield what to run, one stage after another; timed runs go one at a time."""
         for cell in self.cells:
             for jobs in self.search(cell, {side: self.start_of(side, cell) for side in self.sides}):
-                yield jobs, 2
-            yield [*self.reported(cell).values()], 1
-            yield [*self.equal_seconds(cell).values()], 2
+                yield jobs, self.together
+            yield [*self.reported(cell).values()], 1 if self.timed else self.together
+            if self.timed:
+                yield [*self.equal_seconds(cell).values()], self.together
 
 
 def seconds_of(found: dict) -> float:
@@ -201,6 +208,8 @@ def from_arguments(argv: Sequence[str] | None = None) -> tuple[Study, argparse.N
     parser.add_argument("--space", type=Path, help="a search space of one's own, JSON (lowrank_pretrain/run/search.py)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--precision", default="bf16-mixed")
+    parser.add_argument("--together", type=int, default=2, help="runs at a time of a search")
+    parser.add_argument("--untimed", action="store_true", help="reported runs together too; no comparison at equal seconds")
     parser.add_argument("--runs", type=Path, help="where the runs are; default runs/studies/optimizers")
     args = parser.parse_args(argv)
     where = (args.runs or Path("runs/studies") / ("optimizers_quick" if args.quick else "optimizers")).resolve()
@@ -215,7 +224,7 @@ def from_arguments(argv: Sequence[str] | None = None) -> tuple[Study, argparse.N
 
     study = Study(
         where, chosen, sides, space, SEEDS[:2] if args.quick else SEEDS, None if args.quick else where / "corpus", args.device,
-        args.precision, 12_000 if pictures() == "sample" else 60_000,
+        args.precision, 12_000 if pictures() == "sample" else 60_000, args.together, not args.untimed,
     )  # fmt: skip
     return study, args
 
@@ -233,7 +242,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             study.where.mkdir(parents=True, exist_ok=True)
             make_corpus_once(study)
             for jobs, together in study.stages():
-                run(jobs, study.where, 1, together if study.device == "cpu" else 1)
+                run(jobs, study.where, 1, together)
         write(study, study.where if args.quick else here)
     except ConfigError as error:
         print(error, file=sys.stderr)

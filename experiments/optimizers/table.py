@@ -85,8 +85,9 @@ def losses(study: Study, cell: Cell, found: Found) -> str:
         fewer = [other for other in sides if state[other] <= state[side] * 1.001]
         line.append("yes" if min(fewer, key=lambda other: middle[other]) == side else "no")
         steps = cell.steps(study.images)
+        alone = all(found[side, seed].get("together", 1) == 1 for seed in study.seeds)
         milliseconds = statistics.median(1e3 * seconds_of(found[side, seed]) / steps for seed in study.seeds)
-        lines.append([*line, f"{state[side]:.2f}", f"{milliseconds:.1f}"])
+        lines.append([*line, f"{state[side]:.2f}", f"{milliseconds:.1f}" if alone else "–"])
     head = ["side", "test loss", *(f"against {rival}, %" for rival in rivals), f"at {ANCHOR}'s seconds, %",
             "best at its bytes or fewer", "states, MiB", "ms a step"]  # fmt: skip
     return table(head, lines)

@@ -1,0 +1,1 @@
+"""PreLoRA at width 384."""

@@ -1,0 +1,157 @@
+"""PreLoRA at width 384, on a task where capacity matters: accuracy, switch and time next to full training and factored weights.
+
+    python -m experiments.prelora_glyphs.study --device cuda                 all runs; what is done stays
+    python -m experiments.prelora_glyphs.study --device cuda --together 3    three at a time: their seconds say nothing then
+    python -m experiments.prelora_glyphs.study --table                       only tables and figure
+
+A ViT of six blocks, width 384, 64 tokens, on glyphs of fonts (``python -m lowrank_pretrain.data.images.draw_glyphs``): 94
+classes, test fonts never seen. 60 epochs of 40 steps of 256 images, bf16-mixed. Full training tries three learning rates on
+seed 0 (more where the best is at an edge), by the validation split. PreLoRA switches by the authors' own tolerances. Its runs
+branch off the same base run, so they keep its rate; what is theirs to try, as often, is the rate of their adapters or factors.
+Reported: seeds 1-3, the test split.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from experiments.rates import chosen, rounds
+from experiments.runs import Job, run
+from experiments.tables import Missing
+
+EPOCHS, STEPS, BATCH, WIDTH, DEPTH = 60, 40, 256, 384, 6
+SEEDS = (1, 2, 3)
+MIDDLE_LR, MIDDLE_RATIO = 1e-3, 2.0
+LOOKS = 10  # epochs between validations
+# q, v and dense of the source are targets; key, norms, embeddings and head train on in full, as there
+TARGETS = "method.targets=[qkv.q,qkv.v,attn.proj,mlp.fc1,mlp.fc2]"
+TOLERANCES = {"exp1": (0.01, 0.05), "exp2": (0.005, 0.025)}  # of the source: weight norms, loss
+WARMUP, REWARM = 2, 20  # epochs (the source's 10 of 300), steps
+LATEST = 45  # a run that has not switched by then is made to
+
+
+def switching(exp: str) -> list[str]:
+    """Return when PreLoRA switches."""
+    weight_tol, loss_tol = TOLERANCES[exp]
+    return [f"method.weight_tol={weight_tol}", f"method.loss_tol={loss_tol}", f"method.latest={LATEST}",
+            f"method.rewarm={REWARM}"]  # fmt: skip
+
+
+ADAPTERS = ["method=prelora", TARGETS, "method.ranks=[8,16,32,64]", f"method.warmup={WARMUP}"]
+FACTORS = ["method=prelora_factorize", "method.ranks=[0.25]"]
+# side -> (overrides, whose chosen rate of adapters or factors it takes)
+LOW_RANK = {
+    "adapters, exp1": ([*ADAPTERS, *switching("exp1")], "adapters, exp1"),
+    "factored 1/4, exp1": ([*FACTORS, *switching("exp1")], "factored 1/4, exp1"),
+    "adapters, exp2": ([*ADAPTERS, *switching("exp2")], "adapters, exp1"),
+    "factored 1/4, exp2": ([*FACTORS, *switching("exp2")], "factored 1/4, exp1"),
+}
+SIDES = ("full", *LOW_RANK)
+SEARCHED = ("adapters, exp1", "factored 1/4, exp1")
+
+
+@dataclass(frozen=True)
+class Study:
+    """What to run and where.
+
+    Attributes:
+        where: folder of the runs.
+        root: folder of the glyphs, or ``sample``.
+        device: ``cpu`` or ``cuda``.
+        sides: by name.
+        seeds: that are reported.
+    """
+
+    where: Path
+    root: str = "glyphs"
+    device: str = "cpu"
+    sides: tuple[str, ...] = SIDES
+    seeds: tuple[int, ...] = SEEDS
+
+    def task(self) -> list[str]:
+        """Return the overrides that all runs share."""
+        return [
+            "experiment=prelora_pocket", "data=glyphs", f"data.root={self.root}", f"data.batch_size={BATCH}",
+            "model.model_kwargs.patch_size=8", f"model.model_kwargs.embed_dim={WIDTH}", f"model.model_kwargs.depth={DEPTH}",
+            f"model.model_kwargs.num_heads={WIDTH // 64}", "model.model_kwargs.mlp_ratio=4",
+            f"++trainer.accelerator={'gpu' if self.device == 'cuda' else 'cpu'}", "trainer.precision=bf16-mixed",
+            "++trainer.enable_progress_bar=false", f"trainer.max_epochs={EPOCHS}", f"++trainer.limit_train_batches={STEPS}",
+            f"++trainer.check_val_every_n_epoch={LOOKS}", "save_every=0",
+        ]  # fmt: skip
+
+    def full(self, _: str, lr: float, seed: int = 0) -> Job:
+        """Return a run of full training."""
+        return Job(
+            f"full-lr{lr:g}-seed{seed}", [*self.task(), "method=full", f"optim.lr={lr:g}", f"seed={seed}"],
+            {"run": "full", "lr": lr, "ratio": 1.0, "seed": seed},
+        )  # fmt: skip
+
+    def low_rank(self, side: str, ratio: float, seed: int = 0) -> Job:
+        """Return a run of PreLoRA.
+
+        Raises:
+            Missing: full training has no rate yet.
+        """
+        lr = chosen("full", MIDDLE_LR, self.full, self.where)
+        name = "".join(letter if letter.isalnum() else "-" for letter in side)
+        more = [f"optim.lr={lr:g}", f"method.adapter_lr={ratio:g}", f"seed={seed}"]
+        return Job(
+            f"{name}-lr{lr:g}-a{ratio:g}-seed{seed}", [*self.task(), *LOW_RANK[side][0], *more],
+            {"run": side, "lr": lr, "ratio": ratio, "seed": seed},
+        )  # fmt: skip
+
+    def final(self) -> dict[tuple[str, int], Job]:
+        """Return the reported runs by (side, seed).
+
+        Raises:
+            Missing: a rate is not chosen yet.
+        """
+        lr = chosen("full", MIDDLE_LR, self.full, self.where)
+        ratio = {side: chosen(side, MIDDLE_RATIO, self.low_rank, self.where) for side in SEARCHED}
+        return {
+            (side, seed): self.full(side, lr, seed) if side == "full" else self.low_rank(side, ratio[LOW_RANK[side][1]], seed)
+            for seed in self.seeds for side in self.sides
+        }  # fmt: skip
+
+    def stages(self) -> Iterator[list[Job]]:
+        """Yield what to run, one list after another."""
+        yield from rounds([("full", MIDDLE_LR)], self.full, self.where)
+        yield from rounds([(side, MIDDLE_RATIO) for side in SEARCHED], self.low_rank, self.where)
+        yield [*self.final().values()]
+
+
+def main() -> int:
+    """Run the study, then write its record; returns the exit code."""
+    from experiments.prelora_glyphs.table import write
+
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.prelora_glyphs.study", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--table", action="store_true", help="run nothing")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--together", type=int, default=1, help="runs at a time")
+    parser.add_argument("--glyphs", type=Path, default=Path("glyphs"), help="folder that draw_glyphs has made")
+    parser.add_argument("--runs", type=Path, default=Path("runs/studies/prelora_glyphs"), help="where the runs are")
+    args = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    study = Study(args.runs.resolve(), str(args.glyphs.resolve()), args.device)
+    if not args.table and not (args.glyphs / "glyphs.npz").is_file():
+        print(f"prelora_glyphs: glyphs={args.glyphs}: must hold glyphs.npz: "
+              f"python -m lowrank_pretrain.data.images.draw_glyphs --out {args.glyphs}", file=sys.stderr)  # fmt: skip
+        return 2
+    try:
+        for jobs in () if args.table else study.stages():
+            run(jobs, study.where, 1, args.together)
+        write(study, Path(__file__).parent)
+    except Missing as error:
+        print(f"prelora_glyphs: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
