@@ -76,7 +76,7 @@ bench: $(STAMP) ## Measure speed and memory against peers (an idle machine, plea
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
 	@for file in $(filter-out benchmarks/gpu.py benchmarks/llama.py,$(sort $(wildcard benchmarks/[a-z]*.py))); do echo "$$file"; $(BIN)/python $$file || exit 1; done
 
-gpu: $(STAMP) ## On a machine with a GPU: its tests and every benchmark at real sizes, 25 minutes (GPU="--device cpu --tiny" to try)
+gpu: $(STAMP) ## On a machine with a GPU: its tests and every benchmark at real sizes, 27 minutes (GPU="--device cpu --tiny" to try)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
 	$(BIN)/python benchmarks/gpu.py $(GPU)
 

@@ -12,6 +12,7 @@ neighbours. The factors come from moments of two batches; the rank is a share of
 """
 
 import argparse
+import gc
 import json
 import platform
 import statistics
@@ -42,7 +43,8 @@ def vision(args: argparse.Namespace, width: int | None) -> tuple[nn.Module, Call
     cut = {} if width is None else {"embed_dim": width, "num_heads": width // 64}
     cut |= {} if args.depth is None else {"depth": args.depth}
     name = args.model if width is None else "vit_small_patch16_224"
-    model = timm.create_model(name, num_classes=1000, **cut)
+    with torch.device(args.device):  # a ViT-L's random weights take a CPU seconds
+        model = timm.create_model(name, num_classes=1000, **cut)
     x, y = torch.randn(args.batch, 3, 224, 224, device=args.device), torch.randint(0, 1000, (args.batch,), device=args.device)
     return model, lambda model: nn.functional.cross_entropy(model(x), y)
 
@@ -114,8 +116,12 @@ class Runner:
         self._settle()
         return time.perf_counter() - wall, time.process_time() - cpu
 
-    def sizes(self) -> dict[str, float]:
-        """Measure once what does not vary: MiB kept for backward and by the optimizer, GFLOP of a step, parameters."""
+    def sizes(self, others: int) -> dict[str, float]:
+        """Measure once what does not vary: MiB kept for backward and by the optimizer, GFLOP of a step, parameters.
+
+        Args:
+            others: bytes on the GPU that belong to other variants.
+        """
         known, kept = {p.untyped_storage().data_ptr() for p in self.model.parameters()}, {}
 
         def keep(t: Tensor) -> Tensor:
@@ -139,7 +145,7 @@ class Runner:
         if self.args.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
             self.step()
-            found["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            found["peak_gib"] = (torch.cuda.max_memory_allocated() - others) / 2**30
         return found
 
     def _loss(self) -> Tensor:
@@ -154,8 +160,13 @@ class Runner:
 def compare(args: argparse.Namespace, width: int | None) -> list[dict[str, Any]]:
     """Time the variants in interleaved rounds and print their table."""
     chosen = {name: change for name, change in VARIANTS.items() if name == "full" or not args.only or name in args.only}
-    runners = {name: Runner(change, args, width) for name, change in chosen.items()}
-    sizes = {name: runner.sizes() for name, runner in runners.items()}
+    runners: dict[str, Runner] = {}
+    sizes: dict[str, dict[str, float]] = {}
+    for name, change in chosen.items():
+        others = torch.cuda.memory_allocated() if args.device == "cuda" else 0
+        runners[name] = Runner(change, args, width)
+        gc.collect()
+        sizes[name] = runners[name].sizes(others)
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in runners}
     names = list(runners)
     for runner in runners.values():

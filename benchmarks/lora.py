@@ -28,6 +28,7 @@ import torch
 from torch import nn
 
 from lowrank_pretrain.core.targets import find_targets
+from lowrank_pretrain.lora import frozen
 from lowrank_pretrain.lora import model as lora
 
 RANK = 16
@@ -41,17 +42,22 @@ TOKENS = 512  # of a text
 
 def make(args: argparse.Namespace) -> nn.Module:
     """Build the model, on the device, in its precision, with blocks as many as asked for."""
+    with torch.device(args.device):  # a ViT-L's random weights take a CPU seconds
+        model = build(args)
+    return model.to(args.device, torch.bfloat16 if args.precision == "bf16-true" else torch.float32)
+
+
+def build(args: argparse.Namespace) -> nn.Module:
+    """Build the model in float32."""
     if args.model == "gpt2":
         from transformers import GPT2Config, GPT2LMHeadModel
 
         config = GPT2Config(n_layer=args.depth or 12, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False)
-        model: nn.Module = GPT2LMHeadModel(config)
-    elif args.model == "pocket":
-        model = timm.create_model("vit_tiny_patch16_224", **POCKET | ({"depth": args.depth} if args.depth else {}))
-    else:
-        depth = {"depth": args.depth} if args.depth else {}
-        model = timm.create_model(args.model, num_classes=1000, **depth)
-    return model.to(args.device, torch.bfloat16 if args.precision == "bf16-true" else torch.float32)
+        return GPT2LMHeadModel(config)
+    depth = {"depth": args.depth} if args.depth else {}
+    if args.model == "pocket":
+        return timm.create_model("vit_tiny_patch16_224", **POCKET | depth)
+    return timm.create_model(args.model, num_classes=1000, **depth)
 
 
 def batch_for(model: nn.Module, args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
@@ -196,6 +202,11 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     chosen = {n: c for n, c in VARIANTS.items() if n == "full" or not args.only or any(o in n for o in args.only)}
+    for name in [name for name in chosen if " W in " in name]:
+        reason = frozen.refuses(name.split()[-1], torch.device(args.device))
+        if reason is not None:
+            print(f"without {name!r}: {reason}")
+            del chosen[name]
     wall: dict[str, list[float]] = {name: [] for name in chosen}
     cpu: dict[str, list[float]] = {name: [] for name in chosen}
     memory, trained = {}, {}

@@ -48,7 +48,7 @@ def train(mode, device, steps=40, resume_at=None):
             now = optimizer()
             now.load_state_dict(state)
 
-        def closure():
+        def closure(now=now):
             now.zero_grad()
             loss = (net(x) - y).square().mean()
             loss.backward()

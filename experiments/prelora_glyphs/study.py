@@ -4,8 +4,8 @@
     python -m experiments.prelora_glyphs.study --device cuda --together 3    three at a time: their seconds say nothing then
     python -m experiments.prelora_glyphs.study --table                       only tables and figure
 
-A ViT of six blocks, width 384, 64 tokens, on glyphs of fonts (``python -m lowrank_pretrain.data.images.draw_glyphs``): 94
-classes, test fonts never seen. 60 epochs of 40 steps of 256 images, bf16-mixed. Full training tries three learning rates on
+A ViT of six blocks, width 384, 64 tokens, on glyphs of fonts, which ``python -m lowrank_pretrain.data.images.draw_glyphs --out
+runs/studies/prelora_glyphs/glyphs`` makes before: 94 classes, test fonts never seen. 60 epochs of 40 steps of 256 images, bf16-mixed. Full training tries three learning rates on
 seed 0 (more where the best is at an edge), by the validation split. PreLoRA switches by the authors' own tolerances. Its runs
 branch off the same base run, so they keep its rate; what is theirs to try, as often, is the rate of their adapters or factors.
 Reported: seeds 1-3, the test split.
@@ -59,22 +59,25 @@ class Study:
 
     Attributes:
         where: folder of the runs.
-        root: folder of the glyphs, or ``sample``.
         device: ``cpu`` or ``cuda``.
         sides: by name.
         seeds: that are reported.
     """
 
     where: Path
-    root: str = "glyphs"
     device: str = "cpu"
     sides: tuple[str, ...] = SIDES
     seeds: tuple[int, ...] = SEEDS
 
+    @property
+    def glyphs(self) -> Path:
+        """Return the folder of the images."""
+        return self.where / "glyphs"
+
     def task(self) -> list[str]:
         """Return the overrides that all runs share."""
         return [
-            "experiment=prelora_pocket", "data=glyphs", f"data.root={self.root}", f"data.batch_size={BATCH}",
+            "experiment=prelora_pocket", "data=glyphs", f"data.root={self.glyphs}", f"data.batch_size={BATCH}",
             "model.model_kwargs.patch_size=8", f"model.model_kwargs.embed_dim={WIDTH}", f"model.model_kwargs.depth={DEPTH}",
             f"model.model_kwargs.num_heads={WIDTH // 64}", "model.model_kwargs.mlp_ratio=4",
             f"++trainer.accelerator={'gpu' if self.device == 'cuda' else 'cpu'}", "trainer.precision=bf16-mixed",
@@ -111,9 +114,11 @@ class Study:
         """
         lr = chosen("full", MIDDLE_LR, self.full, self.where)
         ratio = {side: chosen(side, MIDDLE_RATIO, self.low_rank, self.where) for side in SEARCHED}
+        order = [side for side in self.sides if side in ("full", *SEARCHED)]  # these first
+        order += [side for side in self.sides if side not in order]
         return {
             (side, seed): self.full(side, lr, seed) if side == "full" else self.low_rank(side, ratio[LOW_RANK[side][1]], seed)
-            for seed in self.seeds for side in self.sides
+            for side in order for seed in self.seeds
         }  # fmt: skip
 
     def stages(self) -> Iterator[list[Job]]:
@@ -134,14 +139,13 @@ def main() -> int:
     parser.add_argument("--table", action="store_true", help="run nothing")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--together", type=int, default=1, help="runs at a time")
-    parser.add_argument("--glyphs", type=Path, default=Path("glyphs"), help="folder that draw_glyphs has made")
     parser.add_argument("--runs", type=Path, default=Path("runs/studies/prelora_glyphs"), help="where the runs are")
     args = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    study = Study(args.runs.resolve(), str(args.glyphs.resolve()), args.device)
-    if not args.table and not (args.glyphs / "glyphs.npz").is_file():
-        print(f"prelora_glyphs: glyphs={args.glyphs}: must hold glyphs.npz: "
-              f"python -m lowrank_pretrain.data.images.draw_glyphs --out {args.glyphs}", file=sys.stderr)  # fmt: skip
+    study = Study(args.runs.resolve(), args.device)
+    if not args.table and not (study.glyphs / "glyphs.npz").is_file():
+        print(f"prelora_glyphs: {study.glyphs}: must hold glyphs.npz: "
+              f"python -m lowrank_pretrain.data.images.draw_glyphs --out {study.glyphs}", file=sys.stderr)  # fmt: skip
         return 2
     try:
         for jobs in () if args.table else study.stages():
