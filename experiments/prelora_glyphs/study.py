@@ -4,11 +4,12 @@
     python -m experiments.prelora_glyphs.study --device cuda --together 3    three at a time: their seconds say nothing then
     python -m experiments.prelora_glyphs.study --table                       only tables and figure
 
-A ViT of six blocks, width 384, 64 tokens, on glyphs of fonts, which ``python -m lowrank_pretrain.data.images.draw_glyphs --out
-runs/studies/prelora_glyphs/glyphs`` makes before: 94 classes, test fonts never seen. 60 epochs of 40 steps of 256 images, bf16-mixed. Full training tries three learning rates on
-seed 0 (more where the best is at an edge), by the validation split. PreLoRA switches by the authors' own tolerances. Its runs
-branch off the same base run, so they keep its rate; what is theirs to try, as often, is the rate of their adapters or factors.
-Reported: seeds 1-3, the test split.
+The images are made beforehand: python -m lowrank_pretrain.data.images.draw_glyphs --out runs/studies/prelora_glyphs/glyphs
+
+A ViT of six blocks, width 384, 64 tokens, on glyphs of fonts: 94 classes, test fonts never seen. 60 epochs of 40 steps of 256
+images, bf16-mixed. Full training tries three learning rates on seed 0 (more where the best is at an edge), by the validation
+split. PreLoRA switches by the authors' own tolerances. Its runs branch off the same base run, so they keep its rate; what is
+theirs to try, as often, is the rate of their adapters or factors. Reported: seeds 1-3, the test split.
 """
 
 import argparse
