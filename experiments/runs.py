@@ -3,7 +3,8 @@
     done(job, where) -> what it found;   run(jobs, where, world=2);   run(jobs, where, together=2) on two cores
 
 The processes are forked from a server that has the libraries loaded already, so that a run of twenty seconds does not wait
-twenty more for imports, and still has a memory of its own to be measured.
+twenty more for imports, and still has a memory of its own to be measured. LOWRANK_STUDY_START=spawn where an installed package
+touches the GPU as it is imported: no fork can use the GPU then.
 """
 
 import importlib
@@ -102,7 +103,8 @@ def by_socket() -> dict[int, int]:
 
 def run(jobs: list[Job], where: Path, world: int = 1, together: int = 1) -> None:
     """Do what is not done yet, `together` runs at a time; a run that fails is named and leaves the others alone."""
-    context = multiprocessing.get_context("forkserver")
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # asking for a GPU any other way spoils it for forks
+    context = multiprocessing.get_context(os.environ.get("LOWRANK_STUDY_START", "forkserver"))  # or spawn
     context.set_forkserver_preload(PRELOAD)
     waiting = [(number, job) for number, job in enumerate(jobs, 1) if done(job, where) is None]
     going: list[tuple[int, Job, list[Any], float]] = []

@@ -6,7 +6,7 @@
 
 The images are made beforehand: python -m lowrank_pretrain.data.images.draw_glyphs --out runs/studies/prelora_glyphs/glyphs
 
-A ViT of six blocks, width 384, 64 tokens, on glyphs of fonts: 94 classes, test fonts never seen. 60 epochs of 40 steps of 256
+A ViT of six blocks, width 384, 64 tokens, on glyphs of fonts: 94 classes, test fonts never seen. 60 epochs of 20 steps of 256
 images, bf16-mixed. Full training tries three learning rates on seed 0 (more where the best is at an edge), by the validation
 split. PreLoRA switches by the authors' own tolerances. Its runs branch off the same base run, so they keep its rate; what is
 theirs to try, as often, is the rate of their adapters or factors. Reported: seeds 1-3, the test split.
@@ -23,7 +23,7 @@ from experiments.rates import chosen, rounds
 from experiments.runs import Job, run
 from experiments.tables import Missing
 
-EPOCHS, STEPS, BATCH, WIDTH, DEPTH = 60, 40, 256, 384, 6
+EPOCHS, STEPS, BATCH, WIDTH, DEPTH = 60, 20, 256, 384, 6
 SEEDS = (1, 2, 3)
 MIDDLE_LR, MIDDLE_RATIO = 1e-3, 2.0
 LOOKS = 10  # epochs between validations

@@ -98,7 +98,8 @@ def factors(W: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
         W: (O, D).
         basis: P (O, k), orthonormal columns.
     """
-    R, s, Vt = torch.linalg.svd(basis.t() @ W, full_matrices=False)  # k x k, k, k x D
-    half = s.sqrt()
+    B = basis.t() @ W  # (k, D) = R diag(s) Vt; R and s from the k x k of B Bᵀ: B's own SVD takes longer
+    squares, R64 = torch.linalg.eigh(B.double() @ B.double().t())
+    R, half = R64.flip(1).to(W.dtype), squares.flip(0).clamp_min(0.0).sqrt().sqrt().to(W.dtype)
     of_U = torch.maximum(half, _LEAST * half[:1]).clamp_min(torch.finfo(W.dtype).tiny)
-    return (basis @ R) * of_U, (s / of_U)[:, None] * Vt
+    return (basis @ R) * of_U, (R.t() @ B) / of_U[:, None]
