@@ -1,5 +1,6 @@
 """What only a CUDA device can show. `python -m pytest -m gpu`."""
 
+import copy
 import gc
 
 import pytest
@@ -9,7 +10,7 @@ from torch import nn
 from lowrank_pretrain import PreLoRA
 from lowrank_pretrain.core.targets import find_targets
 from lowrank_pretrain.lora import model as lora
-from tests.toy import adapters, loader, toy, trainer
+from tests.toy import AtEnd, adapters, loader, toy, trainer
 
 pytestmark = [
     pytest.mark.gpu,
@@ -48,15 +49,14 @@ def test_resume_equals_no_interruption(tmp_path, targets):
         again = run(tmp_path / "again", tmp_path / "whole" / f"step={at}.ckpt")
         for (name, a), (_, b) in zip(whole.state_dict().items(), again.state_dict().items(), strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=0, msg=lambda m, n=name, s=at: f"{n} from {s}: {m}")
-    if targets != "all":
-        layer = whole.blocks[0].qkv
-        assert torch.equal(layer.rest_weight["k"], layer.weight[16:32])
 
 
 def test_ddp_over_nccl_keeps_its_hook_sends_what_trains_and_resumes(tmp_path):
     """On CUDA Lightning registers the strategy's hook, on each wrapper; one process is enough for NCCL."""
     from lightning.pytorch.strategies import DDPStrategy
     from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+    trained: list[int] = []
 
     def run(path, ckpt=None):
         sent = []
@@ -66,16 +66,16 @@ def test_ddp_over_nccl_keeps_its_hook_sends_what_trains_and_resumes(tmp_path):
             return allreduce_hook(None, bucket)
 
         module = toy(scheduler="sequential")
+        count = AtEnd(lambda _, module: trained.append(sum(p.numel() for p in module.parameters() if p.requires_grad)))
         fit = trainer(
-            path, steps(), every=1, max_epochs=4, accelerator="cuda", devices=1, use_distributed_sampler=False,
+            path, steps(), count, every=1, max_epochs=4, accelerator="cuda", devices=1, use_distributed_sampler=False,
             strategy=DDPStrategy(ddp_comm_hook=hook),
         )  # fmt: skip
         fit.fit(module, loader(), ckpt_path=ckpt)
         return module, sent
 
     whole, sent = run(tmp_path / "whole")
-    trained = sum(p.numel() for p in whole.parameters() if p.requires_grad)
-    assert len(sent) == 24 and sent[0] < sent[8] and sent[-1] == trained < sent[0]
+    assert len(sent) == 24 and sent[0] < sent[8] and sent[-1] == trained[0] < sent[0]
     for at in (5, 8, 11, 14, 19):
         again, _ = run(tmp_path / "again", tmp_path / "whole" / f"step={at}.ckpt")
         for (name, a), (_, b) in zip(whole.state_dict().items(), again.state_dict().items(), strict=True):
@@ -90,14 +90,12 @@ def test_one_lora_linear_on_the_device_matches_float64(autocast, n):
     lora.inject(net, {"qkv.q": 8, "qkv.k": 4, "qkv.v": 16})
     for _, p in lora.adapter_parameters(net):
         p.data.normal_(std=0.05)
+    exact = copy.deepcopy(net)
     x = torch.randn(n, 256, device="cuda", requires_grad=True)
     with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
         y = net["qkv"](x)
     y.float().square().mean().backward()
     grads = {name: p.grad.double() for name, p in net.named_parameters()} | {"x": x.grad.double()}
-    exact = nn.ModuleDict({"qkv": nn.Linear(256, 768)}).cuda()
-    lora.inject(exact, {"qkv.q": 8, "qkv.k": 4, "qkv.v": 16})
-    exact.load_state_dict(net.state_dict())
     exact.double()
     x64 = x.detach().double().requires_grad_()
     exact["qkv"](x64).square().mean().backward()

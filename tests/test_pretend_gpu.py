@@ -14,6 +14,7 @@ from lowrank_pretrain.lora import function as lora_function
 from lowrank_pretrain.lora import model as lora
 from lowrank_pretrain.lte.heads import function as heads_function
 from lowrank_pretrain.lte.heads.head_set import HeadSet
+from lowrank_pretrain.lte.heads.record import factor_name, factor_parameters, put_moments
 from lowrank_pretrain.lte.settings import Settings
 from lowrank_pretrain.lte.workers import Workers, clip_norms
 from lowrank_pretrain.observe.step_clock import StepClock
@@ -124,6 +125,25 @@ def heads_of(net, **settings):
     owner.convert(targets, dict.fromkeys(targets, 4))
     owner.shared.batch = 2
     return owner
+
+
+def test_moments_of_a_head_whose_turn_comes_after_a_resume_lie_on_the_device():
+    """A checkpoint is read on the CPU, and what it parked came back from there. The device here is torch's meta."""
+    read = heads_of(Layers(torch.float32), mode="sequential").record()
+    with torch.device("meta"):
+        owner = heads_of(Layers(torch.float32), mode="sequential")
+    factors = factor_parameters(owner.layers)
+    for name, heads in read.items():
+        for factor in ("A", *(f"B.{part}" for part in heads.B)):
+            shape = factors[factor_name(name, factor)].shape
+            heads.moments[factor] = {"exp_avg": torch.zeros(shape), "exp_avg_sq": torch.zeros(shape), "step": torch.ones(1)}
+    for settings, counts_on in (({}, "cpu"), ({"fused": True}, "meta")):
+        optimizer = torch.optim.AdamW([{"params": [*factors.values()], **settings}])
+        put_moments(read, owner.layers, [optimizer])
+        for p in factors.values():
+            state = optimizer.state[p]
+            assert state["exp_avg"].device == state["exp_avg_sq"].device == p.device
+            assert state["step"].device.type == counts_on and state["step"].ndim == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -157,11 +157,15 @@ def put_layers(record: Record, layers: Mapping[str, MultiheadLoRALinear]) -> Non
 
 def put_moments(record: Record, layers: Mapping[str, HeadLayer], optimizers: Iterable[Optimizer]) -> None:
     """Restore optimizer state into the optimizers that hold the factors."""
-    owner = {id(p): o for o in optimizers for g in o.param_groups for p in g["params"]}
+    owner = {id(p): (optimizer, group) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     states = states_of(record)
     for name, p in factor_parameters(layers).items():
         if states.get(name):
-            owner[id(p)].state[p] = states[name]
+            optimizer, group = owner[id(p)]
+            counts_there = group.get("fused") or group.get("capturable")  # else torch keeps the number of steps on the CPU
+            optimizer.state[p] = {  # a record from a checkpoint lies on the CPU
+                key: value.to(p.device) if value.ndim or counts_there else value for key, value in states[name].items()
+            }
 
 
 def states_of(record: Record) -> dict[str, Moments]:
