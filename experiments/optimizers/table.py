@@ -54,7 +54,8 @@ def write(study: Study, here: Path) -> None:
     rows = [plain_row(study.reported(cell)[key], one) for cell, found in cells.items() for key, one in found.items()]
     write_csv(here / "results.csv", rows)
     write_csv(here / "search.csv", searches(study, list(cells)))
-    fill(readme, "machine", machines([one for found in cells.values() for one in found.values()], 1))
+    searched = f"Search: at most {study.space.budget} runs for a side and cell, rates by factors of {study.space.factor:g}."
+    fill(readme, "machine", f"{machines([one for found in cells.values() for one in found.values()], 1)}\n\n{searched}")
     parts = [
         f"### {cell.name}: {cell.steps(study.images):,} steps\n\n{losses(study, cell, found)}" for cell, found in cells.items()
     ]

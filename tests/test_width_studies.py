@@ -1,0 +1,83 @@
+"""``prelora_glyphs`` and ``factorize`` without their runs: what follows what, configurations that build, the record."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from experiments import figures
+from experiments.factorize import study as factorize
+from experiments.factorize import table as factorize_table
+from experiments.prelora_glyphs import study as glyphs
+from experiments.prelora_glyphs import table as glyphs_table
+from experiments.runs import done
+from experiments.tables import Missing
+
+from lowrank_pretrain.run import method
+from tests.test_studies import pretend
+
+
+def finish(lists, where):
+    """Pretend every run that a study asks for; return all of them."""
+    jobs = {}
+    for stage in lists:
+        assert len({job.name for job in stage}) == len(stage)
+        for job in stage:
+            jobs[job.name] = job
+            if done(job, where) is None:
+                pretend(job, where)
+    return list(jobs.values())
+
+
+def builds(jobs, composed):
+    """Every distinct set of overrides, numbers aside, is a configuration whose method can be built."""
+    distinct = {re.sub(r"\d+", "0", "|".join(job.overrides)): job for job in jobs}
+    for job in distinct.values():
+        method.build(composed(*job.overrides).method)
+
+
+def test_glyphs(tmp_path, composed, monkeypatch):
+    study = glyphs.Study(tmp_path / "runs", "cuda")
+    with pytest.raises(Missing):
+        study.final()
+    jobs = finish(study.stages(), study.where)
+    builds(jobs, composed)
+    assert all("++trainer.accelerator=gpu" in job.overrides for job in jobs)
+    final = study.final()
+    assert set(final) == {(side, seed) for side in glyphs.SIDES for seed in (1, 2, 3)}
+    assert {job.facts["lr"] for job in final.values()} == {final["full", 1].facts["lr"]}
+    # the tighter tolerances take the rate that was found for the looser ones
+    assert final["adapters, exp1", 1].facts["ratio"] == final["adapters, exp2", 1].facts["ratio"]
+    monkeypatch.setattr(figures, "save", lambda figure, path: None)
+    shutil.copy(Path(glyphs_table.__file__).parent / "README.md", tmp_path)
+    glyphs_table.write(study, tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert "No run is reported" not in text and text.count("| adapters, exp1 |") == 1
+    (study.where / final["adapters, exp2", 2].name / "found.json").unlink()
+    glyphs_table.write(study, tmp_path)
+    assert "Not run: adapters, exp2 (seed 2)." in (tmp_path / "README.md").read_text()
+
+
+def test_glyphs_are_asked_for_in_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["study", "--runs", str(tmp_path)])
+    assert glyphs.main() == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "draw_glyphs --out" in said
+
+
+def test_factorize(tmp_path, composed):
+    where, first = tmp_path / "runs", factorize.CELLS[0]
+    shutil.copy(Path(factorize_table.__file__).parent / "README.md", tmp_path)
+    with pytest.raises(Missing, match="no cell is finished"):
+        factorize_table.write(where, tmp_path)
+    lists = (stage for stage, _ in factorize.stages(where))
+    jobs = []
+    for stage in lists:  # cell by cell: the first one is whole before a run of the second
+        if any((job.facts["task"], job.facts["width"]) != first for job in stage):
+            break
+        jobs += finish([stage], where)
+    builds(jobs, composed)
+    factorize_table.write(where, tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert "Not run yet: text at width 128" in text and "| 128 | factored 1/4 |" in text
+    assert {job.facts["seed"] for job in jobs} == {0, 1, 2, 3}
