@@ -1,4 +1,4 @@
-"""``prelora_glyphs`` and ``factorize`` without their runs: what follows what, configurations that build, the record."""
+"""``prelora_glyphs``, ``factorize`` and ``capacity`` without their runs: what follows what, configurations that build, the record."""
 
 import re
 import shutil
@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 from experiments import figures
+from experiments.capacity import study as capacity
+from experiments.capacity import table as capacity_table
 from experiments.factorize import study as factorize
 from experiments.factorize import table as factorize_table
 from experiments.prelora_glyphs import study as glyphs
@@ -81,3 +83,14 @@ def test_factorize(tmp_path, composed):
     text = (tmp_path / "README.md").read_text()
     assert "Not run yet: text at width 128" in text and "| 128 | factored 1/4 |" in text
     assert {job.facts["seed"] for job in jobs} == {0, 1, 2, 3}
+
+
+def test_capacity(tmp_path, composed):
+    where = tmp_path / "runs"
+    shutil.copy(Path(capacity_table.__file__).parent / "README.md", tmp_path)
+    with pytest.raises(Missing):
+        capacity_table.write(where, tmp_path)
+    builds(finish((stage for stage, _ in capacity.stages(where)), where), composed)
+    capacity_table.write(where, tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert all(f"| {task} | {width} |" in text for task, width in capacity.MIDDLE) and "Not run" not in text

@@ -1,0 +1,1 @@
+"""Whether a task is hard enough to tell methods apart."""

@@ -1,0 +1,27 @@
+"""results.csv and the README's table of ``capacity``."""
+
+from pathlib import Path
+
+from experiments.capacity.study import final
+from experiments.tables import fill, machines, need, plain_row, table, write_csv
+
+
+def write(where: Path, here: Path) -> None:
+    """Write all that stands next to this file.
+
+    Raises:
+        Missing: a run is not done.
+    """
+    jobs = final(where)
+    found = need(jobs, where)
+    write_csv(here / "results.csv", [plain_row(job, one) for job, one in zip(jobs, found, strict=True)])
+    fill(here / "README.md", "machine", machines(found, 2))
+    lines = []
+    for job, one in zip(jobs, found, strict=True):
+        ended = one["summary"]["final"]
+        accuracy = f"{100 * ended['test/acc1']:.1f}" if "test/acc1" in ended else "–"
+        parameters = one["summary"]["phases"][0]["total"] / 1e6
+        model = [job.facts["task"], job.facts["width"], f"{parameters:.2f}", f"{job.facts['lr']:g}"]
+        lines.append([*model, f"{ended['test/loss']:.3f}", accuracy])
+    head = ["task", "width", "parameters, M", "learning rate", "test loss, one seed", "accuracy, %"]
+    fill(here / "README.md", "sizes", table(head, lines))
