@@ -1,5 +1,8 @@
 """The trainer group fits the machine: one GPU, N devices, SLURM; source-scale experiments choose their precision."""
 
+import os
+import warnings
+
 import lightning.pytorch as pl
 import pytest
 import timm
@@ -56,6 +59,19 @@ def test_trainer_gpu_composes_and_its_callback_is_built(composed, tmp_path):
     assert (values["accelerator"], values["precision"], values["devices"]) == ("gpu", "bf16-mixed", 1)
     trainer = build_trainer({**values, "accelerator": "cpu"}, tmp_path, [], [])
     assert any(isinstance(callback, ChannelsLast) for callback in trainer.callbacks)
+
+
+@pytest.mark.parametrize(("cores", "warns"), [({0}, True), ({0, 1}, False)])
+def test_more_processes_than_cores_are_told(cores, warns, composed, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: cores, raising=False)
+    values = {**plain(composed("trainer=ddp_spawn"))["trainer"], "accelerator": "cpu"}
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        build_trainer(values, tmp_path, [], [])
+    said = [str(one.message) for one in found if "trainer.devices" in str(one.message)]
+    assert said == (
+        ["trainer.devices=2: this machine gives the run 1 core, and the processes share them: use at most 1"] * warns
+    )
 
 
 def test_trainer_slurm_takes_its_size_from_the_job(composed, monkeypatch):

@@ -1,4 +1,4 @@
-"""``prelora_glyphs``, ``factorize`` and ``capacity`` without their runs: what follows what, configurations that build, the record."""
+"""``prelora_glyphs``, ``factorize`` and ``capacity`` without runs: what follows what, configurations that build, records."""
 
 import re
 import shutil

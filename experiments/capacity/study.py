@@ -6,8 +6,8 @@
     python -m experiments.capacity.study --table               only the table, from the runs there are
 
 Images: a ViT of three blocks, 64 tokens, on glyphs of fonts (94 classes, test fonts never seen). Text: a LLaMA of four layers
-on documentation and Python sources. Widths 64, 128, 256; 600 steps, bf16-mixed. Each size tries three learning rates (more where
-the best is at an edge) by the validation split; reported is the test split of the best, one seed.
+on documentation and Python sources. Widths 64, 128, 256; 600 steps, bf16-mixed. Each size tries three learning rates (more
+where the best is at an edge) by the validation split; reported is the test split of the best, one seed.
 """
 
 from collections.abc import Iterator
@@ -28,8 +28,8 @@ def job(where: Path, side: Side, lr: float) -> Job:
     task, width = side
     common = [
         "++trainer.accelerator=cpu", "trainer.precision=bf16-mixed", "++trainer.enable_progress_bar=false",
-        "trainer.max_epochs=1", f"++trainer.limit_train_batches={STEPS}", "++trainer.limit_val_batches=32", "++trainer.limit_test_batches=64",
-        "save_every=0", "method=full", f"data.root={where / task}", f"optim.lr={lr:g}", "seed=0",
+        "trainer.max_epochs=1", f"++trainer.limit_train_batches={STEPS}", "++trainer.limit_val_batches=32",
+        "++trainer.limit_test_batches=64", "save_every=0", "method=full", f"data.root={where / task}", f"optim.lr={lr:g}", "seed=0",
     ]  # fmt: skip
     if task == "glyphs":
         own = ["experiment=prelora_pocket", "data=glyphs", "data.batch_size=64", "model.model_kwargs.patch_size=8",

@@ -1,14 +1,16 @@
 """Make Lightning's Trainer from the ``trainer`` group; turn its errors into one line that names the key."""
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.accelerators import CUDAAccelerator
+from lightning.pytorch.accelerators import CPUAccelerator, CUDAAccelerator
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lowrank_pretrain.checkpoints.files import WholeCheckpointIO
 from lowrank_pretrain.core.checks import flag, is_number
@@ -71,7 +73,7 @@ def build_trainer(
         values["strategy"] = strategy
     added = build_nested("trainer", {key: values.pop(key, None) or [] for key in ("callbacks", "plugins")})
     try:
-        return build(
+        trainer = build(
             "trainer",
             values,
             target=pl.Trainer,
@@ -85,6 +87,18 @@ def build_trainer(
         raise
     except (MisconfigurationException, ValueError, TypeError) as error:
         raise MisconfigurationException(str(error)) from error  # Lightning raises any of the three
+    warn_of_a_crowd(trainer)
+    return trainer
+
+
+def warn_of_a_crowd(trainer: pl.Trainer) -> None:
+    """Warn of more processes on the CPU than it has cores: each waits for the others at every exchange."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if isinstance(trainer.accelerator, CPUAccelerator) and trainer.num_devices > cores:
+        allowed = (
+            f"this machine gives the run {cores} core{'s' * (cores > 1)}, and the processes share them: use at most {cores}"
+        )
+        rank_zero_warn(f"trainer.devices={trainer.num_devices}: {allowed}")
 
 
 def check_values(values: dict[str, Any]) -> None:
