@@ -69,9 +69,7 @@ def test_more_processes_than_cores_are_told(cores, warns, composed, tmp_path, mo
         warnings.simplefilter("always")
         build_trainer(values, tmp_path, [], [])
     said = [str(one.message) for one in found if "trainer.devices" in str(one.message)]
-    assert said == (
-        ["trainer.devices=2: this machine gives the run 1 core, and the processes share them: use at most 1"] * warns
-    )
+    assert said == ["trainer.devices=2: the run has 1 core(s), which its processes share: use at most 1"] * warns
 
 
 def test_trainer_slurm_takes_its_size_from_the_job(composed, monkeypatch):

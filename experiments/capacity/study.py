@@ -29,7 +29,8 @@ def job(where: Path, side: Side, lr: float) -> Job:
     common = [
         "++trainer.accelerator=cpu", "trainer.precision=bf16-mixed", "++trainer.enable_progress_bar=false",
         "trainer.max_epochs=1", f"++trainer.limit_train_batches={STEPS}", "++trainer.limit_val_batches=32",
-        "++trainer.limit_test_batches=64", "save_every=0", "method=full", f"data.root={where / task}", f"optim.lr={lr:g}", "seed=0",
+        "++trainer.limit_test_batches=64", "save_every=0", "method=full", f"data.root={where / task}",
+        f"optim.lr={lr:g}", "seed=0",
     ]  # fmt: skip
     if task == "glyphs":
         own = ["experiment=prelora_pocket", "data=glyphs", "data.batch_size=64", "model.model_kwargs.patch_size=8",

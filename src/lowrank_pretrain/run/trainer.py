@@ -95,9 +95,7 @@ def warn_of_a_crowd(trainer: pl.Trainer) -> None:
     """Warn of more processes on the CPU than it has cores: each waits for the others at every exchange."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if isinstance(trainer.accelerator, CPUAccelerator) and trainer.num_devices > cores:
-        allowed = (
-            f"this machine gives the run {cores} core{'s' * (cores > 1)}, and the processes share them: use at most {cores}"
-        )
+        allowed = f"the run has {cores} core(s), which its processes share: use at most {cores}"
         rank_zero_warn(f"trainer.devices={trainer.num_devices}: {allowed}")
 
 
