@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-COLORS = ("black", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#8c6d1f", "#56b4e9", "0.5")
+COLORS = ("black", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#8c6d1f", "#56b4e9", "0.5", "#882255", "#6a3d9a", "#b8860b",
+          "#2f4f4f")  # fmt: skip
 DASHES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (1, 2)), (0, (3, 3)))
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", "p", ">", "h")
 HATCHES = ("", "//", "..", "xx")
 
 
@@ -21,7 +22,7 @@ def panels(rows: int, columns: int) -> tuple[Any, Any]:
 def style(number: int, count: int = 10) -> dict[str, Any]:
     """Of the number-th line, which has `count` points."""
     k = number % len(COLORS)
-    return {"color": COLORS[k], "linestyle": DASHES[k], "marker": MARKERS[k], "markersize": 4, "linewidth": 1.4,
+    return {"color": COLORS[k], "linestyle": DASHES[k % len(DASHES)], "marker": MARKERS[k], "markersize": 4, "linewidth": 1.4,
             "markevery": max(1, count // 10)}  # fmt: skip
 
 
