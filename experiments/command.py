@@ -2,6 +2,7 @@
 
 python -m experiments.NAME.study            all runs (what is done already stays), then tables and figures
 python -m experiments.NAME.study --table    only tables and figures, from the runs there are
+python -m experiments.NAME.study --cells text-128 --sides full "factored 1/4"    a part, where a study has parts
 """
 
 import argparse
@@ -13,21 +14,32 @@ from pathlib import Path
 from experiments.runs import Job, run
 from experiments.tables import Missing
 
-Stages = Callable[
-    [Path], Iterator[tuple[list[Job], int]]
-]  # runs' folder -> (runs, how many at a time), one stage after another
+Stages = Callable[..., Iterator[tuple[list[Job], int]]]  # runs' folder -> (runs, how many at a time), one stage after another
 
 
-def main(doc: str, file: str, stages: Stages, write: Callable[[Path, Path], None], world: int = 1) -> None:
-    """The command line of the study whose ``study.py`` is `file`; its training runs are of `world` processes each."""
+def main(
+    doc: str,
+    file: str,
+    stages: Stages,
+    write: Callable[[Path, Path], None],
+    world: int = 1,
+    parts: dict[str, tuple[str, ...]] | None = None,
+) -> None:
+    """The command line of the study whose ``study.py`` is `file`; its training runs are of `world` processes each.
+
+    `parts`: options by name with their choices; `stages` gets those that were chosen.
+    """
     here = Path(file).parent
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", action="store_true", help="run nothing")
     parser.add_argument("--runs", type=Path, default=Path("runs/studies") / here.name, help="where the runs are")
+    for name, choices in (parts or {}).items():
+        parser.add_argument(f"--{name}", nargs="+", choices=choices, default=list(choices), metavar=name.upper())
     args = parser.parse_args()
+    chosen = {name: tuple(getattr(args, name)) for name in parts or {}}
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     try:
-        for jobs, together in () if args.table else stages(args.runs.resolve()):
+        for jobs, together in () if args.table else stages(args.runs.resolve(), **chosen):
             run(jobs, args.runs.resolve(), world, together)
         write(args.runs.resolve(), here)
     except Missing as error:

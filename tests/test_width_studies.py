@@ -70,7 +70,7 @@ def test_glyphs_are_asked_for_in_one_line(tmp_path, monkeypatch, capsys):
 def test_factorize(tmp_path, composed):
     where, first = tmp_path / "runs", factorize.CELLS[0]
     shutil.copy(Path(factorize_table.__file__).parent / "README.md", tmp_path)
-    with pytest.raises(Missing, match="no cell is finished"):
+    with pytest.raises(Missing, match="no side is finished"):
         factorize_table.write(where, tmp_path)
     lists = (stage for stage, _ in factorize.stages(where))
     jobs = []
@@ -83,6 +83,10 @@ def test_factorize(tmp_path, composed):
     text = (tmp_path / "README.md").read_text()
     assert "Not run yet: text at width 128" in text and "| 128 | factored 1/4 |" in text
     assert {job.facts["seed"] for job in jobs} == {0, 1, 2, 3}
+    some = finish((jobs for jobs, _ in factorize.stages(where, ["text-128"], ["factored 1/4"])), where)
+    assert {job.facts["run"] for job in some} == {"full", "factored 1/4"}
+    factorize_table.write(where, tmp_path)
+    assert "text at width 128 (full, 0.8 of the steps; narrow; " in (tmp_path / "README.md").read_text()
 
 
 def test_capacity(tmp_path, composed):

@@ -2,6 +2,7 @@
 
     make study NAME=factorize                          or  python -m experiments.factorize.study
     python -m experiments.factorize.study --table      only tables, from the runs there are
+    python -m experiments.factorize.study --cells text-128 --sides full "adapters r16" "factored 1/4"
 
 Images (a ViT of two layers) and text (a LLaMA of two layers) at three widths; 20 epochs of 30 steps. Full training tries three
 learning rates on seed 0 (more where the best is at an edge), by the validation half. Low-rank runs keep that rate, for they
@@ -10,7 +11,7 @@ model and one that is factored from the first steps try their own rates. Reporte
 since time counts.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from experiments import tasks
@@ -50,6 +51,8 @@ LOW_RANK = {
 }  # fmt: skip
 Side = tuple[str, int, str]  # task, width, run
 CELLS = tuple((task, width) for width in WIDTHS for task in TASKS)  # one is done whole before the next begins
+NAMES = tuple(f"{task}-{width}" for task, width in CELLS)
+SIDES = (*DENSE, *OWN_RATE, *LOW_RANK)
 
 
 def job(side: Side, lr: float, ratio: float = 1.0, seed: int = 0) -> Job:
@@ -67,14 +70,14 @@ def job(side: Side, lr: float, ratio: float = 1.0, seed: int = 0) -> Job:
     )
 
 
-def own_rates(task: str, width: int) -> list[tuple[Side, float]]:
-    """Return a cell's sides that try learning rates, each with the one in the middle."""
-    return [((task, width, run), MIDDLE_LR[task]) for run in ("full", *OWN_RATE)]
+def own_rates(task: str, width: int, sides: Sequence[str] = SIDES) -> list[tuple[Side, float]]:
+    """Return a cell's sides that try learning rates, each with the one in the middle; full training is always among them."""
+    return [((task, width, run), MIDDLE_LR[task]) for run in ("full", *OWN_RATE) if run in ("full", *sides)]
 
 
-def ratios(task: str, width: int) -> list[tuple[Side, float]]:
+def ratios(task: str, width: int, sides: Sequence[str] = SIDES) -> list[tuple[Side, float]]:
     """Return a cell's sides that try rates of their adapters or factors."""
-    return [((task, width, run), MIDDLE_RATIO) for run in LOW_RANK]
+    return [((task, width, run), MIDDLE_RATIO) for run in LOW_RANK if run in sides]
 
 
 def low_rank(where: Path, side: Side, ratio: float, seed: int = 0) -> Job:
@@ -83,34 +86,36 @@ def low_rank(where: Path, side: Side, ratio: float, seed: int = 0) -> Job:
     return job(side, chosen(full, MIDDLE_LR[side[0]], job, where), ratio, seed)
 
 
-def final(where: Path, task: str, width: int) -> list[Job]:
-    """Return a cell's reported runs.
+def reported(where: Path, side: Side) -> list[Job]:
+    """Return the runs of a side that are reported, one for each seed.
 
     Raises:
-        Missing: a rate is not chosen yet.
+        Missing: its rate is not chosen yet.
     """
-    found = []
-    for seed in SEEDS:
-        for side, middle in own_rates(task, width):
-            found.append(job(side, chosen(side, middle, job, where), seed=seed))
-        found.append(low_rank(where, (task, width, "full, 0.8 of the steps"), 1.0, seed))
-        for side, middle in ratios(task, width):
-            ratio = chosen(side, middle, lambda one, rate: low_rank(where, one, rate), where)
-            found.append(low_rank(where, side, ratio, seed))
-    return found
+    task, _, run = side
+    if run in LOW_RANK:
+        ratio = chosen(side, MIDDLE_RATIO, lambda one, rate: low_rank(where, one, rate), where)
+        return [low_rank(where, side, ratio, seed) for seed in SEEDS]
+    if run in DENSE:  # full training stopped early keeps full training's rate
+        return [low_rank(where, side, 1.0, seed) for seed in SEEDS]
+    lr = chosen(side, MIDDLE_LR[task], job, where)
+    return [job(side, lr, seed=seed) for seed in SEEDS]
 
 
-def stages(where: Path) -> Iterator[tuple[list[Job], int]]:
+def stages(where: Path, cells: Sequence[str] = NAMES, sides: Sequence[str] = SIDES) -> Iterator[tuple[list[Job], int]]:
     """Yield what to run, one stage after another."""
-    for cell in CELLS:
-        for jobs in rounds(own_rates(*cell), job, where):
+    for task, width in CELLS:
+        if f"{task}-{width}" not in cells:
+            continue
+        for jobs in rounds(own_rates(task, width, sides), job, where):
             yield jobs, 2
-        for jobs in rounds(ratios(*cell), lambda side, rate: low_rank(where, side, rate), where):
+        for jobs in rounds(ratios(task, width, sides), lambda side, rate: low_rank(where, side, rate), where):
             yield jobs, 2
-        yield final(where, *cell), 1
+        runs = {run: reported(where, (task, width, run)) for run in SIDES if run in ("full", *sides)}
+        yield [runs[run][number] for number in range(len(SEEDS)) for run in runs], 1
 
 
 if __name__ == "__main__":
     from experiments.factorize.table import write
 
-    main(__doc__, __file__, stages, write)
+    main(__doc__, __file__, stages, write, parts={"cells": NAMES, "sides": SIDES})

@@ -4,7 +4,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from experiments.factorize.study import CELLS, TASKS, WIDTHS, final
+from experiments.factorize.study import CELLS, SIDES, TASKS, WIDTHS, reported
 from experiments.runs import Job
 from experiments.tables import Missing, fill, machines, need, write_csv
 
@@ -12,23 +12,27 @@ COLUMNS = {"test_loss": 1, "test_acc1": 100, "parameters": 1e-3, "cpu_seconds": 
 
 
 def write(where: Path, here: Path) -> None:
-    """Write all that stands next to this file, from the runs in `where`; cells that are not finished are named.
+    """Write all that stands next to this file, from the runs in `where`; what is not finished is named.
 
     Raises:
-        Missing: no cell is finished.
+        Missing: no side is finished.
     """
     rows, results, waiting = [], [], []
-    for cell in CELLS:
-        try:
-            jobs = final(where, *cell)
-            found = need(jobs, where)
-        except Missing:
-            waiting.append(f"{cell[0]} at width {cell[1]}")
-            continue
-        rows += [row(job, one) for job, one in zip(jobs, found, strict=True)]
-        results += found
+    for task, width in CELLS:
+        lacking = []
+        for run in SIDES:
+            try:
+                jobs = reported(where, (task, width, run))
+                found = need(jobs, where)
+            except Missing:
+                lacking.append(run)
+                continue
+            rows += [row(job, one) for job, one in zip(jobs, found, strict=True)]
+            results += found
+        if lacking:
+            waiting.append(f"{task} at width {width}{'' if lacking == [*SIDES] else ' (' + '; '.join(lacking) + ')'}")
     if not rows:
-        raise Missing(f"no cell is finished: {', '.join(waiting)}")
+        raise Missing(f"no side is finished: {', '.join(waiting)}")
     write_csv(here / "results.csv", rows)
     left = f"\n\nNot run yet: {', '.join(waiting)}." if waiting else ""
     fill(here / "README.md", "machine", machines(results, 1) + left)
