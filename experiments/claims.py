@@ -126,6 +126,42 @@ def resident(rows: Rows, network: str, rank: str, other: str, other_rank: str) -
     return over(rows, "peak", {"network": network, "rank": rank}, {"network": other, "rank": other_rank})
 
 
+def on_gpu(rows: Rows, key: str, names: dict[str, str], name: str, upside_down: bool = False) -> str:
+    """A column of the rows `names` over that of full training, of the benchmarks on a GPU."""
+    found = {row[name]: float(row[key]) for row in rows[1:] if key in row}  # the first row is about the machine
+    full = next(value for words, value in found.items() if words.startswith("full"))
+    return "; ".join(
+        f"{label} {(full / found[row] if upside_down else found[row] / full):.2f}x" for row, label in names.items()
+    )
+
+
+def above_ddp(*sides: tuple[str, str]) -> Callable[[Rows], str]:
+    """Test loss of (side, wire) above DDP's, mean over seeds, and how much less is sent, of slow_network's text."""
+
+    def words(rows: Rows) -> str:
+        def mean(key: str, side: str, wire: str) -> float:
+            return fmean(of(rows, key, task="text", side=side, wire=wire))
+
+        loss, sent = (mean(key, "ddp", "float32") for key in ("test_loss", "sent_mib"))
+        said = []
+        for side, wire in sides:
+            more, less = mean("test_loss", side, wire) / loss - 1, sent / mean("sent_mib", side, wire)
+            said.append(f"{side}, {wire}: {100 * more:+.1f} % at 1/{less:.0f}")
+        return "; ".join(said)
+
+    return words
+
+
+def factored(rows: Rows) -> str:
+    """Accuracy and whole-run speed of factored weights, adapters and full training, of factorize's images."""
+    cell = {"task": "images", "width": "128"}
+    said, seconds = [], fmean(of(rows, "cpu_seconds", **cell, run="full"))
+    for run in ("full", "adapters r16", "factored 1/4"):
+        faster = seconds / fmean(of(rows, "cpu_seconds", **cell, run=run))
+        said.append(f"{run} {percent(of(rows, 'test_acc1', **cell, run=run))}, {faster:.2f}x")
+    return "; ".join(said)
+
+
 POCKET_VIT = "ViT of 0.27 M, Fashion-MNIST"
 POCKET_GPT = "GPT-2 of 0.7 M, King James text"
 BLOCKS = "two blocks of width 768, 4 heads of rank 4"
@@ -137,6 +173,10 @@ VIT, LTE, GPT2, LLAMA, PATH = (
 BENCH = "benchmarks/results"
 VITL, DRY = "ViT-L/16, batch 2, CPU", f"[its record](../{BENCH}/prelora_vitl_memory_cpu.md)"
 CUT, STEP = "ViT-S/16 of two blocks, batch 8, two CPU threads, CPU time", f"[its record](../{BENCH}/lora_speed_cpu.md)"
+H100, ON_H100 = f"{BENCH}/gpu_nvidia_h100_80gb_hbm3_2026-11-26", f"`make gpu`: [its record](../{BENCH}/gpu_h100.md)"
+ON_VITL = {"ours, rest trains (default)": "the rest trains", "ours, freeze_rest": "the rest frozen"}
+ON_LLAMA = {"lowrank": "the rest trains", "lowrank, freeze_rest": "the rest frozen"}
+NETWORK, POCKET_TEXT = "experiments/slow_network", "LLaMA of 0.36 M, King James text, 4 workers, 300 steps"
 VITS = (("ViT-B", "vit_base"), ("ViT-L", "vit_large"))
 RESULTS, MEMORY, SPEED, CURVES = "results.csv", "memory.csv", "speed.csv", "curves.csv"
 CLAIMS: dict[str, Sequence[Claim]] = {
@@ -154,12 +194,22 @@ CLAIMS: dict[str, Sequence[Claim]] = {
               speedups, f"{CUT}, float32", STEP),
         Claim("throughput, low-rank phase over full", "3.25x (1.9x by its logs)", BENCH, "lora_vit_small_cpu_mixed.jsonl",
               speedups, f"{CUT}, bf16-mixed", STEP),
+        Claim("throughput, low-rank phase over full", "3.25x (1.9x by its logs)", H100, "vit_l_bf16.jsonl",
+              lambda rows: on_gpu(rows, "speedup", ON_VITL, "variant"), "ViT-L/16, batch 64, bf16-mixed, one H100", ON_H100),
+        Claim("memory, low-rank phase over full", "0.80x", H100, "vit_l_bf16.jsonl",
+              lambda rows: on_gpu(rows, "peak_gib", ON_VITL, "variant"), "ViT-L/16, batch 64, bf16-mixed, one H100", ON_H100),
+        Claim("throughput, low-rank phase over full", "no figures", H100, "llama_1b.jsonl",
+              lambda rows: on_gpu(rows, "step_ms", ON_LLAMA, "method", True), "LLaMA-1B, 4 x 1,024 tokens, one H100", ON_H100),
         Claim("throughput, low-rank phase over full", "3.25x (1.9x by its logs)", VIT, RESULTS,
               lambda rows: f"{ratio(rows, 'lowrank_images_per_second', 'full_images_per_second'):.2f}x", POCKET_VIT),
         Claim("time of an epoch, full over low-rank", "1.5x", VIT, RESULTS,
               lambda rows: f"{ratio(rows, 'full_seconds_per_epoch', 'lowrank_seconds_per_epoch'):.2f}x", POCKET_VIT),
         Claim("optimizer state, low-rank phase over full", "–", VIT, RESULTS,
               lambda rows: f"{ratio(rows, 'lowrank_optimizer_gib', 'full_optimizer_gib'):.2f}x", POCKET_VIT),
+    ],
+    "Cuttlefish": [
+        Claim("factored weights keep the accuracy; whole runs are faster", "kept; up to 1.2x", "experiments/factorize", RESULTS,
+              factored, "ViT of 0.27 M, Fashion-MNIST, switch at 40 %, CPU time"),
     ],
     "LTE": [
         Claim("1: low-rank LoRA falls short, a high rank or heads do not", "no figures", LTE, RESULTS,
@@ -173,6 +223,16 @@ CLAIMS: dict[str, Sequence[Claim]] = {
         Claim("5: heads stay orthogonal (mean cosine)", "no figures", LTE, CURVES,
               lambda rows: "{:.3f} → {:.3f}".format(*curve(rows, "lte/orthogonality", "lte-h4-r32-t10")), POCKET_VIT),
         Claim("MLP-Mixer too", "no figures", LTE, RESULTS, losses("mixer128-full", "mixer128-lte"), "width 128"),
+    ],
+    "DiLoCo": [
+        Claim("merging whole weights every 30 steps costs little", "+2.0 % (35 M) … +0.3 % (2.4 B)", NETWORK, RESULTS,
+              above_ddp(("diloco_h10", "float32"), ("diloco_h30", "float32"), ("lte_t10_outer", "int4"),
+                        ("lte_galore", "int4")), POCKET_TEXT),
+    ],
+    "MuLoCo": [
+        Claim("Muon inside, two bits: better than DiLoCo in full precision", "better, 1/8 of its bytes", NETWORK, RESULTS,
+              above_ddp(("diloco_h30", "float32"), ("muloco_h30", "float32"), ("muloco_h30", "int4"), ("muloco_h30", "int2")),
+              POCKET_TEXT),
     ],
     "CS744, GPT-2": [
         Claim("sequential heads take 25 % longer than parallel ones", "1.25x", GPT2, SPEED,
