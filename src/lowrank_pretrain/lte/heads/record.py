@@ -54,6 +54,10 @@ class LayerHeads:
         """Return heads ``first`` … ``first + count − 1``, as copies; fewer if there are not enough."""
         return self._map(lambda value: value[first : first + count].clone())
 
+    def cpu(self) -> "LayerHeads":
+        """Return the record in main memory."""
+        return self._map(Tensor.cpu)
+
     def extend(self, count: int) -> "LayerHeads":
         """Return a record with heads added until there are ``count``, as if never trained; see ``_longer_moment``."""
         return self._map(lambda value: _longer(value, count), lambda key, value: _longer_moment(key, value, count))
