@@ -231,6 +231,19 @@ def test_a_file_goes_on_without_lte_and_saved_after_a_fit_it_goes_on(ranks, tmp_
         close(whole, again, 0)
 
 
+@pytest.mark.parametrize("how", [OUTER, {"wire": "int4", "fragments": 4, "overlap": 0}, {"update": "lora"}], ids=str)
+def test_parameters_without_elements_take_part(how):
+    class WithEmpty(Net):
+        def __init__(self):
+            super().__init__()
+            self.none, self.table = nn.Parameter(torch.zeros(0)), nn.Parameter(torch.zeros(0, 5))
+
+    module, _, strategy = workers.fit(module=WithEmpty(), **how)
+    assert strategy.local.clock == 12 and module.table.shape == (0, 5)
+    plain, _, _ = workers.fit(**how)
+    close({name: W for name, W in lte_workers.weights(module).items() if W.numel()}, lte_workers.weights(plain), 0)
+
+
 # ---- what goes wrong -----------------------------------------------------------------------------------------------------
 
 

@@ -76,6 +76,19 @@ def test_a_warm_step_of_every_mode_stays_on_the_device_and_never_waits(mode, dty
         assert len(optimizer._guard.pending) >= WARM, "the guard went another way than on a device"
 
 
+@pytest.mark.parametrize("mode", [{}, {"variant": "apollo"}, {"variant": "apollo", "second_moment": "factored"}], ids=str)
+def test_a_state_follows_a_model_that_is_moved_to_the_device(mode):
+    with pretend_gpu():
+        params = [nn.Parameter(torch.zeros(shape)) for shape in ((16, 12), (16,))]
+        optimizer = GaLoreAdamW([{"params": params[:1], "rank": 3, **mode}, {"params": params[1:]}], lr=1e-2)
+        take_steps(optimizer, params, COLD)
+        moved = [nn.Parameter(p.detach().to("cuda")) for p in params]  # ``.data`` of a fake tensor cannot change its device
+        for group, old, new in zip(optimizer.param_groups, params, moved, strict=True):
+            group["params"], optimizer.state[new] = [new], optimizer.state.pop(old)
+        take_steps(optimizer, moved, 1)
+        assert all(t.device.type == "cuda" for p in moved for key, t in optimizer.state[p].items() if key != "step")
+
+
 def test_the_pretended_device_notices_what_waits():
     with pretend_gpu(), no_waiting():
         x = torch.zeros(3, device="cuda")
