@@ -236,7 +236,7 @@ def test_parameters_without_elements_take_part(how):
     class WithEmpty(Net):
         def __init__(self):
             super().__init__()
-            self.none, self.table = nn.Parameter(torch.zeros(0)), nn.Parameter(torch.zeros(0, 5))
+            self.none, self.table = (nn.Parameter(torch.zeros(shape).double()) for shape in ((0,), (0, 5)))
 
     module, _, strategy = workers.fit(module=WithEmpty(), **how)
     assert strategy.local.clock == 12 and module.table.shape == (0, 5)
