@@ -6,7 +6,8 @@ from torch import nn
 
 from lowrank_pretrain import ConfigError, PreLoRA
 from lowrank_pretrain.lte import LTEStrategy
-from lowrank_pretrain.lte.traffic import traffic
+from lowrank_pretrain.lte.increments import Increments
+from lowrank_pretrain.lte.traffic import Imagined, traffic
 from lowrank_pretrain.lte.wire import Codec, padded
 from tests import lte_full_workers as workers
 from tests import lte_workers
@@ -293,6 +294,14 @@ def test_a_row_block_and_a_callback_of_phases_are_refused():
         workers.fit(module=Fused(), targets=["qkv.q"])
     with pytest.raises(ConfigError, match="update='full': has no low-rank phase"):
         workers.fit(trainer={"callbacks": [PreLoRA()]})
+
+
+@pytest.mark.parametrize("wire", ["bfloat16", "int8"])
+def test_a_wire_of_real_numbers_refuses_complex_weights_at_the_start(wire):
+    weights = {"real": torch.zeros(3), "phase": torch.zeros(3, dtype=torch.complex64)}
+    with pytest.raises(ConfigError, match=f"^wire='{wire}': codes real numbers, and phase is complex: use float32$"):
+        Increments(weights, Imagined(2), wire)
+    Increments(weights, Imagined(2), "float32")
 
 
 # ---- traffic -------------------------------------------------------------------------------------------------------------
