@@ -277,6 +277,22 @@ def test_adapters_are_drawn_privately_and_by_name():
     assert nets[0]["a"].lora_A.abs().max() <= 8**-0.5  # kaiming-uniform(√5): ±1/√D
 
 
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64, torch.device("meta")], ids=str)
+def test_the_defaults_of_the_process_change_no_draw(default):
+    nets = [nn.Sequential(nn.Linear(8, 6)) for _ in range(2)]
+    lora.inject(nets[0], {"0": 2}, seed=1)
+    if isinstance(default, torch.device):
+        torch.set_default_device(default)
+    else:
+        torch.set_default_dtype(default)
+    try:
+        lora.inject(nets[1], {"0": 2}, seed=1)
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(nets[0][0].lora_A, nets[1][0].lora_A)
+
+
 def test_transformer_encoder_layers_fast_path_is_switched_off_and_on_again():
     torch.manual_seed(0)
     layer = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0), 2).eval()

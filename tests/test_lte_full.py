@@ -135,6 +135,16 @@ def test_w_has_the_same_bits_on_all_workers_after_each_merge(ranks, how):
     assert all(torch.isfinite(W).all() for W in found[0]["weights"].values())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_the_default_dtype_changes_nothing(ranks, dtype):
+    for how in (
+        {"wire": "int8"}, {"wire": "int2", "overlap": 2}, {"update": "lora", "sync_rest": "merge", "wire": "int4", **OUTER},
+        {"update": "lora", "reset": True},
+    ):  # fmt: skip
+        for plain, other in ranks(2, workers.by_default_dtype, 2, dtype, **how):
+            close(plain, other, 0)
+
+
 @pytest.mark.parametrize("how", [SETTINGS[2], SETTINGS[4], SETTINGS[7], SETTINGS[9]], ids=str)
 def test_looking_changes_nothing_and_sees_the_same_model_everywhere(ranks, how):
     blind, looking = (ranks(2, workers.run, 2, steps=10, val=val, **how) for val in (0, 2))

@@ -46,6 +46,6 @@ def _row_sums(tensor: Tensor) -> Tensor:
 def _places(rows: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
     """Return for each row of all tensors the tensor's index and the row's weight, an odd number."""
     with torch.inference_mode(False):
-        owner = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(rows))
-        weight = torch.cat([torch.arange(1, 2 * n, 2) for n in rows])
+        owner = torch.repeat_interleave(torch.arange(len(rows), device="cpu"), torch.tensor(rows, device="cpu"))
+        weight = torch.cat([torch.arange(1, 2 * n, 2, device="cpu") for n in rows])
         return owner.to(device), weight.to(device)

@@ -202,7 +202,7 @@ def draw_A(target: str, head: int, redraw: int, rank: int, cols: int, seed: int 
         cols: D.
         seed: the run's seed.
     """
-    A = torch.empty(rank, cols)
+    A = torch.empty(rank, cols, dtype=torch.float32, device="cpu")  # as the generator, for any defaults of the process
     nn.init.orthogonal_(A, gain=math.sqrt(cols / rank), generator=generator("lora_A", target, head, redraw, seed=seed))
     return A
 
@@ -246,7 +246,7 @@ def give_heads(
     layer = cast(MultiheadLoRALinear, layer)
     layer._parts, layer._rest, layer._shared, layer._name = tuple(parts), (), shared, layer_name
     layer._remaker = Remaker() if recompute_inputs else None
-    none = torch.empty(0, weight.shape[0] if is_conv1d(layer) else weight.shape[1])
+    none = torch.empty(0, weight.shape[0] if is_conv1d(layer) else weight.shape[1], dtype=torch.float32, device="cpu")
     A = [torch.cat([none, *(draw_A(t.name, head, 0, rank, t.cols, seed) for t, rank in ranked)]) for head in head_ids]
     layer.lora_A = nn.Parameter(torch.stack(A).to(**like), requires_grad=at > 0)
     layer.lora_B = nn.ParameterDict({t.part: nn.Parameter(torch.zeros(heads, t.rows, rank, **like)) for t, rank in ranked})

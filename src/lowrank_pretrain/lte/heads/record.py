@@ -119,7 +119,7 @@ def record_of(layers: Mapping[str, HeadLayer], optimizers: Iterable[Optimizer]) 
 
 def _layer_heads(layer: HeadLayer, optimizers: list[Optimizer]) -> LayerHeads:
     A = layer.lora_A.detach()
-    stage = torch.full((len(A),), MERGED if layer.has_prev else LIVES, device=A.device)
+    stage = torch.full((len(A),), MERGED if layer.has_prev else LIVES, dtype=torch.float32, device=A.device)
     B = {part.name: layer.lora_B[part.name].detach() for part in layer._parts}
     prev_A, old_B = layer.prev_factors()
     found = LayerHeads(
