@@ -261,6 +261,16 @@ def test_low_precision_weights_do_not_round_the_small_update_away():
     assert torch.equal(net(x), torch.full_like(net(x), 2.0**-10))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_merging_inside_of_autocast_rounds_no_more(dtype):
+    net = nn.Sequential(nn.Linear(64, 48, dtype=dtype))
+    lora.inject(net, {"0": 4})
+    randomise(net)
+    outside = net[0].merged_weight()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(net[0].merged_weight(), outside)
+
+
 def test_adapters_are_drawn_privately_and_by_name():
     torch.manual_seed(0)
     before = torch.get_rng_state()

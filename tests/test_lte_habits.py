@@ -15,6 +15,7 @@ from lowrank_pretrain.baselines.sinkgd import SinkGD
 from lowrank_pretrain.lora.products import Part, RestPart
 from lowrank_pretrain.lte.heads.function import Layout, heads_linear
 from tests import lte_habits_workers as workers
+from tests.lte_galore_workers import GaLoreNet
 from tests.lte_workers import WIDTH, Net, fit, weights
 
 
@@ -551,6 +552,55 @@ def test_an_optimizer_that_takes_heads_together_is_named_and_a_plain_one_is_left
             _, run, _ = fit(module=module, steps=3)
         assert any("takes all heads of a matrix together" in str(w.message) for w in caught) == (kind == "whole")
         assert run.optimizers[0].steps == 3
+
+
+# ---- autocast ---------------------------------------------------------------------------------------------------------
+
+
+class Stepping(pl.Callback):
+    """Whether a state dict is the same inside of autocast as outside."""
+
+    def __init__(self):
+        self.same = []
+
+    def on_train_batch_end(self, trainer, module, *_):
+        outside = {name: t.clone() for name, t in module.state_dict().items()}
+        with torch.autocast("cpu", torch.bfloat16):
+            self.same.append(all(torch.equal(t, outside[name]) for name, t in module.state_dict().items()))
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"reset": True},
+        {"route": "dense"},
+        {"outer_momentum": 0.5},
+        {"mode": "sequential"},
+        {"update": "galore", "rank": 16},
+    ],
+    ids=str,
+)
+def test_steps_by_hand_inside_of_autocast_merge_as_others_do(how):
+    def trained(automatic):
+        kind = GaLoreNet if how.get("update") == "galore" else Net
+        module, seen, step = kind(dtype=torch.float32), Stepping(), kind.training_step
+        module.automatic_optimization = automatic
+
+        def by_hand(batch, batch_idx):
+            loss, optimizer = step(module, batch, batch_idx), module.optimizers()
+            optimizer.zero_grad()
+            module.manual_backward(loss)
+            optimizer.step()
+            return loss
+
+        module.training_step = module.training_step if automatic else by_hand
+        options = {"precision": "bf16-mixed", "callbacks": [seen]}
+        fit(module=module, trainer=options, **({"heads": 1} if how.get("update") else {}), **{"outer_lr": 0.9, **how})
+        assert all(seen.same)
+        return weights(module)
+
+    same(trained(True), trained(False))
 
 
 # ---- what thaws in the middle of a fit -------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from lowrank_pretrain.core.agreement import generator
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.protocols import Inherit
 from lowrank_pretrain.core.targets import WHOLE, Target, is_conv1d
+from lowrank_pretrain.galore.guard import closed
 from lowrank_pretrain.lora.frozen import store
 from lowrank_pretrain.lora.function import lora_linear
 from lowrank_pretrain.lora.layer import Reclassed, has_own_forward, keep_rows, swap_class
@@ -105,6 +106,7 @@ class MultiheadLoRALinear(Reclassed):
         wide = [p._replace(a=heads * p.a, rank=heads * p.rank, scale=p.scale / self._shared.total) for p in self._parts]
         return A, B, tuple(wide)
 
+    @closed
     @torch.no_grad()
     def _beyond(self) -> list[tuple[Part, Tensor]]:
         """Return per part the mean of what the heads have learnt beyond W, (O_part, D), float32 at least."""
