@@ -581,7 +581,8 @@ class Stepping(pl.Callback):
     ],
     ids=str,
 )
-def test_steps_by_hand_inside_of_autocast_merge_as_others_do(how):
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])  # autocast, and another default dtype
+def test_steps_by_hand_inside_of_a_precisions_context_merge_as_others_do(how, precision):
     def trained(automatic):
         kind = GaLoreNet if how.get("update") == "galore" else Net
         module, seen, step = kind(dtype=torch.float32), Stepping(), kind.training_step
@@ -595,7 +596,7 @@ def test_steps_by_hand_inside_of_autocast_merge_as_others_do(how):
             return loss
 
         module.training_step = module.training_step if automatic else by_hand
-        options = {"precision": "bf16-mixed", "callbacks": [seen]}
+        options = {"precision": precision, "callbacks": [seen]}
         fit(module=module, trainer=options, **({"heads": 1} if how.get("update") else {}), **{"outer_lr": 0.9, **how})
         assert all(seen.same)
         return weights(module)
