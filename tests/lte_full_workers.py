@@ -224,3 +224,17 @@ def far(world, **kwargs):
     """A run whose copies for merges lie elsewhere."""
     with Host():
         return run(world, keep_on="cpu", **kwargs)
+
+
+def by_default_dtype(world, dtype, **kwargs):
+    """The weights of two equal runs; during the second the process has another default dtype."""
+    found = []
+    for default in (torch.float32, dtype):
+        module, order = Net(dtype=torch.float32), lte_workers.in_layout(world, 8)
+        data = lte_workers.Samples(dtype=torch.float32, order=order)
+        torch.set_default_dtype(default)
+        try:
+            found.append(run(world, module=module, data=data, **kwargs)["weights"])
+        finally:
+            torch.set_default_dtype(torch.float32)
+    return found

@@ -70,6 +70,19 @@ def test_the_generator_is_private_and_decides():
     assert torch.equal(before, torch.get_rng_state())
 
 
+def test_the_default_dtype_changes_no_draw():
+    W, C = matrix(200, 200), damped(reference.second_moment(inputs(400, 200, 0.97)).float())
+    plain = spectrum(W, C, 8, generator("a")).basis
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.equal(plain, spectrum(W, C, 8, generator("a")).basis)
+        layer = nn.Linear(4, 4, dtype=torch.float32)
+        moments.begin(layer)
+        assert layer._moment.dtype == layer._rows_seen.dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_full_rank_changes_nothing():
     for o, d in ((24, 16), (16, 24)):
         W, C = matrix(o, d), damped(torch.zeros(d, d))

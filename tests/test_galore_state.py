@@ -2,6 +2,7 @@
 
 import copy
 import io
+import warnings
 
 import pytest
 import torch
@@ -303,6 +304,28 @@ def test_what_cannot_change_is_refused_with_both_values():
     for key, value in (("variant", "apollo"), ("proj_type", "right")):
         with pytest.raises(ConfigError, match=f"^{key}={value!r}.*{'galore' if key == 'variant' else 'std'}"):
             trained(steps=0, **{key: value}).load_state_dict(trained().state_dict())
+
+
+@pytest.mark.parametrize(("key", "value"), [("second_moment", "factored"), ("rule", "muon"), ("proj_type", "left")])
+def test_a_mode_may_change_before_anything_is_projected_and_not_after_an_adoption(key, value):
+    def made(**settings):
+        model = Pair()
+        return model, GaLoreAdamW(list(model.named_parameters()), lr=1e-2, **settings)
+
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # it has no effect yet
+        model, old = made()
+        new = made(**{key: value})[1]
+        for adopted in (False, True):
+            if adopted:
+                old.adopt({"q": 3}, model)
+            model(draw((4, 12), 0)).sum().backward()
+            old.step()
+            if not adopted:
+                new.load_state_dict(through_a_file(old.state_dict()))
+                assert new.param_groups[0][key] == value
+                continue
+            with pytest.raises(ConfigError, match=f"^{key}={value!r}"):
+                new.load_state_dict(through_a_file(old.state_dict()))
 
 
 # ---- adoption ---------------------------------------------------------------------------------------------------------

@@ -261,6 +261,16 @@ def test_low_precision_weights_do_not_round_the_small_update_away():
     assert torch.equal(net(x), torch.full_like(net(x), 2.0**-10))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_merging_inside_of_autocast_rounds_no_more(dtype):
+    net = nn.Sequential(nn.Linear(64, 48, dtype=dtype))
+    lora.inject(net, {"0": 4})
+    randomise(net)
+    outside = net[0].merged_weight()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(net[0].merged_weight(), outside)
+
+
 def test_adapters_are_drawn_privately_and_by_name():
     torch.manual_seed(0)
     before = torch.get_rng_state()
@@ -275,6 +285,22 @@ def test_adapters_are_drawn_privately_and_by_name():
     lora.inject(other, {"a": 2}, seed=2)
     assert not torch.equal(nets[0]["a"].lora_A, other["a"].lora_A)
     assert nets[0]["a"].lora_A.abs().max() <= 8**-0.5  # kaiming-uniform(√5): ±1/√D
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64, torch.device("meta")], ids=str)
+def test_the_defaults_of_the_process_change_no_draw(default):
+    nets = [nn.Sequential(nn.Linear(8, 6)) for _ in range(2)]
+    lora.inject(nets[0], {"0": 2}, seed=1)
+    if isinstance(default, torch.device):
+        torch.set_default_device(default)
+    else:
+        torch.set_default_dtype(default)
+    try:
+        lora.inject(nets[1], {"0": 2}, seed=1)
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(nets[0][0].lora_A, nets[1][0].lora_A)
 
 
 def test_transformer_encoder_layers_fast_path_is_switched_off_and_on_again():

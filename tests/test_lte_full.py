@@ -6,7 +6,8 @@ from torch import nn
 
 from lowrank_pretrain import ConfigError, PreLoRA
 from lowrank_pretrain.lte import LTEStrategy
-from lowrank_pretrain.lte.traffic import traffic
+from lowrank_pretrain.lte.increments import Increments
+from lowrank_pretrain.lte.traffic import Imagined, traffic
 from lowrank_pretrain.lte.wire import Codec, padded
 from tests import lte_full_workers as workers
 from tests import lte_workers
@@ -134,6 +135,16 @@ def test_w_has_the_same_bits_on_all_workers_after_each_merge(ranks, how):
     assert all(torch.isfinite(W).all() for W in found[0]["weights"].values())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_the_default_dtype_changes_nothing(ranks, dtype):
+    for how in (
+        {"wire": "int8"}, {"wire": "int2", "overlap": 2}, {"update": "lora", "sync_rest": "merge", "wire": "int4", **OUTER},
+        {"update": "lora", "reset": True},
+    ):  # fmt: skip
+        for plain, other in ranks(2, workers.by_default_dtype, 2, dtype, **how):
+            close(plain, other, 0)
+
+
 @pytest.mark.parametrize("how", [SETTINGS[2], SETTINGS[4], SETTINGS[7], SETTINGS[9]], ids=str)
 def test_looking_changes_nothing_and_sees_the_same_model_everywhere(ranks, how):
     blind, looking = (ranks(2, workers.run, 2, steps=10, val=val, **how) for val in (0, 2))
@@ -231,6 +242,19 @@ def test_a_file_goes_on_without_lte_and_saved_after_a_fit_it_goes_on(ranks, tmp_
         close(whole, again, 0)
 
 
+@pytest.mark.parametrize("how", [OUTER, {"wire": "int4", "fragments": 4, "overlap": 0}, {"update": "lora"}], ids=str)
+def test_parameters_without_elements_take_part(how):
+    class WithEmpty(Net):
+        def __init__(self):
+            super().__init__()
+            self.none, self.table = (nn.Parameter(torch.zeros(shape).double()) for shape in ((0,), (0, 5)))
+
+    module, _, strategy = workers.fit(module=WithEmpty(), **how)
+    assert strategy.local.clock == 12 and module.table.shape == (0, 5)
+    plain, _, _ = workers.fit(**how)
+    close({name: W for name, W in lte_workers.weights(module).items() if W.numel()}, lte_workers.weights(plain), 0)
+
+
 # ---- what goes wrong -----------------------------------------------------------------------------------------------------
 
 
@@ -280,6 +304,14 @@ def test_a_row_block_and_a_callback_of_phases_are_refused():
         workers.fit(module=Fused(), targets=["qkv.q"])
     with pytest.raises(ConfigError, match="update='full': has no low-rank phase"):
         workers.fit(trainer={"callbacks": [PreLoRA()]})
+
+
+@pytest.mark.parametrize("wire", ["bfloat16", "int8"])
+def test_a_wire_of_real_numbers_refuses_complex_weights_at_the_start(wire):
+    weights = {"real": torch.zeros(3), "phase": torch.zeros(3, dtype=torch.complex64)}
+    with pytest.raises(ConfigError, match=f"^wire='{wire}': codes real numbers, and phase is complex: use float32$"):
+        Increments(weights, Imagined(2), wire)
+    Increments(weights, Imagined(2), "float32")
 
 
 # ---- traffic -------------------------------------------------------------------------------------------------------------

@@ -10,15 +10,26 @@ from torch import nn
 from torch.nn import functional as F
 
 from lowrank_pretrain import ConfigError
+from lowrank_pretrain.baselines.muon import Muon
+from lowrank_pretrain.baselines.sinkgd import SinkGD
 from lowrank_pretrain.lora.products import Part, RestPart
 from lowrank_pretrain.lte.heads.function import Layout, heads_linear
 from tests import lte_habits_workers as workers
+from tests.lte_galore_workers import GaLoreNet
 from tests.lte_workers import WIDTH, Net, fit, weights
 
 
 def same(a, b):
     assert a.keys() == b.keys()
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+class Wide(Net):
+    """Has a matrix whose heads may be large."""
+
+    def __init__(self):
+        super().__init__(dtype=torch.float32)
+        self.net = nn.Sequential(nn.Linear(WIDTH, 64), nn.Linear(64, 64), nn.Linear(64, 2 * WIDTH))
 
 
 class Unused(Net):
@@ -501,6 +512,37 @@ def test_torchs_own_are_judged_likewise():
         fit(module=module, steps=1)
 
 
+@pytest.mark.parametrize(("kind", "words"), [(Muon, "three dimensions"), (SinkGD, "three dimensions")])
+def test_our_own_optimizers_of_matrices_are_judged_by_the_group_that_holds_the_heads(kind, words):
+    module = Net(dtype=torch.float32)
+    two = [module.net[0].weight, module.net[4].weight]
+    rest = [p for p in module.parameters() if not any(p is one for one in two)]
+    module.configure_optimizers = lambda: kind([{"params": rest}, {"params": two, "matrices": True}], lr=1e-2)
+    with pytest.raises(ConfigError, match=f"optimizer='{kind.__name__}'.*{words}"):
+        fit(module=module)
+    assert not module.losses
+
+
+def test_an_optimizer_is_judged_by_heads_as_large_as_the_models():
+    class Few(torch.optim.SGD):  # as libraries with 8-bit states: small tensors keep full ones
+        def step(self, closure=None):
+            for group in self.param_groups:
+                for p in group["params"]:
+                    if p.numel() >= 4096:
+                        self.state[p] = {"codes": p.grad.new_zeros(p.numel() // 256)}
+            return super().step(closure)
+
+    for rank, refused in ((2, False), (64, True)):
+        module = Wide()
+        module.configure_optimizers = lambda m=module: Few(m.parameters(), lr=1e-2)
+        if not refused:
+            fit(module=module, rank=rank, steps=1)
+            continue
+        with pytest.raises(ConfigError, match="optimizer='Few': keeps codes"):
+            fit(module=module, rank=rank)
+        assert not module.losses
+
+
 def test_an_optimizer_that_takes_heads_together_is_named_and_a_plain_one_is_left_as_it_was():
     for kind in ("whole", "plain"):
         module = Net()
@@ -510,6 +552,56 @@ def test_an_optimizer_that_takes_heads_together_is_named_and_a_plain_one_is_left
             _, run, _ = fit(module=module, steps=3)
         assert any("takes all heads of a matrix together" in str(w.message) for w in caught) == (kind == "whole")
         assert run.optimizers[0].steps == 3
+
+
+# ---- autocast ---------------------------------------------------------------------------------------------------------
+
+
+class Stepping(pl.Callback):
+    """Whether a state dict is the same inside of autocast as outside."""
+
+    def __init__(self):
+        self.same = []
+
+    def on_train_batch_end(self, trainer, module, *_):
+        outside = {name: t.clone() for name, t in module.state_dict().items()}
+        with torch.autocast("cpu", torch.bfloat16):
+            self.same.append(all(torch.equal(t, outside[name]) for name, t in module.state_dict().items()))
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"reset": True},
+        {"route": "dense"},
+        {"outer_momentum": 0.5},
+        {"mode": "sequential"},
+        {"update": "galore", "rank": 16},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])  # autocast, and another default dtype
+def test_steps_by_hand_inside_of_a_precisions_context_merge_as_others_do(how, precision):
+    def trained(automatic):
+        kind = GaLoreNet if how.get("update") == "galore" else Net
+        module, seen, step = kind(dtype=torch.float32), Stepping(), kind.training_step
+        module.automatic_optimization = automatic
+
+        def by_hand(batch, batch_idx):
+            loss, optimizer = step(module, batch, batch_idx), module.optimizers()
+            optimizer.zero_grad()
+            module.manual_backward(loss)
+            optimizer.step()
+            return loss
+
+        module.training_step = module.training_step if automatic else by_hand
+        options = {"precision": precision, "callbacks": [seen]}
+        fit(module=module, trainer=options, **({"heads": 1} if how.get("update") else {}), **{"outer_lr": 0.9, **how})
+        assert all(seen.same)
+        return weights(module)
+
+    same(trained(True), trained(False))
 
 
 # ---- what thaws in the middle of a fit -------------------------------------------------------------------------------

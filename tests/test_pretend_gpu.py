@@ -13,8 +13,9 @@ from lowrank_pretrain.guards.finite import FiniteGuard
 from lowrank_pretrain.lora import function as lora_function
 from lowrank_pretrain.lora import model as lora
 from lowrank_pretrain.lte.heads import function as heads_function
+from lowrank_pretrain.lte.heads.checkpoint import _all_turns
 from lowrank_pretrain.lte.heads.head_set import HeadSet
-from lowrank_pretrain.lte.heads.record import factor_name, factor_parameters, put_moments
+from lowrank_pretrain.lte.heads.record import factor_name, factor_parameters, put_moments, to_file
 from lowrank_pretrain.lte.settings import Settings
 from lowrank_pretrain.lte.workers import Workers, clip_norms
 from lowrank_pretrain.observe.step_clock import StepClock
@@ -73,6 +74,19 @@ def test_a_warm_step_of_every_mode_stays_on_the_device_and_never_waits(mode, dty
         assert watch.operations > 20 * WARM
         assert all(t.device.type == "cuda" for p in params for key, t in optimizer.state[p].items() if key != "step")
         assert len(optimizer._guard.pending) >= WARM, "the guard went another way than on a device"
+
+
+@pytest.mark.parametrize("mode", [{}, {"variant": "apollo"}, {"variant": "apollo", "second_moment": "factored"}], ids=str)
+def test_a_state_follows_a_model_that_is_moved_to_the_device(mode):
+    with pretend_gpu():
+        params = [nn.Parameter(torch.zeros(shape)) for shape in ((16, 12), (16,))]
+        optimizer = GaLoreAdamW([{"params": params[:1], "rank": 3, **mode}, {"params": params[1:]}], lr=1e-2)
+        take_steps(optimizer, params, COLD)
+        moved = [nn.Parameter(p.detach().to("cuda")) for p in params]  # ``.data`` of a fake tensor cannot change its device
+        for group, old, new in zip(optimizer.param_groups, params, moved, strict=True):
+            group["params"], optimizer.state[new] = [new], optimizer.state.pop(old)
+        take_steps(optimizer, moved, 1)
+        assert all(t.device.type == "cuda" for p in moved for key, t in optimizer.state[p].items() if key != "step")
 
 
 def test_the_pretended_device_notices_what_waits():
@@ -144,6 +158,21 @@ def test_moments_of_a_head_whose_turn_comes_after_a_resume_lie_on_the_device():
             state = optimizer.state[p]
             assert state["exp_avg"].device == state["exp_avg_sq"].device == p.device
             assert state["step"].device.type == counts_on and state["step"].ndim == 0
+
+
+def test_a_resumed_run_writes_the_heads_of_all_turns_though_some_lie_in_main_memory(monkeypatch):
+    monkeypatch.setattr("lowrank_pretrain.lte.view.read_stamps", lambda tensors: [0] * len(tensors))  # fake ones have no bits
+    with pretend_gpu():
+        read = heads_of(Layers(torch.float32), mode="sequential").record()
+        with torch.device("cuda"):
+            owner = heads_of(Layers(torch.float32), mode="sequential")
+        owner.optimizers = [torch.optim.AdamW(owner.parameters().values())]
+        for p in owner.parameters().values():
+            moments = {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
+            owner.optimizers[0].state[p] = {**moments, "step": torch.ones(())}
+        for parked in ({}, {1: read}):
+            owner.parked = parked
+            assert all(len(t) == 2 and t.device.type == "cpu" for t in to_file(_all_turns(owner)).values())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -145,6 +145,9 @@ def test_a_tuned_sweep_moves_to_the_better_neighbours_and_tells_the_best(cli, tm
         (["optim.lr=1e-3,2e-3"], "optim.lr='1e-3,2e-3': sweep=tuned chooses values itself: give one"),
         (["hydra.sweeper.coordinates=[rank]"], "hydra.sweeper.coordinates=['rank']: must be some of lr, rest_lr, beta1"),
         (["hydra.sweeper.factor=1.0"], "factor=1.0: must be a number above 1"),
+        (["hydra.sweeper.lists.beta1=0.9"], "beta1=0.9: must be three or more increasing values: a search "),
+        (["hydra.sweeper.lists.beta1=[0.8,high,0.9]"], "beta1='high': must be a number"),
+        (["optim.lr=fast"], "optim.lr='fast': must be a number above 0"),
         (["hydra.sweeper.budget=2"], "hydra.sweeper.budget=2: must be 3 or more: the first comparison takes so many runs"),
     ],
 )  # fmt: skip
@@ -152,6 +155,20 @@ def test_a_search_that_cannot_be_is_one_line(cli, tmp_path, words, message):  # 
     code, out, err = cli("sweep=tuned", "-m", *words)
     assert code == 2 and err.startswith(f"error: {message}") and err.count("\n") == 1, err
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_search_without_losses_ends_in_one_line(cli, tmp_path, monkeypatch):  # noqa: F811
+    def diverges(cfg, run_dir, multirun):
+        raise train.JobFailed("diverged", 1)
+
+    for run, message in (
+        (lambda *_: None, "sweep='tuned': compares runs by val/loss"),
+        (diverges, "sweep=tuned: none of 5 runs"),
+    ):
+        monkeypatch.setattr(train, "_run", run)
+        code, out, err = cli("sweep=tuned", "-m", "hydra.sweep.dir=none")
+        assert code == (1 if run is diverges else 2) and "tuned: " not in out, out
+        assert f"error: {message}" in err and "Traceback" not in err, err
 
 
 def test_an_option_that_there_is_not_is_one_line_before_any_job(cli, tmp_path):  # noqa: F811

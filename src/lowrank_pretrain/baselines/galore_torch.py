@@ -6,6 +6,7 @@ object is made anew for each step from plain tensors, ``proj`` and, for two side
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -51,7 +52,10 @@ class GaLoreTorch(MatrixPair):
                     found = [state.pop(key) for key in KEYS if key in state]
                     state["projector"].ortho_matrix = found[0] if len(found) == 1 else found
         self._lend(self._of_matrices, groups)
-        self._of_matrices.step()
+        with ExitStack() as stack:  # inside of autocast its products would run in half precision
+            for device in {p.device.type for group in groups for p in group["params"]}:
+                stack.enter_context(torch.autocast(device, enabled=False))
+            self._of_matrices.step()
         for group in groups:
             for state in self._states(group):
                 bases: Any = state.pop("projector").ortho_matrix

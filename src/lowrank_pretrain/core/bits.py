@@ -28,12 +28,14 @@ def stamps(tensors: Sequence[Tensor]) -> Tensor:
 def _row_sums(tensor: Tensor) -> Tensor:
     """Return the sum of each row's bits, read as 64-bit numbers where the row length allows it."""
     tensor = tensor.detach()
+    if not tensor.numel():
+        return torch.zeros(1, dtype=torch.int64, device=tensor.device)
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor)
     if not tensor.is_contiguous():
         tensor = tensor.t() if tensor.ndim == 2 and tensor.t().is_contiguous() else tensor.contiguous()
     if tensor.ndim != 2:
-        tensor = tensor.reshape(tensor.shape[0] if tensor.ndim > 1 and tensor.numel() else 1, -1)
+        tensor = tensor.reshape(tensor.shape[0] if tensor.ndim > 1 else 1, -1)
     size = tensor.itemsize
     # read doubles as halves: two changed signs would cancel modulo 2⁶⁴ in 64-bit numbers
     whole = size < 8 and tensor.shape[1] * size % 8 == 0 and tensor.storage_offset() * size % 8 == 0
@@ -44,6 +46,6 @@ def _row_sums(tensor: Tensor) -> Tensor:
 def _places(rows: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
     """Return for each row of all tensors the tensor's index and the row's weight, an odd number."""
     with torch.inference_mode(False):
-        owner = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(rows))
-        weight = torch.cat([torch.arange(1, 2 * n, 2) for n in rows])
+        owner = torch.repeat_interleave(torch.arange(len(rows), device="cpu"), torch.tensor(rows, device="cpu"))
+        weight = torch.cat([torch.arange(1, 2 * n, 2, device="cpu") for n in rows])
         return owner.to(device), weight.to(device)

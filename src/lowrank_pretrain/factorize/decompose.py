@@ -81,7 +81,7 @@ def spectrum(W: Tensor, C: Tensor, most: int, generator: torch.Generator) -> Spe
         factor = torch.linalg.cholesky(C.double())  # any square root of C will do: G = (W L)(W L)ᵀ
         P, s, _ = torch.linalg.svd(W.double() @ factor, full_matrices=False)
         return Spectrum(P[:, :most].to(W.dtype), s[:most].square(), total)
-    Q = torch.randn(W.shape[0], most + _OVERSAMPLING, generator=generator).to(W)
+    Q = torch.randn(W.shape[0], most + _OVERSAMPLING, generator=generator, dtype=torch.float32, device="cpu").to(W)
     for _ in range(_ITERATIONS):
         Q = torch.linalg.qr(W @ (C @ (W.t() @ Q)))[0]  # (O, l)
     A = W.t() @ Q  # (D, l)

@@ -55,8 +55,8 @@ def begin(layer: Any) -> None:
     cols = weight_rows(layer).shape[1]
     swap_class(layer, MeasuredLinear)
     layer.__dict__["_rest"] = ()
-    layer.__dict__["_moment"] = torch.zeros(cols, cols, device=layer.weight.device)
-    layer.__dict__["_rows_seen"] = torch.zeros((), device=layer.weight.device)
+    layer.__dict__["_moment"] = torch.zeros(cols, cols, dtype=torch.float32, device=layer.weight.device)
+    layer.__dict__["_rows_seen"] = torch.zeros((), dtype=torch.float32, device=layer.weight.device)
 
 
 def end(layer: Any) -> None:

@@ -86,7 +86,7 @@ class Projected:
     def attach(self, state: dict[str, Any], local: LocalUpdate | None, shared: SharedBasis | None) -> "Projected":
         """Take the parameter's state for this step; it may have been dropped or replaced since the last one."""
         self.state, self.step, self.local, self.shared = state, steps_taken(state), local, shared
-        if "proj" in state and state["proj"].device != self.p.device:  # the model was moved after the optimizer was made
+        if "exp_avg" in state and state["exp_avg"].device != self.p.device:  # the model was moved after the optimizer was made
             for key, value in state.items():
                 if isinstance(value, Tensor) and key != "step":
                     state[key] = value.to(self.p.device)

@@ -102,7 +102,7 @@ def fit_saved_state(
             ranks[place.p] = place.adopted
         state, there = saved["state"].get(place.key), groups[place.source]
         if state:
-            _check_fixed_settings(groups_here[place.number], there, place.name)
+            _check_fixed_settings(groups_here[place.number], there, place.adopted, place.name)
             _check_shapes(state, place.p, there, place.adopted, place.name)
             states[place.p] = _own_tensors(state, place.p, new_groups[place.number])
     known = {place.key for place in places}
@@ -175,10 +175,10 @@ def _match_names(there: dict[str, tuple[int, int]], here: dict[str, tuple[int, i
     raise ConfigError("ckpt_path", extra, "is in the file's optimizer state, but not in this optimizer: another model?")
 
 
-def _check_fixed_settings(here: dict[str, Any], there: dict[str, Any], name: str) -> None:
+def _check_fixed_settings(here: dict[str, Any], there: dict[str, Any], adopted: int, name: str) -> None:
     """Refuse changed settings that the state depends on."""
     for key in _FIXED:
-        if here.get(key) != there.get(key) and (key == "rank" or here.get("rank")):
+        if here.get(key) != there.get(key) and (key == "rank" or here.get("rank") or adopted):
             raise ConfigError(
                 key, here.get(key), f"the checkpoint was written with {there.get(key)!r} ({name}): use that, or start afresh"
             )
@@ -198,8 +198,10 @@ def _settings(group: dict[str, Any], old: dict[str, Any], now: dict[str, Any], t
     if "param_names" in group:
         new["param_names"] = group["param_names"]
     adopted = "ranks" in old
+    projected = adopted or old.get("rank") or group.get("rank")
+    kept = {"rank", "seed", *(_FIXED if projected else ()), *(["scale"] if adopted else ())}  # an adoption sets the scale
     for key in KEYS:
-        if key not in now or key in (*_FIXED, "seed") or (key == "scale" and adopted):  # an adoption sets the scale itself
+        if key not in now or key in kept:
             continue
         if then is None:
             if key not in _RATES:

@@ -243,7 +243,7 @@ def give_adapters(
     like: dict[str, Any] = {"dtype": weight.dtype, "device": weight.device}
     total = sum(rank for _, rank in ranked)
     cols = weight.shape[0] if is_conv1d(layer) else weight.shape[1]
-    A = torch.empty(total, cols)
+    A = torch.empty(total, cols, dtype=torch.float32, device="cpu")  # as the generator, for any defaults of the process
     spans, factors, at = [], {}, 0
     for target, rank in ranked:
         bound = math.sqrt(3.0) * math.sqrt(2.0 / (1 + 5)) / math.sqrt(cols)  # kaiming-uniform, a = √5

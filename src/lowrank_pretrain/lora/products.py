@@ -59,7 +59,7 @@ def merged(
         if block.dtype in (torch.float32, torch.float64):
             block.addmm_(B.to(block.dtype), A.to(block.dtype), alpha=part.scale)
         else:
-            block.copy_(torch.addmm(block.float(), B.float(), A.float(), alpha=part.scale))
+            block.copy_(block.float().addmm_(B.float(), A.float(), alpha=part.scale))  # in place: autocast leaves it alone
     return out
 
 

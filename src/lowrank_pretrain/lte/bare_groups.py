@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.protocols import Inherit
+from lowrank_pretrain.galore import GaLoreAdamW
 
 
 @dataclass
@@ -136,27 +137,37 @@ class BareGroups:
 _PLAIN = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)  # known to be elementwise
 
 
-def check_stacked(optimizer: Optimizer, like: Tensor) -> None:
-    """Check by a step on a toy parameter that an optimizer can train stacked heads (H, R, D).
+def check_stacked(optimizer: Optimizer, held: Iterable[Tensor]) -> None:
+    """Check by steps on toy parameters that an optimizer can train stacked heads (H, R, D).
 
     Afterwards the optimizer has its own parameters and states again.
 
     Args:
         optimizer: the optimizer.
-        like: a head's factor, for dtype and device.
+        held: the heads' factors, or the weights in whose place heads will be: each group that holds some is tried.
 
     Raises:
         ConfigError: it takes matrices only, or keeps state in which heads cannot be distinguished.
     """
-    kind = type(optimizer).__name__
-    if type(optimizer) in _PLAIN or hasattr(optimizer, "optim") or type(optimizer).__module__.startswith("lowrank_pretrain"):
+    if type(optimizer) in (*_PLAIN, GaLoreAdamW) or hasattr(optimizer, "optim"):
         return
-    both = torch.linspace(-1, 1, 128).square().view(2, 8, 8) - torch.eye(8)
-    tried = [_trial(optimizer, matrix, like) for matrix in both]
+    mine = {id(p) for p in held}
+    for group in optimizer.param_groups:
+        likes = [p for p in group["params"] if id(p) in mine]
+        if likes:
+            _check_group(optimizer, group, max(likes, key=Tensor.numel))
+
+
+def _check_group(optimizer: Optimizer, group: Mapping[str, Any], like: Tensor) -> None:
+    """Check it with one group's settings, in the dtype and on the device of ``like``."""
+    kind = type(optimizer).__name__
+    side = 64 if like.numel() >= 4096 else 8  # optimizers with few bits keep small tensors in float32
+    both = torch.linspace(-1, 1, 2 * side**2).square().view(2, side, side) - torch.eye(side)
+    tried = [_trial(optimizer, group, matrix, like) for matrix in both]
     alone = [found[0] for found in tried if not isinstance(found, Exception)]
     if len(alone) < len(tried):
         return  # it needs more than gradients (a closure, a mode): no verdict here
-    found = _trial(optimizer, both, like)
+    found = _trial(optimizer, group, both, like)
     if isinstance(found, Exception):
         first = str(found).strip().splitlines()[0] if str(found).strip() else type(found).__name__
         raise ConfigError("optimizer", kind, f"cannot train heads, which are stacked in three dimensions ({first}): use AdamW")
@@ -181,12 +192,14 @@ def check_moment(kind: str, key: str, value: Any, p: Tensor) -> None:
     raise ConfigError("optimizer", kind, f"keeps {key}, in which heads cannot be told apart: use AdamW or SGD")
 
 
-def _trial(optimizer: Optimizer, value: Tensor, like: Tensor) -> tuple[Tensor, dict[str, Any]] | Exception:
+def _trial(
+    optimizer: Optimizer, settings: Mapping[str, Any], value: Tensor, like: Tensor
+) -> tuple[Tensor, dict[str, Any]] | Exception:
     """Return one parameter after the optimizer's step, and the optimizer state that it leaves."""
     p = nn.Parameter(value.to(like).clone())
     p.grad = value.flip(-1).to(like)
     kept = dict(optimizer.__dict__)
-    group = {key: copy.copy(held) for key, held in optimizer.param_groups[0].items() if key != "param_names"}
+    group = {key: copy.copy(held) for key, held in settings.items() if key != "param_names"}
     devices = [p.device] if p.device.type == "cuda" else []
     step = type(optimizer).step
     try:

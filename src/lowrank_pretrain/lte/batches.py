@@ -326,7 +326,7 @@ _KINDS = {(False, False): _Shared, (True, False): _Sized, (False, True): _Statef
 def _who_ended(mine: bool, workers: int) -> list[int]:
     """Return the workers that have no more batches."""
     # numbers on the CPU, also if gradients use NCCL: a device sync per batch would cost more
-    ended = torch.zeros(workers, dtype=torch.int32)
+    ended = torch.zeros(workers, dtype=torch.int32, device="cpu")
     ended[dist.get_rank()] = mine
     dist.all_reduce(ended, group=_cpu_group())
     return ended.nonzero().flatten().tolist()

@@ -397,7 +397,7 @@ def check_optimizers(fit: Fit) -> None:
     for optimizer in fit.optimizers:
         held = [weights[id(p)] for group in optimizer.param_groups for p in group["params"] if id(p) in weights]
         if held:
-            check_stacked(optimizer, held[0])
+            check_stacked(optimizer, held)
 
 
 def begin_from_adapters(heads: "HeadSet", fit: Fit) -> list[Inherit]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lowrank_pretrain.core.dtypes import at_least_32
-from lowrank_pretrain.core.errors import NotFinite
+from lowrank_pretrain.core.errors import ConfigError, NotFinite
 from lowrank_pretrain.lte.line import Changes, Line
 from lowrank_pretrain.lte.outer import OuterStep
 from lowrank_pretrain.lte.storage import Storage
@@ -40,12 +40,18 @@ class Increments:
         wire: a key of ``wire.WIRES``.
         keep_on: where W_base and error feedback are kept between merges, ``device`` or ``cpu`` (``storage.Storage``).
 
+    Raises:
+        ConfigError: complex weights, and a wire that codes real numbers.
+
     Attributes:
         base: W_base by name, as kept.
         wire: averages the flat buffer, and keeps the error feedback.
     """
 
     def __init__(self, weights: Weights, workers: Workers, wire: str, keep_on: str = "device") -> None:
+        complex_one = next((name for name, W in weights.items() if W.is_complex()), None)
+        if complex_one is not None and wire != "float32" and workers.size > 1:
+            raise ConfigError("wire", wire, f"codes real numbers, and {complex_one} is complex: use float32")
         self.workers, self.storage = workers, Storage(keep_on)
         self.base = {n: self.storage.put(W.detach().to(at_least_32(W.dtype), copy=True)) for n, W in weights.items()}
         self.wire = DenseMean(workers, wire, sum(W.numel() for W in weights.values()), keep_on)

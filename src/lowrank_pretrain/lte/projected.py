@@ -251,7 +251,7 @@ class ProjectedSet(WholeTargets):
         Args:
             codec: writes the factors in few bits; ``None``: uncoded, for evaluation.
         """
-        C = torch.tensor([p.update.C for p in self.pieces], dtype=torch.float64)
+        C = torch.tensor([p.update.C for p in self.pieces], dtype=torch.float64, device="cpu")
         factors = [piece.factors() for piece in self.pieces]
         sent: Exchange | list[Tensor]
         if self.basis != "shared":

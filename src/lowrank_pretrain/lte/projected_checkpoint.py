@@ -16,12 +16,14 @@ from torch import Tensor
 
 from lowrank_pretrain.checkpoints.format import FORMAT
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.galore.guard import closed
 from lowrank_pretrain.lte.checkpoint import check_saved, how_merged
 
 if TYPE_CHECKING:
     from lowrank_pretrain.lte.projected import ProjectedSet
 
 
+@closed
 def saved_targets(targets: "ProjectedSet") -> dict[str, Any] | None:
     """Return the targets' part of ``lte_state``, plain types and tensors, on the worker that writes; ``None`` on the others.
 

@@ -23,6 +23,7 @@ from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.lightning_private import LEFT_OUT_OF_DDP, leave_out_of_ddp, set_sampler_injection
 from lowrank_pretrain.core.protocols import HasPhase, Merges, Reports, phase_callback, phase_of
 from lowrank_pretrain.core.trainer import accumulates, callbacks_of
+from lowrank_pretrain.galore.guard import closed
 from lowrank_pretrain.lora import model as lora
 from lowrank_pretrain.lte import checkpoint as files
 from lowrank_pretrain.lte.batches import shared_out
@@ -277,6 +278,7 @@ class LTEStrategy(FollowsPhases, Reports, Merges):
         if not self._inside_step:
             self._tick()
 
+    @closed  # manual optimization steps inside of a training step's autocast
     def _tick(self) -> None:
         """Count an optimizer step, and merge what is due."""
         local, first_step = self.local, self.local.first_step

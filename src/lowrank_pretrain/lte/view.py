@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lowrank_pretrain.core import bits
 from lowrank_pretrain.core.dtypes import at_least_32
+from lowrank_pretrain.galore.guard import closed
 from lowrank_pretrain.lte.merge import Exchange, Factors
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ class MergedView:
         """Return whether the merged weights are swapped in."""
         return self._owner.shared.viewing
 
+    @closed
     @torch.no_grad()
     def merged_weights(self, piecemeal: bool = False) -> dict[str, Tensor]:
         """Return each merged W, a new tensor in the parameter's layout; change nothing. All workers call it together.
@@ -63,6 +65,7 @@ class MergedView:
             piece.write(merged, result[piece.weight_name])
         return result
 
+    @closed
     def swap_in(self, piecemeal: bool = False, writes: bool = True) -> None:
         """Swap the merged weights in for W. All workers call it together.
 
@@ -95,6 +98,7 @@ class MergedView:
                 live[name].data = W
             self.keep()
 
+    @closed
     @torch.no_grad()
     def swap_out_keeping_writes(self) -> None:
         """Swap out, and add to W what others wrote into the merged weights meanwhile. All workers call it together."""

@@ -95,7 +95,7 @@ class Codec:
         shape = (*x.shape[:-1], self.bytes_of(n))
         message = torch.empty(shape, dtype=torch.uint8, device=x.device) if out is None else _shaped(out, shape)
         left = x.reshape(-1, n) if left_out is None else left_out.view(-1, n)
-        room = torch.empty(min(n, IN_CACHE) if x.device.type == "cpu" else n, device=x.device)
+        room = torch.empty(min(n, IN_CACHE) if x.device.type == "cpu" else n, dtype=torch.float32, device=x.device)
         for row, written, rest in zip(x.reshape(-1, n), message.view(-1, self.bytes_of(n)), left, strict=True):
             for at, scales, codes in self._pieces(written, n):
                 some = slice(at, at + BLOCK * len(scales))
@@ -150,7 +150,7 @@ class Codec:
         """
         n = message.shape[-1] * BLOCK // self.bytes_of(BLOCK)
         if out is None:
-            out = torch.empty((*message.shape[:-1], n), device=message.device)
+            out = torch.empty((*message.shape[:-1], n), dtype=torch.float32, device=message.device)
         message = message.contiguous()
         if self.bits >= 16:
             return out.copy_(message.view(torch.float32 if self.exact else torch.bfloat16))
@@ -238,8 +238,9 @@ class DenseMean:
         self.workers, self.codec, self.n, self.storage = workers, Codec(wire), n, Storage(keep_on)
         length = padded(n, workers.size)
         lossy = workers.size > 1 and not self.codec.exact
-        self.sent_error = self.storage.put(torch.zeros(length if lossy else 0))
-        self.mean_error = self.storage.put(torch.zeros(length // workers.size if lossy else 0))
+        sizes = (length, length // workers.size) if lossy else (0, 0)
+        errors = (self.storage.put(torch.zeros(size, dtype=torch.float32)) for size in sizes)
+        self.sent_error, self.mean_error = errors
 
     @torch.no_grad()
     def mean(self, flat: Tensor) -> Tensor:
@@ -279,7 +280,7 @@ class DenseMean:
         width = min(c, max(BLOCK, at_once // w // BLOCK * BLOCK))
         # memory for all parts: fresh memory costs a CPU more than the arithmetic
         room = Room(
-            torch.empty(2, width, device=device),
+            torch.empty(2, width, dtype=torch.float32, device=device),
             torch.empty(3, w * self.codec.bytes_of(width), dtype=torch.uint8, device=device),
         )
         for at in range(0, c, width):
@@ -320,7 +321,7 @@ class DenseMean:
         """
         n = messages.shape[1] * BLOCK // self.codec.bytes_of(BLOCK)
         if room is None:  # each in memory of its own: the mean may be kept
-            mean, theirs = torch.empty(n, device=messages.device), torch.empty(n, device=messages.device)
+            mean, theirs = (torch.empty(n, dtype=torch.float32, device=messages.device) for _ in range(2))
         else:
             mean, theirs = room[:, :n]
         self.codec.decode(messages[0], mean)

@@ -138,7 +138,7 @@ class Workers:
         if self.size == 1 or not mine:
             return [list(mine)] * self.size
         with self.uncounted():
-            gathered, _ = self.gather(torch.tensor(mine, dtype=torch.int64, device=self._device))
+            gathered, _ = self.gather(torch.tensor(mine, dtype=torch.int64, device=self._device or "cpu"))
         return gathered.tolist()
 
     def to_first(self, mine: Mapping[Any, Tensor]) -> dict[Any, list[Tensor | None]] | None:

@@ -43,8 +43,8 @@ class TokenLoss(Metric):
 
     def __init__(self) -> None:
         super().__init__()
-        self.add_state("loss", torch.tensor(0.0), dist_reduce_fx="sum")
-        self.add_state("tokens", torch.tensor(0.0), dist_reduce_fx="sum")
+        self.add_state("loss", torch.tensor(0.0, dtype=torch.float32), dist_reduce_fx="sum")
+        self.add_state("tokens", torch.tensor(0.0, dtype=torch.float32), dist_reduce_fx="sum")
 
     def update(self, loss: Tensor, tokens: int) -> None:
         """Add a batch: the mean `loss` (scalar) of its `tokens` predicted tokens."""

@@ -29,14 +29,14 @@ class ClosingLoss(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._losses = torch.zeros(LAST, device=pl_module.device)
+        self._losses = torch.zeros(LAST, dtype=torch.float32, device=pl_module.device)
         every = self._restored
         if len(every) == trainer.world_size:
             mine = every[trainer.global_rank]
         else:  # from another number of processes: continue from their mean
             mine = [sum(losses) / len(losses) for losses in zip(*every, strict=False)]
         self._seen = len(mine)
-        self._losses[: self._seen] = torch.tensor(mine)
+        self._losses[: self._seen] = torch.tensor(mine, dtype=torch.float32)
 
     @override
     def on_train_batch_end(

@@ -48,10 +48,10 @@ class Space:
                 raise ConfigError("lists", name, f"must be one of {', '.join(LISTS)}")
         for name in LISTS:
             values = self.lists.get(name, ())
+            for value in values if isinstance(values, (tuple, list)) else ():
+                number(name, value, least=0)
             if not isinstance(values, (tuple, list)) or len(values) < 3 or list(values) != sorted(set(values)):
                 raise ConfigError(name, values, "must be three or more increasing values: a search space needs an interior")
-            for value in values:
-                number(name, value, least=0)
 
     def start(self, lr: float, rest_lr: float) -> tuple[Point, dict[str, float]]:
         """Return the first point, and the rates at place 0."""

@@ -19,6 +19,7 @@ from hydra.core.plugins import Plugins
 from hydra.plugins.sweeper import Sweeper
 from omegaconf import DictConfig, OmegaConf
 
+from lowrank_pretrain.core.checks import number
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.run.search import LISTS, NAMES, RATES, Descent, Point, Space, from_file
 
@@ -65,30 +66,31 @@ class TunedSweeper(Sweeper):
         """Search, and print the best settings as words for the command line."""
         assert self.config is not None and self.launcher is not None, "Hydra has called setup"
         optim = self.config.optim
+        losses: dict[Point, float] = {}
+        returned: list[Any] = []
         try:
             space, (point, origin) = self._space(arguments, optim)
+            directory = Path(self.config.hydra.sweep.dir)
+            directory.mkdir(parents=True, exist_ok=True)
+            OmegaConf.save(self.config, directory / "multirun.yaml")
+            descent = Descent(space, point, tuple(self.coordinates), losses.__getitem__)
+            for wanted in descent.requests():
+                new = [one for one in wanted if one not in losses]
+                jobs = [[*arguments, *words(space.values(one, origin), self.coordinates, optim)] for one in new]
+                found = self.launcher.launch(jobs, initial_job_idx=len(losses)) if jobs else []
+                losses.update(zip(new, map(loss_of, found), strict=True))
+                returned += found
         except ConfigError as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
-        directory = Path(self.config.hydra.sweep.dir)
-        directory.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(self.config, directory / "multirun.yaml")
-        losses: dict[Point, float] = {}
-        returned: list[Any] = []
-        descent = Descent(space, point, tuple(self.coordinates), losses.__getitem__)
-        for wanted in descent.requests():
-            new = [one for one in wanted if one not in losses]
-            jobs = [[*arguments, *words(space.values(one, origin), self.coordinates, optim)] for one in new]
-            found = self.launcher.launch(jobs, initial_job_idx=len(losses)) if jobs else []
-            losses.update(zip(new, map(loss_of, found), strict=True))
-            returned += found
+        if losses[descent.point] == math.inf:
+            print(f"error: sweep=tuned: none of {len(losses)} runs has ended with a finite val/loss", file=sys.stderr)
+            sys.exit(1)
         best = " ".join(words(space.values(descent.point, origin), self.coordinates, optim))
         end = "no neighbour is better" if descent.settled else f"the budget of {space.budget} runs ended the search"
         edges = descent.at_an_edge()
         edge = f"; at the edge of its list: {', '.join(edges)}" if edges else ""
-        print(
-            f"tuned: {best}  val/loss {losses.get(descent.point, math.inf):.4f} of {len(losses)} runs; {end}{edge}", flush=True
-        )
+        print(f"tuned: {best}  val/loss {losses[descent.point]:.4f} of {len(losses)} runs; {end}{edge}", flush=True)
         return [returned]
 
     def _space(self, arguments: list[str], optim: DictConfig) -> tuple[Space, tuple[Point, dict[str, float]]]:
@@ -103,9 +105,10 @@ class TunedSweeper(Sweeper):
                 raise ConfigError(override.key_or_group, given, "sweep=tuned chooses values itself: give one")
         if not self.coordinates or any(name not in NAMES for name in self.coordinates):
             raise ConfigError("hydra.sweeper.coordinates", self.coordinates, f"must be some of {', '.join(NAMES)}")
-        space = from_file({**self.space, "lists": {name: list(values) for name, values in self.space["lists"].items()}})
+        space = from_file({**self.space, "lists": OmegaConf.to_container(self.space["lists"])})
         here = {"beta1": optim.betas[0], "beta2": optim.betas[1], "weight_decay": optim.weight_decay, "warmup": optim.warmup}
-        point, origin = space.start(optim.lr, optim.lr if optim.rest_lr is None else optim.rest_lr)
+        lr = number("optim.lr", optim.lr, above=0)
+        point, origin = space.start(lr, lr if optim.rest_lr is None else number("optim.rest_lr", optim.rest_lr, above=0))
         nearest = {
             name: min(range(len(space.lists[name])), key=lambda i: abs(space.lists[name][i] - here[name])) for name in LISTS
         }
@@ -132,6 +135,7 @@ def loss_of(job: Any) -> float:
 
     Raises:
         Exception: a wrong configuration, which every other job would have too.
+        ConfigError: the job has no validation loss.
     """
     from lowrank_pretrain.run.train import JobFailed
 
@@ -141,7 +145,9 @@ def loss_of(job: Any) -> float:
         if error.code != 1:
             raise
         return math.inf
-    return math.inf if loss is None or loss != loss else float(loss)
+    if loss is None:
+        raise ConfigError("sweep", "tuned", "compares runs by val/loss, and a run without validation has none")
+    return float(loss) if math.isfinite(loss) else math.inf
 
 
 def register() -> None:

@@ -132,7 +132,8 @@ def _all_turns(heads: "HeadSet") -> Record:
     if heads.settings.mode != "sequential":
         return live
     turns = [live if k == heads.turn else heads.parked.get(k, {}) for k in range(heads.settings.heads)]
-    return {name: LayerHeads.stack([turn.get(name) for turn in turns]) for name in live}
+    # in main memory, where the heads that a resume has parked lie already
+    return {name: LayerHeads.stack([turn[name].cpu() if turn else None for turn in turns]) for name in live}
 
 
 def _put(heads: "HeadSet", mine: Record) -> Record:

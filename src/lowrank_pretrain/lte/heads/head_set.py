@@ -115,7 +115,7 @@ class HeadSet(LocalTargets):
 
     def check_optimizer(self, optimizer: Optimizer) -> None:
         """Refuse an optimizer that cannot train stacked heads."""
-        check_stacked(optimizer, next(iter(self.parameters().values())))
+        check_stacked(optimizer, self.parameters().values())
 
     def head_ids(self) -> list[int]:
         """Return the ids of the live heads on this worker."""

@@ -21,6 +21,7 @@ from lowrank_pretrain.core.agreement import generator
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.protocols import Inherit
 from lowrank_pretrain.core.targets import WHOLE, Target, is_conv1d
+from lowrank_pretrain.galore.guard import closed
 from lowrank_pretrain.lora.frozen import store
 from lowrank_pretrain.lora.function import lora_linear
 from lowrank_pretrain.lora.layer import Reclassed, has_own_forward, keep_rows, swap_class
@@ -105,6 +106,7 @@ class MultiheadLoRALinear(Reclassed):
         wide = [p._replace(a=heads * p.a, rank=heads * p.rank, scale=p.scale / self._shared.total) for p in self._parts]
         return A, B, tuple(wide)
 
+    @closed
     @torch.no_grad()
     def _beyond(self) -> list[tuple[Part, Tensor]]:
         """Return per part the mean of what the heads have learnt beyond W, (O_part, D), float32 at least."""
@@ -202,7 +204,7 @@ def draw_A(target: str, head: int, redraw: int, rank: int, cols: int, seed: int 
         cols: D.
         seed: the run's seed.
     """
-    A = torch.empty(rank, cols)
+    A = torch.empty(rank, cols, dtype=torch.float32, device="cpu")  # as the generator, for any defaults of the process
     nn.init.orthogonal_(A, gain=math.sqrt(cols / rank), generator=generator("lora_A", target, head, redraw, seed=seed))
     return A
 
@@ -246,7 +248,7 @@ def give_heads(
     layer = cast(MultiheadLoRALinear, layer)
     layer._parts, layer._rest, layer._shared, layer._name = tuple(parts), (), shared, layer_name
     layer._remaker = Remaker() if recompute_inputs else None
-    none = torch.empty(0, weight.shape[0] if is_conv1d(layer) else weight.shape[1])
+    none = torch.empty(0, weight.shape[0] if is_conv1d(layer) else weight.shape[1], dtype=torch.float32, device="cpu")
     A = [torch.cat([none, *(draw_A(t.name, head, 0, rank, t.cols, seed) for t, rank in ranked)]) for head in head_ids]
     layer.lora_A = nn.Parameter(torch.stack(A).to(**like), requires_grad=at > 0)
     layer.lora_B = nn.ParameterDict({t.part: nn.Parameter(torch.zeros(heads, t.rows, rank, **like)) for t, rank in ranked})

@@ -54,6 +54,10 @@ class LayerHeads:
         """Return heads ``first`` … ``first + count − 1``, as copies; fewer if there are not enough."""
         return self._map(lambda value: value[first : first + count].clone())
 
+    def cpu(self) -> "LayerHeads":
+        """Return the record in main memory."""
+        return self._map(Tensor.cpu)
+
     def extend(self, count: int) -> "LayerHeads":
         """Return a record with heads added until there are ``count``, as if never trained; see ``_longer_moment``."""
         return self._map(lambda value: _longer(value, count), lambda key, value: _longer_moment(key, value, count))
@@ -115,7 +119,7 @@ def record_of(layers: Mapping[str, HeadLayer], optimizers: Iterable[Optimizer]) 
 
 def _layer_heads(layer: HeadLayer, optimizers: list[Optimizer]) -> LayerHeads:
     A = layer.lora_A.detach()
-    stage = torch.full((len(A),), MERGED if layer.has_prev else LIVES, device=A.device)
+    stage = torch.full((len(A),), MERGED if layer.has_prev else LIVES, dtype=torch.float32, device=A.device)
     B = {part.name: layer.lora_B[part.name].detach() for part in layer._parts}
     prev_A, old_B = layer.prev_factors()
     found = LayerHeads(
