@@ -266,6 +266,31 @@ def test_measuring_changes_no_bit_and_finds_the_second_moment():
     assert list(net.state_dict()) == list(plain.state_dict())
 
 
+def test_eval_mode_and_no_rows_at_all_are_measured_too():
+    net, _ = factored_net(0)
+    net.eval()  # as a pretrained model may train
+    net(inputs(64, 32))
+    C = moments.moment_of("qkv", net.qkv)
+    torch.testing.assert_close(C, reference.second_moment(inputs(64, 32)).float(), rtol=1e-4, atol=1e-5)
+    assert net(torch.empty(0, 32)).shape == (0, 32)  # of an expert that no token chose
+    torch.testing.assert_close(moments.moment_of("qkv", net.qkv), C)
+
+
+@pytest.mark.parametrize("transform", [
+    lambda net, x: torch.func.vmap(net)(x),
+    lambda net, x: torch.func.vmap(net, in_dims=1)(x.t()),
+    lambda net, x: torch.func.vmap(torch.func.jacrev(net))(x),
+    lambda net, x: torch.func.jvp(net, (x,), (torch.ones_like(x),)),
+    lambda net, x: torch.func.grad(lambda x: torch.func.vmap(net)(x).sum())(x),
+    lambda net, x: torch.autograd.functional.jvp(net, (x,), (torch.ones_like(x),)),
+])  # fmt: skip
+def test_inputs_inside_of_transforms_are_measured(transform):
+    x, (plain, _), (net, _) = inputs(64, 32), factored_net(0), factored_net(0)
+    plain(x)
+    transform(net, x)
+    torch.testing.assert_close(moments.moment_of("fc2", net.fc2), moments.moment_of("fc2", plain.fc2))
+
+
 def test_a_model_is_factored_and_expands():
     net, taker = factored_net()
     plain_state = {name: p.shape for name, p in net.state_dict().items()}
@@ -335,9 +360,13 @@ def test_bad_input_is_one_line():
     net(inputs(8, 32) * float("inf"))
     with pytest.raises(ConfigError, match="NaN or infinite inputs"):
         taker.release()
-    _, taker = factored_net(0)
+    net, taker = factored_net(0)
     with pytest.raises(ConfigError, match="factors would pay for none"):
         taker.release()
+    square = {"qkv.q": all_targets(net)["qkv.q"], "fc1": all_targets(net)["fc1"]}
+    taker.check_fraction(0.6, square)  # qkv is 96 x 32
+    with pytest.raises(ConfigError, match="ranks=0.9: factors of this fraction would pay for no target"):
+        taker.check_fraction(0.9, square)
 
 
 def test_a_layer_that_nobody_called_stays_whole():

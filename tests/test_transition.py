@@ -130,6 +130,34 @@ def test_partial_targets_of_a_fused_layer_keep_the_other_rows_training_with_thei
     assert snapshots["inherited"].shape == (16, 16) and snapshots["step"] == 14
 
 
+def test_rows_take_over_what_an_optimizer_keeps_by_row_and_column(tmp_path):
+    class Factored(Toy):
+        def configure_optimizers(self):
+            return torch.optim.Adafactor(self.parameters(), lr=1e-2)
+
+    def look(fit, module):
+        state = fit.optimizers[0].state[module.blocks[0].qkv.rest_weight["k"]]
+        assert state["row_var"].shape == (16, 1) and state["col_var"].shape == (1, 16) and state["step"] == 24
+
+    trainer(tmp_path, steps(targets=["q", "v"]), AtEnd(look), max_epochs=4).fit(Factored(), loader())
+
+
+def test_a_state_of_an_unknown_form_starts_afresh(tmp_path):
+    class Books(torch.optim.SGD):
+        def step(self, closure=None):
+            loss = super().step(closure)
+            for p in self.param_groups[0]["params"]:
+                self.state[p].setdefault("sides", [torch.zeros(size, size) for size in p.shape])
+                assert [len(side) for side in self.state[p]["sides"]] == list(p.shape)
+            return loss
+
+    class Kept(Toy):
+        def configure_optimizers(self):
+            return Books(self.parameters(), lr=1e-2, momentum=0.9)
+
+    trainer(tmp_path, steps(targets=["q", "v"]), max_epochs=4).fit(Kept(), loader())
+
+
 def test_named_parameters_in_the_optimizer_stay_in_line(tmp_path):
     module = toy()
     module.configure_optimizers = lambda: torch.optim.AdamW(module.named_parameters(), lr=1e-3)

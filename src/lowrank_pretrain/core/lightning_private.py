@@ -9,6 +9,7 @@ covers too.
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -20,6 +21,7 @@ from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging,
 from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 from torch import Tensor, nn
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor  # a tensor with a shape and no values: torch 2.14.1
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -232,6 +234,21 @@ def loadable_names() -> dict[str, Any]:
 def transforms_active() -> bool:
     """Return whether ``torch.func`` transforms (vmap, grad, jvp) are active. Tried with torch 2.14.1."""
     return torch._C._are_functorch_transforms_active()
+
+
+@contextmanager
+def outside_transforms(tensor: Tensor) -> Iterator[Tensor]:
+    """Step out of ``torch.func``'s transforms, with the plain tensor that they passed in; batched dimensions come first.
+
+    Tried with torch 2.14.1.
+    """
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        batched = functorch.maybe_get_bdim(tensor)
+        tensor = functorch.get_unwrapped(tensor)
+        tensor = tensor if batched < 0 else tensor.movedim(batched, 0)
+    with temporarily_clear_interpreter_stack():
+        yield tensor
 
 
 def forward_mode_active() -> bool:

@@ -1,9 +1,10 @@
 """Measure the second moments of layers' inputs while a model trains: C = E[x xᵀ] per layer.
 
-A layer that is measured has its class swapped, as adapters do it, so that compiled models are measured too. In each training
-forward it adds xᵀ x of some rows of its input to a D x D sum in float32, the older ones fading; nothing of what it computes
-changes. Memory: 4 D² bytes per layer while it is measured (ViT-S: 11 MiB per block, ViT-L: 76 MiB per block). Time: at most
-``ROWS`` rows of each forward's are taken, evenly spread: ROWS · D² multiplications next to the layer's own 3 N · D · O.
+A layer that is measured has its class swapped, as adapters do it, so that compiled models are measured too. In each forward
+pass with autograd it adds xᵀ x of some rows of its input to a D x D sum in float32, the older ones fading; nothing of what it
+computes changes. (It does not ask for ``layer.training``: a pretrained model, or a part of one, may train in eval mode.)
+Memory: 4 D² bytes per layer while it is measured (ViT-S: 11 MiB per block, ViT-L: 76 MiB per block). Time: at most ``ROWS``
+rows of each forward's are taken, evenly spread: ROWS · D² multiplications next to the layer's own 3 N · D · O.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.lightning_private import outside_transforms, transforms_active
 from lowrank_pretrain.core.targets import plain_name, weight_rows
 from lowrank_pretrain.lora.layer import Reclassed, swap_class
 
@@ -28,14 +30,19 @@ class MeasuredLinear(Reclassed, nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Map (.., D) to (.., O) as the plain class does, and measure the input."""
-        if self.training and torch.is_grad_enabled():
-            self._measure(args[0] if args else next(iter(kwargs.values())))
+        if torch.is_grad_enabled():
+            x = args[0] if args else next(iter(kwargs.values()))
+            if not torch.compiler.is_compiling() and transforms_active():
+                with outside_transforms(x) as plain:
+                    self._measure(plain)
+            else:
+                self._measure(x)
         return super().forward(*args, **kwargs)
 
     def _measure(self, x: Tensor) -> None:
         with torch.no_grad():
             x = x.detach().reshape(-1, x.shape[-1])  # (N, D)
-            x = x[:: -(-x.shape[0] // ROWS)].to(self._moment.dtype)  # at most ROWS of them
+            x = x[:: max(1, -(-x.shape[0] // ROWS))].to(self._moment.dtype)  # at most ROWS of them; an expert may get none
             with torch.autocast(x.device.type, enabled=False):
                 self._moment.mul_(FADE).addmm_(x.t(), x)
             self._rows_seen.mul_(FADE).add_(x.shape[0])
