@@ -136,6 +136,25 @@ def test_a_second_fit_goes_on_where_the_first_ended(tmp_path):
     fit(tmp_path, callback, module, max_steps=1)
 
 
+@pytest.mark.parametrize("settings", [{}, {"then": "lora", "ranks": (2, 4), "frozen_dtype": "int8"}])
+def test_after_an_interrupted_fit_files_of_every_phase_are_tested_and_it_goes_on(tmp_path, settings):
+    class Stop(pl_callback()):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            if trainer.global_step == 18:
+                raise InterruptedError
+
+    module, callback = toy(), steps(**settings)
+    running = trainer(tmp_path, callback, Stop(), every=1, max_epochs=4)
+    with pytest.raises(InterruptedError):
+        running.fit(module, loader())
+    for at in (3, 17):  # of the full phase, too
+        file = tmp_path / f"step={at}.ckpt"
+        wanted = trainer(tmp_path).test(Toy.load_from_checkpoint(file), loader(), verbose=False)
+        assert running.test(module, loader(), ckpt_path=file, verbose=False)[0] == pytest.approx(wanted[0])
+    running.save_checkpoint(tmp_path / "late.ckpt")
+    fit(tmp_path, steps(**settings), toy(), ckpt=tmp_path / "late.ckpt")
+
+
 def test_an_average_follows_and_resumes(tmp_path):
     def once(path, module, ckpt=None):
         ema = EMAWeightAveraging(decay=0.8)

@@ -96,10 +96,10 @@ class FactoredLinear(Reclassed, nn.Module):
         if f"{prefix}factor_V" not in state_dict and whole is not None:
             rows = whole.t() if self._transposed else whole
             refusal = self._refusal(rows)
-            if refusal is None:
-                state_dict |= {prefix + name: value for name, value in best_factors(rows, self._blocks).items()}
-            else:
+            if refusal is not None:
                 errors.append(f"{prefix}weight {refusal}")
+                return
+            state_dict |= {prefix + name: value for name, value in best_factors(rows, self._blocks).items()}
             del state_dict[f"{prefix}weight"]
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
 
@@ -113,7 +113,10 @@ class FactoredLinear(Reclassed, nn.Module):
             part = rows[b.start : b.start + b.rows].to(found["factor_V"])
             off = torch.linalg.vector_norm(part - found[f"factor_U.{b.name}"] @ found["factor_V"][b.at : b.at + b.rank])
             if off > rounding * torch.linalg.vector_norm(part):
-                return f"has a rank above {b.rank}, which this factored layer has: load it before the switch, or after the fit"
+                return (
+                    f"has a rank above {b.rank}, which this factored layer has: load it before the switch, or after the fit "
+                    "(if that was interrupted, after lowrank_pretrain.merge(module))"
+                )
         return None
 
     def extra_repr(self) -> str:

@@ -202,6 +202,8 @@ class PhaseCallback(HasPhase, Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse what cannot work; before a fit, make a module plain that still has adapters."""
         if stage != "fit":
+            if self.phase != "full" and layers.has_changed(pl_module):  # a fit was interrupted: any file may follow
+                self._make_plain(trainer, pl_module)
             return
         refusals.check_run(self, trainer, pl_module)
         ended, self._ended = self._ended, None
@@ -363,9 +365,7 @@ class PhaseCallback(HasPhase, Callback):
     def _make_plain(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Make the module plain; keep what ``trainer.save_checkpoint`` and a second fit need for an exact resume."""
         note = transition.note_of_changed(pl_module)
-        if note is None:
-            return
-        if not layers.has_changed(pl_module):  # strategy or optimizer took the plan
+        if note is None or not layers.has_changed(pl_module):  # strategy or optimizer took the plan, or none is there yet
             transition.restore_flags(pl_module)
             return
         groups = transition.group_names(trainer.optimizers, pl_module)
