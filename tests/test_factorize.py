@@ -18,6 +18,7 @@ from lowrank_pretrain.factorize.decompose import Spectrum, damped, factors, spec
 from lowrank_pretrain.factorize.layer import FactoredLinear, follow_weight, give_factors, take_factors
 from lowrank_pretrain.factorize.model import Factors, exact_factors, expand, factor_parameters, load_exact_factors
 from lowrank_pretrain.factorize.ranks import Block, Cut, best_cut, ranks_of_budget
+from lowrank_pretrain.lora import model as lora
 from tests.reference import factorize as reference
 
 SHARE = 0.85
@@ -324,6 +325,77 @@ def test_moments_go_through_a_resume():
     resumed.release()
     for (name, p), (_, q) in zip(factor_parameters(net), factor_parameters(other), strict=True):
         assert torch.equal(p, q), name
+
+
+def test_parts_that_are_factored_separately_resume_in_their_order():
+    torch.manual_seed(0)
+    net = Net()
+    with torch.no_grad():
+        for part, rank in enumerate((3, 1, 2)):
+            net.qkv.weight[32 * part : 32 * part + 32] = torch.randn(32, rank) @ torch.randn(rank, 32)
+    again = copy.deepcopy(net)
+    taker = Factors(energy=0.999, seed=1)
+    taker.adopt(Plan(dict.fromkeys(("qkv.q", "qkv.k", "qkv.v"), 8)), net)
+    net.qkv(inputs(400, 32))
+    taker.release()
+    assert taker.plan == {"qkv.q": 3, "qkv.k": 1, "qkv.v": 2}
+    resumed = Factors(exact=exact_factors(net))
+    resumed.adopt(taker.plan, again)
+    resumed.release()
+    assert again.qkv._blocks == net.qkv._blocks
+    assert torch.equal(again(inputs(64, 32)), net(inputs(64, 32)))
+
+
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested_tensors_are_measured_and_multiplied(layout):
+    (net, taker), (plain, _), x = factored_net(0), factored_net(0), inputs(64, 32)
+    nested = torch.nested.nested_tensor([x[:24], x[24:]], layout=layout)
+    net.fc1(nested), plain.fc1(x)
+    torch.testing.assert_close(moments.moment_of("fc1", net.fc1), moments.moment_of("fc1", plain.fc1))
+    with pytest.warns(UserWarning, match="stays whole"):
+        taker.release()
+    torch.testing.assert_close(torch.cat(net.fc1(nested).unbind()), net.fc1(x))
+
+
+def test_tracers_record_no_measuring_and_scripting_names_the_cure():
+    (net, taker), x = factored_net(1), inputs(8, 32)
+    C = moments.moment_of("fc1", net.fc1)
+    for change in (lambda: None, taker.release):
+        change()
+        made = [torch.jit.trace(net, x), torch.fx.symbolic_trace(net)]
+        made.append(torch.export.export(net, (x,), dynamic_shapes=({0: torch.export.Dim("rows")},)).module())
+        assert type(net.fc1) is not type(Net().fc1) and (taker.kept or torch.equal(moments.moment_of("fc1", net.fc1), C))
+        for traced in made:
+            torch.testing.assert_close(traced(inputs(64, 32)), net(inputs(64, 32)))
+        with pytest.raises(RuntimeError, match="script a plain copy"):
+            torch.jit.script(net)
+
+
+class Locked(nn.Linear):
+    """Whose attributes are fixed."""
+
+    def __setattr__(self, name, value):
+        if name not in ("in_features", "out_features", "weight", "bias", "training"):
+            raise AttributeError(f"no attribute {name}")
+        super().__setattr__(name, value)
+
+    def __delattr__(self, name):
+        raise AttributeError(f"{name} stays")
+
+
+def test_a_class_that_guards_its_attributes_is_not_asked():
+    net = nn.Sequential(Locked(32, 128))
+    before = net.state_dict()
+    taker = Factors()
+    taker.adopt(Plan({"0": 8}), net)
+    net(inputs(64, 32))
+    taker.release()
+    expand(net)
+    assert type(net[0]) is Locked and list(net.state_dict()) == list(before)
+    lora.inject(net, {"0": 4})
+    lora.freeze(net, {"0": 4}, frozen_dtype="int8")
+    lora.eject(net)
+    assert type(net[0]) is Locked and list(net.state_dict()) == list(before)
 
 
 @pytest.mark.parametrize("settings", [{"energy": 0.95}, {"flops": 0.4}])

@@ -153,7 +153,7 @@ def give_factors(layer: Any, cut: Cut) -> None:
     """Swap the layer's class and replace its weight by the factors; the weight's memory is given back."""
     whole = layer.weight
     like = {"dtype": whole.dtype, "device": whole.device}
-    del layer.weight
+    del layer._parameters["weight"]
     swap_class(layer, FactoredLinear)
     layer.__dict__["_rest"], layer.__dict__["_blocks"], layer.__dict__["_whole"] = (), cut.blocks, whole
     trains = whole.requires_grad
@@ -170,9 +170,8 @@ def take_factors(layer: Any, check: bool = True) -> None:
         ValueError: the factors are NaN or infinite, and ``check`` is on.
     """
     product, whole = layer.product(check), layer._whole
-    for name in ADDED:
-        delattr(layer, name)
-    layer.__class__ = layer._plain_class
+    del layer._parameters["factor_V"], layer._modules["factor_U"]
+    object.__setattr__(layer, "__class__", layer._plain_class)
     for key in ("_rest", "_blocks", "_whole"):
         layer.__dict__.pop(key, None)
     whole.data = product

@@ -221,14 +221,12 @@ class Factors(Adopter, Reports):
             V = exact.get(f"{name}.factor_V")
             if V is None:
                 continue
-            prefix, rows = f"{name}.factor_U.", {part: (start, count) for part, start, count in parts(name, layer)}
-            rows[WHOLE] = (0, weight_rows(layer).shape[0])
             U, blocks, at = {}, [], 0
-            for key, u in exact.items():
-                if key.startswith(prefix):
-                    part = key.removeprefix(prefix)
+            for part, start, rows in ((WHOLE, 0, weight_rows(layer).shape[0]), *parts(name, layer)):  # V's order
+                u = exact.get(f"{name}.factor_U.{part}")
+                if u is not None and part not in U:  # the only part of a layer that is not fused is called WHOLE, too
                     U[part] = u
-                    blocks.append(Block(part, *rows[part], at, u.shape[1]))
+                    blocks.append(Block(part, start, rows, at, u.shape[1]))
                     at += u.shape[1]
             cuts[name] = Cut(tuple(blocks), U, V, 1.0)
         return cuts
@@ -289,11 +287,11 @@ def shown_whole(module: nn.Module) -> Iterator[None]:
             own = {"weight": nn.Parameter(layer.product(check=False))}
             layer.__dict__["_parameters"] = own | {name: p for name, p in parameters.items() if name not in ADDED}
             layer.__dict__["_modules"] = {name: inner for name, inner in modules.items() if name not in ADDED}
-            layer.__class__ = layer._plain_class
+            object.__setattr__(layer, "__class__", layer._plain_class)
         yield
     finally:
         for layer, kind, parameters, modules in held:
-            layer.__class__ = kind
+            object.__setattr__(layer, "__class__", kind)
             layer.__dict__.update(_parameters=parameters, _modules=modules)
 
 

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_pretrain.core.errors import ConfigError
-from lowrank_pretrain.core.lightning_private import outside_transforms, transforms_active
+from lowrank_pretrain.core.lightning_private import is_traced, outside_transforms, transforms_active
 from lowrank_pretrain.core.targets import plain_name, weight_rows
+from lowrank_pretrain.lora.function import is_exporting
 from lowrank_pretrain.lora.layer import Reclassed, swap_class
 
 ROWS = 1024  # of a forward's input rows (batch times tokens) that are looked at
@@ -30,18 +31,19 @@ class MeasuredLinear(Reclassed, nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Map (.., D) to (.., O) as the plain class does, and measure the input."""
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and not is_exporting() and not is_traced():
             x = args[0] if args else next(iter(kwargs.values()))
             if not torch.compiler.is_compiling() and transforms_active():
                 with outside_transforms(x) as plain:
                     self._measure(plain)
-            else:
+            elif isinstance(x, Tensor):  # torch.fx has stand-ins
                 self._measure(x)
         return super().forward(*args, **kwargs)
 
     def _measure(self, x: Tensor) -> None:
         with torch.no_grad():
-            x = x.detach().reshape(-1, x.shape[-1])  # (N, D)
+            x = torch.cat([one.flatten(0, -2) for one in x.detach().unbind()]) if x.is_nested else x.detach()
+            x = x.reshape(-1, x.shape[-1])  # (N, D)
             x = x[:: max(1, -(-x.shape[0] // ROWS))].to(self._moment.dtype)  # at most ROWS of them; an expert may get none
             with torch.autocast(x.device.type, enabled=False):
                 self._moment.mul_(FADE).addmm_(x.t(), x)
@@ -68,7 +70,7 @@ def begin(layer: Any) -> None:
 
 def end(layer: Any) -> None:
     """Give a measured layer its plain class back, and free its moment."""
-    layer.__class__ = layer._plain_class
+    object.__setattr__(layer, "__class__", layer._plain_class)
     for key in ("_rest", "_moment", "_rows_seen"):
         layer.__dict__.pop(key, None)
 
