@@ -95,6 +95,11 @@ def lora_linear(
             effective_bias(bias, rest, rest_bias),
             transposed,
         )
+    if stored is not None and not x.is_floating_point():
+        raise TypeError(
+            f"a layer with frozen_dtype={stored.kind} was given {x.dtype}, as by a cast to its weight's dtype: do without the "
+            "cast, or use frozen_dtype=bfloat16"
+        )
     layout = Layout(parts, rest, transposed, None if stored is None else stored.kind)
     operands = () if stored is None else stored.operands()
     recipe = None

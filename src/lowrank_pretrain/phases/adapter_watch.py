@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from lowrank_pretrain.core.errors import ConfigError
@@ -64,7 +65,8 @@ def check_optimizers(optimizers: Iterable[Optimizer]) -> None:
 
 def _books(optimizer: Optimizer) -> str | None:
     """Return the attribute in which an optimizer keeps copies of its parameters by position, or one flat copy."""
-    groups = [[p for p in group["params"] if isinstance(p, Tensor)] for group in optimizer.param_groups]
+    # a lazy parameter has no shape yet, and could not be copied
+    groups = [[p for p in group["params"] if isinstance(p, Tensor) and not is_lazy(p)] for group in optimizer.param_groups]
     every = [p for group in groups for p in group]
     owned = {id(p) for p in every}
     shapes = [[p.shape for p in group] for group in (*groups, every) if len(group) > 1]
