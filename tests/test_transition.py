@@ -142,6 +142,18 @@ def test_rows_take_over_what_an_optimizer_keeps_by_row_and_column(tmp_path):
     trainer(tmp_path, steps(targets=["q", "v"]), AtEnd(look), max_epochs=4).fit(Factored(), loader())
 
 
+def test_rows_of_a_bias_that_nothing_trains_train_no_more_than_it_did(tmp_path):
+    class Matrices(Toy):
+        def configure_optimizers(self):
+            return torch.optim.SGD([p for p in self.parameters() if p.ndim == 2], lr=1e-2)
+
+    torch.manual_seed(7)
+    module = Matrices()
+    before = module.blocks[0].qkv.bias.detach().clone()
+    trainer(tmp_path, steps(targets=["q", "v"]), max_epochs=4).fit(module, loader())
+    assert torch.equal(module.blocks[0].qkv.bias, before) and module.blocks[0].qkv.bias.requires_grad
+
+
 def test_a_state_of_an_unknown_form_starts_afresh(tmp_path):
     class Books(torch.optim.SGD):
         def step(self, closure=None):

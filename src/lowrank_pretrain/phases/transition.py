@@ -357,6 +357,9 @@ def _join(optimizers: list[Optimizer], module: nn.Module, before: dict[int, bool
         if id(p) in before or not p.requires_grad or id(p) in groups:
             continue
         owner = origins.get(id(p)) or _base_weight(name, named, groups, origins)
+        if owner not in groups and ".rest_bias." in name:  # nothing trained the bias before
+            p.requires_grad_(False)
+            continue
         if owner not in groups:
             raise ConfigError(
                 "targets", name.partition(".lora_")[0], "is in no optimizer: configure_optimizers must hand over its weight"
@@ -388,8 +391,6 @@ def _leave(optimizers: list[Optimizer], module: nn.Module, before: dict[int, boo
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             stays = [not (id(p) in before and before[id(p)] and not after.get(id(p), False)) for p in group["params"]]
-            if all(stays):
-                continue
             for p, stay in zip(group["params"], stays, strict=True):
                 if not stay:
                     optimizer.state.pop(p, None)
