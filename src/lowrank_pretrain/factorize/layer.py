@@ -98,8 +98,9 @@ class FactoredLinear(Reclassed, nn.Module):
             refusal = self._refusal(rows)
             if refusal is not None:
                 errors.append(f"{prefix}weight {refusal}")
-                return
-            state_dict |= {prefix + name: value for name, value in best_factors(rows, self._blocks).items()}
+            # if it is refused its own factors, so that torch does not call them missing as well
+            found = self.factor_parameters() if refusal is not None else best_factors(rows, self._blocks)
+            state_dict |= {prefix + name: value.detach() for name, value in found.items()}
             del state_dict[f"{prefix}weight"]
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
 

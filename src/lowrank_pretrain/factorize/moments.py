@@ -45,9 +45,11 @@ class MeasuredLinear(Reclassed, nn.Module):
             x = torch.cat([one.flatten(0, -2) for one in x.detach().unbind()]) if x.is_nested else x.detach()
             x = x.reshape(-1, x.shape[-1])  # (N, D)
             x = x[:: max(1, -(-x.shape[0] // ROWS))].to(self._moment.dtype)  # at most ROWS of them; an expert may get none
+            finite = torch.isfinite(x).all(1, keepdim=True)  # (N, 1): a step with others may be skipped, by a user or a scaler
+            x = torch.where(finite, x, 0.0)
             with torch.autocast(x.device.type, enabled=False):
                 self._moment.mul_(FADE).addmm_(x.t(), x)
-            self._rows_seen.mul_(FADE).add_(x.shape[0])
+            self._rows_seen.mul_(FADE).add_(finite.sum())
 
     def extra_repr(self) -> str:
         """Return the plain layer's line."""
@@ -84,14 +86,16 @@ def moment_of(name: str, layer: MeasuredLinear, total: Callable[[Tensor], Tensor
         total: sums a tensor over all processes.
 
     Raises:
-        ConfigError: its inputs were NaN or infinite.
+        ConfigError: its inputs were so large that their squares are infinite.
     """
     moment, rows = total(layer._moment), float(total(layer._rows_seen))
     if rows == 0:
         return None
     if not bool(torch.isfinite(moment).all()):
         raise ConfigError(
-            "targets", plain_name(name), "had NaN or infinite inputs since the switch: lower the learning rate, or leave it out"
+            "targets",
+            plain_name(name),
+            "had NaN or infinite inputs since the switch, or huge ones: lower the learning rate, or leave it out",
         )
     return moment / rows
 
