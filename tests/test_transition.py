@@ -5,7 +5,7 @@ import csv
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.callbacks import LearningRateMonitor, OnExceptionCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
@@ -71,6 +71,28 @@ def test_rewarm_ramps_the_rate_after_the_freeze_and_leaves_the_schedule_alone(tm
     for t, (a, b) in enumerate(zip(plain, ramped, strict=True)):
         factor = min(1.0, (t - 14 + 1) / 5) if t >= 14 else 1.0
         assert b == pytest.approx([rate * factor for rate in a], rel=1e-12), t
+
+
+@pytest.mark.parametrize("save_first", [True, False])
+def test_a_file_of_a_step_that_failed_while_the_rate_was_ramped_has_the_schedules_rate(tmp_path, save_first):
+    class Fails(Toy):
+        def training_step(self, batch, batch_idx):
+            if self.fails and self.global_step == 15:  # the freeze comes after step 14
+                raise InterruptedError
+            return super().training_step(batch, batch_idx)
+
+    def run(fails, *callbacks, **kwargs):
+        torch.manual_seed(7)
+        module = Fails()
+        module.fails = fails
+        trainer(tmp_path, *callbacks, every=100, max_epochs=4).fit(module, loader(), **kwargs)
+        return module.state_dict()
+
+    whole, saves = run(False, steps(rewarm=4)), OnExceptionCheckpoint(tmp_path, "failed")
+    with pytest.raises(InterruptedError):
+        run(True, *((saves, steps(rewarm=4)) if save_first else (steps(rewarm=4), saves)))
+    for name, value in run(False, steps(rewarm=4), ckpt_path=tmp_path / "failed.ckpt").items():
+        assert torch.equal(value, whole[name]), name
 
 
 @pytest.mark.parametrize("scheduler", [None, "lambda", "cosine", "onecycle", "sequential", "step"])
