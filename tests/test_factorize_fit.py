@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 from lowrank_pretrain import GaLoreAdamW, LoRA, LTEStrategy, PhaseCallback, Plan, PreLoRA, galore_param_groups
@@ -275,6 +276,32 @@ def test_a_compiled_model_is_measured_and_factored(tmp_path):
     fit(tmp_path, callback, module)
     assert callback.phase == "lowrank" and len(callback.plan) == 11
     torch.testing.assert_close(module.losses, plain.losses, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_activations_are_measured_once(tmp_path, reentrant):
+    class Checkpointed(Toy):
+        def forward(self, x):
+            x = self.embed(x)
+            for block in self.blocks:
+                x = checkpoint(block, x, use_reentrant=reentrant)
+            return self.head(x)
+
+    plain = toy()
+    fit(tmp_path, steps(), plain)
+    torch.manual_seed(7)
+    module = Checkpointed()
+    fit(tmp_path, steps(), module)
+    assert module.losses == plain.losses
+    assert_equal(dict(module.state_dict()), dict(plain.state_dict()))
+
+
+def test_measuring_breaks_no_graph(tmp_path):
+    module = toy()
+    for block in module.blocks:
+        block.compile(backend="eager", fullgraph=True)
+    fit(tmp_path, callback := steps(), module)
+    assert callback.phase == "lowrank" and len(callback.plan) == 11
 
 
 FACTORIZE = {"then": "factorize", "ranks": (0.25,), "warmup": 0, "latest": 3}

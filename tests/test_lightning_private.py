@@ -77,6 +77,7 @@ NAMES = {
     "_current_level": "torch.autograd.forward_ad",
     "_is_view": "torch:Tensor",
     "_top_saved_tensors_default_hooks": "torch._C:_autograd",
+    "_current_graph_task_id": "torch:_C",
     "_input_metadata": "torch.autograd.graph:Node",
     "FakeTensor": "torch._subclasses.fake_tensor",
     "TorchDispatchMode": "torch.utils._python_dispatch",

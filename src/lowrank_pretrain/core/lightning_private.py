@@ -281,6 +281,11 @@ def hooks_recompute() -> bool:
     return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
 
 
+def runs_again() -> bool:
+    """Return whether activation checkpointing (not the reentrant kind) repeats a forward pass now. Tried with torch 2.14.1."""
+    return torch._C._current_graph_task_id() != -1 and hooks_recompute()
+
+
 def kept_by(node: Any, name: str) -> Tensor | None:
     """Return the tensor that a node of autograd's graph keeps under a name, itself and not a copy; None if it keeps none.
 

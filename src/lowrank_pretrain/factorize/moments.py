@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_pretrain.core.errors import ConfigError
-from lowrank_pretrain.core.lightning_private import is_traced, outside_transforms, transforms_active
+from lowrank_pretrain.core.lightning_private import is_traced, outside_transforms, runs_again, transforms_active
 from lowrank_pretrain.core.targets import plain_name, weight_rows
 from lowrank_pretrain.lora.function import is_exporting
 from lowrank_pretrain.lora.layer import Reclassed, swap_class
@@ -31,12 +31,14 @@ class MeasuredLinear(Reclassed, nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Map (.., D) to (.., O) as the plain class does, and measure the input."""
-        if torch.is_grad_enabled() and not is_exporting() and not is_traced():
+        if torch.is_grad_enabled() and not is_exporting():
             x = args[0] if args else next(iter(kwargs.values()))
-            if not torch.compiler.is_compiling() and transforms_active():
+            if torch.compiler.is_compiling():
+                self._measure(x)
+            elif transforms_active():
                 with outside_transforms(x) as plain:
                     self._measure(plain)
-            elif isinstance(x, Tensor):  # torch.fx has stand-ins
+            elif isinstance(x, Tensor) and not is_traced() and not runs_again():  # torch.fx has stand-ins
                 self._measure(x)
         return super().forward(*args, **kwargs)
 
