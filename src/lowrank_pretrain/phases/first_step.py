@@ -1,6 +1,5 @@
 """Run the rehearsal of a Lightning fit, from its first batch to its second optimizer step; all processes agree on it."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -135,10 +134,10 @@ class FirstStep(FirstStepWatch):
 
     @torch.no_grad()
     def _figures(self) -> Tensor:
-        """Return norm and largest number of each target layer's weight (n, 2): others' writes change them, rounding hardly."""
+        """Return two norms of each target layer's weight (n, 2): others' writes change them, rounding hardly."""
         weights = [layer.weight.detach() for layer in self._rehearsal.layers.values()]
         wide = torch.promote_types(weights[0].dtype, torch.float32)
-        norms = [torch.linalg.vector_norm(W, order, dtype=wide) for W in weights for order in (2, math.inf)]
+        norms = [torch.linalg.vector_norm(W, order, dtype=wide) for W in weights for order in (1, 2)]
         return torch.stack(norms).view(-1, 2)
 
     def _written(self) -> dict[str, str] | None:
