@@ -18,6 +18,7 @@ from lowrank_pretrain.factorize.decompose import Spectrum, damped, factors, spec
 from lowrank_pretrain.factorize.layer import FactoredLinear, follow_weight, give_factors, take_factors
 from lowrank_pretrain.factorize.model import Factors, exact_factors, expand, factor_parameters, load_exact_factors
 from lowrank_pretrain.factorize.ranks import Block, Cut, best_cut, ranks_of_budget
+from lowrank_pretrain.lora import model as lora
 from tests.reference import factorize as reference
 
 SHARE = 0.85
@@ -209,7 +210,7 @@ def test_is_plain_for_whoever_asks(kind):
     y = layer(x)
     layer.load_state_dict(state)  # its own state, by way of the product
     torch.testing.assert_close(layer(x), y)
-    with pytest.raises(RuntimeError, match="has a rank above 4"):
+    with pytest.raises(RuntimeError, match="state_dict for .*:\n\tweight has a rank above 4"):  # and no factor is missing
         layer.load_state_dict({**state, "weight": torch.randn_like(state["weight"])})
     assert whole.numel() == 0
     take_factors(layer)
@@ -279,6 +280,32 @@ def test_measuring_changes_no_bit_and_finds_the_second_moment():
     assert list(net.state_dict()) == list(plain.state_dict())
 
 
+def test_eval_mode_is_measured_too_and_rows_that_are_none_or_not_finite_count_for_nothing():
+    net, _ = factored_net(0)
+    net.eval()  # as a pretrained model may train
+    net(inputs(64, 32))
+    C = moments.moment_of("qkv", net.qkv)
+    torch.testing.assert_close(C, reference.second_moment(inputs(64, 32)).float(), rtol=1e-4, atol=1e-5)
+    assert net(torch.empty(0, 32)).shape == (0, 32)  # of an expert that no token chose
+    net(torch.full((4, 32), torch.nan))  # of a step that is skipped
+    torch.testing.assert_close(moments.moment_of("qkv", net.qkv), C)
+
+
+@pytest.mark.parametrize("transform", [
+    lambda net, x: torch.func.vmap(net)(x),
+    lambda net, x: torch.func.vmap(net, in_dims=1)(x.t()),
+    lambda net, x: torch.func.vmap(torch.func.jacrev(net))(x),
+    lambda net, x: torch.func.jvp(net, (x,), (torch.ones_like(x),)),
+    lambda net, x: torch.func.grad(lambda x: torch.func.vmap(net)(x).sum())(x),
+    lambda net, x: torch.autograd.functional.jvp(net, (x,), (torch.ones_like(x),)),
+])  # fmt: skip
+def test_inputs_inside_of_transforms_are_measured(transform):
+    x, (plain, _), (net, _) = inputs(64, 32), factored_net(0), factored_net(0)
+    plain(x)
+    transform(net, x)
+    torch.testing.assert_close(moments.moment_of("fc2", net.fc2), moments.moment_of("fc2", plain.fc2))
+
+
 def test_a_model_is_factored_and_expands():
     net, taker = factored_net()
     plain_state = {name: p.shape for name, p in net.state_dict().items()}
@@ -314,6 +341,77 @@ def test_moments_go_through_a_resume():
         assert torch.equal(p, q), name
 
 
+def test_parts_that_are_factored_separately_resume_in_their_order():
+    torch.manual_seed(0)
+    net = Net()
+    with torch.no_grad():
+        for part, rank in enumerate((3, 1, 2)):
+            net.qkv.weight[32 * part : 32 * part + 32] = torch.randn(32, rank) @ torch.randn(rank, 32)
+    again = copy.deepcopy(net)
+    taker = Factors(energy=0.999, seed=1)
+    taker.adopt(Plan(dict.fromkeys(("qkv.q", "qkv.k", "qkv.v"), 8)), net)
+    net.qkv(inputs(400, 32))
+    taker.release()
+    assert taker.plan == {"qkv.q": 3, "qkv.k": 1, "qkv.v": 2}
+    resumed = Factors(exact=exact_factors(net))
+    resumed.adopt(taker.plan, again)
+    resumed.release()
+    assert again.qkv._blocks == net.qkv._blocks
+    assert torch.equal(again(inputs(64, 32)), net(inputs(64, 32)))
+
+
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested_tensors_are_measured_and_multiplied(layout):
+    (net, taker), (plain, _), x = factored_net(0), factored_net(0), inputs(64, 32)
+    nested = torch.nested.nested_tensor([x[:24], x[24:]], layout=layout)
+    net.fc1(nested), plain.fc1(x)
+    torch.testing.assert_close(moments.moment_of("fc1", net.fc1), moments.moment_of("fc1", plain.fc1))
+    with pytest.warns(UserWarning, match="stays whole"):
+        taker.release()
+    torch.testing.assert_close(torch.cat(net.fc1(nested).unbind()), net.fc1(x))
+
+
+def test_tracers_record_no_measuring_and_scripting_names_the_cure():
+    (net, taker), x = factored_net(1), inputs(8, 32)
+    C = moments.moment_of("fc1", net.fc1)
+    for change in (lambda: None, taker.release):
+        change()
+        made = [torch.jit.trace(net, x), torch.fx.symbolic_trace(net)]
+        made.append(torch.export.export(net, (x,), dynamic_shapes=({0: torch.export.Dim("rows")},)).module())
+        assert type(net.fc1) is not type(Net().fc1) and (taker.kept or torch.equal(moments.moment_of("fc1", net.fc1), C))
+        for traced in made:
+            torch.testing.assert_close(traced(inputs(64, 32)), net(inputs(64, 32)))
+        with pytest.raises(RuntimeError, match="script a plain copy"):
+            torch.jit.script(net)
+
+
+class Locked(nn.Linear):
+    """Whose attributes are fixed."""
+
+    def __setattr__(self, name, value):
+        if name not in ("in_features", "out_features", "weight", "bias", "training"):
+            raise AttributeError(f"no attribute {name}")
+        super().__setattr__(name, value)
+
+    def __delattr__(self, name):
+        raise AttributeError(f"{name} stays")
+
+
+def test_a_class_that_guards_its_attributes_is_not_asked():
+    net = nn.Sequential(Locked(32, 128))
+    before = net.state_dict()
+    taker = Factors()
+    taker.adopt(Plan({"0": 8}), net)
+    net(inputs(64, 32))
+    taker.release()
+    expand(net)
+    assert type(net[0]) is Locked and list(net.state_dict()) == list(before)
+    lora.inject(net, {"0": 4})
+    lora.freeze(net, {"0": 4}, frozen_dtype="int8")
+    lora.eject(net)
+    assert type(net[0]) is Locked and list(net.state_dict()) == list(before)
+
+
 @pytest.mark.parametrize("settings", [{"energy": 0.95}, {"flops": 0.4}])
 def test_other_rules_for_the_rank(settings):
     net, taker = factored_net(rank=1, **settings)
@@ -345,12 +443,16 @@ def test_bad_input_is_one_line():
     with pytest.raises(ConfigError, match="a forward of its own"):
         Factors().check_adopt(["fc1"], net)
     net, taker = factored_net()
-    net(inputs(8, 32) * float("inf"))
+    net(inputs(8, 32) * 1e30)
     with pytest.raises(ConfigError, match="NaN or infinite inputs"):
         taker.release()
-    _, taker = factored_net(0)
+    net, taker = factored_net(0)
     with pytest.raises(ConfigError, match="factors would pay for none"):
         taker.release()
+    square = {"qkv.q": all_targets(net)["qkv.q"], "fc1": all_targets(net)["fc1"]}
+    taker.check_fraction(0.6, square)  # qkv is 96 x 32
+    with pytest.raises(ConfigError, match="ranks=0.9: factors of this fraction would pay for no target"):
+        taker.check_fraction(0.9, square)
 
 
 def test_a_layer_that_nobody_called_stays_whole():

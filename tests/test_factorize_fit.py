@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 from lowrank_pretrain import GaLoreAdamW, LoRA, LTEStrategy, PhaseCallback, Plan, PreLoRA, galore_param_groups
@@ -136,6 +137,25 @@ def test_a_second_fit_goes_on_where_the_first_ended(tmp_path):
     fit(tmp_path, callback, module, max_steps=1)
 
 
+@pytest.mark.parametrize("settings", [{}, {"then": "lora", "ranks": (2, 4), "frozen_dtype": "int8"}])
+def test_after_an_interrupted_fit_files_of_every_phase_are_tested_and_it_goes_on(tmp_path, settings):
+    class Stop(pl_callback()):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            if trainer.global_step == 18:
+                raise InterruptedError
+
+    module, callback = toy(), steps(**settings)
+    running = trainer(tmp_path, callback, Stop(), every=1, max_epochs=4)
+    with pytest.raises(InterruptedError):
+        running.fit(module, loader())
+    for at in (3, 17):  # of the full phase, too
+        file = tmp_path / f"step={at}.ckpt"
+        wanted = trainer(tmp_path).test(Toy.load_from_checkpoint(file), loader(), verbose=False)
+        assert running.test(module, loader(), ckpt_path=file, verbose=False)[0] == pytest.approx(wanted[0])
+    running.save_checkpoint(tmp_path / "late.ckpt")
+    fit(tmp_path, steps(**settings), toy(), ckpt=tmp_path / "late.ckpt")
+
+
 def test_an_average_follows_and_resumes(tmp_path):
     def once(path, module, ckpt=None):
         ema = EMAWeightAveraging(decay=0.8)
@@ -256,6 +276,32 @@ def test_a_compiled_model_is_measured_and_factored(tmp_path):
     fit(tmp_path, callback, module)
     assert callback.phase == "lowrank" and len(callback.plan) == 11
     torch.testing.assert_close(module.losses, plain.losses, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_activations_are_measured_once(tmp_path, reentrant):
+    class Checkpointed(Toy):
+        def forward(self, x):
+            x = self.embed(x)
+            for block in self.blocks:
+                x = checkpoint(block, x, use_reentrant=reentrant)
+            return self.head(x)
+
+    plain = toy()
+    fit(tmp_path, steps(), plain)
+    torch.manual_seed(7)
+    module = Checkpointed()
+    fit(tmp_path, steps(), module)
+    assert module.losses == plain.losses
+    assert_equal(dict(module.state_dict()), dict(plain.state_dict()))
+
+
+def test_measuring_breaks_no_graph(tmp_path):
+    module = toy()
+    for block in module.blocks:
+        block.compile(backend="eager", fullgraph=True)
+    fit(tmp_path, callback := steps(), module)
+    assert callback.phase == "lowrank" and len(callback.plan) == 11
 
 
 FACTORIZE = {"then": "factorize", "ranks": (0.25,), "warmup": 0, "latest": 3}

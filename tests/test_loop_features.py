@@ -376,6 +376,13 @@ def test_reentrant_checkpointing_that_cuts_adapters_off_is_named(tmp_path):
     fit(tmp_path, "prelora", module=net("prelora", reentrant=False), prelora=settings)
 
 
+@pytest.mark.parametrize("then", ["lora", "factorize"])
+def test_a_loss_that_nothing_trainable_reaches_any_more_is_explained(tmp_path, then):
+    settings = {"targets": ["fc1"], "ranks": [0.25] if then == "factorize" else [2], "freeze_rest": True, "then": then}
+    with pytest.raises(ConfigError, match=r"targets='blocks.0.fc1, blocks.1.fc1': .*use_reentrant=False"):
+        fit(tmp_path, "prelora", module=net("prelora", reentrant=True), prelora=settings)
+
+
 # -- torch.compile ------------------------------------------------------------------------------------------------------
 
 

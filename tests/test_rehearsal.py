@@ -557,10 +557,12 @@ def test_a_layer_that_is_still_lazy_is_one_line(tmp_path, callback):
             self.fc2 = nn.LazyLinear(16)
 
         def configure_optimizers(self):
-            return torch.optim.SGD([*self.fc1.parameters(), *self.head.parameters()], lr=1e-2)
+            every = self.parameters() if self.whole else [*self.fc1.parameters(), *self.head.parameters()]
+            return torch.optim.SGD(every, lr=1e-2)
 
-    fit(tmp_path, StillLazy(), phases := callback())
-    assert set(phases.plan) == {"fc1"}
+    for StillLazy.whole in (True, False):
+        fit(tmp_path, StillLazy(), phases := callback())
+        assert set(phases.plan) == {"fc1"}
     with pytest.raises(ConfigError, match="targets='fc2': is lazy"):
         fit(tmp_path, StillLazy(), callback(targets="fc2"))
 
@@ -881,3 +883,32 @@ def test_targets_that_are_none(targets):
     for make in (PreLoRA, LoRA):
         with pytest.raises(ConfigError, match="^targets="):
             make(targets=targets)
+
+
+@pytest.mark.parametrize("then", ["lora", "factorize"])
+def test_a_weight_that_is_written_into_between_steps_trains_in_full(tmp_path, then):
+    class Clamped(Net):
+        def on_train_batch_end(self, *_):
+            with torch.no_grad():
+                self.fc1.weight.clamp_(-0.05, 0.05)
+
+    module = Clamped()
+    with pytest.warns(UserWarning, match="fc1 is written into between optimizer steps"):
+        fit(tmp_path, module, phases := pre(then=then, ranks=(0.25,) if then == "factorize" else (2,)))
+    assert set(phases.plan) == {"fc2"} and module.fc1.weight.abs().max() <= 0.05
+    with pytest.raises(ConfigError, match=r"targets='fc1': is written into .*leave it out"):
+        fit(tmp_path, Clamped(), LoRA(rank=2, targets="fc1"))
+
+
+@pytest.mark.parametrize("kind", ["int8", "float8", "bfloat16"])
+def test_whoever_casts_to_a_weights_dtype_hears_of_it(tmp_path, kind):
+    class Cast(Net):
+        def forward(self, x):
+            return self.head(x + self.fc2(torch.relu(self.fc1(x.to(self.fc1.weight.dtype))).to(x.dtype)))
+
+    if kind == "bfloat16":
+        fit(tmp_path, Cast(), pre(frozen_dtype=kind))
+        return
+    with pytest.warns(UserWarning, match="asks for the dtype of the weight of fc1"):
+        with pytest.raises(TypeError, match=f"frozen_dtype={kind} was given torch.int8"):
+            fit(tmp_path, Cast(), pre(frozen_dtype=kind))

@@ -5,7 +5,7 @@ import csv
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.callbacks import LearningRateMonitor, OnExceptionCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
@@ -73,6 +73,23 @@ def test_rewarm_ramps_the_rate_after_the_freeze_and_leaves_the_schedule_alone(tm
         assert b == pytest.approx([rate * factor for rate in a], rel=1e-12), t
 
 
+@pytest.mark.parametrize("save_first", [True, False])
+def test_a_file_of_a_step_that_failed_while_the_rate_was_ramped_has_the_schedules_rate(tmp_path, save_first):
+    class Fails(Toy):
+        def training_step(self, batch, batch_idx):
+            if self.global_step == 15:  # the freeze comes after step 14
+                raise InterruptedError
+            return super().training_step(batch, batch_idx)
+
+    callbacks = [OnExceptionCheckpoint(tmp_path, "failed"), steps(rewarm=4)]
+    running = trainer(tmp_path, *callbacks[:: 1 if save_first else -1], every=100, max_epochs=4)
+    with pytest.raises(InterruptedError):
+        running.fit(Fails(), loader())
+    assert running.optimizers[0].param_groups[0]["lr"] < 1e-2  # still ramped
+    saved = torch.load(tmp_path / "failed.ckpt", weights_only=True)["optimizer_states"][0]
+    assert [group["lr"] for group in saved["param_groups"]] == [1e-2]
+
+
 @pytest.mark.parametrize("scheduler", [None, "lambda", "cosine", "onecycle", "sequential", "step"])
 def test_adapters_with_a_rate_of_their_own_follow_their_weights_group(tmp_path, scheduler):
     plain, _, _ = lr_trace(tmp_path, None, lr_groups=3, scheduler=scheduler)
@@ -128,6 +145,46 @@ def test_partial_targets_of_a_fused_layer_keep_the_other_rows_training_with_thei
 
     trainer(tmp_path, callback, Spy(), AtEnd(look), max_epochs=4).fit(module, loader())
     assert snapshots["inherited"].shape == (16, 16) and snapshots["step"] == 14
+
+
+def test_rows_take_over_what_an_optimizer_keeps_by_row_and_column(tmp_path):
+    class Factored(Toy):
+        def configure_optimizers(self):
+            return torch.optim.Adafactor(self.parameters(), lr=1e-2)
+
+    def look(fit, module):
+        state = fit.optimizers[0].state[module.blocks[0].qkv.rest_weight["k"]]
+        assert state["row_var"].shape == (16, 1) and state["col_var"].shape == (1, 16) and state["step"] == 24
+
+    trainer(tmp_path, steps(targets=["q", "v"]), AtEnd(look), max_epochs=4).fit(Factored(), loader())
+
+
+def test_rows_of_a_bias_that_nothing_trains_train_no_more_than_it_did(tmp_path):
+    class Matrices(Toy):
+        def configure_optimizers(self):
+            return torch.optim.SGD([p for p in self.parameters() if p.ndim == 2], lr=1e-2)
+
+    torch.manual_seed(7)
+    module = Matrices()
+    before = module.blocks[0].qkv.bias.detach().clone()
+    trainer(tmp_path, steps(targets=["q", "v"]), max_epochs=4).fit(module, loader())
+    assert torch.equal(module.blocks[0].qkv.bias, before) and module.blocks[0].qkv.bias.requires_grad
+
+
+def test_a_state_of_an_unknown_form_starts_afresh(tmp_path):
+    class Books(torch.optim.SGD):
+        def step(self, closure=None):
+            loss = super().step(closure)
+            for p in self.param_groups[0]["params"]:
+                self.state[p].setdefault("sides", [torch.zeros(size, size) for size in p.shape])
+                assert [len(side) for side in self.state[p]["sides"]] == list(p.shape)
+            return loss
+
+    class Kept(Toy):
+        def configure_optimizers(self):
+            return Books(self.parameters(), lr=1e-2, momentum=0.9)
+
+    trainer(tmp_path, steps(targets=["q", "v"]), max_epochs=4).fit(Kept(), loader())
 
 
 def test_named_parameters_in_the_optimizer_stay_in_line(tmp_path):

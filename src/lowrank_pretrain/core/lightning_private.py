@@ -9,6 +9,7 @@ covers too.
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -20,6 +21,7 @@ from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging,
 from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 from torch import Tensor, nn
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor  # a tensor with a shape and no values: torch 2.14.1
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -234,6 +236,21 @@ def transforms_active() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
+@contextmanager
+def outside_transforms(tensor: Tensor) -> Iterator[Tensor]:
+    """Step out of ``torch.func``'s transforms, with the plain tensor that they passed in; batched dimensions come first.
+
+    Tried with torch 2.14.1.
+    """
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        batched = functorch.maybe_get_bdim(tensor)
+        tensor = functorch.get_unwrapped(tensor)
+        tensor = tensor if batched < 0 else tensor.movedim(batched, 0)
+    with temporarily_clear_interpreter_stack():
+        yield tensor
+
+
 def forward_mode_active() -> bool:
     """Return whether forward-mode derivatives are being computed. Tried with torch 2.14.1."""
     return torch.autograd.forward_ad._current_level >= 0
@@ -262,6 +279,11 @@ def hooks_recompute() -> bool:
     top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     hooks = None if top is None else top(True)
     return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
+
+
+def runs_again() -> bool:
+    """Return whether activation checkpointing (not the reentrant kind) repeats a forward pass now. Tried with torch 2.14.1."""
+    return torch._C._current_graph_task_id() != -1 and hooks_recompute()
 
 
 def kept_by(node: Any, name: str) -> Tensor | None:

@@ -26,6 +26,7 @@ class LRFactor:
         for optimizer in optimizers:
             self._handles.append(optimizer.register_step_pre_hook(self._dim))
             self._handles.append(optimizer.register_step_post_hook(self._restore))
+            self._handles.append(optimizer.register_state_dict_post_hook(self._show_scheduled))
 
     def remove(self) -> None:
         """Remove the hooks."""
@@ -44,6 +45,11 @@ class LRFactor:
         if scheduled is not None:
             for group, lr in zip(optimizer.param_groups, scheduled, strict=True):
                 group["lr"] = lr
+
+    def _show_scheduled(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+        """Save the schedule's value, also from inside of a step: Lightning's runs the model, which may raise."""
+        for group, lr in zip(state_dict["param_groups"], self._scheduled.get(id(optimizer), ()), strict=False):
+            group["lr"] = lr
 
 
 class Rewarm(LRFactor):

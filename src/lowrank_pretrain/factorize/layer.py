@@ -96,10 +96,11 @@ class FactoredLinear(Reclassed, nn.Module):
         if f"{prefix}factor_V" not in state_dict and whole is not None:
             rows = whole.t() if self._transposed else whole
             refusal = self._refusal(rows)
-            if refusal is None:
-                state_dict |= {prefix + name: value for name, value in best_factors(rows, self._blocks).items()}
-            else:
+            if refusal is not None:
                 errors.append(f"{prefix}weight {refusal}")
+            # if it is refused its own factors, so that torch does not call them missing as well
+            found = self.factor_parameters() if refusal is not None else best_factors(rows, self._blocks)
+            state_dict |= {prefix + name: value.detach() for name, value in found.items()}
             del state_dict[f"{prefix}weight"]
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
 
@@ -113,7 +114,10 @@ class FactoredLinear(Reclassed, nn.Module):
             part = rows[b.start : b.start + b.rows].to(found["factor_V"])
             off = torch.linalg.vector_norm(part - found[f"factor_U.{b.name}"] @ found["factor_V"][b.at : b.at + b.rank])
             if off > rounding * torch.linalg.vector_norm(part):
-                return f"has a rank above {b.rank}, which this factored layer has: load it before the switch, or after the fit"
+                return (
+                    f"has a rank above {b.rank}, which this factored layer has: load it before the switch, or after the fit "
+                    "(if that was interrupted, after lowrank_pretrain.merge(module))"
+                )
         return None
 
     def extra_repr(self) -> str:
@@ -150,7 +154,7 @@ def give_factors(layer: Any, cut: Cut) -> None:
     """Swap the layer's class and replace its weight by the factors; the weight's memory is given back."""
     whole = layer.weight
     like = {"dtype": whole.dtype, "device": whole.device}
-    del layer.weight
+    del layer._parameters["weight"]
     swap_class(layer, FactoredLinear)
     layer.__dict__["_rest"], layer.__dict__["_blocks"], layer.__dict__["_whole"] = (), cut.blocks, whole
     trains = whole.requires_grad
@@ -167,9 +171,8 @@ def take_factors(layer: Any, check: bool = True) -> None:
         ValueError: the factors are NaN or infinite, and ``check`` is on.
     """
     product, whole = layer.product(check), layer._whole
-    for name in ADDED:
-        delattr(layer, name)
-    layer.__class__ = layer._plain_class
+    del layer._parameters["factor_V"], layer._modules["factor_U"]
+    object.__setattr__(layer, "__class__", layer._plain_class)
     for key in ("_rest", "_blocks", "_whole"):
         layer.__dict__.pop(key, None)
     whole.data = product

@@ -18,7 +18,7 @@ from lowrank_pretrain.factorize.cost import largest_rank, largest_share
 from lowrank_pretrain.factorize.decompose import damped, spectrum
 from lowrank_pretrain.factorize.layer import ADDED, FactoredLinear, give_factors, take_factors, why_not
 from lowrank_pretrain.factorize.moments import MeasuredLinear
-from lowrank_pretrain.factorize.ranks import Block, Cut, best_cut, ranks_of_budget
+from lowrank_pretrain.factorize.ranks import Block, Cut, best_cut, rank_of_fraction, ranks_of_budget
 
 STEPS = 8  # optimizer steps over which inputs are measured at least
 
@@ -81,6 +81,22 @@ class Factors(Adopter, Reports):
                     "so name all its parts or none"
                 )  # fmt: skip
 
+    def check_fraction(self, smallest: float, targets: Mapping[str, Target]) -> None:
+        """Refuse, before training, fractions of which even the smallest gives ranks that pay off for no target.
+
+        Raises:
+            ConfigError: keyed ``ranks``.
+        """
+        if self.energy is not None or self.flops is not None:
+            return
+        for target in targets.values():
+            W = weight_rows(target.layer)
+            rows, cols = W.shape
+            limit = largest_rank(rows, cols, largest_share(self.products or W.dtype))
+            if rank_of_fraction(smallest, target.rows, target.cols) <= limit:
+                return
+        raise ConfigError("ranks", smallest, "factors of this fraction would pay for no target: give a lower one")
+
     def adopt(self, plan: Plan, module: nn.Module) -> list[Inherit]:
         """Begin to measure the inputs of the plan's targets; nothing else changes."""
         self.check_adopt(plan, module)
@@ -117,7 +133,8 @@ class Factors(Adopter, Reports):
             ranks |= {full: of_block.get(part, of_block.get(WHOLE, 0)) for part, full in own.items()}
             self.kept[name] = cut.kept
         if not inherited:
-            raise ConfigError("targets", len(layers), "layers were looked at, and factors would pay for none: use lower ranks")
+            reason = "layers were looked at, and factors would pay for none, or no step called it: use lower ranks"
+            raise ConfigError("targets", len(layers), reason)
         self._say_whole(layers, cuts)
         self.exact = None
         self.plan = Plan(ranks)
@@ -204,14 +221,12 @@ class Factors(Adopter, Reports):
             V = exact.get(f"{name}.factor_V")
             if V is None:
                 continue
-            prefix, rows = f"{name}.factor_U.", {part: (start, count) for part, start, count in parts(name, layer)}
-            rows[WHOLE] = (0, weight_rows(layer).shape[0])
             U, blocks, at = {}, [], 0
-            for key, u in exact.items():
-                if key.startswith(prefix):
-                    part = key.removeprefix(prefix)
+            for part, start, rows in ((WHOLE, 0, weight_rows(layer).shape[0]), *parts(name, layer)):  # V's order
+                u = exact.get(f"{name}.factor_U.{part}")
+                if u is not None and part not in U:  # the only part of a layer that is not fused is called WHOLE, too
                     U[part] = u
-                    blocks.append(Block(part, *rows[part], at, u.shape[1]))
+                    blocks.append(Block(part, start, rows, at, u.shape[1]))
                     at += u.shape[1]
             cuts[name] = Cut(tuple(blocks), U, V, 1.0)
         return cuts
@@ -272,11 +287,11 @@ def shown_whole(module: nn.Module) -> Iterator[None]:
             own = {"weight": nn.Parameter(layer.product(check=False))}
             layer.__dict__["_parameters"] = own | {name: p for name, p in parameters.items() if name not in ADDED}
             layer.__dict__["_modules"] = {name: inner for name, inner in modules.items() if name not in ADDED}
-            layer.__class__ = layer._plain_class
+            object.__setattr__(layer, "__class__", layer._plain_class)
         yield
     finally:
         for layer, kind, parameters, modules in held:
-            layer.__class__ = kind
+            object.__setattr__(layer, "__class__", kind)
             layer.__dict__.update(_parameters=parameters, _modules=modules)
 
 

@@ -1,9 +1,10 @@
 """Measure the second moments of layers' inputs while a model trains: C = E[x xᵀ] per layer.
 
-A layer that is measured has its class swapped, as adapters do it, so that compiled models are measured too. In each training
-forward it adds xᵀ x of some rows of its input to a D x D sum in float32, the older ones fading; nothing of what it computes
-changes. Memory: 4 D² bytes per layer while it is measured (ViT-S: 11 MiB per block, ViT-L: 76 MiB per block). Time: at most
-``ROWS`` rows of each forward's are taken, evenly spread: ROWS · D² multiplications next to the layer's own 3 N · D · O.
+A layer that is measured has its class swapped, as adapters do it, so that compiled models are measured too. In each forward
+pass with autograd it adds xᵀ x of some rows of its input to a D x D sum in float32, the older ones fading; nothing of what it
+computes changes. (It does not ask for ``layer.training``: a pretrained model, or a part of one, may train in eval mode.)
+Memory: 4 D² bytes per layer while it is measured (ViT-S: 11 MiB per block, ViT-L: 76 MiB per block). Time: at most ``ROWS``
+rows of each forward's are taken, evenly spread: ROWS · D² multiplications next to the layer's own 3 N · D · O.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -13,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.lightning_private import is_traced, outside_transforms, runs_again, transforms_active
 from lowrank_pretrain.core.targets import plain_name, weight_rows
+from lowrank_pretrain.lora.function import is_exporting
 from lowrank_pretrain.lora.layer import Reclassed, swap_class
 
 ROWS = 1024  # of a forward's input rows (batch times tokens) that are looked at
@@ -28,17 +31,27 @@ class MeasuredLinear(Reclassed, nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Map (.., D) to (.., O) as the plain class does, and measure the input."""
-        if self.training and torch.is_grad_enabled():
-            self._measure(args[0] if args else next(iter(kwargs.values())))
+        if torch.is_grad_enabled() and not is_exporting():
+            x = args[0] if args else next(iter(kwargs.values()))
+            if torch.compiler.is_compiling():
+                self._measure(x)
+            elif transforms_active():
+                with outside_transforms(x) as plain:
+                    self._measure(plain)
+            elif isinstance(x, Tensor) and not is_traced() and not runs_again():  # torch.fx has stand-ins
+                self._measure(x)
         return super().forward(*args, **kwargs)
 
     def _measure(self, x: Tensor) -> None:
         with torch.no_grad():
-            x = x.detach().reshape(-1, x.shape[-1])  # (N, D)
-            x = x[:: -(-x.shape[0] // ROWS)].to(self._moment.dtype)  # at most ROWS of them
+            x = torch.cat([one.flatten(0, -2) for one in x.detach().unbind()]) if x.is_nested else x.detach()
+            x = x.reshape(-1, x.shape[-1])  # (N, D)
+            x = x[:: max(1, -(-x.shape[0] // ROWS))].to(self._moment.dtype)  # at most ROWS of them; an expert may get none
+            finite = torch.isfinite(x).all(1, keepdim=True)  # (N, 1): a step with others may be skipped, by a user or a scaler
+            x = torch.where(finite, x, 0.0)
             with torch.autocast(x.device.type, enabled=False):
                 self._moment.mul_(FADE).addmm_(x.t(), x)
-            self._rows_seen.mul_(FADE).add_(x.shape[0])
+            self._rows_seen.mul_(FADE).add_(finite.sum())
 
     def extra_repr(self) -> str:
         """Return the plain layer's line."""
@@ -61,7 +74,7 @@ def begin(layer: Any) -> None:
 
 def end(layer: Any) -> None:
     """Give a measured layer its plain class back, and free its moment."""
-    layer.__class__ = layer._plain_class
+    object.__setattr__(layer, "__class__", layer._plain_class)
     for key in ("_rest", "_moment", "_rows_seen"):
         layer.__dict__.pop(key, None)
 
@@ -75,14 +88,16 @@ def moment_of(name: str, layer: MeasuredLinear, total: Callable[[Tensor], Tensor
         total: sums a tensor over all processes.
 
     Raises:
-        ConfigError: its inputs were NaN or infinite.
+        ConfigError: its inputs were so large that their squares are infinite.
     """
     moment, rows = total(layer._moment), float(total(layer._rows_seen))
     if rows == 0:
         return None
     if not bool(torch.isfinite(moment).all()):
         raise ConfigError(
-            "targets", plain_name(name), "had NaN or infinite inputs since the switch: lower the learning rate, or leave it out"
+            "targets",
+            plain_name(name),
+            "had NaN or infinite inputs since the switch, or huge ones: lower the learning rate, or leave it out",
         )
     return moment / rows
 

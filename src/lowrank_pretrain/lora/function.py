@@ -46,7 +46,7 @@ from lowrank_pretrain.lora.products import (
 )
 from lowrank_pretrain.lora.remake import Recipe, Remaker, keep, kept
 
-_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)  # since torch 2.7
+is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)  # since torch 2.7
 
 
 def lora_linear(
@@ -95,6 +95,11 @@ def lora_linear(
             effective_bias(bias, rest, rest_bias),
             transposed,
         )
+    if stored is not None and not x.is_floating_point():
+        raise TypeError(
+            f"a layer with frozen_dtype={stored.kind} was given {x.dtype}, as by a cast to its weight's dtype: do without the "
+            "cast, or use frozen_dtype=bfloat16"
+        )
     layout = Layout(parts, rest, transposed, None if stored is None else stored.kind)
     operands = () if stored is None else stored.operands()
     recipe = None
@@ -108,14 +113,14 @@ def lora_linear(
 def is_ordinary(x: Any) -> bool:
     """Return whether our own function may take ``x``: a plain tensor that only autograd's backward follows."""
     if torch.compiler.is_dynamo_compiling():
-        return not _is_exporting()
+        return not is_exporting()
     return (
         (type(x) is Tensor or type(x) is torch.nn.Parameter)
         and not x.is_nested
         and not transforms_active()
         and not forward_mode_active()
         and not is_traced()
-        and not _is_exporting()
+        and not is_exporting()
     )
 
 

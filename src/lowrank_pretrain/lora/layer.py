@@ -78,10 +78,20 @@ class Reclassed(Unannounced, _Plain):
         # the class has no importable name: rebuild it from the plain one
         return _blank, (self._mixin, self._plain_class), self.__dict__
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Refuse ``torch.jit.script``, which cannot compile what was registered at run time, with the cure.
+
+        Returning a plain layer here would not help: ``script`` would put it into the original model.
+        """
+        raise RuntimeError(
+            "factors and adapters cannot be scripted: script a plain copy, "
+            "lowrank_pretrain.merge(copy.deepcopy(module)), in place of it"
+        )
+
 
 def swap_class(layer: nn.Module, mixin: type[Reclassed]) -> None:
-    """Give the layer its own class: ``mixin`` before the class that it has."""
-    layer.__class__ = _class_of(mixin, type(layer))
+    """Give the layer its own class: ``mixin`` before the class that it has. A ``__setattr__`` of that class is not asked."""
+    object.__setattr__(layer, "__class__", _class_of(mixin, type(layer)))
 
 
 def has_own_forward(layer: nn.Module) -> bool:
@@ -140,15 +150,6 @@ class LoRALinear(Reclassed):
         bias = effective_bias(self.bias, self._rest, rest_bias)
         return self._plain_class.forward(with_weight(self, weight, bias), *args, **kwargs)
 
-    def __prepare_scriptable__(self) -> nn.Module:
-        """Refuse ``torch.jit.script``, which cannot compile what was registered at run time, with the cure.
-
-        Returning a plain layer here would not help: ``script`` would put it into the original model.
-        """
-        raise RuntimeError(
-            "adapters cannot be scripted: script a plain copy, lowrank_pretrain.merge(copy.deepcopy(module)), in place of it"
-        )
-
     def merged_weight(self, check: bool = True) -> Tensor:
         """Return W + scale · B A in the layer's own layout, a new tensor.
 
@@ -170,7 +171,7 @@ class LoRALinear(Reclassed):
     @torch.no_grad()
     def store_weight(self, kind: str, keep_original: bool) -> None:
         """Store the frozen W in a cheaper type, in which it is multiplied from here on."""
-        self.weight.data, self._stored = store(self.base_weight(), kind, self._transposed, keep_original)
+        self.weight.data, self.__dict__["_stored"] = store(self.base_weight(), kind, self._transposed, keep_original)
 
     @torch.no_grad()
     def write_weight(self, weight: Tensor) -> None:
@@ -179,12 +180,12 @@ class LoRALinear(Reclassed):
             self.weight.copy_(weight)
         else:
             self.weight.data = weight
-            del self._stored
+            del self.__dict__["_stored"]
 
     def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
         super()._apply(*args, **kwargs)
         if self._stored is not None:  # they follow to another device, and keep their dtypes
-            self._stored = self._stored.moved(self.weight)
+            self.__dict__["_stored"] = self._stored.moved(self.weight)
         return self
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
@@ -208,7 +209,7 @@ class LoRALinear(Reclassed):
         if self._stored is not None and given is not None and given.shape == self.weight.shape:
             # also where its dtype is the stored one: an original that is kept would be that of the weight before
             kept = self._stored.original is not None
-            state_dict[f"{prefix}weight"], self._stored = store(
+            state_dict[f"{prefix}weight"], self.__dict__["_stored"] = store(
                 given.to(self.weight.device, self._stored.dtype), self._stored.kind, self._transposed, kept
             )
         for name, own in self.named_parameters():
@@ -254,16 +255,16 @@ def give_adapters(
         at += rank
     swap_class(layer, LoRALinear)
     layer = cast(LoRALinear, layer)
-    layer._parts, layer._rest = tuple(spans), ()
-    layer._remaker = Remaker() if recompute_inputs else None
-    layer.lora_A = nn.Parameter(A.to(**like), requires_grad=train_A and total > 0)
-    layer.lora_B = nn.ParameterDict(factors)
+    layer.__dict__.update(_parts=tuple(spans), _rest=(), _remaker=Remaker() if recompute_inputs else None)
+    layer.register_parameter("lora_A", nn.Parameter(A.to(**like), requires_grad=train_A and total > 0))
+    layer.register_module("lora_B", nn.ParameterDict(factors))
 
 
 def keep_rows(layer: Reclassed, rest: list[RestPart], bias: bool = True) -> list[Inherit]:
     """Make row blocks of W (and of b, where all of it freezes) separate parameters that are views, and go on training."""
-    layer._rest = tuple(rest)
-    layer.rest_weight, layer.rest_bias = nn.ParameterDict(), nn.ParameterDict()
+    layer.__dict__["_rest"] = tuple(rest)
+    layer.register_module("rest_weight", nn.ParameterDict())
+    layer.register_module("rest_bias", nn.ParameterDict())
     dim = 1 if is_conv1d(layer) else 0
     inherited = []
     for part in rest:
@@ -280,12 +281,11 @@ def keep_rows(layer: Reclassed, rest: list[RestPart], bias: bool = True) -> list
 def take_adapters(layer: LoRALinear) -> None:
     """Give the layer its plain class back; unmerged adapters are lost."""
     for name in ADDED:
-        if hasattr(layer, name):
-            delattr(layer, name)
+        layer._parameters.pop(name, None)
+        layer._modules.pop(name, None)
     object.__setattr__(layer, "__class__", layer._plain_class)
-    del layer._parts, layer._rest
-    layer.__dict__.pop("_remaker", None)
-    layer.__dict__.pop("_stored", None)
+    for key in ("_parts", "_rest", "_remaker", "_stored"):
+        layer.__dict__.pop(key, None)
 
 
 def lora_layers(module: nn.Module) -> Iterator[tuple[str, LoRALinear]]:

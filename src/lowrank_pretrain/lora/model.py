@@ -178,7 +178,7 @@ def shown_plain(module: nn.Module, flags: Mapping[str, bool]) -> Iterator[None]:
         yield
     finally:
         for layer, adapted in layers:
-            layer.__class__ = adapted
+            object.__setattr__(layer, "__class__", adapted)
         for child, parameters, modules in held:
             child.__dict__.update(_parameters=parameters, _modules=modules)
         for p, trains in now:

@@ -28,6 +28,8 @@ class ScheduledGroups:
         return [group for group in self._optimizer.param_groups if "follows" not in group]
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # asked by copies and pickles, before there is an optimizer
+            raise AttributeError(name)
         return getattr(self._optimizer, name)
 
     def __eq__(self, other: object) -> bool:

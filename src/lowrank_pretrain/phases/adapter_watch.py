@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.targets import families
+from lowrank_pretrain.factorize.model import factored_layers
 from lowrank_pretrain.lora import model as lora
 from lowrank_pretrain.phases.layers import added_parameters, layer_of
 from lowrank_pretrain.phases.rehearsal import Hook, compiled_parts, in_autograd_function
@@ -27,6 +29,10 @@ KNOWN = {
     "that it wraps",
     "DistributedOptimizer": "steps parameters that other processes hold: use the optimizer that it wraps",
 }
+CUT_OFF = (
+    "checkpointing of activations cuts it off from the loss: its input needs no gradient once everything before it is frozen "
+    "(use_reentrant=False)"
+)
 STEPS = 3  # that an adapter may stand still while others move
 PATIENCE = 50  # optimizer steps after which watching stops
 
@@ -59,7 +65,8 @@ def check_optimizers(optimizers: Iterable[Optimizer]) -> None:
 
 def _books(optimizer: Optimizer) -> str | None:
     """Return the attribute in which an optimizer keeps copies of its parameters by position, or one flat copy."""
-    groups = [[p for p in group["params"] if isinstance(p, Tensor)] for group in optimizer.param_groups]
+    # a lazy parameter has no shape yet, and could not be copied
+    groups = [[p for p in group["params"] if isinstance(p, Tensor) and not is_lazy(p)] for group in optimizer.param_groups]
     every = [p for group in groups for p in group]
     owned = {id(p) for p in every}
     shapes = [[p.shape for p in group] for group in (*groups, every) if len(group) > 1]
@@ -180,9 +187,19 @@ class GradientWatch:
         compiled = compiled_parts(module)
         self._handles = [
             layer.register_forward_pre_hook(_CutOff(self, name), with_kwargs=True)
-            for name, layer in lora.lora_layers(module)
+            for name, layer in (*lora.lora_layers(module), *factored_layers(module))
             if id(layer) not in compiled
         ]
+
+    def check_loss(self, loss: Tensor) -> None:
+        """Refuse a loss that nothing trainable reaches any more; call it before a backward pass.
+
+        Raises:
+            ConfigError: layers are cut off (see above), so that torch would refuse the backward pass.
+        """
+        cut_off = [name for name in self.layers() if self._only_cut_off.get(name)]
+        if cut_off and not loss.requires_grad:
+            raise ConfigError("targets", ", ".join(sorted(cut_off)), CUT_OFF)
 
     def look(self) -> list[str]:
         """Stop watching adapters that have a gradient; call it after a backward pass.
@@ -214,10 +231,7 @@ class GradientWatch:
         """
         cut_off = self.look()
         if cut_off:
-            raise ConfigError(
-                "targets", ", ".join(sorted(cut_off)), "checkpointing of activations cuts it off from the loss: its input "
-                "needs no gradient once everything before it is frozen (use_reentrant=False)"
-            )  # fmt: skip
+            raise ConfigError("targets", ", ".join(sorted(cut_off)), CUT_OFF)
         if self.without and self.steps < patience:
             return False
         if set(self.layers()) - said:

@@ -17,6 +17,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lowrank_pretrain.checkpoints.format import FORMAT, SIDE, check_format
@@ -49,7 +50,7 @@ class PhaseCallback(HasPhase, Callback):
     ``trainer.callback_metrics`` has ``lowrank/phase`` (0, 1, 2), ``lowrank/switch_step``, ``lowrank/freeze_step`` and
     ``lowrank/rank/<target>``.
 
-    A subclass that writes ``on_train_start``, ``on_train_batch_start`` or ``on_before_optimizer_step`` calls this class's too.
+    A subclass that writes ``on_train_start``, ``on_train_batch_start`` or an ``on_before_...`` calls this class's too.
 
     Args:
         alpha: adapters' scale = alpha / rank; ``None``: scale 1.
@@ -71,8 +72,7 @@ class PhaseCallback(HasPhase, Callback):
     Attributes:
         phase: ``full``, ``joint`` or ``lowrank``.
         plan: {target: rank} once switched, else ``None``.
-        switch_step: optimizer step after which the switch came, or ``None``.
-        freeze_step: the same for the freeze.
+        switch_step, freeze_step: optimizer steps after which switch and freeze came, or ``None``.
 
     Example:
         >>> class SwitchAt(PhaseCallback):
@@ -149,8 +149,7 @@ class PhaseCallback(HasPhase, Callback):
             return
         self._freeze(trainer, pl_module, replay=False)
         self.freeze_step = trainer.global_step
-        counts = count_parameters(pl_module)
-        said = f"{counts['trainable']:,} of {counts['total']:,} still train"
+        said = "{trainable:,} of {total:,} still train".format_map(count_parameters(pl_module))
         rank_zero_info(f"{type(self).__name__}: freeze after step {self.freeze_step}; {said}")
 
     def _switch(self, trainer: pl.Trainer, pl_module: pl.LightningModule, plan: Plan, replay: bool) -> None:
@@ -203,6 +202,8 @@ class PhaseCallback(HasPhase, Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse what cannot work; before a fit, make a module plain that still has adapters."""
         if stage != "fit":
+            if self.phase != "full" and layers.has_changed(pl_module):  # a fit was interrupted: any file may follow
+                self._make_plain(trainer, pl_module)
             return
         refusals.check_run(self, trainer, pl_module)
         ended, self._ended = self._ended, None
@@ -262,10 +263,8 @@ class PhaseCallback(HasPhase, Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check that the restored optimizer states fit, and that every rank read the same file."""
         transition.check_restored(trainer.optimizers, pl_module)
-        # a fit that continues a changed module under a new trainer, which counts steps from 0
-        for key in ("switch_step", "freeze_step"):
-            step = getattr(self, key)
-            setattr(self, key, None if step is None else min(step, trainer.global_step))
+        for key in ("switch_step", "freeze_step"):  # a fit may continue under a new trainer, which counts steps from 0
+            setattr(self, key, None if getattr(self, key) is None else min(getattr(self, key), trainer.global_step))
         if self._first is not None:
             self._first.start()
         if not (isinstance(trainer.strategy, Adopter) and trainer.strategy.compares_ranks):
@@ -277,6 +276,11 @@ class PhaseCallback(HasPhase, Callback):
             self._watch = GradientWatch(pl_module)
         if self._unmoved and self._moving is None:
             self._moving = AdapterWatch(pl_module)
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        """Name the layers if nothing that trains reaches the loss after a transition."""
+        if self._watch is not None:
+            self._watch.check_loss(loss)
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
         """Evaluate the rehearsal once; after a transition, check that gradients reach the adapters and steps move them."""
@@ -291,9 +295,8 @@ class PhaseCallback(HasPhase, Callback):
             self._moving.before_step(optimizer)
             if self._moving.over:
                 self._unmoved, self._moving = False, None
-        if self._watch is not None:
-            if self._watch.judge(type(self).__name__, self.patience(trainer), self._said_dead):
-                self._look_at_gradients(False)
+        if self._watch is not None and self._watch.judge(type(self).__name__, self.patience(trainer), self._said_dead):
+            self._look_at_gradients(False)
 
     def choose_targets(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Resolve the targets, for callbacks that have some. Called when a fit starts in the full phase."""
@@ -314,8 +317,7 @@ class PhaseCallback(HasPhase, Callback):
         """
         reasons = {name: reason for name, reason in reasons.items() if name in self.chosen}
         patterns = self.targets or []
-        named = first_named(pl_module, patterns, reasons) if refuse else None
-        if named is not None:
+        if (named := first_named(pl_module, patterns, reasons) if refuse else None) is not None:
             raise ConfigError("targets", named, reasons[named])
         said = say_left_out(pl_module, patterns, reasons)
         if len(reasons) == len(self.chosen):
@@ -363,9 +365,7 @@ class PhaseCallback(HasPhase, Callback):
     def _make_plain(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Make the module plain; keep what ``trainer.save_checkpoint`` and a second fit need for an exact resume."""
         note = transition.note_of_changed(pl_module)
-        if note is None:
-            return
-        if not layers.has_changed(pl_module):  # strategy or optimizer took the plan
+        if note is None or not layers.has_changed(pl_module):  # strategy or optimizer took the plan, or none is there yet
             transition.restore_flags(pl_module)
             return
         groups = transition.group_names(trainer.optimizers, pl_module)

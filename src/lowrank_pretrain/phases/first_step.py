@@ -1,4 +1,4 @@
-"""Run the rehearsal of a Lightning fit, from its first batch to its first optimizer step; all processes agree on it."""
+"""Run the rehearsal of a Lightning fit, from its first batch to its second optimizer step; all processes agree on it."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,14 +6,20 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
 
-from lowrank_pretrain.core.targets import Target
+from lowrank_pretrain.core.protocols import Adopter
+from lowrank_pretrain.core.targets import Target, families
 from lowrank_pretrain.core.trainer import callbacks_of
+from lowrank_pretrain.lora.frozen import OPERANDS
 from lowrank_pretrain.phases.rehearsal import Rehearsal
 from lowrank_pretrain.phases.teachers import CURE, Pairing, teachers
 from lowrank_pretrain.phases.transition import averages
 
+_WRITTEN = (
+    "is written into between optimizer steps (a clamp, a mask, a norm that is kept?), which would miss adapters and factors: "
+    "leave it out"
+)
 SKIPPED = 3  # steps without any gradient to wait for
 
 
@@ -59,12 +65,14 @@ class FirstStep(FirstStepWatch):
         pl_module: the module, whose ``training_step`` is watched.
         targets: by name.
         adapters: as for ``Rehearsal``.
+        frozen_dtype: in which W will be stored at the freeze.
     """
 
     def __init__(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, targets: Mapping[str, Target], adapters: bool = True
-    ) -> None:
-        self._trainer, self._module, self._targets = trainer, pl_module, targets
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, targets: Mapping[str, Target], adapters: bool = True,
+        frozen_dtype: str | None = None,
+    ) -> None:  # fmt: skip
+        self._trainer, self._module, self._targets, self._frozen_dtype = trainer, pl_module, targets, frozen_dtype
         self._before: Any = None  # a training_step that the module itself holds, not its class
         trained = {id(p) for o in trainer.optimizers for g in o.param_groups for p in g["params"] if p.requires_grad}
         super().__init__(pl_module, targets, trained, adapters)
@@ -72,6 +80,8 @@ class FirstStep(FirstStepWatch):
             rank_zero_warn(f"{teacher} looks like a frozen copy of {student}, whose layers become low-rank: {CURE}")
         self.looking = False
         self._all_seen = False  # whether every layer was called in the first step, by any process
+        self._noted: Tensor | None = None  # of the targets' weights after the first step
+        self._handles: list[Any] = []
         self.steps = 0  # optimizer steps over which uncalled layers were watched
 
     def start(self) -> None:
@@ -90,14 +100,14 @@ class FirstStep(FirstStepWatch):
         self._module.__dict__["training_step"] = watching
 
     def look(self) -> dict[str, str] | None:
-        """Return, after the first step's backward pass, why targets cannot have an adapter. Later: ``None``.
+        """Return, after the first and the second step's backward pass, why targets cannot have an adapter. Later: ``None``.
 
         All processes must call it, and get the same.
         """
         self.steps += 1
         if not self.looking:
             self._unpair()
-            return None
+            return self._written()
         if self._pairing is not None and self.steps == 1:  # before it, a module may well be filled from another one
             self._pairing.watch_outside(self._targets, [model for _, model, _ in averages(callbacks_of(self._trainer))])
         self._rehearsal.after_backward()
@@ -105,9 +115,47 @@ class FirstStep(FirstStepWatch):
         if not stepped and self.steps < SKIPPED:
             return None
         self._unwrap()
+        if not isinstance(self._trainer.strategy, Adopter):  # which may write its merges
+            self._handles = [o.register_step_post_hook(self._note_weights) for o in self._trainer.optimizers]
+        if self._rehearsal.asked and self._frozen_dtype in OPERANDS:
+            asked = ", ".join(dict.fromkeys(families(self._module, self._rehearsal.asked).values()))
+            rank_zero_warn(
+                f"frozen_dtype={self._frozen_dtype}: the model asks for the dtype of the weight of {asked}, to be int8: "
+                "an input cast to it would be lost (then use bfloat16, or leave it out)"
+            )
         reasons = self._rehearsal.finish(agreed)
         self._all_seen = not self._rehearsal.unseen()
         return reasons
+
+    def _note_weights(self, *_: Any) -> None:
+        """Note the targets' weights as the first step leaves them; called after it."""
+        self._noted = self._figures()
+        self._forget_hooks()
+
+    @torch.no_grad()
+    def _figures(self) -> Tensor:
+        """Return two norms of each target layer's weight (n, 2): others' writes change them, rounding hardly."""
+        weights = [layer.weight.detach() for layer in self._rehearsal.layers.values()]
+        wide = torch.promote_types(weights[0].dtype, torch.float32)
+        norms = [torch.linalg.vector_norm(W, order, dtype=wide) for W in weights for order in (1, 2)]
+        return torch.stack(norms).view(-1, 2)
+
+    def _written(self) -> dict[str, str] | None:
+        """Return, in the second step, which targets' weights others than the optimizer have changed since the first."""
+        self._forget_hooks()
+        if self._noted is None:  # the step was skipped, or looked at already
+            return None
+        then, now, self._noted = self._noted, self._figures(), None
+        changed = ((now - then).abs() > 1e-4 * then.abs()).any(1).int()
+        if self._trainer.world_size > 1:
+            changed = self._trainer.strategy.all_gather(changed).amax(0)
+        found = {name for name, was in zip(self._rehearsal.layers, changed.tolist(), strict=True) if was}
+        return {name: _WRITTEN for name, target in self._targets.items() if target.layer_name in found}
+
+    def _forget_hooks(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
 
     @property
     def over(self) -> bool:
@@ -124,6 +172,7 @@ class FirstStep(FirstStepWatch):
     def stop(self) -> None:
         """Stop watching; may be called twice."""
         self._unwrap()
+        self._forget_hooks()
         super().stop()
 
     def _agreed(self) -> tuple[list[list[int]], bool]:

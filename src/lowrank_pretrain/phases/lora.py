@@ -89,7 +89,7 @@ class LoRA(PhaseCallback):
             names = ", ".join(dict.fromkeys(families(pl_module, frozen).values()))
             rank_zero_warn(f"LoRA: {names} are frozen, but in the optimizer: they get adapters, and these train")
         if self._adopter.makes_adapters:
-            self._first = FirstStep(trainer, pl_module, targets)
+            self._first = FirstStep(trainer, pl_module, targets, frozen_dtype=self.frozen_dtype)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Switch and freeze at once, or replay them."""

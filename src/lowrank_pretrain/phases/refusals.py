@@ -42,7 +42,8 @@ def check_run(phases: PhaseCallback, trainer: pl.Trainer, pl_module: pl.Lightnin
         raise ConfigError("ddp_comm_state", type(state).__name__, allowed)
     for callback in callbacks_of(trainer):
         if isinstance(callback, StochasticWeightAveraging) and phases.has_own_groups():
-            allowed = "sets rates by group, which adapters with a rate of their own break: leave out adapter_lr"
+            cure = "WeightAveraging keeps an average, too" if phases.then == "factorize" else "leave out adapter_lr"
+            allowed = f"sets rates by group, which adapters and factors with a rate of their own break: {cure}"
             raise ConfigError("callbacks", type(callback).__name__, allowed)
         if isinstance(callback, (StochasticWeightAveraging, WeightAveraging)) and phases.frozen_dtype is not None:
             allowed = "keeps an average of W, which a cheaper type would round away: leave frozen_dtype out, or the average"

@@ -83,6 +83,7 @@ class Rehearsal:
         self.called = {name for name in self.layers if name not in self._watched}
         self.elsewhere: set[str] = set()  # in a product outside of its layer
         self.touched: set[str] = set()  # in any other operation outside of its layer
+        self.asked: set[str] = set()  # for the dtype of its weight, outside of its layer
         self.has_grad: set[str] = set()
         self.other: dict[str, str] = {}  # layer name -> what its class computes
         self._handles: dict[str, list[Any]] = {}
@@ -245,6 +246,8 @@ class _Outside(TorchFunctionMode):
         names = frozenset().union(*(self._layers(tensor) for tensor in tensors)) if tensors else frozenset()
         if not names:
             return
+        if getattr(func, "__self__", None) is Tensor.dtype:
+            self.rehearsal.asked |= {n for n in names if not _inside(self.rehearsal.layers[n], self.rehearsal, n)}
         word = getattr(func, "__name__", "").strip("_")
         made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         if not made or word in ("set", "requires_grad"):

@@ -257,10 +257,7 @@ def apply(
 
 
 def _give_memory_back() -> None:
-    """Return freed memory to the device and to the system, so that their figures show what a phase needs.
-
-    glibc keeps freed blocks of up to 32 MiB, which most matrices are; it is asked to let them go.
-    """
+    """Return freed memory to the device and to the system (glibc keeps blocks of up to 32 MiB), for figures of each phase."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     with suppress(OSError, AttributeError):  # another C library
@@ -331,17 +328,25 @@ def _keep_hooks(wrapper: Any, hooks: Iterable[tuple[Callable, Any]]) -> None:
 
 
 def _inherit_state(optimizer: Optimizer, inherited: Iterable[Inherit]) -> None:
-    for new, old, dim, start, rows in inherited:
-        state = optimizer.state.get(old)
-        if not state or not rows:
-            continue
-        mine = optimizer.state[new] = {}
-        for key, value in state.items():
-            if isinstance(value, Tensor) and value.shape == old.shape:
-                # one parameter more than one of the old one's shape: heads that all start from the same adapter
-                mine[key] = value.expand(new.shape).clone() if new.ndim > old.ndim else value.narrow(dim, start, rows).clone()
-            else:
-                mine[key] = value.clone() if isinstance(value, Tensor) else value
+    for heir in inherited:
+        state = optimizer.state.get(heir.old) if heir.rows else None
+        if state:
+            with suppress(LookupError):  # it starts afresh
+                optimizer.state[heir.new] = {key: _part_of(value, heir) for key, value in state.items()}
+
+
+def _part_of(value: Any, heir: Inherit) -> Any:
+    """Return what a new parameter takes over of one value of its origin's state; LookupError if that has an unknown form."""
+    new, old, dim, start, rows = heir
+    if isinstance(value, Tensor) and value.shape == old.shape:
+        # one parameter more than one of the old one's shape: heads that all start from the same adapter
+        return value.expand(new.shape).clone() if new.ndim > old.ndim else value.narrow(dim, start, rows).clone()
+    whole = isinstance(value, Tensor) and value.ndim == old.ndim == new.ndim
+    if whole and all(size in (1, full) for size, full in zip(value.shape, old.shape, strict=True)):  # Adafactor's means
+        return (value if value.shape[dim] == 1 else value.narrow(dim, start, rows)).clone()
+    if isinstance(value, (list, tuple, dict)) or (isinstance(value, Tensor) and value.numel() > 1):
+        raise LookupError(type(value).__name__)
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 def _join(optimizers: list[Optimizer], module: nn.Module, before: dict[int, bool], inherited: Iterable[Inherit]) -> None:
@@ -352,6 +357,9 @@ def _join(optimizers: list[Optimizer], module: nn.Module, before: dict[int, bool
         if id(p) in before or not p.requires_grad or id(p) in groups:
             continue
         owner = origins.get(id(p)) or _base_weight(name, named, groups, origins)
+        if owner not in groups and ".rest_bias." in name:  # nothing trained the bias before
+            p.requires_grad_(False)
+            continue
         if owner not in groups:
             raise ConfigError(
                 "targets", name.partition(".lora_")[0], "is in no optimizer: configure_optimizers must hand over its weight"
@@ -383,8 +391,6 @@ def _leave(optimizers: list[Optimizer], module: nn.Module, before: dict[int, boo
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             stays = [not (id(p) in before and before[id(p)] and not after.get(id(p), False)) for p in group["params"]]
-            if all(stays):
-                continue
             for p, stay in zip(group["params"], stays, strict=True):
                 if not stay:
                     optimizer.state.pop(p, None)

@@ -16,6 +16,7 @@ from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.plan import Plan
 from lowrank_pretrain.core.targets import Target, all_targets, check_patterns, families, obstacles
 from lowrank_pretrain.core.trainer import StepWatch, callbacks_of, is_trial, log_row
+from lowrank_pretrain.factorize.model import Factors
 from lowrank_pretrain.factorize.ranks import rank_of_fraction
 from lowrank_pretrain.phases.callback import PATIENCE, PhaseCallback
 from lowrank_pretrain.phases.first_step import FirstStep
@@ -158,9 +159,11 @@ class PreLoRA(PhaseCallback):
         targets = self._select(trainer, pl_module, 1 if self.then == "factorize" else self.ranks[-1], "ranks")
         if self.then == "factorize":
             self.chosen = {name: targets[name].max_rank for name in self.chosen}
+            if isinstance(self._adopter, Factors):
+                self._adopter.check_fraction(self.ranks[0], targets)
         self._check_length(trainer)
         if self._adopter.makes_adapters:
-            self._first = FirstStep(trainer, pl_module, targets)
+            self._first = FirstStep(trainer, pl_module, targets, frozen_dtype=self.frozen_dtype)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin to count at the trainer's step."""
