@@ -338,9 +338,7 @@ class PreLoRA(PhaseCallback):
         mine = _norms({n: t for n, t in present.items() if t.layer.weight.grad is not None}, grad=True)
         if not self._adopter.gradients_differ:
             return mine
-        table = torch.tensor(
-            [[mine.get(n, 0.0), float(n in mine)] for n in present], dtype=torch.float32, device=pl_module.device
-        )
+        table = torch.tensor([[mine.get(n, 0.0), float(n in mine)] for n in present], dtype=torch.float32).to(pl_module.device)
         summed = trainer.strategy.reduce(table, reduce_op="sum").tolist()
         return {n: total / count for n, (total, count) in zip(present, summed, strict=True) if count}
 
