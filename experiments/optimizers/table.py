@@ -11,7 +11,6 @@ from experiments.optimizers.sides import Cell
 from experiments.optimizers.study import ANCHOR, Study, seconds_of
 from experiments.runs import done
 from experiments.tables import Missing, fill, machines, mean, need, plain_row, spread, table, write_csv
-from lowrank_pretrain.run.search import Point
 
 # 97.5 % points of Student's t by degrees of freedom: the half-width of a 95 % interval in standard errors
 T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
@@ -152,15 +151,12 @@ def searches(study: Study, cells: Sequence[Cell]) -> list[dict[str, Any]]:
 
 
 def along_the_rate(study: Study, side: str, cell: Cell) -> list[tuple[float, float]]:
-    """Return (matrices' rate, dev loss) of the points that differ from the best in that rate alone."""
-    descent = study.best(side, cell)
-
-    def others(point: Point) -> list[tuple[str, int]]:
-        return [pair for pair in point if pair[0] != "lr"]
-
-    some = [point for point in descent.tried if others(point) == others(descent.point)]
-    pairs = [(study.space.values(p, study.origin(side, cell)[1])["lr"], study.loss(side, cell, p)) for p in some]
-    return sorted(pair for pair in pairs if math.isfinite(pair[1]))
+    """Return, for every matrices' rate that was tried, the lowest dev loss there."""
+    lowest: dict[float, float] = {}
+    for point in study.best(side, cell).tried:
+        rate = study.space.values(point, study.origin(side, cell)[1])["lr"]
+        lowest[rate] = min(lowest.get(rate, math.inf), study.loss(side, cell, point))
+    return sorted(pair for pair in lowest.items() if math.isfinite(pair[1]))
 
 
 def draw(study: Study, cells: dict[Cell, Found], path: Path) -> None:
@@ -172,6 +168,6 @@ def draw(study: Study, cells: dict[Cell, Found], path: Path) -> None:
             middle = mean(tests(found, side, study.seeds))
             figures.line(state, [(found[side, study.seeds[0]]["optimizer_mib"], middle)], number, side)
         rate.set_xscale("log")
-        figures.named(rate, f"{cell.name}: sensitivity", "learning rate of matrices", "dev loss, seed 0")
+        figures.named(rate, f"{cell.name}: sensitivity", "learning rate of matrices", "lowest dev loss, seed 0")
         figures.named(state, f"{cell.name}: loss over memory", "optimizer state, MiB", "test loss")
     figures.save(figure, path)
