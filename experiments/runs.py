@@ -138,7 +138,7 @@ def machine() -> str:
         name = next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), platform.machine())
     libraries = f"Python {platform.python_version()}, torch {torch.__version__}"
     if torch.cuda.is_initialized():  # by the run itself
-        name = f"{torch.cuda.get_device_name()} beside {name}"
+        name = f"{torch.cuda.get_device_name()} next to {name}"
     return f"{platform.system()}, {name}, {os.cpu_count()} cores, one thread per run, {libraries}"
 
 

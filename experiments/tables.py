@@ -104,13 +104,18 @@ def plain_row(job: Job, found: Mapping[str, Any]) -> dict[str, Any]:
     return row | {"switch_step": summary["switch_step"], "freeze_step": summary["freeze_step"]}
 
 
-def machines(found: Iterable[Mapping[str, Any]], together: int) -> str:
+def together(found: Iterable[Mapping[str, Any]]) -> int:
+    """The most of these runs that shared their machine, as each has noted it; 1 for runs that have no note."""
+    return max(one.get("together", 1) for one in found)
+
+
+def machines(found: Iterable[Mapping[str, Any]], at_a_time: int) -> str:
     """The machine line: where, how many at a time, and how busy it was."""
     found = list(found)
     loads = sorted(one["load"] for one in found)
     where = "; ".join(sorted({one["machine"] for one in found}))
-    minutes = sum(one["wall"] for one in found) / 60 / together
+    minutes = sum(one["wall"] for one in found) / 60 / at_a_time
     return (
-        f"{where}. {len(found)} reported runs, {together} at a time, about {minutes:.0f} minutes in all; the machine's load at "
-        f"the end of a run was {loads[0]:.1f} to {loads[-1]:.1f}, median {statistics.median(loads):.1f}."
+        f"{where}. {len(found)} reported runs, {at_a_time} at a time, about {minutes:.0f} minutes in all; the machine's load "
+        f"at the end of a run was {loads[0]:.1f} to {loads[-1]:.1f}, median {statistics.median(loads):.1f}."
     )

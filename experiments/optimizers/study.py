@@ -25,7 +25,7 @@ from pathlib import Path
 from experiments.optimizers.sides import CELLS, QUICK, QUICK_SIDES, SIDES, Cell, settings, task
 from experiments.rates import loss_of
 from experiments.runs import Job, done, run
-from experiments.tables import Missing
+from experiments.tables import Missing, together
 from lowrank_pretrain.run.search import Descent, Point, Space, from_file
 
 SEEDS = (1, 2, 3, 4, 5)
@@ -156,7 +156,7 @@ class Study:
             found = done(job, self.where)
             if found is None or "diverged" in found:
                 raise Missing(f"{job.name} is not done, or diverged")
-            if found.get("together", 1) > 1:
+            if together([found]) > 1:
                 raise Missing(f"{job.name} shared its machine: its seconds say nothing")
             seconds.setdefault(side, []).append(seconds_of(found))
         middle = {side: sorted(some)[len(some) // 2] for side, some in seconds.items()}
@@ -241,8 +241,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not args.table:
             study.where.mkdir(parents=True, exist_ok=True)
             make_corpus_once(study)
-            for jobs, together in study.stages():
-                run(jobs, study.where, 1, together)
+            for jobs, at_a_time in study.stages():
+                run(jobs, study.where, 1, at_a_time)
         write(study, study.where if args.quick else here)
     except ConfigError as error:
         print(error, file=sys.stderr)

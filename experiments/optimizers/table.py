@@ -10,7 +10,7 @@ from experiments import figures
 from experiments.optimizers.sides import Cell
 from experiments.optimizers.study import ANCHOR, Study, seconds_of
 from experiments.runs import done
-from experiments.tables import Missing, fill, machines, mean, need, plain_row, spread, table, write_csv
+from experiments.tables import Missing, fill, machines, mean, need, plain_row, spread, table, together, write_csv
 
 # 97.5 % points of Student's t by degrees of freedom: the half-width of a 95 % interval in standard errors
 T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
@@ -54,7 +54,8 @@ def write(study: Study, here: Path) -> None:
     write_csv(here / "results.csv", rows)
     write_csv(here / "search.csv", searches(study, list(cells)))
     searched = f"Search: at most {study.space.budget} runs for a side and cell, rates by factors of {study.space.factor:g}."
-    fill(readme, "machine", f"{machines([one for found in cells.values() for one in found.values()], 1)}\n\n{searched}")
+    reported = [one for found in cells.values() for one in found.values()]
+    fill(readme, "machine", f"{machines(reported, together(reported))}\n\n{searched}")
     parts = [
         f"### {cell.name}: {cell.steps(study.images):,} steps\n\n{losses(study, cell, found)}" for cell, found in cells.items()
     ]
@@ -85,7 +86,7 @@ def losses(study: Study, cell: Cell, found: Found) -> str:
         fewer = [other for other in sides if state[other] <= state[side] * 1.001]
         line.append("yes" if min(fewer, key=lambda other: middle[other]) == side else "no")
         steps = cell.steps(study.images)
-        alone = all(found[side, seed].get("together", 1) == 1 for seed in study.seeds)
+        alone = together(found[side, seed] for seed in study.seeds) == 1
         milliseconds = statistics.median(1e3 * seconds_of(found[side, seed]) / steps for seed in study.seeds)
         lines.append([*line, f"{state[side]:.2f}", f"{milliseconds:.1f}" if alone else "–"])
     head = ["side", "test loss", *(f"against {rival}, %" for rival in rivals), f"at {ANCHOR}'s seconds, %",

@@ -6,7 +6,7 @@ from typing import Any
 from experiments import figures
 from experiments.prelora_glyphs.study import EPOCHS, STEPS, Study
 from experiments.runs import Job, done
-from experiments.tables import Missing, fill, machines, mean, need, plain_row, series, spread, table, write_csv
+from experiments.tables import Missing, fill, machines, mean, need, plain_row, series, spread, table, together, write_csv
 
 Found = dict[tuple[str, int], dict[str, Any]]
 
@@ -29,14 +29,14 @@ def write(study: Study, here: Path) -> None:
     found = dict(zip(jobs, need([*jobs.values()], study.where), strict=True))
     write_csv(here / "results.csv", [row(job, found[key]) for key, job in jobs.items()])
     left = f"\n\nNot run: {', '.join(lacking)}." if lacking else ""
-    fill(here / "README.md", "machine", machines(found.values(), 1) + left)
+    fill(here / "README.md", "machine", machines(found.values(), together(found.values())) + left)
     fill(here / "README.md", "accuracy", accuracy(study, found))
     draw(study, jobs, here / "figure.png")
 
 
 def row(job: Job, found: dict[str, Any]) -> dict[str, Any]:
     """Return a row of results.csv."""
-    one = plain_row(job, found) | {"together": found.get("together", 1)}
+    one = plain_row(job, found) | {"together": together([found])}
     for record in found["summary"]["phases"]:
         one[f"{record['phase']}_images_per_second"] = record["samples_per_sec"]
         one[f"{record['phase']}_peak_gib"] = record["peak_gib"]
@@ -56,7 +56,7 @@ def accuracy(study: Study, found: Found) -> str:
         switches = [f"{one['summary']['switch_step'] / STEPS:g} → {one['summary']['freeze_step'] / STEPS:g}"
                     for one in own.values() if one["summary"]["switch_step"]] or ["–"]  # fmt: skip
         phases = [one["summary"]["phases"] for one in own.values()]
-        alone = all(one.get("together", 1) == 1 for one in own.values()) and side != "full"
+        alone = together(own.values()) == 1 and side != "full"
         speed = mean(p[-1]["samples_per_sec"] / p[0]["samples_per_sec"] for p in phases)
         last = phases[0][-1]
         lines.append([
