@@ -16,7 +16,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 
 PROBE = """
-<!DOCTYPE html><meta name="color-scheme" content="light dark"><body>
+<!DOCTYPE html><meta charset="utf-8"><meta name="color-scheme" content="light dark"><body>
 <iframe id="f390" style="width:390px;height:800px;border:0" srcdoc="{page}"></iframe>
 <iframe id="f1280" style="width:1280px;height:800px;border:0" srcdoc="{page}"></iframe>
 <script>
@@ -66,7 +66,7 @@ addEventListener("load", () => {{
 def browse(tmp_path: Path, page: str, *flags: str) -> tuple[dict, str]:
     """What the probe found in a real browser, at a phone's width and a desktop's, and what went to the console."""
     file = tmp_path / "probe.html"
-    file.write_text(PROBE.format(page=html.escape(page)))
+    file.write_text(PROBE.format(page=html.escape(page)), encoding="utf-8")
     command = [
         CHROMIUM,
         "--headless",
