@@ -167,6 +167,36 @@ def factored(task: str) -> Callable[[Rows], str]:
     return words
 
 
+def steps(*variants: str) -> Callable[[Rows], str]:
+    """CPU time of a whole step over full training's, of ``benchmarks/factorize.py``; every model of the record."""
+
+    def words(rows: Rows) -> str:
+        found: dict[str, list[str]] = {}
+        for row in rows[1:]:  # the first row is about the machine
+            if row["variant"] in variants:
+                found.setdefault(row["variant"], []).append(f"{float(row['cpu_of_full']):.2f}x")
+        return "; ".join(f"{variant} {', '.join(some)}" for variant, some in found.items())
+
+    return words
+
+
+def tuned(cell: str) -> Callable[[Rows], str]:
+    """Loss against AdamW's, seed by seed, and optimizer state over AdamW's, of every side of ``optimizers``."""
+
+    def words(rows: Rows) -> str:
+        def column(side: str, key: str) -> dict[str, float]:
+            return {row["seed"]: float(row[key]) for row in rows if (row["cell"], row["side"]) == (cell, side)}
+
+        said, anchor, state = [], column("adamw", "test_loss"), fmean(column("adamw", "optimizer_mib").values())
+        for side in dict.fromkeys(row["side"] for row in rows if row["cell"] == cell and row["side"] != "adamw"):
+            loss = column(side, "test_loss")
+            change = fmean(100 * (loss[seed] / anchor[seed] - 1) for seed in anchor if seed in loss)
+            said.append(f"{side} {change:+.1f} % ({fmean(column(side, 'optimizer_mib').values()) / state:.2f})")
+        return "; ".join(said)
+
+    return words
+
+
 POCKET_VIT = "ViT of 0.27 M, Fashion-MNIST"
 POCKET_GPT = "GPT-2 of 0.7 M, King James text"
 BLOCKS = "two blocks of width 768, 4 heads of rank 4"
@@ -178,6 +208,7 @@ VIT, LTE, GPT2, LLAMA, PATH = (
 BENCH = "benchmarks/results"
 VITL, DRY = "ViT-L/16, batch 2, CPU", f"[its record](../{BENCH}/prelora_vitl_memory_cpu.md)"
 CUT, STEP = "ViT-S/16 of two blocks, batch 8, two CPU threads, CPU time", f"[its record](../{BENCH}/lora_speed_cpu.md)"
+FACTORED, BY_STEPS = ("factored 1/4", "factored 1/8", "adapters r16"), "`python benchmarks/factorize.py`"
 H100, ON_H100 = f"{BENCH}/gpu_nvidia_h100_80gb_hbm3_2026-11-26", f"`make gpu`: [its record](../{BENCH}/gpu_h100.md)"
 ON_VITL = {"ours, rest trains (default)": "the rest trains", "ours, freeze_rest": "the rest frozen"}
 ON_LLAMA = {"lowrank": "the rest trains", "lowrank, freeze_rest": "the rest frozen"}
@@ -217,6 +248,20 @@ CLAIMS: dict[str, Sequence[Claim]] = {
               factored("images"), "ViT of 0.27 M, Fashion-MNIST, switch at 40 %, CPU time"),
         Claim("the same on text", "–", "experiments/factorize", RESULTS, factored("text"),
               "LLaMA of 0.9 M, King James text, switch at 40 %, CPU time"),
+        Claim("a factored step is shorter", "up to 1.2x, whole runs", BENCH, "factorize_vit_small_cpu.jsonl", steps(*FACTORED),
+              "ViT-S/16, batch 16, one CPU thread, CPU time, float32", BY_STEPS),
+        Claim("a factored step is shorter", "up to 1.2x, whole runs", BENCH, "factorize_vit_small_cpu_bf16.jsonl",
+              steps(*FACTORED), "the same, bf16-mixed", BY_STEPS),
+        Claim("a factored step is shorter", "up to 1.2x, whole runs", BENCH, "factorize_widths_cpu.jsonl", steps(*FACTORED),
+              "two blocks of a ViT of width 256, 768, 1024, batch 4, float32", BY_STEPS),
+        Claim("a factored step is shorter", "up to 1.2x, whole runs", BENCH, "factorize_gpt2_cpu.jsonl", steps(*FACTORED),
+              "GPT-2 of two blocks with its whole head, 2 x 512 tokens, float32", BY_STEPS),
+    ],
+    "GaLore": [
+        Claim("learns as well as AdamW with less state", "perplexity 34.88, AdamW 34.06 (60 M); 15.64, 15.56 (1 B)",
+              "experiments/optimizers", RESULTS, tuned("text1m-1tpp"),
+              "LLaMA of 1 M in matrices, one token per parameter, all tuned alike; loss (state)",
+              "`python -m experiments.optimizers`"),
     ],
     "LTE": [
         Claim("1: low-rank LoRA falls short, a high rank or heads do not", "no figures", LTE, RESULTS,
