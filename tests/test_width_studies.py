@@ -1,4 +1,4 @@
-"""``prelora_glyphs``, ``factorize`` and ``capacity`` without runs: what follows what, configurations that build, records."""
+"""``prelora_glyphs``, ``width384``, ``factorize`` and ``capacity`` without runs: what follows what, configurations that build, records."""
 
 import re
 import shutil
@@ -14,6 +14,9 @@ from experiments.prelora_glyphs import study as glyphs
 from experiments.prelora_glyphs import table as glyphs_table
 from experiments.runs import done
 from experiments.tables import Missing
+from experiments.width384 import study as width384
+from experiments.width384 import table as width384_table
+from experiments.width384.sides import PARTS
 
 from lowrank_pretrain.run import method
 from tests.test_studies import pretend
@@ -98,3 +101,37 @@ def test_capacity(tmp_path, composed):
     capacity_table.write(where, tmp_path)
     text = (tmp_path / "README.md").read_text()
     assert all(f"| {task} | {width} |" in text for task, width in capacity.MIDDLE) and "Not run" not in text
+
+
+def test_width_384(tmp_path, composed):
+    study = width384.Study(tmp_path / "runs")
+    shutil.copy(Path(width384_table.__file__).parent / "README.md", tmp_path)
+    with pytest.raises(Missing, match="no side"):
+        width384_table.write(study, tmp_path)
+    jobs = []
+    for name in PARTS:
+        for knob in width384.KNOBS:
+            jobs += finish(study.search(name, knob), study.where)
+        jobs += finish([[*study.reported(name).values()]], study.where)
+    builds(jobs, composed)
+    for name, part in PARTS.items():  # as many searched for every setting that a side has
+        found = study.reported(name)
+        assert {side for side, _ in found} == set(part.sides)
+        assert {seed for side, seed in found if part.sides[side].headline} == {1, 2, 3}
+        for job in jobs:
+            if job.facts["part"] == name:
+                assert ("++trainer.strategy=ddp" in job.overrides) == (part.world > 1 and part.sides[job.facts["side"]].ddp)
+    assert not PARTS["composition-text"].sides["diloco"].ddp
+    width384_table.write(study, tmp_path)
+    assert "Not run" not in (tmp_path / "README.md").read_text()
+    (study.where / study.reported("lte")["lte-h4-r96-t10", 2].name / "found.json").unlink()
+    width384_table.write(study, tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert "Not run: lte-h4-r96-t10 (`python -m" in text and "(one seed)" in text
+
+
+def test_width_384_asks_for_its_data_in_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["study", "--runs", str(tmp_path), "--parts", "gpt2"])
+    assert width384.main() == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "corpus --out" in said
