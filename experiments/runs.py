@@ -17,6 +17,7 @@ import socket
 import stat
 import struct
 import sys
+import threading
 import time
 import traceback
 from dataclasses import dataclass, field
@@ -108,13 +109,14 @@ def run(jobs: list[Job], where: Path, world: int = 1, together: int = 1) -> None
     context.set_forkserver_preload(PRELOAD)
     waiting = [(number, job) for number, job in enumerate(jobs, 1) if done(job, where) is None]
     going: list[tuple[int, Job, list[Any], float]] = []
+    started, ended = time.monotonic(), 0
     while waiting or going:
         while waiting and len(going) < together:
             number, job = waiting.pop(0)
             with socket.socket() as probe:
                 probe.bind(("127.0.0.1", 0))
                 port = probe.getsockname()[1]
-            arguments = (world, port, job, where / job.name, together)
+            arguments = (world, port, job, where / job.name, together, os.getpid())
             ranks = [context.Process(target=_rank, args=(r, *arguments)) for r in range(world)]
             for rank in ranks:
                 rank.start()
@@ -125,9 +127,11 @@ def run(jobs: list[Job], where: Path, world: int = 1, together: int = 1) -> None
             number, job, ranks, began = entry
             for rank in ranks:
                 rank.join()
-            found = done(job, where)
+            found, now = done(job, where), time.monotonic()
             word = "FAILED, see its rank0.log," if found is None else found.get("diverged") or "done"
-            print(f"{number}/{len(jobs)} {job.name}: {word} in {time.monotonic() - began:.0f} s", flush=True)
+            ended, left = ended + 1, len(waiting) + len(going)
+            rest = f"; {left} left of this list, about {(now - started) / ended * left / 60:.0f} min" if left else ""
+            print(f"{number}/{len(jobs)} {job.name}: {word} in {now - began:.0f} s{rest}", flush=True)
 
 
 def machine() -> str:
@@ -157,7 +161,22 @@ def _portable(job: Job, where: Path) -> list[str]:
     return [override.replace(str(where), "RUNS") for override in job.overrides]
 
 
-def _rank(rank: int, world: int, port: int, job: Job, run_dir: Path, together: int) -> None:
+def _end_with(study: int) -> None:
+    """End this process soon after the study's: the next one would begin the same run, in the same folder."""
+
+    def watch() -> None:
+        while True:
+            time.sleep(2)
+            try:
+                os.kill(study, 0)
+            except ProcessLookupError:
+                os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _rank(rank: int, world: int, port: int, job: Job, run_dir: Path, together: int, study: int) -> None:
+    _end_with(study)
     if world > 1:
         os.environ |= {
             "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),

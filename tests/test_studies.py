@@ -4,12 +4,16 @@ come out of what runs leave behind, and nothing is written where a run is missin
 import csv
 import importlib
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
-from experiments import claims, figures, mixers, rates  # noqa: F401  mixers registers a network
+from experiments import claims, figures, mixers, rates, runs  # noqa: F401  mixers registers a network
 from experiments.runs import Job, done
 from experiments.tables import Missing, fill, need, series, spread
 
@@ -300,3 +304,15 @@ def test_the_results_say_what_the_records_say():
             line = claim.line(source)
             assert line[3], f"{claim.words}: no record"
             assert f"| {' | '.join(line)} |" in page, "python -m experiments.claims was not run again"
+
+
+def test_a_run_ends_with_its_study():
+    """Otherwise the study that is started next would do the same run beside it, in the same folder."""
+    study = subprocess.Popen([sys.executable, "-c", ""])
+    study.wait()
+    child = os.fork()
+    if child == 0:
+        runs._end_with(study.pid)
+        time.sleep(60)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1

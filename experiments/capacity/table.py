@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from experiments.capacity.study import final
-from experiments.tables import fill, machines, need, plain_row, table, write_csv
+from experiments.tables import fill, machines, need, plain_row, table, together, write_csv
 
 
 def write(where: Path, here: Path) -> None:
@@ -15,7 +15,7 @@ def write(where: Path, here: Path) -> None:
     jobs = final(where)
     found = need(jobs, where)
     write_csv(here / "results.csv", [plain_row(job, one) for job, one in zip(jobs, found, strict=True)])
-    fill(here / "README.md", "machine", machines(found, 2))
+    fill(here / "README.md", "machine", machines(found, together(found)))
     lines = []
     for job, one in zip(jobs, found, strict=True):
         ended = one["summary"]["final"]
