@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from experiments import claims, figures, mixers, rates, runs  # noqa: F401  mixers registers a network
+from experiments import again, claims, figures, mixers, rates, runs  # noqa: F401  mixers registers a network
 from experiments.runs import Job, done
 from experiments.tables import Missing, fill, need, series, spread
 
@@ -316,3 +316,33 @@ def test_a_run_ends_with_its_study():
         time.sleep(60)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+
+
+def test_a_run_is_repeated_and_compared_bit_for_bit(tmp_path, monkeypatch, capsys):
+    """Times may differ, nothing else may."""
+    row = {"step": "0", "train/loss": "2.5", "lte/merge_ms": "1.0", "time/train_seconds": "3.0", "val/loss": ""}
+
+    def leave(folder, **other):
+        folder.mkdir()
+        with (folder / "metrics.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, row)
+            writer.writeheader()
+            writer.writerow(row | other)
+        (folder / "found.json").write_text(
+            json.dumps({"overrides": ["data.root=RUNS/corpus", "trainer.devices=2"], "facts": {}})
+        )
+
+    leave(tmp_path / "one")
+    asked, loss = [], "2.5"
+
+    def repeat(jobs, where, world):
+        asked.append((jobs[0].overrides, world))
+        leave(where / jobs[0].name, **{"lte/merge_ms": "9.0", "time/train_seconds": "4.0", "train/loss": loss})
+
+    monkeypatch.setattr(again, "run", repeat)
+    assert again.main([str(tmp_path / "one")]) == 0 and "equal, 2 numbers of 1 rows" in capsys.readouterr().out
+    assert asked == [([f"data.root={tmp_path}/corpus", "trainer.devices=2"], 2)]
+    loss = "2.5000001"
+    assert again.main([str(tmp_path / "one")]) == 1
+    assert "differs: train/loss at step 0: 2.5 then, 2.5000001 now" in capsys.readouterr().out
+    assert again.main([str(tmp_path)]) == 2 and capsys.readouterr().err.count("\n") == 1
