@@ -181,6 +181,12 @@ def test_sinkhorn_makes_rows_and_columns_of_one_size():
     torch.testing.assert_close(x.norm(dim=1), torch.full((30,), 50**0.5), rtol=1e-4, atol=0)
     torch.testing.assert_close(x.norm(dim=0), torch.full((50,), 30**0.5), rtol=1e-4, atol=0)
     assert torch.equal(sinkhorn(torch.zeros(3, 4), 5), torch.zeros(3, 4))
+    for size in (1e-45, 1e-30, 1.0, 1e30):  # rows and columns of zeros, as of neurons that are never active
+        grad = size * torch.ones(40, 70)
+        grad[3], grad[:, 5] = 0.0, 0.0
+        x = sinkhorn(grad, 5)
+        assert x.isfinite().all() and not x[3].any() and not x[:, 5].any() and x[0, 0] > 0
+        assert torch.equal(sinkhorn(torch.zeros(40, 70), 5), torch.zeros(40, 70))
     assert sinkhorn(torch.ones(3, 4, dtype=torch.bfloat16), 5).dtype == torch.float32
 
 
