@@ -41,7 +41,7 @@ def adamw8bit_optimizer() -> Callable[[nn.Module, Optim], torch.optim.Optimizer]
 def _hooked(library: Any) -> Any:
     """Return the library's class with torch's hooks of ``load_state_dict``, by which a run's own settings win over a file's."""
 
-    class AdamW8bit(library):  # type: ignore[misc]  # the library has no types
+    class AdamW8bit(library):
         def load_state_dict(self, state_dict: dict[str, Any], move_to_device: bool = True) -> None:
             saved = dict(state_dict)
             for before in self._optimizer_load_state_dict_pre_hooks.values():
