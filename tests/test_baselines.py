@@ -16,7 +16,7 @@ from lowrank_pretrain.baselines.sinkgd import SinkGD, sinkhorn
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.interrupts import Interrupted
 from lowrank_pretrain.core.memory import optimizer_bytes
-from lowrank_pretrain.models.optim import Optim
+from lowrank_pretrain.models.optim import Optim, settings_win
 from lowrank_pretrain.run.method import build
 from tests.conftest import SHORT, VIT
 from tests.reference.sinkgd import Twin
@@ -181,6 +181,12 @@ def test_sinkhorn_makes_rows_and_columns_of_one_size():
     torch.testing.assert_close(x.norm(dim=1), torch.full((30,), 50**0.5), rtol=1e-4, atol=0)
     torch.testing.assert_close(x.norm(dim=0), torch.full((50,), 30**0.5), rtol=1e-4, atol=0)
     assert torch.equal(sinkhorn(torch.zeros(3, 4), 5), torch.zeros(3, 4))
+    for size in (1e-45, 1e-30, 1.0, 1e30):  # rows and columns of zeros, as of neurons that are never active
+        grad = size * torch.ones(40, 70)
+        grad[3], grad[:, 5] = 0.0, 0.0
+        x = sinkhorn(grad, 5)
+        assert x.isfinite().all() and not x[3].any() and not x[:, 5].any() and x[0, 0] > 0
+        assert torch.equal(sinkhorn(torch.zeros(40, 70), 5), torch.zeros(40, 70))
     assert sinkhorn(torch.ones(3, 4, dtype=torch.bfloat16), 5).dtype == torch.float32
 
 
@@ -240,6 +246,44 @@ def test_they_resume_bit_for_bit(run, name, base):
         run("cut", *settings, sends(6), base=base)
     cut, _ = run("cut", *settings, "ckpt_path=last", base=base)
     assert weights(cut) == weights(whole) and rows(cut) == rows(whole)
+
+
+@pytest.mark.parametrize("name", ["full", *BASELINES])
+def test_a_file_of_another_method_is_one_line_and_changes_nothing(name):
+    def made(of):
+        module = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 4))
+        optim = Optim(rest_lr=1e-3)
+        optimizer = make(of, module, rest_lr=1e-3) if of != "full" else torch.optim.AdamW(optim.groups(module))
+        settings_win(optimizer)
+        for p in module.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        return optimizer
+
+    ours = made(name)
+    before = copy.deepcopy(ours.state_dict())
+    for other in {"full", *BASELINES} - {name}:
+        with pytest.raises(ConfigError, match="ckpt_path='optimizer state': is another optimizer's") as error:
+            ours.load_state_dict(made(other).state_dict())
+        assert "\n" not in str(error.value)
+    ours.load_state_dict(before)
+    ours.step()
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_settings_of_the_run_win_over_those_of_the_file(name, capsys):
+    module = nn.Sequential(nn.Linear(80, 64))
+    old, new = make(name, module, lr=1e-3, weight_decay=0.1), make(name, module, lr=2e-3, weight_decay=0.2)
+    for optimizer in (old, new):
+        settings_win(optimizer)
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
+    for p in module.parameters():
+        p.grad = torch.ones_like(p)
+    old.step()
+    new.load_state_dict(old.state_dict())
+    assert new.param_groups[0]["initial_lr"] == 2e-3 and new.param_groups[0]["weight_decay"] == 0.2
+    assert "lr is now 0.002 (it was 0.001 in the checkpoint)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["muon", "sinkgd", "galore_torch"])

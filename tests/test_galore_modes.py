@@ -284,7 +284,8 @@ def test_a_checkpoint_of_another_mode_is_one_line():
         p.grad = torch.ones_like(p)
         made[name].step()
     for here, there, key in (("full", "factored", "second_moment"), ("factored", "full", "second_moment"),
-                             ("muon", "full", "rule"), ("full", "muon", "rule")):  # fmt: skip
+                             ("muon", "full", "rule"), ("full", "muon", "rule"),
+                             ("muon", "factored", "rule"), ("factored", "muon", "rule")):  # fmt: skip
         with pytest.raises(ConfigError, match=f"{key}=.*the checkpoint was written with .*use that, or start afresh") as error:
             made[here].load_state_dict(made[there].state_dict())
         assert "\n" not in str(error.value)
@@ -333,6 +334,8 @@ def test_mistakes_are_one_line(settings, message):
 def test_a_vector_has_no_orthogonal_factor():
     with pytest.raises(ConfigError, match="Norms and biases belong in a group without `rank`"):
         GaLoreAdamW([{"params": [nn.Parameter(torch.zeros(4))], "rank": 2}], rule="muon")
+    with pytest.warns(UserWarning, match="rule='muon' has no effect yet: no parameter group has a rank"):
+        GaLoreAdamW([{"params": [nn.Parameter(torch.zeros(4))], "rule": "muon"}])
 
 
 def test_a_mode_that_changes_in_the_middle_is_refused_and_nesterov_is_not():
@@ -342,6 +345,10 @@ def test_a_mode_that_changes_in_the_middle_is_refused_and_nesterov_is_not():
     optimizer.step()
     optimizer.param_groups[0]["nesterov"] = True
     optimizer.step()
+    optimizer.param_groups[0]["betas"] = (0.0, 0.999)
+    with pytest.raises(ConfigError, match="nesterov=True: needs momentum"):
+        optimizer.step()
+    optimizer.param_groups[0]["betas"] = (0.9, 0.999)
     optimizer.param_groups[0]["second_moment"] = "full"
     with pytest.raises(ConfigError, match="second_moment='full': was another when w made its state"):
         optimizer.step()

@@ -148,6 +148,49 @@ def test_gradients_of_any_size(mode, size):
         assert (basis.T @ basis - torch.eye(6)).abs().max() < 1e-4
 
 
+NEW_MODES = [{"second_moment": "factored", "nesterov": True}, {"rule": "muon"}, {"nesterov": True}, {"residual": "fira"}]
+
+
+@pytest.mark.parametrize("mode", [*NEW_MODES, {"variant": "apollo"}], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (12, 8)])
+def test_a_spike_whose_square_overflows_leaves_every_shape_finite(mode, shape):
+    # the norm of a single number is that number, and does not show that its square overflows
+    p = nn.Parameter(draw(shape, 0, torch.float32))
+    optimizer = GaLoreAdamW([{"params": [p], "rank": 1, "update_proj_gap": 2, **mode}])
+    with pytest.warns(UserWarning, match="whose square overflows"):
+        for t, size in enumerate((1.0, 1e30, 1.0, 0.0, 1e-30)):
+            p.grad = size * draw(shape, 1 + t, torch.float32)
+            optimizer.step()
+            assert p.isfinite().all(), size
+
+
+@pytest.mark.parametrize("mode", [*NEW_MODES, {"residual": "fira", "rule": "muon"}, {"variant": "apollo"}], ids=str)
+@pytest.mark.parametrize("moments", ["float32", "grad"])
+def test_float16_weights_stay_finite(mode, moments):
+    p = nn.Parameter(draw((12, 8), 0, torch.float16))
+    optimizer = GaLoreAdamW([{"params": [p], "rank": 3, "update_proj_gap": 2, "moments": moments, **mode}])
+    for t, size in enumerate((1.0, 0.0, 1e-6, 1e3, 1.0, 1.0)):  # fmt: skip  # zeros, squares below and above float16's range
+        p.grad = size * draw((12, 8), 1 + t, torch.float16)
+        optimizer.step()
+        assert p.isfinite().all(), size
+
+
+def test_a_factored_moment_decays_next_to_moments_in_half_precision():
+    # rounded to bfloat16, a decay of .001 a step would be none
+    p = nn.Parameter(draw((12, 8), 0, torch.bfloat16))
+    optimizer = GaLoreAdamW([{"params": [p], "rank": 3, "moments": "grad", "second_moment": "factored"}])
+    rows = []
+    for t in range(300):
+        p.grad = (1.0 if t < 20 else 1e-3) * draw((12, 8), t, torch.bfloat16)
+        optimizer.step()
+        rows.append(optimizer.state[p]["exp_avg_sq_row"].sum().item())
+    assert optimizer.state[p]["exp_avg"].dtype == torch.bfloat16
+    assert rows[-1] < 0.8 * rows[19]
+    other = GaLoreAdamW([{"params": [p], "rank": 3, "moments": "grad", "second_moment": "factored"}])
+    other.load_state_dict(optimizer.state_dict())
+    assert torch.equal(other.state[p]["exp_avg_sq_row"], optimizer.state[p]["exp_avg_sq_row"])
+
+
 def test_layouts_of_weight_and_gradient_do_not_matter():
     results = []
     for turned in (False, True):

@@ -353,3 +353,15 @@ def test_adopted_ranks_are_those_of_the_file():
         again.load_state_dict(through_a_file(after))
         assert again.projected(model.q.weight).rank == 3 and again.projected(model.k.weight) is None
         assert again.param_groups[0]["scale"] == 1.0  # the adoption's, not the constructor's
+
+
+def test_a_rate_that_a_schedule_took_below_zero_loads():
+    w = nn.Parameter(torch.ones(8, 6))
+    old, new = (GaLoreAdamW([{"params": [w], "rank": 2}], lr=1e-2) for _ in range(2))
+    schedule = torch.optim.lr_scheduler.LambdaLR(old, lambda step: 1 - step)
+    for _ in range(3):
+        w.grad = torch.ones_like(w)
+        old.step()
+        schedule.step()
+    new.load_state_dict(old.state_dict())
+    assert new.param_groups[0]["lr"] == old.param_groups[0]["lr"] < 0

@@ -87,6 +87,9 @@ def test_an_edge_of_a_list_is_told():
         ({"lists": {"lr": [1, 2, 3]}}, "lists='lr': must be one of beta1, beta2, weight_decay, warmup"),
         ({"lists": [1]}, "lists=.*must be values by coordinate"),
         ({"lists": {"beta1": ["a", "b", "c"]}}, "beta1='a': must be a number"),
+        ({"lists": {"beta2": [0.9, 0.99, 1.0]}}, "beta2=1.0: must be a number of 0 or more, below 1"),
+        ({"lists": {"warmup": [0.0, 0.5, 1.5]}}, "warmup=1.5: must be a number of 0 or more, below 1"),
+        ([1], r"space=\[1\]: must be an object with some of lists, factor, budget, gain"),
         ({"factor": 1}, "factor=1: must be a number above 1"),
         ({"budget": 0}, "budget=0: must be an integer of 1 or more runs"),
         ({"gains": 0.1}, "gains=0.1: must be one of lists, factor, budget, gain"),
@@ -97,6 +100,24 @@ def test_a_space_that_cannot_be_is_one_line(change, message, tmp_path, capsys):
         from_file(change)
     (tmp_path / "space.json").write_text(json.dumps(change))
     assert main(["--quick", "--table", "--space", str(tmp_path / "space.json"), "--runs", str(tmp_path)]) == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and re.match(message, line)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--space", "nosuch.json"], "space='nosuch.json': must be a JSON file: .*No such file"),
+        (["--space", "bad.json"], "space='bad.json': must be a JSON file: Expecting property name"),
+        (["--together", "0"], "together=0: must be an integer of 1 or more runs"),
+        (["--precision", "half"], "precision='half': must be one of 32-true, bf16-mixed"),
+        (["--runs", "bad.json"], "runs='.*bad.json': must be a folder that can be written to"),
+    ],
+)
+def test_a_wrong_argument_is_one_line(words, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.json").write_text("{bad")
+    assert main(["--quick", "--cells", "text0.05m-1tpp", *words]) == 2
     line = capsys.readouterr().err
     assert line.count("\n") == 1 and re.match(message, line)
 

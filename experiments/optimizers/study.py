@@ -26,12 +26,15 @@ from experiments.optimizers.sides import CELLS, QUICK, QUICK_SIDES, SIDES, Cell,
 from experiments.rates import loss_of
 from experiments.runs import Job, done, run
 from experiments.tables import Missing, together
+from lowrank_pretrain.core.checks import choice, whole
+from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.run.search import Descent, Point, Space, from_file
 
 SEEDS = (1, 2, 3, 4, 5)
 LONG = 5_000  # steps from which on a run keeps checkpoints and goes on from them
 MOST_STEPS = 4.0  # a side that is quicker than AdamW gets at most so many times its steps at equal seconds
 ANCHOR = "adamw"
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true")
 
 
 @dataclass
@@ -196,6 +199,19 @@ def choose(names: Sequence[str] | None, known: dict[str, object], key: str) -> l
     return [name for name in known if not names or name in names]
 
 
+def read_space(path: Path) -> Space:
+    """Return the search space in a file.
+
+    Raises:
+        ConfigError: it cannot be read, or a value of it is wrong.
+    """
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError("space", str(path), f"must be a JSON file: {str(error).splitlines()[0]}") from None
+    return from_file(values)
+
+
 def from_arguments(argv: Sequence[str] | None = None) -> tuple[Study, argparse.Namespace]:
     """Return the study that the command line asks for."""
     parser = argparse.ArgumentParser(
@@ -219,7 +235,9 @@ def from_arguments(argv: Sequence[str] | None = None) -> tuple[Study, argparse.N
     if not args.sides and "galore_torch" in sides and find_spec("galore_torch") is None:
         print("without the side galore_torch: pip install galore-torch", flush=True)
         sides.remove("galore_torch")
-    space = from_file(json.loads(args.space.read_text())) if args.space else Space(budget=6) if args.quick else Space()
+    space = read_space(args.space) if args.space else Space(budget=6) if args.quick else Space()
+    whole("together", args.together, 1, "runs")
+    choice("precision", args.precision, PRECISIONS)
     from experiments.optimizers.sides import pictures
 
     study = Study(
@@ -232,14 +250,13 @@ def from_arguments(argv: Sequence[str] | None = None) -> tuple[Study, argparse.N
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the study, then write its record; returns the exit code, 2 for a wrong value."""
     from experiments.optimizers.table import write
-    from lowrank_pretrain.core.errors import ConfigError
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     here = Path(__file__).parent
     try:
         study, args = from_arguments(argv)
         if not args.table:
-            study.where.mkdir(parents=True, exist_ok=True)
+            make_folder(study.where)
             make_corpus_once(study)
             for jobs, at_a_time in study.stages():
                 run(jobs, study.where, 1, at_a_time)
@@ -251,6 +268,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"optimizers: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def make_folder(where: Path) -> None:
+    """Make the runs' folder.
+
+    Raises:
+        ConfigError: there is a file of that name, or the disk cannot be written to.
+    """
+    try:
+        where.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError("runs", str(where), f"must be a folder that can be written to ({error.strerror})") from None
 
 
 def make_corpus_once(study: Study) -> None:

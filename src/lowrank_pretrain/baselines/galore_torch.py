@@ -5,7 +5,7 @@ for each matrix in the optimizer's state, which no safe checkpoint can hold, and
 object is made anew for each step from plain tensors, ``proj`` and, for two sides, ``proj_right``.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -64,6 +64,10 @@ class GaLoreTorch(MatrixPair):
 
     def _states(self, group: dict[str, Any]) -> list[dict[str, Any]]:
         return [self.state[p] for p in group["params"] if self.state.get(p)]
+
+    def takes(self, p: Tensor, state: Mapping[str, Any]) -> bool:
+        """Return whether a matrix' state from a file is the package's."""
+        return KEYS[0] in state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

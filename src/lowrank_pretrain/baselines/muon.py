@@ -3,17 +3,17 @@
 The class is torch's own from 2.9 on, else timm's. State: one number per entry of a matrix, half of AdamW's.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lowrank_pretrain.baselines.pair import MATRICES, MatrixPair
 from lowrank_pretrain.core.checks import flag, number, whole
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.targets import find_targets
-from lowrank_pretrain.models.optim import Optim
+from lowrank_pretrain.models.optim import Optim, has_moment
 
 QUINTIC = (3.4445, -4.775, 2.0315)  # the polynomial of torch's class and of Muon's authors
 
@@ -53,6 +53,10 @@ class Muon(MatrixPair):
             self._of_matrices = _muon(self._asked)
         self._lend(self._of_matrices, groups)
         self._of_matrices.step()
+
+    def takes(self, p: Tensor, state: Mapping[str, Any]) -> bool:
+        """Return whether a matrix' state from a file is Muon's."""
+        return has_moment(state, p, "momentum_buffer")
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

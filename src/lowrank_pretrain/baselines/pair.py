@@ -3,11 +3,13 @@
 Lightning, schedules and checkpoints see one object: one list of groups, one state, one ``state_dict``.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from lowrank_pretrain.models.optim import foreign_state, has_moment, refuse_foreign_state
 
 MATRICES = "matrices"  # the key that marks a group of matrices
 
@@ -50,6 +52,27 @@ class MatrixPair(torch.optim.Optimizer):
     def step_matrices(self, groups: list[dict[str, Any]]) -> None:
         """Step the matrices that have gradients."""
         raise NotImplementedError
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load as torch does.
+
+        Raises:
+            ConfigError: the state is another optimizer's.
+        """
+        for group, theirs in zip(self.param_groups, state_dict["param_groups"], strict=False):
+            missing = [key for key in (MATRICES, *(self._rule if group[MATRICES] else ())) if key not in theirs]
+            if missing or theirs[MATRICES] != group[MATRICES]:
+                raise foreign_state(f"its groups have no {missing[0]}" if missing else "other matrices")
+
+        def fits(group: Mapping[str, Any], p: Tensor, state: Mapping[str, Any]) -> bool:
+            return self.takes(p, state) if group[MATRICES] else has_moment(state, p)
+
+        refuse_foreign_state(self, state_dict, fits)
+        super().load_state_dict(state_dict)
+
+    def takes(self, p: Tensor, state: Mapping[str, Any]) -> bool:
+        """Return whether a matrix' state from a file can be this rule's."""
+        return False
 
     def _lend(self, other: torch.optim.Optimizer, groups: list[dict[str, Any]]) -> None:
         """Point another optimizer at these groups and this state: after a load, both may be new objects."""

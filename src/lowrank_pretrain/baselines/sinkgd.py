@@ -26,10 +26,13 @@ def sinkhorn(grad: Tensor, iterations: int) -> Tensor:
     rows, cols = grad.shape
     x = grad.to(at_least_32(grad.dtype))
     tiny = torch.finfo(x.dtype).tiny
+    if not x.numel():
+        return x
     x = x / x.abs().amax().clamp_min(tiny)  # squares of a small gradient would underflow; the scale cancels
+    least = math.sqrt(tiny)  # no square below it is known; a smaller limit would make the factor of a row of zeros infinite
     for _ in range(iterations):
-        x = x * (math.sqrt(cols) / torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min(tiny))
-        x = x * (math.sqrt(rows) / torch.linalg.vector_norm(x, dim=0, keepdim=True).clamp_min(tiny))
+        x = x * (math.sqrt(cols) / torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min(least))
+        x = x * (math.sqrt(rows) / torch.linalg.vector_norm(x, dim=0, keepdim=True).clamp_min(least))
     return x
 
 

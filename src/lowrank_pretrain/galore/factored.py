@@ -26,15 +26,15 @@ def average_squares(
     """Update a ← β₂ a + (1−β₂) mean_k R² and b ← β₂ b + (1−β₂) mean_r R², in place.
 
     Args:
-        row: a.
-        col: b.
+        row: a, at least float32.
+        col: b, in the same dtype.
         low: R, finite.
         beta2: β₂.
         keep: device scalar, 1.0 where the step counts and 0.0 where both must stay as they are.
         total: sums over ranks, where R and b are pieces.
         columns: k, where R is a piece.
     """
-    squares = low.square()
+    squares = low.to(row.dtype).square()
     weight = 1 - beta2 if keep is None else (1 - beta2) * keep
     row.lerp_(total(squares.sum(1)) / (columns or squares.shape[1]), weight)
     col.lerp_(squares.mean(0), weight)

@@ -56,6 +56,7 @@ _CHOICES = {
 }  # fmt: skip
 _CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _STACKED = (*_CONV, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Bilinear)  # their weights are no stacks
+_NO_MOMENTUM = "needs momentum: betas[0] must be above 0"
 _FLAT = "a GaLore group takes matrices. FSDP1 and DeepSpeed flatten theirs: use FSDP2 (ModelParallelStrategy)"
 
 
@@ -216,7 +217,7 @@ def check_group(group: dict[str, Any], names: Mapping[int, str], quiet: bool = F
         ConfigError: naming the key, the value and what is allowed.
     """
     check_keys(group)
-    check_values(group)
+    check_values(group, scheduled=quiet)
     group["betas"] = tuple(float(beta) for beta in group["betas"])
     for key in _REALS + _INTEGERS:  # plain ones: a file with NumPy's in it is refused by torch.load
         if not (key == "lr" and isinstance(group[key], Tensor)):
@@ -277,8 +278,8 @@ def requested_settings(group: Mapping[str, Any]) -> dict[str, Any]:
     return {key: float(value) if isinstance(value, Tensor) else value for key, value in found.items()}
 
 
-def check_values(group: Mapping[str, Any]) -> None:
-    """Refuse values that are wrong for all parameters.
+def check_values(group: Mapping[str, Any], scheduled: bool = False) -> None:
+    """Refuse values that are wrong for all parameters; a scheduled rate may have gone below 0, as in torch.
 
     Raises:
         ConfigError: naming the key, the value and what is allowed.
@@ -288,7 +289,8 @@ def check_values(group: Mapping[str, Any]) -> None:
     for key in ("rotate_moments", "stagger", "layerwise", "correct_bias", "nesterov"):
         flag(key, group[key])
     for key in _REALS:
-        number(key, _plain_number(group[key]), least=0, allowed="must be a number, 0 or more")
+        least = -math.inf if scheduled and key == "lr" else 0
+        number(key, _plain_number(group[key]), least=least, allowed="must be a number, 0 or more")
     betas = group["betas"]
     if not isinstance(betas, (tuple, list)) or len(betas) != 2 or not all(_is_decay(_plain_number(beta)) for beta in betas):
         raise ConfigError("betas", betas, "must be two numbers in [0, 1)")
@@ -297,7 +299,7 @@ def check_values(group: Mapping[str, Any]) -> None:
     if group["rule"] == "muon" and group["variant"] == "apollo":
         raise ConfigError("rule", "muon", "orthogonalises the momentum in a basis, which variant=apollo has not: use galore")
     if group["nesterov"] and not _plain_number(betas[0]):
-        raise ConfigError("nesterov", True, "needs momentum: betas[0] must be above 0")
+        raise ConfigError("nesterov", True, _NO_MOMENTUM)
     for key in ("update_proj_gap", "track_every"):
         whole(key, group[key], 1, "steps")
     if not is_integer(group["seed"]):
@@ -313,9 +315,11 @@ def check_rates(group: Mapping[str, Any]) -> None:
     lr = float(group["lr"])
     if not math.isfinite(lr):
         raise ConfigError("lr", lr, "must be finite: look at the learning rate schedule")
-    beta1, beta2 = group["betas"]
-    if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
-        raise ConfigError("betas", (beta1, beta2), "must be two numbers in [0, 1)")
+    betas = group["betas"]
+    if not (0 <= betas[0] < 1 and 0 <= betas[1] < 1):
+        raise ConfigError("betas", tuple(betas), "must be two numbers in [0, 1)")
+    if group["nesterov"] and not betas[0]:
+        raise ConfigError("nesterov", True, _NO_MOMENTUM)
 
 
 def _plain_number(value: Any) -> Any:
@@ -399,20 +403,16 @@ def groups_of_model(
     return params
 
 
-def warn_of_unused(settings: Mapping[str, Any], usual: inspect.Signature, groups: list[dict[str, Any]]) -> None:
+def warn_of_unused(usual: inspect.Signature, groups: list[dict[str, Any]]) -> None:
     """Warn of settings for projected groups when no group is projected."""
-    changed = [key for key in _PROJECTED if settings[key] != usual.parameters[key].default]
+    changed = [(key, group[key]) for key in _PROJECTED for group in groups if group[key] != usual.parameters[key].default]
     if changed and not any(group.get("rank") for group in groups):
         where = "no parameter group has a rank, so all are plain AdamW (until a plan projects some: PreLoRA with then=galore)"
-        warnings.warn(f"{changed[0]}={settings[changed[0]]!r} has no effect yet: {where}", stacklevel=3)
+        warnings.warn(f"{changed[0][0]}={changed[0][1]!r} has no effect yet: {where}", stacklevel=3)
 
 
 # A change of any of these in the middle of a fit makes the index anew; lr, betas and decay are read at each step.
-_INDEXED = (
-    "rank", "proj_type", "variant", "update_proj_gap", "stagger", "refresh", "rotate_moments", "moments", "residual",
-    "layerwise", "scale", "eps", "correct_bias", "second_moment", "nesterov", "rule",
-    "track_every", "seed",
-)  # fmt: skip
+_INDEXED = tuple(key for key in KEYS if key not in ("lr", "betas", "weight_decay"))
 
 
 class GroupsSnapshot:

@@ -130,11 +130,12 @@ class Guard:
             self.spikes, self.norms = [], _norms(grads)
             return None  # nothing can be read, and nothing is lost
         self.spikes, self.norms = [], _sizes(grads, len(grads) if alone else matrices)
-        finite = self.norms.isfinite()
+        finite = self.norms.square().isfinite()  # the norm of a single number is that number: its square may still overflow
         now = wait or not finite.is_cuda
         if now and not bool((self.norms.abs() < _LARGE).all()):
-            norms, exact = _norms(grads), [bool(g.isfinite().all()) for g in grads]
-            self.spikes = [i for i, ok in enumerate(norms.isfinite().tolist()) if not ok and exact[i]]
+            norms, exact = _norms(grads).tolist(), [bool(g.isfinite().all()) for g in grads]
+            largest = [math.sqrt(torch.finfo(wide_dtype(g.dtype)).max) for g in grads]
+            self.spikes = [i for i, norm in enumerate(norms) if exact[i] and not norm < largest[i]]
             finite = torch.tensor(exact, dtype=torch.bool, device=finite.device)
         if params:
             finite = agree_on_flags(finite, params)

@@ -38,7 +38,8 @@ def read_kept(
         m, v = read_moments(state, shape, dtype, device)
         return m, [v]
     parts = zip(PARTS[form], shape, strict=False)
-    second = [state[key] if key in state else torch.zeros(size, dtype=dtype, device=device) for key, size in parts]
+    wide = at_least_32(dtype)  # r + k numbers cost nothing; bfloat16 would round a decay of .001 to none
+    second = [state[key] if key in state else torch.zeros(size, dtype=wide, device=device) for key, size in parts]
     return read_first_moment(state, shape, dtype, device), second
 
 
@@ -90,11 +91,20 @@ def mode_direction(
             average_squares(row, col, low, beta2, keep, total, columns)
             scale = root(row, col, total, columns)
         else:
-            second[0].lerp_(low.square(), 1 - beta2 if keep is None else (1 - beta2) * keep)
-            scale = second[0].sqrt()
-        n = u / scale.add_(group["eps"])
+            scale = _average_full(second[0], low, 1 - beta2 if keep is None else (1 - beta2) * keep).sqrt()
+        n = (u / scale.add_(group["eps"])).to(low.dtype)
         n.mul_(bias_correction(step, group))
     return n.neg_() if keep is None else n.mul_(-keep)
+
+
+def _average_full(v: Tensor, low: Tensor, weight: float | Tensor) -> Tensor:
+    """Update v ← (1−weight) v + weight R² in place; return it, in float32 for half precision, where R² leaves the range."""
+    wide = at_least_32(v.dtype)
+    if v.dtype == wide:
+        return v.lerp_(low.square(), weight)
+    new = v.to(wide).lerp_(low.to(wide).square(), weight).clamp_max_(torch.finfo(v.dtype).max)
+    v.copy_(new)
+    return new
 
 
 def turn_moments(m: Tensor, second: list[Tensor], c: Tensor, c_right: Tensor | None) -> tuple[Tensor, list[Tensor]]:

@@ -108,7 +108,7 @@ class GaLoreAdamW(Adopter, Reports, Optimizer):
         self._requested: list[dict[str, Any]] = []  # the settings in the code, by group, before any schedule or file
         groups.check_values(defaults)
         super().__init__(params, defaults)
-        groups.warn_of_unused(defaults, inspect.signature(GaLoreAdamW), self.param_groups)
+        groups.warn_of_unused(inspect.signature(GaLoreAdamW), self.param_groups)
 
     def _reset(self, ranks: dict[Tensor, int]) -> None:
         self._ranks = ranks  # of adopted parameters, whose group has no rank

@@ -379,11 +379,11 @@ class Projected:
         low_m, low_v = subspace.rotate(wide_m, wide_v, self._rows(new[0]).t(), right)
         if self.shards is not None and self.left:  # each rank has had its rows of the sum
             low_m, low_v = (dtensor.sum_over_ranks(t.contiguous(), self.shards) for t in (low_m, low_v))
-        m, v = low_m.to(m.dtype).contiguous(), low_v.to(m.dtype).contiguous()
+        m, kept = low_m.to(m.dtype).contiguous(), m.dtype
         if self.second == "factored":
             total, columns = self._over_ranks
-            return m, list(factor(v, total, columns))
-        return m, [v] if self.second == "full" else []
+            return m, list(factor(low_v.to(wide_dtype(kept)), total, columns))
+        return m, [low_v.to(kept).contiguous()] if self.second == "full" else []
 
 
 def _replace(kept: Tensor, new: Tensor, skip: Tensor | None) -> None:

@@ -44,7 +44,7 @@ def fira(
     scale = scale * _limit((scale.square() * outside).sum().sqrt() / c, state, skip)
     minus_n.addcmul_(low, scale)
     weight.addmm_(p, minus_n.to(weight.dtype), alpha=eta)
-    weight.addcmul_(matrix, scale.to(weight.dtype), value=-eta)
+    _add_columns(weight, matrix, scale, eta)
 
 
 def apollo(
@@ -59,7 +59,14 @@ def apollo(
     else:
         scale = _columns(minus_n) / (_columns(low) + _TINY)
     scale = scale * _limit((scale * _columns(matrix)).square().sum().sqrt() / c, state, skip)
-    weight.addcmul_(matrix, scale.to(weight.dtype), value=-eta)
+    _add_columns(weight, matrix, scale, eta)
+
+
+def _add_columns(weight: Tensor, matrix: Tensor, scale: Tensor, eta: float) -> None:
+    """Apply W ← W − η M·diag(s). A small gradient's s is larger than float16 can hold: there the product is in s's dtype."""
+    if weight.dtype != torch.float16:
+        scale = scale.to(weight.dtype)
+    weight.addcmul_(matrix, scale, value=-eta)
 
 
 def gaussian(d: int, rank: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:

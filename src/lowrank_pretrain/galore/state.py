@@ -39,7 +39,7 @@ from lowrank_pretrain.galore.modes import second_form
 from lowrank_pretrain.galore.projection import Entry
 from lowrank_pretrain.galore.subspace import project_left
 
-_FIXED = ("rank", "proj_type", "variant", "second_moment", "rule")  # settings that decide what the state's tensors look like
+_FIXED = ("rank", "proj_type", "variant", "rule", "second_moment")  # settings that decide what the state's tensors look like
 _OURS = ("variant", "refresh", "stagger", "residual", "moments", "layerwise", "rotate_moments")  # no other optimizer's keys
 _RATES = ("lr", "betas", "weight_decay")  # schedules change these; they stay if a file does not tell the code's values
 _SHAPES = ("exp_avg", "exp_avg_sq", "proj", "proj_right")
@@ -298,7 +298,7 @@ def _own_tensors(state: dict[str, Any], p: Tensor, group: dict[str, Any]) -> dic
     """Return copies of the state's tensors in the mode's dtypes, on p's device, so that two optimizers do not share them."""
     narrow = getattr(p, "grad_dtype", None) or p.dtype  # that of the gradients to come
     wide, own = at_least_32(narrow), moment_dtype(group, narrow)
-    kept = dict.fromkeys(("exp_avg", "exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col"), own)
+    kept = {"exp_avg": own, "exp_avg_sq": own, "exp_avg_sq_row": wide, "exp_avg_sq_col": wide}
     kept["proj"] = kept["proj_right"] = wide if moment_kind(group) == "float32" else narrow
     new = {}
     for key, value in state.items():
@@ -406,7 +406,7 @@ def formula_bytes(entries: Mapping[Tensor, Entry]) -> int:
         each = wide if kept == "8bit" else narrow
         second = "full" if slot is None else slot.second
         if slot is not None and second == "factored":
-            total += (slot.rank + elements // slot.rank) * each
+            total += (slot.rank + elements // slot.rank) * wide
         moments = 2 if second == "full" else 1
         if kept == "8bit" and elements >= SMALLEST_8BIT:
             total += moments * (elements + -(-elements // BLOCK) * 4)

@@ -155,6 +155,41 @@ REST = "rest"  # begins the names of groups that `rest_lr` moves
 SETTINGS = {"initial_lr": "lr", "weight_decay": "weight_decay", "betas": "betas", "eps": "eps", "lr_ratio": "adapter_lr"}
 
 
+def has_moment(state: Mapping[str, Any], p: Tensor, key: str = "exp_avg") -> bool:
+    """Return whether a parameter's state has this tensor (by default AdamW's), in the parameter's shape and in no basis."""
+    return getattr(state.get(key), "shape", None) == p.shape and "proj" not in state
+
+
+def refuse_foreign_state(
+    optimizer: torch.optim.Optimizer,
+    saved: Mapping[str, Any],
+    fits: Callable[[Mapping[str, Any], Tensor, Mapping[str, Any]], bool],
+) -> None:
+    """Refuse the state that another optimizer has written: torch takes it, and fails in the middle of the next step.
+
+    Args:
+        optimizer: the one to load it.
+        saved: a ``state_dict`` with as many groups and parameters; another number is left to torch's own error.
+        fits: returns whether a state that is not empty can be this optimizer's; from (group here, parameter, state).
+
+    Raises:
+        ConfigError: a parameter's state is another optimizer's.
+    """
+    for group, theirs in zip(optimizer.param_groups, saved["param_groups"], strict=False):
+        for p, index in zip(group["params"], theirs["params"], strict=False):
+            state = saved["state"].get(index)
+            if state and not fits(group, p, state):
+                raise foreign_state(", ".join(map(str, state)))
+
+
+def foreign_state(what: str) -> ConfigError:
+    """Return the error for a file that another optimizer has written, which holds ``what``."""
+    return ConfigError(
+        "ckpt_path", "optimizer state", f"is another optimizer's ({what}): continue with the method that wrote it, or start "
+        "afresh with hydra.run.dir=DIR"
+    )  # fmt: skip
+
+
 def settings_win(optimizer: torch.optim.Optimizer) -> None:
     """Make the settings of `optimizer` survive ``load_state_dict``; torch silently takes them from the file.
 
@@ -164,6 +199,10 @@ def settings_win(optimizer: torch.optim.Optimizer) -> None:
     changed: dict[str, str] = {}
 
     def remember(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+        if type(optimizer) is torch.optim.AdamW:  # the others check it themselves
+            if any("betas" not in group for group in state_dict["param_groups"]):
+                raise foreign_state("its groups have no betas")
+            refuse_foreign_state(optimizer, state_dict, lambda _, p, state: has_moment(state, p))
         ours[:] = [{key: group[key] for key in SETTINGS if key in group} for group in optimizer.param_groups]
         changed.clear()
         for mine, theirs in zip(ours, state_dict["param_groups"], strict=False):  # the optimizer itself reports mismatches

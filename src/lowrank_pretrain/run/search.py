@@ -1,5 +1,6 @@
 """Search for the best settings: one published space for every optimizer, and the rule by which a search moves through it."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -49,7 +50,8 @@ class Space:
         for name in LISTS:
             values = self.lists.get(name, ())
             for value in values if isinstance(values, (tuple, list)) else ():
-                number(name, value, least=0)
+                share = name.startswith("beta") or (name == "warmup" and isinstance(value, float))
+                number(name, value, least=0, below=1 if share else math.inf)
             if not isinstance(values, (tuple, list)) or len(values) < 3 or list(values) != sorted(set(values)):
                 raise ConfigError(name, values, "must be three or more increasing values: a search space needs an interior")
 
@@ -139,13 +141,15 @@ class Descent:
         return [n for n in self.coordinates if n not in RATES and places[n] in (0, len(self.space.lists[n]) - 1)]
 
 
-def from_file(values: Mapping[str, Any]) -> Space:
+def from_file(values: Any) -> Space:
     """Return a space from JSON: ``{"factor": 2, "budget": 20, "lists": {"beta1": [0.8, 0.9, 0.95], …}}``.
 
     Raises:
-        ConfigError: an unknown key, or as :class:`Space`.
+        ConfigError: no object, an unknown key, or as :class:`Space`.
     """
     known = Space.__dataclass_fields__
+    if not isinstance(values, Mapping):
+        raise ConfigError("space", values, f"must be an object with some of {', '.join(known)}")
     for key in values:
         if key not in known:
             raise ConfigError(key, values[key], f"must be one of {', '.join(known)}")
