@@ -1,6 +1,7 @@
 """``then="factorize"`` in a Lightning fit: the switch, a bit-exact resume, plain checkpoints, averages, and what is refused."""
 
 import copy
+import warnings
 from collections import OrderedDict
 
 import pytest
@@ -334,3 +335,31 @@ def test_lte_and_adapters_go_on_from_a_factored_run(tmp_path):
     running = trainer(tmp_path, strategy=LTEStrategy(rank=2, heads=2, merge_every=2), max_steps=4)
     running.fit(module, loader(batch_size=8))
     assert type(module.blocks[0].fc1) is nn.Linear
+
+
+def test_an_energy_that_pays_for_no_target_is_said_in_the_first_step_and_may_be_lowered(tmp_path):
+    module = toy()
+    with pytest.warns(UserWarning, match="energy=0.9999999: with the weights and inputs of the first step, .* keeps most, 0.9"):
+        with pytest.raises(ConfigError, match="energy=0.9999999: factors would pay for none of 7 layers .* keeps most, 0.9"):
+            fit(tmp_path, steps(energy=0.9999999), module, every=1)
+    assert len(module.losses) == 14
+    callback = steps(energy=0.9)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="energy=")
+        fit(tmp_path, callback, toy(), ckpt=tmp_path / "step=13.ckpt")
+    assert callback.phase == "lowrank"
+    with pytest.raises(ConfigError, match="the checkpoint's run has"):
+        fit(tmp_path, steps(), toy(), ckpt=tmp_path / "step=13.ckpt")
+
+
+def test_ranks_that_never_pay_are_refused_before_training(tmp_path):
+    for settings, match in (
+        ({"energy": 0.9}, "targets=1: layers of at most 2 x 2, for which factors pay at no rank"),
+        ({"flops": 0.9}, "targets=1: layers"),
+        ({"flops": 0.01, "targets": "all"}, "flops=0.01: must be at least 0.0932, which factors of rank 1 take"),
+    ):
+        module = toy()
+        module.small = nn.Linear(2, 2)
+        with pytest.raises(ConfigError, match=match):
+            fit(tmp_path, steps(**{"targets": "small", **settings}), module)
+        assert not module.losses

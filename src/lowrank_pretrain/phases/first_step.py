@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from lowrank_pretrain.core.protocols import Adopter
 from lowrank_pretrain.core.targets import Target, families
 from lowrank_pretrain.core.trainer import callbacks_of
+from lowrank_pretrain.factorize.model import Factors
+from lowrank_pretrain.factorize.preview import Preview
 from lowrank_pretrain.lora.frozen import OPERANDS
 from lowrank_pretrain.phases.rehearsal import Rehearsal
 from lowrank_pretrain.phases.teachers import CURE, Pairing, teachers
@@ -66,13 +68,16 @@ class FirstStep(FirstStepWatch):
         targets: by name.
         adapters: as for ``Rehearsal``.
         frozen_dtype: in which W will be stored at the freeze.
+        adopter: of the plan; factors whose ranks an energy decides are looked at as well.
     """
 
     def __init__(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, targets: Mapping[str, Target], adapters: bool = True,
-        frozen_dtype: str | None = None,
+        frozen_dtype: str | None = None, adopter: Adopter | None = None,
     ) -> None:  # fmt: skip
         self._trainer, self._module, self._targets, self._frozen_dtype = trainer, pl_module, targets, frozen_dtype
+        self._factors = adopter if isinstance(adopter, Factors) else None
+        self._preview: Preview | None = None
         self._before: Any = None  # a training_step that the module itself holds, not its class
         trained = {id(p) for o in trainer.optimizers for g in o.param_groups for p in g["params"] if p.requires_grad}
         super().__init__(pl_module, targets, trained, adapters)
@@ -87,6 +92,8 @@ class FirstStep(FirstStepWatch):
     def start(self) -> None:
         """Begin to watch."""
         self._begin(self._module)
+        if self._factors is not None:
+            self._preview = self._factors.preview(self._module, self._rehearsal.watched)
         step = self._module.training_step
         self._before = self._module.__dict__.get("training_step")
         self.looking = True
@@ -110,6 +117,10 @@ class FirstStep(FirstStepWatch):
             return self._written()
         if self._pairing is not None and self.steps == 1:  # before it, a module may well be filled from another one
             self._pairing.watch_outside(self._targets, [model for _, model, _ in averages(callbacks_of(self._trainer))])
+        if self._preview is not None and self._factors is not None:
+            preview, self._preview = self._preview, None
+            if (warning := self._factors.judge_preview(preview)) is not None:
+                rank_zero_warn(warning)
         self._rehearsal.after_backward()
         agreed, stepped = self._agreed()
         if not stepped and self.steps < SKIPPED:
@@ -173,6 +184,8 @@ class FirstStep(FirstStepWatch):
         """Stop watching; may be called twice."""
         self._unwrap()
         self._forget_hooks()
+        if self._preview is not None:
+            self._preview.stop()
         super().stop()
 
     def _agreed(self) -> tuple[list[list[int]], bool]:

@@ -66,7 +66,7 @@ class Rehearsal:
         self.targets = dict(targets)
         self.layers: dict[str, MatrixLayer] = {target.layer_name: target.layer for target in targets.values()}
         compiled = compiled_parts(module)
-        self._watched = {name: layer for name, layer in self.layers.items() if id(layer) not in compiled}
+        self.watched = {name: layer for name, layer in self.layers.items() if id(layer) not in compiled}
         # an output head may share its weight with an embedding: as a target it comes untied, so that is no use of it elsewhere
         weights = {id(layer.weight): name for name, layer in self.layers.items()}
         self._sharing: dict[str, list[nn.Module]] = {}
@@ -80,7 +80,7 @@ class Rehearsal:
             isinstance(child, (nn.MultiheadAttention, nn.TransformerEncoderLayer)) and not child.training
             for child in module.modules()
         )
-        self.called = {name for name in self.layers if name not in self._watched}
+        self.called = {name for name in self.layers if name not in self.watched}
         self.elsewhere: set[str] = set()  # in a product outside of its layer
         self.touched: set[str] = set()  # in any other operation outside of its layer
         self.asked: set[str] = set()  # for the dtype of its weight, outside of its layer
@@ -90,7 +90,7 @@ class Rehearsal:
 
     def start(self) -> None:
         """Begin to watch."""
-        for name, layer in self._watched.items():
+        for name, layer in self.watched.items():
             if "forward" in layer.__dict__:
                 self.other[name] = "has a forward that was replaced on the layer itself, and would never call an adapter"
             self._handles[name] = [layer.register_forward_pre_hook(_Seen(self, name), with_kwargs=True)]
@@ -222,7 +222,7 @@ class _Outside(TorchFunctionMode):
         super().__init__()
         self.rehearsal = rehearsal
         self._of: dict[int, tuple[weakref.ref, frozenset[str]]] = {}  # id of a tensor -> itself, and of which layers it is
-        for name, layer in rehearsal._watched.items():
+        for name, layer in rehearsal.watched.items():
             self._add(layer.weight, frozenset({name}))
 
     def _add(self, tensor: Tensor, names: frozenset[str]) -> None:
