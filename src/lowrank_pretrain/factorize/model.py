@@ -98,11 +98,13 @@ class Factors(Adopter, Reports):
         sizes: dict[str, tuple[int, int]] = {}
         limits: dict[str, int] = {}
         for name, layer in layers.items():
-            rows, cols = sizes[name] = _size(weight_rows(layer))
+            sizes[name] = rows, cols = _size(weight_rows(layer))
             limits[name] = largest_rank(rows, cols, largest_share(self.products or layer.weight.dtype))
         if max(limits.values(), default=0) < 1:
-            largest = " x ".join(map(str, max(sizes.values(), key=lambda size: size[0] * size[1])))
-            reason = f"layers of at most {largest}, for which factors pay at no rank: name larger ones, or leave out `then`"
+            rows, cols = max(sizes.values(), key=lambda size: size[0] * size[1])
+            reason = (
+                f"layers of at most {rows} x {cols}, for which factors pay at no rank: name larger ones, or leave out `then`"
+            )
             raise ConfigError("targets", len(layers), reason)
         if self.flops is not None:
             least = sum(sum(size) for size in sizes.values()) / sum(rows * cols for rows, cols in sizes.values())
