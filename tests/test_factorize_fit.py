@@ -363,3 +363,41 @@ def test_ranks_that_never_pay_are_refused_before_training(tmp_path):
         with pytest.raises(ConfigError, match=match):
             fit(tmp_path, steps(**{"targets": "small", **settings}), module)
         assert not module.losses
+
+
+class Broken(Toy):
+    """Whose inputs are NaN from a step on."""
+
+    def __init__(self, at):
+        super().__init__()
+        self.at = at
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return super().training_step((x * float("nan") if self.global_step >= self.at else x, y), batch_idx)
+
+
+def test_numbers_that_are_not_finite_are_named_with_the_layer(tmp_path):
+    torch.manual_seed(7)
+    module = Broken(0)
+    with pytest.raises(ConfigError, match="targets='embed': has inputs that are NaN or infinite in the first step: mend"):
+        fit(tmp_path, steps(), module)
+    assert len(module.losses) == 1
+    with pytest.raises(ConfigError, match="targets='embed': holds weights that are NaN or infinite: resume from"):
+        fit(tmp_path, steps(), Broken(8))
+
+
+def test_layers_that_no_step_of_the_joint_phase_calls_are_named(tmp_path):
+    class Early(Toy):
+        def __init__(self):
+            super().__init__()
+            self.extra = nn.Linear(12, 12)
+
+        def forward(self, x):
+            return super().forward(self.extra(x) if self.training and self.global_step < 4 else x)
+
+    torch.manual_seed(7)
+    with pytest.warns(UserWarning, match="no step since the switch called extra: it stays whole and trains on"):
+        fit(tmp_path, steps(), Early())
+    with pytest.raises(ConfigError, match="targets='extra': factors would pay for none of 1 layers: no step since the switch"):
+        fit(tmp_path, steps(targets="extra"), Early())

@@ -153,17 +153,17 @@ class Factors(Adopter, Reports):
             The factors, each with the weight whose parameter group it joins; they take no optimizer state over.
 
         Raises:
-            ConfigError: inputs were NaN or infinite, or no target is left.
+            ConfigError: inputs or weights were NaN or infinite, or no target is left.
         """
         whole_targets = all_targets(self._module)
         layers = list(self._layers(ranked=True))
         for _, layer, _ in self._layers(ranked=False):
             layer.requires_grad_(False)
-        best = None
+        uncalled, best = [], None
         if self.exact is not None:
             cuts = self._cuts_of(self.exact)
         else:
-            cuts, best = self._from_first(self._decide(layers))
+            cuts, uncalled, best = self._from_first(self._decide(layers))
         inherited, ranks = [], {name: 0 for name, rank in self.plan.items() if rank == 0}
         for name, layer, _ in layers:
             moments.end(layer)
@@ -177,16 +177,9 @@ class Factors(Adopter, Reports):
             of_block = {block.name: block.rank for block in cut.blocks}
             ranks |= {full: of_block.get(part, of_block.get(WHOLE, 0)) for part, full in own.items()}
             self.kept[name] = cut.kept
-        if not inherited and best is not None:
-            reason = (
-                f"factors would pay for none of {len(layers)} layers that keep so much; at the largest rank that pays, "
-                f"{best[0]} keeps most, {_down(best[1])}: lower energy, and resume from a checkpoint written before the freeze"
-            )
-            raise ConfigError("energy", self.energy, reason)
         if not inherited:
-            reason = "layers were looked at, and factors would pay for none, or no step called it: use lower ranks"
-            raise ConfigError("targets", len(layers), reason)
-        self._say_whole(layers, cuts)
+            self._refuse(len(layers), uncalled, best)
+        self._say_whole(layers, cuts, uncalled)
         self.exact = None
         self.plan = Plan(ranks)
         if self.freeze_rest:
@@ -229,19 +222,29 @@ class Factors(Adopter, Reports):
                 yield name, group[0].layer, rank
 
     @torch.no_grad()
-    def _decide(self, layers: list[tuple[str, Any, int]]) -> tuple[dict[str, Cut], tuple[str, float] | None] | None:
+    def _decide(self, layers: list[tuple[str, Any, int]]) -> tuple[dict[str, Cut], list[str], tuple[str, float] | None] | None:
         """Cut every layer, in the first process; the others only contribute their moments.
 
         Returns:
-            The cuts; and, if ``energy`` allows none, the layer that keeps most at the largest rank that pays, and how much.
+            The cuts; the layers that no step called; and, if ``energy`` allows no cut, the layer that keeps most at the largest
+            rank that pays, and how much.
+
+        Raises:
+            ConfigError: weights are NaN or infinite, in any process, or inputs were.
         """
+        broken = self._total(torch.stack([(~torch.isfinite(layer.weight.detach())).any().float() for _, layer, _ in layers]))
+        if bool(broken.any()):
+            cure = "holds weights that are NaN or infinite: resume from a checkpoint written before, with a lower learning rate"
+            raise ConfigError("targets", plain_name(layers[int(broken.argmax())][0]), cure)
         share = largest_share(self.products or layers[0][1].weight.dtype)
         ranks = {name: rank for name, _, rank in layers}
         if self.flops is not None:
             ranks = self._by_budget(layers, share)
-        cuts, too_much = {}, {}
+        cuts, uncalled, too_much = {}, [], {}
         for name, layer, _ in layers:
             C = self._moment(name, layer)
+            if C is None:
+                uncalled.append(name)
             if C is None or not self._is_first:
                 continue
             rank = None if self.energy is not None else ranks[name]
@@ -255,7 +258,7 @@ class Factors(Adopter, Reports):
                 too_much[name] = spectrum(W, C.to(W), most, draws).kept(most)
         if not self._is_first:
             return None
-        return cuts, max(too_much.items(), key=lambda one: one[1]) if too_much and not cuts else None
+        return cuts, uncalled, max(too_much.items(), key=lambda one: one[1]) if too_much and not cuts else None
 
     def _by_budget(self, layers: list[tuple[str, Any, int]], share: float) -> dict[str, int]:
         found, sizes = {}, {}
@@ -290,11 +293,29 @@ class Factors(Adopter, Reports):
             cuts[name] = Cut(tuple(blocks), U, V, 1.0)
         return cuts
 
-    def _say_whole(self, layers: list[tuple[str, Any, int]], cuts: Mapping[str, Cut]) -> None:
+    def _refuse(self, count: int, uncalled: list[str], best: tuple[str, float] | None) -> None:
+        """Say why there are no factors at all."""
+        none = f"factors would pay for none of {count} layers"
+        if len(uncalled) == count:
+            said = ", ".join(dict.fromkeys(families(self._module, uncalled).values()))
+            raise ConfigError("targets", plain_name(said), f"{none}: no step since the switch called any with finite inputs")
+        if best is not None:
+            reason = (
+                f"that keep so much; at the largest rank that pays, {best[0]} keeps most, {_down(best[1])}: lower energy, and"
+            )
+            raise ConfigError("energy", self.energy, f"{none} {reason} resume from a checkpoint written before the freeze")
+        ranks = sorted({rank for rank in self.plan.values() if rank})
+        raise ConfigError("ranks", ranks, f"{none}: start from a checkpoint written before the switch, with lower ranks")
+
+    def _say_whole(self, layers: list[tuple[str, Any, int]], cuts: Mapping[str, Cut], uncalled: list[str]) -> None:
         whole = [name for name, *_ in layers if name not in cuts]
-        if whole and self._is_first:
-            said = ", ".join(dict.fromkeys(families(self._module, whole).values()))
-            warnings.warn(f"factors would not pay for {said}, or no step called it: it stays whole and trains on", stacklevel=2)
+        for names, why in (
+            ([name for name in whole if name not in uncalled], "factors would not pay for"),
+            ([name for name in whole if name in uncalled], "no step since the switch called"),
+        ):
+            if names and self._is_first:
+                said = ", ".join(dict.fromkeys(families(self._module, names).values()))
+                warnings.warn(f"{why} {said}: it stays whole and trains on", stacklevel=2)
 
 
 def _size(matrix: Tensor) -> tuple[int, int]:

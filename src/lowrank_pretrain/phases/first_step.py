@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
+from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.protocols import Adopter
 from lowrank_pretrain.core.targets import Target, families
 from lowrank_pretrain.core.trainer import callbacks_of
@@ -128,6 +129,8 @@ class FirstStep(FirstStepWatch):
         if self._pairing is not None and self.steps == 1:  # before it, a module may well be filled from another one
             self._name_holders()
             self._pairing.watch_outside(self._targets, [model for _, model, _ in averages(callbacks_of(self._trainer))])
+        if self.steps == 1 and self._factors is not None:
+            self._refuse_broken()
         if self._preview is not None and self._factors is not None:
             preview, self._preview = self._preview, None
             if (warning := self._factors.judge_preview(preview)) is not None:
@@ -148,6 +151,22 @@ class FirstStep(FirstStepWatch):
         reasons = self._rehearsal.finish(agreed)
         self._all_seen = not self._rehearsal.unseen()
         return reasons
+
+    def _refuse_broken(self) -> None:
+        """Refuse inputs of which no second moment can be made; all processes agree.
+
+        Raises:
+            ConfigError: naming the first layer, in the process that has it.
+        """
+        broken = self._rehearsal.broken()
+        flag = torch.tensor([int(broken is not None)], device=self._module.device)
+        if self._trainer.world_size > 1:
+            flag = self._trainer.strategy.all_gather(flag).amax()
+        if bool(flag):
+            which = broken or next(iter(self._rehearsal.layers))
+            whose = "has" if broken else "or another target has, on another process,"
+            line = f"{whose} inputs that are NaN or infinite in the first step: mend the data, or what comes before it"
+            raise ConfigError("targets", which, line)
 
     def _note_weights(self, *_: Any) -> None:
         """Note the targets' weights as the first step leaves them; called after it."""
