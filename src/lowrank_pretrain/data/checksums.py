@@ -40,7 +40,7 @@ def check_sums(folder: Path, found: Mapping[str, Path | np.ndarray], key: str) -
 def _digest(data: Path | np.ndarray) -> str | None:
     """Return the SHA-256 of a file or an array's bytes; None for a file that is too large to read, or gone."""
     if isinstance(data, np.ndarray):
-        return hashlib.sha256(np.ascontiguousarray(data)).hexdigest()
+        return hashlib.sha256(np.ascontiguousarray(data).data).hexdigest()
     if not data.is_file() or data.stat().st_size > LARGEST:
         return None
     found = hashlib.sha256()

@@ -88,7 +88,7 @@ def read_glyphs(root: str | None) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         make = "python -m lowrank_pretrain.data.images.draw_glyphs --out glyphs"
         allowed = f"must hold glyphs.npz: {make} (data.root=sample needs none)"
         raise ConfigError("root", str(root), allowed) from error
-    except (*UNREADABLE, KeyError) as error:
+    except UNREADABLE + (KeyError,) as error:
         raise ConfigError("root", str(root), f"glyphs.npz cannot be read ({error}): make it again") from error
     check_sums(path.parent, arrays, "root")
     return {split: (arrays[f"{split}_images"], arrays[f"{split}_labels"]) for split in SPLITS}
