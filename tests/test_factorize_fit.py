@@ -401,3 +401,29 @@ def test_layers_that_no_step_of_the_joint_phase_calls_are_named(tmp_path):
         fit(tmp_path, steps(), Early())
     with pytest.raises(ConfigError, match="targets='extra': factors would pay for none of 1 layers: no step since the switch"):
         fit(tmp_path, steps(targets="extra"), Early())
+
+
+class Aliased(Toy):
+    """Whose blocks have a second name, and whose second block is used twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks.append(self.blocks[1])
+        self.backbone = self.blocks
+
+
+def test_a_layer_with_several_names_is_factored_under_each(tmp_path):
+    torch.manual_seed(7)
+    module, callback = Aliased(), steps()
+    fit(tmp_path, callback, module, every=1)
+    assert {name.partition(".")[0] for name in callback.plan} == {"embed", "blocks"}
+    for at in (10, 18, 24):
+        file = tmp_path / f"step={at}.ckpt"
+        state = torch.load(file, weights_only=True)["state_dict"]
+        assert list(state) == list(module.state_dict())
+        assert torch.equal(state["blocks.2.fc1.weight"], state["blocks.1.fc1.weight"])
+        assert torch.equal(state["backbone.0.fc1.weight"], state["blocks.0.fc1.weight"])
+        torch.manual_seed(7)
+        again = Aliased()
+        fit(tmp_path / "again", steps(), again, ckpt=file, every=1)
+        assert_equal(dict(again.state_dict()), dict(module.state_dict()))
