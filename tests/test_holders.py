@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
+from lowrank_pretrain import merge
 from lowrank_pretrain.core.errors import ConfigError
 from tests.test_rehearsal import Distilled, Net, fit, pre
 
@@ -86,4 +87,27 @@ def test_timms_averages_go_on_after_the_switch_and_nothing_is_said(tmp_path, kin
         fit(tmp_path, module, callback, phases, max_epochs=6)
     assert phases.phase == "lowrank"
     for name, value in callback.average.module.state_dict().items():
+        torch.testing.assert_close(value, module.state_dict()[name], rtol=0.2, atol=0.05)
+
+
+@pytest.mark.parametrize("then", ["lora", "factorize"])
+@pytest.mark.parametrize("kind", [ema.ModelEmaV2, ema.ModelEmaV3])
+def test_an_average_that_copied_a_changed_module_says_that_its_updates_are_lost(tmp_path, kind, then):
+    class Averaging(Callback):
+        cure = staticmethod(lambda module: module)
+
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            if trainer.global_step == 20:
+                self.average = kind(self.cure(copy.deepcopy(pl_module)), decay=0.5)
+            if trainer.global_step > 20:
+                self.average.update(pl_module)
+
+    settings = {"then": then, "ranks": (0.25,) if then == "factorize" else (2,)}
+    with pytest.raises(RuntimeError, match="a weight from state_dict.. of a layer with adapters or factors was written into"):
+        fit(tmp_path, Net(), Averaging(), pre(**settings), max_epochs=6)
+    cured, module = Averaging(), Net()
+    cured.cure = merge
+    fit(tmp_path, module, cured, pre(**settings), max_epochs=6)
+    assert not any("_shown" in layer.__dict__ for layer in module.modules())
+    for name, value in cured.average.module.state_dict().items():
         torch.testing.assert_close(value, module.state_dict()[name], rtol=0.2, atol=0.05)
