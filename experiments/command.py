@@ -1,6 +1,7 @@
 """A study's command line: do what is not done, then write the record beside it.
 
 python -m experiments.NAME.study            all runs (what is done already stays), then tables and figures
+python -m experiments.NAME.study --quick    the same: these studies have the pocket form alone
 python -m experiments.NAME.study --table    only tables and figures, from the runs there are
 python -m experiments.NAME.study --cells text-128 --sides full "factored 1/4"    a part, where a study has parts
 """
@@ -33,6 +34,7 @@ def main(
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", action="store_true", help="run nothing")
     parser.add_argument("--runs", type=Path, default=Path("runs/studies") / here.name, help="where the runs are")
+    parser.add_argument("--quick", action="store_true", help="the pocket form, which is this study's only one")
     for name, choices in (parts or {}).items():
         parser.add_argument(f"--{name}", nargs="+", choices=choices, default=list(choices), metavar=name.upper())
     args = parser.parse_args()

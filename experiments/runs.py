@@ -7,6 +7,7 @@ twenty more for imports, and still has a memory of its own to be measured. LOWRA
 touches the GPU as it is imported: no fork can use the GPU then.
 """
 
+import fcntl
 import importlib
 import json
 import multiprocessing
@@ -104,6 +105,7 @@ def by_socket() -> dict[int, int]:
 
 def run(jobs: list[Job], where: Path, world: int = 1, together: int = 1) -> None:
     """Do what is not done yet, `together` runs at a time; a run that fails is named and leaves the others alone."""
+    hold(where)
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # asking for a GPU any other way spoils it for forks
     context = multiprocessing.get_context(os.environ.get("LOWRANK_STUDY_START", "forkserver"))  # or spawn
     context.set_forkserver_preload(PRELOAD)
@@ -132,6 +134,36 @@ def run(jobs: list[Job], where: Path, world: int = 1, together: int = 1) -> None
             ended, left = ended + 1, len(waiting) + len(going)
             rest = f"; {left} left of this list, about {(now - started) / ended * left / 60:.0f} min" if left else ""
             print(f"{number}/{len(jobs)} {job.name}: {word} in {now - began:.0f} s{rest}", flush=True)
+
+
+_HELD: dict[Path, int] = {}  # folders that this process holds, with the open lock of each
+
+
+def hold(where: Path) -> None:
+    """Hold a study's folder until this process ends: two studies in one would delete each other's unfinished runs.
+
+    Raises:
+        SystemExit: another process holds it.
+    """
+    where = where.resolve()
+    if where in _HELD:
+        return
+    where.mkdir(parents=True, exist_ok=True)
+    lock = os.open(where / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        process = os.pread(lock, 20, 0).decode() or "another process"
+        os.close(lock)
+        raise SystemExit(
+            f"--runs={where}: must be a folder in which no other study runs, and process {process} is at work there: wait for "
+            "it, or give another folder"
+        ) from None
+    except OSError:  # a file system without locks
+        pass
+    os.truncate(lock, 0)
+    os.pwrite(lock, str(os.getpid()).encode(), 0)
+    _HELD[where] = lock
 
 
 def machine() -> str:

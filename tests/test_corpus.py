@@ -149,3 +149,18 @@ def test_the_config_says_how_it_is_made(composed):
     data = TokenData(None)
     with pytest.raises(ConfigError, match=r"root=None: must be a folder .*for data=docs_corpus: `.data.corpus`"):
         data.setup()
+
+
+def test_a_failed_attempt_leaves_a_corpus_whole_and_a_changed_one_is_refused(made, sources, tmp_path):
+    folder = tmp_path / "corpus"
+    shutil.copytree(made[0], folder)
+    with pytest.raises(ConfigError, match="packages gave .* training tokens"):
+        make_corpus(folder, vocab_size=290, least=10**9, most=10**9, sources=sources)
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == {p.name: p.read_bytes() for p in made[0].iterdir()}
+    raw = bytearray((folder / "val.bin").read_bytes())
+    raw[-2] ^= 1
+    (folder / "val.bin").write_bytes(bytes(raw))
+    with pytest.raises(ConfigError, match="val.bin is not what SHA256SUMS names, so it was changed or damaged: make the set"):
+        TokenData(str(folder), 2, seq_len=16, vocab_size=300).setup()
+    (folder / "SHA256SUMS").unlink()
+    TokenData(str(folder), 2, seq_len=16, vocab_size=300).setup()

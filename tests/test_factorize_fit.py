@@ -1,6 +1,7 @@
 """``then="factorize"`` in a Lightning fit: the switch, a bit-exact resume, plain checkpoints, averages, and what is refused."""
 
 import copy
+import warnings
 from collections import OrderedDict
 
 import pytest
@@ -334,3 +335,95 @@ def test_lte_and_adapters_go_on_from_a_factored_run(tmp_path):
     running = trainer(tmp_path, strategy=LTEStrategy(rank=2, heads=2, merge_every=2), max_steps=4)
     running.fit(module, loader(batch_size=8))
     assert type(module.blocks[0].fc1) is nn.Linear
+
+
+def test_an_energy_that_pays_for_no_target_is_said_in_the_first_step_and_may_be_lowered(tmp_path):
+    module = toy()
+    with pytest.warns(UserWarning, match="energy=0.9999999: with the weights and inputs of the first step, .* keeps most, 0.9"):
+        with pytest.raises(ConfigError, match="energy=0.9999999: factors would pay for none of 7 layers .* keeps most, 0.9"):
+            fit(tmp_path, steps(energy=0.9999999), module, every=1)
+    assert len(module.losses) == 14
+    callback = steps(energy=0.9)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="energy=")
+        fit(tmp_path, callback, toy(), ckpt=tmp_path / "step=13.ckpt")
+    assert callback.phase == "lowrank"
+    with pytest.raises(ConfigError, match="the checkpoint's run has"):
+        fit(tmp_path, steps(), toy(), ckpt=tmp_path / "step=13.ckpt")
+
+
+def test_ranks_that_never_pay_are_refused_before_training(tmp_path):
+    for settings, match in (
+        ({"energy": 0.9}, "targets=1: layers of at most 2 x 2, for which factors pay at no rank"),
+        ({"flops": 0.9}, "targets=1: layers"),
+        ({"flops": 0.01, "targets": "all"}, "flops=0.01: must be at least 0.0932, which factors of rank 1 take"),
+    ):
+        module = toy()
+        module.small = nn.Linear(2, 2)
+        with pytest.raises(ConfigError, match=match):
+            fit(tmp_path, steps(**{"targets": "small", **settings}), module)
+        assert not module.losses
+
+
+class Broken(Toy):
+    """Whose inputs are NaN from a step on."""
+
+    def __init__(self, at):
+        super().__init__()
+        self.at = at
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return super().training_step((x * float("nan") if self.global_step >= self.at else x, y), batch_idx)
+
+
+def test_numbers_that_are_not_finite_are_named_with_the_layer(tmp_path):
+    torch.manual_seed(7)
+    module = Broken(0)
+    with pytest.raises(ConfigError, match="targets='embed': has inputs that are NaN or infinite in the first step: mend"):
+        fit(tmp_path, steps(), module)
+    assert len(module.losses) == 1
+    with pytest.raises(ConfigError, match="targets='embed': holds weights that are NaN or infinite: resume from"):
+        fit(tmp_path, steps(), Broken(8))
+
+
+def test_layers_that_no_step_of_the_joint_phase_calls_are_named(tmp_path):
+    class Early(Toy):
+        def __init__(self):
+            super().__init__()
+            self.extra = nn.Linear(12, 12)
+
+        def forward(self, x):
+            return super().forward(self.extra(x) if self.training and self.global_step < 4 else x)
+
+    torch.manual_seed(7)
+    with pytest.warns(UserWarning, match="no step since the switch called extra: it stays whole and trains on"):
+        fit(tmp_path, steps(), Early())
+    with pytest.raises(ConfigError, match="targets='extra': factors would pay for none of 1 layers: no step since the switch"):
+        fit(tmp_path, steps(targets="extra"), Early())
+
+
+class Aliased(Toy):
+    """Whose blocks have a second name, and whose second block is used twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks.append(self.blocks[1])
+        self.backbone = self.blocks
+
+
+def test_a_layer_with_several_names_is_factored_under_each(tmp_path):
+    torch.manual_seed(7)
+    module, callback = Aliased(), steps()
+    fit(tmp_path, callback, module, every=1)
+    assert {name.partition(".")[0] for name in callback.plan} == {"embed", "blocks"}
+    for at in (10, 18, 24):
+        file = tmp_path / f"step={at}.ckpt"
+        state = torch.load(file, weights_only=True)["state_dict"]
+        assert list(state) == list(module.state_dict())
+        assert torch.equal(state["blocks.2.fc1.weight"], state["blocks.1.fc1.weight"])
+        assert torch.equal(state["backbone.0.fc1.weight"], state["blocks.0.fc1.weight"])
+        torch.manual_seed(7)
+        again = Aliased()
+        fit(tmp_path / "again", steps(), again, ckpt=file, every=1)
+        assert_equal(dict(again.state_dict()), dict(module.state_dict()))

@@ -251,6 +251,21 @@ def test_a_target_that_the_first_step_finds_unfit_goes_on_from_its_own_weight(tm
     assert seen.found["embed.weight"] == torch.float32 and seen.found["blocks.0.fc1.weight"] == torch.int8
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_float8_works_where_the_cpu_lacks_the_kernel(monkeypatch, dtype):
+    torch.manual_seed(3)
+    weight, stored = frozen.store(torch.randn(48, 32, dtype=dtype), "float8", False)
+    x, dy, found = torch.randn(16, 32, dtype=dtype), torch.randn(16, 48, dtype=dtype), []
+    for has in {frozen._CPU_HAS_FLOAT8, False}:
+        monkeypatch.setattr(frozen, "_CPU_HAS_FLOAT8", has)
+        found.append((
+            frozen.product(x, weight, "float8", stored.operands(), None, False),
+            frozen.gradient_product(dy, weight, "float8", stored.operands(), False),
+        ))  # fmt: skip
+    for a, b in zip(found[0], found[-1], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3)
+
+
 @pytest.mark.parametrize("kind", ["bfloat16", "float8"])
 @pytest.mark.parametrize("moved", [False, True])
 def test_a_file_written_after_the_fit_goes_on_like_one_written_at_its_end(tmp_path, moved, kind):
@@ -391,6 +406,7 @@ def test_what_cannot_work_is_refused_before_training(tmp_path, monkeypatch):
         raise RuntimeError("torch._scaled_mm is only supported on CUDA devices with compute capability >= 9.0")
 
     monkeypatch.setattr(torch, "_scaled_mm", lacks)
+    monkeypatch.setattr(frozen, "_CPU_HAS_FLOAT8", True)
     line, module = refused(tmp_path, steps(frozen_dtype="float8", targets="blocks.*"))
     assert "frozen_dtype='float8': cpu cannot multiply in it (torch._scaled_mm is only supported" in line
     assert line.endswith("use bfloat16, or leave frozen_dtype out") and not module.losses

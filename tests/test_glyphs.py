@@ -114,3 +114,22 @@ def test_missing_or_damaged_files_are_one_line(tmp_path):
     (tmp_path / "glyphs.npz").write_bytes(b"PK no zip")
     with pytest.raises(ConfigError, match="cannot be read"):
         Glyphs(str(tmp_path)).setup()
+
+
+def test_files_that_are_damaged_or_not_those_of_the_checksums_are_one_line(tmp_path):
+    raw = (SAMPLES / "glyphs.npz").read_bytes()
+    flipped = raw[: len(raw) // 2] + bytes([raw[len(raw) // 2] ^ 255]) + raw[len(raw) // 2 + 1 :]
+    for name, data in (("cut", raw[: len(raw) // 2]), ("empty", b""), ("flipped", flipped)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "glyphs.npz").write_bytes(data)
+        with pytest.raises(ConfigError, match="glyphs.npz cannot be read .*make it again"):
+            read_glyphs(tmp_path / name)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "glyphs.npz").write_bytes(raw)
+    sums = {name: hashlib.sha256(array.tobytes()).hexdigest() for name, array in np.load(SAMPLES / "glyphs.npz").items()}
+    file = tmp_path / "other" / "SHA256SUMS"
+    file.write_text("".join(f"{digest}  {name}\n" for name, digest in sums.items()))
+    assert read_glyphs(tmp_path / "other")
+    file.write_text(file.read_text().replace(sums["val_labels"], "0" * 64))
+    with pytest.raises(ConfigError, match="val_labels is not what SHA256SUMS names, so it was changed or damaged"):
+        read_glyphs(tmp_path / "other")

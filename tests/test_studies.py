@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from experiments import again, claims, figures, mixers, rates, runs  # noqa: F401  mixers registers a network
-from experiments.runs import Job, done
+from experiments.runs import Job, done, run
 from experiments.tables import Missing, fill, need, series, spread
 
 from lowrank_pretrain.run import method
@@ -169,6 +169,18 @@ def test_another_run_of_the_same_name_is_not_taken_for_done(tmp_path):
         assert done(Job("a", [], {"f": 1}, "some.work"), where)
         assert done(Job("a", [], {"f": 2}, "some.work"), where) is None
     assert done(Job("b", []), tmp_path / "here") is None
+
+
+def test_two_studies_do_not_share_a_folder(tmp_path):
+    code = "import sys; from pathlib import Path; from experiments.runs import run; run([], Path(sys.argv[1]))"
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    run([], tmp_path)
+    run([], tmp_path)  # its own stages may follow one another
+    other = subprocess.run(command, capture_output=True, text=True)
+    assert other.returncode == 1 and other.stderr.count("\n") == 1
+    assert f"--runs={tmp_path}: must be a folder in which no other study runs, and process {os.getpid()}" in other.stderr
+    os.close(runs._HELD.pop(tmp_path.resolve()))
+    assert subprocess.run(command).returncode == 0
 
 
 def test_a_best_rate_at_an_edge_asks_for_more(tmp_path):

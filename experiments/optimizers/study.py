@@ -24,7 +24,7 @@ from pathlib import Path
 
 from experiments.optimizers.sides import CELLS, QUICK, QUICK_SIDES, SIDES, Cell, settings, task
 from experiments.rates import loss_of
-from experiments.runs import Job, done, run
+from experiments.runs import Job, done, hold, run
 from experiments.tables import Missing, together
 from lowrank_pretrain.core.checks import choice, whole
 from lowrank_pretrain.core.errors import ConfigError
@@ -257,6 +257,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         study, args = from_arguments(argv)
         if not args.table:
             make_folder(study.where)
+            hold(study.where)
             make_corpus_once(study)
             for jobs, at_a_time in study.stages():
                 run(jobs, study.where, 1, at_a_time)

@@ -141,7 +141,11 @@ def main() -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--together", type=int, default=1, help="runs at a time")
     parser.add_argument("--runs", type=Path, default=Path("runs/studies/prelora_glyphs"), help="where the runs are")
+    parser.add_argument("--quick", action="store_true", help="name the study in the same words that takes minutes")
     args = parser.parse_args()
+    if args.quick:
+        print("prelora_glyphs: --quick: its pocket form is python -m experiments.prelora_vit.study", file=sys.stderr)
+        return 2
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     study = Study(args.runs.resolve(), args.device)
     if not args.table and not (study.glyphs / "glyphs.npz").is_file():

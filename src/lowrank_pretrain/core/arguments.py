@@ -74,6 +74,9 @@ def print_counts(write: Callable[[], Mapping[str, int]], line: Callable[[str, in
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
+    except OSError as error:  # a folder that is a file, cannot be written to, or is full
+        print(f"error: {error.filename or 'out'}: {error.strerror or error}", file=sys.stderr)
+        return 2
     for split, count in counts.items():
         print(line(split, count))
     return 0

@@ -22,6 +22,7 @@ from pathlib import Path
 from lowrank_pretrain.core.arguments import as_flags, command_parser, print_counts
 from lowrank_pretrain.core.checks import whole
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.data.checksums import SUMS
 from lowrank_pretrain.data.text.bins import write_bin
 from lowrank_pretrain.data.text.tokenizer import DocumentEncoder, load_tokenizer, train_bpe
 
@@ -146,8 +147,9 @@ def make_corpus(
         raise ConfigError("least", least, f"{len(texts)} different texts were found, too few for a {empty[0]} part")
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    train_bpe(_some(by_split["train"]), vocab_size).save(str(out / "tokenizer.json"), pretty=False)
-    encode = DocumentEncoder(*load_tokenizer(str(out / "tokenizer.json")))
+    trained = out / "trained.json"  # a corpus that is there keeps its own tokenizer until the new one is whole
+    train_bpe(_some(by_split["train"]), vocab_size).save(str(trained), pretty=False)
+    encode = DocumentEncoder(*load_tokenizer(str(trained)))
     counts = {}
     for split, some in by_split.items():
         limit = most if split == "train" else most // 50
@@ -155,13 +157,16 @@ def make_corpus(
     if counts["train"] < least:
         for split in counts:
             (out / f"{split}.bin.new").unlink()
+        trained.unlink()
         packages = len({one.source.package for one in texts})
         raise ConfigError(
             "least", least, f"{packages} packages gave {counts['train']:,} training tokens: install more packages (the extras "
             "hub, bench and dev of this one, say), or ask for fewer tokens"
         )  # fmt: skip
+    (out / SUMS).unlink(missing_ok=True)  # of an earlier corpus
     for split in counts:
         (out / f"{split}.bin.new").replace(out / f"{split}.bin")
+    trained.replace(out / "tokenizer.json")
     _write_record(out, texts, counts)
     return counts
 
@@ -199,7 +204,7 @@ def _write_record(out: Path, texts: list[Text], counts: dict[str, int]) -> None:
         writer.writerows([*key, *row] for key, row in sorted(rows.items()))
     names = [*(f"{split}.bin" for split in counts), "tokenizer.json"]
     sums = [f"{hashlib.sha256((out / name).read_bytes()).hexdigest()}  {name}\n" for name in names]
-    (out / "SHA256SUMS").write_text("".join(sums))
+    (out / SUMS).write_text("".join(sums))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -22,6 +22,7 @@ from lowrank_pretrain.core.arguments import as_flags, command_parser, print_coun
 from lowrank_pretrain.core.checks import whole
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.files import write_whole
+from lowrank_pretrain.data.checksums import SUMS
 from lowrank_pretrain.data.loaders.batch import BadInputs
 from lowrank_pretrain.data.text.bins import open_bin, write_bin
 from lowrank_pretrain.data.text.documents import Piece
@@ -98,6 +99,7 @@ def prepare(
     name = str(out / "tokenizer.json") if tokenizer is None else tokenizer
     encoder, end = load_tokenizer(name, end_token=end_token)
     counts = _write(out, pieces(), DocumentEncoder(encoder, end), vocabulary(encoder), val_every)
+    (out / SUMS).unlink(missing_ok=True)  # of a corpus that lay here
     _keep_tokenizer(out, name, encoder, end)
     return counts
 

@@ -82,7 +82,7 @@ class FactoredLinear(Reclassed, nn.Module):
         if kwargs.get("keep_vars", False):  # callers that want the parameters themselves get all of them
             return super().state_dict(*args, **kwargs)
         plain = self._plain_class.__new__(self._plain_class)
-        own: dict[str, Tensor | None] = {"weight": self.product(check=False)}
+        own: dict[str, Tensor | None] = {"weight": self._show(self.product(check=False))}
         own |= {name: p for name, p in self._parameters.items() if name not in ADDED}
         children = {name: child for name, child in self._modules.items() if name not in ADDED}
         object.__setattr__(plain, "__dict__", {**self.__dict__, "_parameters": own, "_modules": children})
@@ -173,7 +173,7 @@ def take_factors(layer: Any, check: bool = True) -> None:
     product, whole = layer.product(check), layer._whole
     del layer._parameters["factor_V"], layer._modules["factor_U"]
     object.__setattr__(layer, "__class__", layer._plain_class)
-    for key in ("_rest", "_blocks", "_whole"):
+    for key in ("_rest", "_blocks", "_whole", "_shown"):
         layer.__dict__.pop(key, None)
     whole.data = product
     layer.__dict__["_parameters"] = {"weight": whole, **layer._parameters}  # in a plain layer's order

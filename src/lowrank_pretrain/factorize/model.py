@@ -1,5 +1,6 @@
 """Factor the weights of a whole model: measure, cut, expand, and save the factors' state (pure torch)."""
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from lowrank_pretrain.factorize.cost import largest_rank, largest_share
 from lowrank_pretrain.factorize.decompose import damped, spectrum
 from lowrank_pretrain.factorize.layer import ADDED, FactoredLinear, give_factors, take_factors, why_not
 from lowrank_pretrain.factorize.moments import MeasuredLinear
+from lowrank_pretrain.factorize.preview import Preview, rank_that_pays
 from lowrank_pretrain.factorize.ranks import Block, Cut, best_cut, rank_of_fraction, ranks_of_budget
 
 STEPS = 8  # optimizer steps over which inputs are measured at least
@@ -82,20 +84,59 @@ class Factors(Adopter, Reports):
                 )  # fmt: skip
 
     def check_fraction(self, smallest: float, targets: Mapping[str, Target]) -> None:
-        """Refuse, before training, fractions of which even the smallest gives ranks that pay off for no target.
+        """Refuse, before training, ranks that can pay off for no target.
+
+        Args:
+            smallest: of the fractions that ranks are chosen from; without effect where ``energy`` or ``flops`` decide.
+            targets: by name.
 
         Raises:
-            ConfigError: keyed ``ranks``.
+            ConfigError: keyed ``targets`` if even rank 1 pays for none of them, ``ranks`` if the smallest fraction does not, or
+                ``flops`` if rank 1 exceeds the budget.
         """
+        layers = {target.layer_name: target.layer for target in targets.values()}
+        sizes: dict[str, tuple[int, int]] = {}
+        limits: dict[str, int] = {}
+        for name, layer in layers.items():
+            sizes[name] = rows, cols = _size(weight_rows(layer))
+            limits[name] = largest_rank(rows, cols, largest_share(self.products or layer.weight.dtype))
+        if max(limits.values(), default=0) < 1:
+            rows, cols = max(sizes.values(), key=lambda size: size[0] * size[1])
+            reason = (
+                f"layers of at most {rows} x {cols}, for which factors pay at no rank: name larger ones, or leave out `then`"
+            )
+            raise ConfigError("targets", len(layers), reason)
+        if self.flops is not None:
+            least = sum(sum(size) for size in sizes.values()) / sum(rows * cols for rows, cols in sizes.values())
+            if self.flops < least:
+                least = math.ceil(least * 1e4) / 1e4
+                raise ConfigError(
+                    "flops", self.flops, f"must be at least {least}, which factors of rank 1 take for these targets"
+                )
         if self.energy is not None or self.flops is not None:
             return
-        for target in targets.values():
-            W = weight_rows(target.layer)
-            rows, cols = W.shape
-            limit = largest_rank(rows, cols, largest_share(self.products or W.dtype))
-            if rank_of_fraction(smallest, target.rows, target.cols) <= limit:
-                return
-        raise ConfigError("ranks", smallest, "factors of this fraction would pay for no target: give a lower one")
+        if all(rank_of_fraction(smallest, t.rows, t.cols) > limits[t.layer_name] for t in targets.values()):
+            raise ConfigError("ranks", smallest, "factors of this fraction would pay for no target: give a lower one")
+
+    def preview(self, module: nn.Module, layers: Mapping[str, nn.Module]) -> Preview | None:
+        """Begin to measure for ``judge_preview``; None where no energy decides the ranks."""
+        if self.energy is None:
+            return None
+        preview = Preview(module, layers)
+        preview.start()
+        return preview
+
+    def judge_preview(self, preview: Preview) -> str | None:
+        """Return, after the first step, a warning if factors that keep ``energy`` would pay for no layer now."""
+        assert self.energy is not None
+        best = preview.best_kept(self.products, self._total, self.energy, self._is_first)
+        if best is None or best[1] >= self.energy:
+            return None
+        return (
+            f"energy={self.energy}: with the weights and inputs of the first step, factors that keep so much would pay for no "
+            f"target; at the largest rank that pays, {best[0]} keeps most, {_down(best[1])}. If that stays so, the run ends at "
+            "the freeze: give a lower energy, or ranks or flops in its place"
+        )
 
     def adopt(self, plan: Plan, module: nn.Module) -> list[Inherit]:
         """Begin to measure the inputs of the plan's targets; nothing else changes."""
@@ -112,13 +153,17 @@ class Factors(Adopter, Reports):
             The factors, each with the weight whose parameter group it joins; they take no optimizer state over.
 
         Raises:
-            ConfigError: inputs were NaN or infinite, or no target is left.
+            ConfigError: inputs or weights were NaN or infinite, or no target is left.
         """
         whole_targets = all_targets(self._module)
         layers = list(self._layers(ranked=True))
         for _, layer, _ in self._layers(ranked=False):
             layer.requires_grad_(False)
-        cuts = self._cuts_of(self.exact) if self.exact is not None else self._from_first(self._decide(layers))
+        uncalled, best = [], None
+        if self.exact is not None:
+            cuts = self._cuts_of(self.exact)
+        else:
+            cuts, uncalled, best = self._from_first(self._decide(layers))
         inherited, ranks = [], {name: 0 for name, rank in self.plan.items() if rank == 0}
         for name, layer, _ in layers:
             moments.end(layer)
@@ -133,9 +178,8 @@ class Factors(Adopter, Reports):
             ranks |= {full: of_block.get(part, of_block.get(WHOLE, 0)) for part, full in own.items()}
             self.kept[name] = cut.kept
         if not inherited:
-            reason = "layers were looked at, and factors would pay for none, or no step called it: use lower ranks"
-            raise ConfigError("targets", len(layers), reason)
-        self._say_whole(layers, cuts)
+            self._refuse(len(layers), uncalled, best)
+        self._say_whole(layers, cuts, uncalled)
         self.exact = None
         self.plan = Plan(ranks)
         if self.freeze_rest:
@@ -178,15 +222,29 @@ class Factors(Adopter, Reports):
                 yield name, group[0].layer, rank
 
     @torch.no_grad()
-    def _decide(self, layers: list[tuple[str, Any, int]]) -> dict[str, Cut] | None:
-        """Cut every layer, in the first process; the others only contribute their moments."""
+    def _decide(self, layers: list[tuple[str, Any, int]]) -> tuple[dict[str, Cut], list[str], tuple[str, float] | None] | None:
+        """Cut every layer, in the first process; the others only contribute their moments.
+
+        Returns:
+            The cuts; the layers that no step called; and, if ``energy`` allows no cut, the layer that keeps most at the largest
+            rank that pays, and how much.
+
+        Raises:
+            ConfigError: weights are NaN or infinite, in any process, or inputs were.
+        """
+        broken = self._total(torch.stack([(~torch.isfinite(layer.weight.detach())).any().float() for _, layer, _ in layers]))
+        if bool(broken.any()):
+            cure = "holds weights that are NaN or infinite: resume from a checkpoint written before, with a lower learning rate"
+            raise ConfigError("targets", plain_name(layers[int(broken.argmax())][0]), cure)
         share = largest_share(self.products or layers[0][1].weight.dtype)
         ranks = {name: rank for name, _, rank in layers}
         if self.flops is not None:
             ranks = self._by_budget(layers, share)
-        cuts = {}
+        cuts, uncalled, too_much = {}, [], {}
         for name, layer, _ in layers:
             C = self._moment(name, layer)
+            if C is None:
+                uncalled.append(name)
             if C is None or not self._is_first:
                 continue
             rank = None if self.energy is not None else ranks[name]
@@ -196,7 +254,11 @@ class Factors(Adopter, Reports):
             if cut is not None:
                 at_home = {part: u.cpu() for part, u in cut.U.items()}
                 cuts[name] = cut._replace(U=at_home, V=cut.V.cpu())
-        return cuts if self._is_first else None
+            elif self.energy is not None and not cuts and (most := rank_that_pays(W, share)) > 0:
+                too_much[name] = spectrum(W, C.to(W), most, draws).kept(most)
+        if not self._is_first:
+            return None
+        return cuts, uncalled, max(too_much.items(), key=lambda one: one[1]) if too_much and not cuts else None
 
     def _by_budget(self, layers: list[tuple[str, Any, int]], share: float) -> dict[str, int]:
         found, sizes = {}, {}
@@ -231,11 +293,39 @@ class Factors(Adopter, Reports):
             cuts[name] = Cut(tuple(blocks), U, V, 1.0)
         return cuts
 
-    def _say_whole(self, layers: list[tuple[str, Any, int]], cuts: Mapping[str, Cut]) -> None:
+    def _refuse(self, count: int, uncalled: list[str], best: tuple[str, float] | None) -> None:
+        """Say why there are no factors at all."""
+        none = f"factors would pay for none of {count} layers"
+        if len(uncalled) == count:
+            said = ", ".join(dict.fromkeys(families(self._module, uncalled).values()))
+            raise ConfigError("targets", plain_name(said), f"{none}: no step since the switch called any with finite inputs")
+        if best is not None:
+            reason = (
+                f"that keep so much; at the largest rank that pays, {best[0]} keeps most, {_down(best[1])}: lower energy, and"
+            )
+            raise ConfigError("energy", self.energy, f"{none} {reason} resume from a checkpoint written before the freeze")
+        ranks = sorted({rank for rank in self.plan.values() if rank})
+        raise ConfigError("ranks", ranks, f"{none}: start from a checkpoint written before the switch, with lower ranks")
+
+    def _say_whole(self, layers: list[tuple[str, Any, int]], cuts: Mapping[str, Cut], uncalled: list[str]) -> None:
         whole = [name for name, *_ in layers if name not in cuts]
-        if whole and self._is_first:
-            said = ", ".join(dict.fromkeys(families(self._module, whole).values()))
-            warnings.warn(f"factors would not pay for {said}, or no step called it: it stays whole and trains on", stacklevel=2)
+        for names, why in (
+            ([name for name in whole if name not in uncalled], "factors would not pay for"),
+            ([name for name in whole if name in uncalled], "no step since the switch called"),
+        ):
+            if names and self._is_first:
+                said = ", ".join(dict.fromkeys(families(self._module, names).values()))
+                warnings.warn(f"{why} {said}: it stays whole and trains on", stacklevel=2)
+
+
+def _size(matrix: Tensor) -> tuple[int, int]:
+    rows, cols = matrix.shape
+    return rows, cols
+
+
+def _down(share: float) -> str:
+    """Return a share, rounded down, so that whoever asks for it gets it."""
+    return f"{math.floor(share * 1e4) / 1e4:.4f}"
 
 
 def obstacle_to_factors(layer: nn.Module, tied_to: list[str] | None = None) -> str | None:

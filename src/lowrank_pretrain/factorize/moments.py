@@ -43,19 +43,24 @@ class MeasuredLinear(Reclassed, nn.Module):
         return super().forward(*args, **kwargs)
 
     def _measure(self, x: Tensor) -> None:
-        with torch.no_grad():
-            x = torch.cat([one.flatten(0, -2) for one in x.detach().unbind()]) if x.is_nested else x.detach()
-            x = x.reshape(-1, x.shape[-1])  # (N, D)
-            x = x[:: max(1, -(-x.shape[0] // ROWS))].to(self._moment.dtype)  # at most ROWS of them; an expert may get none
-            finite = torch.isfinite(x).all(1, keepdim=True)  # (N, 1): a step with others may be skipped, by a user or a scaler
-            x = torch.where(finite, x, 0.0)
-            with torch.autocast(x.device.type, enabled=False):
-                self._moment.mul_(FADE).addmm_(x.t(), x)
-            self._rows_seen.mul_(FADE).add_(finite.sum())
+        add_inputs(x, self._moment, self._rows_seen)
 
     def extra_repr(self) -> str:
         """Return the plain layer's line."""
         return f"{super().extra_repr()}, measured"
+
+
+def add_inputs(x: Tensor, moment: Tensor, rows_seen: Tensor) -> None:
+    """Add xᵀ x of some rows of an input (.., D) to a fading sum (D, D), and their number to another."""
+    with torch.no_grad():
+        x = torch.cat([one.flatten(0, -2) for one in x.detach().unbind()]) if x.is_nested else x.detach()
+        x = x.reshape(-1, x.shape[-1])  # (N, D)
+        x = x[:: max(1, -(-x.shape[0] // ROWS))].to(moment.dtype)  # at most ROWS of them; an expert may get none
+        finite = torch.isfinite(x).all(1, keepdim=True)  # (N, 1): a step with others may be skipped, by a user or a scaler
+        x = torch.where(finite, x, 0.0)
+        with torch.autocast(x.device.type, enabled=False):
+            moment.mul_(FADE).addmm_(x.t(), x)
+        rows_seen.mul_(FADE).add_(finite.sum())
 
 
 def measured_layers(module: nn.Module) -> Iterator[tuple[str, MeasuredLinear]]:

@@ -178,6 +178,8 @@ def _float8_product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     if not x.numel():
         return x.new_zeros(x.shape[0], weight.shape[1])
     held, mine = _float8_rows(x)
+    if x.device.type == "cpu" and not _CPU_HAS_FLOAT8:
+        return (held.float() @ weight.float()).mul_(mine).mul_(scale.view(1, -1)).to(x.dtype)
     wanted = torch.float32 if x.device.type == "cpu" and x.dtype != torch.bfloat16 else torch.bfloat16
     y = torch._scaled_mm(held, weight, scale_a=mine, scale_b=scale.view(1, -1), out_dtype=wanted)
     return y.to(x.dtype)
@@ -188,7 +190,19 @@ def _cpu_has_float16() -> bool:
     return supported is not None and supported()
 
 
+def _cpu_has_float8() -> bool:
+    """Return whether the CPU's kernel takes scales by row, which it does from torch 2.12 on."""
+    scale = torch.ones(MULTIPLE, 1)
+    held = scale.expand(MULTIPLE, MULTIPLE).to(FLOAT8).contiguous()
+    try:
+        torch._scaled_mm(held, held.t(), scale_a=scale, scale_b=scale.t(), out_dtype=torch.float32)
+    except Exception:  # each version raises its own kind
+        return False
+    return True
+
+
 _CPU_HAS_FLOAT16 = _cpu_has_float16()  # asked once: dynamo cannot trace the question
+_CPU_HAS_FLOAT8 = _cpu_has_float8()
 
 
 # -- checks -----------------------------------------------------------------------------------------------------------

@@ -39,6 +39,27 @@ else:
     _Plain = object
 
 
+class Shown:
+    """Tell whether a tensor was written into since, without keeping its memory; a copy of this tells of none."""
+
+    def __init__(self, tensor: Tensor | None = None) -> None:
+        self._alias: Tensor | None = None
+        if tensor is not None and not tensor.is_inference():
+            self._alias = tensor.detach()  # shares the count of writes, and keeps it when its own numbers are gone
+            self._alias.data = tensor.new_empty(0)
+            self._count = self._alias._version
+
+    def written(self) -> bool:
+        """Return whether it was."""
+        return self._alias is not None and self._alias._version != self._count
+
+    def __deepcopy__(self, memo: dict) -> "Shown":
+        return Shown()
+
+    def __reduce__(self) -> tuple:
+        return Shown, ()
+
+
 class Reclassed(Unannounced, _Plain):
     """Copy, pickle and move a layer whose class was made at run time, and which may hold rows of W as parameters.
 
@@ -61,6 +82,23 @@ class Reclassed(Unannounced, _Plain):
         super()._apply(*args, **kwargs)
         self._tie_rest()
         return self
+
+    def _show(self, computed: Tensor) -> Tensor:
+        """Return a weight for a state dict; refuse if somebody wrote into the last one, which changed nothing.
+
+        Averages that copied the module after the switch do so (``state_dict()`` of a plain layer gives the weight itself).
+
+        Raises:
+            RuntimeError: with the cure.
+        """
+        shown: Shown | None = self.__dict__.get("_shown")
+        if shown is not None and shown.written():
+            raise RuntimeError(
+                "a weight from state_dict() of a layer with adapters or factors was written into: it is computed there, so the "
+                "write was lost. Average a plain copy, lowrank_pretrain.merge(copy.deepcopy(module)), or use load_state_dict()"
+            )
+        self.__dict__["_shown"] = Shown(computed)
+        return computed
 
     def _tie_rest(self) -> None:
         """Make the rest blocks views of W and b again (moving or copying a module makes separate tensors)."""
@@ -198,7 +236,7 @@ class LoRALinear(Reclassed):
             return super().state_dict(*args, **kwargs)
         plain = self._plain_class.__new__(self._plain_class)
         own: dict[str, Tensor | None] = {name: p for name, p in self._parameters.items() if name != "lora_A"}
-        own["weight"] = self.merged_weight(check=False)
+        own["weight"] = self._show(self.merged_weight(check=False))
         children = {name: child for name, child in self._modules.items() if name not in ADDED}
         object.__setattr__(plain, "__dict__", {**self.__dict__, "_parameters": own, "_modules": children})
         return plain.state_dict(*args, **kwargs)
@@ -284,7 +322,7 @@ def take_adapters(layer: LoRALinear) -> None:
         layer._parameters.pop(name, None)
         layer._modules.pop(name, None)
     object.__setattr__(layer, "__class__", layer._plain_class)
-    for key in ("_parts", "_rest", "_remaker", "_stored"):
+    for key in ("_parts", "_rest", "_remaker", "_stored", "_shown"):
         layer.__dict__.pop(key, None)
 
 

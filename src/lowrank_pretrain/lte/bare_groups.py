@@ -111,7 +111,8 @@ class BareGroups:
         there = [len(group["params"]) for group in saved["param_groups"]]
         here = [len(group) for group in self.groups]
         if there != here:
-            raise ConfigError("ckpt_path", f"groups of {there} parameters", f"this model's optimizer has groups of {here}")
+            cure = "to go on from its weights alone (those of a low-rank run are merged), load_from_checkpoint, then fit"
+            raise ConfigError("ckpt_path", f"groups of {there} parameters", f"this optimizer has groups of {here}: {cure}")
         order = [p for group in self.groups for p in group]
         position = {id(p): n for n, p in enumerate(order)}
         inherited = {id(i.new): i for i in self.inherited}

@@ -136,8 +136,10 @@ def unfit(trainer: pl.Trainer, pl_module: pl.LightningModule, then: str) -> Call
             return "is in no optimizer: configure_optimizers must hand over its weight, or leave it out"
         if then == "factorize":
             every = pl_module.named_parameters(remove_duplicate=False)
-            owners = [plain_name(name).removesuffix(".weight") for name, p in every if p is target.layer.weight]
-            return obstacle_to_factors(target.layer, [name for name in owners if name != target.layer_name])
+            owners = [name.rpartition(".")[0] for name, p in every if p is target.layer.weight]
+            # the layer itself may have several names
+            others = [plain_name(name) for name in owners if pl_module.get_submodule(name) is not target.layer]
+            return obstacle_to_factors(target.layer, others)
         return None
 
     return reason

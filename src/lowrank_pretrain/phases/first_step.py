@@ -8,10 +8,14 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
+from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.protocols import Adopter
 from lowrank_pretrain.core.targets import Target, families
 from lowrank_pretrain.core.trainer import callbacks_of
+from lowrank_pretrain.factorize.model import Factors
+from lowrank_pretrain.factorize.preview import Preview
 from lowrank_pretrain.lora.frozen import OPERANDS
+from lowrank_pretrain.phases.holders import check_holders, find_holders
 from lowrank_pretrain.phases.rehearsal import Rehearsal
 from lowrank_pretrain.phases.teachers import CURE, Pairing, teachers
 from lowrank_pretrain.phases.transition import averages
@@ -66,18 +70,23 @@ class FirstStep(FirstStepWatch):
         targets: by name.
         adapters: as for ``Rehearsal``.
         frozen_dtype: in which W will be stored at the freeze.
+        adopter: of the plan; factors whose ranks an energy decides are looked at as well.
     """
 
     def __init__(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, targets: Mapping[str, Target], adapters: bool = True,
-        frozen_dtype: str | None = None,
+        frozen_dtype: str | None = None, adopter: Adopter | None = None,
     ) -> None:  # fmt: skip
         self._trainer, self._module, self._targets, self._frozen_dtype = trainer, pl_module, targets, frozen_dtype
+        self._factors = adopter if isinstance(adopter, Factors) else None
+        self._preview: Preview | None = None
         self._before: Any = None  # a training_step that the module itself holds, not its class
         trained = {id(p) for o in trainer.optimizers for g in o.param_groups for p in g["params"] if p.requires_grad}
         super().__init__(pl_module, targets, trained, adapters)
         for student, teacher in self._pairs:
             rank_zero_warn(f"{teacher} looks like a frozen copy of {student}, whose layers become low-rank: {CURE}")
+        self._named: set[str] = set()  # what holds parameters
+        self._name_holders()
         self.looking = False
         self._all_seen = False  # whether every layer was called in the first step, by any process
         self._noted: Tensor | None = None  # of the targets' weights after the first step
@@ -87,6 +96,8 @@ class FirstStep(FirstStepWatch):
     def start(self) -> None:
         """Begin to watch."""
         self._begin(self._module)
+        if self._factors is not None:
+            self._preview = self._factors.preview(self._module, self._rehearsal.watched)
         step = self._module.training_step
         self._before = self._module.__dict__.get("training_step")
         self.looking = True
@@ -99,6 +110,13 @@ class FirstStep(FirstStepWatch):
         watching.__wrapped__ = getattr(step, "__wrapped__", step)  # Lightning reads the arguments there, one level deep
         self._module.__dict__["training_step"] = watching
 
+    def _name_holders(self) -> None:
+        """Name what keeps parameters outside of the module, or refuse it; callbacks may build it when training starts."""
+        for line in check_holders(find_holders(self._module, callbacks_of(self._trainer), self._targets)):
+            if line not in self._named:
+                self._named.add(line)
+                rank_zero_warn(line)
+
     def look(self) -> dict[str, str] | None:
         """Return, after the first and the second step's backward pass, why targets cannot have an adapter. Later: ``None``.
 
@@ -109,7 +127,14 @@ class FirstStep(FirstStepWatch):
             self._unpair()
             return self._written()
         if self._pairing is not None and self.steps == 1:  # before it, a module may well be filled from another one
+            self._name_holders()
             self._pairing.watch_outside(self._targets, [model for _, model, _ in averages(callbacks_of(self._trainer))])
+        if self.steps == 1 and self._factors is not None:
+            self._refuse_broken()
+        if self._preview is not None and self._factors is not None:
+            preview, self._preview = self._preview, None
+            if (warning := self._factors.judge_preview(preview)) is not None:
+                rank_zero_warn(warning)
         self._rehearsal.after_backward()
         agreed, stepped = self._agreed()
         if not stepped and self.steps < SKIPPED:
@@ -126,6 +151,22 @@ class FirstStep(FirstStepWatch):
         reasons = self._rehearsal.finish(agreed)
         self._all_seen = not self._rehearsal.unseen()
         return reasons
+
+    def _refuse_broken(self) -> None:
+        """Refuse inputs of which no second moment can be made; all processes agree.
+
+        Raises:
+            ConfigError: naming the first layer, in the process that has it.
+        """
+        broken = self._rehearsal.broken()
+        flag = torch.tensor([int(broken is not None)], device=self._module.device)
+        if self._trainer.world_size > 1:
+            flag = self._trainer.strategy.all_gather(flag).amax()
+        if bool(flag):
+            which = broken or next(iter(self._rehearsal.layers))
+            whose = "has" if broken else "or another target has, on another process,"
+            line = f"{whose} inputs that are NaN or infinite in the first step: mend the data, or what comes before it"
+            raise ConfigError("targets", which, line)
 
     def _note_weights(self, *_: Any) -> None:
         """Note the targets' weights as the first step leaves them; called after it."""
@@ -173,6 +214,8 @@ class FirstStep(FirstStepWatch):
         """Stop watching; may be called twice."""
         self._unwrap()
         self._forget_hooks()
+        if self._preview is not None:
+            self._preview.stop()
         super().stop()
 
     def _agreed(self) -> tuple[list[list[int]], bool]:

@@ -138,6 +138,8 @@ def settings_of(phases: PhaseCallback) -> dict[str, Any]:
 def check_settings(phases: PhaseCallback, noted: Mapping[str, Any], pl_module: pl.LightningModule) -> None:
     """Compare the arguments with those of a checkpoint's run. Before its switch, everything but targets may change.
 
+    Before the freeze, rules for the ranks of factors may: they decide there.
+
     Args:
         phases: the run's phase callback.
         noted: what ``settings_of`` gave there.
@@ -150,6 +152,9 @@ def check_settings(phases: PhaseCallback, noted: Mapping[str, Any], pl_module: p
     noted = at_freeze | dict(noted) if noted else noted
     later = ("freeze_rest", *at_freeze)
     bound = {"full": ["targets"], "joint": [name for name in noted if name not in later]}.get(phases.phase, list(noted))
+    rules = ("energy", "flops")
+    if phases.phase == "joint" and any(noted.get(key) for key in rules) and any(getattr(phases, key) for key in rules):
+        bound = [name for name in bound if name not in rules]  # the freeze asks them, so they may still change
     now, differing = {"then": phases.then} | at_freeze | settings_of(phases), []
     for name in bound:
         if name not in noted or name not in now or now[name] == noted[name]:

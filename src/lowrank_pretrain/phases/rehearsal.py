@@ -32,7 +32,14 @@ from torch.autograd.function import FunctionCtx
 from torch.overrides import TorchFunctionMode
 
 from lowrank_pretrain.core.agreement import generator
-from lowrank_pretrain.core.lightning_private import is_compiled, is_compiled_whole, tree_leaves, tree_map
+from lowrank_pretrain.core.lightning_private import (
+    is_compiled,
+    is_compiled_whole,
+    is_traced,
+    transforms_active,
+    tree_leaves,
+    tree_map,
+)
 from lowrank_pretrain.core.targets import MatrixLayer, Target
 from lowrank_pretrain.lora.layer import LoRALinear, give_adapters, has_own_forward
 from lowrank_pretrain.lora.products import Part
@@ -66,7 +73,7 @@ class Rehearsal:
         self.targets = dict(targets)
         self.layers: dict[str, MatrixLayer] = {target.layer_name: target.layer for target in targets.values()}
         compiled = compiled_parts(module)
-        self._watched = {name: layer for name, layer in self.layers.items() if id(layer) not in compiled}
+        self.watched = {name: layer for name, layer in self.layers.items() if id(layer) not in compiled}
         # an output head may share its weight with an embedding: as a target it comes untied, so that is no use of it elsewhere
         weights = {id(layer.weight): name for name, layer in self.layers.items()}
         self._sharing: dict[str, list[nn.Module]] = {}
@@ -80,17 +87,18 @@ class Rehearsal:
             isinstance(child, (nn.MultiheadAttention, nn.TransformerEncoderLayer)) and not child.training
             for child in module.modules()
         )
-        self.called = {name for name in self.layers if name not in self._watched}
+        self.called = {name for name in self.layers if name not in self.watched}
         self.elsewhere: set[str] = set()  # in a product outside of its layer
         self.touched: set[str] = set()  # in any other operation outside of its layer
         self.asked: set[str] = set()  # for the dtype of its weight, outside of its layer
         self.has_grad: set[str] = set()
+        self.finite: dict[str, Tensor] = {}  # layer name -> whether all of the first input is finite, on the device
         self.other: dict[str, str] = {}  # layer name -> what its class computes
         self._handles: dict[str, list[Any]] = {}
 
     def start(self) -> None:
         """Begin to watch."""
-        for name, layer in self._watched.items():
+        for name, layer in self.watched.items():
             if "forward" in layer.__dict__:
                 self.other[name] = "has a forward that was replaced on the layer itself, and would never call an adapter"
             self._handles[name] = [layer.register_forward_pre_hook(_Seen(self, name), with_kwargs=True)]
@@ -153,6 +161,14 @@ class Rehearsal:
                 handle.remove()
         return {name: reasons[target.layer_name] for name, target in self.targets.items() if target.layer_name in reasons}
 
+    def broken(self) -> str | None:
+        """Return the first layer whose input and whose weight's gradient hold NaN or infinite numbers, after backward."""
+        for name, finite in self.finite.items():
+            grad = self.layers[name].weight.grad
+            if not bool(finite) and grad is not None and not bool(torch.isfinite(grad).all()):
+                return name
+        return None
+
     def unseen(self) -> list[str]:
         """Return the targets whose layers have not been called so far."""
         return [name for name, target in self.targets.items() if target.layer_name not in self.called]
@@ -196,6 +212,15 @@ class _Seen(Hook):
         rehearsal = self._watcher()
         if rehearsal is not None:
             rehearsal.called.add(self._name)
+            x = args[0] if args else next(iter(kwargs.values()), None)
+            if (
+                isinstance(x, Tensor)
+                and x.is_floating_point()
+                and not x.is_nested
+                and not transforms_active()
+                and not is_traced()
+            ):
+                rehearsal.finite.setdefault(self._name, torch.isfinite(x.detach()).all())
             if len(rehearsal._handles.get(self._name, ())) == 1:
                 rehearsal._handles.pop(self._name)[0].remove()
 
@@ -222,7 +247,7 @@ class _Outside(TorchFunctionMode):
         super().__init__()
         self.rehearsal = rehearsal
         self._of: dict[int, tuple[weakref.ref, frozenset[str]]] = {}  # id of a tensor -> itself, and of which layers it is
-        for name, layer in rehearsal._watched.items():
+        for name, layer in rehearsal.watched.items():
             self._add(layer.weight, frozenset({name}))
 
     def _add(self, tensor: Tensor, names: frozenset[str]) -> None:

@@ -163,7 +163,7 @@ class PreLoRA(PhaseCallback):
                 self._adopter.check_fraction(self.ranks[0], targets)
         self._check_length(trainer)
         if self._adopter.makes_adapters:
-            self._first = FirstStep(trainer, pl_module, targets, frozen_dtype=self.frozen_dtype)
+            self._first = FirstStep(trainer, pl_module, targets, frozen_dtype=self.frozen_dtype, adopter=self._adopter)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin to count at the trainer's step."""

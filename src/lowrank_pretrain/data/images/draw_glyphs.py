@@ -191,7 +191,7 @@ def make_glyphs(
     images = {split: number * variants * len(CHARACTERS) for split, number in count.items()}
     if len(kept) < least_fonts or images["train"] < least or not all(count.values()):
         raise ConfigError(
-            "folders", ", ".join(map(str, folders)), f"hold {len(kept)} usable fonts ({images['train']:,} training images); "
+            "fonts", ", ".join(map(str, folders)), f"hold {len(kept)} usable fonts ({images['train']:,} training images); "
             f"{least_fonts} fonts and {least:,} images are needed: apt-get install fonts-noto-core fonts-lato 'fonts-adf-*' "
             "'fonts-sil-*' 'fonts-league-*', or name more folders with --fonts"
         )  # fmt: skip

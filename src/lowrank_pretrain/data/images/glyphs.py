@@ -10,6 +10,8 @@ import numpy as np
 
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.data import SAMPLES
+from lowrank_pretrain.data.checksums import check_sums
+from lowrank_pretrain.data.images.medmnist import UNREADABLE
 from lowrank_pretrain.data.images.module import ImageModule
 from lowrank_pretrain.data.loaders.base import evaluation_recipe
 
@@ -74,18 +76,22 @@ def read_glyphs(root: str | None) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Return images and labels by split: uint8 (N, 64, 64) and (N,).
 
     Raises:
-        ConfigError: the files are not there, or cannot be read.
+        ConfigError: the files are not there, cannot be read, or are not those that ``SHA256SUMS`` names.
     """
+    if root is not None and not isinstance(root, (str, Path)):
+        raise ConfigError("root", root, "must be a folder, or sample")
     path = SAMPLES / "glyphs.npz" if root == "sample" else Path(root or "glyphs") / "glyphs.npz"
     try:
         with np.load(path) as file:
-            return {split: (file[f"{split}_images"], file[f"{split}_labels"]) for split in SPLITS}
+            arrays = {f"{split}_{what}": file[f"{split}_{what}"] for split in SPLITS for what in ("images", "labels")}
     except FileNotFoundError as error:
         make = "python -m lowrank_pretrain.data.images.draw_glyphs --out glyphs"
         allowed = f"must hold glyphs.npz: {make} (data.root=sample needs none)"
         raise ConfigError("root", str(root), allowed) from error
-    except (OSError, ValueError, KeyError) as error:
+    except UNREADABLE + (KeyError,) as error:
         raise ConfigError("root", str(root), f"glyphs.npz cannot be read ({error}): make it again") from error
+    check_sums(path.parent, arrays, "root")
+    return {split: (arrays[f"{split}_images"], arrays[f"{split}_labels"]) for split in SPLITS}
 
 
 def read_fonts(root: str | Path) -> list[dict[str, str]]:

@@ -9,6 +9,7 @@ from lowrank_pretrain.core.agreement import generator
 from lowrank_pretrain.core.checks import whole
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.data import SAMPLES
+from lowrank_pretrain.data.checksums import check_sums
 from lowrank_pretrain.data.loaders.base import PretrainData, public_name
 from lowrank_pretrain.data.loaders.batch import Fetched
 from lowrank_pretrain.data.text.bins import check_ids, open_bin
@@ -72,7 +73,8 @@ class TokenData(PretrainData):
         test_file: tokens to test on, a path under ``root``; None: the validation tokens.
 
     Raises:
-        ConfigError: a wrong value, or (from ``setup``) a file that is missing or does not fit.
+        ConfigError: a wrong value, or (from ``setup``) a file that is missing, does not fit, or is not the one that
+            ``SHA256SUMS`` names.
     """
 
     def __init__(
@@ -110,6 +112,8 @@ class TokenData(PretrainData):
             tokens, _ = open_bin(path, self.vocab_size, key)
             args = tokens, self.seq_len, self.vocab_size, path
             sets[key] = TokenSet(*args, jitter=key == "train_file", seed=self.seed)
+        if self.root != "kjv":
+            check_sums(Path(str(self.root)), {path.name: path for path in paths.values()}, "root")
         self.train_set, self.val_set = sets["train_file"], sets["val_file"]
         self.test_set = sets.get("test_file", self.val_set)
         tokenizer = "kjv" if self.root == "kjv" else str(Path(self.root) / "tokenizer.json")
