@@ -1,4 +1,4 @@
-"""``prelora_glyphs``, ``width384``, ``factorize`` and ``capacity`` without runs: what follows what, configurations that build, records."""
+"""``prelora_glyphs``, ``width384``, ``factorize``, ``capacity`` without runs: stages, configurations that build, records."""
 
 import re
 import shutil
