@@ -384,6 +384,8 @@ def test_bad_input_is_one_line():
     net, taker = factored_net(0)
     with pytest.raises(ConfigError, match="factors would pay for none"):
         taker.release()
+    with pytest.raises(ConfigError, match="plan=0: is every target's rank: give at least one"):
+        Factors().adopt({"fc1": 0}, Net())
     square = {"qkv.q": all_targets(net)["qkv.q"], "fc1": all_targets(net)["fc1"]}
     taker.check_fraction(0.6, square)  # qkv is 96 x 32
     with pytest.raises(ConfigError, match="ranks=0.9: factors of this fraction would pay for no target"):

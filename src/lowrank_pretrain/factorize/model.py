@@ -139,9 +139,15 @@ class Factors(Adopter, Reports):
         )
 
     def adopt(self, plan: Plan, module: nn.Module) -> list[Inherit]:
-        """Begin to measure the inputs of the plan's targets; nothing else changes."""
+        """Begin to measure the inputs of the plan's targets; nothing else changes.
+
+        Raises:
+            ConfigError: a layer that cannot be factored, or no target with a rank.
+        """
         self.check_adopt(plan, module)
         self.plan, self._module = Plan(plan).check(all_targets(module)), module
+        if not any(self.plan.values()):
+            raise ConfigError("plan", 0, "is every target's rank: give at least one of them a rank of 1 or more to factor it")
         for _, layer, _ in self._layers(ranked=True):
             moments.begin(layer)
         return []
