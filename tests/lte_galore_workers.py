@@ -149,6 +149,8 @@ def config(name, **change):
     merged |= found
     small = {"rank": 2, "heads": 2, "ranks": [2, 4], "windows": 2, "window": 3, "window_unit": "step", "latest": 1, "warmup": 1,
              "merge_every": 3, "update_proj_gap": 3, "loss_tol": 0.5, "weight_tol": 0.5}  # fmt: skip
+    if merged.get("then") == "factorize":
+        small |= {"ranks": [0.25], "rewarm": 2}
     return merged | {key: value for key, value in small.items() if key in merged} | change
 
 

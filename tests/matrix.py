@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "support-matrix.md"
 METHODS = (
     "lora", "prelora", "galore", "lte", "mhlora", "lte_galore", "prelora_lte", "prelora_galore", "prelora_lte_galore",
-    "diloco", "muloco",
+    "prelora_factorize", "diloco", "muloco",
 )  # fmt: skip
 FEATURES = (
     "one device", "DDP", "FSDP2", "DeepSpeed", "bf16-mixed", "16-mixed", "bf16-true", "accumulation", "clipping", "compile",
@@ -33,10 +33,11 @@ class Refused(NamedTuple):
 
 
 Cell = Works | Refused
-MERGED = ("diloco", "muloco")  # whole weights: what other rows have not tried is "-"
-FIRST = tuple(method for method in METHODS if method not in MERGED)
-WITH_LTE = ("lte", "mhlora", "lte_galore", "prelora_lte", "prelora_lte_galore")
-WITH_CALLBACK = ("lora", "prelora", "prelora_galore")  # and no strategy of its own
+MERGED = ("diloco", "muloco")  # whole weights
+FIRST = tuple(method for method in METHODS if method not in (*MERGED, "prelora_factorize"))
+WITH_HEADS = ("lte", "mhlora", "lte_galore", "prelora_lte", "prelora_lte_galore")
+WITH_LTE = (*WITH_HEADS, *MERGED)
+WITH_CALLBACK = ("lora", "prelora", "prelora_galore", "prelora_factorize")  # and no strategy of its own
 
 
 def row(feature: str, methods: tuple[str, ...], test: str, line: str | None = None) -> dict[tuple[str, str], Cell]:
@@ -48,15 +49,18 @@ def row(feature: str, methods: tuple[str, ...], test: str, line: str | None = No
 OWN = "trainer.strategy=…: must be auto: the method brings its own strategy"
 SHARDED = "strategy=…: … changes the model in mid-run, which sharded parameters cannot follow: use ddp"
 FLAT = "params=…: is flat now (FSDP1, DeepSpeed): use FSDP2 (ModelParallelStrategy)"
-AVERAGED = "callbacks=…: pairs weights by position and would average the heads: remove it, or average the exports"
+AVERAGED = (
+    "callbacks=…: pairs weights by position and would average heads, or one worker's weights: remove it, or average the exports"
+)
 HEADS_ONLY = "frozen_dtype=…: is for a frozen W next to heads, and update=… trains W: leave it out"
 ADAPTERS_ONLY = "frozen_dtype=…: is for the callback's own adapters, and … takes the targets over: leave it out"
+NOT_FACTORS = 'frozen_dtype=…: is for a frozen W next to adapters, and then="factorize" has none: leave it out'
 NO_ADAPTERS = "format='peft': … holds no adapters; leave format= out for its merged weights"
 PRELORA_2 = "test_prelora_distributed.py"
 GALORE_2 = "test_galore_distributed.py::test_two_processes"
 ACTS = "test_support.py::test_a_feature_acts_and_a_resume_under_it_is_exact"
 EMA = "test_support.py::test_an_average_of_the_weights_resumes_or_is_refused[{}]"
-NO_PEFT = tuple(method for method in FIRST if method not in ("lora", "prelora"))
+NO_PEFT = tuple(method for method in METHODS if method not in ("lora", "prelora"))
 EXPORTS = "test_support.py::test_what_a_run_exports_is_the_trained_model"
 
 CELLS: dict[tuple[str, str], Cell] = {
@@ -74,14 +78,14 @@ CELLS: dict[tuple[str, str], Cell] = {
     **row("DeepSpeed", WITH_CALLBACK,
           "test_support.py::test_who_changes_the_model_refuses_sharded_weights[DeepSpeedStrategy-{}]", SHARDED),
     **row("DeepSpeed", WITH_LTE, "test_support.py::test_a_method_with_a_strategy_refuses_another[deepspeed-{}]", OWN),
-    **row("bf16-mixed", FIRST, f"{ACTS}[bf16-mixed-{{}}]"),
-    **row("16-mixed", FIRST, f"{ACTS}[16-mixed-{{}}]"),
-    **row("bf16-true", FIRST, f"{ACTS}[bf16-true-{{}}]"),
-    **row("accumulation", FIRST, f"{ACTS}[accumulation-{{}}]"),
-    **row("clipping", FIRST, f"{ACTS}[clipping-{{}}]"),
-    **row("compile", FIRST, "test_support.py::test_a_compiled_model_is_the_eager_one[{}]"),
-    **row("activation checkpointing", FIRST, "test_support.py::test_checkpointed_activations_change_nothing[{}]"),
-    **row("EMA", ("lora", "prelora", "galore", "prelora_galore"), EMA),
+    **row("bf16-mixed", METHODS, f"{ACTS}[bf16-mixed-{{}}]"),
+    **row("16-mixed", METHODS, f"{ACTS}[16-mixed-{{}}]"),
+    **row("bf16-true", METHODS, f"{ACTS}[bf16-true-{{}}]"),
+    **row("accumulation", METHODS, f"{ACTS}[accumulation-{{}}]"),
+    **row("clipping", METHODS, f"{ACTS}[clipping-{{}}]"),
+    **row("compile", METHODS, "test_support.py::test_a_compiled_model_is_the_eager_one[{}]"),
+    **row("activation checkpointing", METHODS, "test_support.py::test_checkpointed_activations_change_nothing[{}]"),
+    **row("EMA", ("lora", "prelora", "galore", "prelora_galore", "prelora_factorize"), EMA),
     **row("EMA", WITH_LTE, EMA, AVERAGED),
     **row("resume", ("lora",), "test_resume.py::test_lora_resumes"),
     **row("resume", ("prelora",), "test_resume.py::test_resume_from_every_phase_is_bit_exact"),
@@ -94,6 +98,9 @@ CELLS: dict[tuple[str, str], Cell] = {
     **row("elastic", ("lte",), "test_lte_resume.py::test_two_to_three_to_one_worker"),
     **row("elastic", ("lte_galore",), "test_lte_galore.py::test_other_numbers_of_workers_go_on_from_the_merged_model"),
     **row("elastic", ("prelora_lte", "prelora_lte_galore"), "test_lte_before.py::test_two_to_three_to_one_worker"),
+    **row("one device", ("prelora_factorize",), "test_factorize_fit.py::test_everything_shrinks_and_the_end_is_plain"),
+    **row("DDP", ("prelora_factorize",), "test_factorize_fit.py::test_two_processes_are_one_and_resume_exactly"),
+    **row("resume", ("prelora_factorize",), "test_factorize_fit.py::test_resume_from_every_phase_is_bit_exact"),
     **row("elastic", ("diloco",), "test_lte_full.py::test_two_to_three_to_one_worker_loses_no_error_feedback"),
     **row("one device", ("diloco",), "test_lte_full.py::test_it_is_algorithm_1"),
     **row("DDP", ("diloco",), "test_lte_full.py::test_it_is_algorithm_1"),
@@ -101,8 +108,8 @@ CELLS: dict[tuple[str, str], Cell] = {
     **row("one device", ("muloco",), "test_lte_muloco.py::test_with_muon_inside_it_is_algorithm_1_for_a_few_merges"),
     **row("DDP", ("muloco",), "test_lte_muloco.py::test_with_muon_inside_it_is_algorithm_1_for_a_few_merges"),
     **row("resume", ("muloco",), "test_lte_muloco.py::test_muloco_resumes_to_the_bit"),
-    **row("export to timm", FIRST, f"{EXPORTS}[vit-timm-{{}}]"),
-    **row("export to hf", FIRST, f"{EXPORTS}[gpt2-hf-{{}}]"),
+    **row("export to timm", METHODS, f"{EXPORTS}[vit-timm-{{}}]"),
+    **row("export to hf", METHODS, f"{EXPORTS}[gpt2-hf-{{}}]"),
     **row("export to peft", ("lora", "prelora"), f"{EXPORTS}[vit-timm-{{}}]"),
     **row("export to peft", NO_PEFT, f"{EXPORTS}[vit-timm-{{}}]", NO_ADAPTERS),
     **row("HF Trainer", ("galore",), "test_other_trainers.py::test_hf_trainer_equals_the_plain_loop"),
@@ -112,7 +119,9 @@ CELLS: dict[tuple[str, str], Cell] = {
     **row("frozen_dtype", ("prelora",), "test_frozen.py::test_two_processes_are_equal_and_resume"),
     **row("frozen_dtype", ("lte", "mhlora"), "test_frozen.py::test_heads_multiply_in_it_and_merge_into_w_itself"),
     **row("frozen_dtype", ("prelora_lte",), "test_frozen.py::test_prelora_hands_it_on_to_heads"),
-    **row("frozen_dtype", ("lte_galore", "prelora_lte_galore"), "test_frozen.py::test_a_wrong_value_is_one_line", HEADS_ONLY),
+    **row("frozen_dtype", ("lte_galore", "prelora_lte_galore", *MERGED),
+          "test_frozen.py::test_a_wrong_value_is_one_line", HEADS_ONLY),
+    **row("frozen_dtype", ("prelora_factorize",), "test_frozen.py::test_a_wrong_value_is_one_line", NOT_FACTORS),
     **row("frozen_dtype", ("prelora_galore",), "test_frozen.py::test_an_optimizer_that_takes_the_plan_has_no_frozen_weight",
           ADAPTERS_ONLY),
 }  # fmt: skip

@@ -358,6 +358,8 @@ def test_prelora_hands_it_on_to_heads(tmp_path):
         (lambda: PreLoRA(keep_original=True), "keep_original=True: is for frozen_dtype: without it W stays as it is"),
         (lambda: PreLoRA(frozen_dtype="int8", then="galore"),
          "frozen_dtype='int8': is for a frozen W next to adapters, and then=\"galore\" has none: leave it out"),
+        (lambda: PreLoRA(frozen_dtype="int8", then="factorize", ranks=[0.25]),
+         "frozen_dtype='int8': is for a frozen W next to adapters, and then=\"factorize\" has none: leave it out"),
         (lambda: LTEStrategy(frozen_dtype="int8"),
          "frozen_dtype='int8': saves memory only, and merges need W in full: use bfloat16 or float8"),
         (lambda: LTEStrategy(frozen_dtype="bfloat16", update="galore"),

@@ -25,8 +25,10 @@ from tests.test_export import QUIET, inputs, logits, make, stock
 from tests.toy import toy
 
 FLOAT32 = {"dtype": torch.float32}
+MERGED = ("diloco", "muloco")  # whole weights
+METHODS = (*CELLS, "prelora_factorize", *MERGED)
 WITH_LTE = tuple(name for name in CELLS if "lte" in name) + ("mhlora",)
-PHASED = tuple(name for name in CELLS if name in ("lora", "prelora", "prelora_galore"))  # a callback, and no strategy
+PHASED = ("lora", "prelora", "prelora_galore", "prelora_factorize")  # a callback, and no strategy
 
 
 def half():
@@ -46,10 +48,10 @@ FEATURES = {
 @pytest.fixture(scope="module")
 def plain():
     """The same fits without the feature."""
-    return {name: workers.cell(1, name, net=FLOAT32) for name in CELLS}
+    return {name: workers.cell(1, name, net=FLOAT32) for name in METHODS}
 
 
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("feature", FEATURES)
 def test_a_feature_acts_and_a_resume_under_it_is_exact(tmp_path, plain, feature, name):
     how = FEATURES[feature]
@@ -84,7 +86,7 @@ class Compiled(workers.Configured):
         return graph.forward
 
 
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("name", METHODS)
 def test_checkpointed_activations_change_nothing(monkeypatch, plain, name):
     monkeypatch.setattr(workers, "Configured", Checkpointed)
     found = workers.cell(1, name, net=FLOAT32)
@@ -93,7 +95,7 @@ def test_checkpointed_activations_change_nothing(monkeypatch, plain, name):
         torch.testing.assert_close(found["weights"][key], value, rtol=1e-4, atol=1e-5, msg=lambda m, n=key: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("name", METHODS)
 def test_a_compiled_model_is_the_eager_one(monkeypatch, plain, name):
     monkeypatch.setattr(workers, "Configured", Compiled)
     monkeypatch.setattr(Compiled, "graphs", 0)
@@ -103,12 +105,12 @@ def test_a_compiled_model_is_the_eager_one(monkeypatch, plain, name):
         torch.testing.assert_close(found["weights"][key], value, rtol=1e-3, atol=1e-4, msg=lambda m, n=key: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("name", METHODS)
 def test_an_average_of_the_weights_resumes_or_is_refused(tmp_path, name):
     def fit(**more):
         return workers.cell(1, name, trainer={"callbacks": [EMAWeightAveraging(decay=0.8)]}, **more)
 
-    if name in WITH_LTE:
+    if name in (*WITH_LTE, *MERGED):
         with pytest.raises(ConfigError, match="pairs weights by position") as error:
             fit()
         assert "\n" not in str(error.value)
@@ -128,7 +130,7 @@ def offline(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize(("kind", "format"), [("vit", "timm"), ("gpt2", "hf")])
 def test_what_a_run_exports_is_the_trained_model(tmp_path, offline, kind, format, name):
     built = method.build(workers.config(name))
@@ -167,7 +169,7 @@ def test_who_changes_the_model_refuses_sharded_weights(kind, name):
         callback.setup(run, toy(), "fit")
 
 
-@pytest.mark.parametrize("name", WITH_LTE)
+@pytest.mark.parametrize("name", (*WITH_LTE, *MERGED))
 @pytest.mark.parametrize("kind", ["fsdp", "deepspeed"])
 def test_a_method_with_a_strategy_refuses_another(tmp_path, kind, name):
     strategy = method.build(workers.config(name)).strategy
