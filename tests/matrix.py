@@ -54,7 +54,7 @@ AVERAGED = (
 )
 HEADS_ONLY = "frozen_dtype=…: is for a frozen W next to heads, and update=… trains W: leave it out"
 ADAPTERS_ONLY = "frozen_dtype=…: is for the callback's own adapters, and … takes the targets over: leave it out"
-NOT_FACTORS = 'frozen_dtype=…: is for a frozen W next to adapters, and then="factorize" has none: leave it out'
+NOT_FACTORS = 'frozen_dtype=…: is for a frozen W next to adapters, and then="…" has none: leave it out'
 NO_ADAPTERS = "format='peft': … holds no adapters; leave format= out for its merged weights"
 PRELORA_2 = "test_prelora_distributed.py"
 GALORE_2 = "test_galore_distributed.py::test_two_processes"
