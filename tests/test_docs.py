@@ -98,7 +98,7 @@ def test_every_link_leads_somewhere():
                 continue
             assert target.exists(), (page, link)
             titles = re.findall(r"^#+ (.*)$", target.read_text(), re.M) if anchor else []
-            assert not anchor or anchor in {re.sub(r"[^\w]+", "-", title.lower()) for title in titles}, (page, link)
+            assert not anchor or anchor in {re.sub(r"[^\w]+", "-", title.lower()).strip("-") for title in titles}, (page, link)
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if own(page)])
