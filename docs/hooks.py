@@ -16,11 +16,13 @@ RECORDS = (
     "experiments/*/*.png",
     "experiments/*/*.py",
     "experiments/*/README.md",
-    "benchmarks/results/*",
+    "benchmarks/results/**/*",
 )
-# Whose arguments the keys of `method` are; the first that has a key says its type and meaning.
-METHOD_CLASSES = {
-    "prelora": "PreLoRA", "lte": "LTEStrategy", "lora": "LoRA", "galore": "GaLoreAdamW", "jagged": "JaggedRestarts"
+# Whose arguments the keys of `method` are, by what the method uses; the first that has a key says its type and meaning.
+METHOD_OWNERS = {
+    "prelora": "PreLoRA", "lte": "LTEStrategy", "lora": "LoRA", "galore": "GaLoreAdamW", "jagged": "JaggedRestarts",
+    "muon": "muon_optimizer", "sinkgd": "sinkgd_optimizer", "adamw8bit": "adamw8bit_optimizer",
+    "galore_torch": "galore_torch_optimizer",
 }  # fmt: skip
 GROUPS = {
     "method": "What trains, and how: see [methods](methods.md). Every method has a name, `uses` (the plug-ins that it is made "
@@ -35,16 +37,18 @@ GROUPS = {
 
 @cache
 def signatures() -> dict[str, dict[str, str]]:
-    """Return the annotations of every class's constructor, by the class's name, without importing anything.
+    """Return the annotations of every class's constructor and every function, by name, without importing anything.
 
-    Under ``NAME?`` are the arguments' descriptions in the class's docstring.
+    Under ``NAME?`` are the arguments' descriptions in the docstring.
     """
     found: dict[str, dict[str, str]] = {}
     for path in (ROOT / "src").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ClassDef):
-                fields = {f.target.id: ast.unparse(f.annotation) for f in node.body if isinstance(f, ast.AnnAssign)}
-                init = next((f for f in node.body if isinstance(f, ast.FunctionDef) and f.name == "__init__"), None)
+            if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+                fields, init = {}, node if isinstance(node, ast.FunctionDef) else None
+                if isinstance(node, ast.ClassDef):
+                    fields = {f.target.id: ast.unparse(f.annotation) for f in node.body if isinstance(f, ast.AnnAssign)}
+                    init = next((f for f in node.body if isinstance(f, ast.FunctionDef) and f.name == "__init__"), None)
                 if init:
                     arguments = [*init.args.args, *init.args.kwonlyargs]
                     fields = {a.arg: ast.unparse(a.annotation) for a in arguments if a.annotation}
@@ -82,7 +86,7 @@ def table(path: Path) -> str:
     values.pop("defaults", None), values.pop("hydra", None)
     owners, commented = [target.rpartition(".")[2]], comments(text)
     if path.parent.name == "method":
-        owners = [METHOD_CLASSES[use] for use in values.get("uses") or METHOD_CLASSES]
+        owners = [METHOD_OWNERS[use] for use in values.get("uses") or METHOD_OWNERS]
     rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
     for key, value in values.items():
         shown = yaml.safe_dump(value, default_flow_style=True, width=10**6).strip().removesuffix("\n...").strip()
@@ -128,7 +132,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the generated page, and the studies with their records under the paths that they have in the repository."""
     files.append(File.generated(config, "reference/configuration.md", content=configuration()))
     for pattern in RECORDS:
-        for path in sorted(ROOT.glob(pattern)):
+        for path in filter(Path.is_file, sorted(ROOT.glob(pattern))):
             inside = str(path.relative_to(ROOT))
             files.append(File(inside, str(ROOT), config["site_dir"], config["use_directory_urls"]))
     return files

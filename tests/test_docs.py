@@ -10,11 +10,14 @@ A page is one session. Its blocks:
 """
 
 import functools
+import importlib.util
 import json
 import os
 import re
 import shlex
 import subprocess
+import sys
+import types
 from pathlib import Path
 from typing import NamedTuple
 
@@ -221,3 +224,26 @@ def assert_all_metrics_are_named(folder: Path) -> None:
     assert {"phases", "plan", "final", "switch_step", "freeze_step"} <= json.loads(
         (folder / "runs/vit/summary.json").read_text()
     ).keys()
+
+
+def test_the_site_can_describe_every_key_and_find_every_record(monkeypatch):
+    """``docs/hooks.py`` without the generator, which only ``make docs`` installs."""
+    taken = []
+    for name, has in {"mkdocs.config.defaults": "MkDocsConfig", "mkdocs.structure.files": "File Files",
+                      "mkdocs.structure.pages": "Page"}.items():  # fmt: skip
+        for parent in ("mkdocs", name.rpartition(".")[0], name):
+            monkeypatch.setitem(sys.modules, parent, types.ModuleType(parent))
+        for word in has.split():
+            setattr(sys.modules[name], word, lambda *args: taken.append(args[0]))
+    sys.modules["mkdocs.structure.files"].File.generated = lambda *args, **kwargs: None
+    spec = importlib.util.spec_from_file_location("hooks", ROOT / "docs" / "hooks.py")
+    hooks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hooks)
+    page = hooks.configuration()
+    for file in (ROOT / "conf" / "method").glob("*.yaml"):
+        assert f"### `method={file.stem}`" in page
+    (row,) = [line for line in page.splitlines() if line.startswith("| `ns_steps` |")]
+    assert "`int`" in row and "Newton-Schulz" in row
+    hooks.on_files([], {"site_dir": "site", "use_directory_urls": False})
+    assert taken and all((ROOT / file).is_file() for file in taken)
+    assert "benchmarks/results/gpu_h100.md" in taken
