@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import re
+from dataclasses import replace
 
 import pytest
 from experiments import figures
@@ -266,6 +267,19 @@ def test_the_record_is_written(finished, tmp_path, monkeypatch):
     ((figure, path),) = drawn
     assert path == tmp_path / "figure.png"
     assert all(axes.get_title() and axes.get_xlabel() and axes.get_ylabel() for axes in figure.axes)
+
+
+def test_a_cell_is_recorded_without_the_sides_that_are_not_done(finished, tmp_path, monkeypatch):
+    study, _ = finished
+    monkeypatch.setattr(figures, "save", lambda figure, path: None)
+    table.write(replace(study, sides=[*study.sides, "galore_muon"], timed=False), tmp_path)
+    readme = (tmp_path / "README.md").read_text()
+    assert readme.count("Not run: galore_muon.") == len(study.cells)
+    with (tmp_path / "results.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 18
+    # seconds that others may have disturbed are not shown
+    rows = [[cell.strip() for cell in line.split("|")] for line in readme.splitlines() if line.startswith("| muon | ")]
+    assert rows[0][-2] == "–"
 
 
 def test_nothing_is_written_before_a_cell_is_done(tmp_path, capsys):

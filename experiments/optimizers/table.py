@@ -3,6 +3,7 @@
 import math
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,35 +34,48 @@ def verdict(differences: Sequence[float]) -> str:
 
 
 def write(study: Study, here: Path) -> None:
-    """Write the record of every cell that is finished into ``here``.
+    """Write into ``here`` the record of every cell, of the sides that are finished on it.
 
     Raises:
-        Missing: no cell is finished.
+        Missing: none is.
     """
-    cells, lacking = {}, ""
+    cells: dict[Cell, tuple[Study, Found]] = {}
+    lacking = ""
     for cell in study.cells:
-        try:
-            jobs = study.reported(cell)
-            cells[cell] = dict(zip(jobs, need([*jobs.values()], study.where), strict=True))
-        except Missing as error:
-            lacking = lacking or str(error)
+        own = replace(study, sides=[side for side in study.sides if unfinished(study, cell, side) is None])
+        if own.sides:
+            jobs = own.reported(cell)
+            cells[cell] = own, dict(zip(jobs, need([*jobs.values()], study.where), strict=True))
+        else:
+            lacking = lacking or unfinished(study, cell, study.sides[0]) or ""
     if not cells:
         raise Missing(lacking)
     readme = here / "README.md"
     if not readme.is_file():
         readme.write_text(BLANK)
-    rows = [plain_row(study.reported(cell)[key], one) for cell, found in cells.items() for key, one in found.items()]
+    rows = [plain_row(own.reported(cell)[key], one) for cell, (own, found) in cells.items() for key, one in found.items()]
     write_csv(here / "results.csv", rows)
-    write_csv(here / "search.csv", searches(study, list(cells)))
+    write_csv(here / "search.csv", [row for cell, (own, _) in cells.items() for row in searches(own, cell)])
     searched = f"Search: at most {study.space.budget} runs for a side and cell, rates by factors of {study.space.factor:g}."
-    reported = [one for found in cells.values() for one in found.values()]
+    reported = [one for _, found in cells.values() for one in found.values()]
     fill(readme, "machine", f"{machines(reported, together(reported))}\n\n{searched}")
-    parts = [
-        f"### {cell.name}: {cell.steps(study.images):,} steps\n\n{losses(study, cell, found)}" for cell, found in cells.items()
-    ]
+    parts = []
+    for cell, (own, found) in cells.items():
+        left = [side for side in study.sides if side not in own.sides]
+        parts.append(f"### {cell.name}: {cell.steps(study.images):,} steps\n\n{losses(own, cell, found)}")
+        parts += [f"Not run: {', '.join(left)}."] if left else []
     fill(readme, "losses", "\n\n".join(parts))
-    fill(readme, "settings", "\n\n".join(f"### {cell.name}\n\n{chosen(study, cell)}" for cell in cells))
-    draw(study, cells, here / "figure.png")
+    fill(readme, "settings", "\n\n".join(f"### {cell.name}\n\n{chosen(own, cell)}" for cell, (own, _) in cells.items()))
+    draw(cells, here / "figure.png")
+
+
+def unfinished(study: Study, cell: Cell, side: str) -> str | None:
+    """Say what of a side is not done on a cell; ``None`` if all is."""
+    try:
+        need([*replace(study, sides=[side]).reported(cell).values()], study.where)
+    except Missing as error:
+        return str(error)
+    return None
 
 
 def tests(found: Found, side: str, seeds: Sequence[int]) -> list[float]:
@@ -73,7 +87,7 @@ def losses(study: Study, cell: Cell, found: Found) -> str:
     """Return the table of a cell: loss, paired difference, verdict, state, seconds."""
     sides = [side for side in study.sides if (side, study.seeds[0]) in found]
     rivals = [name for name in (ANCHOR, "muon") if name in sides]
-    timed = at_equal_seconds(study, cell)
+    timed = at_equal_seconds(study, cell) if study.timed else {}
     state = {side: found[side, study.seeds[0]]["optimizer_mib"] for side in sides}
     middle = {side: mean(tests(found, side, study.seeds)) for side in sides}
     lines = []
@@ -86,7 +100,7 @@ def losses(study: Study, cell: Cell, found: Found) -> str:
         fewer = [other for other in sides if state[other] <= state[side] * 1.001]
         line.append("yes" if min(fewer, key=lambda other: middle[other]) == side else "no")
         steps = cell.steps(study.images)
-        alone = together(found[side, seed] for seed in study.seeds) == 1
+        alone = study.timed and together(found[side, seed] for seed in study.seeds) == 1
         milliseconds = statistics.median(1e3 * seconds_of(found[side, seed]) / steps for seed in study.seeds)
         lines.append([*line, f"{state[side]:.2f}", f"{milliseconds:.1f}" if alone else "–"])
     head = ["side", "test loss", *(f"against {rival}, %" for rival in rivals), f"at {ANCHOR}'s seconds, %",
@@ -136,18 +150,15 @@ def chosen(study: Study, cell: Cell) -> str:
     return table(["side", "lr", "rest_lr", "beta1", "beta2", "weight_decay", "warmup", "runs", "end"], lines)
 
 
-def searches(study: Study, cells: Sequence[Cell]) -> list[dict[str, Any]]:
-    """Return every run of every search with its dev loss."""
+def searches(study: Study, cell: Cell) -> list[dict[str, Any]]:
+    """Return every run of a cell's searches with its dev loss."""
     rows = []
-    for cell in cells:
-        for side in study.sides:
-            descent = study.best(side, cell)
-            for point in sorted(descent.tried):
-                values = study.space.values(point, study.origin(side, cell)[1])
-                best = point == descent.point
-                rows.append(
-                    {"cell": cell.name, "side": side, **values, "dev_loss": study.loss(side, cell, point), "chosen": best}
-                )
+    for side in study.sides:
+        descent = study.best(side, cell)
+        for point in sorted(descent.tried):
+            values = study.space.values(point, study.origin(side, cell)[1])
+            found = {"dev_loss": study.loss(side, cell, point), "chosen": point == descent.point}
+            rows.append({"cell": cell.name, "side": side, **values, **found})
     return rows
 
 
@@ -160,10 +171,10 @@ def along_the_rate(study: Study, side: str, cell: Cell) -> list[tuple[float, flo
     return sorted(pair for pair in lowest.items() if math.isfinite(pair[1]))
 
 
-def draw(study: Study, cells: dict[Cell, Found], path: Path) -> None:
+def draw(cells: dict[Cell, tuple[Study, Found]], path: Path) -> None:
     """Draw, for each cell, loss over the matrices' rate and test loss over state."""
     figure, axes = figures.panels(len(cells), 2)
-    for (cell, found), (rate, state) in zip(cells.items(), axes, strict=True):
+    for (cell, (study, found)), (rate, state) in zip(cells.items(), axes, strict=True):
         for number, side in enumerate(study.sides):
             figures.line(rate, along_the_rate(study, side, cell), number, side)
             middle = mean(tests(found, side, study.seeds))
