@@ -101,6 +101,10 @@ def test_capacity(tmp_path, composed):
     capacity_table.write(where, tmp_path)
     text = (tmp_path / "README.md").read_text()
     assert all(f"| {task} | {width} |" in text for task, width in capacity.MIDDLE) and "Not run" not in text
+    (where / capacity.final(where)["corpus", 256].name / "found.json").unlink()
+    capacity_table.write(where, tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert "Not run yet: corpus at width 256." in text and "| corpus | 128 |" in text
 
 
 def test_width_384(tmp_path, composed):

@@ -16,6 +16,7 @@ from pathlib import Path
 from experiments.command import main
 from experiments.rates import chosen, rounds
 from experiments.runs import Job
+from experiments.tables import Missing
 
 WIDTHS, STEPS = (64, 128, 256), 600
 MIDDLE = {("glyphs", 64): 4e-3, ("glyphs", 128): 2e-3, ("glyphs", 256): 1e-3,
@@ -44,15 +45,21 @@ def job(where: Path, side: Side, lr: float) -> Job:
     return Job(f"{task}-{width}-lr{lr:g}", [*own, *common], {"task": task, "width": width, "lr": lr, "seed": 0})
 
 
-def final(where: Path) -> list[Job]:
-    """Return the reported runs, of every size whose rate is chosen.
+def final(where: Path) -> dict[Side, Job]:
+    """Return the reported run of every size that is finished.
 
     Raises:
-        Missing: a rate is not chosen yet.
+        Missing: none is.
     """
-    return [
-        job(where, side, chosen(side, middle, lambda one, lr: job(where, one, lr), where)) for side, middle in MIDDLE.items()
-    ]
+    found, lacking = {}, ""
+    for side, middle in MIDDLE.items():
+        try:
+            found[side] = job(where, side, chosen(side, middle, lambda one, lr: job(where, one, lr), where))
+        except Missing as error:
+            lacking = lacking or str(error)
+    if not found:
+        raise Missing(lacking)
+    return found
 
 
 def stages(where: Path) -> Iterator[tuple[list[Job], int]]:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from experiments.capacity.study import final
+from experiments.capacity.study import MIDDLE, final
 from experiments.tables import fill, machines, need, plain_row, table, together, write_csv
 
 
@@ -10,9 +10,10 @@ def write(where: Path, here: Path) -> None:
     """Write all that stands next to this file.
 
     Raises:
-        Missing: a run is not done.
+        Missing: no size is finished.
     """
-    jobs = final(where)
+    sides = final(where)
+    jobs = [*sides.values()]
     found = need(jobs, where)
     write_csv(here / "results.csv", [plain_row(job, one) for job, one in zip(jobs, found, strict=True)])
     fill(here / "README.md", "machine", machines(found, together(found)))
@@ -24,4 +25,5 @@ def write(where: Path, here: Path) -> None:
         model = [job.facts["task"], job.facts["width"], f"{parameters:.2f}", f"{job.facts['lr']:g}"]
         lines.append([*model, f"{ended['test/loss']:.3f}", accuracy])
     head = ["task", "width", "parameters, M", "learning rate", "test loss, one seed", "accuracy, %"]
-    fill(here / "README.md", "sizes", table(head, lines))
+    left = [f"{task} at width {width}" for task, width in MIDDLE if (task, width) not in sides]
+    fill(here / "README.md", "sizes", table(head, lines) + (f"\n\nNot run yet: {', '.join(left)}." if left else ""))
