@@ -105,7 +105,8 @@ def losses(study: Study, cell: Cell, found: Found) -> str:
         lines.append([*line, f"{state[side]:.2f}", f"{milliseconds:.1f}" if alone else "–"])
     head = ["side", "test loss", *(f"against {rival}, %" for rival in rivals), f"at {ANCHOR}'s seconds, %",
             "best at its bytes or fewer", "states, MiB", "ms a step"]  # fmt: skip
-    return table(head, lines)
+    kept = [i for i in range(len(head)) if any(line[i] != "–" for line in lines)]  # what nobody has is left out
+    return table([head[i] for i in kept], [[line[i] for i in kept] for line in lines])
 
 
 def paired(differences: Sequence[float]) -> str:
