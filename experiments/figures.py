@@ -40,6 +40,16 @@ def bars(axis: Any, names: Sequence[str], values: Sequence[float], number: int =
     axis.set_xticks(range(len(names)), names, fontsize=8)
 
 
+def log_x(axis: Any) -> None:
+    """Make x logarithmic with a number at 1, 2 and 5 of each decade: within one decade matplotlib's own numbers overlap."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axis.set_xscale("log")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_formatter(NullFormatter())
+
+
 def headroom(axis: Any) -> None:
     """Space for a legend above bars."""
     axis.set_ylim(0, 1.35 * axis.get_ylim()[1])

@@ -180,7 +180,7 @@ def draw(cells: dict[Cell, tuple[Study, Found]], path: Path) -> None:
             figures.line(rate, along_the_rate(study, side, cell), number, side)
             middle = mean(tests(found, side, study.seeds))
             figures.line(state, [(found[side, study.seeds[0]]["optimizer_mib"], middle)], number, side)
-        rate.set_xscale("log")
+        figures.log_x(rate)
         figures.named(rate, f"{cell.name}: sensitivity", "learning rate of matrices", "lowest dev loss, seed 0")
         figures.named(state, f"{cell.name}: loss over memory", "optimizer state, MiB", "test loss")
     figures.save(figure, path)
