@@ -256,6 +256,8 @@ CLAIMS: dict[str, Sequence[Claim]] = {
               "two blocks of a ViT of width 256, 768, 1024, batch 4, float32", BY_STEPS),
         Claim("a factored step is shorter", "up to 1.2x, whole runs", BENCH, "factorize_gpt2_cpu.jsonl", steps(*FACTORED),
               "GPT-2 of two blocks with its whole head, 2 x 512 tokens, float32", BY_STEPS),
+        Claim("a factored step is shorter", "up to 1.2x, whole runs", BENCH, "factorize_gpt2_cpu_bf16.jsonl", steps(*FACTORED),
+              "the same, bf16-mixed", BY_STEPS),
     ],
     "GaLore": [
         Claim("learns as well as AdamW with less state", "perplexity 34.88, AdamW 34.06 (60 M); 15.64, 15.56 (1 B)",
