@@ -420,5 +420,6 @@ def check_callbacks(callbacks: Iterable[Callback]) -> None:
     """
     for callback in callbacks:
         if isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
-            allowed = "pairs weights by position and would average heads, or one worker's weights: remove it, or average the exports"
+            cure = "remove it, or average the exports"
+            allowed = f"pairs weights by position and would average heads, or one worker's weights: {cure}"
             raise ConfigError("callbacks", type(callback).__name__, allowed)
