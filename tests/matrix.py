@@ -49,9 +49,7 @@ def row(feature: str, methods: tuple[str, ...], test: str, line: str | None = No
 OWN = "trainer.strategy=…: must be auto: the method brings its own strategy"
 SHARDED = "strategy=…: … changes the model in mid-run, which sharded parameters cannot follow: use ddp"
 FLAT = "params=…: is flat now (FSDP1, DeepSpeed): use FSDP2 (ModelParallelStrategy)"
-AVERAGED = (
-    "callbacks=…: pairs weights by position and would average heads, or one worker's weights: …"
-)
+AVERAGED = "callbacks=…: pairs weights by position and would average heads, or one worker's weights: …"
 HEADS_ONLY = "frozen_dtype=…: is for a frozen W next to heads, and update=… trains W: leave it out"
 ADAPTERS_ONLY = "frozen_dtype=…: is for the callback's own adapters, and … takes the targets over: leave it out"
 NOT_FACTORS = 'frozen_dtype=…: is for a frozen W next to adapters, and then="…" has none: leave it out'
