@@ -40,12 +40,14 @@ def write(study: Study, here: Path) -> None:
         Missing: none is.
     """
     cells: dict[Cell, tuple[Study, Found]] = {}
+    rows: list[dict[str, Any]] = []
     lacking = ""
     for cell in study.cells:
         own = replace(study, sides=[side for side in study.sides if unfinished(study, cell, side) is None])
         if own.sides:
-            jobs = own.reported(cell)
+            jobs = own.reported(cell)  # asks every run of every search: once for a cell
             cells[cell] = own, dict(zip(jobs, need([*jobs.values()], study.where), strict=True))
+            rows += [plain_row(jobs[key], one) for key, one in cells[cell][1].items()]
         else:
             lacking = lacking or unfinished(study, cell, study.sides[0]) or ""
     if not cells:
@@ -53,7 +55,6 @@ def write(study: Study, here: Path) -> None:
     readme = here / "README.md"
     if not readme.is_file():
         readme.write_text(BLANK)
-    rows = [plain_row(own.reported(cell)[key], one) for cell, (own, found) in cells.items() for key, one in found.items()]
     write_csv(here / "results.csv", rows)
     write_csv(here / "search.csv", [row for cell, (own, _) in cells.items() for row in searches(own, cell)])
     searched = f"Search: at most {study.space.budget} runs for a side and cell, rates by factors of {study.space.factor:g}."
