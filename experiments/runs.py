@@ -16,6 +16,7 @@ import platform
 import shutil
 import socket
 import stat
+import statistics
 import struct
 import sys
 import threading
@@ -53,10 +54,11 @@ class Job:
 
 
 class Wire(pl.Callback):
-    """Bytes that this process has sent over its sockets, by the kernel's count, at the end of each epoch and phase."""
+    """Bytes that this process has sent over its sockets, by the kernel's count, and its CPU time, every ten steps."""
 
     def __init__(self) -> None:
         self.seen: list[tuple[int, str, int]] = []  # step, phase, bytes
+        self.clock: list[float] = []  # CPU seconds so far, at each of `seen`
         self.began = self.ended = (0, 0.0)  # bytes, CPU seconds
 
     def on_train_start(self, *_: Any) -> None:
@@ -67,7 +69,8 @@ class Wire(pl.Callback):
         """Look once per merge and not more often: it costs a system call per socket."""
         if trainer.global_step % 10 == 0 and (not self.seen or self.seen[-1][0] != trainer.global_step):
             self.seen.append((trainer.global_step, phase_of(trainer), sum(by_socket().values())))
-            self.ended = (self.seen[-1][2], time.process_time())
+            self.clock.append(time.process_time())
+            self.ended = (self.seen[-1][2], self.clock[-1])
 
     def whole_run(self) -> dict[str, float]:
         """Bytes and CPU seconds of this process from the start of training to its last step (of a multiple of ten)."""
@@ -81,6 +84,15 @@ class Wire(pl.Callback):
                 sums = found.setdefault(phase, [0, 0])
                 sums[0], sums[1] = sums[0] + total - so_far, sums[1] + later - step
         return {phase: total / steps for phase, (total, steps) in found.items()}
+
+    def cpu_per_step(self) -> dict[str, float]:
+        """CPU seconds of a step by phase: the median, so that validation and a switch do not count."""
+        found: dict[str, list[float]] = {}
+        looks = [(step, phase, clock) for (step, phase, _), clock in zip(self.seen, self.clock, strict=True)]
+        for (step, phase, clock), (later, then, end) in zip(looks, looks[1:], strict=False):
+            if phase == then:
+                found.setdefault(phase, []).append((end - clock) / (later - step))
+        return {phase: statistics.median(some) for phase, some in found.items()}
 
 
 def by_socket() -> dict[int, int]:
@@ -279,7 +291,7 @@ def _train(rank: int, overrides: list[str], run_dir: Path) -> dict[str, Any]:
     return {
         "summary": summary, "wall": time.perf_counter() - began, "cpu": time.process_time() - cpu,
         "peak_gib": (high_water() - before) / GIB, "optimizer_mib": optimizer_bytes(trainer.optimizers) / 2**20,
-        "wire": wire.per_step(), **wire.whole_run(), "steps": trainer.global_step,
+        "wire": wire.per_step(), "step_cpu": wire.cpu_per_step(), **wire.whole_run(), "steps": trainer.global_step,
     }  # fmt: skip
 
 

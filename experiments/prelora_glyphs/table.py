@@ -37,6 +37,7 @@ def write(study: Study, here: Path) -> None:
 def row(job: Job, found: dict[str, Any]) -> dict[str, Any]:
     """Return a row of results.csv."""
     one = plain_row(job, found) | {"together": together([found])}
+    one |= {f"{phase}_cpu_seconds_per_step": seconds for phase, seconds in found.get("step_cpu", {}).items()}
     for record in found["summary"]["phases"]:
         one[f"{record['phase']}_images_per_second"] = record["samples_per_sec"]
         one[f"{record['phase']}_peak_gib"] = record["peak_gib"]
@@ -56,16 +57,18 @@ def accuracy(study: Study, found: Found) -> str:
         switches = [f"{one['summary']['switch_step'] / STEPS:g} → {one['summary']['freeze_step'] / STEPS:g}"
                     for one in own.values() if one["summary"]["switch_step"]] or ["–"]  # fmt: skip
         phases = [one["summary"]["phases"] for one in own.values()]
-        alone = together(own.values()) == 1 and side != "full"
-        speed = mean(p[-1]["samples_per_sec"] / p[0]["samples_per_sec"] for p in phases)
         last = phases[0][-1]
+        speed = [one["step_cpu"]["full"] / one["step_cpu"][last["phase"]] for one in own.values() if one.get("step_cpu")]
+        minutes = [one["cpu"] / 60 for one in own.values()]
         lines.append([
             side, spread(scores, "{:.2f}"), "–" if side == "full" else f"{mean(gaps):+.2f}",
             spread([one["summary"]["final"]["test/loss"] for one in own.values()], "{:.4f}"), ", ".join(switches),
-            f"{100 * last['trainable'] / phases[0][0]['total']:.0f}", f"{speed:.2f}" if alone else "–", len(own),
+            f"{100 * last['trainable'] / phases[0][0]['total']:.0f}",
+            "–" if side == "full" or not speed else f"{mean(speed):.2f}", f"{mean(minutes):.1f}", f"{mean(one['optimizer_mib'] for one in own.values()):.0f}", len(own),
         ])  # fmt: skip
     head = ["run", "test accuracy, %", "against full, points", "test loss", f"switch → freeze, epoch of {EPOCHS}, by seed",
-            "trained at the end, % of full", "speed of the last phase, full = 1", "seeds"]  # fmt: skip
+            "trained at the end, % of full", "speed of the last phase, full phase = 1", "CPU minutes of the run",
+            "states at the end, MiB", "seeds"]  # fmt: skip
     return table(head, lines)
 
 
