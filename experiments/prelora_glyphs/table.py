@@ -64,7 +64,8 @@ def accuracy(study: Study, found: Found) -> str:
             side, spread(scores, "{:.2f}"), "–" if side == "full" else f"{mean(gaps):+.2f}",
             spread([one["summary"]["final"]["test/loss"] for one in own.values()], "{:.4f}"), ", ".join(switches),
             f"{100 * last['trainable'] / phases[0][0]['total']:.0f}",
-            "–" if side == "full" or not speed else f"{mean(speed):.2f}", f"{mean(minutes):.1f}", f"{mean(one['optimizer_mib'] for one in own.values()):.0f}", len(own),
+            "–" if side == "full" or not speed else f"{mean(speed):.2f}", f"{mean(minutes):.1f}",
+            f"{mean(one['optimizer_mib'] for one in own.values()):.0f}", len(own),
         ])  # fmt: skip
     head = ["run", "test accuracy, %", "against full, points", "test loss", f"switch → freeze, epoch of {EPOCHS}, by seed",
             "trained at the end, % of full", "speed of the last phase, full phase = 1", "CPU minutes of the run",
