@@ -39,11 +39,32 @@ def main(
         parser.add_argument(f"--{name}", nargs="+", choices=choices, default=list(choices), metavar=name.upper())
     args = parser.parse_args()
     chosen = {name: tuple(getattr(args, name)) for name in parts or {}}
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    try:
+
+    def work() -> None:
         for jobs, together in () if args.table else stages(args.runs.resolve(), **chosen):
             run(jobs, args.runs.resolve(), world, together)
         write(args.runs.resolve(), here)
+
+    if code := exit_code(here.name, work):
+        sys.exit(code)
+
+
+def exit_code(name: str, work: Callable[[], None]) -> int:
+    """Run the study `name`, one thread per process; return 1 and say in one line what is missing, or return 0."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    try:
+        work()
     except Missing as error:
-        print(f"{here.name}: {error}", file=sys.stderr)
-        sys.exit(1)
+        print(f"{name}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def need_data(folder: Path, file: str, maker: str) -> None:
+    """Look whether a study's data have been made.
+
+    Raises:
+        Missing: `folder` does not hold `file`; says which module makes it.
+    """
+    if not (folder / file).is_file():
+        raise Missing(f"{folder}: must hold {file}: python -m {maker} --out {folder}")

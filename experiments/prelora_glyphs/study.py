@@ -14,15 +14,14 @@ test split.
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from experiments.command import exit_code, need_data
 from experiments.rates import chosen, rounds
 from experiments.runs import Job, run
-from experiments.tables import Missing
 
 EPOCHS, STEPS, BATCH, WIDTH, DEPTH = 60, 20, 64, 384, 4
 SEEDS = (1, 2, 3)
@@ -146,20 +145,16 @@ def main() -> int:
     if args.quick:
         print("prelora_glyphs: --quick: its pocket form is python -m experiments.prelora_vit.study", file=sys.stderr)
         return 2
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     study = Study(args.runs.resolve(), args.device)
-    if not args.table and not (study.glyphs / "glyphs.npz").is_file():
-        print(f"prelora_glyphs: {study.glyphs}: must hold glyphs.npz: "
-              f"python -m lowrank_pretrain.data.images.draw_glyphs --out {study.glyphs}", file=sys.stderr)  # fmt: skip
-        return 2
-    try:
-        for jobs in () if args.table else study.stages():
-            run(jobs, study.where, 1, args.together)
+
+    def work() -> None:
+        if not args.table:
+            need_data(study.glyphs, "glyphs.npz", "lowrank_pretrain.data.images.draw_glyphs")
+            for jobs in study.stages():
+                run(jobs, study.where, 1, args.together)
         write(study, Path(__file__).parent)
-    except Missing as error:
-        print(f"prelora_glyphs: {error}", file=sys.stderr)
-        return 1
-    return 0
+
+    return exit_code("prelora_glyphs", work)
 
 
 if __name__ == "__main__":

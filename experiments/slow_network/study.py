@@ -14,13 +14,13 @@ named with the command that runs them.
 """
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from experiments.command import exit_code
 from experiments.rates import loss_of
 from experiments.runs import Job, done, run
 from experiments.slow_network.sides import FIRST_LR, SIDES, TASKS, WORLD, Space, settings
@@ -199,17 +199,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", default=[], choices=[*TASKS, *SIDES], help="tasks and sides to run")
     parser.add_argument("--runs", type=Path, default=Path("runs/studies/slow_network"), help="where the runs are")
     args = parser.parse_args(argv)
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     chosen_tasks = [task for task in TASKS if task in args.only] or list(TASKS)
     chosen_sides = [side for side in SIDES if side in args.only] or list(SIDES)
-    try:
+
+    def work() -> None:
         if not args.table:
             go(Study(args.runs.resolve(), chosen_tasks, chosen_sides))
         write(Study(args.runs.resolve()), Path(__file__).parent)
-    except Missing as error:
-        print(f"slow_network: {error}", file=sys.stderr)
-        return 1
-    return 0
+
+    return exit_code("slow_network", work)
 
 
 if __name__ == "__main__":

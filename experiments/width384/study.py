@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from experiments.command import exit_code, need_data
 from experiments.rates import chosen, rounds
 from experiments.runs import Job, done, run
 from experiments.tables import Missing
@@ -34,6 +35,12 @@ SEEDS = (1, 2, 3)
 MIDDLE = {"rest": 4.0, "adapters": 2.0}  # ratios to the matrices' rate
 KNOBS = ("lr", "rest", "adapters")
 Values = dict[str, float]
+
+
+DATA = {  # task -> file in its folder, module that makes it
+    "glyphs": ("glyphs.npz", "lowrank_pretrain.data.images.draw_glyphs"),
+    "corpus": ("train.bin", "lowrank_pretrain.data.corpus"),
+}
 
 
 @dataclass(frozen=True)
@@ -174,25 +181,20 @@ def main() -> int:
     parser.add_argument("--sides", nargs="+", choices=sides, default=[], metavar="SIDE", help=", ".join(sides))
     parser.add_argument("--runs", type=Path, default=Path("runs/studies/width384"), help="where the runs are")
     args = parser.parse_args()
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     if args.quick:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
         names = dict.fromkeys(POCKET[name] for name in args.parts)
         return max(subprocess.run([sys.executable, "-m", f"experiments.{name}.study"]).returncode for name in names)
     study = Study(args.runs.resolve(), tuple(args.parts), tuple(args.sides))
-    files = {"glyphs": "glyphs.npz", "corpus": "train.bin"}
-    makers = {"glyphs": "lowrank_pretrain.data.images.draw_glyphs", "corpus": "lowrank_pretrain.data.corpus"}
-    try:
-        for name in () if args.table else dict.fromkeys(PARTS[part].task for part in args.parts):
-            folder = study.where / name
-            if not (folder / files[name]).is_file():
-                raise Missing(f"{folder}: must hold {files[name]}: python -m {makers[name]} --out {folder}")
+
+    def work() -> None:
         if not args.table:
+            for name in dict.fromkeys(PARTS[part].task for part in args.parts):
+                need_data(study.where / name, *DATA[name])
             study.go()
         write(Study(study.where), Path(__file__).parent)
-    except Missing as error:
-        print(f"width384: {error}", file=sys.stderr)
-        return 1
-    return 0
+
+    return exit_code("width384", work)
 
 
 if __name__ == "__main__":
