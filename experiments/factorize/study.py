@@ -5,13 +5,13 @@
     python -m experiments.factorize.study --cells text-128 --sides full "adapters r16" "factored 1/4"
 
 Images (a ViT of two layers) and text (a LLaMA of two layers) at three widths; 20 epochs of 30 steps. Full training tries three
-learning rates on seed 0 (more where the best is at an edge), by the validation half. Low-rank runs keep that rate, for they
-branch off a full run; what is theirs to try, as often, is the rate of their adapters or factors over it. A narrower dense
-model and one that is factored from the first steps try their own rates. Reported: seeds 1-3, test half; one run at a time,
-since time counts.
+learning rates on seed 0, then three rates of embedding, head and norms over it (more where the best is at an edge), by the
+validation half. Low-rank runs keep both, for they branch off a full run; what is theirs to try is the rate of their adapters
+or factors over their weight's. A narrower dense model and one that is factored from the first steps try their own two rates.
+Reported: seeds 1-3, test half; one run at a time, since time counts.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from experiments import tasks
@@ -22,8 +22,9 @@ from experiments.runs import Job
 EPOCHS, STEPS = 20, 30
 SEEDS, WIDTHS = (1, 2, 3), (128, 192, 256)
 TASKS = {"images": tasks.images, "text": tasks.llama}
-MIDDLE_LR = {"images": 2e-3, "text": 4e-3}
-MIDDLE_RATIO = 2.0
+MIDDLE_LR = {"images": 1e-3, "text": 2e-3}  # of the matrices
+MIDDLE_REST = {"images": 4.0, "text": 10.0}  # the rest's rate over theirs
+MIDDLE_RATIO = 2.0  # the adapters' or factors' over their weight's
 PRELORA = ["method=prelora", "method.windows=2", "method.weight_tol=1e-9", "method.warmup=0", "method.rewarm=12"]
 FACTORIZE = ["method=prelora_factorize", "method.windows=2", "method.weight_tol=1e-9", "method.rewarm=12"]
 
@@ -34,7 +35,7 @@ def at(share: float) -> list[str]:
 
 
 DENSE = {"full": 1.0, "full, 0.8 of the steps": 0.8}  # share of the epochs
-OWN_RATE = {  # side -> overrides; the first steps are eight of measuring
+OWN_RATES = {  # side -> overrides; the first steps are eight of measuring
     "narrow": ["method=full"],  # 5/8 of the width: the FLOPs of rank 1/4
     "factored from the start": [*FACTORIZE, "method.ranks=[0.25]", "method.window_unit=step", "method.latest=1"],
 }
@@ -52,64 +53,86 @@ LOW_RANK = {
 Side = tuple[str, int, str]  # task, width, run
 CELLS = tuple((task, width) for width in WIDTHS for task in TASKS)  # one is done whole before the next begins
 NAMES = tuple(f"{task}-{width}" for task, width in CELLS)
-SIDES = (*DENSE, *OWN_RATE, *LOW_RANK)
+SIDES = (*DENSE, *OWN_RATES, *LOW_RANK)
 
 
-def job(side: Side, lr: float, ratio: float = 1.0, seed: int = 0) -> Job:
-    """Return one run of a side."""
+def job(side: Side, lr: float, rest: float, ratio: float = 1.0, seed: int = 0) -> Job:
+    """Return one run of a side: the matrices' rate, the rest's over it, the factors' over their weight's."""
     task, width, run = side
-    overrides = ["method=full"] if run in DENSE else OWN_RATE.get(run) or LOW_RANK[run]
+    overrides = ["method=full"] if run in DENSE else OWN_RATES.get(run) or LOW_RANK[run]
     epochs = round(DENSE.get(run, 1.0) * EPOCHS)
     wide = width * 5 // 8 if run == "narrow" else width
     more = [f"method.adapter_lr={ratio:g}"] if "factored" in run or run in LOW_RANK else []
     name = "".join(letter if letter.isalnum() else "-" for letter in run)
     return Job(
-        f"{task}-{width}-{name}-lr{lr:g}-a{ratio:g}-seed{seed}",
-        [*TASKS[task](width=wide), *tasks.length(epochs, STEPS), *overrides, *more, f"optim.lr={lr:g}", f"seed={seed}"],
-        {"task": task, "width": width, "run": run, "lr": lr, "ratio": ratio, "seed": seed},
-    )
+        f"{task}-{width}-{name}-lr{lr:g}-r{rest:g}-a{ratio:g}-seed{seed}",
+        [*TASKS[task](width=wide), *tasks.length(epochs, STEPS), *overrides, *more, f"optim.lr={lr:g}",
+         f"optim.rest_lr={lr * rest:g}", f"seed={seed}"],
+        {"task": task, "width": width, "run": run, "lr": lr, "rest": rest, "ratio": ratio, "seed": seed},
+    )  # fmt: skip
 
 
-def own_rates(task: str, width: int, sides: Sequence[str] = SIDES) -> list[tuple[Side, float]]:
-    """Return a cell's sides that try learning rates, each with the one in the middle; full training is always among them."""
-    return [((task, width, run), MIDDLE_LR[task]) for run in ("full", *OWN_RATE) if run in ("full", *sides)]
+def lr_of(where: Path, side: Side) -> float:
+    """Return the matrices' rate that a side has chosen.
+
+    Raises:
+        Missing: it has not tried all.
+    """
+    return chosen(side, MIDDLE_LR[side[0]], lambda one, lr: job(one, lr, MIDDLE_REST[one[0]]), where)
 
 
-def ratios(task: str, width: int, sides: Sequence[str] = SIDES) -> list[tuple[Side, float]]:
-    """Return a cell's sides that try rates of their adapters or factors."""
-    return [((task, width, run), MIDDLE_RATIO) for run in LOW_RANK if run in sides]
+def rest_of(where: Path, side: Side) -> float:
+    """Return the rest's rate over the matrices' that a side has chosen.
+
+    Raises:
+        Missing: it has not tried all.
+    """
+    return chosen(side, MIDDLE_REST[side[0]], with_rest(where), where)
 
 
-def low_rank(where: Path, side: Side, ratio: float, seed: int = 0) -> Job:
-    """Return a run at its full run's learning rate."""
-    full = (side[0], side[1], "full")
-    return job(side, chosen(full, MIDDLE_LR[side[0]], job, where), ratio, seed)
+def with_rest(where: Path) -> Callable[[Side, float], Job]:
+    """Return what makes a side's run for another rate of the rest."""
+    return lambda side, rest: job(side, lr_of(where, side), rest)
+
+
+def with_ratio(where: Path, seed: int = 0) -> Callable[[Side, float], Job]:
+    """Return what makes a run at the rates of its full run, for another rate of adapters or factors."""
+
+    def made(side: Side, ratio: float) -> Job:
+        full = (side[0], side[1], "full")
+        return job(side, lr_of(where, full), rest_of(where, full), ratio, seed)
+
+    return made
 
 
 def reported(where: Path, side: Side) -> list[Job]:
     """Return the runs of a side that are reported, one for each seed.
 
     Raises:
-        Missing: its rate is not chosen yet.
+        Missing: its rates are not chosen yet.
     """
-    task, _, run = side
-    if run in LOW_RANK:
-        ratio = chosen(side, MIDDLE_RATIO, lambda one, rate: low_rank(where, one, rate), where)
-        return [low_rank(where, side, ratio, seed) for seed in SEEDS]
-    if run in DENSE:  # full training stopped early keeps full training's rate
-        return [low_rank(where, side, 1.0, seed) for seed in SEEDS]
-    lr = chosen(side, MIDDLE_LR[task], job, where)
-    return [job(side, lr, seed=seed) for seed in SEEDS]
+    if side[2] in OWN_RATES:
+        lr, rest = lr_of(where, side), rest_of(where, side)
+        return [job(side, lr, rest, seed=seed) for seed in SEEDS]
+    # full training stopped early keeps full training's rates
+    ratio = chosen(side, MIDDLE_RATIO, with_ratio(where), where) if side[2] in LOW_RANK else 1.0
+    return [with_ratio(where, seed)(side, ratio) for seed in SEEDS]
 
 
 def stages(where: Path, cells: Sequence[str] = NAMES, sides: Sequence[str] = SIDES) -> Iterator[tuple[list[Job], int]]:
-    """Yield what to run, one stage after another."""
+    """Yield what to run, one stage after another; full training is always among the sides."""
     for task, width in CELLS:
         if f"{task}-{width}" not in cells:
             continue
-        for jobs in rounds(own_rates(task, width, sides), job, where):
+        own = [(task, width, run) for run in ("full", *OWN_RATES) if run in ("full", *sides)]
+        low_rank = [(task, width, run) for run in LOW_RANK if run in sides]
+        for jobs in rounds(
+            [(side, MIDDLE_LR[task]) for side in own], lambda side, lr: job(side, lr, MIDDLE_REST[side[0]]), where
+        ):
             yield jobs, 2
-        for jobs in rounds(ratios(task, width, sides), lambda side, rate: low_rank(where, side, rate), where):
+        for jobs in rounds([(side, MIDDLE_REST[task]) for side in own], with_rest(where), where):
+            yield jobs, 2
+        for jobs in rounds([(side, MIDDLE_RATIO) for side in low_rank], with_ratio(where), where):
             yield jobs, 2
         runs = {run: reported(where, (task, width, run)) for run in SIDES if run in ("full", *sides)}
         yield [runs[run][number] for number in range(len(SEEDS)) for run in runs], 1

@@ -55,14 +55,18 @@ def row(job: Job, found: dict[str, Any]) -> dict[str, Any]:
 
 def markdown(rows: list[dict[str, Any]], task: str) -> str:
     """Return the table of a task: mean of the seeds, and their standard deviation."""
-    lines = ["| width | run | rate of factors | test loss | accuracy, % | parameters, thousands | CPU s of the whole run |"]
+    lines = [
+        "| width | run | rates: matrices, rest over it, factors over theirs | test loss | accuracy, % | parameters, thousands | CPU s of the whole run |"
+    ]
     lines += ["|---|---|---|---|---|---|---|"]
     for width in WIDTHS:
         mine = [one for one in rows if one["task"] == task and one["width"] == width]
         for run in dict.fromkeys(one["run"] for one in mine):
             group = [one for one in mine if one["run"] == run]
             cells = [_mean(group, key, factor) for key, factor in COLUMNS.items()]
-            lines.append(f"| {width} | {run} | {group[0]['ratio']:g} | {' | '.join(cells)} |")
+            lines.append(
+                f"| {width} | {run} | {group[0]['lr']:g}, {group[0]['rest']:g}, {group[0]['ratio']:g} | {' | '.join(cells)} |"
+            )
     return "\n".join(lines)
 
 
