@@ -55,10 +55,9 @@ def row(job: Job, found: dict[str, Any]) -> dict[str, Any]:
 
 def markdown(rows: list[dict[str, Any]], task: str) -> str:
     """Return the table of a task: mean of the seeds, and their standard deviation."""
-    lines = [
-        "| width | run | rates: matrices, rest over it, factors over theirs | test loss | accuracy, % | parameters, thousands | CPU s of the whole run |"
-    ]
-    lines += ["|---|---|---|---|---|---|---|"]
+    head = ["width", "run", "rates: matrices; rest, factors over them", "test loss", "accuracy, %", "parameters, thousands",
+            "CPU s of the whole run"]  # fmt: skip
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for width in WIDTHS:
         mine = [one for one in rows if one["task"] == task and one["width"] == width]
         for run in dict.fromkeys(one["run"] for one in mine):
