@@ -1,6 +1,7 @@
 """Learning rates, tried equally for every side of a comparison: on seed 0, by the validation half.
 
-Half, once and twice the side's middle rate; while the best is at an edge, one more beyond it, up to five in all.
+Half, once and twice the side's middle rate; while the best is at an edge, one more beyond it, up to five in all. Where a side
+has two rates, first that of the matrices is tried, then that of the rest (embedding, head, norms) over it, each in this way.
 """
 
 import math
@@ -13,6 +14,8 @@ from experiments.tables import Missing
 
 FACTORS, MOST = (0.5, 1.0, 2.0), 5
 Make = Callable[[Any, float], Job]  # side, rate -> the run of seed 0
+MakeTwo = Callable[[Any, float, float], Job]  # side, the matrices' rate, the rest's over it -> the run of seed 0
+Two = tuple[float, float]
 
 
 def loss_of(found: dict[str, Any]) -> float:
@@ -60,6 +63,28 @@ def chosen(side: Any, middle: float, make: Make, where: Path) -> float:
     if best is None:
         raise Missing(f"not all learning rates have been tried: {', '.join(make(side, rate).name for rate in rates)}")
     return best
+
+
+def rounds_of_two(sides: Sequence[tuple[Any, Two]], make: MakeTwo, where: Path) -> Iterator[list[Job]]:
+    """Lists of runs to do until every side of (side, middle rates) has both its rates.
+
+    Raises:
+        Missing: a run that was asked for is still not there, so it failed.
+    """
+    middle = dict(sides)
+    yield from rounds([(side, lr) for side, (lr, _) in sides], lambda side, lr: make(side, lr, middle[side][1]), where)
+    best = {side: chosen(side, lr, lambda one, rate: make(one, rate, middle[one][1]), where) for side, (lr, _) in sides}
+    yield from rounds([(side, rest) for side, (_, rest) in sides], lambda side, rest: make(side, best[side], rest), where)
+
+
+def chosen_two(side: Any, middle: Two, make: MakeTwo, where: Path) -> Two:
+    """The side's rates: the matrices', and the rest's over it.
+
+    Raises:
+        Missing: not all its rates have been tried.
+    """
+    lr = chosen(side, middle[0], lambda one, rate: make(one, rate, middle[1]), where)
+    return lr, chosen(side, middle[1], lambda one, rest: make(one, lr, rest), where)
 
 
 def reported(

@@ -16,14 +16,13 @@ from pathlib import Path
 
 from experiments import tasks
 from experiments.command import main
-from experiments.rates import chosen, rounds
+from experiments.rates import Two, chosen, chosen_two, rounds, rounds_of_two
 from experiments.runs import Job
 
 EPOCHS, STEPS = 20, 30
 SEEDS, WIDTHS = (1, 2, 3), (128, 192, 256)
 TASKS = {"images": tasks.images, "text": tasks.llama}
-MIDDLE_LR = {"images": 1e-3, "text": 2e-3}  # of the matrices
-MIDDLE_REST = {"images": 4.0, "text": 10.0}  # the rest's rate over theirs
+MIDDLE = {"images": (1e-3, 4.0), "text": (2e-3, 10.0)}  # the matrices' rate, and the rest's over it
 MIDDLE_RATIO = 2.0  # the adapters' or factors' over their weight's
 PRELORA = ["method=prelora", "method.windows=2", "method.weight_tol=1e-9", "method.warmup=0", "method.rewarm=12"]
 FACTORIZE = ["method=prelora_factorize", "method.windows=2", "method.weight_tol=1e-9", "method.rewarm=12"]
@@ -72,27 +71,13 @@ def job(side: Side, lr: float, rest: float, ratio: float = 1.0, seed: int = 0) -
     )  # fmt: skip
 
 
-def lr_of(where: Path, side: Side) -> float:
-    """Return the matrices' rate that a side has chosen.
+def rates_of(where: Path, side: Side) -> Two:
+    """Return the rates that a side has chosen: the matrices', and the rest's over it.
 
     Raises:
         Missing: it has not tried all.
     """
-    return chosen(side, MIDDLE_LR[side[0]], lambda one, lr: job(one, lr, MIDDLE_REST[one[0]]), where)
-
-
-def rest_of(where: Path, side: Side) -> float:
-    """Return the rest's rate over the matrices' that a side has chosen.
-
-    Raises:
-        Missing: it has not tried all.
-    """
-    return chosen(side, MIDDLE_REST[side[0]], with_rest(where), where)
-
-
-def with_rest(where: Path) -> Callable[[Side, float], Job]:
-    """Return what makes a side's run for another rate of the rest."""
-    return lambda side, rest: job(side, lr_of(where, side), rest)
+    return chosen_two(side, MIDDLE[side[0]], job, where)
 
 
 def with_ratio(where: Path, seed: int = 0) -> Callable[[Side, float], Job]:
@@ -100,7 +85,7 @@ def with_ratio(where: Path, seed: int = 0) -> Callable[[Side, float], Job]:
 
     def made(side: Side, ratio: float) -> Job:
         full = (side[0], side[1], "full")
-        return job(side, lr_of(where, full), rest_of(where, full), ratio, seed)
+        return job(side, *rates_of(where, full), ratio, seed)
 
     return made
 
@@ -112,8 +97,7 @@ def reported(where: Path, side: Side) -> list[Job]:
         Missing: its rates are not chosen yet.
     """
     if side[2] in OWN_RATES:
-        lr, rest = lr_of(where, side), rest_of(where, side)
-        return [job(side, lr, rest, seed=seed) for seed in SEEDS]
+        return [job(side, *rates_of(where, side), seed=seed) for seed in SEEDS]
     # full training stopped early keeps full training's rates
     ratio = chosen(side, MIDDLE_RATIO, with_ratio(where), where) if side[2] in LOW_RANK else 1.0
     return [with_ratio(where, seed)(side, ratio) for seed in SEEDS]
@@ -126,11 +110,7 @@ def stages(where: Path, cells: Sequence[str] = NAMES, sides: Sequence[str] = SID
             continue
         own = [(task, width, run) for run in ("full", *OWN_RATES) if run in ("full", *sides)]
         low_rank = [(task, width, run) for run in LOW_RANK if run in sides]
-        for jobs in rounds(
-            [(side, MIDDLE_LR[task]) for side in own], lambda side, lr: job(side, lr, MIDDLE_REST[side[0]]), where
-        ):
-            yield jobs, 2
-        for jobs in rounds([(side, MIDDLE_REST[task]) for side in own], with_rest(where), where):
+        for jobs in rounds_of_two([(side, MIDDLE[task]) for side in own], job, where):
             yield jobs, 2
         for jobs in rounds([(side, MIDDLE_RATIO) for side in low_rank], with_ratio(where), where):
             yield jobs, 2

@@ -20,12 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experiments.command import exit_code, need_data
-from experiments.rates import chosen, rounds
+from experiments.rates import Two, chosen, chosen_two, rounds, rounds_of_two
 from experiments.runs import Job, run
 
 EPOCHS, STEPS, BATCH, WIDTH, DEPTH = 60, 20, 64, 384, 3
 SEEDS = (1, 2, 3)
-MIDDLE_LR, MIDDLE_REST, MIDDLE_RATIO = 1e-3, 4.0, 2.0  # matrices; the rest over them; adapters over their weight
+MIDDLE = (1e-3, 4.0)  # the matrices' rate, and the rest's over it
+MIDDLE_RATIO = 2.0  # the adapters' or factors' rate over their weight's
 LOOKS = 10  # epochs between validations
 # q, v and dense of the source are targets; key, norms, embeddings and head train on in full, as there
 TARGETS = "method.targets=[qkv.q,qkv.v,attn.proj,mlp.fc1,mlp.fc2]"
@@ -87,7 +88,7 @@ class Study:
             f"++trainer.check_val_every_n_epoch={LOOKS}", "save_every=0",
         ]  # fmt: skip
 
-    def full(self, lr: float, rest: float = MIDDLE_REST, seed: int = 0) -> Job:
+    def full(self, _: str, lr: float, rest: float, seed: int = 0) -> Job:
         """Return a run of full training."""
         return Job(
             f"full-lr{lr:g}-rest{rest:g}-seed{seed}",
@@ -95,21 +96,13 @@ class Study:
             {"run": "full", "lr": lr, "rest": rest, "ratio": 1.0, "seed": seed},
         )  # fmt: skip
 
-    def lr(self) -> float:
-        """Return the matrices' rate that full training has chosen.
+    def rates(self) -> Two:
+        """Return the rates that full training has chosen: the matrices', and the rest's over it.
 
         Raises:
-            Missing: it has not.
+            Missing: it has not tried all.
         """
-        return chosen("full", MIDDLE_LR, lambda _, lr: self.full(lr), self.where)
-
-    def rest(self, lr: float) -> float:
-        """Return the rest's rate over the matrices' that full training has chosen.
-
-        Raises:
-            Missing: it has not.
-        """
-        return chosen("full", MIDDLE_REST, lambda _, rest: self.full(lr, rest), self.where)
+        return chosen_two("full", MIDDLE, self.full, self.where)
 
     def low_rank(self, side: str, ratio: float, seed: int = 0) -> Job:
         """Return a run of PreLoRA.
@@ -117,8 +110,7 @@ class Study:
         Raises:
             Missing: full training has no rates yet.
         """
-        lr = self.lr()
-        rest = self.rest(lr)
+        lr, rest = self.rates()
         name = "".join(letter if letter.isalnum() else "-" for letter in side)
         more = [f"optim.lr={lr:g}", f"optim.rest_lr={lr * rest:g}", f"method.adapter_lr={ratio:g}", f"seed={seed}"]
         return Job(
@@ -132,19 +124,16 @@ class Study:
         Raises:
             Missing: a rate is not chosen yet.
         """
-        lr = self.lr()
-        rest = self.rest(lr)
+        rates = self.rates()
         ratio = {side: chosen(side, MIDDLE_RATIO, self.low_rank, self.where) for side in SEARCHED}
         return {
-            (side, seed): self.full(lr, rest, seed) if side == "full" else self.low_rank(side, ratio[LOW_RANK[side][1]], seed)
+            (side, seed): self.full(side, *rates, seed) if side == "full" else self.low_rank(side, ratio[LOW_RANK[side][1]], seed)
             for seed in self.seeds for side in self.sides
         }  # fmt: skip
 
     def stages(self) -> Iterator[list[Job]]:
         """Yield what to run, one list after another."""
-        yield from rounds([("full", MIDDLE_LR)], lambda _, lr: self.full(lr), self.where)
-        lr = self.lr()
-        yield from rounds([("full", MIDDLE_REST)], lambda _, rest: self.full(lr, rest), self.where)
+        yield from rounds_of_two([("full", MIDDLE)], self.full, self.where)
         yield from rounds([(side, MIDDLE_RATIO) for side in SEARCHED], self.low_rank, self.where)
         yield [*self.final().values()]
 
