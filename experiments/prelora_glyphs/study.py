@@ -127,7 +127,8 @@ class Study:
         rates = self.rates()
         ratio = {side: chosen(side, MIDDLE_RATIO, self.low_rank, self.where) for side in SEARCHED}
         return {
-            (side, seed): self.full(side, *rates, seed) if side == "full" else self.low_rank(side, ratio[LOW_RANK[side][1]], seed)
+            (side, seed): self.full(side, *rates, seed)
+            if side == "full" else self.low_rank(side, ratio[LOW_RANK[side][1]], seed)
             for seed in self.seeds for side in self.sides
         }  # fmt: skip
 
