@@ -159,6 +159,25 @@ def test_rows_take_over_what_an_optimizer_keeps_by_row_and_column(tmp_path):
     trainer(tmp_path, steps(targets=["q", "v"]), AtEnd(look), max_epochs=4).fit(Factored(), loader())
 
 
+@pytest.mark.parametrize("dampening", [0.0, 0.2])
+@pytest.mark.parametrize("then", ["lora", "factorize"])
+def test_fused_sgd_with_momentum_takes_new_parameters_and_steps_as_the_loop_does(tmp_path, then, dampening):
+    def run(fused):
+        class Momentum(Toy):
+            def configure_optimizers(self):
+                return torch.optim.SGD(self.parameters(), lr=1e-2, momentum=0.9, dampening=dampening, fused=fused)
+
+        torch.manual_seed(7)
+        kind = {"ranks": (0.25,)} if then == "factorize" else {"ranks": (2, 4), "targets": ["q", "mlp"]}
+        module, callback = Momentum(), steps(then=then, warmup=1, **kind)
+        trainer(tmp_path, callback, max_epochs=4).fit(module, loader())
+        assert callback.phase == "lowrank"
+        return module.state_dict()
+
+    for (name, one), other in zip(run(True).items(), run(False).values(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6, msg=name)
+
+
 def test_rows_of_a_bias_that_nothing_trains_train_no_more_than_it_did(tmp_path):
     class Matrices(Toy):
         def configure_optimizers(self):

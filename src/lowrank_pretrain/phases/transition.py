@@ -26,8 +26,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import nn
 
 from lowrank_pretrain.core.agreement import agreed_hash
 from lowrank_pretrain.core.buckets import settle_buckets
@@ -44,6 +43,7 @@ from lowrank_pretrain.core.trainer import accumulates, callbacks_of
 from lowrank_pretrain.factorize.layer import follow_weight
 from lowrank_pretrain.factorize.model import factored_layers, shown_whole
 from lowrank_pretrain.lora.model import own_tensors, shown_plain
+from lowrank_pretrain.phases import optimizer_members
 
 Change = Callable[[], Iterable[Inherit] | None]
 
@@ -231,9 +231,9 @@ def apply(
 
     # refit the optimizers
     for optimizer in trainer.optimizers:
-        _inherit_state(optimizer, inherited)
-    _join(trainer.optimizers, module, before, inherited)
-    _leave(trainer.optimizers, module, before)
+        optimizer_members.inherit_state(optimizer, inherited)
+    optimizer_members.join(trainer.optimizers, module, before, inherited)
+    optimizer_members.leave(trainer.optimizers, module, before)
     if optimizer_state == "reset":
         for optimizer in trainer.optimizers:
             optimizer.state.clear()
@@ -288,34 +288,6 @@ def allow_graphs(module: nn.Module) -> int:
     return count
 
 
-# -- optimizers -------------------------------------------------------------------------------------------------------
-
-
-def group_names(optimizers: Iterable[Optimizer], module: nn.Module) -> list[list[list[str]]]:
-    """Return parameter names by optimizer and group, in order: state is restored by position, so a resume compares them."""
-    names = {id(p): name for name, p in module.named_parameters()}
-    return [[[names.get(id(p), "?") for p in group["params"]] for group in opt.param_groups] for opt in optimizers]
-
-
-def check_restored(optimizers: Iterable[Optimizer], module: nn.Module) -> None:
-    """Refuse moments that landed on a parameter of another shape; loading by position does not notice.
-
-    Raises:
-        ConfigError: naming the parameter.
-    """
-    names = {id(p): name for name, p in module.named_parameters()}
-    for optimizer in optimizers:
-        if not type(optimizer).__module__.startswith("torch.optim"):
-            continue  # projected moments have their own shapes: such an optimizer checks them itself
-        for p, state in optimizer.state.items():
-            for key, value in state.items():
-                if isinstance(value, Tensor) and value.ndim > 0 and key.startswith("exp_avg") and value.shape != p.shape:
-                    raise ConfigError(
-                        "ckpt_path", names.get(id(p), "?"), f"its {key} has shape {tuple(value.shape)}, not {tuple(p.shape)}: "
-                        "the checkpoint's optimizer belongs to another model or another grouping of parameters"
-                    )  # fmt: skip
-
-
 def _keep_hooks(wrapper: Any, hooks: Iterable[tuple[Callable, Any]]) -> None:
     """Register the old wrapper's hooks on the new one, where the strategy registered none."""
     for hook, state in hooks:
@@ -325,79 +297,6 @@ def _keep_hooks(wrapper: Any, hooks: Iterable[tuple[Callable, Any]]) -> None:
                 state.iter = 0  # it sends whole gradients until DDP has settled its buckets
         if not comm_hooks(wrapper):
             wrapper.register_comm_hook(state, hook)
-
-
-def _inherit_state(optimizer: Optimizer, inherited: Iterable[Inherit]) -> None:
-    for heir in inherited:
-        state = optimizer.state.get(heir.old) if heir.rows else None
-        if state:
-            with suppress(LookupError):  # it starts afresh
-                optimizer.state[heir.new] = {key: _part_of(value, heir) for key, value in state.items()}
-
-
-def _part_of(value: Any, heir: Inherit) -> Any:
-    """Return what a new parameter takes over of one value of its origin's state; LookupError if that has an unknown form."""
-    new, old, dim, start, rows = heir
-    if isinstance(value, Tensor) and value.shape == old.shape:
-        # one parameter more than one of the old one's shape: heads that all start from the same adapter
-        return value.expand(new.shape).clone() if new.ndim > old.ndim else value.narrow(dim, start, rows).clone()
-    whole = isinstance(value, Tensor) and value.ndim == old.ndim == new.ndim
-    if whole and all(size in (1, full) for size, full in zip(value.shape, old.shape, strict=True)):  # Adafactor's means
-        return (value if value.shape[dim] == 1 else value.narrow(dim, start, rows)).clone()
-    if isinstance(value, (list, tuple, dict)) or (isinstance(value, Tensor) and value.numel() > 1):
-        raise LookupError(type(value).__name__)
-    return value.clone() if isinstance(value, Tensor) else value
-
-
-def _join(optimizers: list[Optimizer], module: nn.Module, before: dict[int, bool], inherited: Iterable[Inherit]) -> None:
-    groups = {id(p): group for opt in optimizers for group in opt.param_groups for p in group["params"]}
-    origins = {id(new): id(old) for new, old, *_ in inherited}
-    named = dict(module.named_parameters())
-    for name, p in named.items():
-        if id(p) in before or not p.requires_grad or id(p) in groups:
-            continue
-        owner = origins.get(id(p)) or _base_weight(name, named, groups, origins)
-        if owner not in groups and ".rest_bias." in name:  # nothing trained the bias before
-            p.requires_grad_(False)
-            continue
-        if owner not in groups:
-            raise ConfigError(
-                "targets", name.partition(".lora_")[0], "is in no optimizer: configure_optimizers must hand over its weight"
-            )
-        group = groups[id(p)] = groups[owner]  # a joined parameter can own later ones
-        group["params"].append(p)
-        if "param_names" in group:
-            group["param_names"].append(name)
-
-
-def _base_weight(name: str, named: dict[str, nn.Parameter], groups: dict[int, Any], origins: dict[int, int]) -> int | None:
-    """Find the nearest enclosing parameter of a new one that an optimizer owns: ``fc1.lora_B.W`` -> ``fc1.weight``."""
-    words = name.split(".")
-    for end in range(len(words) - 1, 0, -1):
-        prefix = ".".join(words[:end])
-        siblings = [f"{prefix}.weight", *(n for n in named if n.rpartition(".")[0] == prefix)]
-        for sibling in siblings:
-            if sibling in named:
-                own = id(named[sibling])
-                found = next((owner for owner in (own, origins.get(own)) if owner in groups), None)
-                if found is not None:
-                    return found
-    return None
-
-
-def _leave(optimizers: list[Optimizer], module: nn.Module, before: dict[int, bool]) -> None:
-    """Remove parameters that the change froze or removed from their group, with their state."""
-    after = {id(p): p.requires_grad for p in module.parameters()}
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            stays = [not (id(p) in before and before[id(p)] and not after.get(id(p), False)) for p in group["params"]]
-            for p, stay in zip(group["params"], stays, strict=True):
-                if not stay:
-                    optimizer.state.pop(p, None)
-                    p.grad = None
-            for key in ("params", "param_names"):
-                if key in group:
-                    group[key][:] = [item for item, stay in zip(group[key], stays, strict=True) if stay]
 
 
 # -- averages that Lightning's callbacks keep ---------------------------------------------------------------------------
