@@ -51,7 +51,32 @@ class Net(pl.LightningModule):
     def configure_optimizers(self):
         if self.kind == "sgd":
             return torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.9)
+        if self.kind == "numbers":
+            return NumbersAdam(self.parameters(), lr=self.lr)
         return torch.optim.AdamW(self.parameters(), lr=self.lr, weight_decay=0.1)
+
+
+class NumbersAdam(torch.optim.Optimizer):
+    """Adam that keeps Python numbers, as many optimizers outside of torch do."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for group in self.param_groups:
+            for p in (p for p in group["params"] if p.grad is not None):
+                state = self.state[p]
+                if not state:
+                    state |= {"step": 0, "decayed": 1.0, "mean": torch.zeros_like(p), "square": torch.zeros_like(p)}
+                state["step"] += 1
+                state["decayed"] *= 0.9
+                state["mean"].lerp_(p.grad, 0.1)
+                state["square"].lerp_(p.grad.square(), 0.01)
+                size = (state["square"] / (1 - 0.99 ** state["step"])).sqrt() + 1e-8
+                p.sub_(group["lr"] / (1 - state["decayed"]) * state["mean"] / size)
+        return loss
 
 
 class Samples(Dataset):
@@ -177,7 +202,7 @@ def saved(world, folder, save_at, **kwargs):
     module, run, strategy = fit(world, folder=folder, save_at=save_at, exact=True, **kwargs)
     heads = {name: p.detach().clone() for name, p in strategy.local.parameters().items()}
     owned = [(o, p) for o in run.optimizers for group in o.param_groups for p in group["params"]]
-    moments = [v.clone() for o, p in owned for v in o.state.get(p, {}).values()]
+    moments = [torch.as_tensor(v).clone() for o, p in owned for v in o.state.get(p, {}).values()]
     return {"weights": weights(module), "losses": module.losses, "heads": heads, "moments": moments,
             "clock": (strategy.local.clock, strategy.local.merges)}  # fmt: skip
 

@@ -23,6 +23,7 @@ def identical(whole, again, since):
 HOW = [
     {}, {"reset": True}, {"mode": "sequential"}, {"mode": "sequential", "reset": True}, {"mode": "joint"}, {"overlap": 2},
     {"net": {"dropout": 0.2}}, {"net": {"dtype": torch.bfloat16}}, {"net": {"optimizer": "sgd"}},
+    {"net": {"optimizer": "numbers"}},
     {"reset": True, "prune": 0.9, "net": {"dtype": torch.float32}}, {"trainer": {"accumulate_grad_batches": 2}},
     {"trainer": {"precision": "bf16-mixed", "gradient_clip_val": 0.1}, "net": {"dtype": torch.float32}},
 ]  # fmt: skip
@@ -41,7 +42,7 @@ def test_resume_is_exact_on_one_device(tmp_path, how):
     "how",
     [
         {}, {"sync_rest": "merge"}, {"reset": True, "sync_rest": "merge"}, {"overlap": 2, "net": {"dropout": 0.2}},
-        {"route": "dense", "heads": 1}, {"mode": "sequential"},
+        {"route": "dense", "heads": 1}, {"mode": "sequential"}, {"net": {"optimizer": "numbers"}},
     ],
     ids=str,
 )  # fmt: skip

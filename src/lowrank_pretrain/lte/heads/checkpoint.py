@@ -21,7 +21,7 @@ from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.lte.checkpoint import check_saved, how_merged
 from lowrank_pretrain.lte.heads import record
 from lowrank_pretrain.lte.heads.layer import draw_A
-from lowrank_pretrain.lte.heads.record import LayerHeads, Moments, Record
+from lowrank_pretrain.lte.heads.record import NUMBER, LayerHeads, Record, State
 from lowrank_pretrain.lte.merge import Exchange, Factors
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def check_heads(state: Mapping[str, Any], heads: "HeadSet") -> None:
             raise ConfigError("rank", rank, f"the checkpoint's {name} has rank {state['targets'][name]}")
 
 
-def load_heads(state: Mapping[str, Any], heads: "HeadSet") -> tuple[dict[str, Moments], str | None]:
+def load_heads(state: Mapping[str, Any], heads: "HeadSet") -> tuple[dict[str, State], str | None]:
     """Restore the heads; on entry the module's W is the checkpoint's merged one. All workers call it together.
 
     Args:
@@ -256,10 +256,9 @@ def _drop_missing(mine: Record, missing: Mapping[str, list[int]], rank: int) -> 
                 del moments[key]
 
 
-def _states(mine: Record) -> dict[str, Moments]:
+def _states(mine: Record) -> dict[str, State]:
     """Return the optimizer state in a record, by factor; none where Adam has taken no step (a head before its first turn)."""
     for held in mine.values():
-        held.moments = {
-            factor: moments for factor, moments in held.moments.items() if "step" not in moments or moments["step"].any()
-        }
+        counts = {f: [m[key] for key in ("step", f"step{NUMBER}") if key in m] for f, m in held.moments.items()}
+        held.moments = {f: moments for f, moments in held.moments.items() if all(count.any() for count in counts[f])}
     return record.states_of(mine)

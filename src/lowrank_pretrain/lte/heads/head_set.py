@@ -39,7 +39,7 @@ from lowrank_pretrain.lte.heads.layer import (
     take_heads,
     weight_of,
 )
-from lowrank_pretrain.lte.heads.record import Record
+from lowrank_pretrain.lte.heads.record import Record, State
 from lowrank_pretrain.lte.increments import refuse_nonfinite
 from lowrank_pretrain.lte.local_targets import AllHeads, Fit, LocalTarget, LocalTargets
 from lowrank_pretrain.lte.merge import PIECEMEAL, Exchange, Factors, chunks
@@ -445,6 +445,6 @@ class HeadSet(LocalTargets):
         """Refuse a checkpoint of other heads."""
         checkpoint.check_heads(state, self)
 
-    def load_state(self, state: Mapping[str, Any]) -> tuple[dict[str, dict[str, Tensor]], str | None]:
+    def load_state(self, state: Mapping[str, Any]) -> tuple[dict[str, State], str | None]:
         """Restore the heads of a checkpoint."""
         return checkpoint.load_heads(state, self)

@@ -18,7 +18,10 @@ from lowrank_pretrain.lte.heads.layer import HeadLayer, MultiheadLoRALinear, fac
 
 UNBORN, LIVES, MERGED = 0.0, 1.0, 2.0  # never trained yet · trains · trains and W holds some of it
 
+NUMBER = "#"  # ends the key of what the optimizer keeps as a Python number: as a tensor it would be computed with in float32
+
 Moments = dict[str, Tensor]  # by state key, each (H, …)
+State = dict[str, Tensor | float]  # of one parameter, as its optimizer holds it
 
 
 @dataclass
@@ -134,7 +137,9 @@ def _layer_heads(layer: HeadLayer, optimizers: list[Optimizer]) -> LayerHeads:
                     held[key] = value
                 else:  # all heads of a parameter share it (``step``)
                     check_moment(type(optimizer).__name__, key, value, p)
-                    held[key] = torch.as_tensor(value).repeat(len(p))
+                    number = not isinstance(value, Tensor)
+                    one = torch.tensor(value, dtype=torch.float64) if isinstance(value, float) else torch.as_tensor(value)
+                    held[f"{key}{NUMBER}" if number else key] = one.repeat(len(p))
     return found
 
 
@@ -168,17 +173,24 @@ def put_moments(record: Record, layers: Mapping[str, HeadLayer], optimizers: Ite
             optimizer, group = owner[id(p)]
             counts_there = group.get("fused") or group.get("capturable")  # else torch keeps the number of steps on the CPU
             optimizer.state[p] = {  # a record from a checkpoint lies on the CPU
-                key: value.to(p.device) if value.ndim or counts_there else value for key, value in states[name].items()
+                key: value.to(p.device) if isinstance(value, Tensor) and (value.ndim or counts_there) else value
+                for key, value in states[name].items()
             }
 
 
-def states_of(record: Record) -> dict[str, Moments]:
+def states_of(record: Record) -> dict[str, State]:
     """Return optimizer state by a factor's name, as an optimizer holds it: one number where all heads share it."""
     return {
-        factor_name(name, factor): {key: value.max() if value.ndim == 1 else value for key, value in held.items()}
+        factor_name(name, factor): dict(_as_held(key, value) for key, value in held.items())
         for name, heads in record.items()
         for factor, held in heads.moments.items()
     }
+
+
+def _as_held(key: str, value: Tensor) -> tuple[str, Tensor | float]:
+    if key.endswith(NUMBER):
+        return key.removesuffix(NUMBER), value.max().item()
+    return key, value.max() if value.ndim == 1 else value
 
 
 def to_file(record: Record) -> dict[str, Tensor]:
