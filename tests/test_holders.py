@@ -51,6 +51,31 @@ def test_what_keeps_parameters_for_later_is_named_at_the_start(tmp_path, build, 
     assert sum("Late.held" in str(w.message) for w in caught) == 1
 
 
+class AfterTwo(Callback):
+    """Begins to keep something after the second step."""
+
+    def __init__(self, build):
+        self.build, self.held = build, None
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        if trainer.global_step == 2:
+            self.held = self.build(pl_module)
+
+
+@pytest.mark.parametrize("then", ["lora", "factorize"])
+@pytest.mark.parametrize("build, match", [
+    (lambda m: copy.deepcopy(m), "AfterTwo.held looks like a copy of Net, .*update it by name"),
+    (Shadow, "AfterTwo.held.shadow holds a value for each parameter of Net, .*state_dict"),
+    (lambda m: [p for p in m.parameters() if p.ndim > 1], "AfterTwo.held holds parameters of fc1 that .*anew"),
+    (AveragedModel, "Net: AfterTwo.held pairs its parameters with these by position"),
+])  # fmt: skip
+def test_what_is_made_between_the_first_step_and_the_switch_is_named_at_the_switch(tmp_path, build, match, then):
+    phases = pre(then=then, ranks=(0.25,) if then == "factorize" else (2,))
+    with pytest.warns(UserWarning, match=match) as caught:
+        fit(tmp_path, Net(), AfterTwo(build), phases, max_epochs=6)
+    assert sum("AfterTwo.held" in str(w.message) for w in caught) == 1 and phases.phase == "lowrank"
+
+
 @pytest.mark.parametrize("then", ["lora", "factorize"])
 def test_averages_that_pair_by_position_are_refused_even_if_they_begin_late(tmp_path, then):
     settings = {"then": then, "ranks": (0.25,) if then == "factorize" else (2,)}

@@ -128,8 +128,7 @@ class PhaseCallback(HasPhase, Callback):
         self.chosen: dict[str, int] = {}  # target -> largest rank that it may get
         self.left_out: dict[str, str] = {}  # target -> what the first step said against it
         self._first: FirstStep | None = None
-        # after a change, until each adapter has been seen to train; both watches begin with the next batch
-        self._unchecked = self._unmoved = False  # whether a gradient reaches, and a step moves, every adapter
+        self._unchecked = self._unmoved = False  # after a change: is it open if gradients reach, and steps move, each adapter?
         self._watch: GradientWatch | None = None
         self._moving: AdapterWatch | None = None
         self._said_dead: set[str] = set()  # layers of adapters that no gradient had reached
@@ -155,8 +154,9 @@ class PhaseCallback(HasPhase, Callback):
     def _switch(self, trainer: pl.Trainer, pl_module: pl.LightningModule, plan: Plan, replay: bool) -> None:
         note = transition.note_plain(pl_module)
         agreed = transition.apply(
-            trainer, pl_module, lambda: self._adopter.adopt(plan, pl_module), self.optimizer_state, replay
-        )
+            trainer, pl_module, lambda: self._adopter.adopt(plan, pl_module), self.optimizer_state, replay,
+            () if isinstance(self._adopter, Optimizer) else list(plan),
+        )  # fmt: skip
         if isinstance(self._adopter, Optimizer):
             transition.note_added(pl_module)
         if self.has_own_groups() and not isinstance(self._adopter, Factors):

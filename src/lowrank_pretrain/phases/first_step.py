@@ -15,7 +15,7 @@ from lowrank_pretrain.core.trainer import callbacks_of
 from lowrank_pretrain.factorize.model import Factors
 from lowrank_pretrain.factorize.preview import Preview
 from lowrank_pretrain.lora.frozen import OPERANDS
-from lowrank_pretrain.phases.holders import check_holders, find_holders
+from lowrank_pretrain.phases.holders import name_holders
 from lowrank_pretrain.phases.rehearsal import Rehearsal
 from lowrank_pretrain.phases.teachers import CURE, Pairing, teachers
 from lowrank_pretrain.phases.transition import averages
@@ -85,8 +85,7 @@ class FirstStep(FirstStepWatch):
         super().__init__(pl_module, targets, trained, adapters)
         for student, teacher in self._pairs:
             rank_zero_warn(f"{teacher} looks like a frozen copy of {student}, whose layers become low-rank: {CURE}")
-        self._named: set[str] = set()  # what holds parameters
-        self._name_holders()
+        name_holders(trainer, pl_module, targets)  # refused now, and not after the switch
         self.looking = False
         self._all_seen = False  # whether every layer was called in the first step, by any process
         self._noted: Tensor | None = None  # of the targets' weights after the first step
@@ -110,13 +109,6 @@ class FirstStep(FirstStepWatch):
         watching.__wrapped__ = getattr(step, "__wrapped__", step)  # Lightning reads the arguments there, one level deep
         self._module.__dict__["training_step"] = watching
 
-    def _name_holders(self) -> None:
-        """Name what keeps parameters outside of the module, or refuse it; callbacks may build it when training starts."""
-        for line in check_holders(find_holders(self._module, callbacks_of(self._trainer), self._targets)):
-            if line not in self._named:
-                self._named.add(line)
-                rank_zero_warn(line)
-
     def look(self) -> dict[str, str] | None:
         """Return, after the first and the second step's backward pass, why targets cannot have an adapter. Later: ``None``.
 
@@ -127,7 +119,7 @@ class FirstStep(FirstStepWatch):
             self._unpair()
             return self._written()
         if self._pairing is not None and self.steps == 1:  # before it, a module may well be filled from another one
-            self._name_holders()
+            name_holders(self._trainer, self._module, self._targets)  # callbacks may build some when training starts
             self._pairing.watch_outside(self._targets, [model for _, model, _ in averages(callbacks_of(self._trainer))])
         if self.steps == 1 and self._factors is not None:
             self._refuse_broken()

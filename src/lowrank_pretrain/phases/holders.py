@@ -3,26 +3,32 @@
 A switch changes number and order of the parameters. Who took them before, and pairs them by position (or asks for each name
 of ``named_parameters()``) afterwards, fails then, perhaps days after the start; a list of the parameters themselves goes
 stale without a word. Averages often begin late, so that no step at the start shows how they are updated. So attributes are
-looked through when a fit starts. Lightning's own averages follow the switch, and timm's go by ``state_dict()``.
+looked through when a fit starts, and before the switch for what was made in between. Lightning's own averages follow the
+switch, and timm's go by ``state_dict()``.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence, Sized
 from types import FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim.swa_utils import AveragedModel
 
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.targets import Target, plain_name
+from lowrank_pretrain.core.trainer import callbacks_of
 from lowrank_pretrain.phases.teachers import CURE
 
 _DEPTH = 4  # attributes of attributes that are looked through
 _ITEMS, _LONG = 64, 100_000  # of a container that are looked into; its length from which it is none of parameters
 _LIGHTNINGS = frozenset(pl.LightningModule().__dict__)  # a module's attributes that are not a user's
 _OTHERS = ("lightning.", "lightning_fabric.", "pytorch_lightning.", "lowrank_pretrain.", "torch.", "builtins.", "numpy.")
+
+_SAID: MutableMapping[pl.Trainer, set[str]] = WeakKeyDictionary()  # lines that a fit has been told
 
 _PLAIN = (Tensor, str, bytes, int, float, type, type(None), ModuleType, FunctionType, MethodType, pl.Trainer)
 
@@ -66,20 +72,37 @@ def find_holders(module: pl.LightningModule, callbacks: Iterable[pl.Callback], t
     return list(dict.fromkeys(search.found))
 
 
-def check_holders(held: Iterable[Held]) -> list[str]:
-    """Return warnings on what will not follow the switch; refuse what surely pairs parameters by position.
+def name_holders(trainer: pl.Trainer, module: pl.LightningModule, targets: Mapping[str, Target], refuse: bool = True) -> None:
+    """Warn, once in a fit, of what will not follow the switch; refuse what surely pairs parameters by position.
+
+    Args:
+        trainer: its callbacks are looked through.
+        module: as for ``find_holders``.
+        targets: likewise.
+        refuse: ``False``: warn of such pairs too, where training has begun.
 
     Raises:
         ConfigError: naming it.
     """
+    said = _SAID.setdefault(trainer, set())
+    for line in _lines(find_holders(module, callbacks_of(trainer), targets), refuse):
+        if line not in said:
+            said.add(line)
+            rank_zero_warn(line)
+
+
+def _lines(held: Iterable[Held], refuse: bool) -> list[str]:
     lines = []
     for where, student, kind in held:
         if kind == "average":
-            raise ConfigError(
-                "targets", student, f"{where} pairs its parameters with these by position, which the switch changes: use "
-                "Lightning's WeightAveraging or EMAWeightAveraging, which follow it"
-            )  # fmt: skip
-        if kind == "copy":
+            reason = (
+                f"{where} pairs its parameters with these by position, which the switch changes: use Lightning's "
+                "WeightAveraging or EMAWeightAveraging, which follow it"
+            )
+            if refuse:
+                raise ConfigError("targets", student, reason)
+            lines.append(f"{student}: {reason}")
+        elif kind == "copy":
             lines.append(f"{where} looks like a copy of {student}, whose layers become low-rank: {CURE}")
         elif kind == "values":
             lines.append(

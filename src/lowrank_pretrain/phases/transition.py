@@ -39,11 +39,13 @@ from lowrank_pretrain.core.lightning_private import (
     state_dict_hooks,
 )
 from lowrank_pretrain.core.protocols import Adopter, Inherit
+from lowrank_pretrain.core.targets import all_targets
 from lowrank_pretrain.core.trainer import accumulates, callbacks_of
 from lowrank_pretrain.factorize.layer import follow_weight
 from lowrank_pretrain.factorize.model import factored_layers, shown_whole
 from lowrank_pretrain.lora.model import own_tensors, shown_plain
 from lowrank_pretrain.phases import optimizer_members
+from lowrank_pretrain.phases.holders import name_holders
 
 Change = Callable[[], Iterable[Inherit] | None]
 
@@ -187,8 +189,9 @@ def _is_own(module: pl.LightningModule, name: str) -> bool:
 
 
 def apply(
-    trainer: pl.Trainer, module: pl.LightningModule, change: Change, optimizer_state: str = "keep", replay: bool = False
-) -> int:
+    trainer: pl.Trainer, module: pl.LightningModule, change: Change, optimizer_state: str = "keep", replay: bool = False,
+    replaced: Iterable[str] = (),
+) -> int:  # fmt: skip
     """Run ``change`` on the module, then update trainer, optimizers and wrapper.
 
     Args:
@@ -198,6 +201,7 @@ def apply(
         optimizer_state: ``keep``: parameters that stay keep their moments; ``reset``: all moments are dropped, as the
             PreLoRA authors' code does.
         replay: the change is repeated before the first step of a resumed fit, so no step boundary is needed.
+        replaced: targets whose parameters the change replaces: who keeps them is named.
 
     Returns:
         A hash of all parameters after the change, which all ranks hold alike. Under a strategy that compares the ranks itself
@@ -210,6 +214,8 @@ def apply(
     """
     if not replay and accumulates(trainer):
         raise RuntimeError("a model may change only between two optimizer steps, not between micro-batches of one")
+    if trainer.global_step > 0 and not replay and replaced:  # the start of a fit has looked by itself
+        name_holders(trainer, module, {name: t for name, t in all_targets(module).items() if name in replaced}, refuse=False)
     strategy: Any = trainer.strategy
     by_strategy = isinstance(strategy, Adopter) and strategy.compares_ranks
 
