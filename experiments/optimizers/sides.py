@@ -51,7 +51,8 @@ class Cell:
     def name(self) -> str:
         """What its runs are called by."""
         unit = "tpp" if self.part == "text" else "ep"
-        return f"{self.part}{self.size:g}m-{self.length:g}{unit}"
+        large = f"-{self.batch * self.tokens // 1024}k" if self.part == "text" and self.batch > 16 else ""
+        return f"{self.part}{self.size:g}m-{self.length:g}{unit}{large}"
 
     def steps(self, images: int = 60_000) -> int:
         """Return the optimizer steps of a run."""
@@ -70,6 +71,7 @@ CELLS = (
     Cell("text", 4, 256, 5, 4, ("lr",), TEXT),
     Cell("text", 12, 384, 7, 1, ("lr",), TEXT),
     Cell("text", 12, 384, 7, 4, ("lr",), TEXT),
+    Cell("text", 1, 128, 5, 4, ("lr",), TEXT, batch=64),  # 8,192 tokens a step: what an optimizer's own products cost there
     Cell("images", 0.3, 96, 3, 2, ALL, PICTURES, batch=64),
     Cell("images", 1.2, 192, 3, 2, ("lr", "rest_lr"), PICTURES, batch=64),
     Cell("images", 5, 384, 3, 2, ("lr",), PICTURES, batch=64),

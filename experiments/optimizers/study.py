@@ -134,8 +134,10 @@ class Study:
         return descent
 
     def start_of(self, side: str, cell: Cell) -> Point:
-        """Return where a side's search on a cell begins: at the best of the cell before it in its part."""
-        before = [other for other in self.cells[: list(self.cells).index(cell)] if other.part == cell.part]
+        """Return where a side's search on a cell begins: at the best of the last cell before it that is not larger."""
+        before = [
+            other for other in self.cells[: list(self.cells).index(cell)] if other.part == cell.part and other.size <= cell.size
+        ]
         return self.best(side, before[-1]).point if before else self.origin(side, cell)[0]
 
     def reported(self, cell: Cell) -> dict[tuple[str, int], Job]:
