@@ -25,7 +25,7 @@ from experiments.runs import Job, run
 
 EPOCHS, STEPS, BATCH, WIDTH, DEPTH = 60, 20, 64, 384, 3
 SEEDS = (1, 2, 3)
-MIDDLE = (1e-3, 4.0)  # the matrices' rate, and the rest's over it
+MIDDLE = (5e-4, 4.0)  # the matrices' rate, and the rest's over it
 MIDDLE_RATIO = 2.0  # the adapters' or factors' rate over their weight's
 LOOKS = 10  # epochs between validations
 # q, v and dense of the source are targets; key, norms, embeddings and head train on in full, as there
