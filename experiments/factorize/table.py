@@ -55,7 +55,7 @@ def row(job: Job, found: dict[str, Any]) -> dict[str, Any]:
 
 def markdown(rows: list[dict[str, Any]], task: str) -> str:
     """Return the table of a task: mean of the seeds, and their standard deviation."""
-    head = ["width", "run", "rates: matrices; rest, factors over them", "test loss", "accuracy, %", "parameters, thousands",
+    head = ["width", "run", "rates: matrices, rest over them, factors over theirs", "test loss", "accuracy, %", "parameters, thousands",
             "CPU s of the whole run"]  # fmt: skip
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for width in WIDTHS:
