@@ -55,8 +55,8 @@ def row(job: Job, found: dict[str, Any]) -> dict[str, Any]:
 
 def markdown(rows: list[dict[str, Any]], task: str) -> str:
     """Return the table of a task: mean of the seeds, and their standard deviation."""
-    head = ["width", "run", "rates: matrices, rest over them, factors over theirs", "test loss", "accuracy, %", "parameters, thousands",
-            "CPU s of the whole run"]  # fmt: skip
+    head = ["width", "run", "rates: matrices, rest over them, factors over theirs", "test loss", "accuracy, %",
+            "parameters, thousands", "CPU s of the whole run"]  # fmt: skip
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for width in WIDTHS:
         mine = [one for one in rows if one["task"] == task and one["width"] == width]
