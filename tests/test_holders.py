@@ -69,7 +69,7 @@ class AfterTwo(Callback):
     (lambda m: [p for p in m.parameters() if p.ndim > 1], "AfterTwo.held holds parameters of fc1 that .*anew"),
     (AveragedModel, "Net: AfterTwo.held pairs its parameters with these by position"),
 ])  # fmt: skip
-def test_what_is_made_between_the_first_step_and_the_switch_is_named_at_the_switch(tmp_path, build, match, then):
+def test_what_is_made_between_the_first_step_and_the_switch_is_named_before_it(tmp_path, build, match, then):
     phases = pre(then=then, ranks=(0.25,) if then == "factorize" else (2,))
     with pytest.warns(UserWarning, match=match) as caught:
         fit(tmp_path, Net(), AfterTwo(build), phases, max_epochs=6)

@@ -33,7 +33,7 @@ from lowrank_pretrain.core.trainer import callbacks_of, log_row
 from lowrank_pretrain.factorize.model import Factors
 from lowrank_pretrain.lora import model as lora
 from lowrank_pretrain.observe.monitor import count_parameters
-from lowrank_pretrain.phases import adapter_groups, adoption, layers, optimizer_members, plain_checkpoint, refusals, transition
+from lowrank_pretrain.phases import adapter_groups, adoption, group_order, layers, plain_checkpoint, refusals, transition
 from lowrank_pretrain.phases.adapter_watch import AdapterWatch, GradientWatch, check_optimizers
 from lowrank_pretrain.phases.first_step import FirstStep
 from lowrank_pretrain.phases.plain_checkpoint import Brought, Ended, Held
@@ -154,9 +154,8 @@ class PhaseCallback(HasPhase, Callback):
     def _switch(self, trainer: pl.Trainer, pl_module: pl.LightningModule, plan: Plan, replay: bool) -> None:
         note = transition.note_plain(pl_module)
         agreed = transition.apply(
-            trainer, pl_module, lambda: self._adopter.adopt(plan, pl_module), self.optimizer_state, replay,
-            () if isinstance(self._adopter, Optimizer) else list(plan),
-        )  # fmt: skip
+            trainer, pl_module, lambda: self._adopter.adopt(plan, pl_module), self.optimizer_state, replay
+        )
         if isinstance(self._adopter, Optimizer):
             transition.note_added(pl_module)
         if self.has_own_groups() and not isinstance(self._adopter, Factors):
@@ -239,7 +238,7 @@ class PhaseCallback(HasPhase, Callback):
         refusals.check_settings(self, brought.settings, pl_module)
         if self.phase != "full":
             self._replay(trainer, pl_module, brought)
-        if brought.groups is not None and brought.groups != optimizer_members.group_names(trainer.optimizers, pl_module):
+        if brought.groups is not None and brought.groups != group_order.group_names(trainer.optimizers, pl_module):
             held = "its optimizer groups hold other parameters, or another order"
             raise ConfigError("ckpt_path", str(trainer.ckpt_path), held)
         settle_buckets(trainer.strategy.model)
@@ -262,7 +261,7 @@ class PhaseCallback(HasPhase, Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check that the restored optimizer states fit, and that every rank read the same file."""
-        optimizer_members.check_restored(trainer.optimizers, pl_module)
+        group_order.check_restored(trainer.optimizers, pl_module)
         for key in ("switch_step", "freeze_step"):  # a fit may continue under a new trainer, which counts steps from 0
             setattr(self, key, None if getattr(self, key) is None else min(getattr(self, key), trainer.global_step))
         if self._first is not None:
@@ -368,7 +367,7 @@ class PhaseCallback(HasPhase, Callback):
         if note is None or not layers.has_changed(pl_module):  # strategy or optimizer took the plan, or none is there yet
             transition.restore_flags(pl_module)
             return
-        groups = optimizer_members.group_names(trainer.optimizers, pl_module)
+        groups = group_order.group_names(trainer.optimizers, pl_module)
         averages = {where: Held(averaged, pl_module) for where, averaged, _ in transition.averages(callbacks_of(trainer))}
         self._ended = Ended(Held(pl_module), averages, note, groups)
         plain_checkpoint.restore_plain(pl_module)
@@ -420,7 +419,7 @@ class PhaseCallback(HasPhase, Callback):
             side |= {"format": FORMAT, **ended.note.entry(), "groups": ended.groups, "exact": ended.model.exact()}
             side["averages"] = {where: averaged.exact() for where, averaged in ended.averages.items()}
             return
-        side["groups"] = optimizer_members.group_names(trainer.optimizers, pl_module)
+        side["groups"] = group_order.group_names(trainer.optimizers, pl_module)
         note = transition.note_of_changed(pl_module)
         if note is not None:
             self._adopter.before_checkpoint()

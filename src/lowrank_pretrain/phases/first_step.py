@@ -15,7 +15,7 @@ from lowrank_pretrain.core.trainer import callbacks_of
 from lowrank_pretrain.factorize.model import Factors
 from lowrank_pretrain.factorize.preview import Preview
 from lowrank_pretrain.lora.frozen import OPERANDS
-from lowrank_pretrain.phases.holders import name_holders
+from lowrank_pretrain.phases.holders import LateHolders, name_holders
 from lowrank_pretrain.phases.rehearsal import Rehearsal
 from lowrank_pretrain.phases.teachers import CURE, Pairing, teachers
 from lowrank_pretrain.phases.transition import averages
@@ -86,6 +86,7 @@ class FirstStep(FirstStepWatch):
         for student, teacher in self._pairs:
             rank_zero_warn(f"{teacher} looks like a frozen copy of {student}, whose layers become low-rank: {CURE}")
         name_holders(trainer, pl_module, targets)  # refused now, and not after the switch
+        LateHolders(trainer, pl_module, targets)
         self.looking = False
         self._all_seen = False  # whether every layer was called in the first step, by any process
         self._noted: Tensor | None = None  # of the targets' weights after the first step

@@ -3,8 +3,8 @@
 A switch changes number and order of the parameters. Who took them before, and pairs them by position (or asks for each name
 of ``named_parameters()``) afterwards, fails then, perhaps days after the start; a list of the parameters themselves goes
 stale without a word. Averages often begin late, so that no step at the start shows how they are updated. So attributes are
-looked through when a fit starts, and before the switch for what was made in between. Lightning's own averages follow the
-switch, and timm's go by ``state_dict()``.
+looked through when a fit starts, and now and then until the switch for what was made since. Lightning's own averages follow
+the switch, and timm's go by ``state_dict()``.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence, Sized
@@ -21,6 +21,7 @@ from torch.optim.swa_utils import AveragedModel
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.targets import Target, plain_name
 from lowrank_pretrain.core.trainer import callbacks_of
+from lowrank_pretrain.phases import layers
 from lowrank_pretrain.phases.teachers import CURE
 
 _DEPTH = 4  # attributes of attributes that are looked through
@@ -89,6 +90,31 @@ def name_holders(trainer: pl.Trainer, module: pl.LightningModule, targets: Mappi
         if line not in said:
             said.add(line)
             rank_zero_warn(line)
+
+
+class LateHolders:
+    """Look again, after steps 3 to 20 and then whenever a tenth more are done, for what was made since; until the switch.
+
+    Args:
+        trainer: the running trainer; its first optimizer's steps count.
+        module: as for ``find_holders``.
+        targets: likewise.
+    """
+
+    def __init__(self, trainer: pl.Trainer, module: pl.LightningModule, targets: Mapping[str, Target]) -> None:
+        self._trainer, self._module, self._targets = trainer, module, targets
+        self._steps, self._next = 0, 3
+        self._handle = trainer.optimizers[0].register_step_post_hook(self._after_step)
+
+    def _after_step(self, *_: Any) -> None:
+        self._steps += 1
+        if self._steps < self._next:
+            return
+        self._next = self._steps + max(1, self._steps // 10)
+        if layers.has_changed(self._module) or not self._trainer.training:
+            self._handle.remove()
+            return
+        name_holders(self._trainer, self._module, self._targets, refuse=False)
 
 
 def _lines(held: Iterable[Held], refuse: bool) -> list[str]:

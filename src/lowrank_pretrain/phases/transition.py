@@ -26,7 +26,8 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import SGD, Optimizer
 
 from lowrank_pretrain.core.agreement import agreed_hash
 from lowrank_pretrain.core.buckets import settle_buckets
@@ -39,13 +40,10 @@ from lowrank_pretrain.core.lightning_private import (
     state_dict_hooks,
 )
 from lowrank_pretrain.core.protocols import Adopter, Inherit
-from lowrank_pretrain.core.targets import all_targets
 from lowrank_pretrain.core.trainer import accumulates, callbacks_of
 from lowrank_pretrain.factorize.layer import follow_weight
 from lowrank_pretrain.factorize.model import factored_layers, shown_whole
 from lowrank_pretrain.lora.model import own_tensors, shown_plain
-from lowrank_pretrain.phases import optimizer_members
-from lowrank_pretrain.phases.holders import name_holders
 
 Change = Callable[[], Iterable[Inherit] | None]
 
@@ -189,9 +187,8 @@ def _is_own(module: pl.LightningModule, name: str) -> bool:
 
 
 def apply(
-    trainer: pl.Trainer, module: pl.LightningModule, change: Change, optimizer_state: str = "keep", replay: bool = False,
-    replaced: Iterable[str] = (),
-) -> int:  # fmt: skip
+    trainer: pl.Trainer, module: pl.LightningModule, change: Change, optimizer_state: str = "keep", replay: bool = False
+) -> int:
     """Run ``change`` on the module, then update trainer, optimizers and wrapper.
 
     Args:
@@ -201,7 +198,6 @@ def apply(
         optimizer_state: ``keep``: parameters that stay keep their moments; ``reset``: all moments are dropped, as the
             PreLoRA authors' code does.
         replay: the change is repeated before the first step of a resumed fit, so no step boundary is needed.
-        replaced: targets whose parameters the change replaces: who keeps them is named.
 
     Returns:
         A hash of all parameters after the change, which all ranks hold alike. Under a strategy that compares the ranks itself
@@ -214,8 +210,6 @@ def apply(
     """
     if not replay and accumulates(trainer):
         raise RuntimeError("a model may change only between two optimizer steps, not between micro-batches of one")
-    if trainer.global_step > 0 and not replay and replaced:  # the start of a fit has looked by itself
-        name_holders(trainer, module, {name: t for name, t in all_targets(module).items() if name in replaced}, refuse=False)
     strategy: Any = trainer.strategy
     by_strategy = isinstance(strategy, Adopter) and strategy.compares_ranks
 
@@ -237,9 +231,9 @@ def apply(
 
     # refit the optimizers
     for optimizer in trainer.optimizers:
-        optimizer_members.inherit_state(optimizer, inherited)
-    optimizer_members.join(trainer.optimizers, module, before, inherited)
-    optimizer_members.leave(trainer.optimizers, module, before)
+        _inherit_state(optimizer, inherited)
+    _join(trainer.optimizers, module, before, inherited)
+    _leave(trainer.optimizers, module, before)
     if optimizer_state == "reset":
         for optimizer in trainer.optimizers:
             optimizer.state.clear()
@@ -303,6 +297,97 @@ def _keep_hooks(wrapper: Any, hooks: Iterable[tuple[Callable, Any]]) -> None:
                 state.iter = 0  # it sends whole gradients until DDP has settled its buckets
         if not comm_hooks(wrapper):
             wrapper.register_comm_hook(state, hook)
+
+
+# -- optimizers -------------------------------------------------------------------------------------------------------
+
+
+def _inherit_state(optimizer: Optimizer, inherited: Iterable[Inherit]) -> None:
+    for heir in inherited:
+        state = optimizer.state.get(heir.old) if heir.rows else None
+        if state:
+            with suppress(LookupError):  # it starts afresh
+                optimizer.state[heir.new] = {key: _part_of(value, heir) for key, value in state.items()}
+
+
+def _part_of(value: Any, heir: Inherit) -> Any:
+    """Return what a new parameter takes over of one value of its origin's state; LookupError if that has an unknown form."""
+    new, old, dim, start, rows = heir
+    if isinstance(value, Tensor) and value.shape == old.shape:
+        # one parameter more than one of the old one's shape: heads that all start from the same adapter
+        return value.expand(new.shape).clone() if new.ndim > old.ndim else value.narrow(dim, start, rows).clone()
+    whole = isinstance(value, Tensor) and value.ndim == old.ndim == new.ndim
+    if whole and all(size in (1, full) for size, full in zip(value.shape, old.shape, strict=True)):  # Adafactor's means
+        return (value if value.shape[dim] == 1 else value.narrow(dim, start, rows)).clone()
+    if isinstance(value, (list, tuple, dict)) or (isinstance(value, Tensor) and value.numel() > 1):
+        raise LookupError(type(value).__name__)
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def _join(optimizers: list[Optimizer], module: nn.Module, before: dict[int, bool], inherited: Iterable[Inherit]) -> None:
+    """Put new parameters into the group that owns their base weight; ``before``: who trained, by id."""
+    groups = {id(p): group for opt in optimizers for group in opt.param_groups for p in group["params"]}
+    origins = {id(new): id(old) for new, old, *_ in inherited}
+    named = dict(module.named_parameters())
+    for name, p in named.items():
+        if id(p) in before or not p.requires_grad or id(p) in groups:
+            continue
+        owner = origins.get(id(p)) or _base_weight(name, named, groups, origins)
+        if owner not in groups and ".rest_bias." in name:  # nothing trained the bias before
+            p.requires_grad_(False)
+            continue
+        if owner not in groups:
+            raise ConfigError(
+                "targets", name.partition(".lora_")[0], "is in no optimizer: configure_optimizers must hand over its weight"
+            )
+        group = groups[id(p)] = groups[owner]  # a joined parameter can own later ones
+        group["params"].append(p)
+        if "param_names" in group:
+            group["param_names"].append(name)
+        _start_momentum(optimizers, group, p)
+
+
+def _start_momentum(optimizers: list[Optimizer], group: dict[str, Any], p: nn.Parameter) -> None:
+    """Let torch's fused SGD take a new parameter: it wants momentum for all parameters of a group, or for none."""
+    optimizer = next(optimizer for optimizer in optimizers if any(group is one for one in optimizer.param_groups))
+    if not isinstance(optimizer, SGD) or not group.get("fused") or p in optimizer.state:
+        return
+    if all(optimizer.state[old].get("momentum_buffer") is None for old in group["params"] if old in optimizer.state):
+        return
+    if group["dampening"]:  # a first step from zero would be damped, which SGD does not do
+        group["fused"] = False
+    else:
+        optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+
+
+def _base_weight(name: str, named: dict[str, nn.Parameter], groups: dict[int, Any], origins: dict[int, int]) -> int | None:
+    """Find the nearest enclosing parameter of a new one that an optimizer owns: ``fc1.lora_B.W`` -> ``fc1.weight``."""
+    words = name.split(".")
+    for end in range(len(words) - 1, 0, -1):
+        prefix = ".".join(words[:end])
+        siblings = [f"{prefix}.weight", *(n for n in named if n.rpartition(".")[0] == prefix)]
+        for sibling in siblings:
+            if sibling in named:
+                own = id(named[sibling])
+                found = next((owner for owner in (own, origins.get(own)) if owner in groups), None)
+                if found is not None:
+                    return found
+    return None
+
+
+def _leave(optimizers: list[Optimizer], module: nn.Module, before: dict[int, bool]) -> None:
+    """Remove parameters that the change froze or removed from their group, with their state."""
+    after = {id(p): p.requires_grad for p in module.parameters()}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            stays = [not (id(p) in before and before[id(p)] and not after.get(id(p), False)) for p in group["params"]]
+            for p, stay in zip(group["params"], stays, strict=True):
+                if not stay:
+                    optimizer.state.pop(p, None)
+                    p.grad = None
+            for key in ("params", "param_names"):
+                if key in group:
+                    group[key][:] = [item for item, stay in zip(group[key], stays, strict=True) if stay]
 
 
 # -- averages that Lightning's callbacks keep ---------------------------------------------------------------------------
