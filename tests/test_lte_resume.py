@@ -80,7 +80,12 @@ def merged_loss(path):
         return F.cross_entropy(plain.out(plain.net(data.x)), data.y).item()
 
 
-@pytest.mark.parametrize("how", [{}, {"reset": True}, {"sync_rest": "merge"}, {"mode": "sequential"}, {"overlap": 1}], ids=str)
+ELASTIC = [
+    {}, {"reset": True}, {"sync_rest": "merge"}, {"mode": "sequential"}, {"overlap": 1}, {"net": {"optimizer": "numbers"}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("how", ELASTIC, ids=str)
 @pytest.mark.parametrize("at", [4, 6])  # at a merge, and between two
 def test_two_to_three_to_one_worker(ranks, tmp_path, how, at):
     """Every change of workers keeps the function; between merges it merges first and says so."""

@@ -109,7 +109,7 @@ def _longer_moment(key: str, value: Tensor, count: int) -> Tensor:
     moment of zero its first steps would be several times too long. It starts with the others' mean square, and no momentum.
     """
     if len(value) < count and len(value) > 0 and (value.ndim == 1 or "sq" in key):
-        mean = value.mean(0, keepdim=True)
+        mean = value.mean(0, keepdim=True) if value.is_floating_point() else value.amax(0, keepdim=True)
         return torch.cat([value, mean.expand(count - len(value), *value.shape[1:])])
     return _longer(value, count)
 
