@@ -102,19 +102,20 @@ class LateHolders:
     """
 
     def __init__(self, trainer: pl.Trainer, module: pl.LightningModule, targets: Mapping[str, Target]) -> None:
-        self._trainer, self._module, self._targets = trainer, module, targets
+        self._watched: tuple[pl.Trainer, pl.LightningModule, Mapping[str, Target]] | None = (trainer, module, targets)
         self._steps, self._next = 0, 3
-        self._handle = trainer.optimizers[0].register_step_post_hook(self._after_step)
+        trainer.optimizers[0].register_step_post_hook(self._after_step)
 
     def _after_step(self, *_: Any) -> None:
         self._steps += 1
-        if self._steps < self._next:
+        if self._watched is None or self._steps < self._next:
             return
         self._next = self._steps + max(1, self._steps // 10)
-        if layers.has_changed(self._module) or not self._trainer.training:
-            self._handle.remove()
+        trainer, module, targets = self._watched
+        if layers.has_changed(module) or not trainer.training:
+            self._watched = None  # the hook stays, and does nothing: torch allows no hook to remove itself while it runs
             return
-        name_holders(self._trainer, self._module, self._targets, refuse=False)
+        name_holders(trainer, module, targets, refuse=False)
 
 
 def _lines(held: Iterable[Held], refuse: bool) -> list[str]:
