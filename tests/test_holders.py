@@ -65,8 +65,8 @@ class AfterTwo(Callback):
 class Hooked(Callback):
     """Hooks of its own on the optimizer, after everybody else's."""
 
-    def on_train_batch_end(self, trainer, pl_module, *_):
-        trainer.optimizers[0].register_step_post_hook(lambda *_: None)
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        optimizer.register_step_post_hook(lambda *_: None)
 
 
 @pytest.mark.parametrize("then", ["lora", "factorize"])
@@ -79,7 +79,7 @@ class Hooked(Callback):
 def test_what_is_made_between_the_first_step_and_the_switch_is_named_before_it(tmp_path, build, match, then):
     phases = pre(then=then, ranks=(0.25,) if then == "factorize" else (2,))
     with pytest.warns(UserWarning, match=match) as caught:
-        fit(tmp_path, Net(), AfterTwo(build), Hooked(), phases, max_epochs=6)
+        fit(tmp_path, Net(), AfterTwo(build), phases, Hooked(), max_epochs=6)
     assert sum("AfterTwo.held" in str(w.message) for w in caught) == 1 and phases.phase == "lowrank"
 
 

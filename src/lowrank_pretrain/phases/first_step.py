@@ -162,9 +162,8 @@ class FirstStep(FirstStepWatch):
             raise ConfigError("targets", which, line)
 
     def _note_weights(self, *_: Any) -> None:
-        """Note the targets' weights as the first step leaves them; called after it."""
+        """Note the targets' weights as the first step leaves them; called after it. The second step removes the hook."""
         self._noted = self._figures()
-        self._forget_hooks()
 
     @torch.no_grad()
     def _figures(self) -> Tensor:
