@@ -6,7 +6,7 @@ from typing import Any
 
 from experiments.factorize.study import CELLS, SIDES, TASKS, WIDTHS, reported
 from experiments.runs import Job
-from experiments.tables import Missing, fill, machines, need, write_csv
+from experiments.tables import Missing, fill, machines, need, table, write_csv
 
 COLUMNS = {"test_loss": 1, "test_acc1": 100, "parameters": 1e-3, "cpu_seconds": 1}  # and what each is multiplied by
 
@@ -57,16 +57,15 @@ def markdown(rows: list[dict[str, Any]], task: str) -> str:
     """Return the table of a task: mean of the seeds, and their standard deviation."""
     head = ["width", "run", "rates: matrices, rest over them, factors over theirs", "test loss", "accuracy, %",
             "parameters, thousands", "CPU s of the whole run"]  # fmt: skip
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    lines = []
     for width in WIDTHS:
         mine = [one for one in rows if one["task"] == task and one["width"] == width]
         for run in dict.fromkeys(one["run"] for one in mine):
             group = [one for one in mine if one["run"] == run]
             cells = [_mean(group, key, factor) for key, factor in COLUMNS.items()]
-            lines.append(
-                f"| {width} | {run} | {group[0]['lr']:g}, {group[0]['rest']:g}, {group[0]['ratio']:g} | {' | '.join(cells)} |"
-            )
-    return "\n".join(lines)
+            rates = ", ".join(f"{group[0][key]:g}" for key in ("lr", "rest", "ratio"))
+            lines.append([width, run, rates, *cells])
+    return table(head, lines)
 
 
 def _mean(group: list[dict[str, Any]], key: str, factor: float) -> str:

@@ -128,7 +128,7 @@ class PhaseCallback(HasPhase, Callback):
         self.chosen: dict[str, int] = {}  # target -> largest rank that it may get
         self.left_out: dict[str, str] = {}  # target -> what the first step said against it
         self._first: FirstStep | None = None
-        self._unchecked = self._unmoved = False  # after a change: is it open if gradients reach, and steps move, each adapter?
+        self._unchecked = self._unmoved = False  # after a change: not yet seen that gradients reach, and steps move, all
         self._watch: GradientWatch | None = None
         self._moving: AdapterWatch | None = None
         self._said_dead: set[str] = set()  # layers of adapters that no gradient had reached
