@@ -20,7 +20,7 @@ DTYPES = [torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.flo
 SETTINGS = {
     "refresh": ["subspace", "subspace", "track", "svd"], "rotate_moments": [True, True, False], "stagger": [True, False],
     "proj_type": ["std", "reverse_std", "left", "right", "full"], "moments": ["auto", "float32", "grad", "8bit"],
-    "residual": [None, None, "fira"], "variant": ["galore", "galore", "galore", "apollo"], "update_proj_gap": [1, 2, 5],
+    "residual": [None, None, "fira", "muon"], "variant": ["galore", "galore", "galore", "apollo"], "update_proj_gap": [1, 2, 5],
     "layerwise": [False, False, True], "correct_bias": [True, True, False], "eps": [1e-6, 1e-8], "weight_decay": [0.0, 0.1],
     "rank": [1, 2, 4, None],
 }  # fmt: skip

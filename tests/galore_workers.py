@@ -108,6 +108,10 @@ def hook_fira(rank):
     hook(rank, "everything", residual="fira")
 
 
+def hook_whole(rank):
+    hook(rank, "everything", residual="muon", refresh="track", rule="muon")
+
+
 def hook_two_sided(rank):
     hook(rank, "", proj_type="full")
 
@@ -238,7 +242,7 @@ def fsdp2_not_finite(rank):
 
 
 def fsdp2_refuses(rank):
-    for settings in ({"residual": "fira"}, {"variant": "apollo"}, {"moments": "8bit"}):
+    for settings in ({"residual": "fira"}, {"residual": "muon"}, {"variant": "apollo"}, {"moments": "8bit"}):
         model = sharded(net())
         try:
             train(model, optimizer_of(model, **settings), range(1), [rank])
@@ -450,7 +454,8 @@ def checkpoint_of_fsdp2_modes(rank):
 
 
 SCENARIOS = [
-    hook, hook_tracking, hook_fira, hook_two_sided, hook_refuses, fsdp2, fsdp2_left_and_right, fsdp2_tracking, fsdp2_two_sided,
+    hook, hook_tracking, hook_fira, hook_whole, hook_two_sided, hook_refuses,
+    fsdp2, fsdp2_left_and_right, fsdp2_tracking, fsdp2_two_sided,
     fsdp2_published, fsdp2_layerwise, fsdp2_adopts, fsdp2_not_finite, fsdp2_refuses, checkpoint_of_ddp, checkpoint_of_fsdp2,
     hook_in_lightning, layerwise_refuses_ddp, fsdp2_in_lightning, our_modules_under_fsdp2,
     hook_modes, fsdp2_modes, fsdp2_modes_adopt, checkpoint_of_fsdp2_modes,

@@ -96,6 +96,7 @@ REFUSED = [
     (lambda: workers.fit(settings={"refresh": "track"}), "refresh", "must stay"),
     (lambda: workers.fit(settings={"layerwise": True}), "layerwise", "averaged"),
     (lambda: workers.fit(settings={"residual": "fira"}), "residual", "leaves the subspace"),
+    (lambda: workers.fit(settings={"residual": "muon"}), "residual", "leaves the subspace"),
     (lambda: workers.fit(settings={"variant": "apollo"}), "variant", "leaves the subspace"),
     (lambda: lte_workers.fit(module=workers.GaLoreNet(), strategy=LTEStrategy(rank=2)), "update", "projecting optimizer"),
     (build("lte_galore", heads=3), "method.heads", "no key of this method"),

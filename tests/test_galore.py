@@ -410,7 +410,7 @@ def test_a_gradient_that_is_not_finite_names_its_parameter_and_harms_nothing():
             assert torch.equal(a, b)
 
 
-OUTSIDE = [{"residual": "fira"}, {"variant": "apollo"}]  # what these add to W is masked separately
+OUTSIDE = [{"residual": "fira"}, {"residual": "muon"}, {"variant": "apollo"}]  # what these add to W is masked separately
 
 
 @pytest.mark.parametrize(

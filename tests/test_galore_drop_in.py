@@ -15,7 +15,7 @@ from lowrank_pretrain.galore import GaLoreAdamW, galore_param_groups
 from lowrank_pretrain.galore.adam import steps_taken
 
 MODES = [
-    {}, {"refresh": "track"}, {"proj_type": "full"}, {"residual": "fira"}, {"variant": "apollo"},
+    {}, {"refresh": "track"}, {"proj_type": "full"}, {"residual": "fira"}, {"residual": "muon"}, {"variant": "apollo"},
     {"refresh": "svd", "rotate_moments": False}, {"moments": "grad"},
 ]  # fmt: skip
 

@@ -74,7 +74,7 @@ def distance(a, b):
 
 
 MODES = [{}, {"stagger": False}, {"refresh": "track"}, {"residual": "fira"}, {"variant": "apollo", "scale": 1.0},
-         {"refresh": "svd", "rotate_moments": False}]  # fmt: skip
+         {"residual": "muon"}, {"refresh": "svd", "rotate_moments": False}]  # fmt: skip
 
 
 @pytest.mark.parametrize("layerwise", [False, True])
@@ -83,7 +83,7 @@ def test_four_micro_batches_equal_one_batch(mode, layerwise):
     small, large = Regression(layerwise=layerwise, **mode), Regression(**mode)
     fit(small, 4, accumulate_grad_batches=4)
     fit(large, 16)
-    assert distance(small, large) < 2e-5
+    assert distance(small, large) < (1e-3 if mode.get("residual") == "muon" else 2e-5)  # its products are in bfloat16
     assert distance(large, Regression()) > 0.02
 
 
@@ -223,7 +223,8 @@ def test_layerwise_refuses_a_loss_scale():
         scaler.step(optimizer)
 
 
-@pytest.mark.parametrize("mode", [{}, {"refresh": "track"}, {"residual": "fira"}, {"layerwise": True}], ids=str)
+@pytest.mark.parametrize("mode", [{}, {"refresh": "track"}, {"residual": "fira"}, {"residual": "muon"}, {"layerwise": True}],
+                         ids=str)  # fmt: skip
 def test_resume_through_the_trainer_is_bit_exact(mode, tmp_path):
     whole = Regression(**mode)
     trainer = fit(whole, max_epochs=3)
@@ -264,7 +265,7 @@ def pair_of_loops(**settings):
 
 
 @pytest.mark.parametrize("clip", [0.05, 1e6])
-@pytest.mark.parametrize("mode", [{}, {"refresh": "track"}, {"residual": "fira"}], ids=str)
+@pytest.mark.parametrize("mode", [{}, {"refresh": "track"}, {"residual": "fira"}, {"residual": "muon"}], ids=str)
 def test_clipping_by_norm_sees_gradients_that_were_freed(mode, clip):
     modules, norms = [], []
     for module, optimizer in pair_of_loops(**mode):

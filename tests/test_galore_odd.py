@@ -8,11 +8,12 @@ from torch import nn
 
 from lowrank_pretrain.galore import GaLoreAdamW
 from tests.reference.galore import Twin
+from tests.reference.galore_modes import ModeTwin
 
 SHAPES = [(1, 7), (7, 1), (1, 1), (2, 3), (13, 4), (4, 13), (16, 17), (6, 3, 2, 2), (8, 2, 3)]
 MODES = [
     {}, {"rotate": False}, {"refresh": "track"}, {"residual": "fira"}, {"refresh": "track", "residual": "fira"},
-    {"variant": "apollo"},
+    {"residual": "muon"}, {"variant": "apollo"},
 ]  # fmt: skip
 SETTINGS = [{"gap": 1, "weight_decay": 0.0}, {"gap": 3, "weight_decay": 0.1, "betas": (0.0, 0.9)}]
 
@@ -26,7 +27,8 @@ def pair(start, rank, kind, *, gap, weight_decay, betas=(0.9, 0.999), rotate=Tru
     group = {"params": [p], "rank": rank, "proj_type": kind, "update_proj_gap": gap, "scale": 0.7, "rotate_moments": rotate}
     shared = {"betas": betas, "weight_decay": weight_decay, "seed": 1}
     optimizer = GaLoreAdamW([{**group, **mode}], lr=1e-2, stagger=False, **shared)
-    twin = Twin(w, rank, name, 1e-2, scale=0.7, gap=gap, proj_type=kind, rotate=rotate, **shared, **mode)
+    twin_of_mode = ModeTwin if mode.get("residual") == "muon" else Twin
+    twin = twin_of_mode(w, rank, name, 1e-2, scale=0.7, gap=gap, proj_type=kind, rotate=rotate, **shared, **mode)
     return optimizer, twin, p, w
 
 
@@ -73,7 +75,7 @@ def test_a_residual_that_rounding_made_does_not_hold_back_the_next_one():
     assert 0.3 < results[1] / results[0] < 3
 
 
-@pytest.mark.parametrize("mode", [{}, {"refresh": "track"}, {"residual": "fira"}], ids=str)
+@pytest.mark.parametrize("mode", [{}, {"refresh": "track"}, {"residual": "fira"}, {"residual": "muon"}], ids=str)
 @pytest.mark.parametrize("kind", ["left", "right", "full"])
 def test_a_basis_waits_for_the_first_gradient_that_is_not_zero(kind, mode):
     # weights in front of a layer that starts at zero; with a warm-up from lr 0 it stays there for more than one step
@@ -98,7 +100,8 @@ def test_a_basis_waits_for_the_first_gradient_that_is_not_zero(kind, mode):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("mode", [{}, {"refresh": "track", "residual": "fira"}, {"moments": "8bit"}, {"proj_type": "full"}],
+@pytest.mark.parametrize("mode", [{}, {"refresh": "track", "residual": "fira"}, {"moments": "8bit"}, {"proj_type": "full"},
+                                  {"refresh": "track", "residual": "muon", "rule": "muon"}],
                          ids=str)  # fmt: skip
 def test_resume_is_bit_exact_at_every_step(mode, dtype):
     if mode.get("moments") == "8bit":
@@ -135,7 +138,8 @@ def test_resume_is_bit_exact_at_every_step(mode, dtype):
 
 
 @pytest.mark.parametrize("size", [1e-20, 1e15])
-@pytest.mark.parametrize("mode", [{}, {"refresh": "track"}, {"residual": "fira"}, {"variant": "apollo"}], ids=str)
+@pytest.mark.parametrize("mode", [{}, {"refresh": "track"}, {"residual": "fira"}, {"residual": "muon"},
+                                  {"variant": "apollo"}], ids=str)  # fmt: skip
 def test_gradients_of_any_size(mode, size):
     p = nn.Parameter(draw((70, 64), 0, torch.float32))
     optimizer = GaLoreAdamW([{"params": [p], "rank": 6, "update_proj_gap": 2, **mode}], eps=1e-30)
@@ -164,7 +168,8 @@ def test_a_spike_whose_square_overflows_leaves_every_shape_finite(mode, shape):
             assert p.isfinite().all(), size
 
 
-@pytest.mark.parametrize("mode", [*NEW_MODES, {"residual": "fira", "rule": "muon"}, {"variant": "apollo"}], ids=str)
+@pytest.mark.parametrize("mode", [*NEW_MODES, {"residual": "fira", "rule": "muon"}, {"variant": "apollo"},
+                                  {"residual": "muon", "rule": "muon"}], ids=str)  # fmt: skip
 @pytest.mark.parametrize("moments", ["float32", "grad"])
 def test_float16_weights_stay_finite(mode, moments):
     p = nn.Parameter(draw((12, 8), 0, torch.float16))

@@ -27,7 +27,7 @@ SIDES = ["std", "reverse_std", "left", "right", "full"]
 MODES = [
     *({"refresh": refresh, "proj_type": side} for refresh, side in itertools.product(("subspace", "track", "svd"), SIDES)),
     *({"residual": "fira", "refresh": refresh} for refresh in ("subspace", "track", "svd")),
-    {"residual": "fira", "moments": "grad"},
+    {"residual": "fira", "moments": "grad"}, {"residual": "muon", "rule": "muon", "refresh": "track"}, {"residual": "muon"},
     {"variant": "apollo"}, {"variant": "apollo", "rank": 1}, {"variant": "apollo", "moments": "grad"},
     {"refresh": "svd", "rotate_moments": False, "stagger": False},
     {"moments": "grad"}, {"rotate_moments": False}, {"correct_bias": False}, {"weight_decay": 0.0},

@@ -18,7 +18,9 @@ SIDES: dict[str, tuple[list[str], float]] = {
     "track_fira": (["method=galore_track", "method.scale=1", "method.residual=fira"], 1.5),
     "factored": (["method=galore_factored", "method.scale=1"], 2.0),
     "factored_fira": (["method=galore_factored", "method.scale=1", "method.residual=fira"], 1.5),
+    "factored_muon": (["method=galore_factored", "method.scale=1", "method.residual=muon"], 2.0),
     "galore_muon": (["method=galore_muon", "method.scale=1"], 2.0),
+    "galore_muon_whole": (["method=galore_muon", "method.scale=1", "method.residual=muon"], 2.0),
 }
 GAP = 50  # steps of a basis, where it does not follow every step
 

@@ -33,6 +33,8 @@ class ModeTwin(Twin):
         b1, b2 = self.betas
         self.m = b1 * self.m + (1 - b1) * low
         u = b1 * self.m + (1 - b1) * low if self.nesterov else self.m
+        if self.rule == "muon" and self.residual == "muon":  # the momentum of all, whose past is known in the subspace alone
+            return self.whole(g, low, u, 1 - b1)
         if self.rule == "muon":
             whole = self.p @ u @ self.q.T if self.two_sided else self.p @ u
             o = newton_schulz(whole)
@@ -47,8 +49,15 @@ class ModeTwin(Twin):
         else:
             v = self.v = b2 * self.v + (1 - b2) * low**2
         n = u / (v.sqrt() + 1e-6)
-        ahead = self.t + 1 if self.nesterov else self.t
-        return math.sqrt(1 - b2**self.t) / (1 - b1**ahead) * self.outcome(g, low, n)
+        correction = math.sqrt(1 - b2**self.t) / (1 - b1 ** (self.t + 1 if self.nesterov else self.t))
+        if self.residual == "muon":
+            n = correction * n
+            return self.whole(g, low, n, n.norm(dim=0) / (low.norm(dim=0) + TINY))
+        return correction * self.outcome(g, low, n)
+
+    def whole(self, g, low, n, s):
+        """The orthogonal factor of direction and scaled residual together, at the size of AdamW's update."""
+        return 0.2 * math.sqrt(max(g.shape)) * newton_schulz(self.p @ n + (g - self.p @ low) * s)
 
     def renew(self, g):
         old, old_q = self.p, self.q
@@ -112,11 +121,29 @@ class HalfTwin(ModeTwin):
             self.weight.copy_(bf16(self.weight - eta * g * bf16(s)))
         return torch.zeros_like(g)
 
+    def whole(self, g, low, n, s):
+        back = bf16(self.p) @ bf16(n - low * s)
+        eta = self.lr * self.scale * 0.2 * math.sqrt(max(g.shape))
+        self.weight.copy_(bf16(self.weight - eta * rounded_newton_schulz(g * s + back)))
+        return torch.zeros_like(g)
+
+
+def rounded_newton_schulz(whole, steps=5):
+    """Muon's iteration as Muon computes it: the matrix, its Gram matrix and the polynomial in bfloat16."""
+    a, b, c = QUINTIC
+    if whole.shape[0] > whole.shape[1]:
+        return rounded_newton_schulz(whole.T, steps).T
+    x = bf16(whole / (whole.norm() or 1))
+    for _ in range(steps):
+        gram = bf16(x @ x.T)
+        x = bf16(a * x + bf16(b * gram + c * gram @ gram) @ x)
+    return x
+
 
 def newton_schulz(whole, steps=5):
     """Muon's iteration, on the matrix itself."""
     a, b, c = QUINTIC
-    x = whole / (whole.norm() + TINY * 0)
+    x = whole / (whole.norm() or 1)
     if x.shape[0] > x.shape[1]:
         return newton_schulz(whole.T, steps).T
     for _ in range(steps):

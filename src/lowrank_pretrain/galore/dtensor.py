@@ -53,7 +53,7 @@ def check_placement(p: Tensor, group: dict[str, Any], name: str) -> None:
     if len(cut) > 1 or any(type(q) is not Shard or q.dim != 0 for q in cut):
         raise ConfigError("params", name, f"is placed as {p.placements}: GaLore takes FSDP2's pieces of whole rows (Shard(0))")
     if group["residual"] or group["variant"] == "apollo":
-        raise ConfigError("residual", group["residual"], "Fira and APOLLO need whole gradients: not with FSDP2")
+        raise ConfigError("residual", group["residual"], "a residual and APOLLO need whole gradients: not with FSDP2")
     if group["moments"] == "8bit":
         raise ConfigError("moments", "8bit", "not with FSDP2, which already divides the moments: use float32 or grad")
 

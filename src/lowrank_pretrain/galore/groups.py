@@ -32,7 +32,7 @@ from lowrank_pretrain.models.optim import undecayed_names
 MODE_DEFAULTS = {"second_moment": "full", "nesterov": False, "rule": "adam", "track_every": 1}
 # settings of projected groups alone
 _PROJECTED = ("update_proj_gap", "scale", "proj_type", "refresh", "residual", "variant", *MODE_DEFAULTS)
-RESIDUALS = (None, "fira")
+RESIDUALS = (None, "fira", "muon")
 VARIANTS = ("galore", "apollo")
 # settings that a group may have, and other keys that torch, its schedulers, Lightning and timm put into one
 KEYS = (
@@ -232,7 +232,7 @@ def check_group(group: dict[str, Any], names: Mapping[int, str], quiet: bool = F
     check_rank_value(group["rank"])
     group["rank"] = int(group["rank"])
     if group["proj_type"] == "full" and (group["residual"] or group["variant"] == "apollo"):
-        raise ConfigError("proj_type", "full", "Fira and APOLLO scale columns of a one-sided projection: use std")
+        raise ConfigError("proj_type", "full", "a residual and APOLLO need a one-sided projection: use std")
     if group["variant"] == "apollo" and (group["residual"] or group["refresh"] == "track"):
         raise ConfigError("variant", "apollo", "has no basis to track and no residual: leave refresh and residual alone")
     if group["track_every"] != 1 and group["refresh"] != "track":

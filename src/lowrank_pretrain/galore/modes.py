@@ -67,7 +67,7 @@ def mode_direction(
         m: first moment.
         second: the stored form of the second moment.
         step: this step's number, from 1.
-        group: its ``betas``, ``eps``, ``correct_bias``, ``nesterov`` and ``rule``.
+        group: its ``betas``, ``eps``, ``correct_bias``, ``nesterov``, ``rule`` and ``residual``.
         shape: (d, k) of the whole matrix.
         skip: device scalar, 1.0 where a gradient of this step is not finite: then moments stay and 0 is returned.
         total: sums over ranks, where R's columns are cut over them.
@@ -81,7 +81,9 @@ def mode_direction(
     # momentum, or one step ahead of it
     m.lerp_(low, 1 - beta1 if keep is None else (1 - beta1) * keep)
     u = nesterov(m, low, beta1) if group["nesterov"] else m
-    if group["rule"] == "muon":
+    if group["rule"] == "muon" and group["residual"] == "muon":
+        n = u.clone() if u is m else u  # orthogonalised later, together with what is outside the subspace
+    elif group["rule"] == "muon":
         wide = u.to(at_least_32(u.dtype))
         n = orthogonalise(wide, total=total).mul_(like_adamw(*shape, rank)).to(low.dtype)
     else:

@@ -10,7 +10,9 @@ import math
 import torch
 from torch import Tensor
 
+from lowrank_pretrain.core.dtypes import multiplies_bfloat16
 from lowrank_pretrain.galore.factored import Total, alone
+from lowrank_pretrain.galore.guard import has_values
 
 QUINTIC = (3.4445, -4.7750, 2.0315)  # Muon's polynomial: singular values end between .7 and 1.2, after few steps
 STEPS = 5
@@ -35,6 +37,26 @@ def orthogonalise(u: Tensor, steps: int = STEPS, total: Total = alone) -> Tensor
         q = polynomial if q is None else polynomial @ q
         gram = polynomial @ gram @ polynomial
     return x if q is None else q @ x
+
+
+def orthogonalise_whole(u: Tensor, steps: int = STEPS) -> Tensor:
+    """Return Newton-Schulz of a whole matrix U (d×k), with products in bfloat16 as Muon's own; float64 stays exact.
+
+    X, A and the polynomial are rounded to bfloat16 whether the device has instructions for it or not: so all agree.
+    """
+    alpha, beta, gamma = QUINTIC
+    x = u if u.shape[0] <= u.shape[1] else u.mT
+    norm = x.double().square().sum().sqrt()
+    x = x / norm.to(x.dtype).clamp_min(torch.finfo(x.dtype).tiny)
+    rounded = torch.float64 if x.dtype == torch.float64 else torch.bfloat16
+    quick = rounded == torch.float64 or not has_values(x) or multiplies_bfloat16(x.device)
+    x = x.to(rounded)
+    for _ in range(steps):
+        wide = x if quick else x.float()
+        gram = (wide @ wide.mT).to(rounded).to(wide.dtype)
+        polynomial = torch.addmm(gram, gram, gram, beta=beta, alpha=gamma).to(rounded).to(wide.dtype)
+        x = torch.addmm(wide, polynomial, wide, beta=alpha).to(rounded)
+    return x if u.shape[0] <= u.shape[1] else x.mT
 
 
 def like_adamw(d: int, k: int, rank: int) -> float:

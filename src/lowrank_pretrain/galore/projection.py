@@ -321,9 +321,9 @@ class Projected:
         self._copy_back(weight)
 
     def add_update_and_residual(self, low: Tensor, minus_n: Tensor, eta: float, correction: float, skip: Tensor | None) -> None:
-        """Apply W ← W − ηP N, and Fira's scaled part of the gradient outside the subspace, in place."""
-        weight = self.matrix(self.p)
-        residual.fira(weight, self.matrix(self.whole_grad), self.basis(self.p), low, minus_n, eta, correction, self.state, skip)
+        """Apply W ← W − ηP N and the scaled gradient outside the subspace, in place; ``residual="muon"``: orthogonalised."""
+        weight, grad, p = self.matrix(self.p), self.matrix(self.whole_grad), self.basis(self.p)
+        residual.add_update(weight, grad, p, low, minus_n, eta, correction, self.group, self.state, skip)
         self._copy_back(weight)
 
     def add_scaled_gradient(self, low: Tensor, minus_n: Tensor, eta: float, correction: float, skip: Tensor | None) -> None:

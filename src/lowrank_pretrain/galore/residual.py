@@ -1,7 +1,8 @@
-"""Add an update outside the subspace: Fira's scaled residual, or APOLLO's scaled gradient.
+"""Add an update outside the subspace: Fira's scaled residual, the same orthogonalised, or APOLLO's scaled gradient.
 
-Both take a scale per column from Adam's direction N in the subspace, s_j = ‖N_j‖/‖R_j‖, and limit how fast the norm of this
-addition may grow (Fira, arXiv 2410.01623, eq. 8; APOLLO, arXiv 2412.05270, section 4). Written from the papers' formulae.
+Fira and APOLLO take a scale per column from Adam's direction N in the subspace, s_j = ‖N_j‖/‖R_j‖, and limit how fast the norm
+of this addition may grow (Fira, arXiv 2410.01623, eq. 8; APOLLO, arXiv 2412.05270, section 4). Written from the papers'
+formulae. Orthogonalised, the addition needs no limit: Newton-Schulz brings all directions to one size.
 
 Shapes: W d×k the weight with its projected side first, M d×k its gradient alike, P d×r, R r×k, N r×k, s k.
 W ← W − ηα(P N + (M − P R)·diag(s)) = W − ηα P(N − R·diag(s)) − ηα M·diag(s): no d×k temporary.
@@ -12,13 +13,28 @@ The limiter compares norms before Adam's bias correction c = √(1−β₂ᵗ)/(
 and a residual that may grow by 1 % a step would be held back for hundreds of steps.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lowrank_pretrain.galore.orthogonal import like_adamw, orthogonalise_whole
+from lowrank_pretrain.galore.subspace import product32
+
 GROWTH = 1.01  # γ: a step's residual may be at most this much longer than the last one's
 _TINY = 1e-8
+
+
+def add_update(
+    weight: Tensor, matrix: Tensor, p: Tensor, low: Tensor, minus_n: Tensor, eta: float, c: float, group: Mapping[str, Any],
+    state: dict[str, Any], skip: Tensor | None,
+) -> None:  # fmt: skip
+    """Update the weight by the direction and the residual that the group asks for; arguments as in ``fira`` and ``muon``."""
+    if group["residual"] == "fira":
+        fira(weight, matrix, p, low, minus_n, eta, c, state, skip)
+    else:
+        muon(weight, matrix, p, low, minus_n, eta, 1 - group["betas"][0] if group["rule"] == "muon" else None, skip)
 
 
 def fira(
@@ -45,6 +61,35 @@ def fira(
     minus_n.addcmul_(low, scale)
     weight.addmm_(p, minus_n.to(weight.dtype), alpha=eta)
     _add_columns(weight, matrix, scale, eta)
+
+
+def muon(
+    weight: Tensor, matrix: Tensor, p: Tensor, low: Tensor, minus_n: Tensor, eta: float, scale: float | None,
+    skip: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Update the weight by the orthogonal factor of direction and residual together, in place: W ← W − ηα·0.2·√max(d,k)·O.
+
+    O = (U Uᵀ)^(-1/2) U with U = P N + (M − P R)·diag(s) = P(N − R·diag(s)) + M·diag(s), one d×k temporary. Memory of the past
+    is in the subspace alone; what is outside comes from this step's gradient.
+
+    Args:
+        weight: W.
+        matrix: M.
+        p: P in W's dtype.
+        low: R.
+        minus_n: −N, overwritten; with Muon's rule the momentum itself, negative.
+        eta: ηα.
+        scale: s of every column, 1−β₁ with Muon's rule: then U is the momentum with the whole gradient as its newest term.
+            None: Fira's, ‖N_j‖/‖R_j‖.
+        skip: device scalar, 1.0 where nothing may change; −N is 0 then.
+    """
+    matrix, low = _unless(skip, matrix), _unless(skip, low)
+    s = _columns(minus_n) / (_columns(low) + _TINY) if scale is None else minus_n.new_full((1,), scale)
+    whole = matrix * s  # at least float32
+    whole -= product32(p, minus_n.addcmul_(low, s).to(p.dtype))
+    d, k = weight.shape
+    update = orthogonalise_whole(whole).to(whole.dtype)  # at least float32: the weight is rounded once
+    weight.sub_(update.mul_(eta * like_adamw(d, k, min(d, k))))
 
 
 def apollo(

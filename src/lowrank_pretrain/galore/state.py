@@ -402,7 +402,7 @@ def formula_bytes(entries: Mapping[Tensor, Entry]) -> int:
             d, k = (slot.rows, slot.cols) if slot.left else (slot.cols, slot.rows)
             if group["variant"] == "galore":
                 total += slot.rank * (d + (k if slot.two_sided else 0)) * narrow
-            total += wide if group["residual"] or group["variant"] == "apollo" else 0
+            total += wide if group["residual"] == "fira" or group["variant"] == "apollo" else 0
         each = wide if kept == "8bit" else narrow
         second = "full" if slot is None else slot.second
         if slot is not None and second == "factored":

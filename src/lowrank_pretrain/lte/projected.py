@@ -339,6 +339,7 @@ def check_group(group: Mapping[str, Any]) -> None:
     for key, wrong, why in (
         ("refresh", "track", "moves the basis at every step, and between merges it must stay: use subspace or svd"),
         ("residual", "fira", "leaves the subspace, so that no factors could tell what a worker did: use null"),
+        ("residual", "muon", "leaves the subspace, so that no factors could tell what a worker did: use null"),
         ("variant", "apollo", "leaves the subspace, so that no factors could tell what a worker did: use galore"),
         ("layerwise", True, "steps before the rest is averaged: use false"),
     ):
