@@ -148,7 +148,8 @@ class Study:
     def equal_seconds(self, cell: Cell) -> dict[tuple[str, int], Job]:
         """Return runs of as many steps as fit into AdamW's training time, each with a whole schedule.
 
-        A side's speed is the median of its reported runs' seconds per step, on the same machine.
+        A side's speed is the median of its reported runs' seconds per step, on the same machine: CPU time of the process,
+        or the clock's on a GPU.
 
         Raises:
             Missing: a reported run is not done.
@@ -161,9 +162,9 @@ class Study:
             found = done(job, self.where)
             if found is None or "diverged" in found:
                 raise Missing(f"{job.name} is not done, or diverged")
-            if together([found]) > 1:
+            if self.device != "cpu" and together([found]) > 1:
                 raise Missing(f"{job.name} shared its machine: its seconds say nothing")
-            seconds.setdefault(side, []).append(seconds_of(found))
+            seconds.setdefault(side, []).append(seconds_of(found, self.device))
         middle = {side: sorted(some)[len(some) // 2] for side, some in seconds.items()}
         full, result = cell.steps(self.images), {}
         for side in self.sides:
@@ -175,17 +176,19 @@ class Study:
         return result
 
     def stages(self) -> Iterator[tuple[list[Job], int]]:
-        """Yield what to run, one stage after another; timed runs go one at a time."""
+        """Yield what to run, one stage after another; runs that a clock times go one at a time."""
         for cell in self.cells:
             for jobs in self.search(cell, {side: self.start_of(side, cell) for side in self.sides}):
                 yield jobs, self.together
-            yield [*self.reported(cell).values()], 1 if self.timed else self.together
+            yield [*self.reported(cell).values()], 1 if self.timed and self.device != "cpu" else self.together
             if self.timed:
                 yield [*self.equal_seconds(cell).values()], self.together
 
 
-def seconds_of(found: dict) -> float:
-    """Return the seconds that a run has trained, without validation."""
+def seconds_of(found: dict, device: str) -> float:
+    """Return the seconds that a run has trained, without validation; on a CPU of its process, whoever shares the machine."""
+    if device == "cpu":
+        return found["train_cpu"]
     return sum(phase["seconds"] for phase in found["summary"]["phases"])
 
 

@@ -101,11 +101,11 @@ def losses(study: Study, cell: Cell, found: Found) -> str:
         fewer = [other for other in sides if state[other] <= state[side] * 1.001]
         line.append("yes" if min(fewer, key=lambda other: middle[other]) == side else "no")
         steps = cell.steps(study.images)
-        alone = study.timed and together(found[side, seed] for seed in study.seeds) == 1
-        milliseconds = statistics.median(1e3 * seconds_of(found[side, seed]) / steps for seed in study.seeds)
+        alone = study.timed and (study.device == "cpu" or together(found[side, seed] for seed in study.seeds) == 1)
+        milliseconds = statistics.median(1e3 * seconds_of(found[side, seed], study.device) / steps for seed in study.seeds)
         lines.append([*line, f"{state[side]:.2f}", f"{milliseconds:.1f}" if alone else "–"])
     head = ["side", "test loss", *(f"against {rival}, %" for rival in rivals), f"at {ANCHOR}'s seconds, %",
-            "best at its bytes or fewer", "states, MiB", "ms a step"]  # fmt: skip
+            "best at its bytes or fewer", "states, MiB", "CPU ms a step" if study.device == "cpu" else "ms a step"]  # fmt: skip
     kept = [i for i in range(len(head)) if any(line[i] != "–" for line in lines)]  # what nobody has is left out
     return table([head[i] for i in kept], [[line[i] for i in kept] for line in lines])
 
