@@ -57,14 +57,16 @@ class Net(pl.LightningModule):
 
 
 class NumbersAdam(torch.optim.Optimizer):
-    """Adam that keeps Python numbers, as many optimizers outside of torch do."""
+    """Adam that keeps Python numbers, as many optimizers outside of torch do, one of them for all parameters together."""
 
     def __init__(self, params, lr):
         super().__init__(params, {"lr": lr})
+        self.state["steps"] = 0
 
     @torch.no_grad()
     def step(self, closure=None):
         loss = None if closure is None else torch.enable_grad()(closure)()
+        self.state["steps"] += 1
         for group in self.param_groups:
             for p in (p for p in group["params"] if p.grad is not None):
                 state = self.state[p]
@@ -75,7 +77,7 @@ class NumbersAdam(torch.optim.Optimizer):
                 state["mean"].lerp_(p.grad, 0.1)
                 state["square"].lerp_(p.grad.square(), 0.01)
                 size = (state["square"] / (1 - 0.99 ** state["step"])).sqrt() + 1e-8
-                p.sub_(group["lr"] / (1 - state["decayed"]) * state["mean"] / size)
+                p.sub_(group["lr"] * 0.99 ** self.state["steps"] / (1 - state["decayed"]) * state["mean"] / size)
         return loss
 
 

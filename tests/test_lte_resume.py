@@ -81,7 +81,8 @@ def merged_loss(path):
 
 
 ELASTIC = [
-    {}, {"reset": True}, {"sync_rest": "merge"}, {"mode": "sequential"}, {"overlap": 1}, {"net": {"optimizer": "numbers"}},
+    {}, {"reset": True}, {"sync_rest": "merge"}, {"mode": "sequential"}, {"overlap": 1},
+    {"sync_rest": "merge", "net": {"optimizer": "numbers"}},
 ]  # fmt: skip
 
 

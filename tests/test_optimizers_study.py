@@ -148,7 +148,10 @@ def pretend(job, where):
     }
     summary = {"phases": [phase], "final": final, "switch_step": None, "freeze_step": None}
     found = {"summary": summary, "wall": 1.0, "cpu": 1.0, "load": 1.0, "machine": "a machine", "facts": facts}
-    found |= {"train_cpu": facts["steps"] * milliseconds / 1e3, "optimizer_mib": {"muon": 2.0, "track": 1.3}.get(facts["side"], 4.0)}
+    found |= {
+        "train_cpu": facts["steps"] * milliseconds / 1e3,
+        "optimizer_mib": {"muon": 2.0, "track": 1.3}.get(facts["side"], 4.0),
+    }
     found["overrides"] = [word.replace(str(where), "RUNS") for word in job.overrides]
     (where / job.name).mkdir(parents=True, exist_ok=True)
     (where / job.name / "found.json").write_text(json.dumps(found))

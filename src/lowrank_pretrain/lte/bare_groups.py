@@ -95,7 +95,7 @@ class BareGroups:
         for group, params in zip(live["param_groups"], self.groups, strict=True):
             groups.append({**group, "params": list(range(at, at + len(params)))})
             at += len(params)
-        return {**live, "state": state, "param_groups": groups}
+        return {**live, "state": {**_of_no_parameter(live), **state}, "param_groups": groups}
 
     def load(self, saved: Mapping[str, Any], heads: Mapping[int, dict[str, Any]]) -> None:
         """Load a bare state and the heads' own.
@@ -132,7 +132,8 @@ class BareGroups:
                 state[number] = saved["state"][position[id(p)]]
         live = self.optimizer.state_dict()["param_groups"]
         groups = [{**g, "params": mine["params"]} for g, mine in zip(saved["param_groups"], live, strict=True)]
-        self.optimizer.load_state_dict({**saved, "state": {n: s for n, s in state.items() if s}, "param_groups": groups})
+        kept = {**_of_no_parameter(saved), **{n: s for n, s in state.items() if s}}
+        self.optimizer.load_state_dict({**saved, "state": kept, "param_groups": groups})
 
 
 _PLAIN = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)  # known to be elementwise
@@ -213,6 +214,11 @@ def _trial(
     finally:
         optimizer.__dict__.clear()
         optimizer.__dict__ |= kept
+
+
+def _of_no_parameter(saved: Mapping[str, Any]) -> dict[Any, Any]:
+    """Return the entries of a saved state that belong to no parameter, such as a count of steps: torch keeps them unchanged."""
+    return {key: value for key, value in saved["state"].items() if not isinstance(key, int)}
 
 
 def _numbered(optimizer: Optimizer) -> Iterable[tuple[int, Tensor]]:

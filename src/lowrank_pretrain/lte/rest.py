@@ -263,12 +263,12 @@ class SharedParameters:
         if not self.apart:
             return saved
         mine = {
-            (n, k): v for n, s in saved["state"].items() if n not in own for k, v in s.items()
+            (n, k): v for n, s in saved["state"].items() if n not in own and isinstance(s, dict) for k, v in s.items()
             if isinstance(v, Tensor) and v.is_floating_point()
         }  # fmt: skip
         kinds: list[Any] = [None] * self.workers.size
         dist.all_gather_object(kinds, {key: (tuple(v.shape), v.dtype) for key, v in mine.items()}, group=self.workers.group)
-        state = {n: dict(s) for n, s in saved["state"].items()}
+        state = {n: dict(s) if isinstance(s, dict) else s for n, s in saved["state"].items()}
         device = next((v.device for v in mine.values() if v.ndim), torch.device("cpu"))
         for key in sorted(set().union(*kinds), key=str):
             holders = [kind[key] for kind in kinds if key in kind]
