@@ -130,6 +130,11 @@ SIDES = {
     "ours, track": (ours(refresh="track"), True, False),
     "ours, track every 2nd": (ours(refresh="track", track_every=2, stagger=True), True, False),
     "ours, factored": (ours(refresh="track", second_moment="factored", nesterov=True), True, False),
+    "ours, factored, residual by muon": (
+        ours(refresh="track", second_moment="factored", nesterov=True, residual="muon"),
+        True,
+        False,
+    ),
     "ours, muon": (ours(refresh="track", rule="muon", nesterov=True), True, False),
     "ours, fira": (ours(residual="fira"), False, False),
     "ours, apollo": (ours(variant="apollo"), None, False),
