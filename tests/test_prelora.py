@@ -14,7 +14,7 @@ from lowrank_pretrain.core.memory import GIB
 from lowrank_pretrain.core.targets import families
 from lowrank_pretrain.lora import model as lora
 from lowrank_pretrain.observe.monitor import Monitor
-from lowrank_pretrain.prelora.decisions import Window, assign_ranks, check_convergence, relative_change
+from lowrank_pretrain.prelora.decisions import Window, assign_ranks, check_convergence, relative_change, still_flat
 from tests.reference import prelora as reference
 from tests.toy import AtEnd, Toy, adapted, adapters, loader, toy, trained, trainer
 
@@ -119,6 +119,36 @@ def test_windows_by_epochs_and_a_switch_by_convergence(tmp_path):
     trainer(tmp_path, callback, max_epochs=6).fit(module, loader())
     assert (callback.switch_step, callback.freeze_step) == (18, 24)
     assert callback.verdict.converged and callback.verdict.loss_change <= 0.05
+
+
+@pytest.mark.parametrize(
+    ("first", "now", "flat"),
+    [
+        (4.5, 4.3, True),
+        (4.5, 3.0, False),
+        (None, 4.3, False),
+        (-1.0, -1.0, False),
+        (2.0, 2.5, True),
+        (float("nan"), 1.0, False),
+    ],
+)
+def test_a_loss_that_has_hardly_fallen_is_flat(first, now, flat):
+    assert bool(still_flat(first, now)) is flat
+
+
+def test_a_switch_on_a_flat_start_says_so_and_names_the_cure(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr("lowrank_pretrain.prelora.callback.rank_zero_info", lambda text, *_: said.append(text))
+    start = toy(lr=1e-5)
+    trainer(tmp_path, PreLoRA(ranks=(1, 2), windows=3), max_epochs=6, every=6).fit(start, loader())
+    again = PreLoRA(ranks=(1, 2), windows=3)  # resumed after the first window, it still knows that window's loss
+    trainer(tmp_path, again, max_epochs=6).fit(toy(lr=1e-5), loader(), ckpt_path=tmp_path / "step=6.ckpt")
+    flat = [text for text in said if "earliest=N waits" in text]
+    assert len(flat) == 2 and flat[0] == flat[1] and "converged at window 3, with a loss of" in flat[0]
+    said.clear()
+    falls = PreLoRA(ranks=(1, 2), windows=2, earliest=4, loss_tol=0.99, weight_tol=0.99)
+    trainer(tmp_path, falls, max_epochs=6).fit(toy(lr=3e-2), loader())
+    assert falls.verdict.converged and not [text for text in said if "earliest=N waits" in text]
 
 
 def test_earliest_delays_and_warmup_0_freezes_at_once(tmp_path):

@@ -4,11 +4,13 @@ Some public attributes of the Trainer are set by its connectors, where a type ch
 All was tried with Lightning 2.6.6.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 from lowrank_pretrain.core.lightning_private import SHOULD_ACCUMULATE
 
@@ -88,6 +90,15 @@ def profiler_of(trainer: pl.Trainer) -> Any:
     """Return ``trainer.profiler``."""
     untyped: Any = trainer
     return untyped.profiler
+
+
+def run_length(trainer: pl.Trainer) -> tuple[float, float]:
+    """Return ``max_steps`` and the optimizer steps of an epoch; infinite if unlimited or unknown."""
+    batches = trainer.num_training_batches
+    changes = any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks_of(trainer))
+    known = math.isfinite(batches) and not changes
+    per_epoch = math.ceil(batches / trainer.accumulate_grad_batches) if known else math.inf
+    return (trainer.max_steps if trainer.max_steps not in (None, -1) else math.inf), per_epoch
 
 
 def is_trial(trainer: pl.Trainer) -> bool:

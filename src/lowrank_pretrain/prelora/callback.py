@@ -7,7 +7,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
@@ -15,7 +14,7 @@ from lowrank_pretrain.core.checks import choice, number, whole
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.plan import Plan
 from lowrank_pretrain.core.targets import Target, all_targets, check_patterns, families, obstacles
-from lowrank_pretrain.core.trainer import StepWatch, callbacks_of, is_trial, log_row
+from lowrank_pretrain.core.trainer import StepWatch, is_trial, log_row, run_length
 from lowrank_pretrain.factorize.model import Factors
 from lowrank_pretrain.factorize.ranks import rank_of_fraction
 from lowrank_pretrain.phases.callback import PATIENCE, PhaseCallback
@@ -28,6 +27,7 @@ from lowrank_pretrain.prelora.decisions import (
     check_convergence,
     check_fractions,
     check_ranks,
+    still_flat,
 )
 
 
@@ -141,6 +141,7 @@ class PreLoRA(PhaseCallback):
         self.verdict = Verdict(False, 0.0, {})
         self.windows_done = 0  # in the present phase
         self._units = 0  # of the present window that have passed: optimizer steps, or epochs
+        self.first_loss: float | None = None  # the first window's
         self._due = False  # a window is over, but the last batch took no optimizer step
         self._loss = torch.zeros(2, dtype=torch.float64)  # sum and number of this rank's micro-batch losses, on the device
         self._restored: list[list[float]] | None = None  # the same by rank, from a checkpoint
@@ -237,6 +238,7 @@ class PreLoRA(PhaseCallback):
         with nullcontext() if self._adopter.settles_every == 1 else self._adopter.agreed_weights():
             norms = _norms(targets)
         self.history = [*self.history, Window(total / count, norms)][-self.windows :]
+        self.first_loss = total / count if self.windows_done == 1 else self.first_loss
         self.verdict = check_convergence(self.history, family_of, self.windows, self.loss_tol, self.weight_tol)
         log_row(trainer, {f"lowrank/weight_change/{f}": c for f, c in self.verdict.family_changes.items()})
         if self.windows_done == 1:
@@ -247,6 +249,8 @@ class PreLoRA(PhaseCallback):
         if trainer.strategy.broadcast(due or forced):
             if not due:
                 rank_zero_info(f"PreLoRA: not converged by window {self.windows_done}, switching because of latest")
+            elif hint := still_flat(self.first_loss, self.history[-1].loss):
+                rank_zero_info(f"PreLoRA: converged at window {self.windows_done}, {hint}")
             self._check_again(trainer, pl_module)
             family_of = {name: family for name, family in family_of.items() if name in self.chosen}
             plan = Plan(trainer.strategy.broadcast(dict(self._assign(family_of, targets))))
@@ -355,7 +359,7 @@ class PreLoRA(PhaseCallback):
         every = self._adopter.settles_every  # a window ends with the next moment at which all ranks hold the same
         window = -(-self.window // every) * every if self.window_unit == "step" else self.window
         needed = windows * window - self.windows_done * window - self._units
-        steps, per_epoch = _steps(trainer)
+        steps, per_epoch = run_length(trainer)
         max_epochs = trainer.max_epochs if trainer.max_epochs not in (None, -1) else math.inf
         if self.window_unit == "step":
             key, allowed = "max_steps", min(steps, max_epochs * per_epoch)
@@ -386,7 +390,7 @@ class PreLoRA(PhaseCallback):
 
     def patience(self, trainer: pl.Trainer) -> int:
         """Return the optimizer steps of one window."""
-        per_epoch = _steps(trainer)[1] if self.window_unit == "epoch" else 1
+        per_epoch = run_length(trainer)[1] if self.window_unit == "epoch" else 1
         return max(1, int(self.window * per_epoch)) if math.isfinite(per_epoch) else PATIENCE
 
     # -- state ------------------------------------------------------------------------------------------------------
@@ -398,6 +402,7 @@ class PreLoRA(PhaseCallback):
             "grad_norms": self.grad_norms,
             "verdict": [self.verdict.converged, self.verdict.loss_change, self.verdict.family_changes],
             "windows_done": self.windows_done,
+            "first_loss": self.first_loss,
             "units": self._units,
             "due": self._due,
             "loss": self._loss.tolist(),
@@ -413,7 +418,7 @@ class PreLoRA(PhaseCallback):
         self.grad_norms = state_dict["grad_norms"]
         self.verdict = Verdict(*state_dict["verdict"])
         self.windows_done, self._units, self._due = (state_dict[key] for key in ("windows_done", "units", "due"))
-        self.left_out = dict(state_dict.get("left_out", {}))
+        self.left_out, self.first_loss = dict(state_dict.get("left_out", {})), state_dict.get("first_loss")
         loss = state_dict["loss"]
         self._restored = loss if isinstance(loss[0], list) else [loss]
 
@@ -431,15 +436,6 @@ def _norms(targets: dict[str, Target], grad: bool = False) -> dict[str, float]:
     dtype = torch.promote_types(blocks[0].dtype, torch.float32)
     norms = torch.stack([torch.linalg.vector_norm(block, dtype=dtype) for block in blocks])
     return dict(zip(targets, norms.tolist(), strict=True))
-
-
-def _steps(trainer: pl.Trainer) -> tuple[float, float]:
-    """Return ``max_steps`` and the optimizer steps of an epoch; infinite if unlimited or unknown."""
-    batches = trainer.num_training_batches
-    changes = any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks_of(trainer))
-    known = math.isfinite(batches) and not changes
-    per_epoch = math.ceil(batches / trainer.accumulate_grad_batches) if known else math.inf
-    return (trainer.max_steps if trainer.max_steps not in (None, -1) else math.inf), per_epoch
 
 
 def _on(device: torch.device, total: Tensor) -> Tensor:

@@ -90,6 +90,21 @@ def check_convergence(
     return Verdict(converged, loss_change, changes)
 
 
+def still_flat(first: float | None, now: float) -> str:
+    """Return what to say where the loss has hardly fallen since the first window; empty where it has.
+
+    Example:
+        >>> still_flat(4.5, 1.5)
+        ''
+    """
+    if first is None or not first > 0 or now < 0.9 * first:
+        return ""
+    return (
+        f"with a loss of {now:.4g} after {first:.4g} in the first window. A start that is flat (the learning rate's warm-up) "
+        "looks converged, too: earliest=N waits for window N"
+    )
+
+
 RANKS = [4, 8, 16, 32]  # by default
 
 
