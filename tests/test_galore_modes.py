@@ -130,6 +130,7 @@ def test_the_scale_is_adamws():
 
 FACTORED = {"second_moment": "factored", "nesterov": True}
 MUON = {"rule": "muon", "nesterov": True}
+WHOLE = {**MUON, "residual": "muon"}
 MODES = {
     "factored": {"second_moment": "factored"}, "nesterov": {"nesterov": True}, "factored nesterov": FACTORED,
     "muon": {"rule": "muon"}, "muon nesterov": MUON, "factored fira": {**FACTORED, "residual": "fira"},
@@ -172,6 +173,7 @@ def test_every_mode_equals_its_twin_over_300_steps(name):
     lockstep((12, 20), 4, MODES[name], 300)
 
 
+@pytest.mark.parametrize("mode", [FACTORED, MUON, WHOLE], ids=["factored", "muon", "whole"])
 @pytest.mark.parametrize("mode", [FACTORED, MUON], ids=["factored", "muon"])
 @pytest.mark.parametrize(("shape", "rank"), [((20, 12), 4), ((12, 12), 5), ((8, 3, 2, 2), 4), ((10, 14), 10)])
 def test_modes_equal_their_twins_in_every_shape(mode, shape, rank):
@@ -256,6 +258,7 @@ def test_full_rank_muon_is_torchs(monkeypatch):
 # ---- state ------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("mode", [FACTORED, MUON, WHOLE], ids=["factored", "muon", "whole"])
 @pytest.mark.parametrize("mode", [FACTORED, MUON], ids=["factored", "muon"])
 def test_the_state_is_a_fifth_of_adamws(mode):
     """At a quarter of a LLaMA's width, as counted from live tensors."""
@@ -377,7 +380,7 @@ def test_a_mode_that_changes_in_the_middle_is_refused_and_nesterov_is_not():
         optimizer.step()
 
 
-@pytest.mark.parametrize("mode", [FACTORED, MUON], ids=["factored", "muon"])
+@pytest.mark.parametrize("mode", [FACTORED, MUON, WHOLE], ids=["factored", "muon", "whole"])
 def test_another_rank_in_the_middle_takes_the_moments_along(mode):
     p = nn.Parameter(draw(16, 24))
     optimizer = optimizer_of(p, 4, {**mode, "refresh": "track"})
@@ -391,7 +394,7 @@ def test_another_rank_in_the_middle_takes_the_moments_along(mode):
 # ---- together with everything else -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", [FACTORED, MUON], ids=["factored", "muon"])
+@pytest.mark.parametrize("mode", [FACTORED, MUON, WHOLE], ids=["factored", "muon", "whole"])
 def test_an_adopted_matrix_goes_over_into_the_mode(mode):
     model = nn.Sequential(nn.Linear(12, 20, bias=False))
     p = model[0].weight
@@ -477,7 +480,7 @@ def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing(mode):
             torch.testing.assert_close(kept, plain)
 
 
-@pytest.mark.parametrize("mode", [FACTORED, MUON], ids=["factored", "muon"])
+@pytest.mark.parametrize("mode", [FACTORED, MUON, WHOLE], ids=["factored", "muon", "whole"])
 def test_zero_gradients_move_nothing_and_make_no_basis(mode):
     p = nn.Parameter(draw(8, 12, dtype=torch.float32))
     optimizer = optimizer_of(p, 4, {**mode, "refresh": "track"})
