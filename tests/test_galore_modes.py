@@ -174,7 +174,6 @@ def test_every_mode_equals_its_twin_over_300_steps(name):
 
 
 @pytest.mark.parametrize("mode", [FACTORED, MUON, WHOLE], ids=["factored", "muon", "whole"])
-@pytest.mark.parametrize("mode", [FACTORED, MUON], ids=["factored", "muon"])
 @pytest.mark.parametrize(("shape", "rank"), [((20, 12), 4), ((12, 12), 5), ((8, 3, 2, 2), 4), ((10, 14), 10)])
 def test_modes_equal_their_twins_in_every_shape(mode, shape, rank):
     lockstep(shape, rank, mode, 300)
@@ -259,7 +258,6 @@ def test_full_rank_muon_is_torchs(monkeypatch):
 
 
 @pytest.mark.parametrize("mode", [FACTORED, MUON, WHOLE], ids=["factored", "muon", "whole"])
-@pytest.mark.parametrize("mode", [FACTORED, MUON], ids=["factored", "muon"])
 def test_the_state_is_a_fifth_of_adamws(mode):
     """At a quarter of a LLaMA's width, as counted from live tensors."""
     shapes = [(256, 256)] * 4 + [(688, 256)] * 2 + [(256, 688)]
