@@ -9,9 +9,10 @@ The images are made beforehand: python -m lowrank_pretrain.data.images.draw_glyp
 A ViT of three blocks, width 384, 64 tokens, on glyphs of fonts: 94 classes, test fonts never seen. 60 epochs of 20 steps of 64
 images, bf16-mixed: a run takes a quarter of an hour on one core. Full training tries three learning rates on seed 0, then three
 rates of embedding, head and norms over it (more where the best is at an edge), by the validation split. PreLoRA switches by the
-authors' own tolerances, from epoch 10 on (theirs: 50 of 300; before it the loss has hardly moved, which any tolerance takes for
-convergence), between windows of two epochs, a thirtieth of the run (theirs: 1,000 iterations, about a fiftieth). Its runs branch off the same base run, so they keep its rates; what is theirs to try is the rate of their
-adapters or factors. Reported: seeds 1-3, the test split.
+authors' own tolerances, between windows of two epochs, a thirtieth of the run (theirs: 1,000 iterations, about a fiftieth), and
+from epoch 10 on (theirs: 50 of 300; before it the loss has hardly moved, which any tolerance takes for convergence). Its runs
+branch off the same base run, so they keep its rates; what is theirs to try is the rate of their adapters or factors. Reported:
+seeds 1-3, the test split.
 """
 
 import argparse
