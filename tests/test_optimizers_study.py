@@ -110,6 +110,7 @@ def test_a_space_that_cannot_be_is_one_line(change, message, tmp_path, capsys):
     [
         (["--space", "nosuch.json"], "space='nosuch.json': must be a JSON file: .*No such file"),
         (["--space", "bad.json"], "space='bad.json': must be a JSON file: Expecting property name"),
+        (["--budget", "text0.05m-1tpp=many"], "budget='many': must be an integer of 1 or more runs"),
         (["--together", "0"], "together=0: must be an integer of 1 or more runs"),
         (["--precision", "half"], "precision='half': must be one of 32-true, bf16-mixed"),
         (["--runs", "bad.json"], "runs='.*bad.json': must be a folder that can be written to"),
@@ -124,9 +125,16 @@ def test_a_wrong_argument_is_one_line(words, message, tmp_path, capsys, monkeypa
 
 
 def test_an_unknown_side_or_cell_is_one_line():
-    for words in (["--sides", "adam"], ["--cells", "text9m"]):
-        with pytest.raises(SystemExit, match=r"(sides|cells)='.*': must be some of"):
+    for words in (["--sides", "adam"], ["--cells", "text9m"], ["--budget", "text9m=3"]):
+        with pytest.raises(SystemExit, match=r"(sides|cells|budget)='.*': must be some of"):
             from_arguments(words)
+
+
+def test_a_cell_may_have_a_budget_of_its_own_for_all_sides():
+    study, _ = from_arguments(["--quick", "--budget", "images0.02m-0.02ep=3"])
+    text, images = study.cells
+    assert (study.budget(text), study.budget(images)) == (6, 3)
+    assert {study.descent(side, images, study.origin(side, images)[0]).space.budget for side in study.sides} == {3}
 
 
 # ---- what is run --------------------------------------------------------------------------------

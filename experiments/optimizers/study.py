@@ -17,8 +17,8 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -52,7 +52,8 @@ class Study:
         precision: Lightning's.
         images: training images of a pass.
         together: runs at a time of a search.
-        timed: reported runs go one at a time, and equal seconds are compared.
+        timed: equal seconds are compared; reported runs on a GPU then go one at a time.
+        budgets: by cell, most runs of a side's search there; the space's where none is given.
     """
 
     where: Path
@@ -66,6 +67,11 @@ class Study:
     images: int = 60_000
     together: int = 2
     timed: bool = True
+    budgets: Mapping[str, int] = field(default_factory=dict)
+
+    def budget(self, cell: Cell) -> int:
+        """Return the most runs that each side's search may take on a cell."""
+        return self.budgets.get(cell.name, self.space.budget)
 
     def origin(self, side: str, cell: Cell) -> tuple[Point, dict[str, float]]:
         """Return the first point of a part's first cell, and the rates that the scale is counted from."""
@@ -102,7 +108,8 @@ class Study:
 
     def descent(self, side: str, cell: Cell, point: Point) -> Descent:
         """Return a side's search on a cell, from a point on."""
-        return Descent(self.space, point, cell.coordinates, lambda where: self.loss(side, cell, where))
+        space = replace(self.space, budget=self.budget(cell))
+        return Descent(space, point, cell.coordinates, lambda where: self.loss(side, cell, where))
 
     def search(self, cell: Cell, starts: dict[str, Point]) -> Iterator[list[Job]]:
         """Yield lists of runs until every side has its best point on this cell; sides go forward together."""
@@ -227,6 +234,7 @@ def from_arguments(argv: Sequence[str] | None = None) -> tuple[Study, argparse.N
     parser.add_argument("--cells", nargs="+", help="parts at their sizes and lengths, e.g. text1m-1tpp")
     parser.add_argument("--sides", nargs="+")
     parser.add_argument("--space", type=Path, help="a search space of one's own, JSON (lowrank_pretrain/run/search.py)")
+    parser.add_argument("--budget", nargs="+", default=[], help="most runs of a side's search on a cell: CELL=RUNS")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--precision", default="bf16-mixed")
     parser.add_argument("--together", type=int, default=2, help="runs at a time of a search")
@@ -241,13 +249,17 @@ def from_arguments(argv: Sequence[str] | None = None) -> tuple[Study, argparse.N
         print("without the side galore_torch: pip install galore-torch", flush=True)
         sides.remove("galore_torch")
     space = read_space(args.space) if args.space else Space(budget=6) if args.quick else Space()
+    budgets = {}
+    for word in args.budget:
+        cell, _, runs = word.partition("=")
+        budgets[choose([cell], dict(cells), "budget")[0]] = whole("budget", int(runs) if runs.isdigit() else runs, 1, "runs")
     whole("together", args.together, 1, "runs")
     choice("precision", args.precision, PRECISIONS)
     from experiments.optimizers.sides import pictures
 
     study = Study(
         where, chosen, sides, space, SEEDS[:2] if args.quick else SEEDS, None if args.quick else where / "corpus", args.device,
-        args.precision, 12_000 if pictures() == "sample" else 60_000, args.together, not args.untimed,
+        args.precision, 12_000 if pictures() == "sample" else 60_000, args.together, not args.untimed, budgets,
     )  # fmt: skip
     return study, args
 

@@ -57,13 +57,15 @@ def write(study: Study, here: Path) -> None:
         readme.write_text(BLANK)
     write_csv(here / "results.csv", rows)
     write_csv(here / "search.csv", [row for cell, (own, _) in cells.items() for row in searches(own, cell)])
-    searched = f"Search: at most {study.space.budget} runs for a side and cell, rates by factors of {study.space.factor:g}."
+    most = " or ".join(f"{runs}" for runs in sorted({study.budget(cell) for cell in cells}))
+    searched = f"Search: at most {most} runs for a side and cell, rates by factors of {study.space.factor:g}."
     reported = [one for _, found in cells.values() for one in found.values()]
     fill(readme, "machine", f"{machines(reported, together(reported))}\n\n{searched}")
     parts = []
     for cell, (own, found) in cells.items():
         left = [side for side in study.sides if side not in own.sides]
-        parts.append(f"### {cell.name}: {cell.steps(study.images):,} steps\n\n{losses(own, cell, found)}")
+        title = f"### {cell.name}: {cell.steps(study.images):,} steps, at most {study.budget(cell)} runs of search for a side"
+        parts.append(f"{title}\n\n{losses(own, cell, found)}")
         parts += [f"Not run: {', '.join(left)}."] if left else []
     fill(readme, "losses", "\n\n".join(parts))
     fill(readme, "settings", "\n\n".join(f"### {cell.name}\n\n{chosen(own, cell)}" for cell, (own, _) in cells.items()))
