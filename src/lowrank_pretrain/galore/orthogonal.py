@@ -27,7 +27,7 @@ def orthogonalise(u: Tensor, steps: int = STEPS, total: Total = alone) -> Tensor
     columns, ``total`` sums over the ranks.
     """
     alpha, beta, gamma = QUINTIC
-    norm = total(u.double().square().sum()).sqrt()  # in float64: the square of a small momentum would underflow
+    norm = total(torch.linalg.vector_norm(u, dtype=torch.float64).square()).sqrt()  # a small momentum's square would underflow
     x = u / norm.to(u.dtype).clamp_min(torch.finfo(u.dtype).tiny)
     gram = total(x @ x.mT)
     q: Tensor | None = None
@@ -46,7 +46,7 @@ def orthogonalise_whole(u: Tensor, steps: int = STEPS) -> Tensor:
     """
     alpha, beta, gamma = QUINTIC
     x = u if u.shape[0] <= u.shape[1] else u.mT
-    norm = x.double().square().sum().sqrt()
+    norm = torch.linalg.vector_norm(x, dtype=torch.float64)  # in float64: the square of a small one would underflow
     x = x / norm.to(x.dtype).clamp_min(torch.finfo(x.dtype).tiny)
     rounded = torch.float64 if x.dtype == torch.float64 else torch.bfloat16
     quick = rounded == torch.float64 or not has_values(x) or multiplies_bfloat16(x.device)
