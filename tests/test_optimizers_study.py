@@ -125,9 +125,15 @@ def test_a_wrong_argument_is_one_line(words, message, tmp_path, capsys, monkeypa
 
 
 def test_an_unknown_side_or_cell_is_one_line():
-    for words in (["--sides", "adam"], ["--cells", "text9m"], ["--budget", "text9m=3"]):
-        with pytest.raises(SystemExit, match=r"(sides|cells|budget)='.*': must be some of"):
+    for words in (["--sides", "adam"], ["--cells", "text9m"], ["--budget", "text9m=3"], ["--coordinates", "eps"]):
+        with pytest.raises(SystemExit, match=r"(sides|cells|budget|coordinates)='.*': must be some of"):
             from_arguments(words)
+
+
+def test_searches_may_go_along_some_coordinates_alone():
+    study, _ = from_arguments(["--quick", "--coordinates", "lr", "beta1"])
+    text = study.cells[0]
+    assert study.descent("muon", text, study.origin("muon", text)[0]).coordinates == ("lr",)
 
 
 def test_a_cell_may_have_a_budget_of_its_own_for_all_sides():

@@ -28,7 +28,7 @@ from experiments.runs import Job, done, hold, run
 from experiments.tables import Missing, together
 from lowrank_pretrain.core.checks import choice, whole
 from lowrank_pretrain.core.errors import ConfigError
-from lowrank_pretrain.run.search import Descent, Point, Space, from_file
+from lowrank_pretrain.run.search import NAMES, Descent, Point, Space, from_file
 
 SEEDS = (1, 2, 3, 4, 5)
 LONG = 5_000  # steps from which on a run keeps checkpoints and goes on from them
@@ -53,6 +53,7 @@ class Study:
         images: training images of a pass.
         together: runs at a time of a search.
         timed: equal seconds are compared; reported runs on a GPU then go one at a time.
+        coordinates: that searches may go along, of those of each cell; the others keep their first values.
         budgets: by cell, most runs of a side's search there; the space's where none is given.
     """
 
@@ -67,6 +68,7 @@ class Study:
     images: int = 60_000
     together: int = 2
     timed: bool = True
+    coordinates: Sequence[str] = NAMES
     budgets: Mapping[str, int] = field(default_factory=dict)
 
     def budget(self, cell: Cell) -> int:
@@ -109,7 +111,8 @@ class Study:
     def descent(self, side: str, cell: Cell, point: Point) -> Descent:
         """Return a side's search on a cell, from a point on."""
         space = replace(self.space, budget=self.budget(cell))
-        return Descent(space, point, cell.coordinates, lambda where: self.loss(side, cell, where))
+        along = tuple(name for name in cell.coordinates if name in self.coordinates)
+        return Descent(space, point, along, lambda where: self.loss(side, cell, where))
 
     def search(self, cell: Cell, starts: dict[str, Point]) -> Iterator[list[Job]]:
         """Yield lists of runs until every side has its best point on this cell; sides go forward together."""
@@ -234,6 +237,7 @@ def from_arguments(argv: Sequence[str] | None = None) -> tuple[Study, argparse.N
     parser.add_argument("--cells", nargs="+", help="parts at their sizes and lengths, e.g. text1m-1tpp")
     parser.add_argument("--sides", nargs="+")
     parser.add_argument("--space", type=Path, help="a search space of one's own, JSON (lowrank_pretrain/run/search.py)")
+    parser.add_argument("--coordinates", nargs="+", help=f"what searches may go along: {', '.join(NAMES)}; default all")
     parser.add_argument("--budget", nargs="+", default=[], help="most runs of a side's search on a cell: CELL=RUNS")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--precision", default="bf16-mixed")
@@ -259,7 +263,8 @@ def from_arguments(argv: Sequence[str] | None = None) -> tuple[Study, argparse.N
 
     study = Study(
         where, chosen, sides, space, SEEDS[:2] if args.quick else SEEDS, None if args.quick else where / "corpus", args.device,
-        args.precision, 12_000 if pictures() == "sample" else 60_000, args.together, not args.untimed, budgets,
+        args.precision, 12_000 if pictures() == "sample" else 60_000, args.together, not args.untimed,
+        choose(args.coordinates, dict.fromkeys(NAMES), "coordinates"), budgets,
     )  # fmt: skip
     return study, args
 

@@ -12,6 +12,7 @@ from experiments.optimizers.sides import Cell
 from experiments.optimizers.study import ANCHOR, Study, seconds_of
 from experiments.runs import done
 from experiments.tables import Missing, fill, machines, mean, need, plain_row, spread, table, together, write_csv
+from lowrank_pretrain.run.search import NAMES
 
 # 97.5 % points of Student's t by degrees of freedom: the half-width of a 95 % interval in standard errors
 T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
@@ -58,7 +59,8 @@ def write(study: Study, here: Path) -> None:
     write_csv(here / "results.csv", rows)
     write_csv(here / "search.csv", [row for cell, (own, _) in cells.items() for row in searches(own, cell)])
     most = " or ".join(f"{runs}" for runs in sorted({study.budget(cell) for cell in cells}))
-    searched = f"Search: at most {most} runs for a side and cell, rates by factors of {study.space.factor:g}."
+    searched = f"Search: at most {most} runs for a side and cell, rates by factors of {study.space.factor:g}"
+    searched += "." if len(study.coordinates) == len(NAMES) else f", along {', '.join(study.coordinates)} alone."
     reported = [one for _, found in cells.values() for one in found.values()]
     fill(readme, "machine", f"{machines(reported, together(reported))}\n\n{searched}")
     parts = []
