@@ -12,7 +12,7 @@ from lowrank_pretrain.core.dtypes import multiplies_bfloat16
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.interrupts import Interrupted
 from lowrank_pretrain.core.memory import optimizer_bytes
-from lowrank_pretrain.galore import GaLoreAdamW, factored, orthogonal
+from lowrank_pretrain.galore import GaLoreAdamW, factored, orthogonal, residual
 from lowrank_pretrain.galore.local import LocalUpdate
 from lowrank_pretrain.galore.modes import mode_direction
 from lowrank_pretrain.galore.subspace import captured, orthonormal, rotate
@@ -105,6 +105,14 @@ def test_a_whole_matrixs_orthogonal_factor_is_muons(shape, dtype):
         torch.testing.assert_close(ours, newton_schulz(u), rtol=0, atol=1e-12)
     else:
         torch.testing.assert_close(ours.float(), rounded_newton_schulz(u.float()), rtol=0, atol=0.02)
+
+
+def test_a_column_outside_of_the_subspace_does_not_outweigh_the_others():
+    p, g, n = orthonormal(draw(16, 4)), draw(16, 24, seed=1), draw(4, 24, seed=2)
+    g[:, 0] -= p @ (p.T @ g[:, 0])  # R's column is rounding
+    weight = torch.zeros(16, 24, dtype=torch.float64)
+    residual.muon(weight, g, p, p.T @ g, -n, 1.0, None)
+    assert weight[:, 1:].square().mean().sqrt() > 0.15  # AdamW's: 0.2
 
 
 def test_products_without_instructions_for_bfloat16_are_the_same(monkeypatch):

@@ -52,7 +52,8 @@ class ModeTwin(Twin):
         correction = math.sqrt(1 - b2**self.t) / (1 - b1 ** (self.t + 1 if self.nesterov else self.t))
         if self.residual == "muon":
             n = correction * n
-            return self.whole(g, low, n, n.norm(dim=0) / (low.norm(dim=0) + TINY))
+            inside = torch.maximum(low.norm(dim=0), 0.1 * math.sqrt(self.r / len(g)) * g.norm(dim=0))
+            return self.whole(g, low, n, n.norm(dim=0) / (inside + TINY))
         return correction * self.outcome(g, low, n)
 
     def whole(self, g, low, n, s):

@@ -24,6 +24,7 @@ from lowrank_pretrain.galore.subspace import product32
 
 GROWTH = 1.01  # γ: a step's residual may be at most this much longer than the last one's
 _TINY = 1e-8
+LEAST = 0.1  # ‖R_j‖ over √(r/d)·‖M_j‖, a random subspace's, at least
 
 
 def add_update(
@@ -80,14 +81,18 @@ def muon(
         minus_n: −N, overwritten; with Muon's rule the momentum itself, negative.
         eta: ηα.
         scale: s of every column, 1−β₁ with Muon's rule: then U is the momentum with the whole gradient as its newest term.
-            None: Fira's, ‖N_j‖/‖R_j‖.
+            None: Fira's, ‖N_j‖/‖R_j‖, where ‖R_j‖ counts as at least a tenth of what a random subspace would hold.
         skip: device scalar, 1.0 where nothing may change; −N is 0 then.
     """
     matrix, low = _unless(skip, matrix), _unless(skip, low)
-    s = _columns(minus_n) / (_columns(low) + _TINY) if scale is None else minus_n.new_full((1,), scale)
+    d, k = weight.shape
+    if scale is not None:
+        s = minus_n.new_full((1,), scale)
+    else:  # a column that is nearly outside of the subspace must not outweigh all others
+        inside = torch.maximum(_columns(low), LEAST * (low.shape[0] / d) ** 0.5 * _columns(matrix))
+        s = _columns(minus_n) / (inside + _TINY)
     whole = matrix * s  # at least float32
     whole -= product32(p, minus_n.addcmul_(low, s).to(p.dtype))
-    d, k = weight.shape
     update = orthogonalise_whole(whole).to(whole.dtype)  # at least float32: the weight is rounded once
     weight.sub_(update.mul_(eta * like_adamw(d, k, min(d, k))))
 
