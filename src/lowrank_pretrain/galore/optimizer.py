@@ -51,7 +51,7 @@ class GaLoreAdamW(Adopter, Reports, Optimizer):
         layerwise: update each parameter as its gradient arrives, and free the gradient. Not with clipping, 16-mixed or DDP.
         moments: ``auto``, ``float32``, ``grad`` (the gradient's dtype) or ``8bit`` (needs bitsandbytes).
         residual: ``fira`` adds the scaled part of the gradient outside the subspace, with a limit on its growth.
-            ``muon`` adds it too, and orthogonalises the whole sum: Muon's loss and products at this state's size.
+            ``muon`` adds it too, and orthogonalises the whole sum: Muon's products, at this state's size.
         variant: ``apollo`` scales the whole gradient by what Adam does to a random projection of it (rank 1: APOLLO-Mini).
         second_moment: ``factored`` keeps r + k numbers for the r×k of v, with no more products: .20 of AdamW's state at d/4.
         nesterov: step on β₁m + (1−β₁)R, one step ahead of the momentum: no state, no product. Use it for text.

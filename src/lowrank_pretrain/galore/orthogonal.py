@@ -27,8 +27,7 @@ def orthogonalise(u: Tensor, steps: int = STEPS, total: Total = alone) -> Tensor
     columns, ``total`` sums over the ranks.
     """
     alpha, beta, gamma = QUINTIC
-    norm = total(torch.linalg.vector_norm(u, dtype=torch.float64).square()).sqrt()  # a small momentum's square would underflow
-    x = u / norm.to(u.dtype).clamp_min(torch.finfo(u.dtype).tiny)
+    x = _of_norm_one(u, total)
     gram = total(x @ x.mT)
     q: Tensor | None = None
     for _ in range(steps):
@@ -45,9 +44,7 @@ def orthogonalise_whole(u: Tensor, steps: int = STEPS) -> Tensor:
     X, A and the polynomial are rounded to bfloat16 whether the device has instructions for it or not: so all agree.
     """
     alpha, beta, gamma = QUINTIC
-    x = u if u.shape[0] <= u.shape[1] else u.mT
-    norm = torch.linalg.vector_norm(x, dtype=torch.float64)  # in float64: the square of a small one would underflow
-    x = x / norm.to(x.dtype).clamp_min(torch.finfo(x.dtype).tiny)
+    x = _of_norm_one(u if u.shape[0] <= u.shape[1] else u.mT)
     rounded = torch.float64 if x.dtype == torch.float64 else torch.bfloat16
     quick = rounded == torch.float64 or not has_values(x) or multiplies_bfloat16(x.device)
     x = x.to(rounded)
@@ -57,6 +54,12 @@ def orthogonalise_whole(u: Tensor, steps: int = STEPS) -> Tensor:
         polynomial = torch.addmm(gram, gram, gram, beta=beta, alpha=gamma).to(rounded).to(wide.dtype)
         x = torch.addmm(wide, polynomial, wide, beta=alpha).to(rounded)
     return x if u.shape[0] <= u.shape[1] else x.mT
+
+
+def _of_norm_one(u: Tensor, total: Total = alone) -> Tensor:
+    """Return U / ‖U‖, zeros for zeros; the norm in float64, since a small momentum's square would underflow."""
+    norm = total(torch.linalg.vector_norm(u, dtype=torch.float64).square()).sqrt()
+    return u / norm.to(u.dtype).clamp_min(torch.finfo(u.dtype).tiny)
 
 
 def like_adamw(d: int, k: int, rank: int) -> float:

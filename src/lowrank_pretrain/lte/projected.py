@@ -22,6 +22,7 @@ from lowrank_pretrain.core.plan import Plan
 from lowrank_pretrain.core.protocols import Inherit, adopters
 from lowrank_pretrain.core.targets import all_targets
 from lowrank_pretrain.galore import GaLoreAdamW
+from lowrank_pretrain.galore.groups import RESIDUALS
 from lowrank_pretrain.galore.local import LocalUpdate
 from lowrank_pretrain.galore.projection import Projected
 from lowrank_pretrain.lora.products import Part
@@ -336,11 +337,11 @@ def check_group(group: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: naming the optimizer's key.
     """
+    outside = "leaves the subspace, so that no factors could tell what a worker did"
     for key, wrong, why in (
         ("refresh", "track", "moves the basis at every step, and between merges it must stay: use subspace or svd"),
-        ("residual", "fira", "leaves the subspace, so that no factors could tell what a worker did: use null"),
-        ("residual", "muon", "leaves the subspace, so that no factors could tell what a worker did: use null"),
-        ("variant", "apollo", "leaves the subspace, so that no factors could tell what a worker did: use galore"),
+        *(("residual", kind, f"{outside}: use null") for kind in RESIDUALS if kind),
+        ("variant", "apollo", f"{outside}: use galore"),
         ("layerwise", True, "steps before the rest is averaged: use false"),
     ):
         if group[key] == wrong:
