@@ -73,6 +73,26 @@ def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:
     return callbacks
 
 
+def move_before_foreign(trainer: pl.Trainer, callback: pl.Callback) -> None:
+    """Let a callback see the end of a batch before a user's callbacks do.
+
+    One of them that writes a checkpoint there would write it without what this callback counts and decides at this batch's
+    end, and nobody would count it after a resume. Lightning's own come in the user's order: its ModelCheckpoint is always last.
+    """
+    if type(callback).on_train_batch_end is pl.Callback.on_train_batch_end:
+        return
+    untyped: Any = trainer
+    callbacks = callbacks_of(trainer)
+    ours = ("lightning.", "lowrank_pretrain.")
+    foreign = [one for one in callbacks[: callbacks.index(callback)]
+               if not type(one).__module__.startswith(ours)
+               and type(one).on_train_batch_end is not pl.Callback.on_train_batch_end]  # fmt: skip
+    if foreign:
+        others = [one for one in callbacks if one is not callback]
+        others.insert(others.index(foreign[0]), callback)
+        untyped.callbacks = others  # another list: Lightning walks over the old one now
+
+
 def log_interval(trainer: pl.Trainer) -> int:
     """Return ``trainer.log_every_n_steps``."""
     untyped: Any = trainer
@@ -94,8 +114,10 @@ def profiler_of(trainer: pl.Trainer) -> Any:
 
 def run_length(trainer: pl.Trainer) -> tuple[float, float]:
     """Return ``max_steps`` and the optimizer steps of an epoch; infinite if unlimited or unknown."""
+    untyped: Any = trainer
     batches = trainer.num_training_batches
     changes = any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks_of(trainer))
+    changes = changes or bool(untyped.reload_dataloaders_every_n_epochs)  # a later epoch's loader may have another length
     known = math.isfinite(batches) and not changes
     per_epoch = math.ceil(batches / trainer.accumulate_grad_batches) if known else math.inf
     return (trainer.max_steps if trainer.max_steps not in (None, -1) else math.inf), per_epoch

@@ -29,7 +29,7 @@ from lowrank_pretrain.core.lr_factor import Rewarm
 from lowrank_pretrain.core.plan import Plan, fit_ranks
 from lowrank_pretrain.core.protocols import PHASES, Adopter, HasPhase, Inherit
 from lowrank_pretrain.core.targets import Target, first_named, say_left_out, select
-from lowrank_pretrain.core.trainer import callbacks_of, log_row
+from lowrank_pretrain.core.trainer import callbacks_of, log_row, move_before_foreign
 from lowrank_pretrain.factorize.model import Factors
 from lowrank_pretrain.lora import model as lora
 from lowrank_pretrain.observe.monitor import count_parameters
@@ -205,6 +205,7 @@ class PhaseCallback(HasPhase, Callback):
                 self._make_plain(trainer, pl_module)
             return
         refusals.check_run(self, trainer, pl_module)
+        move_before_foreign(trainer, self)
         ended, self._ended = self._ended, None
         if ended is not None and ended.model.module() is not pl_module:
             ended = None
@@ -312,18 +313,20 @@ class PhaseCallback(HasPhase, Callback):
             refuse: refuse targets that the patterns name; after the first step this would end a trained run.
 
         Raises:
-            ConfigError: the patterns name one of them, or none is left.
+            ConfigError: the patterns name one of them, or none is left; not without ``refuse``.
         """
         reasons = {name: reason for name, reason in reasons.items() if name in self.chosen}
         patterns = self.targets or []
         if (named := first_named(pl_module, patterns, reasons) if refuse else None) is not None:
             raise ConfigError("targets", named, reasons[named])
         said = say_left_out(pl_module, patterns, reasons)
-        if len(reasons) == len(self.chosen):
+        if len(reasons) == len(self.chosen) and refuse:
             raise ConfigError("targets", self.targets, f"leaves no target: {said.partition(': ')[2]}")
         self.left_out = self.left_out | reasons
         self.chosen = {name: rank for name, rank in self.chosen.items() if name not in reasons}
-        rank_zero_warn(f"{type(self).__name__}: {said}")
+        rank_zero_warn(
+            f"{type(self).__name__}: {said}" + ("" if self.chosen else ". None is left: the run stays in phase full")
+        )
 
     def _select(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, rank: int, key: str, frozen: bool = False

@@ -11,7 +11,6 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lowrank_pretrain.core.checks import choice, number, whole
-from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.plan import Plan
 from lowrank_pretrain.core.targets import Target, all_targets, check_patterns, families, obstacles
 from lowrank_pretrain.core.trainer import StepWatch, is_trial, log_row, run_length
@@ -29,6 +28,7 @@ from lowrank_pretrain.prelora.decisions import (
     check_ranks,
     still_flat,
 )
+from lowrank_pretrain.prelora.length import check_length
 
 
 class PreLoRA(PhaseCallback):
@@ -90,7 +90,7 @@ class PreLoRA(PhaseCallback):
     def __init__(
         self,
         targets: str | Sequence[str] = "all",
-        ranks: Sequence[int] = (4, 8, 16, 32),
+        ranks: Sequence[int] | Sequence[float] = (4, 8, 16, 32),
         window: int = 1,
         window_unit: str = "epoch",
         windows: int = 3,
@@ -143,6 +143,7 @@ class PreLoRA(PhaseCallback):
         self._units = 0  # of the present window that have passed: optimizer steps, or epochs
         self.first_loss: float | None = None  # the first window's
         self._due = False  # a window is over, but the last batch took no optimizer step
+        self._open: int | None = None  # the epoch that has begun and is not counted yet
         self._loss = torch.zeros(2, dtype=torch.float64)  # sum and number of this rank's micro-batch losses, on the device
         self._restored: list[list[float]] | None = None  # the same by rank, from a checkpoint
         self._steps = StepWatch()
@@ -162,8 +163,9 @@ class PreLoRA(PhaseCallback):
             self.chosen = {name: targets[name].max_rank for name in self.chosen}
             if isinstance(self._adopter, Factors):
                 self._adopter.check_fraction(self.ranks[0], targets)
-        self._check_length(trainer)
-        if self._adopter.makes_adapters:
+        if not trainer.ckpt_path:  # with a file, the trainer still counts the steps of its last fit: on_train_start asks
+            self._check_length(trainer)
+        if self._adopter.makes_adapters and self.chosen:
             self._first = FirstStep(trainer, pl_module, targets, frozen_dtype=self.frozen_dtype, adopter=self._adopter)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -177,6 +179,12 @@ class PreLoRA(PhaseCallback):
                 by_rank = [[sum(column) for column in zip(*by_rank, strict=True)]] + [[0.0, 0.0]] * trainer.world_size
             self._loss = torch.tensor(by_rank[trainer.global_rank], dtype=torch.float64)
         self._loss = _on(pl_module.device, self._loss)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Count an epoch that ended before its last batch (``on_train_batch_start`` returned -1)."""
+        if self._open is not None and self._open < trainer.current_epoch:
+            self._open = None
+            self._count(int(self.window_unit == "epoch"))
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
         """Note gradient norms (unscaled, before clipping) at a window's last step, if ranks come from them."""
@@ -196,8 +204,8 @@ class PreLoRA(PhaseCallback):
         if self.phase == "full":
             self._add_loss(trainer, outputs)
         stepped = self._steps.stepped(trainer)
-        self._units += int(stepped if self.window_unit == "step" else trainer.is_last_batch)
-        self._due = self._due or self._units >= self.window
+        self._open = None if trainer.is_last_batch else trainer.current_epoch
+        self._count(int(stepped if self.window_unit == "step" else trainer.is_last_batch))
         if self._due and stepped and self._settled():
             self._due, self._units = False, 0
             self._end_of_window(trainer, pl_module)
@@ -212,7 +220,7 @@ class PreLoRA(PhaseCallback):
             ended = joint if self.phase == "joint" else "with the freeze"
             cure = "Train longer, lower warmup, or switch earlier (latest)."
             rank_zero_warn(f"PreLoRA: the run ended {ended}: no step was low-rank. {cure}")
-        elif self.phase == "full":
+        elif self.phase == "full" and self.chosen:
             changes = {family: round(change, 4) for family, change in self.verdict.family_changes.items()}
             rank_zero_warn(
                 f"PreLoRA: the run ended in phase full. Last window: loss moved by {self.verdict.loss_change:.4f} "
@@ -222,11 +230,17 @@ class PreLoRA(PhaseCallback):
 
     # -- the method -------------------------------------------------------------------------------------------------
 
+    def _count(self, passed: int) -> None:
+        self._units += passed
+        self._due = self._due or self._units >= self.window
+
     def _end_of_window(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.windows_done += 1
         if self.phase == "joint":
             if self.windows_done >= self.warmup:
                 self.freeze(trainer, pl_module)
+            return
+        if not self.chosen:  # none was left at an earlier window that wanted to switch
             return
         targets = self._present(pl_module)
         family_of = families(pl_module, targets)
@@ -252,6 +266,8 @@ class PreLoRA(PhaseCallback):
             elif hint := still_flat(self.first_loss, self.history[-1].loss):
                 rank_zero_info(f"PreLoRA: converged at window {self.windows_done}, {hint}")
             self._check_again(trainer, pl_module)
+            if not self.chosen:
+                return
             family_of = {name: family for name, family in family_of.items() if name in self.chosen}
             plan = Plan(trainer.strategy.broadcast(dict(self._assign(family_of, targets))))
             self.switch(trainer, pl_module, plan)
@@ -347,46 +363,10 @@ class PreLoRA(PhaseCallback):
         return {n: total / count for n, (total, count) in zip(present, summed, strict=True) if count}
 
     def _check_length(self, trainer: pl.Trainer, has_data: bool = False) -> None:
-        """Refuse a run that ends before it can switch, as far as that is known: with ``max_time``, for example, it is not.
-
-        Raises:
-            ConfigError: naming the limit.
-        """
-        if self.phase != "full" or is_trial(trainer):
-            return
-        windows = max(self.windows, self.earliest)
-        windows = windows if self.latest is None else min(windows, self.latest)
-        every = self._adopter.settles_every  # a window ends with the next moment at which all ranks hold the same
-        window = -(-self.window // every) * every if self.window_unit == "step" else self.window
-        needed = windows * window - self.windows_done * window - self._units
-        steps, per_epoch = run_length(trainer)
-        max_epochs = trainer.max_epochs if trainer.max_epochs not in (None, -1) else math.inf
-        if self.window_unit == "step":
-            key, allowed = "max_steps", min(steps, max_epochs * per_epoch)
-            left = allowed - trainer.global_step
-        else:
-            key, allowed, left = "max_epochs", max_epochs, max_epochs - trainer.current_epoch
-            if math.isfinite(steps) and not math.isfinite(per_epoch) and has_data:
-                rank_zero_warn(
-                    f"PreLoRA: the training data have no known length, and a window ends with an epoch: with max_steps={steps} "
-                    'the run may never switch. Count windows in steps (window_unit="step")'
-                )
-            elif math.isfinite(steps) and math.isfinite(per_epoch):
-                whole = (steps - trainer.global_step) / per_epoch
-                whole = math.ceil(whole) if trainer.global_step else math.floor(whole)  # resumed inside of an epoch, perhaps
-                if whole < left:
-                    key, allowed, left = "max_steps", steps, whole
-        if left < needed:
-            name = {self.latest: "latest", self.earliest: "earliest", self.windows: "windows"}[windows]
-            more = "" if key == f"max_{self.window_unit}s" else f" epochs of {per_epoch} steps"
-            more += "" if window == self.window else f" (a window ends with a merge, one every {every} steps)"
-            done = f" ({windows * window - needed} of them are over)" if needed < windows * window else ""
-            reached = (left + windows * window - needed) // window  # windows by the end of the run
-            cure = f"; latest={int(reached)} would" if name == "windows" and reached >= 1 else ""
-            raise ConfigError(
-                key, int(allowed), f"must be at least {name} * window = {windows * window}{more}{done}, else the run can "
-                f"never switch{cure}"
-            )  # fmt: skip
+        """Refuse a run that ends before it can switch, as far as that is known."""
+        if self.phase == "full" and not is_trial(trainer):
+            windows, passed = (self.windows, self.earliest, self.latest), (self.windows_done, self._units)
+            check_length(trainer, self.window, self.window_unit, windows, passed, self._adopter.settles_every, has_data)
 
     def patience(self, trainer: pl.Trainer) -> int:
         """Return the optimizer steps of one window."""
@@ -405,6 +385,7 @@ class PreLoRA(PhaseCallback):
             "first_loss": self.first_loss,
             "units": self._units,
             "due": self._due,
+            "open": self._open,
             "loss": self._loss.tolist(),
             "left_out": dict(self.left_out),
         }
@@ -419,6 +400,7 @@ class PreLoRA(PhaseCallback):
         self.verdict = Verdict(*state_dict["verdict"])
         self.windows_done, self._units, self._due = (state_dict[key] for key in ("windows_done", "units", "due"))
         self.left_out, self.first_loss = dict(state_dict.get("left_out", {})), state_dict.get("first_loss")
+        self._open = state_dict.get("open")
         loss = state_dict["loss"]
         self._restored = loss if isinstance(loss[0], list) else [loss]
 

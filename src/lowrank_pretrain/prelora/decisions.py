@@ -143,7 +143,7 @@ def assign_ranks(
     return Plan(plan)
 
 
-def check_ranks(ranks: Sequence[int]) -> list[int]:
+def check_ranks(ranks: Sequence[int] | Sequence[float]) -> list[int]:
     """Return the ranks to choose from, as a list.
 
     Raises:

@@ -1,0 +1,88 @@
+"""Habits of users' scripts that PreLoRA must live with: own savers, going back, loaders that change, epochs that are cut short."""
+
+import lightning.pytorch as pl
+import pytest
+import torch
+
+from lowrank_pretrain import PreLoRA
+from tests.toy import Toy, loader, toy, trainer
+
+
+def quick(**settings) -> PreLoRA:
+    """Switch after two steps or epochs, freeze one later."""
+    return PreLoRA(**{"ranks": (2, 4), "window": 1, "windows": 2, "latest": 2, "warmup": 1, "window_unit": "step", **settings})
+
+
+class Saver(pl.Callback):
+    def __init__(self, where) -> None:
+        self.where = where
+
+    def on_train_batch_end(self, trainer, *_):
+        trainer.save_checkpoint(self.where / f"{trainer.global_step}.ckpt")
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 4])
+def test_a_saver_that_stands_before_it_writes_files_that_resume(tmp_path, step):
+    whole = toy()
+    trainer(tmp_path, Saver(tmp_path), quick(), max_epochs=1).fit(whole, loader())
+    resumed, again = toy(), quick()
+    trainer(tmp_path, again, max_epochs=1).fit(resumed, loader(), ckpt_path=tmp_path / f"{step}.ckpt", weights_only=False)
+    assert (again.switch_step, again.freeze_step) == (2, 3)
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+
+
+def test_lightnings_and_our_own_callbacks_keep_their_order(tmp_path):
+    class Own(pl.Callback):
+        def on_train_batch_end(self, *_): ...
+
+    own, bar, when = Own(), pl.callbacks.Timer(), quick()
+    fit = trainer(tmp_path, bar, own, when, max_steps=3)
+    fit.fit(toy(), loader())
+    assert fit.callbacks.index(bar) < fit.callbacks.index(when) < fit.callbacks.index(own)
+
+
+def test_the_same_trainer_goes_back_to_an_earlier_file(tmp_path):
+    module, when = toy(), quick(window_unit="epoch")
+    fit = trainer(tmp_path, when, every=3, max_epochs=3)
+    fit.fit(module, loader())
+    fit.fit(module, loader(), ckpt_path=tmp_path / "step=3.ckpt", weights_only=False)
+    assert fit.global_step == 18 and when.phase == "lowrank"
+
+
+def test_loaders_that_grow_have_no_known_length(tmp_path):
+    class Growing(Toy):
+        def train_dataloader(self):
+            return loader(16 if self.trainer.current_epoch == 0 else 48)
+
+    when = quick(window=3, windows=4, latest=4)
+    trainer(tmp_path, when, max_epochs=4, reload_dataloaders_every_n_epochs=1).fit(Growing())
+    assert when.phase == "lowrank"
+
+
+def test_an_epoch_that_is_cut_short_counts(tmp_path):
+    class Short(Toy):
+        def on_train_batch_start(self, batch, batch_idx):
+            return -1 if batch_idx == 3 else None
+
+    when = quick(window_unit="epoch")
+    trainer(tmp_path, when, max_epochs=5).fit(Short(), loader())
+    assert when.phase == "lowrank" and when.switch_step == 7  # the first step of the third epoch
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_run_whose_targets_have_all_gone_stays_full(tmp_path, resumed):
+    class Frozen(Toy):
+        def on_train_epoch_start(self):
+            if self.current_epoch == 1:
+                self.blocks.requires_grad_(False)
+                self.embed.requires_grad_(False)
+
+    when = quick(window_unit="epoch", latest=3, windows=3, weight_tol=1e-6, loss_tol=1e-6)
+    with pytest.warns(UserWarning, match="since the fit began.*None is left: the run stays in phase full"):
+        trainer(tmp_path, when, every=20, max_epochs=5).fit(Frozen(), loader())
+    assert when.phase == "full" and when.plan is None
+    if resumed:
+        again = quick(window_unit="epoch", latest=3, windows=3)
+        trainer(tmp_path, again, max_epochs=6).fit(Frozen(), loader(), ckpt_path=tmp_path / "step=20.ckpt", weights_only=False)
+        assert again.phase == "full"
