@@ -1,4 +1,4 @@
-"""Habits of users' scripts that PreLoRA must live with: own savers, going back, loaders that change, epochs that are cut short."""
+"""Habits of users that PreLoRA must live with: own savers, going back, loaders that change, epochs that are cut short."""
 
 import lightning.pytorch as pl
 import pytest
