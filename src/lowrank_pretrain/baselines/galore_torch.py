@@ -35,6 +35,8 @@ class GaLoreTorch(MatrixPair):
         ConfigError: the package is not installed, or cannot be imported.
     """
 
+    fixed = ("rank", "proj_type")
+
     def __init__(self, params: Iterable[dict[str, Any]], lr: float = 1e-3, **settings: Any) -> None:
         self._of_matrices: torch.optim.Optimizer | None = None
         super().__init__(params, lr, {**_package()[0].defaults, "weight_decay": 0.0, "lr": lr, **settings})
@@ -55,7 +57,7 @@ class GaLoreTorch(MatrixPair):
         with ExitStack() as stack:  # inside of autocast its products would run in half precision
             for device in {p.device.type for group in groups for p in group["params"]}:
                 stack.enter_context(torch.autocast(device, enabled=False))
-            self._of_matrices.step()
+            self._step_other(self._of_matrices)
         for group in groups:
             for state in self._states(group):
                 bases: Any = state.pop("projector").ortho_matrix
@@ -65,9 +67,17 @@ class GaLoreTorch(MatrixPair):
     def _states(self, group: dict[str, Any]) -> list[dict[str, Any]]:
         return [self.state[p] for p in group["params"] if self.state.get(p)]
 
-    def takes(self, p: Tensor, state: Mapping[str, Any]) -> bool:
+    def takes(self, group: Mapping[str, Any], p: Tensor, state: Mapping[str, Any]) -> bool:
         """Return whether a matrix' state from a file is the package's."""
-        return KEYS[0] in state
+        m, n = p.shape
+        rank, kind = min(group["rank"], m, n), group["proj_type"]
+        if kind in ("std", "reverse_std"):
+            kind = "right" if (m >= n) == (kind == "std") else "left"
+        low = (rank if kind != "right" else m, rank if kind != "left" else n)
+        shapes = {"exp_avg": low, "exp_avg_sq": low, "proj": (rank, n) if kind == "right" else (m, rank)}
+        if kind == "full":
+            shapes["proj_right"] = (rank, n)
+        return all(getattr(state.get(key), "shape", None) == shape for key, shape in shapes.items())
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
