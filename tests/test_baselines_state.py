@@ -64,19 +64,20 @@ def test_changed_settings_of_a_method_are_the_runs_and_a_line_says_so(name, chan
     old, params = pair(name)
     step(old, params)
     new, others = pair(name, copy.deepcopy(params), **changed)
-    new.param_groups[0]["weight_decay"] = new.param_groups[1]["weight_decay"] = 0.3
+    new.param_groups[0]["weight_decay"] = 0.3
     new.param_groups[1]["betas"] = (0.8, 0.9)
     if won:
         settings_win(new)
-    before = copy.deepcopy(new.param_groups)
+    wanted = copy.deepcopy(new.param_groups)
+    if not won:  # a schedule may change these: they are the file's
+        wanted[0]["weight_decay"], wanted[1]["betas"] = old.param_groups[0]["weight_decay"], old.param_groups[1]["betas"]
     new.load_state_dict(copy.deepcopy(old.state_dict()))
     said = capsys.readouterr().out.splitlines()
-    for group, then in zip(new.param_groups, before, strict=True):
-        assert {key: group[key] for key in then if key != "params"} == {key: then[key] for key in then if key != "params"}
+    for group, then in zip(new.param_groups, wanted, strict=True):
+        assert {**group, "params": None} == {**then, "params": None}
     for key, value in changed.items():
         assert f"{key} is now {value} (it was {old.param_groups[0][key]} in the checkpoint)" in said
-    words = [line.split(" is now ")[0] for line in said]
-    assert set(words) - {"betas"} == {*changed, "weight_decay"} and len(words) == len(set(words))
+    assert sorted(line.split(" is now ")[0] for line in said) == sorted([*changed, *(("betas", "weight_decay") if won else ())])
     step(new, others, seed=2)
     twin, same = pair(name, copy.deepcopy(params))
     twin.load_state_dict(copy.deepcopy(old.state_dict()))
@@ -146,8 +147,7 @@ def test_galore_torch_takes_its_own_state_of_any_side(proj_type, shape):
     optimizer, _ = pair("galore_torch", params, proj_type=proj_type)
     with contextlib.suppress(RuntimeError):  # reverse_std of the package fails for some shapes, after it has made its state
         step(optimizer, params)
-    if not all("proj" in optimizer.state[p] for p in params[:1]):
-        pytest.skip("the package cannot step it")
+    assert "proj" in optimizer.state[params[0]]
     pair("galore_torch", params, proj_type=proj_type)[0].load_state_dict(optimizer.state_dict())
 
 
@@ -171,6 +171,38 @@ def test_an_8_bit_state_of_another_model_is_one_line(there, here):
     saved = eight_bit(tensors(there)).state_dict()
     with pytest.raises(ConfigError, match=r"is another optimizer's or another model's"):
         eight_bit(tensors(here)).load_state_dict(saved)
+
+
+@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize("shape", [(6,), (), (4, 3, 2, 2)])
+def test_a_parameter_that_is_no_matrix_is_refused_when_its_group_joins(name, shape):
+    optimizer, params = pair(name)
+    with pytest.raises(ConfigError, match=r"^matrices=True: needs a group of matrices, but one parameter is [^\n]*$"):
+        optimizer.add_param_group({"params": tensors((4, 6), shape), MATRICES: True})
+    assert len(optimizer.param_groups) == 2
+    step(optimizer, params)
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_step_of_galore_torch_that_fails_leaves_plain_tensors(begun):
+    params = tensors((8, 12), (8, 12), (6,))
+    optimizer = pair("galore_torch", [params[0], params[2]])[0]
+    optimizer.add_param_group({"params": [params[1]], MATRICES: True})
+    twin, others = copy.deepcopy((optimizer, params))
+    if begun:
+        step(optimizer, params), step(twin, others)
+    params[0].grad, params[1].grad = torch.ones(8, 12), torch.ones(8, 12).to_sparse()
+    with pytest.raises(RuntimeError, match="sparse"):
+        optimizer.step()
+    states = [optimizer.state[p] for p in params[:2]]
+    assert all(isinstance(value, (int, torch.Tensor)) for state in states for value in state.values())
+    twin.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    with torch.no_grad():
+        for p, other in zip(params, others, strict=True):
+            other.copy_(p)
+    for some, its in ((optimizer, params), (twin, others)):
+        step(some, its, seed=3)
+    assert all(torch.equal(a, b) for a, b in zip(params, others, strict=True))
 
 
 # ---- hooks, copies -------------------------------------------------------------------------------------------------------

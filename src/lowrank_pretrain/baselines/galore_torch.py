@@ -54,15 +54,24 @@ class GaLoreTorch(MatrixPair):
                     found = [state.pop(key) for key in KEYS if key in state]
                     state["projector"].ortho_matrix = found[0] if len(found) == 1 else found
         self._lend(self._of_matrices, groups)
-        with ExitStack() as stack:  # inside of autocast its products would run in half precision
-            for device in {p.device.type for group in groups for p in group["params"]}:
-                stack.enter_context(torch.autocast(device, enabled=False))
-            self._step_other(self._of_matrices)
-        for group in groups:
-            for state in self._states(group):
-                bases: Any = state.pop("projector").ortho_matrix
-                bases = [bases] if isinstance(bases, Tensor) else bases
-                state |= zip(KEYS, (basis.contiguous() for basis in bases), strict=False)
+        try:
+            with ExitStack() as stack:  # inside of autocast its products would run in half precision
+                for device in {p.device.type for group in groups for p in group["params"]}:
+                    stack.enter_context(torch.autocast(device, enabled=False))
+                self._step_other(self._of_matrices)
+        finally:  # of a step that fails, too: the state may be saved
+            for group in groups:
+                for state in self._states(group):
+                    self._put_bases_back(state)
+
+    def _put_bases_back(self, state: dict[str, Any]) -> None:
+        """Replace the package's object in a matrix' state by its tensors; a state without a basis has not begun."""
+        bases: Any = getattr(state.pop("projector", None), "ortho_matrix", None)
+        if bases is None:
+            state.clear()
+            return
+        bases = [bases] if isinstance(bases, Tensor) else bases
+        state |= zip(KEYS, (basis.contiguous() for basis in bases), strict=False)
 
     def _states(self, group: dict[str, Any]) -> list[dict[str, Any]]:
         return [self.state[p] for p in group["params"] if self.state.get(p)]

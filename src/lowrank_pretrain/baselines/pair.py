@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from lowrank_pretrain.core.errors import ConfigError
-from lowrank_pretrain.models.optim import changed_setting, foreign_state, has_moments, refuse_foreign_state
+from lowrank_pretrain.models.optim import SETTINGS, changed_setting, foreign_state, has_moments, refuse_foreign_state
 
 MATRICES = "matrices"  # the key that marks a group of matrices
+_TORCHS = ("lr", *SETTINGS)  # settings that schedules change, and that a run keeps for every optimizer
 
 
 class MatrixPair(torch.optim.Optimizer):
@@ -25,11 +27,9 @@ class MatrixPair(torch.optim.Optimizer):
         rule: default settings of the groups of matrices.
 
     Attributes:
-        keeps: settings of both kinds of groups that a load takes from the code. So it does all of the rule's, but for the rate.
         fixed: settings of the rule that the shapes of its state depend on.
     """
 
-    keeps: tuple[str, ...] = ("weight_decay", "betas", "eps")
     fixed: tuple[str, ...] = ()
 
     def __init__(self, params: Iterable[dict[str, Any]], lr: float, rule: dict[str, Any]) -> None:
@@ -38,11 +38,21 @@ class MatrixPair(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group as torch's optimizers do, with the default settings for its kind."""
+        """Add a group as torch's optimizers do, with the default settings for its kind.
+
+        Raises:
+            ConfigError: a parameter of a group of matrices is no matrix.
+        """
         matrices = bool(param_group.setdefault(MATRICES, False))
         for key, value in (self._rule if matrices else _adamw().defaults).items():
             param_group.setdefault(key, self.defaults["lr"] if key == "lr" else value)
         super().add_param_group(param_group)
+        shapes = [tuple(p.shape) for p in self.param_groups[-1]["params"] if matrices and not is_lazy(p) and p.ndim != 2]
+        if shapes:
+            del self.param_groups[-1]
+            raise ConfigError(
+                MATRICES, True, f"needs a group of matrices, but one parameter is {shapes[0]}: use {MATRICES}=False"
+            )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -63,7 +73,9 @@ class MatrixPair(torch.optim.Optimizer):
         raise NotImplementedError
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load as torch does, but keep the settings of the code, the rates aside. One line names each that differs in the file.
+        """Load as torch does, but keep the rule's own settings of the code. One line names each that differs in the file.
+
+        Rates, decay and AdamW's settings are the file's, as in torch: schedules change them. ``settings_win`` keeps these too.
 
         Raises:
             ConfigError: the state is another optimizer's; a changed setting that the state depends on.
@@ -74,12 +86,12 @@ class MatrixPair(torch.optim.Optimizer):
         def check(_: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
             self._refuse(saved)
             for group, theirs in zip(self.param_groups, saved["param_groups"], strict=False):
-                keys = {*self.keeps, *(self._rule if group[MATRICES] else ())} - {"lr"}
-                ours.append({key: group[key] for key in sorted(keys) if key in group})
-                for key, value in ours[-1].items():
-                    before = theirs.get(key, value)
-                    if _plain(before) != _plain(value):
-                        changed.setdefault(key, changed_setting(key, value, before))
+                own = {key: group[key] for key in self._rule if key not in _TORCHS} if group[MATRICES] else {}
+                lacks = {key: value for key, value in group.items() if key not in (*theirs, "param_names")}  # of an older torch
+                ours.append(lacks | own)
+                for key, value in own.items():
+                    if _plain(theirs[key]) != _plain(value):
+                        changed.setdefault(key, changed_setting(key, value, theirs[key]))
 
         def put_back(_: torch.optim.Optimizer) -> None:
             for group, mine in zip(self.param_groups, ours, strict=True):

@@ -210,8 +210,7 @@ def changed_setting(name: str, now: Any, before: Any) -> str:
 def settings_win(optimizer: torch.optim.Optimizer) -> None:
     """Make the settings of `optimizer` survive ``load_state_dict``; torch silently takes them from the file.
 
-    Only moments and steps are loaded. One line names each setting that differs in the file. An optimizer that does so itself
-    for some settings lists them as ``keeps``.
+    Only moments and steps are loaded. One line names each setting that differs in the file.
     """
     ours: list[dict[str, Any]] = []
     changed: dict[str, str] = {}
@@ -221,8 +220,7 @@ def settings_win(optimizer: torch.optim.Optimizer) -> None:
             if any("betas" not in group for group in state_dict["param_groups"]):
                 raise foreign_state("its groups have no betas")
             refuse_foreign_state(optimizer, state_dict, lambda _, p, state: has_moments(state, p))
-        names = [key for key in SETTINGS if key not in getattr(optimizer, "keeps", ())]
-        ours[:] = [{key: group[key] for key in names if key in group} for group in optimizer.param_groups]
+        ours[:] = [{key: group[key] for key in SETTINGS if key in group} for group in optimizer.param_groups]
         changed.clear()
         for mine, theirs in zip(ours, state_dict["param_groups"], strict=False):  # the optimizer itself reports mismatches
             for key, value in mine.items():
