@@ -35,6 +35,8 @@ class GaLoreTorch(MatrixPair):
         ConfigError: the package is not installed, or cannot be imported.
     """
 
+    fixed = ("rank", "proj_type")
+
     def __init__(self, params: Iterable[dict[str, Any]], lr: float = 1e-3, **settings: Any) -> None:
         self._of_matrices: torch.optim.Optimizer | None = None
         super().__init__(params, lr, {**_package()[0].defaults, "weight_decay": 0.0, "lr": lr, **settings})
@@ -52,22 +54,39 @@ class GaLoreTorch(MatrixPair):
                     found = [state.pop(key) for key in KEYS if key in state]
                     state["projector"].ortho_matrix = found[0] if len(found) == 1 else found
         self._lend(self._of_matrices, groups)
-        with ExitStack() as stack:  # inside of autocast its products would run in half precision
-            for device in {p.device.type for group in groups for p in group["params"]}:
-                stack.enter_context(torch.autocast(device, enabled=False))
-            self._of_matrices.step()
-        for group in groups:
-            for state in self._states(group):
-                bases: Any = state.pop("projector").ortho_matrix
-                bases = [bases] if isinstance(bases, Tensor) else bases
-                state |= zip(KEYS, (basis.contiguous() for basis in bases), strict=False)
+        try:
+            with ExitStack() as stack:  # inside of autocast its products would run in half precision
+                for device in {p.device.type for group in groups for p in group["params"]}:
+                    stack.enter_context(torch.autocast(device, enabled=False))
+                self._step_other(self._of_matrices)
+        finally:  # of a step that fails, too: the state may be saved
+            for group in groups:
+                for state in self._states(group):
+                    self._put_bases_back(state)
+
+    def _put_bases_back(self, state: dict[str, Any]) -> None:
+        """Replace the package's object in a matrix' state by its tensors; a state without a basis has not begun."""
+        bases: Any = getattr(state.pop("projector", None), "ortho_matrix", None)
+        if bases is None:
+            state.clear()
+            return
+        bases = [bases] if isinstance(bases, Tensor) else bases
+        state |= zip(KEYS, (basis.contiguous() for basis in bases), strict=False)
 
     def _states(self, group: dict[str, Any]) -> list[dict[str, Any]]:
         return [self.state[p] for p in group["params"] if self.state.get(p)]
 
-    def takes(self, p: Tensor, state: Mapping[str, Any]) -> bool:
+    def takes(self, group: Mapping[str, Any], p: Tensor, state: Mapping[str, Any]) -> bool:
         """Return whether a matrix' state from a file is the package's."""
-        return KEYS[0] in state
+        m, n = p.shape
+        rank, kind = min(group["rank"], m, n), group["proj_type"]
+        if kind in ("std", "reverse_std"):
+            kind = "right" if (m >= n) == (kind == "std") else "left"
+        low = (rank if kind != "right" else m, rank if kind != "left" else n)
+        shapes = {"exp_avg": low, "exp_avg_sq": low, "proj": (rank, n) if kind == "right" else (m, rank)}
+        if kind == "full":
+            shapes["proj_right"] = (rank, n)
+        return all(getattr(state.get(key), "shape", None) == shape for key, shape in shapes.items())
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

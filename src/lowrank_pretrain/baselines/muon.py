@@ -13,7 +13,7 @@ from lowrank_pretrain.baselines.pair import MATRICES, MatrixPair
 from lowrank_pretrain.core.checks import flag, number, whole
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.targets import find_targets
-from lowrank_pretrain.models.optim import Optim, has_moment
+from lowrank_pretrain.models.optim import Optim, has_moments
 
 QUINTIC = (3.4445, -4.775, 2.0315)  # the polynomial of torch's class and of Muon's authors
 
@@ -52,11 +52,11 @@ class Muon(MatrixPair):
         if self._of_matrices is None:
             self._of_matrices = _muon(self._asked)
         self._lend(self._of_matrices, groups)
-        self._of_matrices.step()
+        self._step_other(self._of_matrices)
 
-    def takes(self, p: Tensor, state: Mapping[str, Any]) -> bool:
+    def takes(self, group: Mapping[str, Any], p: Tensor, state: Mapping[str, Any]) -> bool:
         """Return whether a matrix' state from a file is Muon's."""
-        return has_moment(state, p, "momentum_buffer")
+        return has_moments(state, p, "momentum_buffer")
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

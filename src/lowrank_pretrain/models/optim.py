@@ -155,9 +155,10 @@ REST = "rest"  # begins the names of groups that `rest_lr` moves
 SETTINGS = {"initial_lr": "lr", "weight_decay": "weight_decay", "betas": "betas", "eps": "eps", "lr_ratio": "adapter_lr"}
 
 
-def has_moment(state: Mapping[str, Any], p: Tensor, key: str = "exp_avg") -> bool:
-    """Return whether a parameter's state has this tensor (by default AdamW's), in the parameter's shape and in no basis."""
-    return getattr(state.get(key), "shape", None) == p.shape and "proj" not in state
+def has_moments(state: Mapping[str, Any], p: Tensor, *keys: str) -> bool:
+    """Return whether a parameter's state has these tensors (by default AdamW's), in the parameter's shape and in no basis."""
+    wanted = keys or ("exp_avg", "exp_avg_sq")
+    return all(getattr(state.get(key), "shape", None) == p.shape for key in wanted) and "proj" not in state
 
 
 def refuse_foreign_state(
@@ -179,15 +180,31 @@ def refuse_foreign_state(
         for p, index in zip(group["params"], theirs["params"], strict=False):
             state = saved["state"].get(index)
             if state and not fits(group, p, state):
-                raise foreign_state(", ".join(map(str, state)))
+                raise foreign_state(f"{_contents(state)}; for a parameter {tuple(p.shape)}")
+
+
+def _contents(state: Mapping[str, Any]) -> str:
+    """Return the keys of a parameter's state, with the shapes of its tensors."""
+    words = []
+    for key, value in state.items():
+        if isinstance(value, Mapping):
+            words.append(_contents(value))
+        else:
+            words.append(f"{key} {tuple(value.shape)}" if isinstance(value, Tensor) and value.ndim else str(key))
+    return ", ".join(words)
 
 
 def foreign_state(what: str) -> ConfigError:
     """Return the error for a file that another optimizer has written, which holds ``what``."""
     return ConfigError(
-        "ckpt_path", "optimizer state", f"is another optimizer's ({what}): continue with the method that wrote it, or start "
-        "afresh with hydra.run.dir=DIR"
+        "ckpt_path", "optimizer state", f"is another optimizer's or another model's ({what}): continue with the method that "
+        "wrote it, or start afresh with hydra.run.dir=DIR"
     )  # fmt: skip
+
+
+def changed_setting(name: str, now: Any, before: Any) -> str:
+    """Return the line that names a setting whose value in the file is not the run's."""
+    return f"{name} is now {now} (it was {before} in the checkpoint)"
 
 
 def settings_win(optimizer: torch.optim.Optimizer) -> None:
@@ -202,7 +219,7 @@ def settings_win(optimizer: torch.optim.Optimizer) -> None:
         if type(optimizer) is torch.optim.AdamW:  # the others check it themselves
             if any("betas" not in group for group in state_dict["param_groups"]):
                 raise foreign_state("its groups have no betas")
-            refuse_foreign_state(optimizer, state_dict, lambda _, p, state: has_moment(state, p))
+            refuse_foreign_state(optimizer, state_dict, lambda _, p, state: has_moments(state, p))
         ours[:] = [{key: group[key] for key in SETTINGS if key in group} for group in optimizer.param_groups]
         changed.clear()
         for mine, theirs in zip(ours, state_dict["param_groups"], strict=False):  # the optimizer itself reports mismatches
@@ -211,7 +228,7 @@ def settings_win(optimizer: torch.optim.Optimizer) -> None:
                 if before != value:
                     rest = key == "initial_lr" and str(theirs.get("name", "")).startswith(REST)
                     word = "rest_lr" if rest else SETTINGS[key]
-                    changed.setdefault(word, f"{word} is now {value} (it was {before} in the checkpoint)")
+                    changed.setdefault(word, changed_setting(word, value, before))
 
     def put_back(optimizer: torch.optim.Optimizer) -> None:
         for group, mine in zip(optimizer.param_groups, ours, strict=True):
