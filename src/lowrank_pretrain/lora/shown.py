@@ -1,14 +1,14 @@
 """Remember what a layer with adapters or factors has shown in state dicts, so that loading one back changes nothing.
 
-A state dict shows the plain weight, W + scale · B A or U V. Many callbacks take one, load others (an average to validate with) and
-load it back, or return to the best one. Of the plain weight alone the factors cannot be told, and the optimizer's moments are
-theirs. So the layer keeps a copy of its factors for each of the last state dicts.
+A state dict shows the plain weight, W + scale · B A or U V. Many callbacks take one, load others (an average to validate with)
+and load it back, or return to the best one. Of the plain weight alone the factors cannot be told, and the optimizer's moments
+are theirs. So the layer keeps a copy of its factors for each of the last state dicts.
 
 Why here, and not in the state dict: what comes back is most often a clone of its values, or a file, and neither keeps an
 attribute of the dict nor its ``_metadata``; as keys, factors would make a file that no plain model loads.
 
-Memory: a copy of the factors, of rank R, for each state dict, a quarter of W in all. W itself is not copied when it is shown. It is
-copied when other values are loaded over one that was shown, and until training is seen to go on from those.
+Memory: a copy of the factors, of rank R, for each state dict, a quarter of W in all (but two at least). W itself is not copied
+when it is shown. It is copied when other values are loaded over one that was shown, until training is seen to go on from those.
 """
 
 from collections.abc import Mapping

@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
@@ -32,8 +33,8 @@ from lowrank_pretrain.lora import model as lora
 from lowrank_pretrain.lora.frozen import Stored
 from lowrank_pretrain.lora.products import Part, merged
 from lowrank_pretrain.lora.storing import stored_tensors
-from lowrank_pretrain.phases import layers
-from lowrank_pretrain.phases.transition import Note, averages, forget_note, note_of, note_of_changed, restart_averages, restore_flags
+from lowrank_pretrain.phases import layers, transition
+from lowrank_pretrain.phases.transition import Note, forget_note, note_of, restore_flags
 
 
 def restore_plain(pl_module: nn.Module, check: bool = True) -> None:
@@ -157,21 +158,21 @@ class Brought:
 
 def is_of_now(module: nn.Module, side: Mapping[str, Any]) -> bool:
     """Return whether a side entry has the exact values of the changes that the module has at this moment."""
-    note = note_of_changed(module)
+    note = transition.note_of_changed(module)
     same = note is not None and all(side.get(key) == getattr(note, key) for key in ("phase", "plan", "frozen_dtype"))
     return same and layers.has_changed(module)
 
 
-def load_brought(brought: Brought, module: nn.Module, callbacks: Sequence[Callback], adopter: Adopter) -> None:
+def load_brought(brought: Brought, module: pl.LightningModule, callbacks: Sequence[Callback], adopter: Adopter) -> None:
     """Restore a file's exact values into a module that has its changes, and into averages of it."""
     if brought.exact is not None:
         layers.load_exact(module, brought.exact)
         adopter.after_replay()
-    for where, averaged, callback in averages(callbacks):
+    for where, averaged, callback in transition.averages(callbacks):
         if where in brought.averages:
             layers.load_exact(averaged, brought.averages[where])
         elif brought.exact is not None:
-            restart_averages([callback], module)
+            transition.restart_averages([callback], module)
 
 
 @dataclass
