@@ -72,6 +72,7 @@ NAMES = {
     "maybe_get_bdim": "torch._C:_functorch",
     "get_unwrapped": "torch._C:_functorch",
     "temporarily_clear_interpreter_stack": "torch._functorch.pyfunctorch",
+    "_named_member_accessor": "torch.nn.utils",
     "_is_tracing": "torch:_C",
     "is_legacy_batchedtensor": "torch._C:_functorch",
     "_current_level": "torch.autograd.forward_ad",

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from types import FrameType
 from typing import Any
 
 import lightning.pytorch as pl
@@ -234,6 +235,11 @@ def loadable_names() -> dict[str, Any]:
 def transforms_active() -> bool:
     """Return whether ``torch.func`` transforms (vmap, grad, jvp) are active. Tried with torch 2.14.1."""
     return torch._C._are_functorch_transforms_active()
+
+
+def is_functional_call(frame: FrameType) -> bool:
+    """Return whether it is ``torch.func.functional_call`` whose code runs in a frame. Tried with torch 2.14.1."""
+    return frame.f_globals.get("__name__") == "torch.nn.utils._named_member_accessor"
 
 
 @contextmanager

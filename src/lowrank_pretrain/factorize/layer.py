@@ -10,17 +10,21 @@ per block of rows, ``factor_U.<block>`` (O_p, k_p): one block ``W``, or one for 
 Two calls of ``F.linear`` and nothing of our own: autocast, compilation, exporters, transforms and second derivatives follow.
 """
 
+import sys
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lowrank_pretrain.core.lightning_private import is_functional_call
 from lowrank_pretrain.factorize.decompose import factors
 from lowrank_pretrain.factorize.ranks import Block, Cut
 from lowrank_pretrain.lora.layer import Reclassed, has_own_forward, swap_class
 
 ADDED = ("factor_V", "factor_U")  # what factoring registers on a layer
+_COMPUTED = "_lowrank_computed"  # marks a W that the layer has computed
 
 
 class FactoredLinear(Reclassed, nn.Module):
@@ -32,12 +36,15 @@ class FactoredLinear(Reclassed, nn.Module):
     factor_V: nn.Parameter  # (Σk, D)
     factor_U: nn.ParameterDict  # by block (O_p, k_p)
     bias: nn.Parameter | None
+    _given: Tensor | None = None  # in place of U V, inside of functional_call
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Map (.., D) to (.., O); called like the plain class's forward, and equal to it with U V for W."""
         given = (*args, *kwargs.values())
         if len(given) != 1:
             raise TypeError(f"{type(self).__name__}.forward takes one input, {len(given)} were given")
+        if self._given is not None:
+            return self._plain_class.forward(self, *args, **kwargs)
         z = F.linear(given[0], self.factor_V)  # (.., Σk)
         if len(self._blocks) == 1:
             return F.linear(z, self.factor_U[self._blocks[0].name], self.bias)
@@ -50,9 +57,24 @@ class FactoredLinear(Reclassed, nn.Module):
     @property
     def weight(self) -> Tensor:  # type: ignore[override]  # computed here, a parameter in a plain layer
         """Return U V in the plain weight's layout: a new tensor on each read, through which gradients flow."""
+        if self._given is not None:
+            return self._given
         rows = [self.factor_U[b.name] @ self.factor_V.narrow(0, b.at, b.rank) for b in self._blocks]
-        product = rows[0] if len(rows) == 1 else torch.cat(rows)
-        return product.t() if self._transposed else product
+        whole = rows[0] if len(rows) == 1 else torch.cat(rows)
+        whole = whole.t() if self._transposed else whole
+        if not torch.compiler.is_compiling():
+            setattr(whole, _COMPUTED, True)
+        return whole
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute. For ``functional_call``, and nobody else, ``weight`` is one: with a state dict it gives W.
+
+        It reads W before, and sets what it has read when it is over.
+        """
+        if name == "weight" and is_functional_call(sys._getframe(1)):
+            self.__dict__["_given"] = None if getattr(value, _COMPUTED, False) else value
+        else:
+            super().__setattr__(name, value)
 
     @torch.no_grad()
     def product(self, check: bool = True) -> Tensor:
@@ -66,12 +88,7 @@ class FactoredLinear(Reclassed, nn.Module):
         """
         if check and not all(bool(torch.isfinite(p).all()) for p in self.factor_parameters().values()):
             raise ValueError("factors hold numbers that are NaN or infinite: refusing to multiply them into the weights")
-        inner = torch.promote_types(self.factor_V.dtype, torch.float32)
-        with torch.autocast(self.factor_V.device.type, enabled=False):
-            V = self.factor_V.to(inner)
-            rows = torch.cat([self.factor_U[b.name].to(inner) @ V[b.at : b.at + b.rank] for b in self._blocks])
-        rows = rows.to(self.factor_V.dtype)
-        return rows.t().contiguous() if self._transposed else rows
+        return product(self.factor_V, dict(self.factor_U.items()), self._blocks, self._transposed)
 
     def factor_parameters(self) -> dict[str, nn.Parameter]:
         """Return the factors by the names that they have on the layer."""
@@ -82,7 +99,7 @@ class FactoredLinear(Reclassed, nn.Module):
         if kwargs.get("keep_vars", False):  # callers that want the parameters themselves get all of them
             return super().state_dict(*args, **kwargs)
         plain = self._plain_class.__new__(self._plain_class)
-        own: dict[str, Tensor | None] = {"weight": self._show(self.product(check=False))}
+        own: dict[str, Tensor | None] = {"weight": self._show(self.product(check=False), self.factor_parameters())}
         own |= {name: p for name, p in self._parameters.items() if name not in ADDED}
         children = {name: child for name, child in self._modules.items() if name not in ADDED}
         object.__setattr__(plain, "__dict__", {**self.__dict__, "_parameters": own, "_modules": children})
@@ -93,16 +110,35 @@ class FactoredLinear(Reclassed, nn.Module):
     ) -> None:
         # a plain state dict (no factors) has W: its best factors of our ranks, which W must be to rounding
         whole = state_dict.get(f"{prefix}weight")
-        if f"{prefix}factor_V" not in state_dict and whole is not None:
-            rows = whole.t() if self._transposed else whole
-            refusal = self._refusal(rows)
+        if whole is not None:
+            self.__dict__.pop("_shown", None)  # what was written into it is loaded now, or replaced
+        if f"{prefix}factor_V" not in state_dict:
+            shown = self._shown_with(whole) if isinstance(whole, Tensor) else None
+            refusal = None
+            if whole is None:
+                missing.append(f"{prefix}weight")
+            elif shown is None:
+                rows = whole.t() if self._transposed else whole
+                refusal = self._refusal(rows)
+                shown = best_factors(rows, self._blocks) if refusal is None else None
             if refusal is not None:
                 errors.append(f"{prefix}weight {refusal}")
-            # if it is refused its own factors, so that torch does not call them missing as well
-            found = self.factor_parameters() if refusal is not None else best_factors(rows, self._blocks)
+            # if there is none, or it is refused, its own factors, so that torch does not call them missing as well
+            found = self.factor_parameters() if shown is None else shown
             state_dict |= {prefix + name: value.detach() for name, value in found.items()}
-            del state_dict[f"{prefix}weight"]
+            state_dict.pop(f"{prefix}weight", None)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+
+    def _shown_with(self, whole: Tensor) -> dict[str, Tensor] | None:
+        """Return the factors with which the layer showed this very weight, which keep the optimizer's moments; or ``None``."""
+        if self._memory is None:
+            return None
+        whole = whole.detach().to(self.factor_V.device)
+        for found in self._memory.find(whole):
+            U = {b.name: found[f"factor_U.{b.name}"] for b in self._blocks}
+            if torch.equal(product(found["factor_V"], U, self._blocks, self._transposed), whole):
+                return found
+        return None
 
     def _refusal(self, rows: Tensor) -> str | None:
         """Say why a matrix (O, D) cannot be loaded; ``None`` if it has the layer's shape, and its ranks up to rounding."""
@@ -124,6 +160,17 @@ class FactoredLinear(Reclassed, nn.Module):
         """Return the plain layer's line, and each block's rank."""
         ranks = ", ".join(f"{b.name}={b.rank}" for b in self._blocks)
         return f"{super().extra_repr()}, factored({ranks})"
+
+
+@torch.no_grad()
+def product(V: Tensor, U: Mapping[str, Tensor], blocks: tuple[Block, ...], transposed: bool) -> Tensor:
+    """Return U V in a plain layer's layout and the factors' dtype, computed in float32 or more."""
+    inner = torch.promote_types(V.dtype, torch.float32)
+    with torch.autocast(V.device.type, enabled=False):
+        wide = V.detach().to(inner)
+        rows = torch.cat([U[b.name].detach().to(inner) @ wide[b.at : b.at + b.rank] for b in blocks])
+    rows = rows.to(V.dtype)
+    return rows.t().contiguous() if transposed else rows
 
 
 @torch.no_grad()
@@ -173,7 +220,7 @@ def take_factors(layer: Any, check: bool = True) -> None:
     product, whole = layer.product(check), layer._whole
     del layer._parameters["factor_V"], layer._modules["factor_U"]
     object.__setattr__(layer, "__class__", layer._plain_class)
-    for key in ("_rest", "_blocks", "_whole", "_shown"):
+    for key in ("_rest", "_blocks", "_whole", "_shown", "_memory", "_given"):
         layer.__dict__.pop(key, None)
     whole.data = product
     layer.__dict__["_parameters"] = {"weight": whole, **layer._parameters}  # in a plain layer's order

@@ -24,6 +24,7 @@ from lowrank_pretrain.lora.frozen import Stored, base_weight, store
 from lowrank_pretrain.lora.function import effective_bias, effective_weight, lora_linear
 from lowrank_pretrain.lora.products import Part, RestPart, merged
 from lowrank_pretrain.lora.remake import Remaker
+from lowrank_pretrain.lora.shown import Base, Memory, Written, consisted_of
 
 
 class Unannounced:
@@ -39,27 +40,6 @@ else:
     _Plain = object
 
 
-class Shown:
-    """Tell whether a tensor was written into since, without keeping its memory; a copy of this tells of none."""
-
-    def __init__(self, tensor: Tensor | None = None) -> None:
-        self._alias: Tensor | None = None
-        if tensor is not None and not tensor.is_inference():
-            self._alias = tensor.detach()  # shares the count of writes, and keeps it when its own numbers are gone
-            self._alias.data = tensor.new_empty(0)
-            self._count = self._alias._version
-
-    def written(self) -> bool:
-        """Return whether it was."""
-        return self._alias is not None and self._alias._version != self._count
-
-    def __deepcopy__(self, memo: dict) -> "Shown":
-        return Shown()
-
-    def __reduce__(self) -> tuple:
-        return Shown, ()
-
-
 class Reclassed(Unannounced, _Plain):
     """Copy, pickle and move a layer whose class was made at run time, and which may hold rows of W as parameters.
 
@@ -73,6 +53,8 @@ class Reclassed(Unannounced, _Plain):
     _parts: tuple[Part, ...]
     _rest: tuple[RestPart, ...]
     _remaker: Remaker | None = None  # with recompute_inputs
+    _memory: Memory | None = None  # of state dicts; from the first one on
+    _remembers = True
     lora_A: nn.Parameter
     lora_B: nn.ParameterDict
     rest_weight: nn.ParameterDict
@@ -83,21 +65,27 @@ class Reclassed(Unannounced, _Plain):
         self._tie_rest()
         return self
 
-    def _show(self, computed: Tensor) -> Tensor:
+    def _show(self, computed: Tensor, factors: Mapping[str, nn.Parameter]) -> Tensor:
         """Return a weight for a state dict; refuse if somebody wrote into the last one, which changed nothing.
 
         Averages that copied the module after the switch do so (``state_dict()`` of a plain layer gives the weight itself).
 
+        Args:
+            computed: the weight.
+            factors: which it was computed from, by name; they are remembered for when it is loaded back.
+
         Raises:
             RuntimeError: with the cure.
         """
-        shown: Shown | None = self.__dict__.get("_shown")
-        if shown is not None and shown.written():
+        if self.__dict__.get("_shown"):
             raise RuntimeError(
                 "a weight from state_dict() of a layer with adapters or factors was written into: it is computed there, so the "
                 "write was lost. Average a plain copy, lowrank_pretrain.merge(copy.deepcopy(module)), or use load_state_dict()"
             )
-        self.__dict__["_shown"] = Shown(computed)
+        self.__dict__["_shown"] = Written(computed)
+        if self._remembers:
+            self.__dict__["_memory"] = memory = self._memory or Memory()
+            memory.note(computed, factors, list(self.parameters()))
         return computed
 
     def _tie_rest(self) -> None:
@@ -158,6 +146,7 @@ class LoRALinear(Reclassed):
     """Add adapters to a layer's class (mixed in before ``nn.Linear``, ``Conv1D`` or a user's subclass of them)."""
 
     _stored: Stored | None = None  # after the freeze, where W is stored in a cheaper type
+    _own: dict[str, nn.Parameter] | None = None  # W and the factors, to notice that another W is in its place
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Map (.., D) to (.., O); called like the plain class's forward, and equal to it with W + scale · B A for W.
@@ -165,6 +154,8 @@ class LoRALinear(Reclassed):
         A class with its own forward may do anything with its weight (mask it, scale the output, take more
         arguments), so its own forward runs, and finds the effective weight under the weight's name.
         """
+        if not torch.compiler.is_compiling() and self._has_given_weight():
+            return self._plain_class.forward(self, *args, **kwargs)
         if self._own_forward:
             return self._forward_of_its_own(args, kwargs)
         if len(args) != 1 or kwargs:
@@ -178,6 +169,30 @@ class LoRALinear(Reclassed):
             x, self.weight, self.bias, self.lora_A, factors, self._parts, self._transposed, self._rest, rest_weight, rest_bias,
             self._remaker, self._stored,
         )  # fmt: skip
+
+    def _has_given_weight(self) -> bool:
+        """Return whether a caller has put another W in the place of the layer's, but no factors.
+
+        So does ``functional_call`` with a state dict: that W is the merged one, to which no B A may be added. With the values
+        of ``named_parameters()`` it replaces the factors, too.
+        """
+        now, own = self._parameters.get("weight"), self._own
+        if own is None or now is None or now is own["weight"]:
+            return False
+        factors = self.lora_B._parameters
+        return self._parameters.get("lora_A") is own["lora_A"] and all(factors[p.name] is own[p.name] for p in self._parts)
+
+    def _note_own(self) -> None:
+        """Note which W and factors are the layer's."""
+        if self._parameters.get("weight") is not None:  # tools that compute W (pruning) take it out
+            own = {"weight": self.weight, "lora_A": self.lora_A}
+            self.__dict__["_own"] = own | {part.name: self.lora_B[part.name] for part in self._parts}
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Register a parameter; a W that is assigned is the layer's from then on."""
+        super().register_parameter(name, param)
+        if name in ("weight", "lora_A") and self._own is not None:
+            self._note_own()
 
     @torch.compiler.disable  # dynamo knows no object that borrows another one's attributes
     def _forward_of_its_own(self, args: tuple, kwargs: dict) -> Any:
@@ -224,6 +239,8 @@ class LoRALinear(Reclassed):
         super()._apply(*args, **kwargs)
         if self._stored is not None:  # they follow to another device, and keep their dtypes
             self.__dict__["_stored"] = self._stored.moved(self.weight)
+        if self._own is not None:  # some moves make new parameters
+            self._note_own()
         return self
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
@@ -236,23 +253,35 @@ class LoRALinear(Reclassed):
             return super().state_dict(*args, **kwargs)
         plain = self._plain_class.__new__(self._plain_class)
         own: dict[str, Tensor | None] = {name: p for name, p in self._parameters.items() if name != "lora_A"}
-        own["weight"] = self._show(self.merged_weight(check=False))
+        factors = {name: p for name, p in self.named_parameters() if name.startswith("lora_")}
+        if self._memory is not None and self._memory.displaced is not None and any(bool(B.any()) for B in self.lora_B.values()):
+            self._memory.displaced = None  # loading has set B = 0: training goes on from what was loaded
+        own["weight"] = self._show(self.merged_weight(check=False), factors)
         children = {name: child for name, child in self._modules.items() if name not in ADDED}
         object.__setattr__(plain, "__dict__", {**self.__dict__, "_parameters": own, "_modules": children})
         return plain.state_dict(*args, **kwargs)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
-        # A plain state dict (no adapter keys) is the merged model: then B = 0, and nothing is missing.
         plain, given = f"{prefix}lora_A" not in state_dict, state_dict.get(f"{prefix}weight")
-        if self._stored is not None and given is not None and given.shape == self.weight.shape:
+        if given is not None:
+            self.__dict__.pop("_shown", None)  # what was written into it is loaded now, or replaced
+        loaded = given if isinstance(given, Tensor) and given.shape == self.weight.shape else None
+        shown = self._shown_with(loaded) if plain and loaded is not None else None
+        if shown is not None:  # a weight that this layer has shown: what it consisted of
+            factors, base = shown
+            state_dict[f"{prefix}weight"], self.__dict__["_stored"] = base
+            state_dict |= {prefix + name: factor for name, factor in factors.items()}
+        elif loaded is not None and self._stored is not None:
             # also where its dtype is the stored one: an original that is kept would be that of the weight before
             kept = self._stored.original is not None
             state_dict[f"{prefix}weight"], self.__dict__["_stored"] = store(
-                given.to(self.weight.device, self._stored.dtype), self._stored.kind, self._transposed, kept
+                loaded.to(self.weight.device, self._stored.dtype), self._stored.kind, self._transposed, kept
             )
         for name, own in self.named_parameters():
-            if name.startswith("lora_") and plain:
-                state_dict[prefix + name] = torch.zeros_like(own) if name.startswith("lora_B") else own.detach()
+            if name.startswith("lora_") and plain and shown is None:
+                # another plain weight is the merged model: then B = 0, and nothing is missing. Without one A and B stay
+                fresh = loaded is not None and name.startswith("lora_B")
+                state_dict[prefix + name] = torch.zeros_like(own) if fresh else own.detach()
             elif name.startswith("rest_"):
                 group, _, part = name.partition(".")
                 span = next(p for p in self._rest if p.name == part)
@@ -260,7 +289,16 @@ class LoRALinear(Reclassed):
                 if source is not None:
                     dim = 1 if is_conv1d(self) and source.ndim == 2 else 0
                     state_dict.setdefault(prefix + name, source.narrow(dim, span.start, span.rows))
+                elif plain:
+                    state_dict.setdefault(prefix + name, own.detach())
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _shown_with(self, given: Tensor) -> tuple[dict[str, Tensor], Base] | None:
+        """Return the factors and the W that a plain weight consisted of when the layer showed it; ``None``: it did not."""
+        if self._memory is None:
+            return None
+        now = Base(self.weight.detach(), self._stored)
+        return consisted_of(self._memory, given.detach().to(now.weight.device), now, self._parts, self._rest, self._transposed)
 
     def extra_repr(self) -> str:
         """Return the plain layer's line, and each part's rank."""
@@ -296,6 +334,7 @@ def give_adapters(
     layer.__dict__.update(_parts=tuple(spans), _rest=(), _remaker=Remaker() if recompute_inputs else None)
     layer.register_parameter("lora_A", nn.Parameter(A.to(**like), requires_grad=train_A and total > 0))
     layer.register_module("lora_B", nn.ParameterDict(factors))
+    layer._note_own()
 
 
 def keep_rows(layer: Reclassed, rest: list[RestPart], bias: bool = True) -> list[Inherit]:
@@ -322,7 +361,7 @@ def take_adapters(layer: LoRALinear) -> None:
         layer._parameters.pop(name, None)
         layer._modules.pop(name, None)
     object.__setattr__(layer, "__class__", layer._plain_class)
-    for key in ("_parts", "_rest", "_remaker", "_stored", "_shown"):
+    for key in ("_parts", "_rest", "_remaker", "_stored", "_shown", "_memory", "_remembers", "_own"):
         layer.__dict__.pop(key, None)
 
 

@@ -235,6 +235,8 @@ def load_exact(module: nn.Module, exact: Mapping[str, Tensor]) -> None:
     exact = {**exact, **storing.stored_again(module, exact)}
     state = own_tensors(module)
     for name, layer in lora_layers(module):
+        if layer._memory is not None:
+            layer._memory.displaced = None  # W comes with these values
         state |= storing.stored_tensors(name, layer._stored)
     missing = sorted(exact_state(module).keys() - exact.keys()) or sorted(exact.keys() - state.keys())
     if missing:
@@ -313,6 +315,7 @@ def _merge_where_shared(module: nn.Module) -> None:
         for name, p in child._parameters.items():
             if id(p) in layers and not isinstance(child, LoRALinear):
                 child.register_state_dict_post_hook(_Shared(layers[id(p)], name))
+                layers[id(p)].__dict__["_remembers"] = False  # the other module would load the merged weight into W itself
 
 
 def untie(module: nn.Module, layer_names: set[str]) -> list[Inherit]:
@@ -328,7 +331,9 @@ def untie(module: nn.Module, layer_names: set[str]) -> list[Inherit]:
             untied.append(Inherit(layer.weight, shared, 0, 0, shared.shape[0]))
             warnings.warn(
                 f"{plain_name(name)} is a target and no longer shares its weight with {', '.join(tied[plain_name(name)])}: "
-                f"{shared.numel():,} parameters more",
+                f"{shared.numel():,} parameters more. Files of this run hold two weights: load them into a model that is built "
+                "untied (tie_word_embeddings=False, or without the line that ties); a tied one would take the last for both, "
+                "without an error, and be another model",
                 stacklevel=2,
             )
     if untied:

@@ -251,14 +251,7 @@ class PhaseCallback(HasPhase, Callback):
         if phase == "lowrank":
             self._freeze(trainer, pl_module, replay=True)
         self._unchecked = unchecked
-        if brought.exact is not None:
-            layers.load_exact(pl_module, brought.exact)
-            self._adopter.after_replay()
-        for where, averaged, callback in transition.averages(callbacks_of(trainer)):
-            if where in brought.averages:
-                layers.load_exact(averaged, brought.averages[where])
-            elif brought.exact is not None:
-                transition.restart_averages([callback], pl_module)
+        plain_checkpoint.load_brought(brought, pl_module, callbacks_of(trainer), self._adopter)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check that the restored optimizer states fit, and that every rank read the same file."""
@@ -446,6 +439,9 @@ class PhaseCallback(HasPhase, Callback):
             raise ConfigError("alpha", self.alpha, f"the checkpoint's adapters were trained with {side['alpha']}")
         self._brought = Brought(side.get("exact"), side.get("averages", {}), side.get("groups"), side.get("settings", {}))
         self._diverged = False
+        if plain_checkpoint.is_of_now(pl_module, side):  # restored in mid-fit, as by Lightning's LearningRateFinder: no replay
+            plain_checkpoint.load_brought(self._brought, pl_module, callbacks_of(trainer), self._adopter)
+            self._brought = Brought()
 
     def has_own_groups(self) -> bool:
         """Return whether adapters have their own learning rate or weight decay."""

@@ -16,20 +16,24 @@ second fit needs for going on exactly is held outside of it (``Held``).
 """
 
 import weakref
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from torch import Tensor, nn
 
 from lowrank_pretrain.core.lightning_private import trainer_of
+from lowrank_pretrain.core.protocols import Adopter
 from lowrank_pretrain.core.targets import MatrixLayer
 from lowrank_pretrain.lora import model as lora
 from lowrank_pretrain.lora.frozen import Stored
 from lowrank_pretrain.lora.products import Part, merged
 from lowrank_pretrain.lora.storing import stored_tensors
-from lowrank_pretrain.phases import layers
+from lowrank_pretrain.phases import layers, transition
 from lowrank_pretrain.phases.transition import Note, forget_note, note_of, restore_flags
 
 
@@ -150,6 +154,25 @@ class Brought:
     averages: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     groups: list[list[list[str]]] | None = None
     settings: dict[str, Any] = field(default_factory=dict)
+
+
+def is_of_now(module: nn.Module, side: Mapping[str, Any]) -> bool:
+    """Return whether a side entry has the exact values of the changes that the module has at this moment."""
+    note = transition.note_of_changed(module)
+    same = note is not None and all(side.get(key) == getattr(note, key) for key in ("phase", "plan", "frozen_dtype"))
+    return same and layers.has_changed(module)
+
+
+def load_brought(brought: Brought, module: pl.LightningModule, callbacks: Sequence[Callback], adopter: Adopter) -> None:
+    """Restore a file's exact values into a module that has its changes, and into averages of it."""
+    if brought.exact is not None:
+        layers.load_exact(module, brought.exact)
+        adopter.after_replay()
+    for where, averaged, callback in transition.averages(callbacks):
+        if where in brought.averages:
+            layers.load_exact(averaged, brought.averages[where])
+        elif brought.exact is not None:
+            transition.restart_averages([callback], module)
 
 
 @dataclass

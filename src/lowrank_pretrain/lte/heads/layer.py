@@ -140,12 +140,16 @@ class MultiheadLoRALinear(Reclassed):
             del result[key]
         name, keep_vars = prefix + weight_name(self), kwargs.get("keep_vars", args[2] if len(args) > 2 else False)
         if not self._shared.viewing and not keep_vars and name in result:
-            merged = result[name].clone()
-            for part, delta in self._beyond():
-                rows = self._rows_of(merged, part)
-                rows.copy_(rows + delta)
-            result[name] = merged
+            result[name] = self._with_beyond(result[name])
         return result
+
+    def _with_beyond(self, weight: Tensor) -> Tensor:
+        """Return W with what the heads here hold beyond it, a new tensor."""
+        whole = weight.detach().clone()
+        for part, delta in self._beyond():
+            rows = self._rows_of(whole, part)
+            rows.copy_(rows + delta)
+        return whole
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         # A plain state dict is the merged model: W is what is left of it without what the heads here hold beyond W.
@@ -153,10 +157,14 @@ class MultiheadLoRALinear(Reclassed):
         plain, given = f"{prefix}lora_A" not in state_dict, state_dict.get(name)
         if plain and given is not None and given.shape == weight_of(self).shape:
             if not self._shared.viewing:
-                weight = given.detach().to(weight_of(self)).clone()
-                for part, delta in self._beyond():
-                    rows = self._rows_of(weight, part)
-                    rows.copy_(rows - delta)
+                own = weight_of(self).detach()
+                weight = given.detach().to(own, copy=True)
+                if torch.equal(weight, self._with_beyond(own)):  # what is there already: taking it out again would round
+                    weight = own.clone()
+                else:
+                    for part, delta in self._beyond():
+                        rows = self._rows_of(weight, part)
+                        rows.copy_(rows - delta)
                 state_dict[name] = weight
         if plain:
             state_dict[f"{prefix}lora_A"] = self.lora_A.detach()
