@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from types import FrameType
 from typing import Any
 
 import lightning.pytorch as pl
@@ -134,6 +135,11 @@ def is_compiled(module: nn.Module) -> bool:
         return True
     dynamo = sys.modules.get("torch._dynamo")  # not imported unless something was compiled
     return dynamo is not None and isinstance(module, dynamo.OptimizedModule)
+
+
+def runs_compiled(frame: FrameType) -> bool:
+    """Return whether a frame runs a function that ``torch.compile`` made. Tried with torch 2.14.1."""
+    return frame.f_code.co_name == "compile_wrapper" and str(frame.f_globals.get("__name__")).startswith("torch._dynamo")
 
 
 def unsaved_buffers(module: nn.Module) -> set[str]:

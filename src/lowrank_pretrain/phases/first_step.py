@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
+from lowrank_pretrain.core.dtypes import widest
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.protocols import Adopter
 from lowrank_pretrain.core.targets import Target, families
@@ -169,7 +170,7 @@ class FirstStep(FirstStepWatch):
     def _figures(self) -> Tensor:
         """Return two norms of each target layer's weight (n, 2): others' writes change them, rounding hardly."""
         weights = [layer.weight.detach() for layer in self._rehearsal.layers.values()]
-        wide = torch.promote_types(weights[0].dtype, torch.float32)
+        wide = widest(W.dtype for W in weights)
         norms = [torch.linalg.vector_norm(W, order, dtype=wide) for W in weights for order in (1, 2)]
         return torch.stack(norms).view(-1, 2)
 

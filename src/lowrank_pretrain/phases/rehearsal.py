@@ -36,6 +36,7 @@ from lowrank_pretrain.core.lightning_private import (
     is_compiled,
     is_compiled_whole,
     is_traced,
+    runs_compiled,
     transforms_active,
     tree_leaves,
     tree_map,
@@ -210,8 +211,10 @@ class _Seen(Hook):
 
     def __call__(self, layer: nn.Module, args: tuple, kwargs: dict) -> None:
         rehearsal = self._watcher()
-        if rehearsal is not None:
-            rehearsal.called.add(self._name)
+        if rehearsal is None:
+            return
+        rehearsal.called.add(self._name)
+        if not torch.compiler.is_compiling():  # a compiled method calls the layer: the rest cannot be compiled in
             x = args[0] if args else next(iter(kwargs.values()), None)
             if (
                 isinstance(x, Tensor)
@@ -230,7 +233,7 @@ class _Compare(Hook):
 
     def __call__(self, layer: MatrixLayer, args: tuple, kwargs: dict) -> None:
         rehearsal = self._watcher()
-        if rehearsal is None or self._name not in rehearsal._handles:
+        if rehearsal is None or self._name not in rehearsal._handles or torch.compiler.is_compiling():
             return
         for handle in rehearsal._handles.pop(self._name):
             handle.remove()
@@ -294,10 +297,12 @@ class _Outside(TorchFunctionMode):
 
 
 def _inside(layer: MatrixLayer, rehearsal: Rehearsal, name: str) -> bool:
-    """Return whether the layer's own forward is running, or that of a layer that its weight is tied to."""
+    """Return whether the layer's own forward is running, that of a layer that its weight is tied to, or compiled code."""
     sharing = rehearsal._sharing.get(name, ())
     frame: FrameType | None = sys._getframe(2)
     while frame is not None:
+        if runs_compiled(frame):
+            return True  # a compiled function: its graph has no frames of layers
         if frame.f_code.co_name in _CALLS:
             running = frame.f_locals.get("self")
             if running is layer:

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lowrank_pretrain.core.checks import choice, number, whole
+from lowrank_pretrain.core.dtypes import widest
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.plan import Plan
 from lowrank_pretrain.core.targets import Target, all_targets, check_patterns, families, obstacles
@@ -309,7 +310,7 @@ class PreLoRA(PhaseCallback):
         for name in self.chosen:
             if name not in present or name in against:
                 words = against.get(name) or against.get(name.rpartition(".")[0]) or "is no layer of the module any more"
-                reasons[name] = f"since the fit began: {words}"
+                reasons[name] = f"since the fit began {words}"  # no colon: a list of reasons is cut at the first one
         if self._first is not None:
             late, unseen = self._first.late()
             never = f"was not called in any of the {self._first.steps} optimizer steps watched"
@@ -429,11 +430,11 @@ class PreLoRA(PhaseCallback):
 
 
 def _norms(targets: dict[str, Target], grad: bool = False) -> dict[str, float]:
-    """Return ‖·‖_F of each target's weight or gradient, in float32; the device is read once."""
+    """Return ‖·‖_F of each target's weight or gradient, in float32 or wider; the device is read once."""
     if not targets:
         return {}
     blocks = [(t.rows_of_grad() if grad else t.matrix()).detach() for t in targets.values()]
-    dtype = torch.promote_types(blocks[0].dtype, torch.float32)
+    dtype = widest(block.dtype for block in blocks)
     norms = torch.stack([torch.linalg.vector_norm(block, dtype=dtype) for block in blocks])
     return dict(zip(targets, norms.tolist(), strict=True))
 
