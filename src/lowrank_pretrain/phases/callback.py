@@ -27,9 +27,9 @@ from lowrank_pretrain.core.checks import choice, whole
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.lr_factor import Rewarm
 from lowrank_pretrain.core.plan import Plan, fit_ranks
-from lowrank_pretrain.core.protocols import PHASES, Adopter, HasPhase, Inherit
+from lowrank_pretrain.core.protocols import PHASES, Adopter, HasPhase
 from lowrank_pretrain.core.targets import Target, first_named, say_left_out, select
-from lowrank_pretrain.core.trainer import callbacks_of, log_row
+from lowrank_pretrain.core.trainer import callbacks_of
 from lowrank_pretrain.factorize.model import Factors
 from lowrank_pretrain.lora import model as lora
 from lowrank_pretrain.observe.monitor import count_parameters
@@ -50,7 +50,7 @@ class PhaseCallback(HasPhase, Callback):
     ``trainer.callback_metrics`` has ``lowrank/phase`` (0, 1, 2), ``lowrank/switch_step``, ``lowrank/freeze_step`` and
     ``lowrank/rank/<target>``.
 
-    A subclass that writes ``on_train_start``, ``on_train_batch_start`` or an ``on_before_...`` calls this class's too.
+    A subclass that writes ``on_train_start``, an ``on_..._batch_start`` or an ``on_before_...`` calls this class's too.
 
     Args:
         alpha: adapters' scale = alpha / rank; ``None``: scale 1.
@@ -164,10 +164,11 @@ class PhaseCallback(HasPhase, Callback):
         self.phase, self.plan = "joint", plan
         self._look_at_gradients(not replay)
         note.phase, note.plan, note.alpha = self.phase, dict(plan), self.alpha
-        self._log_hash(trainer, agreed, replay)
+        if not replay:
+            adoption.log_hash(self, trainer, agreed)
 
     def _freeze(self, trainer: pl.Trainer, pl_module: pl.LightningModule, replay: bool) -> None:
-        agreed = transition.apply(trainer, pl_module, lambda: self._release(pl_module), self.optimizer_state, replay)
+        agreed = transition.apply(trainer, pl_module, lambda: adoption.release(self, pl_module), self.optimizer_state, replay)
         self.phase = "lowrank"
         if isinstance(self._adopter, Factors):
             self.plan = adoption.settle_factors(self, self._adopter, trainer, pl_module, replay)
@@ -175,26 +176,15 @@ class PhaseCallback(HasPhase, Callback):
         note = transition.note_plain(pl_module)
         note.phase, note.keep_original = self.phase, self.keep_original
         note.frozen_dtype = self.frozen_dtype if isinstance(self._adopter, lora.Adapters) else None  # heads keep W as it is
-        self._log_hash(trainer, agreed, replay)
+        if not replay:
+            adoption.log_hash(self, trainer, agreed)
         if self.rewarm:  # from here on, so that its hook always comes after that of the adapters' own groups
             self._rewarm = Rewarm(trainer, self, self.rewarm)
-
-    def _release(self, pl_module: pl.LightningModule) -> list[Inherit] | None:
-        inherited = self._adopter.release()
-        if self.freeze_rest and not isinstance(self._adopter, (lora.Adapters, Factors)):
-            adoption.freeze_rest(pl_module, self.plan or Plan({}))
-        return inherited
 
     def _look_at_gradients(self, on: bool) -> None:
         if self._watch is not None:
             self._watch.stop()
         self._unchecked, self._watch = on, None
-
-    def _log_hash(self, trainer: pl.Trainer, agreed: int, replay: bool) -> None:
-        if not replay:
-            log_row(trainer, {"lowrank/hash": float(agreed)})
-            where = f", the same on all {trainer.world_size} processes" if trainer.world_size > 1 else ""
-            rank_zero_info(f"{type(self).__name__}: hash of the weights {agreed:08x}{where}")
 
     # -- Lightning's hooks ------------------------------------------------------------------------------------------
 
@@ -276,17 +266,24 @@ class PhaseCallback(HasPhase, Callback):
         if self._unmoved and self._moving is None:
             self._moving = AdapterWatch(pl_module)
 
+    def on_validation_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Watch the first batch of validation, also one before training begins."""
+        if self._first is not None:
+            self._first.look_at_validation()
+
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         """Name the layers if nothing that trains reaches the loss after a transition."""
         if self._watch is not None:
             self._watch.check_loss(loss)
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
-        """Evaluate the rehearsal once; after a transition, check that gradients reach the adapters and steps move them."""
+        """Evaluate the rehearsal; after a transition, check that gradients reach the adapters and steps move them."""
         if self._first is not None:
             reasons = self._first.look()
             if reasons:
-                self.leave_out(trainer, pl_module, reasons)
+                self.leave_out(trainer, pl_module, reasons, refuse=self._first.early)
             if self._first.over:
                 self._first.stop()
                 self._first = None
@@ -315,6 +312,8 @@ class PhaseCallback(HasPhase, Callback):
             ConfigError: the patterns name one of them, or none is left.
         """
         reasons = {name: reason for name, reason in reasons.items() if name in self.chosen}
+        if not reasons:
+            return
         patterns = self.targets or []
         if (named := first_named(pl_module, patterns, reasons) if refuse else None) is not None:
             raise ConfigError("targets", named, reasons[named])
@@ -330,7 +329,7 @@ class PhaseCallback(HasPhase, Callback):
     ) -> dict[str, Target]:
         """Resolve ``self.targets`` once the fit is set up, and note what may be chosen."""
         patterns = self.targets or []
-        selection = select(pl_module, patterns, frozen, adoption.unfit(trainer, pl_module, self.then))
+        selection = select(pl_module, patterns, frozen, adoption.unfit(self, trainer, pl_module, frozen))
         if selection.left_out:
             rank_zero_warn(f"{type(self).__name__}: {say_left_out(pl_module, patterns, selection.left_out)}")
         targets = {name: target for name, target in selection.targets.items() if name not in self.left_out}

@@ -11,13 +11,13 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lowrank_pretrain.core.checks import choice, number, whole
-from lowrank_pretrain.core.dtypes import widest
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.plan import Plan
 from lowrank_pretrain.core.targets import Target, all_targets, check_patterns, families, obstacles
 from lowrank_pretrain.core.trainer import StepWatch, is_trial, log_row, run_length
 from lowrank_pretrain.factorize.model import Factors
 from lowrank_pretrain.factorize.ranks import rank_of_fraction
+from lowrank_pretrain.observe.norms import norms_of
 from lowrank_pretrain.phases.callback import PATIENCE, PhaseCallback
 from lowrank_pretrain.phases.first_step import FirstStep
 from lowrank_pretrain.prelora.decisions import (
@@ -165,7 +165,9 @@ class PreLoRA(PhaseCallback):
                 self._adopter.check_fraction(self.ranks[0], targets)
         self._check_length(trainer)
         if self._adopter.makes_adapters:
-            self._first = FirstStep(trainer, pl_module, targets, frozen_dtype=self.frozen_dtype, adopter=self._adopter)
+            self._first = FirstStep(
+                trainer, pl_module, targets, frozen_dtype=self.frozen_dtype, adopter=self._adopter, lasting=True
+            )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin to count at the trainer's step."""
@@ -178,6 +180,12 @@ class PreLoRA(PhaseCallback):
                 by_rank = [[sum(column) for column in zip(*by_rank, strict=True)]] + [[0.0, 0.0]] * trainer.world_size
             self._loss = torch.tensor(by_rank[trainer.global_rank], dtype=torch.float64)
         self._loss = _on(pl_module.device, self._loss)
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        """Watch the targets once more in the step after which the switch may come: a loss may have begun late."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        if self._first is not None and self.phase == "full" and self._may_switch() and self._closes_window(trainer):
+            self._first.look_again()
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
         """Note gradient norms (unscaled, before clipping) at a window's last step, if ranks come from them."""
@@ -237,7 +245,7 @@ class PreLoRA(PhaseCallback):
             return
         self._loss.zero_()
         with nullcontext() if self._adopter.settles_every == 1 else self._adopter.agreed_weights():
-            norms = _norms(targets)
+            norms = norms_of(targets)
         self.history = [*self.history, Window(total / count, norms)][-self.windows :]
         self.first_loss = total / count if self.windows_done == 1 else self.first_loss
         self.verdict = check_convergence(self.history, family_of, self.windows, self.loss_tol, self.weight_tol)
@@ -333,6 +341,11 @@ class PreLoRA(PhaseCallback):
         passed = 1 if self.window_unit == "step" else int(trainer.is_last_batch)
         return (self._due or self._units + passed >= self.window) and self._settled(1)
 
+    def _may_switch(self) -> bool:
+        """Return whether the window that is open may be the last in full."""
+        done, needed = self.windows_done + 1, max(self.windows, self.earliest)
+        return done >= (needed if self.latest is None else min(needed, self.latest))
+
     def _settled(self, ahead: int = 0) -> bool:
         """Return whether a window may end now, or after so many more steps: all ranks must hold the same weights."""
         return self._adopter.settles_every == 1 or self._adopter.settled(ahead)
@@ -340,7 +353,7 @@ class PreLoRA(PhaseCallback):
     def _gradient_norms(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, float]:
         """Return ‖·‖_F of the targets' gradients; if ranks have gradients of their own, the mean of their norms."""
         present = self._present(pl_module)
-        mine = _norms({n: t for n, t in present.items() if t.layer.weight.grad is not None}, grad=True)
+        mine = norms_of({n: t for n, t in present.items() if t.layer.weight.grad is not None}, grad=True)
         if not self._adopter.gradients_differ:
             return mine
         table = torch.tensor([[mine.get(n, 0.0), float(n in mine)] for n in present], dtype=torch.float32).to(pl_module.device)
@@ -427,16 +440,6 @@ class PreLoRA(PhaseCallback):
         """Write the window's loss so far of all ranks; Lightning itself writes rank 0's state."""
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
         checkpoint["callbacks"][self.state_key]["loss"] = trainer.strategy.all_gather(self._loss).reshape(-1, 2).tolist()
-
-
-def _norms(targets: dict[str, Target], grad: bool = False) -> dict[str, float]:
-    """Return ‖·‖_F of each target's weight or gradient, in float32 or wider; the device is read once."""
-    if not targets:
-        return {}
-    blocks = [(t.rows_of_grad() if grad else t.matrix()).detach() for t in targets.values()]
-    dtype = widest(block.dtype for block in blocks)
-    norms = torch.stack([torch.linalg.vector_norm(block, dtype=dtype) for block in blocks])
-    return dict(zip(targets, norms.tolist(), strict=True))
 
 
 def _on(device: torch.device, total: Tensor) -> Tensor:
