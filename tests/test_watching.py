@@ -1,6 +1,7 @@
 """What is seen of targets after their first forward pass: hooks on gradients, validation, later steps, writes between steps."""
 
 import pickle
+import warnings
 from functools import partial
 
 import pytest
@@ -219,11 +220,24 @@ def test_what_only_validation_shows_is_left_out_before_the_switch(tmp_path, cls,
         assert "validation_step" not in vars(module)
 
 
-def test_what_validation_may_do(tmp_path):
-    module = Called()
+@pytest.mark.parametrize("cls", [Validated, Cached])
+@pytest.mark.parametrize("callback", [pre, lora], ids=["prelora", "lora"])
+def test_a_first_validation_after_the_switch_warns(tmp_path, cls, callback):
+    module = cls()
     module.val_dataloader = data
-    fit(tmp_path, module, phases := pre(), num_sanity_val_steps=2, limit_val_batches=2)
-    assert set(phases.plan) == {"fc1", "fc2"} and phases.phase == "lowrank"
+    with pytest.warns(UserWarning, match="validation does not see the adapters of fc2: fc2 ") as caught:
+        fit(tmp_path, module, phases := callback(), num_sanity_val_steps=0, limit_val_batches=2)
+    assert set(phases.plan) == {"fc1", "fc2"} and len(said(caught)) == 1 and "validation_step" not in vars(module)
+
+
+def test_what_validation_may_do(tmp_path):
+    for sanity in (2, 0):
+        module = Called()
+        module.val_dataloader = data
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            fit(tmp_path, module, phases := pre(), num_sanity_val_steps=sanity, limit_val_batches=2)
+        assert set(phases.plan) == {"fc1", "fc2"} and phases.phase == "lowrank" and not said(caught)
 
 
 def test_no_layer_counts_as_called_because_validation_called_it():

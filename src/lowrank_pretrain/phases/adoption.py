@@ -14,7 +14,7 @@ from lowrank_pretrain.core.dtypes import multiplies_bfloat16
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.lightning_private import pruned_layers
 from lowrank_pretrain.core.plan import Plan
-from lowrank_pretrain.core.protocols import ADAPTER_DEFAULTS, Adopter, Inherit, adopters, overruled
+from lowrank_pretrain.core.protocols import ADAPTER_DEFAULTS, PHASES, Adopter, Inherit, adopters, overruled
 from lowrank_pretrain.core.targets import Target, all_targets, plain_name
 from lowrank_pretrain.core.trainer import callbacks_of, log_row
 from lowrank_pretrain.factorize.model import Factors, obstacle_to_factors
@@ -150,6 +150,13 @@ def unfit(
         return None
 
     return reason
+
+
+def outcome(phases: PhaseCallback) -> dict[str, torch.Tensor]:
+    """Return a run's phase, its two steps and its ranks as metrics."""
+    found = {"phase": PHASES.index(phases.phase), "switch_step": phases.switch_step, "freeze_step": phases.freeze_step}
+    found |= {f"rank/{name}": rank for name, rank in (phases.plan or {}).items()}
+    return {f"lowrank/{key}": torch.tensor(float(value)) for key, value in found.items() if value is not None}
 
 
 def log_hash(phases: PhaseCallback, trainer: pl.Trainer, agreed: int) -> None:

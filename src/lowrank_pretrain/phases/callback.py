@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -27,7 +26,7 @@ from lowrank_pretrain.core.checks import choice, whole
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.lr_factor import Rewarm
 from lowrank_pretrain.core.plan import Plan, fit_ranks
-from lowrank_pretrain.core.protocols import PHASES, Adopter, HasPhase
+from lowrank_pretrain.core.protocols import Adopter, HasPhase
 from lowrank_pretrain.core.targets import Target, first_named, say_left_out, select
 from lowrank_pretrain.core.trainer import callbacks_of
 from lowrank_pretrain.factorize.model import Factors
@@ -35,7 +34,7 @@ from lowrank_pretrain.lora import model as lora
 from lowrank_pretrain.observe.monitor import count_parameters
 from lowrank_pretrain.phases import adapter_groups, adoption, group_order, layers, plain_checkpoint, refusals, transition
 from lowrank_pretrain.phases.adapter_watch import AdapterWatch, GradientWatch, check_optimizers
-from lowrank_pretrain.phases.first_step import FirstStep
+from lowrank_pretrain.phases.first_step import FirstStep, look_at_late_validation
 from lowrank_pretrain.phases.plain_checkpoint import Brought, Ended, Held
 
 PATIENCE = 100  # optimizer steps without a gradient after which an adapter is reported dead, if there are no windows
@@ -131,6 +130,7 @@ class PhaseCallback(HasPhase, Callback):
         self._unchecked = self._unmoved = False  # after a change: not yet seen that gradients reach, and steps move, all
         self._watch: GradientWatch | None = None
         self._moving: AdapterWatch | None = None
+        self._validated = False  # a batch of this fit
         self._said_dead: set[str] = set()  # layers of adapters that no gradient had reached
 
     # -- transitions ------------------------------------------------------------------------------------------------
@@ -219,7 +219,7 @@ class PhaseCallback(HasPhase, Callback):
                 "the module's adapters held numbers that are not finite when its last fit ended: give a good file as "
                 "ckpt_path, or load good weights first"
             )
-        self._adopter = adoption.find_adopter(self, trainer)
+        self._adopter, self._validated = adoption.find_adopter(self, trainer), False
         if self.phase == "full":
             self.choose_targets(trainer, pl_module)
         adoption.check_adopter(self, self._adopter, pl_module)
@@ -269,9 +269,12 @@ class PhaseCallback(HasPhase, Callback):
     def on_validation_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Watch the first batch of validation, also one before training begins."""
-        if self._first is not None:
+        """Watch the first batch of validation of a fit, also one before training begins."""
+        if not self._validated and self._first is not None:
             self._first.look_at_validation()
+        elif not self._validated and self.plan is not None and isinstance(self._adopter, lora.Adapters):
+            look_at_late_validation(pl_module, self.plan, type(self).__name__)
+        self._validated = True
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         """Name the layers if nothing that trains reaches the loss after a transition."""
@@ -347,9 +350,7 @@ class PhaseCallback(HasPhase, Callback):
         """Add the outcome to the metrics: Lightning returns nothing else of a callback from spawned processes."""
         if self._moving is not None and trainer.optimizers:
             self._moving.after_step(trainer.optimizers[0])
-        found = {"phase": PHASES.index(self.phase), "switch_step": self.switch_step, "freeze_step": self.freeze_step}
-        found |= {f"rank/{name}": rank for name, rank in (self.plan or {}).items()}
-        trainer.callback_metrics.update({f"lowrank/{k}": torch.tensor(float(v)) for k, v in found.items() if v is not None})
+        trainer.callback_metrics.update(adoption.outcome(self))
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Make the module plain again."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lowrank_pretrain.core.dtypes import widest
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.protocols import Adopter
-from lowrank_pretrain.core.targets import Target, families
+from lowrank_pretrain.core.targets import Target, all_targets, families
 from lowrank_pretrain.core.trainer import callbacks_of
 from lowrank_pretrain.factorize.model import Factors
 from lowrank_pretrain.factorize.preview import Preview
@@ -64,6 +64,21 @@ class Wrapped:
             del self._module.__dict__[self._name]
             if self._before is not None:
                 self._module.__dict__[self._name] = self._before
+
+
+def look_at_late_validation(module: nn.Module, plan: Mapping[str, int], who: str) -> None:
+    """Watch the batch of validation that begins now, after the model has changed, and warn of what it shows."""
+    rehearsal = Rehearsal(module, {name: target for name, target in all_targets(module).items() if plan.get(name)})
+
+    @contextmanager
+    def around() -> Iterator[None]:
+        with rehearsal.validation():
+            yield
+        if rehearsal.other:
+            first, reason = next(iter(rehearsal.other.items()))
+            rank_zero_warn(f"{who}: validation does not see the adapters of {', '.join(rehearsal.other)}: {first} {reason}")
+
+    Wrapped(module, "validation_step", around, once=True)
 
 
 class FirstStepWatch:
@@ -137,7 +152,6 @@ class FirstStep(FirstStepWatch):
         self._hooks = HookWatch(self._rehearsal.layers)
         self._step: Wrapped | None = None
         self._validation: Wrapped | None = None
-        self._validated = False
         self.steps = 0  # optimizer steps over which uncalled layers were watched
         self._gaps = 0  # between two steps, since the first
 
@@ -162,10 +176,8 @@ class FirstStep(FirstStepWatch):
             self._step = Wrapped(self._module, "training_step", self._rehearsal.forward, once=True)
 
     def look_at_validation(self) -> None:
-        """Watch the batch of validation that begins now, if it is the first."""
-        if not self._validated:
-            self._validated = True
-            self._validation = Wrapped(self._module, "validation_step", self._rehearsal.validation, once=True)
+        """Watch the batch of validation that begins now."""
+        self._validation = Wrapped(self._module, "validation_step", self._rehearsal.validation, once=True)
 
     def look(self) -> dict[str, str] | None:
         """Return, after a step's backward pass, why targets cannot have an adapter; ``None`` if nothing was looked at.
