@@ -28,7 +28,7 @@ _WRITTEN = (
     "leave it out"
 )
 SKIPPED = 3  # steps without any gradient to wait for
-GAPS = 16  # between two optimizer steps in which writes are looked for, and at each epoch's end
+GAPS = 16  # between two optimizer steps in which writes are looked for; and as many ends of epochs
 
 
 class Wrapped:
@@ -153,7 +153,7 @@ class FirstStep(FirstStepWatch):
         self._step: Wrapped | None = None
         self._validation: Wrapped | None = None
         self.steps = 0  # optimizer steps over which uncalled layers were watched
-        self._gaps = 0  # between two steps, since the first
+        self._gaps = self._ends = 0  # between two steps, since the first; of epochs
 
     def start(self) -> None:
         """Begin to watch."""
@@ -167,7 +167,7 @@ class FirstStep(FirstStepWatch):
     def _forward(self) -> Iterator[None]:
         with self._rehearsal.forward():
             yield
-        self._hooks.begin()  # before the backward pass
+        self._hooks.begin()  # now, before the backward pass: the step may have registered some
 
     def look_again(self) -> None:
         """Watch the batch of training that begins now."""
@@ -236,7 +236,12 @@ class FirstStep(FirstStepWatch):
 
     def _note_next(self) -> None:
         """Arrange that the weights are noted as the next step leaves them, if the time after it is watched for writes."""
-        watches = self._gaps < (GAPS if self._lasting else 1) or (self._lasting and self._trainer.is_last_batch)
+        if self._lasting:
+            at_end = self._trainer.is_last_batch and self._ends < GAPS
+            self._ends += at_end
+            watches = self._gaps < GAPS or at_end
+        else:
+            watches = self._gaps < 1
         if watches and not isinstance(self._trainer.strategy, Adopter):  # which may write its merges
             self._notes_next = True
             self._handles = [o.register_step_post_hook(self._note_weights) for o in self._trainer.optimizers]

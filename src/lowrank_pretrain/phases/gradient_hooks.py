@@ -65,10 +65,11 @@ class HookWatch:
     def end(self) -> None:
         """Put the hooks back."""
         for hooks, key, wrapper in self._wrapped:
+            hook = wrapper.hook
             if hooks.get(key) is wrapper:  # else it was removed meanwhile
-                hooks[key] = wrapper.hook
+                hooks[key] = hook
             if wrapper.called and not wrapper.changes:
-                self.harmless.append(wrapper.hook)
+                self.harmless.append(hook)
         self._wrapped = []
 
 
