@@ -1,7 +1,6 @@
 """Choose dtypes in which small updates are not lost, and know which ones a device is quick in."""
 
-from collections.abc import Iterable
-from functools import cache, reduce
+from functools import cache
 
 import torch
 
@@ -9,11 +8,6 @@ import torch
 def at_least_32(dtype: torch.dtype) -> torch.dtype:
     """Return float32 for the half precisions, else the dtype itself."""
     return torch.promote_types(dtype, torch.float32)
-
-
-def widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
-    """Return the dtype that holds numbers of all of them, float32 at least."""
-    return reduce(torch.promote_types, dtypes, torch.float32)
 
 
 @cache

@@ -13,9 +13,9 @@ from fnmatch import fnmatchcase
 from typing import Any, cast
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lowrank_pretrain.core.errors import ConfigError
-from lowrank_pretrain.core.obstacles import bypassed, obstacle
 
 PRESETS = ("all", "attention", "mlp", "head")
 WHOLE = "W"  # the part name of a layer that is not fused
@@ -117,6 +117,32 @@ def all_targets(module: nn.Module) -> dict[str, Target]:
     return {name: target for name, (target, reason) in _survey(module).items() if reason is None}
 
 
+def obstacle(layer: nn.Module) -> str | None:
+    """Say why a linear layer's weight can never be a target, and the cure; ``None`` if it can.
+
+    Frozen and tied weights are not checked here: some methods accept them (see ``select``).
+    """
+    if _bypassed(layer):
+        return "belongs to nn.MultiheadAttention, which never calls it: it cannot be a target"
+    if "weight" not in layer._parameters and hasattr(layer, "_plain_class"):
+        return None  # factored: its weight is a product of ours
+    for own in ("weight", "bias"):
+        if own not in layer._parameters:
+            return _computed(layer, own)
+    weight, bias = layer._parameters["weight"], layer._parameters["bias"]
+    if weight is None:
+        return "has no weight: it cannot be a target"
+    if is_lazy(weight) or (bias is not None and is_lazy(bias)):
+        return "is lazy and has no shape yet: call it once (in setup or configure_model), or leave it out"
+    if weight.is_complex():
+        return f"is complex ({weight.dtype}): only real matrices can be targets, so leave it out"
+    if getattr(layer, "_stored", None) is None and (not weight.is_floating_point() or weight.itemsize < 2):
+        return f"holds {weight.dtype}: only weights of 16 bits or more can be trained, so leave it out"
+    if weight.ndim != 2 or not weight.numel():
+        return f"has shape {tuple(weight.shape)}: only a matrix can be a target, so leave it out"
+    return None
+
+
 def obstacles(module: nn.Module, frozen: bool = False) -> dict[str, str]:
     """Return why matrices of linear layers cannot be targets, by the names that they would have.
 
@@ -203,7 +229,7 @@ def select(
         chosen |= hits
     # the out_proj of nn.MultiheadAttention belongs to no preset and no glob: not reported
     left_out = {name: reasons[name] for name in matching.everything if name in chosen and name in reasons}
-    left_out = {name: reason for name, reason in left_out.items() if not bypassed(matching.everything[name].layer)}
+    left_out = {name: reason for name, reason in left_out.items() if not _bypassed(matching.everything[name].layer)}
     targets = {name: target for name, target in matching.everything.items() if name in chosen and name not in reasons}
     if not targets:
         shown = patterns[0] if len(patterns) == 1 else patterns
@@ -353,7 +379,7 @@ class _Matching:
             return False
         if pattern == "head":
             return target.name in self.heads
-        if target.name in self.heads or bypassed(target.layer):
+        if target.name in self.heads or _bypassed(target.layer):
             return False
         words = target.layer_name.split(".")
         attention = any(_ATTENTION.search(word) for word in words)
@@ -378,10 +404,31 @@ def _split(patterns: Any) -> tuple[list[str], list[str], list[str]]:
     return words, [word for word in words if not word.startswith("!")] or ["all"], unwanted
 
 
+def _bypassed(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear)
+
+
+def _computed(layer: nn.Module, own: str) -> str:
+    """Say why a weight or bias is not a parameter of its layer."""
+    if own in getattr(layer, "parametrizations", {}):
+        each = cast(nn.ModuleDict, layer.parametrizations)[own]
+        kinds = ", ".join(dict.fromkeys(type(p).__name__.strip("_") for p in each.children()))
+        how, cure = f"is parametrized ({kinds})", "leave it out, or call parametrize.remove_parametrizations before the fit"
+    elif f"{own}_mask" in layer._buffers:
+        how, cure = "is pruned by a mask", "leave it out, or call prune.remove before the fit"
+    elif f"{own}_g" in layer._parameters:
+        how, cure = "has weight_norm", "leave it out, or call remove_weight_norm before the fit"
+    elif f"{own}_orig" in layer._parameters:
+        how, cure = "has spectral_norm", "leave it out, or call remove_spectral_norm before the fit"
+    else:
+        how, cure = f"has a {own} that is no parameter of its own (a view of a flat one?)", "leave it out"
+    return f"{how}: its {own} is computed at every forward and cannot be a target; {cure}"
+
+
 def matches(pattern: str, name: str) -> bool:
     """Return whether a glob matches the name, or a suffix of it that begins at a dot; a name itself may hold ``[x]``."""
-    suffixes = (name[at:] for at in (0, *(dot.end() for dot in re.finditer(r"\.", name))))
-    return any(suffix == pattern or fnmatchcase(suffix, pattern) for suffix in suffixes)
+    ends = (name[at:] for at in (0, *(dot.end() for dot in re.finditer(r"\.", name))))
+    return any(end == pattern or fnmatchcase(end, pattern) for end in ends)
 
 
 def _listed(module: nn.Module, reasons: Mapping[str, str]) -> str:
@@ -395,8 +442,7 @@ def _listed(module: nn.Module, reasons: Mapping[str, str]) -> str:
 
 
 def _nothing_matches(module: nn.Module, everything: Mapping[str, Target]) -> str:
-    usable = [name for name, target in everything.items() if not bypassed(target.layer)]
-    names = families(module, usable)
+    names = families(module, [name for name, target in everything.items() if not _bypassed(target.layer)])
     counts: dict[str, int] = {}
     for family in names.values():
         counts[family] = counts.get(family, 0) + 1

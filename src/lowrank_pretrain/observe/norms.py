@@ -1,6 +1,5 @@
 """Log the size of weights by family during a run: the switch to low rank is decided from it and visible in it."""
 
-from collections.abc import Mapping
 from typing import Any, cast
 
 import lightning.pytorch as pl
@@ -9,8 +8,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
-from lowrank_pretrain.core.dtypes import widest
-from lowrank_pretrain.core.targets import Target, all_targets, is_conv1d
+from lowrank_pretrain.core.targets import all_targets, is_conv1d
 from lowrank_pretrain.core.trainer import log_row
 from lowrank_pretrain.observe.rank_analysis import by_family, present_matrices
 
@@ -45,16 +43,6 @@ class WeightNorms(Callback):
                 metrics |= {k: v for k, v in by_family(pl_module, key, values).items() if k != key}
         if metrics:
             log_row(trainer, metrics)
-
-
-def norms_of(targets: Mapping[str, Target], grad: bool = False) -> dict[str, float]:
-    """Return ‖·‖_F of each target's weight or gradient, in float32 or wider; the device is read once."""
-    if not targets:
-        return {}
-    blocks = [(t.rows_of_grad() if grad else t.matrix()).detach() for t in targets.values()]
-    dtype = widest(block.dtype for block in blocks)
-    norms = torch.stack([torch.linalg.vector_norm(block, dtype=dtype) for block in blocks])
-    return dict(zip(targets, norms.tolist(), strict=True))
 
 
 def _norm(matrix: torch.Tensor) -> torch.Tensor:

@@ -14,9 +14,9 @@ from lowrank_pretrain.core.dtypes import multiplies_bfloat16
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.lightning_private import pruned_layers
 from lowrank_pretrain.core.plan import Plan
-from lowrank_pretrain.core.protocols import ADAPTER_DEFAULTS, PHASES, Adopter, Inherit, adopters, overruled
+from lowrank_pretrain.core.protocols import ADAPTER_DEFAULTS, PHASES, Adopter, adopters, overruled
 from lowrank_pretrain.core.targets import Target, all_targets, plain_name
-from lowrank_pretrain.core.trainer import callbacks_of, log_row
+from lowrank_pretrain.core.trainer import callbacks_of
 from lowrank_pretrain.factorize.model import Factors, obstacle_to_factors
 from lowrank_pretrain.lora import model as lora
 from lowrank_pretrain.lora.frozen import AUTO
@@ -157,21 +157,6 @@ def outcome(phases: PhaseCallback) -> dict[str, torch.Tensor]:
     found = {"phase": PHASES.index(phases.phase), "switch_step": phases.switch_step, "freeze_step": phases.freeze_step}
     found |= {f"rank/{name}": rank for name, rank in (phases.plan or {}).items()}
     return {f"lowrank/{key}": torch.tensor(float(value)) for key, value in found.items() if value is not None}
-
-
-def log_hash(phases: PhaseCallback, trainer: pl.Trainer, agreed: int) -> None:
-    """Log the hash of the weights that all ranks agree on after a change of the model."""
-    log_row(trainer, {"lowrank/hash": float(agreed)})
-    where = f", the same on all {trainer.world_size} processes" if trainer.world_size > 1 else ""
-    rank_zero_info(f"{type(phases).__name__}: hash of the weights {agreed:08x}{where}")
-
-
-def release(phases: PhaseCallback, pl_module: pl.LightningModule) -> list[Inherit] | None:
-    """Let the adopter finish the joint phase, and freeze the rest if that is asked; adapters and factors do it themselves."""
-    inherited = phases._adopter.release()
-    if phases.freeze_rest and not isinstance(phases._adopter, (lora.Adapters, Factors)):
-        freeze_rest(pl_module, phases.plan or Plan({}))
-    return inherited
 
 
 def freeze_rest(pl_module: pl.LightningModule, plan: Plan) -> None:

@@ -26,7 +26,7 @@ from lowrank_pretrain.core.checks import choice, whole
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.lr_factor import Rewarm
 from lowrank_pretrain.core.plan import Plan, fit_ranks
-from lowrank_pretrain.core.protocols import Adopter, HasPhase
+from lowrank_pretrain.core.protocols import Adopter, HasPhase, Inherit
 from lowrank_pretrain.core.targets import Target, first_named, say_left_out, select
 from lowrank_pretrain.core.trainer import callbacks_of
 from lowrank_pretrain.factorize.model import Factors
@@ -34,7 +34,7 @@ from lowrank_pretrain.lora import model as lora
 from lowrank_pretrain.observe.monitor import count_parameters
 from lowrank_pretrain.phases import adapter_groups, adoption, group_order, layers, plain_checkpoint, refusals, transition
 from lowrank_pretrain.phases.adapter_watch import AdapterWatch, GradientWatch, check_optimizers
-from lowrank_pretrain.phases.first_step import FirstStep, look_at_late_validation
+from lowrank_pretrain.phases.first_step import FirstStep, look_at_validation
 from lowrank_pretrain.phases.plain_checkpoint import Brought, Ended, Held
 
 PATIENCE = 100  # optimizer steps without a gradient after which an adapter is reported dead, if there are no windows
@@ -127,6 +127,7 @@ class PhaseCallback(HasPhase, Callback):
         self.chosen: dict[str, int] = {}  # target -> largest rank that it may get
         self.left_out: dict[str, str] = {}  # target -> what the first step said against it
         self._first: FirstStep | None = None
+        self._over: FirstStep | None = None  # likewise, to be stopped
         self._unchecked = self._unmoved = False  # after a change: not yet seen that gradients reach, and steps move, all
         self._watch: GradientWatch | None = None
         self._moving: AdapterWatch | None = None
@@ -165,10 +166,10 @@ class PhaseCallback(HasPhase, Callback):
         self._look_at_gradients(not replay)
         note.phase, note.plan, note.alpha = self.phase, dict(plan), self.alpha
         if not replay:
-            adoption.log_hash(self, trainer, agreed)
+            transition.log_hash(type(self).__name__, trainer, agreed)
 
     def _freeze(self, trainer: pl.Trainer, pl_module: pl.LightningModule, replay: bool) -> None:
-        agreed = transition.apply(trainer, pl_module, lambda: adoption.release(self, pl_module), self.optimizer_state, replay)
+        agreed = transition.apply(trainer, pl_module, lambda: self._release(pl_module), self.optimizer_state, replay)
         self.phase = "lowrank"
         if isinstance(self._adopter, Factors):
             self.plan = adoption.settle_factors(self, self._adopter, trainer, pl_module, replay)
@@ -177,9 +178,15 @@ class PhaseCallback(HasPhase, Callback):
         note.phase, note.keep_original = self.phase, self.keep_original
         note.frozen_dtype = self.frozen_dtype if isinstance(self._adopter, lora.Adapters) else None  # heads keep W as it is
         if not replay:
-            adoption.log_hash(self, trainer, agreed)
+            transition.log_hash(type(self).__name__, trainer, agreed)
         if self.rewarm:  # from here on, so that its hook always comes after that of the adapters' own groups
             self._rewarm = Rewarm(trainer, self, self.rewarm)
+
+    def _release(self, pl_module: pl.LightningModule) -> list[Inherit] | None:
+        inherited = self._adopter.release()
+        if self.freeze_rest and not isinstance(self._adopter, (lora.Adapters, Factors)):
+            adoption.freeze_rest(pl_module, self.plan or Plan({}))
+        return inherited
 
     def _look_at_gradients(self, on: bool) -> None:
         if self._watch is not None:
@@ -243,11 +250,7 @@ class PhaseCallback(HasPhase, Callback):
         if brought.exact is not None:
             layers.load_exact(pl_module, brought.exact)
             self._adopter.after_replay()
-        for where, averaged, callback in transition.averages(callbacks_of(trainer)):
-            if where in brought.averages:
-                layers.load_exact(averaged, brought.averages[where])
-            elif brought.exact is not None:
-                transition.restart_averages([callback], pl_module)
+        plain_checkpoint.restore_averages(brought, trainer, pl_module)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check that the restored optimizer states fit, and that every rank read the same file."""
@@ -270,11 +273,9 @@ class PhaseCallback(HasPhase, Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Watch the first batch of validation of a fit, also one before training begins."""
-        if not self._validated and self._first is not None:
-            self._first.look_at_validation()
-        elif not self._validated and self.plan is not None and isinstance(self._adopter, lora.Adapters):
-            look_at_late_validation(pl_module, self.plan, type(self).__name__)
-        self._validated = True
+        if not self._validated:
+            adapted = self.plan if isinstance(self._adopter, lora.Adapters) else None
+            self._validated = look_at_validation(self._first, pl_module, adapted, type(self).__name__)
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         """Name the layers if nothing that trains reaches the loss after a transition."""
@@ -381,10 +382,10 @@ class PhaseCallback(HasPhase, Callback):
         self._stop_watching()
 
     def _stop_watching(self) -> None:
-        for watching in (self._first, self._watch):
+        for watching in (self._first, self._over, self._watch):
             if watching is not None:
                 watching.stop()
-        self._first = self._watch = None
+        self._first = self._over = self._watch = None
 
     # -- state ------------------------------------------------------------------------------------------------------
 

@@ -1,7 +1,8 @@
 """Run the rehearsal of a Lightning fit: in its first step, at moments after it, until the switch. All processes agree on it."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from functools import reduce
 from typing import Any
 
 import lightning.pytorch as pl
@@ -9,7 +10,6 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
-from lowrank_pretrain.core.dtypes import widest
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.protocols import Adopter
 from lowrank_pretrain.core.targets import Target, all_targets, families
@@ -66,8 +66,13 @@ class Wrapped:
                 self._module.__dict__[self._name] = self._before
 
 
-def look_at_late_validation(module: nn.Module, plan: Mapping[str, int], who: str) -> None:
-    """Watch the batch of validation that begins now, after the model has changed, and warn of what it shows."""
+def look_at_validation(first: "FirstStep | None", module: nn.Module, plan: Mapping[str, int] | None, who: str) -> bool:
+    """Watch the batch of validation that begins now: before the switch by ``first``, after it to warn. Return ``True``."""
+    if first is not None:
+        first.look_at_validation()
+        return True
+    if plan is None:  # of adapters
+        return True
     rehearsal = Rehearsal(module, {name: target for name, target in all_targets(module).items() if plan.get(name)})
 
     @contextmanager
@@ -79,6 +84,7 @@ def look_at_late_validation(module: nn.Module, plan: Mapping[str, int], who: str
             rank_zero_warn(f"{who}: validation does not see the adapters of {', '.join(rehearsal.other)}: {first} {reason}")
 
     Wrapped(module, "validation_step", around, once=True)
+    return True
 
 
 class FirstStepWatch:
@@ -255,7 +261,7 @@ class FirstStep(FirstStepWatch):
     def _figures(self) -> Tensor:
         """Return two norms of each target layer's weight (n, 2): others' writes change them, rounding hardly."""
         weights = [layer.weight.detach() for layer in self._rehearsal.layers.values()]
-        wide = widest(W.dtype for W in weights)
+        wide = reduce(torch.promote_types, (W.dtype for W in weights), torch.float32)
         norms = [torch.linalg.vector_norm(W, order, dtype=wide) for W in weights for order in (1, 2)]
         return torch.stack(norms).view(-1, 2)
 
@@ -299,6 +305,22 @@ class FirstStep(FirstStepWatch):
             if weight is not None and has_users_hook(weight, self._hooks.harmless):  # one that came later, or was not called
                 self._rehearsal.other.setdefault(name, UNSEEN)
         return self._rehearsal.finish(self._agreed()[0]), self._rehearsal.unseen()
+
+    def say_unseen(self, chosen: Collection[str], who: str) -> None:
+        """Name layers not called so far, after a window; a single step would be no evidence. All processes must call it."""
+        late, unseen = self.late()
+        unseen = [name for name in unseen if name in chosen and name not in late]
+        if unseen:
+            names = ", ".join(dict.fromkeys(families(self._module, unseen).values()))
+            rank_zero_warn(
+                f"{who}: no forward pass called {names} in the {self.steps} optimizer steps so far. What none calls before the "
+                "switch is left out"
+            )
+
+    def last_look(self) -> dict[str, str]:
+        """Return, before the switch, why targets are unfit after all. All processes must call it, and get the same."""
+        late, unseen = self.late()
+        return dict.fromkeys(unseen, f"was not called in any of the {self.steps} optimizer steps watched") | late
 
     def stop(self) -> None:
         """Stop watching; may be called twice."""

@@ -19,18 +19,20 @@ import weakref
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from torch import Tensor, nn
 
 from lowrank_pretrain.core.lightning_private import trainer_of
 from lowrank_pretrain.core.targets import MatrixLayer
+from lowrank_pretrain.core.trainer import callbacks_of
 from lowrank_pretrain.lora import model as lora
 from lowrank_pretrain.lora.frozen import Stored
 from lowrank_pretrain.lora.products import Part, merged
 from lowrank_pretrain.lora.storing import stored_tensors
 from lowrank_pretrain.phases import layers
-from lowrank_pretrain.phases.transition import Note, forget_note, note_of, restore_flags
+from lowrank_pretrain.phases.transition import Note, averages, forget_note, note_of, restart_averages, restore_flags
 
 
 def restore_plain(pl_module: nn.Module, check: bool = True) -> None:
@@ -174,3 +176,12 @@ def forget_held(module: nn.Module) -> None:
     for child in module.modules():
         for key in ("lora_A", "lora_B"):
             child.__dict__.pop(key, None)
+
+
+def restore_averages(brought: Brought, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    """Restore a file's averages of the weights; begin those anew that it does not have."""
+    for where, averaged, callback in averages(callbacks_of(trainer)):
+        if where in brought.averages:
+            layers.load_exact(averaged, brought.averages[where])
+        elif brought.exact is not None:
+            restart_averages([callback], pl_module)

@@ -17,7 +17,6 @@ from lowrank_pretrain.core.targets import Target, all_targets, check_patterns, f
 from lowrank_pretrain.core.trainer import StepWatch, is_trial, log_row, run_length
 from lowrank_pretrain.factorize.model import Factors
 from lowrank_pretrain.factorize.ranks import rank_of_fraction
-from lowrank_pretrain.observe.norms import norms_of
 from lowrank_pretrain.phases.callback import PATIENCE, PhaseCallback
 from lowrank_pretrain.phases.first_step import FirstStep
 from lowrank_pretrain.prelora.decisions import (
@@ -28,6 +27,7 @@ from lowrank_pretrain.prelora.decisions import (
     check_convergence,
     check_fractions,
     check_ranks,
+    norms_of,
     still_flat,
 )
 
@@ -147,6 +147,7 @@ class PreLoRA(PhaseCallback):
         self._loss = torch.zeros(2, dtype=torch.float64)  # sum and number of this rank's micro-batch losses, on the device
         self._restored: list[list[float]] | None = None  # the same by rank, from a checkpoint
         self._steps = StepWatch()
+        self._late: dict[str, str] = {}  # why targets are unfit, by the last look before the switch
 
     @property
     def state_key(self) -> str:
@@ -183,8 +184,10 @@ class PreLoRA(PhaseCallback):
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         """Watch the targets once more in the step after which the switch may come: a loss may have begun late."""
+        if self._over is not None:
+            self._stop_watching()
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        if self._first is not None and self.phase == "full" and self._may_switch() and self._closes_window(trainer):
+        if self._first is not None and self._may_switch(trainer):
             self._first.look_again()
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
@@ -192,6 +195,8 @@ class PreLoRA(PhaseCallback):
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
         if self.rank_signal == "grad_norm" and self.phase == "full" and self._closes_window(trainer):
             self.grad_norms = [*self.grad_norms[-1:], self._gradient_norms(trainer, pl_module)]
+        if self._first is not None and self._may_switch(trainer):
+            self._late = self._first.last_look()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -250,8 +255,8 @@ class PreLoRA(PhaseCallback):
         self.first_loss = total / count if self.windows_done == 1 else self.first_loss
         self.verdict = check_convergence(self.history, family_of, self.windows, self.loss_tol, self.weight_tol)
         log_row(trainer, {f"lowrank/weight_change/{f}": c for f, c in self.verdict.family_changes.items()})
-        if self.windows_done == 1:
-            self._say_unseen(pl_module)
+        if self.windows_done == 1 and self._first is not None:
+            self._first.say_unseen(self.chosen, "PreLoRA")
         due = self.verdict.converged and self.windows_done >= self.earliest
         forced = self.latest is not None and self.windows_done >= self.latest
         # every rank must do the same, regardless of rounding: rank 0 decides
@@ -298,19 +303,6 @@ class PreLoRA(PhaseCallback):
         """Return the chosen targets that are still targets of the module."""
         return {name: target for name, target in all_targets(pl_module).items() if name in self.chosen}
 
-    def _say_unseen(self, pl_module: pl.LightningModule) -> None:
-        """Name layers not called during the first window; a single step would be no evidence."""
-        if self._first is None:
-            return
-        late, unseen = self._first.late()
-        unseen = [name for name in unseen if name in self.chosen and name not in late]
-        if unseen:
-            names = ", ".join(dict.fromkeys(families(pl_module, unseen).values()))
-            rank_zero_warn(
-                f"PreLoRA: no forward pass called {names} in the {self._first.steps} optimizer steps so far. What none calls "
-                "before the switch is left out"
-            )
-
     def _check_again(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leave out, just before the switch, targets that are no longer valid or were never called."""
         against, reasons = obstacles(pl_module), {}
@@ -319,12 +311,8 @@ class PreLoRA(PhaseCallback):
             if name not in present or name in against:
                 words = against.get(name) or against.get(name.rpartition(".")[0]) or "is no layer of the module any more"
                 reasons[name] = f"since the fit began {words}"  # no colon: a list of reasons is cut at the first one
-        if self._first is not None:
-            late, unseen = self._first.late()
-            never = f"was not called in any of the {self._first.steps} optimizer steps watched"
-            reasons = dict.fromkeys(unseen, never) | late | reasons
-            self._first.stop()
-            self._first = None
+        reasons = self._late | reasons
+        self._first, self._over = None, self._first  # the next batch stops it
         if any(name in self.chosen for name in reasons):
             self.leave_out(trainer, pl_module, reasons, refuse=False)
 
@@ -341,10 +329,11 @@ class PreLoRA(PhaseCallback):
         passed = 1 if self.window_unit == "step" else int(trainer.is_last_batch)
         return (self._due or self._units + passed >= self.window) and self._settled(1)
 
-    def _may_switch(self) -> bool:
-        """Return whether the window that is open may be the last in full."""
+    def _may_switch(self, trainer: pl.Trainer) -> bool:
+        """Return whether the switch may come after the step under way."""
         done, needed = self.windows_done + 1, max(self.windows, self.earliest)
-        return done >= (needed if self.latest is None else min(needed, self.latest))
+        needed = needed if self.latest is None else min(needed, self.latest)
+        return self.phase == "full" and done >= needed and self._closes_window(trainer)
 
     def _settled(self, ahead: int = 0) -> bool:
         """Return whether a window may end now, or after so many more steps: all ranks must hold the same weights."""
