@@ -221,11 +221,7 @@ class PhaseCallback(HasPhase, Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Replay the transitions of a resumed run; the optimizers are still empty and are restored after this."""
-        if self._diverged:
-            raise ValueError(
-                "the module's adapters held numbers that are not finite when its last fit ended: give a good file as "
-                "ckpt_path, or load good weights first"
-            )
+        refusals.check_finite(self._diverged)
         self._adopter, self._validated = adoption.find_adopter(self, trainer), False
         if self.phase == "full":
             self.choose_targets(trainer, pl_module)
