@@ -232,10 +232,12 @@ def spoilt(kind):
         module.net[4] = Own(WIDTH, 2 * WIDTH)
     elif kind == "in no optimizer":
         module.configure_optimizers = lambda: torch.optim.AdamW([p for n, p in module.named_parameters() if "net.4" not in n])
+    elif kind == "hook on its gradient":
+        module.net[4].weight.register_hook(lambda g: g * (g > 0))
     return module
 
 
-KINDS = ["frozen", "parametrized", "pruned", "old spectral_norm", "subclass", "in no optimizer"]
+KINDS = ["frozen", "parametrized", "pruned", "old spectral_norm", "subclass", "in no optimizer", "hook on its gradient"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -624,7 +624,7 @@ def test_what_was_frozen_or_parametrized_since_is_left_out_at_the_switch(tmp_pat
             if self.global_step == 3:
                 self.fc1.requires_grad_(False)
 
-    with pytest.warns(UserWarning, match="fc1 since the fit began"):
+    with pytest.warns(UserWarning, match="fc1 since the fit began is frozen"):
         fit(tmp_path, Changes(), phases := pre())
     assert set(phases.plan) == {"fc2"}
 
@@ -912,3 +912,32 @@ def test_whoever_casts_to_a_weights_dtype_hears_of_it(tmp_path, kind):
     with pytest.warns(UserWarning, match="asks for the dtype of the weight of fc1"):
         with pytest.raises(TypeError, match=f"frozen_dtype={kind} was given torch.int8"):
             fit(tmp_path, Cast(), pre(frozen_dtype=kind))
+
+
+def test_a_method_that_is_compiled_whole_is_trained_and_its_layers_count_as_called(tmp_path):
+    class Compiled(Net):
+        def __init__(self):
+            super().__init__()
+            self.whole = torch.compile(super().forward, backend="eager", fullgraph=True)
+
+        def forward(self, x):
+            return self.whole(x)
+
+    module, phases = Compiled(), pre()
+    fit(tmp_path, module, phases)
+    assert set(phases.plan) == {"fc1", "fc2"} and phases.phase == "lowrank" and hooks(module) == 0
+
+
+@pytest.mark.parametrize("unit", ["step", "epoch"])
+def test_targets_of_several_dtypes(tmp_path, unit):
+    class Mixed(Net):
+        def __init__(self):
+            super().__init__()
+            self.fc2 = nn.Linear(32, 16).double()
+
+        def forward(self, x):
+            return self.head(x + self.fc2(F.relu(self.fc1(x)).double()).float())
+
+    windows = {"window_unit": "epoch", "window": 1, "rank_signal": "grad_norm"} if unit == "epoch" else {}
+    fit(tmp_path, Mixed(), phases := pre(**windows), max_epochs=4)
+    assert set(phases.plan) == {"fc1", "fc2"} and phases.phase == "lowrank"

@@ -296,3 +296,18 @@ def test_a_rank_is_cut_down_under_a_preset_and_refused_for_a_named_target():
         with pytest.raises(ConfigError, match=r"ranks=8: gate is 2 x 16: at most 2 = min\(D, O\)"):
             fit_ranks(net, patterns, find_targets(net, patterns), 8, key="ranks")
     assert Plan({"a": np.int64(4)}).to_json() == Plan({"a": 4}).to_json()
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyError, RuntimeError])
+def test_a_model_whose_accessor_of_its_head_fails_has_no_known_head(error):
+    class Fails(nn.Sequential):
+        def get_classifier(self):
+            raise error("no classifier for task None")
+
+    assert set(find_targets(Fails(nn.Linear(8, 8), nn.Linear(8, 2)))) == {"0", "1"}
+
+
+def test_a_name_that_reads_like_a_glob_is_taken_as_it_is():
+    module = nn.ModuleDict({"d": nn.ModuleDict({"[x]": nn.Linear(8, 8)}), "y": nn.Linear(8, 8)})
+    for pattern in ("d.[x]", "[x]", "!y"):
+        assert set(find_targets(module, pattern)) == {"d.[x]"}

@@ -137,6 +137,17 @@ def is_compiled(module: nn.Module) -> bool:
     return dynamo is not None and isinstance(module, dynamo.OptimizedModule)
 
 
+def gradient_hooks(tensor: Tensor) -> list[dict[int, Callable]]:
+    """Return what a tensor calls with its gradient, and after accumulating it, by key. Tried with torch 2.14.1."""
+    found = (tensor._backward_hooks, tensor._post_accumulate_grad_hooks)
+    return [hooks for hooks in found if hooks]
+
+
+def runs_compiled(frame: FrameType) -> bool:
+    """Return whether a frame runs a function that ``torch.compile`` made. Tried with torch 2.14.1."""
+    return frame.f_code.co_name == "compile_wrapper" and str(frame.f_globals.get("__name__")).startswith("torch._dynamo")
+
+
 def unsaved_buffers(module: nn.Module) -> set[str]:
     """Return the names of a module's own buffers that ``state_dict`` leaves out. Tried with torch 2.14.1."""
     return module._non_persistent_buffers_set

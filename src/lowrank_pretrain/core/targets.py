@@ -283,7 +283,7 @@ def output_heads(module: nn.Module) -> set[int]:
             if callable(method):
                 try:
                     named = method()
-                except (NotImplementedError, AttributeError, TypeError):
+                except Exception:  # it is the model's own code, which may refuse in its own way
                     continue  # a model that does not name its head
                 heads += [h for h in (named if isinstance(named, (tuple, list)) else [named]) if isinstance(h, nn.Module)]
     return {id(layer) for head in heads for layer in head.modules()}
@@ -426,8 +426,9 @@ def _computed(layer: nn.Module, own: str) -> str:
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Return whether a glob matches the name, or a suffix of it that begins at a dot."""
-    return any(fnmatchcase(name[at:], pattern) for at in (0, *(dot.end() for dot in re.finditer(r"\.", name))))
+    """Return whether a glob matches the name, or a suffix of it that begins at a dot; a name itself may hold ``[x]``."""
+    ends = (name[at:] for at in (0, *(dot.end() for dot in re.finditer(r"\.", name))))
+    return any(end == pattern or fnmatchcase(end, pattern) for end in ends)
 
 
 def _listed(module: nn.Module, reasons: Mapping[str, str]) -> str:
@@ -441,8 +442,7 @@ def _listed(module: nn.Module, reasons: Mapping[str, str]) -> str:
 
 
 def _nothing_matches(module: nn.Module, everything: Mapping[str, Target]) -> str:
-    usable = [name for name, target in everything.items() if not _bypassed(target.layer)]
-    names = families(module, usable)
+    names = families(module, [name for name, target in everything.items() if not _bypassed(target.layer)])
     counts: dict[str, int] = {}
     for family in names.values():
         counts[family] = counts.get(family, 0) + 1

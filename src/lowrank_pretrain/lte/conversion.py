@@ -29,6 +29,7 @@ from lowrank_pretrain.lte.first_step import FirstStep
 from lowrank_pretrain.lte.local_targets import Fit, LocalTargets, NoTargets
 from lowrank_pretrain.lte.rest import SharedParameters, not_wrapped
 from lowrank_pretrain.lte.workers import Workers, clip_norms
+from lowrank_pretrain.phases.gradient_hooks import UNSEEN, has_users_hook
 
 if TYPE_CHECKING:
     from lowrank_pretrain.lte.heads.head_set import HeadSet
@@ -368,7 +369,7 @@ def _obstacle(target: Target, fit: Fit) -> str | None:
         return "is kept from DDP by the module's _ddp_params_and_buffers_to_ignore: leave it out"
     if not any(p is target.layer.weight for o in fit.optimizers for group in o.param_groups for p in group["params"]):
         return "is in no optimizer: configure_optimizers must hand over its weight, or leave it out"
-    return None
+    return UNSEEN if has_users_hook(target.layer.weight) else None
 
 
 def check_fit(heads: "HeadSet", names: Iterable[str], fit: Fit) -> None:

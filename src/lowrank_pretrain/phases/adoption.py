@@ -14,13 +14,14 @@ from lowrank_pretrain.core.dtypes import multiplies_bfloat16
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.lightning_private import pruned_layers
 from lowrank_pretrain.core.plan import Plan
-from lowrank_pretrain.core.protocols import ADAPTER_DEFAULTS, Adopter, adopters, overruled
+from lowrank_pretrain.core.protocols import ADAPTER_DEFAULTS, PHASES, Adopter, adopters, overruled
 from lowrank_pretrain.core.targets import Target, all_targets, plain_name
 from lowrank_pretrain.core.trainer import callbacks_of
 from lowrank_pretrain.factorize.model import Factors, obstacle_to_factors
 from lowrank_pretrain.lora import model as lora
 from lowrank_pretrain.lora.frozen import AUTO
 from lowrank_pretrain.phases import adapter_groups
+from lowrank_pretrain.phases.gradient_hooks import UNSEEN, has_users_hook
 from lowrank_pretrain.phases.transition import note_of
 
 if TYPE_CHECKING:
@@ -117,14 +118,18 @@ def check_adopter(phases: PhaseCallback, adopter: Adopter, pl_module: pl.Lightni
         adopter.check_adopt(list(phases.plan or phases.chosen), pl_module)
 
 
-def unfit(trainer: pl.Trainer, pl_module: pl.LightningModule, then: str) -> Callable[[Target], str | None]:
+def unfit(
+    phases: PhaseCallback, trainer: pl.Trainer, pl_module: pl.LightningModule, frozen: bool
+) -> Callable[[Target], str | None]:
     """Return a check of one target: is its weight in an optimizer, and will it stay a parameter?
 
     Args:
+        phases: the run's phase callback; not every layer can be factored.
         trainer: whose optimizers and callbacks.
         pl_module: the module.
-        then: what becomes of the targets; not every layer can be factored.
+        frozen: W stops training before the first step, so that no step can show what a hook does to its gradient.
     """
+    has_no_gradient = frozen and phases._adopter.makes_adapters
     owned = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
     pruning = [callback for callback in callbacks_of(trainer) if isinstance(callback, ModelPruning)]  # at an epoch's end
     pruned = {id(layer) for callback in pruning for layer in pruned_layers(callback)}
@@ -134,7 +139,9 @@ def unfit(trainer: pl.Trainer, pl_module: pl.LightningModule, then: str) -> Call
             return "is pruned by ModelPruning: its weight is computed at every forward then. Leave it out of one of the two"
         if id(target.layer.weight) not in owned:
             return "is in no optimizer: configure_optimizers must hand over its weight, or leave it out"
-        if then == "factorize":
+        if has_no_gradient and has_users_hook(target.layer.weight):
+            return UNSEEN
+        if phases.then == "factorize":
             every = pl_module.named_parameters(remove_duplicate=False)
             owners = [name.rpartition(".")[0] for name, p in every if p is target.layer.weight]
             # the layer itself may have several names
@@ -143,6 +150,13 @@ def unfit(trainer: pl.Trainer, pl_module: pl.LightningModule, then: str) -> Call
         return None
 
     return reason
+
+
+def outcome(phases: PhaseCallback) -> dict[str, torch.Tensor]:
+    """Return a run's phase, its two steps and its ranks as metrics."""
+    found = {"phase": PHASES.index(phases.phase), "switch_step": phases.switch_step, "freeze_step": phases.freeze_step}
+    found |= {f"rank/{name}": rank for name, rank in (phases.plan or {}).items()}
+    return {f"lowrank/{key}": torch.tensor(float(value)) for key, value in found.items() if value is not None}
 
 
 def freeze_rest(pl_module: pl.LightningModule, plan: Plan) -> None:

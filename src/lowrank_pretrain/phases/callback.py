@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -27,15 +26,15 @@ from lowrank_pretrain.core.checks import choice, whole
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.lr_factor import Rewarm
 from lowrank_pretrain.core.plan import Plan, fit_ranks
-from lowrank_pretrain.core.protocols import PHASES, Adopter, HasPhase, Inherit
+from lowrank_pretrain.core.protocols import Adopter, HasPhase, Inherit
 from lowrank_pretrain.core.targets import Target, first_named, say_left_out, select
-from lowrank_pretrain.core.trainer import callbacks_of, log_row, move_before_foreign
+from lowrank_pretrain.core.trainer import callbacks_of, move_before_foreign
 from lowrank_pretrain.factorize.model import Factors
 from lowrank_pretrain.lora import model as lora
 from lowrank_pretrain.observe.monitor import count_parameters
 from lowrank_pretrain.phases import adapter_groups, adoption, group_order, layers, plain_checkpoint, refusals, transition
 from lowrank_pretrain.phases.adapter_watch import AdapterWatch, GradientWatch, check_optimizers
-from lowrank_pretrain.phases.first_step import FirstStep
+from lowrank_pretrain.phases.first_step import FirstStep, look_at_validation
 from lowrank_pretrain.phases.plain_checkpoint import Brought, Ended, Held
 
 PATIENCE = 100  # optimizer steps without a gradient after which an adapter is reported dead, if there are no windows
@@ -50,7 +49,7 @@ class PhaseCallback(HasPhase, Callback):
     ``trainer.callback_metrics`` has ``lowrank/phase`` (0, 1, 2), ``lowrank/switch_step``, ``lowrank/freeze_step`` and
     ``lowrank/rank/<target>``.
 
-    A subclass that writes ``on_train_start``, ``on_train_batch_start`` or an ``on_before_...`` calls this class's too.
+    A subclass that writes ``on_train_start``, an ``on_..._batch_start`` or an ``on_before_...`` calls this class's too.
 
     Args:
         alpha: adapters' scale = alpha / rank; ``None``: scale 1.
@@ -128,9 +127,11 @@ class PhaseCallback(HasPhase, Callback):
         self.chosen: dict[str, int] = {}  # target -> largest rank that it may get
         self.left_out: dict[str, str] = {}  # target -> what the first step said against it
         self._first: FirstStep | None = None
+        self._over: FirstStep | None = None  # likewise, to be stopped
         self._unchecked = self._unmoved = False  # after a change: not yet seen that gradients reach, and steps move, all
         self._watch: GradientWatch | None = None
         self._moving: AdapterWatch | None = None
+        self._validated = False  # a batch of this fit
         self._said_dead: set[str] = set()  # layers of adapters that no gradient had reached
 
     # -- transitions ------------------------------------------------------------------------------------------------
@@ -164,7 +165,8 @@ class PhaseCallback(HasPhase, Callback):
         self.phase, self.plan = "joint", plan
         self._look_at_gradients(not replay)
         note.phase, note.plan, note.alpha = self.phase, dict(plan), self.alpha
-        self._log_hash(trainer, agreed, replay)
+        if not replay:
+            transition.log_hash(type(self).__name__, trainer, agreed)
 
     def _freeze(self, trainer: pl.Trainer, pl_module: pl.LightningModule, replay: bool) -> None:
         agreed = transition.apply(trainer, pl_module, lambda: self._release(pl_module), self.optimizer_state, replay)
@@ -175,7 +177,8 @@ class PhaseCallback(HasPhase, Callback):
         note = transition.note_plain(pl_module)
         note.phase, note.keep_original = self.phase, self.keep_original
         note.frozen_dtype = self.frozen_dtype if isinstance(self._adopter, lora.Adapters) else None  # heads keep W as it is
-        self._log_hash(trainer, agreed, replay)
+        if not replay:
+            transition.log_hash(type(self).__name__, trainer, agreed)
         if self.rewarm:  # from here on, so that its hook always comes after that of the adapters' own groups
             self._rewarm = Rewarm(trainer, self, self.rewarm)
 
@@ -189,12 +192,6 @@ class PhaseCallback(HasPhase, Callback):
         if self._watch is not None:
             self._watch.stop()
         self._unchecked, self._watch = on, None
-
-    def _log_hash(self, trainer: pl.Trainer, agreed: int, replay: bool) -> None:
-        if not replay:
-            log_row(trainer, {"lowrank/hash": float(agreed)})
-            where = f", the same on all {trainer.world_size} processes" if trainer.world_size > 1 else ""
-            rank_zero_info(f"{type(self).__name__}: hash of the weights {agreed:08x}{where}")
 
     # -- Lightning's hooks ------------------------------------------------------------------------------------------
 
@@ -225,12 +222,8 @@ class PhaseCallback(HasPhase, Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Replay the transitions of a resumed run; the optimizers are still empty and are restored after this."""
-        if self._diverged:
-            raise ValueError(
-                "the module's adapters held numbers that are not finite when its last fit ended: give a good file as "
-                "ckpt_path, or load good weights first"
-            )
-        self._adopter = adoption.find_adopter(self, trainer)
+        refusals.check_finite(self._diverged)
+        self._adopter, self._validated = adoption.find_adopter(self, trainer), False
         if self.phase == "full":
             self.choose_targets(trainer, pl_module)
         adoption.check_adopter(self, self._adopter, pl_module)
@@ -270,17 +263,25 @@ class PhaseCallback(HasPhase, Callback):
         if self._unmoved and self._moving is None:
             self._moving = AdapterWatch(pl_module)
 
+    def on_validation_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Watch the first batch of validation of a fit, also one before training begins."""
+        if not self._validated:
+            adapted = self.plan if isinstance(self._adopter, lora.Adapters) else None
+            self._validated = look_at_validation(self._first, pl_module, adapted, type(self).__name__)
+
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         """Name the layers if nothing that trains reaches the loss after a transition."""
         if self._watch is not None:
             self._watch.check_loss(loss)
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
-        """Evaluate the rehearsal once; after a transition, check that gradients reach the adapters and steps move them."""
+        """Evaluate the rehearsal; after a transition, check that gradients reach the adapters and steps move them."""
         if self._first is not None:
             reasons = self._first.look()
             if reasons:
-                self.leave_out(trainer, pl_module, reasons)
+                self.leave_out(trainer, pl_module, reasons, refuse=self._first.early)
             if self._first.over:
                 self._first.stop()
                 self._first = None
@@ -309,6 +310,8 @@ class PhaseCallback(HasPhase, Callback):
             ConfigError: the patterns name one of them, or none is left; not without ``refuse``.
         """
         reasons = {name: reason for name, reason in reasons.items() if name in self.chosen}
+        if not reasons:
+            return
         patterns = self.targets or []
         if (named := first_named(pl_module, patterns, reasons) if refuse else None) is not None:
             raise ConfigError("targets", named, reasons[named])
@@ -326,7 +329,7 @@ class PhaseCallback(HasPhase, Callback):
     ) -> dict[str, Target]:
         """Resolve ``self.targets`` once the fit is set up, and note what may be chosen."""
         patterns = self.targets or []
-        selection = select(pl_module, patterns, frozen, adoption.unfit(trainer, pl_module, self.then))
+        selection = select(pl_module, patterns, frozen, adoption.unfit(self, trainer, pl_module, frozen))
         if selection.left_out:
             rank_zero_warn(f"{type(self).__name__}: {say_left_out(pl_module, patterns, selection.left_out)}")
         targets = {name: target for name, target in selection.targets.items() if name not in self.left_out}
@@ -344,9 +347,7 @@ class PhaseCallback(HasPhase, Callback):
         """Add the outcome to the metrics: Lightning returns nothing else of a callback from spawned processes."""
         if self._moving is not None and trainer.optimizers:
             self._moving.after_step(trainer.optimizers[0])
-        found = {"phase": PHASES.index(self.phase), "switch_step": self.switch_step, "freeze_step": self.freeze_step}
-        found |= {f"rank/{name}": rank for name, rank in (self.plan or {}).items()}
-        trainer.callback_metrics.update({f"lowrank/{k}": torch.tensor(float(v)) for k, v in found.items() if v is not None})
+        trainer.callback_metrics.update(adoption.outcome(self))
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Make the module plain again."""
@@ -377,10 +378,10 @@ class PhaseCallback(HasPhase, Callback):
         self._stop_watching()
 
     def _stop_watching(self) -> None:
-        for watching in (self._first, self._watch):
+        for watching in (self._first, self._over, self._watch):
             if watching is not None:
                 watching.stop()
-        self._first = self._watch = None
+        self._first = self._over = self._watch = None
 
     # -- state ------------------------------------------------------------------------------------------------------
 

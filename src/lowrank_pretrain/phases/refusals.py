@@ -169,3 +169,16 @@ def check_settings(phases: PhaseCallback, noted: Mapping[str, Any], pl_module: p
         first = differing[0]
         allowed = f"the checkpoint's run has {noted[first]!r}{more}: give the same, or start afresh from its weights alone"
         raise ConfigError(first, now[first], allowed)
+
+
+def check_finite(diverged: bool) -> None:
+    """Refuse to begin a fit with weights of which nothing good can come.
+
+    Raises:
+        ValueError: the last fit left adapters that are NaN or infinite, and no file has replaced them.
+    """
+    if diverged:
+        raise ValueError(
+            "the module's adapters held numbers that are not finite when its last fit ended: give a good file as "
+            "ckpt_path, or load good weights first"
+        )

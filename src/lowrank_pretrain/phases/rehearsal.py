@@ -18,31 +18,30 @@ Code under ``torch.compile`` is not watched (hooks and modes would be compiled i
 Pure torch: ``start``, ``forward`` around each training forward, ``after_backward`` before the optimizer's step, ``finish``.
 """
 
-import copy
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import FrameType
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from torch.overrides import TorchFunctionMode
 
-from lowrank_pretrain.core.agreement import generator
+from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.lightning_private import (
     is_compiled,
     is_compiled_whole,
     is_traced,
+    runs_compiled,
     transforms_active,
     tree_leaves,
-    tree_map,
 )
 from lowrank_pretrain.core.targets import MatrixLayer, Target
-from lowrank_pretrain.lora.layer import LoRALinear, give_adapters, has_own_forward
-from lowrank_pretrain.lora.products import Part
+from lowrank_pretrain.lora.layer import has_own_forward
+from lowrank_pretrain.phases.own_forward import OTHER, differs
 
 _PRODUCTS = {
     "linear", "matmul", "mm", "bmm", "mv", "addmm", "addmv", "addbmm", "baddbmm", "einsum", "tensordot", "inner", "outer",
@@ -60,8 +59,15 @@ _FOLLOWED = _PRODUCTS | _ARITHMETIC | {
 }  # fmt: skip
 
 
+_LOOKED_UP = "the step asks torch.autograd.grad for its gradient, which a frozen weight or a factor has not: leave it out"
+_VALIDATED = (
+    "its weight is also used outside of its layer in validation, where an adapter has no effect: leave it out, or call the "
+    "layer there"
+)
+
+
 class Rehearsal:
-    """Watch targets through one training step.
+    """Watch targets through one training step, and through any further step or batch of validation.
 
     Args:
         module: names of the targets count from it.
@@ -83,10 +89,9 @@ class Rehearsal:
                 self._sharing.setdefault(name, []).append(child)
         self._adapters = adapters
         # a mode would be compiled in, or would take nn.MultiheadAttention in eval off its fast path
-        self._has_mode = not compiled and not any(
-            isinstance(child, (nn.MultiheadAttention, nn.TransformerEncoderLayer)) and not child.training
-            for child in module.modules()
-        )
+        fast = [child for child in module.modules() if isinstance(child, (nn.MultiheadAttention, nn.TransformerEncoderLayer))]
+        self._has_mode = not compiled and all(child.training for child in fast)
+        self._has_mode_in_eval = not compiled and not fast
         self.called = {name for name in self.layers if name not in self.watched}
         self.elsewhere: set[str] = set()  # in a product outside of its layer
         self.touched: set[str] = set()  # in any other operation outside of its layer
@@ -94,6 +99,7 @@ class Rehearsal:
         self.has_grad: set[str] = set()
         self.finite: dict[str, Tensor] = {}  # layer name -> whether all of the first input is finite, on the device
         self.other: dict[str, str] = {}  # layer name -> what its class computes
+        self.compared: set[str] = set()  # in eval mode, with an adapter
         self._handles: dict[str, list[Any]] = {}
 
     def start(self) -> None:
@@ -113,6 +119,25 @@ class Rehearsal:
                 yield
         else:
             yield
+
+    @contextmanager
+    def validation(self) -> Iterator[None]:
+        """Watch what a step of validation does with the targets' weights. It has no autograd, so each use counts."""
+        own = [(name, layer) for name, layer in self.watched.items() if self._adapters and has_own_forward(layer)]
+        handles = [layer.register_forward_pre_hook(_CompareInEval(self, name), with_kwargs=True) for name, layer in own]
+        try:
+            with _Outside(self, validates=True) if self._has_mode_in_eval else nullcontext():
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def compare(self, name: str, args: tuple, kwargs: dict) -> None:
+        """Note whether a layer with its own forward computes the same with an adapter and merged."""
+        layer = self.layers[name]
+        reason = differs(layer, [target for target in self.targets.values() if target.layer is layer], args, kwargs)
+        if reason is not None:
+            self.other[name] = reason
 
     def after_backward(self) -> None:
         """Note which layers have a gradient without having been called. Before the gradients are dropped."""
@@ -146,7 +171,7 @@ class Rehearsal:
             if called:
                 self.called.add(name)
             if other:
-                reasons[name] = self.other.get(name, _OTHER)
+                reasons[name] = self.other.get(name, OTHER)
             elif elsewhere and called:
                 reasons[name] = (
                     "its weight is also used outside of its layer, where an adapter has no effect: leave it out, or call the "
@@ -181,9 +206,6 @@ class Rehearsal:
         self._handles.clear()
 
 
-_OTHER = "computes something else than W x + b, which an adapter cannot follow: leave it out"
-
-
 class Hook:
     """Define a hook that copies and pickles of the layer drop."""
 
@@ -210,8 +232,10 @@ class _Seen(Hook):
 
     def __call__(self, layer: nn.Module, args: tuple, kwargs: dict) -> None:
         rehearsal = self._watcher()
-        if rehearsal is not None:
-            rehearsal.called.add(self._name)
+        if rehearsal is None:
+            return
+        rehearsal.called.add(self._name)
+        if not torch.compiler.is_compiling():  # a compiled method calls the layer: the rest cannot be compiled in
             x = args[0] if args else next(iter(kwargs.values()), None)
             if (
                 isinstance(x, Tensor)
@@ -230,22 +254,31 @@ class _Compare(Hook):
 
     def __call__(self, layer: MatrixLayer, args: tuple, kwargs: dict) -> None:
         rehearsal = self._watcher()
-        if rehearsal is None or self._name not in rehearsal._handles:
+        if rehearsal is None or self._name not in rehearsal._handles or torch.compiler.is_compiling():
             return
         for handle in rehearsal._handles.pop(self._name):
             handle.remove()
-        targets = [target for target in rehearsal.targets.values() if target.layer is layer]
-        reason = differs(layer, targets, args, kwargs)
-        if reason is not None:
-            rehearsal.other[self._name] = reason
+        rehearsal.compare(self._name, args, kwargs)
+
+
+class _CompareInEval(Hook):
+    """Compare likewise at a layer's first call in validation: some keep there what they computed from W before."""
+
+    def __call__(self, layer: MatrixLayer, args: tuple, kwargs: dict) -> None:
+        rehearsal = self._watcher()
+        if rehearsal is None or torch.compiler.is_compiling():
+            return
+        if self._name not in rehearsal.compared and self._name not in rehearsal.other:
+            rehearsal.compared.add(self._name)
+            rehearsal.compare(self._name, args, kwargs)
 
 
 class _Outside(TorchFunctionMode):
     """Follow the targets' weights, and tensors computed from them, through operations outside of their layers."""
 
-    def __init__(self, rehearsal: Rehearsal) -> None:
+    def __init__(self, rehearsal: Rehearsal, validates: bool = False) -> None:
         super().__init__()
-        self.rehearsal = rehearsal
+        self.rehearsal, self._validates = rehearsal, validates
         self._of: dict[int, tuple[weakref.ref, frozenset[str]]] = {}  # id of a tensor -> itself, and of which layers it is
         for name, layer in rehearsal.watched.items():
             self._add(layer.weight, frozenset({name}))
@@ -261,10 +294,24 @@ class _Outside(TorchFunctionMode):
         return found[1] if found is not None and found[0]() is tensor else frozenset()
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func is torch.autograd.grad and not torch.compiler.is_compiling():
+            self._look_up(args[1] if len(args) > 1 else (kwargs or {}).get("inputs"))
         out = func(*args, **(kwargs or {}))
         if not torch.compiler.is_compiling():
             self._look(func, args, kwargs, out)
         return out
+
+    def _look_up(self, inputs: Any) -> None:
+        """Note whose gradient is asked for by name (GradNorm, MAML): once W is frozen, torch refuses that.
+
+        Raises:
+            ConfigError: it is frozen already, beneath an adapter.
+        """
+        for tensor in tree_leaves(inputs):
+            for name in self._layers(tensor) if isinstance(tensor, Tensor) else ():
+                self.rehearsal.other.setdefault(name, _LOOKED_UP)
+                if not tensor.requires_grad:
+                    raise ConfigError("targets", name, _LOOKED_UP)
 
     def _look(self, func: Any, args: tuple, kwargs: dict | None, out: Any) -> None:
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
@@ -272,12 +319,12 @@ class _Outside(TorchFunctionMode):
         if not names:
             return
         if getattr(func, "__self__", None) is Tensor.dtype:
-            self.rehearsal.asked |= {n for n in names if not _inside(self.rehearsal.layers[n], self.rehearsal, n)}
+            self.rehearsal.asked |= {name for name in names if not self._is_inside(name)}
         word = getattr(func, "__name__", "").strip("_")
         made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
-        if not made or word in ("set", "requires_grad"):
+        if not made or word in ("set", "requires_grad") or func is torch.autograd.grad:
             return
-        names -= {name for name in names if _inside(self.rehearsal.layers[name], self.rehearsal, name)}
+        names -= {name for name in names if self._is_inside(name)}
         if not names:
             return
         others = [t for t in tensors if t.ndim and not self._layers(t) and not isinstance(t, nn.Parameter)]
@@ -285,28 +332,32 @@ class _Outside(TorchFunctionMode):
         indexed = word == "getitem" and any(not t.is_floating_point() and t.dtype != torch.bool for t in others)
         wider = word in _ARITHMETIC and max(t.numel() for t in made) > mine
         meets_data = bool(others) and (word in _PRODUCTS or indexed or wider)
-        if torch.is_grad_enabled() or in_autograd_function():  # else it is looked at, and adds nothing to the loss
+        if self._validates:
+            self.rehearsal.other |= {name: _VALIDATED for name in names if meets_data and name not in self.rehearsal.other}
+        elif torch.is_grad_enabled() or in_autograd_function():  # else it is looked at, and adds nothing to the loss
             (self.rehearsal.elsewhere if meets_data else self.rehearsal.touched).update(names)
         if word in _FOLLOWED and not meets_data:
             for tensor in made:
                 if tensor.is_floating_point() and tensor.ndim:
                     self._add(tensor, names)
 
-
-def _inside(layer: MatrixLayer, rehearsal: Rehearsal, name: str) -> bool:
-    """Return whether the layer's own forward is running, or that of a layer that its weight is tied to."""
-    sharing = rehearsal._sharing.get(name, ())
-    frame: FrameType | None = sys._getframe(2)
-    while frame is not None:
-        if frame.f_code.co_name in _CALLS:
-            running = frame.f_locals.get("self")
-            if running is layer:
-                rehearsal.called.add(name)
-                return True
-            if any(running is other for other in sharing):
-                return True
-        frame = frame.f_back
-    return False
+    def _is_inside(self, name: str) -> bool:
+        """Return whether the layer's own forward is running, that of a layer that its weight is tied to, or compiled code."""
+        layer, sharing = self.rehearsal.layers[name], self.rehearsal._sharing.get(name, ())
+        frame: FrameType | None = sys._getframe(2)
+        while frame is not None:
+            if runs_compiled(frame):
+                return True  # its graph has no frames of layers
+            if frame.f_code.co_name in _CALLS:
+                running = frame.f_locals.get("self")
+                if running is layer:
+                    if not self._validates:
+                        self.rehearsal.called.add(name)
+                    return True
+                if any(running is other for other in sharing):
+                    return True
+            frame = frame.f_back
+        return False
 
 
 def in_autograd_function() -> bool:
@@ -317,82 +368,6 @@ def in_autograd_function() -> bool:
             return True
         frame = frame.f_back
     return False
-
-
-@torch.no_grad()
-def differs(layer: MatrixLayer, targets: list[Target], args: tuple, kwargs: dict) -> str | None:
-    """Return why a layer with an adapter computes something other than with the adapter merged.
-
-    Args:
-        layer: plain, or with adapters; not changed.
-        targets: its own.
-        args: what it is called with.
-        kwargs: likewise.
-
-    Returns:
-        The reason, or ``None``.
-    """
-    try:
-        copied = _copy(layer)
-        if not isinstance(copied, LoRALinear):
-            give_adapters(copied, [(target, 1) for target in targets], None, True, seed=0)
-        adapted = cast(LoRALinear, copied)
-        for part in adapted._parts:
-            _draw(adapted, part)
-        merged, plain = _copy(layer), _copy(layer)
-        merged.weight.copy_(adapted.merged_weight())
-        y, with_adapter, with_merged = (_call(copied, args, kwargs) for copied in (plain, adapted, merged))
-        dtypes = {tensor.dtype for tensor in y}
-        effect = sum(_norm(b.float() - a.float()) for a, b in zip(y, with_merged, strict=True))
-        off = sum(_norm(b.float() - a.float()) for a, b in zip(with_adapter, with_merged, strict=True))
-        size = sum(_norm(a.float()) for a in with_merged)
-    except Exception as error:
-        first = (str(error) or type(error).__name__).splitlines()[0]
-        return f"has a forward of its own, which failed with an adapter ({first[:120]}): leave it out"
-    rounding = max(torch.finfo(dtype).eps for dtype in (layer.weight.dtype, *dtypes))
-    if off <= 0.05 * effect + 4 * rounding * size:
-        return None
-    return f"has a forward of its own ({type(layer).__name__}) and {_OTHER}"
-
-
-def _norm(tensor: Tensor) -> float:
-    return float(torch.linalg.vector_norm(tensor))
-
-
-def _draw(layer: LoRALinear, part: Part) -> None:
-    """Give a part a B with which its update is a third of W."""
-    B, A = layer.lora_B[part.name], layer.lora_A[part.a : part.a + part.rank]
-    B.copy_(torch.randn(B.shape, generator=generator("rehearsal", part.name, seed=0)))
-    weight = torch.linalg.vector_norm(layer.weight.float()) / layer.weight.numel() ** 0.5
-    update = torch.linalg.vector_norm((B @ A).float()) / (part.rows * A.shape[1]) ** 0.5
-    B.mul_((0.3 * weight if weight > 0 else 1.0) / (part.scale * update).clamp_min(1e-12))
-
-
-def _copy(layer: MatrixLayer) -> MatrixLayer:
-    """Return a layer of the same class with its own tensors and without hooks."""
-    twin = copy.copy(layer)
-    for kind in ("_parameters", "_buffers"):
-        own = {}
-        for name, tensor in layer.__dict__[kind].items():
-            if tensor is not None:
-                tensor = tensor.detach().clone()
-                tensor = nn.Parameter(tensor, requires_grad=False) if kind == "_parameters" else tensor
-            own[name] = tensor
-        twin.__dict__[kind] = own
-    twin.__dict__["_modules"] = {name: copy.deepcopy(child) for name, child in layer._modules.items()}
-    for name, held in layer.__dict__.items():
-        if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")) and isinstance(held, dict):
-            twin.__dict__[name] = type(held)()
-    return twin
-
-
-def _call(layer: nn.Module, args: tuple, kwargs: dict) -> list[Tensor]:
-    """Return the layer's floating outputs for copies of its arguments; the random state is restored."""
-    args, kwargs = tree_map(lambda a: a.detach().clone() if isinstance(a, Tensor) else a, (args, kwargs))
-    devices = {t.device for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.device.type == "cuda"}
-    with torch.random.fork_rng(devices=sorted(devices, key=str)):
-        out = layer.forward(*args, **kwargs)
-    return [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
 def compiled_parts(module: nn.Module) -> set[int]:

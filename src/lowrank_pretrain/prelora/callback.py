@@ -26,6 +26,7 @@ from lowrank_pretrain.prelora.decisions import (
     check_convergence,
     check_fractions,
     check_ranks,
+    norms_of,
     still_flat,
 )
 from lowrank_pretrain.prelora.length import check_length
@@ -147,6 +148,7 @@ class PreLoRA(PhaseCallback):
         self._loss = torch.zeros(2, dtype=torch.float64)  # sum and number of this rank's micro-batch losses, on the device
         self._restored: list[list[float]] | None = None  # the same by rank, from a checkpoint
         self._steps = StepWatch()
+        self._late: dict[str, str] = {}  # why targets are unfit, by the last look before the switch
 
     @property
     def state_key(self) -> str:
@@ -166,7 +168,9 @@ class PreLoRA(PhaseCallback):
         if not trainer.ckpt_path:  # with a file, the trainer still counts the steps of its last fit: on_train_start asks
             self._check_length(trainer)
         if self._adopter.makes_adapters and self.chosen:
-            self._first = FirstStep(trainer, pl_module, targets, frozen_dtype=self.frozen_dtype, adopter=self._adopter)
+            self._first = FirstStep(
+                trainer, pl_module, targets, frozen_dtype=self.frozen_dtype, adopter=self._adopter, lasting=True
+            )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin to count at the trainer's step."""
@@ -186,11 +190,21 @@ class PreLoRA(PhaseCallback):
             self._open = None
             self._count(int(self.window_unit == "epoch"))
 
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        """Watch the targets once more in the step after which the switch may come: a loss may have begun late."""
+        if self._over is not None:
+            self._stop_watching()
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        if self._first is not None and self._may_switch(trainer):
+            self._first.look_again()
+
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
         """Note gradient norms (unscaled, before clipping) at a window's last step, if ranks come from them."""
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
         if self.rank_signal == "grad_norm" and self.phase == "full" and self._closes_window(trainer):
             self.grad_norms = [*self.grad_norms[-1:], self._gradient_norms(trainer, pl_module)]
+        if self._first is not None and self._may_switch(trainer):
+            self._late = self._first.last_look()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -250,13 +264,13 @@ class PreLoRA(PhaseCallback):
             return
         self._loss.zero_()
         with nullcontext() if self._adopter.settles_every == 1 else self._adopter.agreed_weights():
-            norms = _norms(targets)
+            norms = norms_of(targets)
         self.history = [*self.history, Window(total / count, norms)][-self.windows :]
         self.first_loss = total / count if self.windows_done == 1 else self.first_loss
         self.verdict = check_convergence(self.history, family_of, self.windows, self.loss_tol, self.weight_tol)
         log_row(trainer, {f"lowrank/weight_change/{f}": c for f, c in self.verdict.family_changes.items()})
-        if self.windows_done == 1:
-            self._say_unseen(pl_module)
+        if self.windows_done == 1 and self._first is not None:
+            self._first.say_unseen(self.chosen, "PreLoRA")
         due = self.verdict.converged and self.windows_done >= self.earliest
         forced = self.latest is not None and self.windows_done >= self.latest
         # every rank must do the same, regardless of rounding: rank 0 decides
@@ -305,19 +319,6 @@ class PreLoRA(PhaseCallback):
         """Return the chosen targets that are still targets of the module."""
         return {name: target for name, target in all_targets(pl_module).items() if name in self.chosen}
 
-    def _say_unseen(self, pl_module: pl.LightningModule) -> None:
-        """Name layers not called during the first window; a single step would be no evidence."""
-        if self._first is None:
-            return
-        late, unseen = self._first.late()
-        unseen = [name for name in unseen if name in self.chosen and name not in late]
-        if unseen:
-            names = ", ".join(dict.fromkeys(families(pl_module, unseen).values()))
-            rank_zero_warn(
-                f"PreLoRA: no forward pass called {names} in the {self._first.steps} optimizer steps so far. What none calls "
-                "before the switch is left out"
-            )
-
     def _check_again(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leave out, just before the switch, targets that are no longer valid or were never called."""
         against, reasons = obstacles(pl_module), {}
@@ -325,13 +326,9 @@ class PreLoRA(PhaseCallback):
         for name in self.chosen:
             if name not in present or name in against:
                 words = against.get(name) or against.get(name.rpartition(".")[0]) or "is no layer of the module any more"
-                reasons[name] = f"since the fit began: {words}"
-        if self._first is not None:
-            late, unseen = self._first.late()
-            never = f"was not called in any of the {self._first.steps} optimizer steps watched"
-            reasons = dict.fromkeys(unseen, never) | late | reasons
-            self._first.stop()
-            self._first = None
+                reasons[name] = f"since the fit began {words}"  # no colon: a list of reasons is cut at the first one
+        reasons = self._late | reasons
+        self._first, self._over = None, self._first  # the next batch stops it
         if any(name in self.chosen for name in reasons):
             self.leave_out(trainer, pl_module, reasons, refuse=False)
 
@@ -348,6 +345,12 @@ class PreLoRA(PhaseCallback):
         passed = 1 if self.window_unit == "step" else int(trainer.is_last_batch)
         return (self._due or self._units + passed >= self.window) and self._settled(1)
 
+    def _may_switch(self, trainer: pl.Trainer) -> bool:
+        """Return whether the switch may come after the step under way."""
+        done, needed = self.windows_done + 1, max(self.windows, self.earliest)
+        needed = needed if self.latest is None else min(needed, self.latest)
+        return self.phase == "full" and done >= needed and self._closes_window(trainer)
+
     def _settled(self, ahead: int = 0) -> bool:
         """Return whether a window may end now, or after so many more steps: all ranks must hold the same weights."""
         return self._adopter.settles_every == 1 or self._adopter.settled(ahead)
@@ -355,7 +358,7 @@ class PreLoRA(PhaseCallback):
     def _gradient_norms(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, float]:
         """Return ‖·‖_F of the targets' gradients; if ranks have gradients of their own, the mean of their norms."""
         present = self._present(pl_module)
-        mine = _norms({n: t for n, t in present.items() if t.layer.weight.grad is not None}, grad=True)
+        mine = norms_of({n: t for n, t in present.items() if t.layer.weight.grad is not None}, grad=True)
         if not self._adopter.gradients_differ:
             return mine
         table = torch.tensor([[mine.get(n, 0.0), float(n in mine)] for n in present], dtype=torch.float32).to(pl_module.device)
@@ -408,16 +411,6 @@ class PreLoRA(PhaseCallback):
         """Write the window's loss so far of all ranks; Lightning itself writes rank 0's state."""
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
         checkpoint["callbacks"][self.state_key]["loss"] = trainer.strategy.all_gather(self._loss).reshape(-1, 2).tolist()
-
-
-def _norms(targets: dict[str, Target], grad: bool = False) -> dict[str, float]:
-    """Return ‖·‖_F of each target's weight or gradient, in float32; the device is read once."""
-    if not targets:
-        return {}
-    blocks = [(t.rows_of_grad() if grad else t.matrix()).detach() for t in targets.values()]
-    dtype = torch.promote_types(blocks[0].dtype, torch.float32)
-    norms = torch.stack([torch.linalg.vector_norm(block, dtype=dtype) for block in blocks])
-    return dict(zip(targets, norms.tolist(), strict=True))
 
 
 def _on(device: torch.device, total: Tensor) -> Tensor:

@@ -14,11 +14,15 @@ Where the authors' code contradicts the paper, ours follows the paper: families 
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import reduce
 from typing import Any, NamedTuple
+
+import torch
 
 from lowrank_pretrain.core.checks import is_integer, number
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.plan import Plan
+from lowrank_pretrain.core.targets import Target
 
 _TINY = 1e-12
 
@@ -187,3 +191,13 @@ def _items(values: Iterable[Any]) -> Iterator[Any]:
         yield from values
     except TypeError:
         return
+
+
+def norms_of(targets: Mapping[str, Target], grad: bool = False) -> dict[str, float]:
+    """Return ‖·‖_F of each target's weight or gradient, in float32 or wider; the device is read once."""
+    if not targets:
+        return {}
+    blocks = [(t.rows_of_grad() if grad else t.matrix()).detach() for t in targets.values()]
+    dtype = reduce(torch.promote_types, (block.dtype for block in blocks), torch.float32)
+    norms = torch.stack([torch.linalg.vector_norm(block, dtype=dtype) for block in blocks])
+    return dict(zip(targets, norms.tolist(), strict=True))
