@@ -30,6 +30,7 @@ from lowrank_pretrain.galore.subspace import PROJ_TYPES, REFRESHES
 from lowrank_pretrain.models.optim import undecayed_names
 
 MODE_DEFAULTS = {"second_moment": "full", "nesterov": False, "rule": "adam", "track_every": 1}
+FORM_KEYS = ("rank", "proj_type", "variant", "rule", "second_moment")  # they decide what a state's tensors look like
 # settings of projected groups alone
 _PROJECTED = ("update_proj_gap", "scale", "proj_type", "refresh", "residual", "variant", *MODE_DEFAULTS)
 RESIDUALS = (None, "fira", "muon")
@@ -270,12 +271,6 @@ def check_keys(group: Mapping[str, Any]) -> None:
             raise ConfigError(str(key), value, f"is no key of a parameter group: {cure}")
         if key in _HARMLESS and value not in _HARMLESS[key]:
             raise ConfigError(key, value, "is torch's AdamW's and not done here: leave it out")
-
-
-def requested_settings(group: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a group's settings as plain numbers and words, to detect later changes."""
-    found = {key: group[key] for key in KEYS if key in group}
-    return {key: float(value) if isinstance(value, Tensor) else value for key, value in found.items()}
 
 
 def check_values(group: Mapping[str, Any], scheduled: bool = False) -> None:

@@ -26,6 +26,7 @@ from lowrank_pretrain.galore.guard import Guard, check_dense_and_real, closed, e
 from lowrank_pretrain.galore.layerwise import Layerwise, UsedGradient
 from lowrank_pretrain.galore.local import LocalUpdate
 from lowrank_pretrain.galore.projection import Entry, Projected, SharedBasis, make_index
+from lowrank_pretrain.galore.requested import RequestedSettings
 
 
 class GaLoreAdamW(Adopter, Reports, Optimizer):
@@ -106,7 +107,7 @@ class GaLoreAdamW(Adopter, Reports, Optimizer):
         }  # fmt: skip
         params = groups.groups_of_model(params, rank, targets, weight_decay)
         self._reset({})
-        self._requested: list[dict[str, Any]] = []  # the settings in the code, by group, before any schedule or file
+        self._requested = RequestedSettings()
         groups.check_values(defaults)
         super().__init__(params, defaults)
         groups.warn_of_unused(inspect.signature(GaLoreAdamW), self.param_groups)
@@ -138,7 +139,7 @@ class GaLoreAdamW(Adopter, Reports, Optimizer):
         except ValueError:
             del self.param_groups[-1]
             raise
-        self._requested.append(groups.requested_settings(group))
+        self._requested.note(group)
         if group["layerwise"]:
             self._layerwise.install(group["params"])
 
@@ -394,7 +395,7 @@ class GaLoreAdamW(Adopter, Reports, Optimizer):
             for group in self.param_groups:
                 group.pop("ranks", None)
         if isinstance(saved, dict):
-            saved.setdefault("asked", [dict(settings) for settings in self._requested])
+            saved.setdefault("asked", [dict(settings) for settings in self._requested.of(self.param_groups)])
         return saved
 
     @eager
@@ -412,17 +413,18 @@ class GaLoreAdamW(Adopter, Reports, Optimizer):
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             changed = before(self, saved)
             saved = saved if changed is None else changed
-        loaded = state.fit_saved_state(saved, self.param_groups, self.defaults, self._requested)
+        requested = self._requested.of(self.param_groups)
+        loaded = state.fit_saved_state(saved, self.param_groups, self.defaults, requested)
         states = type(self.state)(dict)  # a defaultdict, as torch's
         states.update(loaded.states)
         self._ranks = loaded.ranks
-        self.__setstate__({"state": states, "param_groups": loaded.groups})
+        self.__setstate__({"state": states, "param_groups": loaded.groups, "_asked": requested})
         self.rate_shares = loaded.rate_shares
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_ranks": self._ranks, "_asked": self._requested}
+        return {**super().__getstate__(), "_ranks": self._ranks, "_asked": self._requested.of(self.param_groups)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # a deep copy or an unpickled optimizer has none of our private attributes; load_state_dict comes here as well
@@ -437,8 +439,9 @@ class GaLoreAdamW(Adopter, Reports, Optimizer):
                     group.setdefault(key, self.defaults[key])
             if group["layerwise"]:
                 self._layerwise.install(group["params"])
-        requested = state.get("_asked") or getattr(self, "_requested", None)
-        self._requested = requested or [groups.requested_settings(group) for group in self.param_groups]
+        self._requested, asked = RequestedSettings(), state.get("_asked", ())
+        for group, settings in zip(self.param_groups, asked if len(asked) == len(self.param_groups) else (), strict=False):
+            self._requested.note(group, settings)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
