@@ -418,13 +418,14 @@ class GroupsSnapshot:
         self._lists = [group["params"] for group in groups]  # kept, so that no other list takes their identity
         self._params = [list(group["params"]) for group in groups]
         self._settings = [tuple(map(group.get, _INDEXED)) for group in groups]
+        self._forms = [tuple(map(group.get, FORM_KEYS)) for group in groups]
 
     def has_same_lists(self, groups: list[dict[str, Any]]) -> bool:
-        """Return whether the groups hold the same lists, of the same length: quick, for use within a step."""
+        """Return whether the groups hold the same lists, as long, and project alike: quick, for use within a step."""
         if len(groups) != len(self._lists):
             return False
-        for group, known, params in zip(groups, self._lists, self._params, strict=True):
-            if group["params"] is not known or len(known) != len(params):
+        for group, known, params, form in zip(groups, self._lists, self._params, self._forms, strict=True):
+            if group["params"] is not known or len(known) != len(params) or tuple(map(group.get, FORM_KEYS)) != form:
                 return False
         return True
 

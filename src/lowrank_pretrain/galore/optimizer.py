@@ -23,9 +23,10 @@ from lowrank_pretrain.galore.adam import PlainParameter, fit_layout
 from lowrank_pretrain.galore.clock import RefreshTimer
 from lowrank_pretrain.galore.dtensor import is_distributed, local_piece
 from lowrank_pretrain.galore.guard import Guard, check_dense_and_real, closed, eager
+from lowrank_pretrain.galore.index import Entry, make_index, resized_error
 from lowrank_pretrain.galore.layerwise import Layerwise, UsedGradient
 from lowrank_pretrain.galore.local import LocalUpdate
-from lowrank_pretrain.galore.projection import Entry, Projected, SharedBasis, make_index
+from lowrank_pretrain.galore.projection import Projected, SharedBasis
 from lowrank_pretrain.galore.requested import RequestedSettings
 
 
@@ -163,6 +164,7 @@ class GaLoreAdamW(Adopter, Reports, Optimizer):
                 groups.check_group(group, groups.parameter_names(group, number), quiet=True)
                 if group["layerwise"]:
                     self._layerwise.install(group["params"])
+        self._requested.of(self.param_groups)  # notes groups that came in another way than add_param_group
         found = make_index(self.param_groups, self._ranks, self.state, old)
         self._index = groups.GroupsSnapshot(self.param_groups), len(self._ranks), found
         self._distributed = any(map(is_distributed, found))
@@ -179,10 +181,7 @@ class GaLoreAdamW(Adopter, Reports, Optimizer):
         kept = self.state[p]
         if p.shape != slot.shape:
             if kept:
-                raise ConfigError(
-                    "params", slot.name, f"had shape {tuple(slot.shape)} and has {tuple(p.shape)} now: a parameter that was "
-                    "resized needs a new optimizer, or no state (optimizer.state.pop(p))"
-                )  # fmt: skip
+                raise resized_error(slot, p)
             self._index = None
             slot = self.lookup()[p].slot or slot  # a rank stays where it is
         return slot.attach(kept, self.local.get(p), self.shared)
@@ -439,9 +438,7 @@ class GaLoreAdamW(Adopter, Reports, Optimizer):
                     group.setdefault(key, self.defaults[key])
             if group["layerwise"]:
                 self._layerwise.install(group["params"])
-        self._requested, asked = RequestedSettings(), state.get("_asked", ())
-        for group, settings in zip(self.param_groups, asked if len(asked) == len(self.param_groups) else (), strict=False):
-            self._requested.note(group, settings)
+        self._requested = RequestedSettings(self.param_groups, state.get("_asked", ()))
 
     @property
     def _step_supports_amp_scaling(self) -> bool:

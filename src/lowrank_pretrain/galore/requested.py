@@ -5,7 +5,7 @@ it there. So each group's settings are kept from the moment on when the group wa
 """
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,9 +30,12 @@ class RequestedSettings:
     so their position tells nothing.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, groups: Sequence[dict[str, Any]] = (), settings: Sequence[dict[str, Any]] = ()) -> None:
         # by id, with the group itself: no other dict takes its identity
         self._known: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}
+        if len(groups) == len(settings):  # a copy's or a pickle's
+            for group, some in zip(groups, settings, strict=True):
+                self.note(group, some)
 
     def note(self, group: dict[str, Any], settings: dict[str, Any] | None = None) -> None:
         """Note a group's settings: its present ones, unless others are given."""
@@ -128,5 +131,3 @@ def _scheduled_rate(group: dict[str, Any], old: dict[str, Any], now: float, then
             new[key] = old[key] * now / then
     rate = now * share
     return torch.full_like(group["lr"], rate) if isinstance(group["lr"], Tensor) else rate
-
-

@@ -35,8 +35,8 @@ from lowrank_pretrain.galore.groups import (
     parameter_name,
     parameter_names,
 )
+from lowrank_pretrain.galore.index import Entry, form_of_state
 from lowrank_pretrain.galore.modes import second_form
-from lowrank_pretrain.galore.projection import Entry
 from lowrank_pretrain.galore.requested import check_form, continued_settings, rate_share
 from lowrank_pretrain.galore.subspace import project_left
 
@@ -216,23 +216,13 @@ def _check_shapes(state: dict[str, Any], p: Tensor, group: dict[str, Any], adopt
     """
     if "exp_avg" not in state and not any(key in state for key in _SHAPES):
         return
-    rank, rows = adopted or group.get("rank"), p.shape[0] if p.ndim else 1
-    cols = p.numel() // max(rows, 1)
-    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("exp_avg", "exp_avg_sq"), tuple(p.shape))
-    if rank and ("proj" in state or not adopted):  # an adopted parameter has whole moments until its next step
-        rank = min(rank, largest_rank(p))
-        two_sided = group["proj_type"] == "full"
-        d, k = (rows, cols) if project_left(rows, cols, group["proj_type"]) else (cols, rows)
-        low = (rank, rank if two_sided else k)
-        # until its first step in a group that was given a rank later, moments are whole as well
-        if (
-            group["variant"] == "apollo"
-            or "proj" in state
-            or tuple(getattr(state.get("exp_avg"), "shape", ())) != tuple(p.shape)
-        ):
-            shapes = _low_shapes(second_form(group), low)
-        if group["variant"] == "galore" and shapes["exp_avg"] == low:
-            shapes |= {"proj": (d, rank)} | ({"proj_right": (k, rank)} if two_sided else {})
+    shapes = _basic_shapes(state, p, group, adopted)
+    if "proj" in state and p.ndim > 1 and (adopted or group.get("rank")):  # its rank may have changed since its last step
+        former = form_of_state(state, p.shape[0], p.numel() // max(p.shape[0], 1), group)
+        sides = {} if former is None else {key: former[key] for key in ("rank", "proj_type")}
+        others = _basic_shapes(state, p, {**group, **sides}, 0) if sides else {}
+        if others and all(tuple(getattr(state.get(key), "shape", ())) == shape for key, shape in others.items()):
+            shapes = others
     if "exp_avg_scale" in state or "exp_avg_sq_scale" in state:
         blocks = -(-math.prod(shapes["exp_avg"]) // BLOCK)
         shapes |= {f"{key}_scale": (blocks,) for key in ("exp_avg", "exp_avg_sq") if key in shapes}
@@ -250,6 +240,27 @@ def _check_shapes(state: dict[str, Any], p: Tensor, group: dict[str, Any], adopt
         step = step.item() if step.numel() == 1 else tuple(step.shape)
     if not is_number(step) or step < 0 or step != int(step):
         raise ConfigError("ckpt_path", name, f"its step is {step!r} there, but must be a whole number, 0 or more")
+
+
+def _basic_shapes(state: dict[str, Any], p: Tensor, group: dict[str, Any], adopted: int) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the moments and bases that these settings make, by key."""
+    rank, rows = adopted or group.get("rank"), p.shape[0] if p.ndim else 1
+    cols = p.numel() // max(rows, 1)
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("exp_avg", "exp_avg_sq"), tuple(p.shape))
+    if not rank or (adopted and "proj" not in state):  # an adopted parameter has whole moments until its next step
+        return shapes
+    rank = min(rank, largest_rank(p))
+    two_sided = group["proj_type"] == "full"
+    d, k = (rows, cols) if project_left(rows, cols, group["proj_type"]) else (cols, rows)
+    low = (rank, rank if two_sided else k)
+    # until its first step in a group that was given a rank later, moments are whole as well
+    whole = "proj" not in state and tuple(getattr(state.get("exp_avg"), "shape", ())) == tuple(p.shape)
+    if group["variant"] == "galore" and whole:
+        return shapes
+    shapes = _low_shapes(second_form(group), low)
+    if group["variant"] == "galore":
+        shapes |= {"proj": (d, rank)} | ({"proj_right": (k, rank)} if two_sided else {})
+    return shapes
 
 
 def _low_shapes(second: str, low: tuple[int, int]) -> dict[str, tuple[int, ...]]:
