@@ -310,6 +310,9 @@ def check_rates(group: Mapping[str, Any]) -> None:
     lr = float(group["lr"])
     if not math.isfinite(lr):
         raise ConfigError("lr", lr, "must be finite: look at the learning rate schedule")
+    decay = group["weight_decay"]
+    if decay is None or not 0 <= decay < math.inf:
+        raise ConfigError("weight_decay", decay, "must be a number, 0 or more: look at its schedule")
     betas = group["betas"]
     if not (0 <= betas[0] < 1 and 0 <= betas[1] < 1):
         raise ConfigError("betas", tuple(betas), "must be two numbers in [0, 1)")

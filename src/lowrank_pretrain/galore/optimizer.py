@@ -269,7 +269,9 @@ class GaLoreAdamW(Adopter, Reports, Optimizer):
         for i in self._guard.spikes:
             setattr(owners[i], keys[i], self._guard.limited(getattr(owners[i], keys[i]), owners[i]))
 
-        for same in adam.split_by(slots, lambda slot: (id(slot.group), slot.step, slot.p.dtype)) if slots else ():
+        for same in (
+            adam.split_by(slots, lambda slot: (id(slot.group), slot.step, slot.p.dtype, slot.arrived.dtype)) if slots else ()
+        ):
             for some in adam.kernel_batches(same, [slot.numel_low for slot in same], device):
                 self._step_projected(some, skip)
         for items in plain.values():
@@ -363,11 +365,7 @@ class GaLoreAdamW(Adopter, Reports, Optimizer):
 
     def release(self) -> None:
         """Finish at the plan's freeze: weights continue to train in full, and only full-size moments are dropped."""
-        for p in self._ranks:
-            kept = self.state.get(p, {})
-            if kept and "proj" not in kept:
-                for key in [key for key in kept if key.startswith("exp_avg")]:
-                    del kept[key]
+        state.drop_whole_moments(self._ranks, self.state)
 
     def metrics(self) -> dict[str, float]:
         """Return ``galore/refresh_ms`` and ``galore/overlap`` of the last refreshing step that the device has finished.
@@ -414,6 +412,7 @@ class GaLoreAdamW(Adopter, Reports, Optimizer):
             saved = saved if changed is None else changed
         requested = self._requested.of(self.param_groups)
         loaded = state.fit_saved_state(saved, self.param_groups, self.defaults, requested)
+        self._layerwise.unfold(self.projected)
         states = type(self.state)(dict)  # a defaultdict, as torch's
         states.update(loaded.states)
         self._ranks = loaded.ranks

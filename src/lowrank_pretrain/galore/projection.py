@@ -17,7 +17,14 @@ from torch import Tensor
 
 from lowrank_pretrain.core.agreement import generator
 from lowrank_pretrain.galore import dtensor, residual, subspace
-from lowrank_pretrain.galore.adam import count_step, moment_dtype, moment_kind, read_moments, steps_taken, write_moments
+from lowrank_pretrain.galore.adam import (
+    count_step,
+    moment_dtype,
+    moment_kind,
+    read_moments,
+    steps_taken,
+    write_moments,
+)
 from lowrank_pretrain.galore.factored import Total, alone, factor
 from lowrank_pretrain.galore.guard import has_values, wide_dtype
 from lowrank_pretrain.galore.local import LocalUpdate
@@ -114,15 +121,18 @@ class Projected:
     def blank(self) -> bool:
         """Return whether all gradients so far were zero, as they are below a layer that starts at zero.
 
-        This is read after a basis is made or loaded, and not again once it is False.
+        This is read after a basis is made or loaded, and not again once it is False. Moments alone do not tell: those of small
+        gradients underflow, and some become zero again. The basis of a zero gradient has unit vectors, and no other has.
         """
         if self._blank is None:
             self._blank = False
             # the published code keeps such a basis for a gap
             if "proj" in self.state and self.group["refresh"] != "svd" and has_values(self.p):
-                key = "exp_avg" if self.second == "none" else PARTS[self.second][0]
-                v = self.state.get(f"{key}_scale", self.state[key])  # of 8-bit codes the scales
-                flag = dtensor.agree_on_flags(~dtensor.local_piece(v).any().reshape(1), [self.p])
+                kept = [self.state.get(f"{key}_scale", self.state.get(key)) for key in ("exp_avg", *PARTS[self.second])]
+                zero = [~dtensor.local_piece(t).any() for t in kept if t is not None]  # of 8-bit codes the scales
+                sizes = self.state["proj"].abs()
+                flag = torch.stack([*zero, (sizes == sizes.square()).all()]).all()
+                flag = dtensor.agree_on_flags(flag.reshape(1), [self.p])
                 self._blank = bool(flag if self.shared is None else self.shared.agree(flag))
         return self._blank
 
@@ -151,11 +161,19 @@ class Projected:
     def project(self, grad: Tensor) -> Tensor:
         """Return R of a gradient in the present basis, in the moments' dtype."""
         matrix, dtype = self.matrix(grad), moment_dtype(self.group, grad.dtype)
-        p = self.basis(grad)
+        p = self.basis(grad).t()
+        # float16 cannot hold all sums of its own numbers
+        plain = dtype == grad.dtype and dtype != torch.float16
         if self.two_sided:
-            matrix = matrix @ self.state["proj_right"].to(grad.dtype)
-        low = torch.mm(p.t(), matrix) if dtype == grad.dtype else subspace.product32(p.t(), matrix).to(dtype)
-        return low if self.shards is None or not self.left else dtensor.sum_over_ranks(low, self.shards)
+            q = self.state["proj_right"].to(grad.dtype)
+            matrix = matrix @ q if plain else subspace.product32(matrix, q)
+        low = torch.mm(p, matrix) if plain else subspace.product32(p.to(matrix.dtype), matrix)
+        if self.shards is not None and self.left:
+            low = dtensor.sum_over_ranks(low, self.shards)
+        if dtype == torch.float16:  # an infinite R, or square of R, would be NaN in a weight or in the next basis
+            most = torch.finfo(dtype).max if self.second == "none" else torch.finfo(dtype).max ** 0.5
+            low = low.clamp(-most, most)
+        return low.to(dtype)
 
     def project_back(self, low: Tensor, into: Tensor) -> None:
         """Write P R into a gradient."""
@@ -316,6 +334,13 @@ class Projected:
         self._copy_back(weight)
 
     @property
+    def arrived(self) -> Tensor:
+        """Return what the step has of the gradient: R of earlier micro-batches, or the gradient itself."""
+        found = self.grad if self.low is None else self.low
+        assert found is not None, self.name
+        return found
+
+    @property
     def whole_grad(self) -> Tensor:
         """Return this step's gradient, for steps that need all of it."""
         assert self.grad is not None, f"{self.name}: only R of this step's gradient is left"
@@ -340,7 +365,8 @@ class Projected:
             return subspace.svd_basis(grad, self.rank, self.proj_type)
         if not old:
             p = subspace.range_finder(matrix, self.rank, self._generator("cold"))
-            return [p, torch.linalg.qr(subspace.product32(matrix.t(), p))[0]] if self.two_sided else [p]
+            found = [p, torch.linalg.qr(subspace.product32(matrix.t(), p))[0]] if self.two_sided else [p]
+            return [torch.where(matrix.any(), basis, subspace.unit_vectors(basis)) for basis in found]
         if how == "track":
             if self.shards is not None:  # the mixture needs all of m
                 m = dtensor.gather_whole(self.state["exp_avg"])

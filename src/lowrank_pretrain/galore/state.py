@@ -367,6 +367,15 @@ def adoptable_ranks(plan: Mapping[str, int], module: nn.Module, entries: Mapping
     return {weights[layer]: rank for layer, rank in ranks.items()}
 
 
+def drop_whole_moments(adopted: Iterable[Tensor], states: Mapping[Tensor, dict[str, Any]]) -> None:
+    """Drop the moments of adopted parameters that have taken no step in a basis."""
+    for p in adopted:
+        kept = states.get(p, {})
+        if kept and "proj" not in kept:
+            for key in [key for key in kept if key.startswith("exp_avg")]:
+                del kept[key]
+
+
 # ---- memory ---------------------------------------------------------------------------------------------------------------
 
 
