@@ -162,12 +162,12 @@ class Projected:
         """Return R of a gradient in the present basis, in the moments' dtype."""
         matrix, dtype = self.matrix(grad), moment_dtype(self.group, grad.dtype)
         p = self.basis(grad).t()
-        # float16 cannot hold all sums of its own numbers
-        plain = dtype == grad.dtype and dtype != torch.float16
+        in_range = grad.dtype != torch.float16  # which cannot hold all sums of its own numbers
         if self.two_sided:
             q = self.state["proj_right"].to(grad.dtype)
-            matrix = matrix @ q if plain else subspace.product32(matrix, q)
-        low = torch.mm(p, matrix) if plain else subspace.product32(p.to(matrix.dtype), matrix)
+            matrix = matrix @ q if in_range else subspace.product32(matrix, q)
+        narrow = dtype == grad.dtype and in_range
+        low = torch.mm(p, matrix) if narrow else subspace.product32(p.to(matrix.dtype), matrix)
         if self.shards is not None and self.left:
             low = dtensor.sum_over_ranks(low, self.shards)
         if dtype == torch.float16:  # an infinite R, or square of R, would be NaN in a weight or in the next basis
