@@ -7,7 +7,7 @@ import gc
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.callbacks import BaseFinetuning, LearningRateMonitor
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -410,3 +410,74 @@ def test_another_rate_wins_over_the_file_for_the_rest_of_the_schedule(nested, tm
     last = Rated(4e-2)
     fit(last, path=tmp_path / "rest.ckpt", max_epochs=3, callbacks=[LoopState()])  # and it is not asked a second time
     assert rest.rates + last.rates == pytest.approx([4 * rate for rate in whole.rates[12:]], rel=1e-6)
+
+
+@pytest.mark.parametrize("change", [{"rank": 3}, {"rank": 6}, {"proj_type": "reverse_std"}], ids=str)
+def test_a_change_of_rank_is_seen_while_the_backward_runs(change):
+    modules = [Regression(layerwise=True, update_proj_gap=100), Regression(update_proj_gap=100)]
+    for module in modules:
+        optimizer = module.configure_optimizers()["optimizer"]
+        for t, (x, y) in enumerate(loader()):
+            if t == 2:
+                optimizer.param_groups[0].update(change)
+            loss = (module.model(x) - y).square().mean()
+            for p in module.parameters():
+                slot = optimizer.projected(p)  # as galore_ddp_hook asks for it
+                assert t != 2 or slot is None or slot.needs_gradient
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert distance(*modules) < 1e-5
+
+
+def test_layerwise_switched_off_between_backward_and_step_loses_nothing():
+    modules = [Regression(layerwise=True, update_proj_gap=100), Regression(update_proj_gap=100)]
+    for module in modules:
+        optimizer = module.configure_optimizers()["optimizer"]
+        for t, (x, y) in enumerate(loader()):
+            for part in range(2):
+                (module.model(x[part::2]) - y[part::2]).square().mean().backward()
+                if t == 2 and part == 0:
+                    for group in optimizer.param_groups:
+                        group["layerwise"] = False
+            optimizer.step()
+            assert all(p.grad is None or type(p.grad) is torch.Tensor for p in module.parameters())
+            optimizer.zero_grad(set_to_none=False)
+    assert distance(*modules) < 1e-5
+
+
+def test_a_state_loaded_between_backward_and_step_keeps_what_layerwise_has_accumulated():
+    modules = [Regression(layerwise=True, update_proj_gap=100), Regression(update_proj_gap=100)]
+    for module in modules:
+        optimizer = module.configure_optimizers()["optimizer"]
+        for t, (x, y) in enumerate(loader()):
+            (module.model(x) - y).square().mean().backward()
+            if t == 2:
+                optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+            optimizer.step()
+            optimizer.zero_grad()
+    assert distance(*modules) < 1e-5
+
+
+@pytest.mark.parametrize("make", ["plain", "rank", "named"])
+def test_a_finetuning_callback_resumes(make, tmp_path):
+    class Unfreeze(BaseFinetuning):
+        def freeze_before_training(self, module):
+            self.freeze(module.model[0])
+
+        def finetune_function(self, module, epoch, optimizer):
+            if epoch == 1:
+                self.unfreeze_and_add_param_group(module.model[0], optimizer, lr=1e-3)
+
+    class Tuned(Regression):
+        def configure_optimizers(self):
+            if make == "named":
+                return GaLoreAdamW(galore_param_groups(self, **self.settings), lr=1e-2)
+            params = [p for p in self.parameters() if p.requires_grad]
+            rank = {"rank": 4} if make == "rank" else {}
+            matrices = {"params": [p for p in params if p.ndim > 1], **rank}
+            return GaLoreAdamW([matrices, {"params": [p for p in params if p.ndim == 1]}], lr=1e-2)
+
+    fit(Tuned(), max_epochs=2, callbacks=[Unfreeze()]).save_checkpoint(tmp_path / "half.ckpt")
+    trainer = fit(Tuned(), path=tmp_path / "half.ckpt", max_epochs=3, callbacks=[Unfreeze()])
+    assert [group["lr"] for group in trainer.optimizers[0].param_groups] == [1e-2, 1e-2, 1e-3]

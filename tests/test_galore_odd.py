@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.galore import GaLoreAdamW
 from tests.reference.galore import Twin
 from tests.reference.galore_modes import ModeTwin
@@ -207,3 +208,135 @@ def test_layouts_of_weight_and_gradient_do_not_matter():
             optimizer.step()
         results.append(p.detach())
     torch.testing.assert_close(*results)
+
+
+LAYOUTS = {  # N-D weights that are not contiguous; most have a matrix view, as other frameworks' weights do after a conversion
+    "turned 1x1": lambda: draw((24, 16), 0, torch.float32).t()[:, :, None, None],
+    "permuted 1x1": lambda: draw((1, 1, 24, 16), 0, torch.float32).permute(3, 2, 0, 1),
+    "turned, length 1": lambda: draw((24, 16), 0, torch.float32).t().unsqueeze(-1),
+    "permuted 3x3": lambda: draw((3, 3, 6, 16), 0, torch.float32).permute(3, 2, 0, 1),
+    "cut": lambda: draw((16, 32, 3), 0, torch.float32)[:, :24],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("mode", [{}, {"proj_type": "right", "residual": "fira"}, {"variant": "apollo"},
+                                  {"proj_type": "full"}], ids=str)  # fmt: skip
+def test_weights_of_any_layout_equal_contiguous_ones(layout, mode):
+    results = []
+    for weight in (LAYOUTS[layout](), LAYOUTS[layout]().contiguous()):
+        p = nn.Parameter(weight)
+        optimizer = GaLoreAdamW([{"params": [p], "rank": 4, "seed": 1, **mode}], lr=1e-2)
+        for t in range(3):
+            p.grad = draw(p.shape, 1 + t, torch.float32)
+            optimizer.step()
+        results.append(p.detach())
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("mode", [{"betas": (0.9, 0.0)}, {"betas": (0.9, 0.0), "second_moment": "factored"},
+                                  {"betas": (0.0, 0.99), "rule": "muon"}], ids=str)  # fmt: skip
+def test_resume_is_bit_exact_where_a_moment_is_zero_again(mode):
+    def made():
+        p = nn.Parameter(draw((16, 24), 0, torch.float32))
+        return p, GaLoreAdamW([{"params": [p], "rank": 4}], lr=1e-2, **mode)
+
+    def steps(p, optimizer, sizes, seed=1):
+        for t, size in enumerate(sizes):
+            p.grad = size * draw((16, 24), seed + t, torch.float32)
+            optimizer.step()
+
+    p, optimizer = made()
+    steps(p, optimizer, (1, 1, 0))
+    q, other = made()
+    q.data.copy_(p.data)
+    other.load_state_dict(optimizer.state_dict())
+    for each in ((p, optimizer), (q, other)):
+        steps(*each, (1, 1), seed=9)
+    assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 1e-24), (torch.float16, 1e-3)], ids=str)
+def test_gradients_whose_squares_underflow_keep_their_basis(dtype, size):
+    p = nn.Parameter(draw((16, 24), 0, dtype))
+    optimizer = GaLoreAdamW([{"params": [p], "rank": 4, "moments": "grad", "stagger": False}], lr=1e-2)
+    for t in range(3):
+        p.grad = (size * draw((16, 24), t + 1)).to(dtype)
+        optimizer.step()
+        if t == 0:
+            first = optimizer.state[p]["proj"].clone()
+    assert not optimizer.state[p]["exp_avg_sq"].any()
+    assert torch.equal(optimizer.state[p]["proj"], first)
+
+
+@pytest.mark.parametrize("mode", [{"proj_type": "full"}, {"moments": "grad"}, {"moments": "grad", "proj_type": "full"},
+                                  {"moments": "grad", "refresh": "svd", "rotate_moments": False},
+                                  {"moments": "grad", "rule": "muon"}], ids=str)  # fmt: skip
+def test_a_float16_gradient_whose_projection_overflows_leaves_the_weights_finite(mode):
+    p = nn.Parameter(draw((128, 128), 0, torch.float16))
+    optimizer = GaLoreAdamW([{"params": [p], "rank": 8, "update_proj_gap": 2, **mode}], lr=1e-3)
+    for t in range(5):
+        one_token = draw((128, 1), 1).clamp(-2, 2) @ draw((1, 128), 2).clamp(-2, 2)
+        p.grad = (one_token * (1e4 if t < 2 else 1e-2) + 1e-3 * draw((128, 128), t)).to(torch.float16)
+        optimizer.step()
+        assert p.isfinite().all(), t
+        assert all(value.isfinite().all() for value in optimizer.state[p].values()), t
+
+
+@pytest.mark.skipif(not hasattr(nn.Parameter(torch.zeros(1)), "grad_dtype"), reason="torch has no grad_dtype yet")
+@pytest.mark.parametrize("mode", [{}, {"rule": "muon"}, {"residual": "fira"}], ids=str)
+def test_gradients_of_two_dtypes_in_a_group(mode):
+    results = []
+    for together in (True, False):
+        a, b = (nn.Parameter(draw(shape, 0, torch.bfloat16)) for shape in ((12, 20), (20, 12)))
+        b.grad_dtype = torch.float32
+        params = [[a, b]] if together else [[a], [b]]
+        settings = {"rank": 4, "moments": "grad", "stagger": False, "seed": 1, **mode}
+        named = [{"params": [("ab"[p is b], p) for p in some], **settings} for some in params]
+        optimizer = GaLoreAdamW(named, lr=1e-2)
+        for t in range(2):
+            a.grad, b.grad = draw(a.shape, 1 + t, torch.bfloat16), draw(b.shape, 2 + t, torch.float32)
+            optimizer.step()
+        results.append((a.detach(), b.detach()))
+    assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("size", [1e-200, 1e-310, 1e200])
+def test_muons_rule_takes_float64_gradients_whose_squares_leave_the_range(size):
+    weights = []
+    for by in (1.0, size):
+        p = nn.Parameter(draw((12, 20), 0))
+        optimizer = GaLoreAdamW([{"params": [p], "rank": 4, "rule": "muon"}], lr=1e-2)
+        optimizer.state[p] |= {"step": torch.tensor(1.0), "exp_avg": by * draw((4, 20), 1), "proj": torch.eye(12, 4).double()}
+        p.grad = torch.zeros(12, 20, dtype=torch.float64)
+        optimizer.step()
+        weights.append(p.detach())
+    torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-6)
+
+
+def test_the_muon_residual_is_formed_in_float32_next_to_moments_in_bfloat16(monkeypatch):
+    from lowrank_pretrain.galore import residual
+
+    seen, real = [], residual.orthogonalise_whole
+    monkeypatch.setattr(residual, "orthogonalise_whole", lambda u: (seen.append(u.dtype), real(u))[1])
+    p = nn.Parameter(draw((16, 24), 0, torch.bfloat16))
+    mode = {"rule": "muon", "residual": "muon", "moments": "grad"}
+    optimizer = GaLoreAdamW([{"params": [p], "rank": 4, **mode}], lr=1e-2)
+    p.grad = draw((16, 24), 1, torch.bfloat16)
+    optimizer.step()
+    assert seen == [torch.float32]
+
+
+@pytest.mark.parametrize("decay", [float("nan"), None, -1.0])
+@pytest.mark.parametrize("group", [0, 1])
+def test_a_weight_decay_that_a_schedule_has_made_unusable_is_refused(decay, group):
+    params = [nn.Parameter(draw(shape, 0)) for shape in ((8, 12), (5,))]
+    optimizer = GaLoreAdamW([{"params": params[:1], "rank": 4}, {"params": params[1:]}], lr=1e-2)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    optimizer.param_groups[group]["weight_decay"] = decay
+    before = params[group].detach().clone()
+    with pytest.raises(ConfigError, match="^weight_decay="):
+        optimizer.step()
+    assert torch.equal(params[group], before)

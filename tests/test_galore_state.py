@@ -2,6 +2,7 @@
 
 import copy
 import io
+import pickle
 import warnings
 
 import pytest
@@ -365,3 +366,162 @@ def test_a_rate_that_a_schedule_took_below_zero_loads():
         schedule.step()
     new.load_state_dict(old.state_dict())
     assert new.param_groups[0]["lr"] == old.param_groups[0]["lr"] < 0
+
+
+# ---- whose settings: groups that other code replaces, and settings that a run changes ----------------------------------
+
+
+def test_settings_belong_to_a_group_and_not_to_its_position():
+    a, b = (nn.Parameter(draw(shape, 0)) for shape in ((8, 12), (5,)))
+
+    def made(rate):
+        return GaLoreAdamW([{"params": [a], "rank": 4}, {"params": [b], "lr": rate}], lr=1e-3)
+
+    saved = made(3e-3).state_dict()
+    new = made(9.0)
+    del new.param_groups[1]
+    new.add_param_group({"params": [b], "lr": 3e-3})
+    new.load_state_dict(saved)
+    assert new.param_groups[1]["lr"] == 3e-3
+    for copied in (copy.deepcopy(new), pickle.loads(pickle.dumps(new))):
+        copied.param_groups[1]["lr"] = 7.0  # a schedule
+        assert [asked["lr"] for asked in copied.state_dict()["asked"]] == [1e-3, 3e-3]
+    del new.param_groups[0]
+    assert len(new.state_dict()["asked"]) == 1
+
+
+def test_a_group_that_was_put_in_by_hand_counts_as_it_is():
+    a, b = (nn.Parameter(draw(shape, 0)) for shape in ((8, 12), (5,)))
+    old = GaLoreAdamW([{"params": [a], "rank": 4}], lr=1e-2)
+    old.add_param_group({"params": [b], "lr": 1e-3})
+    saved = through_a_file(old.state_dict())
+    new = GaLoreAdamW([{"params": [a], "rank": 4}], lr=1e-2)
+    new.param_groups = [{**group, "params": [p]} for group, p in zip(saved["param_groups"], (a, b), strict=True)]
+    new.param_groups[0] |= {"lr": 5e-3, "initial_lr": 1e-2}  # in the middle of a schedule
+    saved["param_groups"][0] |= {"lr": 5e-3, "initial_lr": 1e-2}
+    new.load_state_dict(saved)
+    assert [group["lr"] for group in new.param_groups] == [5e-3, 1e-3]
+    assert new.rate_shares == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("change", [{"rank": 3}, {"rank": 6}, {"proj_type": "reverse_std"}, {"proj_type": "full"}], ids=str)
+@pytest.mark.parametrize("mode", [{}, {"second_moment": "factored"}, {"rule": "muon"}], ids=str)
+def test_a_change_of_rank_or_side_outlives_a_save_and_a_copy_before_the_next_step(change, mode):
+    def steps(optimizer):
+        for t in range(3):
+            for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+                p.grad = draw(p.shape, 50 + 10 * t + i)
+            optimizer.step()
+        return optimizer.param_groups[0]["params"][0]
+
+    old = trained(**mode)
+    old.param_groups[0].update(change)
+    copied, pickled, loaded = copy.deepcopy(old), pickle.loads(pickle.dumps(old)), trained(steps=0, **mode)
+    loaded.load_state_dict(through_a_file(old.state_dict()))
+    for new, there in zip(loaded.param_groups, old.param_groups, strict=True):
+        for p, weight in zip(new["params"], there["params"], strict=True):
+            p.data.copy_(weight)
+    expected = steps(old)
+    for other in (copied, pickled, loaded):
+        assert torch.equal(steps(other), expected)
+
+
+def test_a_square_matrix_that_was_given_its_full_rank_later_may_be_saved_before_its_step():
+    p = nn.Parameter(draw((8, 8), 0))
+    optimizer = GaLoreAdamW([{"params": [p]}], lr=1e-2)
+    p.grad = draw((8, 8), 1)
+    optimizer.step()
+    optimizer.param_groups[0]["rank"] = 8
+    GaLoreAdamW([{"params": [p], "rank": 8}], lr=1e-2).load_state_dict(through_a_file(optimizer.state_dict()))
+
+
+def test_moments_without_a_basis_are_not_taken_into_apollo():
+    p = nn.Parameter(draw((8, 12), 0))
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # it has no effect yet
+        optimizer = GaLoreAdamW([{"params": [p], "variant": "apollo"}], lr=1e-2)
+    p.grad = draw((8, 12), 1)
+    optimizer.step()
+    optimizer.param_groups[0]["rank"] = 4
+    with pytest.raises(ConfigError, match="^rank=4: variant=apollo has no subspace"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("change", [{"rank": 3}, {"proj_type": "reverse_std"}], ids=str)
+def test_a_schedule_of_ranks_is_resumed_by_the_same_code_and_another_rank_in_the_code_is_refused(change):
+    old = trained()
+    old.param_groups[0].update(change)
+    old.step()
+    saved = through_a_file(old.state_dict())
+    new = trained(steps=0)
+    new.load_state_dict(saved)
+    assert {key: new.param_groups[0][key] for key in change} == change
+    other = GaLoreAdamW([{"params": [nn.Parameter(draw((24, 16), 0))], "rank": 5}, {"params": [nn.Parameter(draw((16,), 0))]}])
+    with pytest.raises(ConfigError, match="^rank=5: the checkpoint was written with"):
+        other.load_state_dict(saved)
+
+
+@pytest.mark.parametrize("now", [{}, {"rank": 3}, *({"rank": 4, key: value} for key, value in {
+    "proj_type": "right", "rule": "muon", "second_moment": "factored", "variant": "apollo"}.items())], ids=str)  # fmt: skip
+@pytest.mark.parametrize("told", [True, False])
+def test_a_group_without_state_is_as_the_code_wants_it(now, told):
+    def made(**settings):
+        return GaLoreAdamW([{"params": [nn.Parameter(draw((8, 12), 0))], **settings}], lr=1e-2)
+
+    saved = made(rank=4).state_dict()
+    if not told:
+        del saved["asked"]
+    new = made(**now)
+    new.load_state_dict(saved)
+    assert {key: new.param_groups[0][key] for key in now} == now
+    assert new.param_groups[0].get("rank") == now.get("rank")
+
+
+def test_an_empty_group_among_named_ones_stays_as_it_is():
+    a, b = (nn.Parameter(draw(shape, 0)) for shape in ((8, 12), (5,)))
+    named = [{"params": [("a", a)], "rank": 4, "lr": 1e-3}, {"params": [("b", b)], "lr": 2e-3}]
+    saved = GaLoreAdamW(named).state_dict()
+    named = [{"params": [("a", a)], "rank": 4, "lr": 1e-3}, {"params": [("b", b)], "lr": 2e-3}]
+    new = GaLoreAdamW([{"params": [], "param_names": [], "lr": 7e-3}, *named])
+    new.load_state_dict(saved)
+    assert [(group.get("rank"), group["lr"]) for group in new.param_groups] == [(None, 7e-3), (4, 1e-3), (None, 2e-3)]
+
+
+def test_an_adopted_rank_is_read_from_the_state_where_the_group_has_lost_it():
+    model = Pair()
+    optimizer = GaLoreAdamW(list(model.named_parameters()), lr=1e-2)
+    model(draw((4, 12), 0)).sum().backward()
+    optimizer.adopt({"q": 3}, model)
+    optimizer.step()
+    saved = optimizer.state_dict()
+    del saved["param_groups"][0]["ranks"], saved["asked"]  # as a flattened distributed checkpoint has it
+    new = GaLoreAdamW(list(model.named_parameters()), lr=1e-2)
+    new.load_state_dict(saved)
+    assert new.projected(model.q.weight).rank == 3
+    assert new.param_groups[0]["scale"] == 1.0
+
+
+def test_a_residual_with_two_sides_is_refused_before_an_adoption():
+    model = Pair()
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # it has no effect yet
+        optimizer = GaLoreAdamW(list(model.named_parameters()), lr=1e-2, proj_type="full", residual="fira")
+    with pytest.raises(ConfigError, match="^proj_type='full': a residual"):
+        optimizer.check_adopt(["q"], model)
+
+
+@pytest.mark.skipif(not hasattr(nn.Parameter(torch.zeros(1)), "grad_dtype"), reason="torch has no grad_dtype yet")
+@pytest.mark.parametrize("moments", ["grad", "float32"])
+def test_gradients_of_any_dtype_keep_the_dtypes_of_the_file(moments):
+    def made():
+        params = [nn.Parameter(draw(shape, 0)) for shape in ((12, 20), (7,))]
+        for p in params:
+            p.grad_dtype = None
+        return params, GaLoreAdamW([{"params": params[:1], "rank": 4}, {"params": params[1:]}], lr=1e-2, moments=moments)
+
+    params, old = made()
+    for p in params:
+        p.grad = draw(p.shape, 1).double()
+    old.step()
+    others, new = made()
+    new.load_state_dict(through_a_file(old.state_dict()))
+    for p, other in zip(params, others, strict=True):
+        assert {key: t.dtype for key, t in new.state[other].items()} == {key: t.dtype for key, t in old.state[p].items()}

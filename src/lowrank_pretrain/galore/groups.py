@@ -30,6 +30,7 @@ from lowrank_pretrain.galore.subspace import PROJ_TYPES, REFRESHES
 from lowrank_pretrain.models.optim import undecayed_names
 
 MODE_DEFAULTS = {"second_moment": "full", "nesterov": False, "rule": "adam", "track_every": 1}
+FORM_KEYS = ("rank", "proj_type", "variant", "rule", "second_moment")  # they decide what a state's tensors look like
 # settings of projected groups alone
 _PROJECTED = ("update_proj_gap", "scale", "proj_type", "refresh", "residual", "variant", *MODE_DEFAULTS)
 RESIDUALS = (None, "fira", "muon")
@@ -272,12 +273,6 @@ def check_keys(group: Mapping[str, Any]) -> None:
             raise ConfigError(key, value, "is torch's AdamW's and not done here: leave it out")
 
 
-def requested_settings(group: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a group's settings as plain numbers and words, to detect later changes."""
-    found = {key: group[key] for key in KEYS if key in group}
-    return {key: float(value) if isinstance(value, Tensor) else value for key, value in found.items()}
-
-
 def check_values(group: Mapping[str, Any], scheduled: bool = False) -> None:
     """Refuse values that are wrong for all parameters; a scheduled rate may have gone below 0, as in torch.
 
@@ -315,6 +310,9 @@ def check_rates(group: Mapping[str, Any]) -> None:
     lr = float(group["lr"])
     if not math.isfinite(lr):
         raise ConfigError("lr", lr, "must be finite: look at the learning rate schedule")
+    decay = group["weight_decay"]
+    if decay is None or not 0 <= decay < math.inf:
+        raise ConfigError("weight_decay", decay, "must be a number, 0 or more: look at its schedule")
     betas = group["betas"]
     if not (0 <= betas[0] < 1 and 0 <= betas[1] < 1):
         raise ConfigError("betas", tuple(betas), "must be two numbers in [0, 1)")
@@ -423,13 +421,14 @@ class GroupsSnapshot:
         self._lists = [group["params"] for group in groups]  # kept, so that no other list takes their identity
         self._params = [list(group["params"]) for group in groups]
         self._settings = [tuple(map(group.get, _INDEXED)) for group in groups]
+        self._forms = [tuple(map(group.get, FORM_KEYS)) for group in groups]
 
     def has_same_lists(self, groups: list[dict[str, Any]]) -> bool:
-        """Return whether the groups hold the same lists, of the same length: quick, for use within a step."""
+        """Return whether the groups hold the same lists, as long, and project alike: quick, for use within a step."""
         if len(groups) != len(self._lists):
             return False
-        for group, known, params in zip(groups, self._lists, self._params, strict=True):
-            if group["params"] is not known or len(known) != len(params):
+        for group, known, params, form in zip(groups, self._lists, self._params, self._forms, strict=True):
+            if group["params"] is not known or len(known) != len(params) or tuple(map(group.get, FORM_KEYS)) != form:
                 return False
         return True
 

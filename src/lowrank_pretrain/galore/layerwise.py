@@ -25,6 +25,7 @@ from lowrank_pretrain.galore.guard import closed
 
 if TYPE_CHECKING:
     from lowrank_pretrain.galore.optimizer import GaLoreAdamW
+    from lowrank_pretrain.galore.projection import Projected
 
 # parameter -> its hook. A second optimizer on the same parameters (a second fit) takes the hook over from the first.
 _handles: Any = WeakIdKeyDictionary()
@@ -83,11 +84,23 @@ class Layerwise:
         return None if isinstance(p.grad, UsedGradient) else p.grad
 
     def take_low(self, p: Tensor) -> Tensor | None:
-        """Return R of earlier micro-batches, scaled as its gradient was, and forget it."""
+        """Return R of earlier micro-batches, scaled as its gradient was, and forget both."""
         low = self.low.pop(p, None)
-        if low is None or not isinstance(p.grad, UsedGradient) or _is_one(p.grad.factor):
+        if low is None or not isinstance(p.grad, UsedGradient):
             return low
-        return low.mul_(p.grad.factor)
+        factor, p.grad = p.grad.factor, None
+        return low if _is_one(factor) else low.mul_(factor)
+
+    def unfold(self, projected: Callable[[Tensor], "Projected | None"]) -> None:
+        """Turn what was accumulated into gradients P R: the bases that it belongs to are about to be replaced."""
+        for p in list(self.low):
+            slot, whole = projected(p), p.grad
+            low = self.take_low(p)
+            if slot is None or low is None or slot.distributed:
+                continue
+            into = torch.empty_like(p)
+            slot.project_back(low.to(p.dtype), into)
+            p.grad = into.add_(whole) if whole is not None and not isinstance(whole, UsedGradient) else into
 
     def clear(self, free: Iterable[Tensor] = ()) -> None:
         """Forget what was accumulated, and free the gradients of ``free``."""
@@ -122,11 +135,13 @@ class Layerwise:
                 "layerwise=False with galore_ddp_hook"
             )  # fmt: skip
         entry = optimizer.lookup()[p]
-        if not entry.group["layerwise"]:  # switched off meanwhile
-            return
         before = p.grad if isinstance(p.grad, UsedGradient) else None
         if before is not None and before.arrived is not None:
             p.grad = before.arrived.clone()  # autograd's own buffer, which other parameters may share
+        if not entry.group["layerwise"]:  # switched off meanwhile
+            if before is not None and p in self.low and not _is_one(before.factor):
+                self.low[p].mul_(before.factor)
+            return
         if self.stepping and self._is_last(p, entry.name):
             if before is not None and p in self.low and not _is_one(before.factor):
                 self.low[p].mul_(before.factor)

@@ -23,9 +23,11 @@ from lowrank_pretrain.galore.adam import PlainParameter, fit_layout
 from lowrank_pretrain.galore.clock import RefreshTimer
 from lowrank_pretrain.galore.dtensor import is_distributed, local_piece
 from lowrank_pretrain.galore.guard import Guard, check_dense_and_real, closed, eager
+from lowrank_pretrain.galore.index import Entry, make_index, resized_error
 from lowrank_pretrain.galore.layerwise import Layerwise, UsedGradient
 from lowrank_pretrain.galore.local import LocalUpdate
-from lowrank_pretrain.galore.projection import Entry, Projected, SharedBasis, make_index
+from lowrank_pretrain.galore.projection import Projected, SharedBasis
+from lowrank_pretrain.galore.requested import RequestedSettings
 
 
 class GaLoreAdamW(Adopter, Reports, Optimizer):
@@ -106,7 +108,7 @@ class GaLoreAdamW(Adopter, Reports, Optimizer):
         }  # fmt: skip
         params = groups.groups_of_model(params, rank, targets, weight_decay)
         self._reset({})
-        self._requested: list[dict[str, Any]] = []  # the settings in the code, by group, before any schedule or file
+        self._requested = RequestedSettings()
         groups.check_values(defaults)
         super().__init__(params, defaults)
         groups.warn_of_unused(inspect.signature(GaLoreAdamW), self.param_groups)
@@ -138,7 +140,7 @@ class GaLoreAdamW(Adopter, Reports, Optimizer):
         except ValueError:
             del self.param_groups[-1]
             raise
-        self._requested.append(groups.requested_settings(group))
+        self._requested.note(group)
         if group["layerwise"]:
             self._layerwise.install(group["params"])
 
@@ -162,6 +164,7 @@ class GaLoreAdamW(Adopter, Reports, Optimizer):
                 groups.check_group(group, groups.parameter_names(group, number), quiet=True)
                 if group["layerwise"]:
                     self._layerwise.install(group["params"])
+        self._requested.of(self.param_groups)  # notes groups that came in another way than add_param_group
         found = make_index(self.param_groups, self._ranks, self.state, old)
         self._index = groups.GroupsSnapshot(self.param_groups), len(self._ranks), found
         self._distributed = any(map(is_distributed, found))
@@ -178,10 +181,7 @@ class GaLoreAdamW(Adopter, Reports, Optimizer):
         kept = self.state[p]
         if p.shape != slot.shape:
             if kept:
-                raise ConfigError(
-                    "params", slot.name, f"had shape {tuple(slot.shape)} and has {tuple(p.shape)} now: a parameter that was "
-                    "resized needs a new optimizer, or no state (optimizer.state.pop(p))"
-                )  # fmt: skip
+                raise resized_error(slot, p)
             self._index = None
             slot = self.lookup()[p].slot or slot  # a rank stays where it is
         return slot.attach(kept, self.local.get(p), self.shared)
@@ -269,7 +269,9 @@ class GaLoreAdamW(Adopter, Reports, Optimizer):
         for i in self._guard.spikes:
             setattr(owners[i], keys[i], self._guard.limited(getattr(owners[i], keys[i]), owners[i]))
 
-        for same in adam.split_by(slots, lambda slot: (id(slot.group), slot.step, slot.p.dtype)) if slots else ():
+        for same in (
+            adam.split_by(slots, lambda slot: (id(slot.group), slot.step, slot.p.dtype, slot.arrived.dtype)) if slots else ()
+        ):
             for some in adam.kernel_batches(same, [slot.numel_low for slot in same], device):
                 self._step_projected(some, skip)
         for items in plain.values():
@@ -363,11 +365,7 @@ class GaLoreAdamW(Adopter, Reports, Optimizer):
 
     def release(self) -> None:
         """Finish at the plan's freeze: weights continue to train in full, and only full-size moments are dropped."""
-        for p in self._ranks:
-            kept = self.state.get(p, {})
-            if kept and "proj" not in kept:
-                for key in [key for key in kept if key.startswith("exp_avg")]:
-                    del kept[key]
+        state.drop_whole_moments(self._ranks, self.state)
 
     def metrics(self) -> dict[str, float]:
         """Return ``galore/refresh_ms`` and ``galore/overlap`` of the last refreshing step that the device has finished.
@@ -394,7 +392,7 @@ class GaLoreAdamW(Adopter, Reports, Optimizer):
             for group in self.param_groups:
                 group.pop("ranks", None)
         if isinstance(saved, dict):
-            saved.setdefault("asked", [dict(settings) for settings in self._requested])
+            saved.setdefault("asked", [dict(settings) for settings in self._requested.of(self.param_groups)])
         return saved
 
     @eager
@@ -412,17 +410,19 @@ class GaLoreAdamW(Adopter, Reports, Optimizer):
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             changed = before(self, saved)
             saved = saved if changed is None else changed
-        loaded = state.fit_saved_state(saved, self.param_groups, self.defaults, self._requested)
+        requested = self._requested.of(self.param_groups)
+        loaded = state.fit_saved_state(saved, self.param_groups, self.defaults, requested)
+        self._layerwise.unfold(self.projected)
         states = type(self.state)(dict)  # a defaultdict, as torch's
         states.update(loaded.states)
         self._ranks = loaded.ranks
-        self.__setstate__({"state": states, "param_groups": loaded.groups})
+        self.__setstate__({"state": states, "param_groups": loaded.groups, "_asked": requested})
         self.rate_shares = loaded.rate_shares
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_ranks": self._ranks, "_asked": self._requested}
+        return {**super().__getstate__(), "_ranks": self._ranks, "_asked": self._requested.of(self.param_groups)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # a deep copy or an unpickled optimizer has none of our private attributes; load_state_dict comes here as well
@@ -437,8 +437,7 @@ class GaLoreAdamW(Adopter, Reports, Optimizer):
                     group.setdefault(key, self.defaults[key])
             if group["layerwise"]:
                 self._layerwise.install(group["params"])
-        requested = state.get("_asked") or getattr(self, "_requested", None)
-        self._requested = requested or [groups.requested_settings(group) for group in self.param_groups]
+        self._requested = RequestedSettings(self.param_groups, state.get("_asked", ()))
 
     @property
     def _step_supports_amp_scaling(self) -> bool:

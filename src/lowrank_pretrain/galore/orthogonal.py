@@ -58,6 +58,8 @@ def orthogonalise_whole(u: Tensor, steps: int = STEPS) -> Tensor:
 
 def _of_norm_one(u: Tensor, total: Total = alone) -> Tensor:
     """Return U / ‖U‖, zeros for zeros; the norm in float64, since a small momentum's square would underflow."""
+    if u.dtype == torch.float64:  # its own squares leave float64
+        u = u / total(u.abs().sum()).clamp_min(torch.finfo(u.dtype).tiny)
     norm = total(torch.linalg.vector_norm(u, dtype=torch.float64).square()).sqrt()
     return u / norm.to(u.dtype).clamp_min(torch.finfo(u.dtype).tiny)
 

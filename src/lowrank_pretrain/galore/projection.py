@@ -1,4 +1,4 @@
-"""Hold one projected weight: its views, its state, its refresh and its update; and make the index of all parameters.
+"""Hold one projected weight: its views, its state, its refresh and its update.
 
 Shapes: W, G m×n (an N-D weight is taken as out × the rest); M d×k = G or Gᵀ, projected side first; P d×r; R, m, v r×k. For
 ``proj_type="full"`` M = G, P m×r, Q n×r and R, m, v are r×r. The arithmetic of bases is in ``subspace``.
@@ -7,19 +7,25 @@ State: ``proj`` P (``proj_right`` Q), ``exp_avg``, ``exp_avg_sq``, ``step``: pla
 ``exp_avg_sq_row`` (r) and ``exp_avg_sq_col`` (k) instead; Muon's rule keeps none.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from itertools import pairwise
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from lowrank_pretrain.core.agreement import generator
-from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.galore import dtensor, residual, subspace
-from lowrank_pretrain.galore.adam import count_step, moment_dtype, moment_kind, read_moments, steps_taken, write_moments
+from lowrank_pretrain.galore.adam import (
+    count_step,
+    moment_dtype,
+    moment_kind,
+    read_moments,
+    steps_taken,
+    write_moments,
+)
 from lowrank_pretrain.galore.factored import Total, alone, factor
-from lowrank_pretrain.galore.groups import largest_rank, parameter_name
 from lowrank_pretrain.galore.guard import has_values, wide_dtype
 from lowrank_pretrain.galore.local import LocalUpdate
 from lowrank_pretrain.galore.modes import PARTS, mode_direction, read_kept, second_form, turn_moments, whole_second
@@ -92,30 +98,14 @@ class Projected:
                     state[key] = value.to(self.p.device)
         return self
 
-    def follow(self, before: "Projected") -> None:
-        """Take over from the slot that wrote the parameter's state; at the next step its moments enter the new basis.
-
-        Raises:
-            ConfigError: the moments cannot follow the change.
-        """
-        if self.form != before.form:
-            if self.second != before.second:
-                key = "rule" if "none" in (self.second, before.second) else "second_moment"
-                raise ConfigError(
-                    key, self.group[key], f"was another when {self.name} made its state: set it back, or drop the state "
-                    "(optimizer.state.pop(p))"
-                )  # fmt: skip
-            if "apollo" in (self.variant, before.variant) or self.distributed or before.local is not None:
-                key = "rank" if self.rank != before.rank else "proj_type" if self.variant == before.variant else "variant"
-                raise _cannot_follow(key, getattr(self, key), before)
-            self.former = before.former or before
-        else:
-            self.former = before.former
-
     @property
     def viewable(self) -> bool:
         """Return whether the weight has a matrix view; without one (channels_last) the update works on a copy."""
-        return self.p.ndim == 2 or self.p.is_contiguous()
+        if self.p.ndim == 2 or self.p.is_contiguous():
+            return True
+        here = dtensor.local_piece(self.p)
+        joined = [(size, step) for size, step in zip(here.shape[1:], here.stride()[1:], strict=True) if size != 1]
+        return all(step == size * below for (_, step), (size, below) in pairwise(joined))
 
     @property
     def form(self) -> tuple[Any, ...]:
@@ -131,15 +121,18 @@ class Projected:
     def blank(self) -> bool:
         """Return whether all gradients so far were zero, as they are below a layer that starts at zero.
 
-        This is read after a basis is made or loaded, and not again once it is False.
+        This is read after a basis is made or loaded, and not again once it is False. Moments alone do not tell: those of small
+        gradients underflow, and some become zero again. The basis of a zero gradient has unit vectors, and no other has.
         """
         if self._blank is None:
             self._blank = False
             # the published code keeps such a basis for a gap
             if "proj" in self.state and self.group["refresh"] != "svd" and has_values(self.p):
-                key = "exp_avg" if self.second == "none" else PARTS[self.second][0]
-                v = self.state.get(f"{key}_scale", self.state[key])  # of 8-bit codes the scales
-                flag = dtensor.agree_on_flags(~dtensor.local_piece(v).any().reshape(1), [self.p])
+                kept = [self.state.get(f"{key}_scale", self.state.get(key)) for key in ("exp_avg", *PARTS[self.second])]
+                zero = [~dtensor.local_piece(t).any() for t in kept if t is not None]  # of 8-bit codes the scales
+                sizes = self.state["proj"].abs()
+                flag = torch.stack([*zero, (sizes == sizes.square()).all()]).all()
+                flag = dtensor.agree_on_flags(flag.reshape(1), [self.p])
                 self._blank = bool(flag if self.shared is None else self.shared.agree(flag))
         return self._blank
 
@@ -168,11 +161,19 @@ class Projected:
     def project(self, grad: Tensor) -> Tensor:
         """Return R of a gradient in the present basis, in the moments' dtype."""
         matrix, dtype = self.matrix(grad), moment_dtype(self.group, grad.dtype)
-        p = self.basis(grad)
+        p = self.basis(grad).t()
+        in_range = grad.dtype != torch.float16  # which cannot hold all sums of its own numbers
         if self.two_sided:
-            matrix = matrix @ self.state["proj_right"].to(grad.dtype)
-        low = torch.mm(p.t(), matrix) if dtype == grad.dtype else subspace.product32(p.t(), matrix).to(dtype)
-        return low if self.shards is None or not self.left else dtensor.sum_over_ranks(low, self.shards)
+            q = self.state["proj_right"].to(grad.dtype)
+            matrix = matrix @ q if in_range else subspace.product32(matrix, q)
+        narrow = dtype == grad.dtype and in_range
+        low = torch.mm(p, matrix) if narrow else subspace.product32(p.to(matrix.dtype), matrix)
+        if self.shards is not None and self.left:
+            low = dtensor.sum_over_ranks(low, self.shards)
+        if dtype == torch.float16:  # an infinite R, or square of R, would be NaN in a weight or in the next basis
+            most = torch.finfo(dtype).max if self.second == "none" else torch.finfo(dtype).max ** 0.5
+            low = low.clamp(-most, most)
+        return low.to(dtype)
 
     def project_back(self, low: Tensor, into: Tensor) -> None:
         """Write P R into a gradient."""
@@ -333,6 +334,13 @@ class Projected:
         self._copy_back(weight)
 
     @property
+    def arrived(self) -> Tensor:
+        """Return what the step has of the gradient: R of earlier micro-batches, or the gradient itself."""
+        found = self.grad if self.low is None else self.low
+        assert found is not None, self.name
+        return found
+
+    @property
     def whole_grad(self) -> Tensor:
         """Return this step's gradient, for steps that need all of it."""
         assert self.grad is not None, f"{self.name}: only R of this step's gradient is left"
@@ -357,7 +365,8 @@ class Projected:
             return subspace.svd_basis(grad, self.rank, self.proj_type)
         if not old:
             p = subspace.range_finder(matrix, self.rank, self._generator("cold"))
-            return [p, torch.linalg.qr(subspace.product32(matrix.t(), p))[0]] if self.two_sided else [p]
+            found = [p, torch.linalg.qr(subspace.product32(matrix.t(), p))[0]] if self.two_sided else [p]
+            return [torch.where(matrix.any(), basis, subspace.unit_vectors(basis)) for basis in found]
         if how == "track":
             if self.shards is not None:  # the mixture needs all of m
                 m = dtensor.gather_whole(self.state["exp_avg"])
@@ -391,60 +400,6 @@ def _replace(kept: Tensor, new: Tensor, skip: Tensor | None) -> None:
     kept.copy_(new if skip is None else torch.where(skip > 0, kept.to(new.dtype), new))
 
 
-class Entry(NamedTuple):
-    """Hold the optimizer's record of one parameter; ``slot`` is None if plain AdamW updates it."""
-
-    group: dict[str, Any]
-    name: str
-    slot: Projected | None
-
-
 def refresh_gap(group: Mapping[str, Any]) -> int:
     """Return the steps between two refreshes of a basis."""
     return group["track_every"] if group["refresh"] == "track" else group["update_proj_gap"]
-
-
-def make_index(
-    groups: list[dict[str, Any]],
-    ranks: Mapping[Tensor, int],
-    states: Mapping[Tensor, Mapping[str, Any]],
-    old: Mapping[Tensor, Entry],
-) -> dict[Tensor, Entry]:
-    """Return the entries of all parameters, in order.
-
-    Args:
-        groups: the optimizer's.
-        ranks: those of adopted parameters.
-        states: the optimizer's.
-        old: the last index. A parameter whose rank or side has changed switches at its next step.
-
-    Raises:
-        ConfigError: a parameter with a rank is no longer a matrix; a change that its moments cannot follow.
-    """
-    named = list(_named_with_rank(groups, ranks))
-    count, position, found = sum(1 for entry in named if entry[3]), 0, {}
-    for p, group, name, rank in named:
-        slot, before = None, old[p].slot if p in old and states.get(p) else None
-        if rank:
-            if p.ndim < 2 or not p.numel():
-                raise ConfigError("params", name, "is flat now (FSDP1, DeepSpeed): use FSDP2 (ModelParallelStrategy)")
-            offset = position * refresh_gap(group) // count if group["stagger"] else 0
-            slot = Projected(p, group, {}, min(rank, largest_rank(p)), name, offset)
-            position += 1
-        if before is not None:
-            if slot is None:
-                raise _cannot_follow("rank", None, before)
-            slot.follow(before)
-        found[p] = Entry(group, name, slot)
-    return found
-
-
-def _named_with_rank(groups: list[dict[str, Any]], ranks: Mapping[Tensor, int]) -> Iterator[tuple[Tensor, dict, str, int]]:
-    for number, group in enumerate(groups):
-        for i, p in enumerate(group["params"]):
-            yield p, group, parameter_name(group, number, i), ranks.get(p) or group.get("rank") or 0
-
-
-def _cannot_follow(key: str, value: Any, before: Projected) -> ConfigError:
-    cure = "and the moments cannot follow: set it back, or drop the state (optimizer.state.pop(p))"
-    return ConfigError(key, value, f"was {getattr(before, key, None)} so far ({before.name}) {cure}")

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowrank_pretrain.core.dtypes import at_least_32
 from lowrank_pretrain.galore.orthogonal import like_adamw, orthogonalise_whole
 from lowrank_pretrain.galore.subspace import product32
 
@@ -87,7 +88,7 @@ def muon(
     matrix, low = _unless(skip, matrix), _unless(skip, low)
     d, k = weight.shape
     if scale is not None:
-        s = minus_n.new_full((1,), scale)
+        s = minus_n.new_full((1,), scale, dtype=at_least_32(minus_n.dtype))
     else:  # a column that is nearly outside of the subspace must not outweigh all others
         inside = torch.maximum(_columns(low), LEAST * (low.shape[0] / d) ** 0.5 * _columns(matrix))
         s = _columns(minus_n) / (inside + _TINY)

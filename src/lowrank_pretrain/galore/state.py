@@ -35,13 +35,12 @@ from lowrank_pretrain.galore.groups import (
     parameter_name,
     parameter_names,
 )
+from lowrank_pretrain.galore.index import Entry, form_of_state
 from lowrank_pretrain.galore.modes import second_form
-from lowrank_pretrain.galore.projection import Entry
+from lowrank_pretrain.galore.requested import check_form, continued_settings, rate_share
 from lowrank_pretrain.galore.subspace import project_left
 
-_FIXED = ("rank", "proj_type", "variant", "rule", "second_moment")  # settings that decide what the state's tensors look like
 _OURS = ("variant", "refresh", "stagger", "residual", "moments", "layerwise", "rotate_moments")  # no other optimizer's keys
-_RATES = ("lr", "betas", "weight_decay")  # schedules change these; they stay if a file does not tell the code's values
 _SHAPES = ("exp_avg", "exp_avg_sq", "proj", "proj_right")
 _WRAPPERS = ("module.", "model.", "_forward_module.")
 
@@ -87,24 +86,32 @@ def fit_saved_state(
         for key in KEYS:  # a version that did not have this key yet
             if key in defaults:
                 group.setdefault(key, defaults[key])
-    places, sources = _match_parameters(groups, groups_here)
+    places, sources = _match_parameters(groups, groups_here, saved["state"])
     requested_there = saved.get("asked") or []
     ranks: dict[Tensor, int] = {}
     states: dict[Any, dict[str, Any]] = {}
     new_groups: list[dict[str, Any]] = []
-    shares: list[float] = []
+    asked: list[dict[str, Any] | None] = [None] * len(groups)
+    if len(requested_there) == len(groups):
+        asked = [{**MODE_DEFAULTS, **settings} for settings in requested_there]
+    shares = [1.0] * len(groups_here)
     for number, (group, source) in enumerate(zip(groups_here, sources, strict=True)):
-        then = {**MODE_DEFAULTS, **requested_there[source]} if len(requested_there) == len(groups) else None
-        shares.append(_rate_share(then, requested[number]))
-        new_groups.append(_settings(group, groups[source], requested[number], then))
+        if source is None:  # an empty group that the file has not
+            new_groups.append(dict(group))
+            continue
+        mine = [place for place in places if place.number == number]
+        has_state = any(saved["state"].get(place.key) for place in mine)
+        adopted = "ranks" in groups[source] or any(place.adopted for place in mine)
+        shares[number] = rate_share(asked[source], requested[number])
+        new_groups.append(continued_settings(group, groups[source], requested[number], asked[source], has_state, adopted))
     for place in places:
         if place.adopted:
             ranks[place.p] = place.adopted
-        state, there = saved["state"].get(place.key), groups[place.source]
+        state, there, number = saved["state"].get(place.key), groups[place.source], place.number
         if state:
-            _check_fixed_settings(groups_here[place.number], there, place.adopted, place.name)
+            check_form(groups_here[number], there, requested[number], asked[place.source], place.adopted, place.name)
             _check_shapes(state, place.p, there, place.adopted, place.name)
-            states[place.p] = _own_tensors(state, place.p, new_groups[place.number])
+            states[place.p] = _own_tensors(state, place.p, new_groups[number])
     known = {place.key for place in places}
     states.update((key, value) for key, value in saved["state"].items() if key not in known)  # of no parameter: as torch does
     for number, group in enumerate(new_groups):
@@ -124,8 +131,13 @@ class _Place(NamedTuple):
     name: str
 
 
-def _match_parameters(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> tuple[list[_Place], list[int]]:
-    """Return each parameter with its place in the file, and for each group here the group in the file with its settings."""
+def _match_parameters(
+    old: list[dict[str, Any]], new: list[dict[str, Any]], states: Mapping[Any, Any]
+) -> tuple[list[_Place], list[int | None]]:
+    """Return each parameter with its place in the file, and for each group here the group in the file with its settings.
+
+    An empty group has no such place among named ones; it may be the file's empty group in the same position.
+    """
     there, here = _places_by_name(old), _places_by_name(new)
     by_name = None if there is None or here is None else _match_names(there, here)
     if by_name is None:
@@ -137,15 +149,24 @@ def _match_parameters(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> t
                     "ckpt_path", f"{len(a['params'])} parameters", f"group {number} has {len(b['params'])}: another model?"
                 )
     found: list[_Place] = []
-    sources: list[int] = []
+    sources: list[int | None] = []
     for number, group in enumerate(new):
         places = [(number, i) if by_name is None else by_name[number, i] for i in range(len(group["params"]))]
         for i, (p, (source, j)) in enumerate(zip(group["params"], places, strict=True)):
+            key, name = old[source]["params"][j], parameter_name(group, number, i)
             adopted = old[source].get("ranks") or [0] * len(old[source]["params"])
-            name = parameter_name(group, number, i)
-            found.append(_Place(p, old[source]["params"][j], adopted[j], source, number, name))
-        sources.append(places[0][0] if places else min(number, len(old) - 1))
+            rank = adopted[j] or _rank_of_state(states.get(key), old[source], p)
+            found.append(_Place(p, key, rank, source, number, name))
+        empty = number < len(old) and not old[number]["params"]
+        sources.append(places[0][0] if places else number if by_name is None or empty else None)
     return found, sources
+
+
+def _rank_of_state(state: Any, group: dict[str, Any], p: Tensor) -> int:
+    """Return an adopted parameter's rank where the file has lost ``ranks``, as a flattened distributed checkpoint does."""
+    proj = state.get("proj") if state and group.get("rank") is None and "ranks" not in group else None
+    found = proj.shape[1] if isinstance(proj, Tensor) and proj.ndim == 2 and p.ndim > 1 else 0
+    return found if found <= largest_rank(p) else 0
 
 
 def _places_by_name(groups: list[dict[str, Any]]) -> dict[str, tuple[int, int]] | None:
@@ -175,49 +196,6 @@ def _match_names(there: dict[str, tuple[int, int]], here: dict[str, tuple[int, i
     raise ConfigError("ckpt_path", extra, "is in the file's optimizer state, but not in this optimizer: another model?")
 
 
-def _check_fixed_settings(here: dict[str, Any], there: dict[str, Any], adopted: int, name: str) -> None:
-    """Refuse changed settings that the state depends on."""
-    for key in _FIXED:
-        if here.get(key) != there.get(key) and (key == "rank" or here.get("rank") or adopted):
-            raise ConfigError(
-                key, here.get(key), f"the checkpoint was written with {there.get(key)!r} ({name}): use that, or start afresh"
-            )
-
-
-def _settings(group: dict[str, Any], old: dict[str, Any], now: dict[str, Any], then: dict[str, Any] | None) -> dict[str, Any]:
-    """Return the group to continue with: the file's, with settings that the code has changed since.
-
-    Args:
-        group: the group here.
-        old: the group there.
-        now: the settings in the code here.
-        then: the settings in the code that wrote the file; None if the file does not say.
-    """
-    new = {key: value for key, value in old.items() if known_key(key)}
-    new["params"] = group["params"]
-    if "param_names" in group:
-        new["param_names"] = group["param_names"]
-    adopted = "ranks" in old
-    projected = adopted or old.get("rank") or group.get("rank")
-    kept = {"rank", "seed", *(_FIXED if projected else ()), *(["scale"] if adopted else ())}  # an adoption sets the scale
-    for key in KEYS:
-        if key not in now or key in kept:
-            continue
-        if then is None:
-            if key not in _RATES:
-                new[key] = group[key]
-        elif key in then and then[key] != now[key]:
-            new[key] = _scheduled_rate(group, old, now[key], then[key], new) if key == "lr" else group[key]
-    if new["seed"] != now.get("seed", new["seed"]) and (old.get("rank") or adopted):
-        warnings.warn(f"seed={now['seed']}: the optimizer goes on with the checkpoint's {new['seed']}", stacklevel=5)
-    return new
-
-
-def _rate_share(then: dict[str, Any] | None, now: dict[str, Any]) -> float:
-    """Return the learning rate in the code over the one in the code that wrote the file."""
-    return now["lr"] / then["lr"] if then is not None and then.get("lr") else 1.0
-
-
 def follow_rates(scheduler: Any) -> None:
     """Make a schedule that was loaded from a file continue from the learning rates in the code.
 
@@ -230,18 +208,6 @@ def follow_rates(scheduler: Any) -> None:
             one.base_lrs = [base * share for base, share in zip(bases, shares, strict=True)]
 
 
-def _scheduled_rate(group: dict[str, Any], old: dict[str, Any], now: float, then: float, new: dict[str, Any]) -> Any:
-    """Return the code's rate, at the file's position in the schedule."""
-    share = float(old["lr"]) / then if then else 1.0
-    for key in ("initial_lr", "max_lr", "min_lr"):
-        if key in group:
-            new[key] = group[key]
-        elif key in old and then:
-            new[key] = old[key] * now / then
-    rate = now * share
-    return torch.full_like(group["lr"], rate) if isinstance(group["lr"], Tensor) else rate
-
-
 def _check_shapes(state: dict[str, Any], p: Tensor, group: dict[str, Any], adopted: int, name: str) -> None:
     """Refuse a state that this optimizer cannot have written for this parameter.
 
@@ -250,23 +216,13 @@ def _check_shapes(state: dict[str, Any], p: Tensor, group: dict[str, Any], adopt
     """
     if "exp_avg" not in state and not any(key in state for key in _SHAPES):
         return
-    rank, rows = adopted or group.get("rank"), p.shape[0] if p.ndim else 1
-    cols = p.numel() // max(rows, 1)
-    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("exp_avg", "exp_avg_sq"), tuple(p.shape))
-    if rank and ("proj" in state or not adopted):  # an adopted parameter has whole moments until its next step
-        rank = min(rank, largest_rank(p))
-        two_sided = group["proj_type"] == "full"
-        d, k = (rows, cols) if project_left(rows, cols, group["proj_type"]) else (cols, rows)
-        low = (rank, rank if two_sided else k)
-        # until its first step in a group that was given a rank later, moments are whole as well
-        if (
-            group["variant"] == "apollo"
-            or "proj" in state
-            or tuple(getattr(state.get("exp_avg"), "shape", ())) != tuple(p.shape)
-        ):
-            shapes = _low_shapes(second_form(group), low)
-        if group["variant"] == "galore" and shapes["exp_avg"] == low:
-            shapes |= {"proj": (d, rank)} | ({"proj_right": (k, rank)} if two_sided else {})
+    shapes = _basic_shapes(state, p, group, adopted)
+    if "proj" in state and p.ndim > 1 and (adopted or group.get("rank")):  # its rank may have changed since its last step
+        former = form_of_state(state, p.shape[0], p.numel() // max(p.shape[0], 1), group)
+        sides = {} if former is None else {key: former[key] for key in ("rank", "proj_type")}
+        others = _basic_shapes(state, p, {**group, **sides}, 0) if sides else {}
+        if others and all(tuple(getattr(state.get(key), "shape", ())) == shape for key, shape in others.items()):
+            shapes = others
     if "exp_avg_scale" in state or "exp_avg_sq_scale" in state:
         blocks = -(-math.prod(shapes["exp_avg"]) // BLOCK)
         shapes |= {f"{key}_scale": (blocks,) for key in ("exp_avg", "exp_avg_sq") if key in shapes}
@@ -286,6 +242,27 @@ def _check_shapes(state: dict[str, Any], p: Tensor, group: dict[str, Any], adopt
         raise ConfigError("ckpt_path", name, f"its step is {step!r} there, but must be a whole number, 0 or more")
 
 
+def _basic_shapes(state: dict[str, Any], p: Tensor, group: dict[str, Any], adopted: int) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the moments and bases that these settings make, by key."""
+    rank, rows = adopted or group.get("rank"), p.shape[0] if p.ndim else 1
+    cols = p.numel() // max(rows, 1)
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("exp_avg", "exp_avg_sq"), tuple(p.shape))
+    if not rank or (adopted and "proj" not in state):  # an adopted parameter has whole moments until its next step
+        return shapes
+    rank = min(rank, largest_rank(p))
+    two_sided = group["proj_type"] == "full"
+    d, k = (rows, cols) if project_left(rows, cols, group["proj_type"]) else (cols, rows)
+    low = (rank, rank if two_sided else k)
+    # until its first step in a group that was given a rank later, moments are whole as well
+    whole = "proj" not in state and tuple(getattr(state.get("exp_avg"), "shape", ())) == tuple(p.shape)
+    if group["variant"] == "galore" and whole:
+        return shapes
+    shapes = _low_shapes(second_form(group), low)
+    if group["variant"] == "galore":
+        shapes |= {"proj": (d, rank)} | ({"proj_right": (k, rank)} if two_sided else {})
+    return shapes
+
+
 def _low_shapes(second: str, low: tuple[int, int]) -> dict[str, tuple[int, ...]]:
     """Return the shapes of a projected matrix's moments by key."""
     if second == "full":
@@ -296,20 +273,27 @@ def _low_shapes(second: str, low: tuple[int, int]) -> dict[str, tuple[int, ...]]
 
 def _own_tensors(state: dict[str, Any], p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
     """Return copies of the state's tensors in the mode's dtypes, on p's device, so that two optimizers do not share them."""
-    narrow = getattr(p, "grad_dtype", None) or p.dtype  # that of the gradients to come
-    wide, own = at_least_32(narrow), moment_dtype(group, narrow)
-    kept = {"exp_avg": own, "exp_avg_sq": own, "exp_avg_sq_row": wide, "exp_avg_sq_col": wide}
-    kept["proj"] = kept["proj_right"] = wide if moment_kind(group) == "float32" else narrow
+    narrow = getattr(p, "grad_dtype", p.dtype)  # that of the gradients to come; None: they may have any
     new = {}
     for key, value in state.items():
         if key == "step":
             new[key] = torch.tensor(float(value), dtype=torch.float64, device="cpu")
         elif isinstance(value, Tensor):
-            dtype = value.dtype if value.dtype == torch.uint8 else kept.get(key, value.dtype)
-            new[key] = value.detach().to(p.device, dtype, copy=True)
+            new[key] = value.detach().to(p.device, _mode_dtype(key, value, narrow or value.dtype, group), copy=True)
         else:
             new[key] = copy.deepcopy(value)
     return new
+
+
+def _mode_dtype(key: str, value: Tensor, narrow: torch.dtype, group: dict[str, Any]) -> torch.dtype:
+    """Return the dtype that the mode keeps a tensor of the state in, for gradients in ``narrow``."""
+    if value.dtype == torch.uint8:
+        return value.dtype
+    if key in ("exp_avg", "exp_avg_sq"):
+        return moment_dtype(group, narrow)
+    if key in ("proj", "proj_right"):
+        return at_least_32(narrow) if moment_kind(group) == "float32" else narrow
+    return at_least_32(narrow) if key in ("exp_avg_sq_row", "exp_avg_sq_col") else value.dtype
 
 
 def _warn_about_unknown_keys(groups: list[dict[str, Any]]) -> None:
@@ -362,6 +346,8 @@ def adoptable_weights(names: Iterable[str], module: nn.Module, entries: Mapping[
             raise ConfigError("variant", "apollo", "has no subspace that moments could move into: use galore")
         if group["layerwise"]:
             raise ConfigError("layerwise", True, "has no step between two of which the model could switch: use layerwise=false")
+        if group["proj_type"] == "full" and group["residual"]:
+            raise ConfigError("proj_type", "full", "a residual needs a one-sided projection: use std")
         found[layer] = p
     return found
 
@@ -379,6 +365,15 @@ def adoptable_ranks(plan: Mapping[str, int], module: nn.Module, entries: Mapping
         if rank > largest_rank(p):
             raise ConfigError("plan", {layer: rank}, f"the matrix is {tuple(p.shape)}: at most {largest_rank(p)}")
     return {weights[layer]: rank for layer, rank in ranks.items()}
+
+
+def drop_whole_moments(adopted: Iterable[Tensor], states: Mapping[Tensor, dict[str, Any]]) -> None:
+    """Drop the moments of adopted parameters that have taken no step in a basis."""
+    for p in adopted:
+        kept = states.get(p, {})
+        if kept and "proj" not in kept:
+            for key in [key for key in kept if key.startswith("exp_avg")]:
+                del kept[key]
 
 
 # ---- memory ---------------------------------------------------------------------------------------------------------------

@@ -141,6 +141,11 @@ def _any_basis(y: Tensor) -> Tensor:
     return torch.linalg.qr(y)[0]
 
 
+def unit_vectors(like: Tensor) -> Tensor:
+    """Return the basis d×r of unit vectors, which stands for no direction at all: that of a zero gradient."""
+    return torch.eye(*like.shape, dtype=like.dtype, device=like.device)
+
+
 Mean = Callable[[Tensor], None] | None
 
 
