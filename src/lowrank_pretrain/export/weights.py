@@ -161,6 +161,12 @@ def _write(source: Source, out: Path) -> Path:
         with optional_import():
             from safetensors.torch import save_file
 
+        sparse = next((key for key, value in source.state.items() if value.layout != torch.strided), None)
+        if sparse is not None:
+            raise ConfigError(
+                "ckpt", source.label, f"holds {sparse}, a sparse tensor, which safetensors cannot: keep it dense, or register "
+                "it with persistent=False"
+            )  # fmt: skip
         out.mkdir(parents=True, exist_ok=True)
         # copies: safetensors refuses tensors that share memory, as tied weights do
         save_file({key: value.clone().contiguous() for key, value in source.state.items()}, out / "model.safetensors")

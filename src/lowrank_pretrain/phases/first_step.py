@@ -15,6 +15,8 @@ from lowrank_pretrain.core.trainer import callbacks_of
 from lowrank_pretrain.factorize.model import Factors
 from lowrank_pretrain.factorize.preview import Preview
 from lowrank_pretrain.lora.frozen import OPERANDS
+from lowrank_pretrain.phases import layers
+from lowrank_pretrain.phases.adapter_watch import check_books
 from lowrank_pretrain.phases.holders import LateHolders, name_holders
 from lowrank_pretrain.phases.rehearsal import Rehearsal
 from lowrank_pretrain.phases.teachers import CURE, Pairing, teachers
@@ -116,6 +118,8 @@ class FirstStep(FirstStepWatch):
         All processes must call it, and get the same.
         """
         self.steps += 1
+        if self.steps > 1 and not layers.has_changed(self._module):
+            check_books(self._trainer.optimizers)  # which the first step may have made
         if not self.looking:
             self._unpair()
             return self._written()

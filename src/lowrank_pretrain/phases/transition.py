@@ -27,7 +27,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from torch import Tensor, nn
-from torch.optim import SGD, Optimizer
+from torch.optim import Optimizer
 
 from lowrank_pretrain.core.agreement import agreed_hash
 from lowrank_pretrain.core.buckets import settle_buckets
@@ -44,6 +44,7 @@ from lowrank_pretrain.core.trainer import accumulates, callbacks_of
 from lowrank_pretrain.factorize.layer import follow_weight
 from lowrank_pretrain.factorize.model import factored_layers, shown_whole
 from lowrank_pretrain.lora.model import own_tensors, shown_plain
+from lowrank_pretrain.phases import optimizer_starts
 
 Change = Callable[[], Iterable[Inherit] | None]
 
@@ -237,6 +238,7 @@ def apply(
     if optimizer_state == "reset":
         for optimizer in trainer.optimizers:
             optimizer.state.clear()
+            optimizer_starts.begin_again(optimizer)
     _give_memory_back()
     if isinstance(strategy, Adopter):
         strategy.after_transition()
@@ -327,6 +329,7 @@ def _part_of(value: Any, heir: Inherit) -> Any:
 def _join(optimizers: list[Optimizer], module: nn.Module, before: dict[int, bool], inherited: Iterable[Inherit]) -> None:
     """Put new parameters into the group that owns their base weight; ``before``: who trained, by id."""
     groups = {id(p): group for opt in optimizers for group in opt.param_groups for p in group["params"]}
+    owned = {id(p): p for opt in optimizers for group in opt.param_groups for p in group["params"]}
     origins = {id(new): id(old) for new, old, *_ in inherited}
     named = dict(module.named_parameters())
     for name, p in named.items():
@@ -344,20 +347,9 @@ def _join(optimizers: list[Optimizer], module: nn.Module, before: dict[int, bool
         group["params"].append(p)
         if "param_names" in group:
             group["param_names"].append(name)
-        _start_momentum(optimizers, group, p)
-
-
-def _start_momentum(optimizers: list[Optimizer], group: dict[str, Any], p: nn.Parameter) -> None:
-    """Let torch's fused SGD take a new parameter: it wants momentum for all parameters of a group, or for none."""
-    optimizer = next(optimizer for optimizer in optimizers if any(group is one for one in optimizer.param_groups))
-    if not isinstance(optimizer, SGD) or not group.get("fused") or p in optimizer.state:
-        return
-    if all(optimizer.state[old].get("momentum_buffer") is None for old in group["params"] if old in optimizer.state):
-        return
-    if group["dampening"]:  # a first step from zero would be damped, which SGD does not do
-        group["fused"] = False
-    else:
-        optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        optimizer = next(optimizer for optimizer in optimizers if any(group is one for one in optimizer.param_groups))
+        optimizer_starts.begin(optimizer, group, p, owned.get(owner))
+        owned[id(p)] = p
 
 
 def _base_weight(name: str, named: dict[str, nn.Parameter], groups: dict[int, Any], origins: dict[int, int]) -> int | None:
