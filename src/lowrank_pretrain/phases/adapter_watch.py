@@ -238,7 +238,7 @@ class GradientWatch:
         Returns:
             Names of the layers that reentrant checkpointing cuts off from the loss (after the first backward pass only).
         """
-        if not any(p.grad is not None for p in self._module.parameters()):  # the step was skipped
+        if not any(p.grad is not None for _, p in nn.Module.named_parameters(self._module)):  # the step was skipped
             return []
         self.steps += 1
         self.without = {name: p for name, p in self.without.items() if p.grad is None}

@@ -135,7 +135,7 @@ def unfit(trainer: pl.Trainer, pl_module: pl.LightningModule, then: str) -> Call
         if id(target.layer.weight) not in owned:
             return "is in no optimizer: configure_optimizers must hand over its weight, or leave it out"
         if then == "factorize":
-            every = pl_module.named_parameters(remove_duplicate=False)
+            every = torch.nn.Module.named_parameters(pl_module, remove_duplicate=False)
             owners = [name.rpartition(".")[0] for name, p in every if p is target.layer.weight]
             # the layer itself may have several names
             others = [plain_name(name) for name in owners if pl_module.get_submodule(name) is not target.layer]
@@ -150,7 +150,7 @@ def freeze_rest(pl_module: pl.LightningModule, plan: Plan) -> None:
     targets = all_targets(pl_module)
     kept = {id(targets[name].layer.weight) for name in plan}
     note = note_of(pl_module)
-    for name, p in pl_module.named_parameters():
+    for name, p in torch.nn.Module.named_parameters(pl_module):
         if note is not None and name in note.requires_grad and id(p) not in kept:
             p.requires_grad_(False)
 

@@ -217,7 +217,7 @@ class FirstStep(FirstStepWatch):
     def _agreed(self) -> tuple[list[list[int]], bool]:
         """Return what any process saw, and whether there is any gradient (a ``training_step`` may return ``None``)."""
         seen = self._rehearsal.evidence()
-        stepped = any(p.grad is not None for p in self._module.parameters())
+        stepped = any(p.grad is not None for _, p in nn.Module.named_parameters(self._module))
         table = torch.tensor([[int(stepped)] * len(seen[0]), *seen], device=self._module.device)
         if self._trainer.world_size > 1:
             table = self._trainer.strategy.all_gather(table).amax(0)

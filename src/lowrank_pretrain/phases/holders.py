@@ -74,7 +74,9 @@ def find_holders(module: pl.LightningModule, callbacks: Iterable[pl.Callback], t
             search.object(callback, type(callback).__name__, 0)
     for name, child in module.named_modules():
         prefix = plain_name(name) or type(module).__name__
-        if isinstance(child, AveragedModel) and (student := search.alike(child.module.parameters(), prefix)):
+        if isinstance(child, AveragedModel) and (
+            student := search.alike([p for _, p in nn.Module.named_parameters(child.module)], prefix)
+        ):
             search.found.append(Held(prefix, student, "average"))
         if name == "" or not _is_others(child):
             for key, value in list(child.__dict__.items()):

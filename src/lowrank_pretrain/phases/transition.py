@@ -99,10 +99,10 @@ def note_plain(module: pl.LightningModule) -> Note:
     note = note_of(module)
     if note is not None:
         return note
-    named = list(module.named_parameters(remove_duplicate=False))
+    named = list(nn.Module.named_parameters(module, remove_duplicate=False))
     owned = [id(p) for _, p in named]
     module.__dict__[_NOTE] = note = Note(
-        requires_grad={name: p.requires_grad for name, p in module.named_parameters()},
+        requires_grad={name: p.requires_grad for name, p in nn.Module.named_parameters(module)},
         tied=[name for name, p in named if owned.count(id(p)) > 1],
         before=set(own_tensors(module)),
     )
@@ -139,7 +139,7 @@ def restore_flags(module: nn.Module) -> None:
     """Restore the parameters' ``requires_grad`` from before the first change, and the module's own writers."""
     note = note_of(module)
     flags = {} if note is None else note.requires_grad
-    for name, p in module.named_parameters():
+    for name, p in nn.Module.named_parameters(module):
         if name in flags:
             p.requires_grad_(flags[name])
     for key in _WRITERS:
@@ -219,7 +219,7 @@ def apply(
     hooks = comm_hooks(strategy.model) if wrapped else []
     if wrapped:
         strategy.model = strategy.lightning_module  # no reference to the old wrapper is kept: its reducer goes with it
-    for p in module.parameters():
+    for _, p in nn.Module.named_parameters(module):
         p.grad = None  # gradients may be views of the old reducer's buckets
 
     # change the module
@@ -227,7 +227,7 @@ def apply(
     if by_strategy and not replay:
         strategy.before_transition()
         agreed = agreed_hash(strategy, module, f"before a change of the model behind step {trainer.global_step}")
-    before = {id(p): p.requires_grad for p in module.parameters()}
+    before = {id(p): p.requires_grad for _, p in nn.Module.named_parameters(module)}
     inherited = list(change() or ())
 
     # refit the optimizers
@@ -331,7 +331,7 @@ def _join(optimizers: list[Optimizer], module: nn.Module, before: dict[int, bool
     groups = {id(p): group for opt in optimizers for group in opt.param_groups for p in group["params"]}
     owned = {id(p): p for opt in optimizers for group in opt.param_groups for p in group["params"]}
     origins = {id(new): id(old) for new, old, *_ in inherited}
-    named = dict(module.named_parameters())
+    named = dict(nn.Module.named_parameters(module))
     for name, p in named.items():
         if id(p) in before or not p.requires_grad or id(p) in groups:
             continue
@@ -369,7 +369,7 @@ def _base_weight(name: str, named: dict[str, nn.Parameter], groups: dict[int, An
 
 def _leave(optimizers: list[Optimizer], module: nn.Module, before: dict[int, bool]) -> None:
     """Remove parameters that the change froze or removed from their group, with their state."""
-    after = {id(p): p.requires_grad for p in module.parameters()}
+    after = {id(p): p.requires_grad for _, p in nn.Module.named_parameters(module)}
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             stays = [not (id(p) in before and before[id(p)] and not after.get(id(p), False)) for p in group["params"]]
@@ -404,7 +404,7 @@ def follow(callbacks: Iterable[pl.Callback], module: pl.LightningModule) -> None
         old = own_tensors(averaged)
         if list(old) == list(own_tensors(module)):
             continue
-        storages = [p.untyped_storage().data_ptr() for p in module.parameters()]
+        storages = [p.untyped_storage().data_ptr() for _, p in nn.Module.named_parameters(module)]
         if len(set(storages)) < len(storages):
             refuse_views(callback)
         set_averaged_model(callback, copy.deepcopy(module).to(next(averaged.parameters()).device))
