@@ -195,19 +195,21 @@ def test_what_was_frozen_stays_frozen_after_unfreeze(tmp_path, callback):
     assert all(torch.equal(a, b) for a, b in zip(found[0][1].values(), found[1][1].values(), strict=True))
 
 
-def test_what_its_user_froze_its_user_may_unfreeze(tmp_path):
+@pytest.mark.parametrize("when", [lambda epoch: epoch > 1, lambda epoch: epoch != 1])
+@pytest.mark.parametrize("window", [1, 3])  # at the first freeze the head trains, at the second its user has frozen it
+def test_what_its_user_froze_its_user_may_unfreeze(tmp_path, when, window):
     class Later(Callback):
         def on_train_epoch_start(self, trainer, pl_module):
-            pl_module.head.requires_grad_(trainer.current_epoch > 1)
+            pl_module.head.requires_grad_(when(trainer.current_epoch))
 
         def on_before_optimizer_step(self, trainer, pl_module, optimizer):
             self.trained = pl_module.head.weight.grad is not None
 
     module, later = toy(), Later()
-    module.head.requires_grad_(False)
+    module.head.requires_grad_(when(0))
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*again")
-        trainer(tmp_path, steps(targets=["!head", "blocks.*"]), later, max_epochs=3).fit(module, loader())
+        trainer(tmp_path, steps(targets=["!head", "blocks.*"], window=window), later, max_epochs=3).fit(module, loader())
     assert later.trained
 
 

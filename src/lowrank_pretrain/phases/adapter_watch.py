@@ -6,7 +6,7 @@ training where its kind is known. Otherwise it is found in the first steps after
 and a learning rate, and does not move while other parameters do.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -307,15 +307,15 @@ class FlagWatch:
 
     Args:
         module: was changed.
-        trained: ``requires_grad`` by name, from before the change: what its user froze, its user may unfreeze.
+        frozen: names of what changes froze; what its user froze, its user may unfreeze.
     """
 
-    def __init__(self, module: nn.Module, trained: Mapping[str, bool]) -> None:
+    def __init__(self, module: nn.Module, frozen: Container[str]) -> None:
         own = {id(p) for _, layer in lora.lora_layers(module) for p in (layer.weight, layer.bias)}
         self._frozen = {
             name: p
             for name, p in nn.Module.named_parameters(module)
-            if not p.requires_grad and (trained.get(name, True) or id(p) in own)
+            if not p.requires_grad and (name in frozen or id(p) in own)
         }
         self._said = False
 

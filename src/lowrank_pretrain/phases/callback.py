@@ -187,7 +187,7 @@ class PhaseCallback(HasPhase, Callback):
             self._watch.stop()
         self._unchecked, self._watch = on, None
         if changed is not None and isinstance(self._adopter, (lora.Adapters, Factors)):
-            self._flags = FlagWatch(changed, transition.note_plain(changed).requires_grad)
+            self._flags = FlagWatch(changed, transition.note_plain(changed).frozen)
 
     # -- Lightning's hooks ------------------------------------------------------------------------------------------
 

@@ -65,6 +65,7 @@ class Note:
         alpha: of the adapters.
         frozen_dtype: in which a frozen W is stored since the freeze; None: in its own.
         keep_original: whether such a W is kept as it was, too.
+        frozen: names of the parameters that a change froze, or added without training them.
     """
 
     requires_grad: dict[str, bool]
@@ -76,6 +77,7 @@ class Note:
     alpha: float | None = None
     frozen_dtype: str | None = None
     keep_original: bool = False
+    frozen: set[str] = field(default_factory=set)
 
     def entry(self) -> dict[str, Any]:
         """Return the note's part of a checkpoint, as plain types."""
@@ -229,6 +231,9 @@ def apply(
         agreed = agreed_hash(strategy, module, f"before a change of the model behind step {trainer.global_step}")
     before = {id(p): p.requires_grad for _, p in nn.Module.named_parameters(module)}
     inherited = list(change() or ())
+    if (note := note_of(module)) is not None:
+        named = nn.Module.named_parameters(module)
+        note.frozen |= {name for name, p in named if not p.requires_grad and before.get(id(p), True)}
 
     # refit the optimizers
     for optimizer in trainer.optimizers:
