@@ -1,10 +1,11 @@
 """Optimizers that keep books of their own: they train the adapters, or the run ends with their name."""
 
 import copy
+import warnings
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
 from torch.optim import SGD, AdamW, Optimizer
@@ -156,6 +157,65 @@ def test_lookalikes_are_no_books():
     optimizer.norms, optimizer.last, optimizer.noted = torch.zeros(2), [torch.zeros(())], [p[0], p[1]]
     check_optimizers([optimizer])
     check_optimizers([SGD(p[:1], lr=1.0)])
+
+
+# -- flags that are turned on again --------------------------------------------------------------------------------------
+
+
+class Unfreezing(Callback):
+    """``freeze()`` and ``unfreeze()`` around a validation, as many scripts have it; here at an epoch's end."""
+
+    def __init__(self):
+        self.gradients = {}
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        pl_module.freeze()
+        pl_module.unfreeze()
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.gradients[trainer.global_step] = {name for name, p in pl_module.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("callback", [
+    steps, lambda: steps(freeze_rest=True), lambda: steps(train_A=False), lambda: LoRA(2, freeze_rest=True),
+    lambda: steps(then="factorize", ranks=(0.25,), freeze_rest=True, warmup=8),
+])  # fmt: skip
+def test_what_was_frozen_stays_frozen_after_unfreeze(tmp_path, callback):
+    found = []
+    for around in (Unfreezing(), None):
+        module, after = toy(), Unfreezing()
+        after.on_train_epoch_end = lambda *_: None
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trainer(tmp_path, callback(), *([around] if around else []), after, max_epochs=4).fit(module, loader())
+        told = [str(w.message) for w in caught if "requires_grad=True again" in str(w.message)]
+        assert len(told) == (around is not None), told
+        found.append((after.gradients, module.state_dict()))
+    assert found[0][0] == found[1][0]
+    assert all(torch.equal(a, b) for a, b in zip(found[0][1].values(), found[1][1].values(), strict=True))
+
+
+@pytest.mark.parametrize("when", [lambda epoch: epoch > 1, lambda epoch: epoch != 1])
+@pytest.mark.parametrize("window", [1, 3])  # at the first freeze the head trains, at the second its user has frozen it
+def test_what_its_user_froze_its_user_may_unfreeze(tmp_path, when, window):
+    class Later(Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            pl_module.head.requires_grad_(when(trainer.current_epoch))
+
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            self.trained = pl_module.head.weight.grad is not None
+
+    module, later = toy(), Later()
+    module.head.requires_grad_(when(0))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*again")
+        trainer(tmp_path, steps(targets=["!head", "blocks.*"], window=window), later, max_epochs=3).fit(module, loader())
+    assert later.trained
+
+
+def test_unfreezing_whole_numbers_is_explained(tmp_path):
+    with pytest.warns(UserWarning, match="frozen_dtype=int8 stores W in a type that cannot train"), pytest.raises(RuntimeError):
+        trainer(tmp_path, steps(frozen_dtype="int8"), Unfreezing(), max_epochs=4).fit(toy(), loader())
 
 
 # -- groups that have names ---------------------------------------------------------------------------------------------

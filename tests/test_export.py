@@ -278,6 +278,21 @@ def test_live_module_is_exported_merged_and_left_alone(tmp_path, kind):
     torch.testing.assert_close(logits(stock(kind, tmp_path / "export"), x), logits(module.model, x), rtol=0, atol=1e-5)
 
 
+def test_a_sparse_buffer_is_named(tmp_path):
+    class Graph(LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(3, 3)
+            self.register_buffer("edges", torch.eye(3).to_sparse())
+
+    with pytest.raises(ConfigError, match="^ckpt='Graph': holds edges as torch.sparse_coo, .*make it dense") as error:
+        export_module(Graph(), tmp_path / "live")
+    assert "\n" not in str(error.value) and not (tmp_path / "live").exists()
+    torch.save({"state_dict": Graph().state_dict(), "pytorch-lightning_version": "2.6.0"}, tmp_path / "a.ckpt")
+    with pytest.raises(ConfigError, match="holds edges as torch.sparse_coo"):
+        export(tmp_path / "a.ckpt", None, tmp_path / "out")
+
+
 def test_bfloat16_stays_bfloat16(tmp_path):
     module = make("gpt2").bfloat16()
     export_module(module, tmp_path / "export")

@@ -4,6 +4,7 @@ import copy
 import warnings
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
@@ -49,6 +50,89 @@ def test_what_keeps_parameters_for_later_is_named_at_the_start(tmp_path, build, 
     with pytest.warns(UserWarning, match=match) as caught:
         fit(tmp_path, Net(), Late(build, at_start), pre())
     assert sum("Late.held" in str(w.message) for w in caught) == 1
+
+
+class Buffers(nn.Module):
+    """Latent diffusion's LitEma: an average in buffers, named after the parameters."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.register_buffer("decay", torch.tensor(0.5))
+        for name, p in model.named_parameters():
+            self.register_buffer(name.replace(".", ""), p.detach().clone())
+
+
+class Keeps(Net):
+    """Makes ``build(module)`` an attribute, which a child module may be."""
+
+    def __init__(self, build):
+        super().__init__()
+        self.held = build(self)
+
+
+class Anchored(Net):
+    """Elastic weight consolidation's way: two buffers for each parameter, on the module itself."""
+
+    def on_train_start(self):
+        for name, p in list(self.named_parameters()):
+            self.register_buffer(name.replace(".", "_") + "_mean", p.detach().clone())
+            self.register_buffer(name.replace(".", "_") + "_fisher", torch.zeros_like(p))
+
+
+def clones(module, trains=False):
+    return nn.ParameterList([nn.Parameter(p.detach().clone(), trains) for p in module.parameters()])
+
+
+@pytest.mark.parametrize("make, match", [
+    (lambda: Keeps(Buffers), "held, in its buffers, holds a value for each parameter of Keeps, "),
+    (lambda: Keeps(lambda m: [Buffers(m)]), r"Keeps.held\[0\], in its buffers, holds a value for each parameter of Keeps, "),
+    (Anchored, "Anchored, in its buffers, holds a value for each parameter of Anchored, "),
+    (lambda: Keeps(clones), "held holds a value for each parameter of Keeps, "),
+    (lambda: Keeps(partial(clones, trains=True)), "held holds a value for each parameter of Keeps, "),
+    (lambda: Keeps(lambda m: nn.utils.parameters_to_vector(m.parameters()).detach()), "Keeps.held holds a value for each "),
+])  # fmt: skip
+def test_values_in_buffers_lists_of_parameters_and_one_flat_tensor_are_named(tmp_path, make, match):
+    with pytest.warns(UserWarning, match=match) as caught:
+        fit(tmp_path, make(), pre())
+    assert sum("holds a value" in str(w.message) for w in caught) == 1
+
+
+class Table(nn.Module):
+    """Buffers of all the shapes of a model's parameters, in another order."""
+
+    def __init__(self, model):
+        super().__init__()
+        for i, p in enumerate(reversed(list(model.parameters()))):
+            self.register_buffer(f"b{i}", torch.ones_like(p))
+        self.norm = nn.BatchNorm1d(16)
+
+
+@pytest.mark.parametrize("build", [
+    Table, lambda m: nn.ParameterList(nn.Parameter(torch.zeros_like(p)) for p in m.parameters()),
+])  # fmt: skip
+def test_other_buffers_and_parameters_are_no_copies(tmp_path, build):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*holds")
+        fit(tmp_path, Keeps(build), pre())
+
+
+class Endless(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter(range(3))
+
+
+class Lengthless:
+    def __len__(self):
+        raise RuntimeError("not known before training")
+
+
+@pytest.mark.parametrize("build", [
+    lambda _: torch.utils.data.DataLoader(Endless()), lambda _: np.array(0.5), lambda _: Lengthless(),
+])  # fmt: skip
+def test_the_length_of_an_attribute_is_not_asked(tmp_path, build):
+    phases = pre()
+    fit(tmp_path, Keeps(build), AfterTwo(build), phases, max_epochs=6)
+    assert phases.phase == "lowrank"
 
 
 class AfterTwo(Callback):

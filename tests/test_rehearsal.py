@@ -24,6 +24,7 @@ from lowrank_pretrain.lora import model as lora
 from lowrank_pretrain.phases.rehearsal import Rehearsal
 from lowrank_pretrain.phases.teachers import teachers
 from lowrank_pretrain.prelora import callback as prelora_callback
+from tests.toy import adapters
 from tests.toy import trainer as make_trainer
 
 X, Y = torch.randn(32, 16, generator=torch.Generator().manual_seed(0)), torch.arange(32) % 4
@@ -424,8 +425,38 @@ def test_adapters_that_no_gradient_reaches_are_named_after_a_window_with_its_len
         def forward(self, x):
             return super().forward(x) if self.global_step < 4 else self.head(x)
 
-    with pytest.raises(ConfigError, match=r"targets='fc1, fc2': no adapter had a gradient in the 2 optimizer steps since"):
-        fit(tmp_path, Gone(), pre(), max_epochs=4)
+    phases = pre()
+    with pytest.warns(UserWarning, match="no gradient in the 2 optimizer steps .* adapters of fc1, fc2") as caught:
+        fit(tmp_path, Gone(), phases, max_epochs=4)
+    assert sum("no gradient" in line for line in said(caught)) == 1 and phases.phase == "lowrank"
+
+
+def test_a_weight_that_is_trained_without_its_adapter_ends_the_run(tmp_path):
+    class Bare(Net):
+        def forward(self, x):
+            if self.global_step < 4:
+                return super().forward(x)
+            hidden = F.relu(F.linear(x, self.fc1.weight, self.fc1.bias))
+            return self.head(x + F.linear(hidden, self.fc2.weight, self.fc2.bias))
+
+    reason = "no adapter had a gradient in the 2 optimizer steps since the model changed, and their weights had"
+    with pytest.raises(ConfigError, match=f"targets='fc1, fc2': {reason}"):
+        fit(tmp_path, Bare(), pre(warmup=3), max_epochs=4)
+
+
+def test_a_run_that_trains_the_head_alone_in_every_second_epoch_goes_on(tmp_path):
+    class Alternates(Net):
+        def training_step(self, batch, batch_idx):
+            if self.current_epoch % 2:
+                return F.cross_entropy(self.head(batch[0]), batch[1])
+            return super().training_step(batch, batch_idx)
+
+    for warmup in (1, 2):
+        module, phases = Alternates(), pre(window_unit="epoch", window=1, windows=3, latest=3, warmup=warmup)
+        with pytest.warns(UserWarning, match="no gradient in the 4 optimizer steps") as caught:
+            fit(tmp_path, module, phases, max_epochs=8)
+        assert sum("no gradient" in line for line in said(caught)) == 1 and phases.phase == "lowrank"
+        assert all(factor.any() for factor in adapters(module).values())
 
 
 def test_steps_that_are_skipped_are_no_evidence(tmp_path):

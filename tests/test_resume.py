@@ -2,10 +2,11 @@
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import BackboneFinetuning, ModelCheckpoint
 from lightning.pytorch.plugins.precision import MixedPrecision
 
 from lowrank_pretrain import LoRA, PreLoRA
@@ -346,3 +347,58 @@ def test_weights_that_should_move_do_move_after_a_resume(tmp_path):
     end = AtEnd(lambda fit, module: {n: p.detach().clone() for n, p in module.named_parameters() if p.requires_grad})
     trainer(tmp_path / "x", steps(), First(), end, max_epochs=4).fit(module, loader(), ckpt_path=tmp_path / "step=20.ckpt")
     assert before and all(not torch.equal(before[n], p) for n, p in end.found.items())
+
+
+class TrainableOnly(Toy):
+    """Names only the parameters that train."""
+
+    def named_parameters(self, *args, **kwargs):
+        return ((name, p) for name, p in super().named_parameters(*args, **kwargs) if p.requires_grad)
+
+
+@pytest.mark.parametrize("settings", [
+    {}, {"frozen_dtype": "int8"}, {"then": "factorize", "ranks": (0.25,), "warmup": 4, "freeze_rest": True},
+])  # fmt: skip
+def test_a_module_that_hides_what_is_frozen_resumes_from_each_phase(tmp_path, settings):
+    results = []
+    for ckpt in (None, 4, 10, 20):
+        torch.manual_seed(7)
+        module = TrainableOnly()
+        file = None if ckpt is None else tmp_path / "0" / f"step={ckpt}.ckpt"
+        trainer(tmp_path / str(ckpt or 0), steps(**settings), every=1, max_epochs=4).fit(module, loader(), ckpt_path=file)
+        results.append(dict(module.state_dict()))
+    for result in results[1:]:
+        assert_equal(results[0], result)
+
+
+class Backbone(Toy):
+    """What ``BackboneFinetuning`` wants: one part of it trains from a later epoch on."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = self.blocks[0]
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-2)
+
+
+def test_callbacks_that_restore_groups_come_before_it(tmp_path):
+    def fit(ckpt, *callbacks):
+        torch.manual_seed(7)
+        trainer(tmp_path, *callbacks, every=1, max_epochs=4).fit(module := Backbone(), loader(), ckpt_path=ckpt)
+        return dict(module.state_dict())
+
+    warning = "PreLoRA: list BackboneFinetuning before PreLoRA in callbacks, else a resume after the switch fails"
+    settings = {"targets": ["blocks.1.*"]}
+    with pytest.warns(UserWarning, match=warning):
+        fit(None, steps(**settings), BackboneFinetuning(9))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*BackboneFinetuning before")
+        whole = fit(None, BackboneFinetuning(9), steps(**settings))
+        for step in (4, 10, 20):
+            assert_equal(whole, fit(tmp_path / f"step={step}.ckpt", BackboneFinetuning(9), steps(**settings)))
+    for step in (10, 20):
+        with pytest.raises(ConfigError, match="^callbacks='BackboneFinetuning': restores .*: list it before PreLoRA"):
+            fit(tmp_path / f"step={step}.ckpt", steps(**settings), BackboneFinetuning(9))
+    with pytest.warns(UserWarning, match="LoRA: list BackboneFinetuning after LoRA in callbacks, else a resume fails"):
+        fit(None, BackboneFinetuning(9), LoRA(2, **settings))

@@ -84,12 +84,12 @@ def agreed_hash(
     """
     apart = set(getattr(module, LEFT_OUT_OF_DDP, ())) if apart is None else set(apart)
     named: list[tuple[str, Tensor]] = [
-        (name, p) for name, p in module.named_parameters() if name not in apart and not is_lazy(p)
+        (name, p) for name, p in nn.Module.named_parameters(module) if name not in apart and not is_lazy(p)
     ]
     named += (further or {}).items()
     if not named:
         return 0
-    device = next((p.device for p in module.parameters()), named[0][1].device)
+    device = next((p.device for _, p in nn.Module.named_parameters(module)), named[0][1].device)
     mine = torch.stack([fingerprint(p).to(device) for _, p in named])
     everyone = strategy.all_gather(mine).reshape(-1, len(named)).tolist()  # (ranks, parameters)
     for i, (name, _) in enumerate(named):

@@ -161,6 +161,10 @@ def _write(source: Source, out: Path) -> Path:
         with optional_import():
             from safetensors.torch import save_file
 
+        for key, value in source.state.items():
+            if value.layout != torch.strided:
+                cure = "make it dense, or register the buffer with persistent=False"
+                raise ConfigError("ckpt", source.label, f"holds {key} as {value.layout}, which no export can: {cure}")
         out.mkdir(parents=True, exist_ok=True)
         # copies: safetensors refuses tensors that share memory, as tied weights do
         save_file({key: value.clone().contiguous() for key, value in source.state.items()}, out / "model.safetensors")

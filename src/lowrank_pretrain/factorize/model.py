@@ -190,7 +190,7 @@ class Factors(Adopter, Reports):
         self.plan = Plan(ranks)
         if self.freeze_rest:
             factors = {id(p) for _, p in factor_parameters(self._module)}
-            for p in self._module.parameters():
+            for _, p in nn.Module.named_parameters(self._module):
                 p.requires_grad_(id(p) in factors)
         return inherited
 

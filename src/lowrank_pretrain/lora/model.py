@@ -101,7 +101,7 @@ def freeze(
             layer.bias.requires_grad_(False)
     if freeze_rest:
         adapters = {id(p) for _, p in adapter_parameters(module)}
-        for p in module.parameters():
+        for _, p in nn.Module.named_parameters(module):
             if id(p) not in adapters:
                 p.requires_grad_(False)
     if frozen_dtype is not None:
@@ -153,7 +153,7 @@ def shown_plain(module: nn.Module, flags: Mapping[str, bool]) -> Iterator[None]:
         module: nothing may train it meanwhile.
         flags: ``requires_grad`` by name of a plain parameter.
     """
-    now = [(p, p.requires_grad) for p in module.parameters()]
+    now = [(p, p.requires_grad) for _, p in nn.Module.named_parameters(module)]
     layers = [(layer, type(layer)) for _, layer in lora_layers(module)]
     plain = {id(layer.weight): nn.Parameter(layer.merged_weight(check=False), False) for layer, _ in layers}
     held = [
@@ -170,7 +170,7 @@ def shown_plain(module: nn.Module, flags: Mapping[str, bool]) -> Iterator[None]:
             child.__dict__["_parameters"] = own
         for layer, _ in layers:
             object.__setattr__(layer, "__class__", layer._plain_class)
-        for name, p in module.named_parameters():
+        for name, p in nn.Module.named_parameters(module):
             if name in flags:
                 p.requires_grad_(flags[name])
         for weight in plain.values():  # also for a frozen W: it holds the trained result
@@ -221,7 +221,9 @@ def exact_state(module: nn.Module) -> dict[str, Tensor]:
 
 def own_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Return every parameter and buffer under each of its names, adapters and unmerged weights included."""
-    named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    # a user's class may hide some of them: its own named_parameters() is not asked
+    parameters = nn.Module.named_parameters(module, remove_duplicate=False)
+    named = [*parameters, *nn.Module.named_buffers(module, remove_duplicate=False)]
     return {name: tensor if is_lazy(tensor) else tensor.detach() for name, tensor in named}
 
 

@@ -213,7 +213,7 @@ class ConvertedModule:
     def clip(self, optimizer: Optimizer, limit: float) -> None:
         """Clip the gradients of the rest, of the targets, and of what the module excludes from DDP, each by its own norm."""
         targets = list(self.local.parameters().values()) if self.local.unsynced(self.module) else []
-        alone = [p for name, p in self.module.named_parameters() if name in self.ignored and p.grad is not None]
+        alone = [p for name, p in nn.Module.named_parameters(self.module) if name in self.ignored and p.grad is not None]
         separate = {id(p) for p in (*targets, *alone)}
         mine = {id(p): p for group in optimizer.param_groups for p in group["params"]}
         rest = [p for n, p in mine.items() if n not in separate]

@@ -146,7 +146,7 @@ class FullSet(WholeTargets):
     def begin(self, fit: Fit) -> list[Inherit]:
         """Take the parameters that an optimizer trains, as ``targets`` limits them."""
         held = {id(p) for optimizer in fit.optimizers for group in optimizer.param_groups for p in group["params"]}
-        trained = {n: p for n, p in fit.module.named_parameters() if id(p) in held and n not in fit.ignored}
+        trained = {n: p for n, p in nn.Module.named_parameters(fit.module) if id(p) in held and n not in fit.ignored}
         self.start(self.chosen(fit.module, trained))
         return []
 

@@ -171,7 +171,7 @@ class ProjectedSet(WholeTargets):
             ConfigError: no GaLoreAdamW, no target, or a setting of it that leaves the subspace.
         """
         self._galore = [o for o in optimizers if isinstance(o, GaLoreAdamW)]
-        names = {id(p): name for name, p in module.named_parameters()}
+        names = {id(p): name for name, p in nn.Module.named_parameters(module)}
         for optimizer in self._galore:
             projected = [cast(nn.Parameter, p) for p, entry in optimizer.lookup().items() if entry.slot is not None]
             self.pieces += [ProjectedTarget(names[id(p)], p, optimizer) for p in projected]

@@ -58,7 +58,9 @@ class SharedParameters:
     ) -> None:  # fmt: skip
         self._left_out, self._local = set(left_out), local
         self.parameters = {
-            n: p for n, p in module.named_parameters() if p.requires_grad and id(p) not in local and n not in self._left_out
+            n: p
+            for n, p in nn.Module.named_parameters(module)
+            if p.requires_grad and id(p) not in local and n not in self._left_out
         }
         self.workers, self.apart = workers, sync == "merge" and workers.size > 1
         self._module, self._wrapped = module, wrapped
@@ -75,7 +77,7 @@ class SharedParameters:
 
     def follow(self, frozen: Collection[int]) -> bool:
         """Add parameters that a callback has unfrozen since, except ids in ``frozen``; return whether there were any."""
-        named = self._module.named_parameters()
+        named = nn.Module.named_parameters(self._module)
         new = {n: p for n, p in named if p.requires_grad and n not in self.parameters and n not in self._left_out}
         new = {n: p for n, p in new.items() if id(p) not in self._local and id(p) not in frozen}
         self.parameters |= new
@@ -83,7 +85,7 @@ class SharedParameters:
 
     def _parameters(self) -> dict[str, Tensor]:
         """Return the parameters to average, looked up by name: moving a module replaces storages."""
-        live = dict(self._module.named_parameters()) if self.apart else {}
+        live = dict(nn.Module.named_parameters(self._module)) if self.apart else {}
         return {name: live[name].data for name in self.parameters if name in live}
 
     def _buffers(self) -> dict[str, Tensor]:
@@ -208,7 +210,7 @@ class SharedParameters:
 
     def _live_of(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Return the live tensors of these names; a buffer may be gone."""
-        every = {n: p.data for n, p in self._module.named_parameters()} | dict(self._module.named_buffers())
+        every = {n: p.data for n, p in nn.Module.named_parameters(self._module)} | dict(nn.Module.named_buffers(self._module))
         return {n: every[n] for n in names if n in every}
 
     def keep(self) -> None:
@@ -303,7 +305,9 @@ class SharedParameters:
     def load_state(self, entry: Mapping[str, Any] | None) -> None:
         """Restore this worker's own rest, if the number of workers is the same; else keep the loaded average."""
         if entry is not None and self._fits(entry):
-            live = {n: p.data for n, p in self._module.named_parameters()} | dict(self._module.named_buffers())
+            live = {n: p.data for n, p in nn.Module.named_parameters(self._module)} | dict(
+                nn.Module.named_buffers(self._module)
+            )
             for name, values in entry["tensors"].items():
                 value = values[self.workers.rank]
                 if value is not None and name in live and live[name].shape == value.shape:
@@ -343,4 +347,4 @@ def saved_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     lost = {
         f"{prefix}.{name}" if prefix else name for prefix, child in module.named_modules() for name in unsaved_buffers(child)
     }
-    return ((name, b) for name, b in module.named_buffers() if name not in lost)
+    return ((name, b) for name, b in nn.Module.named_buffers(module) if name not in lost)

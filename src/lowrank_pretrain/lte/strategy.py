@@ -14,7 +14,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch.distributed as dist
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.constants import default_pg_timeout
 from torch.optim import Optimizer
 
@@ -416,7 +416,7 @@ class LTEStrategy(FollowsPhases, Reports, Merges):
             return
         module = self._module
         names = self.local.hidden(module)
-        own = {k: v.detach() for k, v in (*module.named_parameters(), *module.named_buffers()) if k in names}
+        own = {k: v for k, v in lora.own_tensors(module).items() if k in names}
         super().load_model_state_dict({**checkpoint, "state_dict": own | checkpoint["state_dict"]}, strict=False)
         self._resume.give(state, self.converted)
 
@@ -436,14 +436,14 @@ class LTEStrategy(FollowsPhases, Reports, Merges):
         module = self._module
         ignored = self.converted.ignored | self.local.unsynced(module)
         leave_out_of_ddp(module, ignored)
-        synced = [name for name, p in module.named_parameters() if p.requires_grad and name not in ignored]
+        synced = [name for name, p in nn.Module.named_parameters(module) if p.requires_grad and name not in ignored]
         at_merges = self.local.begun and self.settings.mode != "joint" and self.sync_rest == "merge"
         if not synced or at_merges or self.converted.workers.size == 1:
             return  # DDP refuses a model without anything to reduce
         super().configure_ddp()
         settle_buckets(self.model)
-        size, sizes = self.converted.workers.size, {n: p.numel() * p.itemsize for n, p in module.named_parameters()}
-        self._gradient_bytes = 2 * (size - 1) / size * sum(sizes[name] for name in synced)
+        size, named = self.converted.workers.size, dict(nn.Module.named_parameters(module))
+        self._gradient_bytes = 2 * (size - 1) / size * sum(named[name].numel() * named[name].itemsize for name in synced)
 
     def _wrap_again(self) -> None:
         self.model = self._module

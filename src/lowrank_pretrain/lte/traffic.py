@@ -167,7 +167,7 @@ def _merged_weights(module: nn.Module, settings: Settings, count: Imagined) -> L
     """Return a module's whole weights as targets, after one merge."""
     full = FullSet(settings, count)
     with torch.device("meta"):
-        full.start(full.chosen(module, dict(module.named_parameters())))
+        full.start(full.chosen(module, dict(nn.Module.named_parameters(module))))
         for increments in full.fragments:
             before = count.sent
             increments.mean(full.training_weights())
@@ -178,7 +178,7 @@ def _merged_weights(module: nn.Module, settings: Settings, count: Imagined) -> L
 def without_data(module: nn.Module) -> nn.Module:
     """Return a copy on the meta device: same shapes, dtypes, names and ties, without memory."""
     kept: dict[int, Tensor] = {}
-    for p in module.parameters():
+    for _, p in nn.Module.named_parameters(module):
         kept[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad)
     for b in module.buffers():
         kept[id(b)] = torch.empty_like(b, device="meta")

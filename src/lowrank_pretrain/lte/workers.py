@@ -303,7 +303,7 @@ def same_weights(module: nn.Module, workers: Workers) -> None:
 
 def _checksums(module: nn.Module, workers: Workers) -> list[float]:
     ignored = set(getattr(module, LEFT_OUT_OF_DDP, ()))
-    shared = [p.detach() for name, p in module.named_parameters() if name not in ignored]
+    shared = [p.detach() for name, p in nn.Module.named_parameters(module) if name not in ignored]
     mine = sum(p.double().nan_to_num().abs().sum().item() for p in shared)
     sums: list[Any] = [None] * workers.size
     dist.all_gather_object(sums, mine, group=workers.group)

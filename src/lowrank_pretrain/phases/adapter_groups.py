@@ -68,7 +68,7 @@ def separate(
                 continue
             follower = {key: value for key, value in source.items() if key not in ("params", "param_names")}
             follower |= {key: f"{source[key]}/adapters" for key in identities if isinstance(source.get(key), str)}
-            follower |= {"follows": index, "lr_ratio": lr_ratio, "lr": source["lr"] * lr_ratio}
+            follower |= {"follows": index, "lr_ratio": lr_ratio, "lr": _times(source["lr"], lr_ratio)}
             if weight_decay is not None:
                 follower["weight_decay"] = weight_decay
             elif "weight_decay" in source and decay_ratio != 1.0:
@@ -94,11 +94,16 @@ def _identities(optimizer: Optimizer) -> set[str]:
     return found
 
 
+def _times(lr: Any, ratio: float) -> Any:
+    """Return a rate times a ratio; ``None``, for an optimizer that chooses its own (a ratio other than 1 was refused)."""
+    return None if lr is None else lr * ratio
+
+
 def _follow(optimizer: Optimizer, *_: Any) -> None:
     for group in optimizer.param_groups:
         if "follows" in group:
             source = optimizer.param_groups[group["follows"]]
-            group["lr"] = source["lr"] * group["lr_ratio"]
+            group["lr"] = _times(source["lr"], group["lr_ratio"])
             group.update({key: source[key] for key in _FOLLOWED if key in source})
 
 

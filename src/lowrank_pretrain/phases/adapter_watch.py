@@ -6,7 +6,7 @@ training where its kind is known. Otherwise it is found in the first steps after
 and a learning rate, and does not move while other parameters do.
 """
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -16,9 +16,11 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.protocols import Adopter
 from lowrank_pretrain.core.targets import families
 from lowrank_pretrain.factorize.model import factored_layers
 from lowrank_pretrain.lora import model as lora
+from lowrank_pretrain.phases import optimizer_starts
 from lowrank_pretrain.phases.layers import added_parameters, layer_of
 from lowrank_pretrain.phases.rehearsal import Hook, compiled_parts, in_autograd_function
 
@@ -37,23 +39,28 @@ STEPS = 3  # that an adapter may stand still while others move
 PATIENCE = 50  # optimizer steps after which watching stops
 
 
-def check_optimizers(optimizers: Iterable[Optimizer]) -> None:
-    """Refuse optimizers that are known not to follow parameters added later.
+def check_optimizers(optimizers: Sequence[Optimizer], adapter_lr: float = 1.0, rewarm: int = 0) -> None:
+    """Refuse optimizers that are known not to follow parameters added later; note with what the others begin.
+
+    Args:
+        optimizers: at the start of a fit.
+        adapter_lr: the adapters' learning rate over that of their base weight.
+        rewarm: optimizer steps of a ramp of the learning rate.
 
     Raises:
-        ConfigError: keyed ``optimizer``, with the optimizer's name.
+        ConfigError: keyed ``optimizer``, with the optimizer's name; or ``adapter_lr`` or ``rewarm``, for one without a rate.
     """
     for optimizer in optimizers:
         name = type(optimizer).__name__
         for kind in type(optimizer).__mro__:
             if kind.__name__ in KNOWN:
                 raise ConfigError("optimizer", name, KNOWN[kind.__name__])
-        books = next((found for each in (optimizer, *_inside(optimizer)) if (found := _books(each))), None)
-        if books is not None:
-            raise ConfigError(
-                "optimizer", name, f"keeps copies of its parameters by position ({books}), which parameters that join and "
-                "leave would put out of step: use one that keeps them in its state, by parameter"
-            )  # fmt: skip
+        if any("lr" in group and group["lr"] is None for group in optimizer.param_groups):
+            for key, value, default in (("adapter_lr", adapter_lr, 1.0), ("rewarm", rewarm, 0)):
+                if value != default:
+                    raise ConfigError(
+                        key, value, f"{name} has lr=None and chooses its own rate: leave {key} out, or give it an lr"
+                    )
         for inner in _inside(optimizer):
             outside = {id(group) for group in optimizer.param_groups}
             if any(id(group) not in outside for group in inner.param_groups):
@@ -61,6 +68,26 @@ def check_optimizers(optimizers: Iterable[Optimizer]) -> None:
                     "optimizer", name, f"steps a {type(inner).__name__} with parameter groups of its own, which adapters would "
                     f"never join: use {type(inner).__name__} itself, or share its param_groups"
                 )  # fmt: skip
+        for each in () if isinstance(optimizer, Adopter) else (optimizer, *_inside(optimizer)):
+            optimizer_starts.note_start(each)
+    check_books(optimizers)
+
+
+def check_books(optimizers: Iterable[Optimizer]) -> None:
+    """Refuse optimizers that keep copies of their parameters by position. Some make them in the first step.
+
+    Raises:
+        ConfigError: keyed ``optimizer``, with the optimizer's name.
+    """
+    for optimizer in optimizers:
+        if isinstance(optimizer, Adopter):  # nothing joins it
+            continue
+        books = next((found for each in (optimizer, *_inside(optimizer)) if (found := _books(each))), None)
+        if books is not None:
+            raise ConfigError(
+                "optimizer", type(optimizer).__name__, f"keeps copies of its parameters by position ({books}), which what "
+                "joins and leaves would put out of step: use one that keeps them in its state, by parameter"
+            )  # fmt: skip
 
 
 def _books(optimizer: Optimizer) -> str | None:
@@ -132,7 +159,8 @@ class AdapterWatch:
         fresh = {id(p): name for name, p in self.waiting.items()}
         self._asked, self._other = [], None
         for group in optimizer.param_groups:
-            if not group.get("lr", 0.0) > 0:
+            lr = group.get("lr", 0.0)
+            if lr is not None and not lr > 0:  # None: the optimizer chooses its own
                 continue
             for p in group["params"]:
                 if p.grad is None or p.grad.is_sparse:
@@ -183,11 +211,14 @@ class GradientWatch:
         self.steps, self._module = 0, module
         self.without = {name: p for name, p in added_parameters(module) if p.requires_grad}
         self.every = len(self.without)
+        kinds = (*lora.lora_layers(module), *factored_layers(module))
+        self._weights = {name: layer._parameters.get("weight") for name, layer in kinds}
+        self._fed: set[str] = set()  # layers whose W had a gradient
         self._only_cut_off: dict[str, bool] = {}  # by layer that was called: only inside of a checkpoint, without autograd
         compiled = compiled_parts(module)
         self._handles = [
             layer.register_forward_pre_hook(_CutOff(self, name), with_kwargs=True)
-            for name, layer in (*lora.lora_layers(module), *factored_layers(module))
+            for name, layer in kinds
             if id(layer) not in compiled
         ]
 
@@ -207,27 +238,35 @@ class GradientWatch:
         Returns:
             Names of the layers that reentrant checkpointing cuts off from the loss (after the first backward pass only).
         """
-        if not any(p.grad is not None for p in self._module.parameters()):  # the step was skipped
+        if not any(p.grad is not None for _, p in nn.Module.named_parameters(self._module)):  # the step was skipped
             return []
         self.steps += 1
         self.without = {name: p for name, p in self.without.items() if p.grad is None}
+        for name in self.layers():
+            weight = self._weights.get(name)
+            if weight is not None and weight.grad is not None:
+                self._fed.add(name)
         cut_off, self._only_cut_off = self._only_cut_off, {}
         self.stop()
         return [layer for layer in self.layers() if cut_off.get(layer)]
 
-    def judge(self, who: str, patience: int, said: set[str]) -> bool:
+    def judge(self, who: str, patience: int, said: set[str], from_start: bool) -> bool:
         """Call `look`, after a backward pass, and warn once of adapters without a gradient for too long.
+
+        A run may train something else for a while (one part per epoch, say), and no adapter has a gradient then. That is a
+        fault only if a gradient reaches W and not its adapter, or if adapters train from the start.
 
         Args:
             who: the callback's name, for the warning.
             patience: optimizer steps to wait.
             said: layers that a warning has named; they are added to.
+            from_start: the adapters have been there from the first step.
 
         Returns:
             Whether nothing is left to watch.
 
         Raises:
-            ConfigError: checkpointing of activations cuts an adapter off; or no adapter at all had a gradient.
+            ConfigError: checkpointing of activations cuts an adapter off; or no adapter at all had a gradient (see above).
         """
         cut_off = self.look()
         if cut_off:
@@ -238,8 +277,14 @@ class GradientWatch:
             said |= set(self.layers())
             family = ", ".join(dict.fromkeys(families(self._module, self.layers()).values()))
             steps = f"in the {self.steps} optimizer steps since the model changed"
-            if len(self.without) == self.every:
-                raise ConfigError("targets", family, f"no adapter had a gradient {steps}: does the loss depend on them?")
+            fed = self._fed.intersection(self.layers())
+            if len(self.without) == self.every and (from_start or fed):
+                why = (
+                    "and their weights had: does anything read these without their layers?"
+                    if fed
+                    else "does the loss depend on them?"
+                )
+                raise ConfigError("targets", family, f"no adapter had a gradient {steps}{', ' if fed else ': '}{why}")
             rank_zero_warn(
                 f"{who}: no gradient {steps} reached the adapters of {family}: they train only if later steps "
                 'use them. If none does, leave them out ("!name")'
@@ -255,6 +300,41 @@ class GradientWatch:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+
+class FlagWatch:
+    """Keep frozen what a change of the model froze: ``unfreeze()``, around a validation say, turns all flags on.
+
+    Args:
+        module: was changed.
+        frozen: names of what changes froze; what its user froze, its user may unfreeze.
+    """
+
+    def __init__(self, module: nn.Module, frozen: Container[str]) -> None:
+        own = {id(p) for _, layer in lora.lora_layers(module) for p in (layer.weight, layer.bias)}
+        self._frozen = {
+            name: p
+            for name, p in nn.Module.named_parameters(module)
+            if not p.requires_grad and (name in frozen or id(p) in own)
+        }
+        self._said = False
+
+    def freeze_again(self, who: str) -> None:
+        """Freeze them again where needed; call it before a batch.
+
+        Args:
+            who: the callback's name, for the warning.
+        """
+        turned_on = [name for name, p in self._frozen.items() if p.requires_grad]
+        for name in turned_on:
+            self._frozen[name].requires_grad_(False)
+        if turned_on and not self._said:
+            self._said = True
+            more = f" and {len(turned_on) - 1} more" if len(turned_on) > 1 else ""
+            rank_zero_warn(
+                f"{who}: {turned_on[0]}{more} had requires_grad=True again, by unfreeze() perhaps: low-rank training freezes "
+                "them again before each batch"
+            )
 
 
 class _CutOff(Hook):

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelPruning
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lowrank_pretrain.core.dtypes import multiplies_bfloat16
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.lightning_private import pruned_layers
 from lowrank_pretrain.core.plan import Plan
-from lowrank_pretrain.core.protocols import ADAPTER_DEFAULTS, PHASES, Adopter, adopters, overruled
+from lowrank_pretrain.core.protocols import ADAPTER_DEFAULTS, PHASES, Adopter, Inherit, adopters, overruled
 from lowrank_pretrain.core.targets import Target, all_targets, plain_name
-from lowrank_pretrain.core.trainer import callbacks_of
+from lowrank_pretrain.core.trainer import callbacks_of, log_row
 from lowrank_pretrain.factorize.model import Factors, obstacle_to_factors
 from lowrank_pretrain.lora import model as lora
 from lowrank_pretrain.lora.frozen import AUTO
@@ -142,7 +142,7 @@ def unfit(
         if has_no_gradient and has_users_hook(target.layer.weight):
             return UNSEEN
         if phases.then == "factorize":
-            every = pl_module.named_parameters(remove_duplicate=False)
+            every = torch.nn.Module.named_parameters(pl_module, remove_duplicate=False)
             owners = [name.rpartition(".")[0] for name, p in every if p is target.layer.weight]
             # the layer itself may have several names
             others = [plain_name(name) for name in owners if pl_module.get_submodule(name) is not target.layer]
@@ -164,6 +164,32 @@ def freeze_rest(pl_module: pl.LightningModule, plan: Plan) -> None:
     targets = all_targets(pl_module)
     kept = {id(targets[name].layer.weight) for name in plan}
     note = note_of(pl_module)
-    for name, p in pl_module.named_parameters():
+    for name, p in torch.nn.Module.named_parameters(pl_module):
         if note is not None and name in note.requires_grad and id(p) not in kept:
             p.requires_grad_(False)
+
+
+def release(phases: PhaseCallback, pl_module: pl.LightningModule) -> list[Inherit] | None:
+    """Release the plan at the freeze; freeze the rest where the adopter does not do it itself."""
+    inherited = phases._adopter.release()
+    if phases.freeze_rest and not isinstance(phases._adopter, (lora.Adapters, Factors)):
+        freeze_rest(pl_module, phases.plan or Plan({}))
+    return inherited
+
+
+def say_hash(phases: PhaseCallback, trainer: pl.Trainer, agreed: int, replay: bool) -> None:
+    """Log the hash of the weights that the ranks agreed on, and say it; nothing at a replay."""
+    if replay:
+        return
+    log_row(trainer, {"lowrank/hash": float(agreed)})
+    where = f", the same on all {trainer.world_size} processes" if trainer.world_size > 1 else ""
+    rank_zero_info(f"{type(phases).__name__}: hash of the weights {agreed:08x}{where}")
+
+
+def explain(phases: PhaseCallback, exception: BaseException) -> None:
+    """Warn of what led to torch's error on ``unfreeze()`` of a W that is stored in whole numbers."""
+    if phases.frozen_dtype == "int8" and isinstance(exception, RuntimeError) and "can require gradients" in str(exception):
+        rank_zero_warn(
+            f"{type(phases).__name__}: frozen_dtype=int8 stores W in a type that cannot train: leave unfreeze() out, or use "
+            "frozen_dtype=bfloat16"
+        )

@@ -26,14 +26,14 @@ from lowrank_pretrain.core.checks import choice, whole
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.lr_factor import Rewarm
 from lowrank_pretrain.core.plan import Plan, fit_ranks
-from lowrank_pretrain.core.protocols import Adopter, HasPhase, Inherit
+from lowrank_pretrain.core.protocols import Adopter, HasPhase
 from lowrank_pretrain.core.targets import Target, first_named, say_left_out, select
 from lowrank_pretrain.core.trainer import callbacks_of, move_before_foreign
 from lowrank_pretrain.factorize.model import Factors
 from lowrank_pretrain.lora import model as lora
 from lowrank_pretrain.observe.monitor import count_parameters
 from lowrank_pretrain.phases import adapter_groups, adoption, group_order, layers, plain_checkpoint, refusals, transition
-from lowrank_pretrain.phases.adapter_watch import AdapterWatch, GradientWatch, check_optimizers
+from lowrank_pretrain.phases.adapter_watch import AdapterWatch, FlagWatch, GradientWatch, check_books, check_optimizers
 from lowrank_pretrain.phases.first_step import FirstStep, look_at_validation
 from lowrank_pretrain.phases.plain_checkpoint import Brought, Ended, Held
 
@@ -84,6 +84,7 @@ class PhaseCallback(HasPhase, Callback):
 
     targets: str | list[str] | None = None  # of callbacks that choose their own
     ranks: list[int] | None = None  # likewise
+    from_start = False  # whether the model changes before the first step
 
     def __init__(
         self,
@@ -132,12 +133,14 @@ class PhaseCallback(HasPhase, Callback):
         self._watch: GradientWatch | None = None
         self._moving: AdapterWatch | None = None
         self._validated = False  # a batch of this fit
+        self._flags: FlagWatch | None = None
         self._said_dead: set[str] = set()  # layers of adapters that no gradient had reached
 
     # -- transitions ------------------------------------------------------------------------------------------------
 
     def switch(self, trainer: pl.Trainer, pl_module: pl.LightningModule, plan: Plan) -> None:
         """Hand the plan to its adopter, the first of strategy, optimizer and adapters: full -> joint."""
+        check_books(trainer.optimizers)
         self._switch(trainer, pl_module, plan, replay=False)
         self.switch_step = trainer.global_step
         rank_zero_info(f"{type(self).__name__}: switch after step {self.switch_step}; targets by rank: {plan.summary()}")
@@ -163,35 +166,29 @@ class PhaseCallback(HasPhase, Callback):
             adapter_groups.separate(trainer, pl_module, self.adapter_lr, self.adapter_weight_decay)
         self._unmoved, self._moving = True, None
         self.phase, self.plan = "joint", plan
-        self._look_at_gradients(not replay)
+        self._look_at_gradients(not replay, pl_module)
         note.phase, note.plan, note.alpha = self.phase, dict(plan), self.alpha
-        if not replay:
-            transition.log_hash(type(self).__name__, trainer, agreed)
+        adoption.say_hash(self, trainer, agreed, replay)
 
     def _freeze(self, trainer: pl.Trainer, pl_module: pl.LightningModule, replay: bool) -> None:
-        agreed = transition.apply(trainer, pl_module, lambda: self._release(pl_module), self.optimizer_state, replay)
+        agreed = transition.apply(trainer, pl_module, lambda: adoption.release(self, pl_module), self.optimizer_state, replay)
         self.phase = "lowrank"
         if isinstance(self._adopter, Factors):
             self.plan = adoption.settle_factors(self, self._adopter, trainer, pl_module, replay)
-        self._look_at_gradients(not replay)  # freezing may have cut a gradient's path
+        self._look_at_gradients(not replay, pl_module)  # freezing may have cut a gradient's path
         note = transition.note_plain(pl_module)
         note.phase, note.keep_original = self.phase, self.keep_original
         note.frozen_dtype = self.frozen_dtype if isinstance(self._adopter, lora.Adapters) else None  # heads keep W as it is
-        if not replay:
-            transition.log_hash(type(self).__name__, trainer, agreed)
+        adoption.say_hash(self, trainer, agreed, replay)
         if self.rewarm:  # from here on, so that its hook always comes after that of the adapters' own groups
             self._rewarm = Rewarm(trainer, self, self.rewarm)
 
-    def _release(self, pl_module: pl.LightningModule) -> list[Inherit] | None:
-        inherited = self._adopter.release()
-        if self.freeze_rest and not isinstance(self._adopter, (lora.Adapters, Factors)):
-            adoption.freeze_rest(pl_module, self.plan or Plan({}))
-        return inherited
-
-    def _look_at_gradients(self, on: bool) -> None:
+    def _look_at_gradients(self, on: bool, changed: pl.LightningModule | None = None) -> None:
         if self._watch is not None:
             self._watch.stop()
         self._unchecked, self._watch = on, None
+        if changed is not None and isinstance(self._adopter, (lora.Adapters, Factors)):
+            self._flags = FlagWatch(changed, transition.note_plain(changed).frozen)
 
     # -- Lightning's hooks ------------------------------------------------------------------------------------------
 
@@ -227,7 +224,7 @@ class PhaseCallback(HasPhase, Callback):
         if self.phase == "full":
             self.choose_targets(trainer, pl_module)
         adoption.check_adopter(self, self._adopter, pl_module)
-        check_optimizers(trainer.optimizers)
+        check_optimizers(trainer.optimizers, self.adapter_lr, self.rewarm)
         brought, self._brought = self._brought, Brought()
         refusals.check_settings(self, brought.settings, pl_module)
         if self.phase != "full":
@@ -239,6 +236,7 @@ class PhaseCallback(HasPhase, Callback):
 
     def _replay(self, trainer: pl.Trainer, pl_module: pl.LightningModule, brought: Brought) -> None:
         """Repeat switch and freeze, then restore the exact values."""
+        refusals.check_order(self, trainer, resumed=True)
         phase, unchecked = self.phase, self._unchecked
         self._switch(trainer, pl_module, self.plan or Plan({}), replay=True)
         if phase == "lowrank":
@@ -257,7 +255,9 @@ class PhaseCallback(HasPhase, Callback):
             agreed_hash(trainer.strategy, pl_module, "at the start of training")
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
-        """Begin to watch the adapters after a transition."""
+        """Begin to watch the adapters after a transition; freeze again what was turned on."""
+        if self._flags is not None:
+            self._flags.freeze_again(type(self).__name__)
         if self._unchecked and self._watch is None:
             self._watch = GradientWatch(pl_module)
         if self._unmoved and self._moving is None:
@@ -289,7 +289,8 @@ class PhaseCallback(HasPhase, Callback):
             self._moving.before_step(optimizer)
             if self._moving.over:
                 self._unmoved, self._moving = False, None
-        if self._watch is not None and self._watch.judge(type(self).__name__, self.patience(trainer), self._said_dead):
+        how = (type(self).__name__, self.patience(trainer), self._said_dead, self.from_start)
+        if self._watch is not None and self._watch.judge(*how):
             self._look_at_gradients(False)
 
     def choose_targets(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -320,9 +321,8 @@ class PhaseCallback(HasPhase, Callback):
             raise ConfigError("targets", self.targets, f"leaves no target: {said.partition(': ')[2]}")
         self.left_out = self.left_out | reasons
         self.chosen = {name: rank for name, rank in self.chosen.items() if name not in reasons}
-        rank_zero_warn(
-            f"{type(self).__name__}: {said}" + ("" if self.chosen else ". None is left: the run stays in phase full")
-        )
+        none_left = "" if self.chosen else ". None is left: the run stays in phase full"
+        rank_zero_warn(f"{type(self).__name__}: {said}{none_left}")
 
     def _select(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, rank: int, key: str, frozen: bool = False
@@ -375,13 +375,14 @@ class PhaseCallback(HasPhase, Callback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Stop watching: no hook may stay on the module."""
+        adoption.explain(self, exception)
         self._stop_watching()
 
     def _stop_watching(self) -> None:
         for watching in (self._first, self._over, self._watch):
             if watching is not None:
                 watching.stop()
-        self._first = self._over = self._watch = None
+        self._first = self._over = self._watch = self._flags = None
 
     # -- state ------------------------------------------------------------------------------------------------------
 

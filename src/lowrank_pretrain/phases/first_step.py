@@ -17,6 +17,8 @@ from lowrank_pretrain.core.trainer import callbacks_of
 from lowrank_pretrain.factorize.model import Factors
 from lowrank_pretrain.factorize.preview import Preview
 from lowrank_pretrain.lora.frozen import OPERANDS
+from lowrank_pretrain.phases import layers
+from lowrank_pretrain.phases.adapter_watch import check_books
 from lowrank_pretrain.phases.gradient_hooks import CHANGES, UNSEEN, HookWatch, has_users_hook
 from lowrank_pretrain.phases.holders import LateHolders, name_holders
 from lowrank_pretrain.phases.rehearsal import Rehearsal
@@ -191,6 +193,8 @@ class FirstStep(FirstStepWatch):
         All processes must call it, and get the same.
         """
         self.steps += 1
+        if self.steps > 1 and not layers.has_changed(self._module):
+            check_books(self._trainer.optimizers)  # which the first step may have made
         if not self.looking:
             self._unpair()
             self._gaps += 1
@@ -335,7 +339,7 @@ class FirstStep(FirstStepWatch):
     def _agreed(self) -> tuple[list[list[int]], bool]:
         """Return what any process saw, and whether there is any gradient (a ``training_step`` may return ``None``)."""
         seen = self._rehearsal.evidence()
-        stepped = any(p.grad is not None for p in self._module.parameters())
+        stepped = any(p.grad is not None for _, p in nn.Module.named_parameters(self._module))
         table = torch.tensor([[int(stepped)] * len(seen[0]), *seen], device=self._module.device)
         if self._trainer.world_size > 1:
             table = self._trainer.strategy.all_gather(table).amax(0)

@@ -10,7 +10,7 @@ from lowrank_pretrain.core.errors import ConfigError
 
 def group_names(optimizers: Iterable[Optimizer], module: nn.Module) -> list[list[list[str]]]:
     """Return parameter names by optimizer and group, in order: state is restored by position, so a resume compares them."""
-    names = {id(p): name for name, p in module.named_parameters()}
+    names = {id(p): name for name, p in nn.Module.named_parameters(module)}
     return [[[names.get(id(p), "?") for p in group["params"]] for group in opt.param_groups] for opt in optimizers]
 
 
@@ -20,7 +20,7 @@ def check_restored(optimizers: Iterable[Optimizer], module: nn.Module) -> None:
     Raises:
         ConfigError: naming the parameter.
     """
-    names = {id(p): name for name, p in module.named_parameters()}
+    names = {id(p): name for name, p in nn.Module.named_parameters(module)}
     for optimizer in optimizers:
         if not type(optimizer).__module__.startswith("torch.optim"):
             continue  # projected moments have their own shapes: such an optimizer checks them itself

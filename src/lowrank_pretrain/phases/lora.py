@@ -50,6 +50,8 @@ class LoRA(PhaseCallback):
             cannot be a target, or a rank above min(D, O) of a named one.
     """
 
+    from_start = True
+
     def __init__(
         self,
         rank: int = 8,
@@ -150,7 +152,7 @@ class LoRA(PhaseCallback):
         self.plan = plan
         if isinstance(self._adopter, lora.Adapters):
             self._adopter.plan = plan
-        self._look_at_gradients(True)
+        self._look_at_gradients(True, pl_module)
         transition.note_plain(pl_module).plan = dict(plan)
 
     def _only_of(self, layer: str, names: list[str]) -> bool:

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import BaseFinetuning, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lowrank_pretrain.core.checks import choice, flag, number
 from lowrank_pretrain.core.errors import ConfigError
@@ -50,9 +51,36 @@ def check_run(phases: PhaseCallback, trainer: pl.Trainer, pl_module: pl.Lightnin
             raise ConfigError("callbacks", type(callback).__name__, allowed)
         if isinstance(callback, HasPhase) and callback is not phases:
             raise ConfigError("callbacks", type(callback).__name__, f"cannot run beside {name}: both change the model")
+    check_order(phases, trainer)
     if not pl_module.automatic_optimization:
         allowed = f"{name} needs Lightning's automatic optimization (with one optimizer)"
         raise ConfigError("automatic_optimization", False, allowed)
+
+
+def check_order(phases: PhaseCallback, trainer: pl.Trainer, resumed: bool = False) -> None:
+    """Warn of a callback that restores optimizer groups of its own at a resume, on the wrong side of this one; refuse it then.
+
+    It restores those of its first epoch: with adapters if they are there from the start, else without.
+
+    Args:
+        phases: the run's phase callback.
+        trainer: its callbacks run in their order.
+        resumed: the model is about to change as a checkpoint's did.
+
+    Raises:
+        ConfigError: there is one, and the fit is resumed after the switch.
+    """
+    callbacks, name = callbacks_of(trainer), type(phases).__name__
+    at = callbacks.index(phases) if phases in callbacks else 0
+    side = "after" if phases.from_start else "before"
+    for callback in callbacks[:at] if phases.from_start else callbacks[at + 1 :]:
+        if isinstance(callback, BaseFinetuning):
+            kind = type(callback).__name__
+            if resumed:
+                allowed = f"restores the optimizer groups of its first epoch: list it {side} {name}"
+                raise ConfigError("callbacks", kind, allowed)
+            when = "" if phases.from_start else " after the switch"
+            rank_zero_warn(f"{name}: list {kind} {side} {name} in callbacks, else a resume{when} fails")
 
 
 def check_targets(

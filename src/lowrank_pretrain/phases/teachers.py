@@ -42,12 +42,12 @@ def teachers(module: nn.Module, targets: Mapping[str, Target], trained: set[int]
     lists = {name for name, child in named.items() if isinstance(child, (nn.ModuleList, nn.Sequential))}
     alike: dict[Any, list[str]] = {}
     for name, child in named.items():
-        own_names = [(own, p) for own, p in child.named_parameters() if ".lora_" not in f".{own}"]
+        own_names = [(own, p) for own, p in nn.Module.named_parameters(child) if ".lora_" not in f".{own}"]
         shapes = tuple((own, () if is_lazy(p) else tuple(p.shape)) for own, p in own_names)
         if name and shapes and child._modules:
             kind = getattr(type(child), "_plain_class", type(child))
             alike.setdefault((kind, shapes), []).append(name)
-    still = {name for name, child in named.items() if not any(id(p) in trained for p in child.parameters())}
+    still = {name for name, child in named.items() if not any(id(p) in trained for _, p in nn.Module.named_parameters(child))}
     found: list[tuple[str, str]] = []
     for _, names in sorted(alike.items(), key=lambda item: -len(item[0][1])):  # the outermost come first
         for teacher in names:
@@ -185,7 +185,7 @@ def _set_named_parameters(function: Callable[..., Any]) -> None:
 
 
 def _ids(module: nn.Module) -> set[int]:
-    return {id(p) for p in module.parameters()}
+    return {id(p) for _, p in nn.Module.named_parameters(module)}
 
 
 def _within(name: str, other: str) -> bool:

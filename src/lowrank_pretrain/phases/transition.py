@@ -26,9 +26,8 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
-from torch.optim import SGD, Optimizer
+from torch.optim import Optimizer
 
 from lowrank_pretrain.core.agreement import agreed_hash
 from lowrank_pretrain.core.buckets import settle_buckets
@@ -41,10 +40,11 @@ from lowrank_pretrain.core.lightning_private import (
     state_dict_hooks,
 )
 from lowrank_pretrain.core.protocols import Adopter, Inherit
-from lowrank_pretrain.core.trainer import accumulates, callbacks_of, log_row
+from lowrank_pretrain.core.trainer import accumulates, callbacks_of
 from lowrank_pretrain.factorize.layer import follow_weight
 from lowrank_pretrain.factorize.model import factored_layers, shown_whole
 from lowrank_pretrain.lora.model import own_tensors, shown_plain
+from lowrank_pretrain.phases import optimizer_starts
 
 Change = Callable[[], Iterable[Inherit] | None]
 
@@ -65,6 +65,7 @@ class Note:
         alpha: of the adapters.
         frozen_dtype: in which a frozen W is stored since the freeze; None: in its own.
         keep_original: whether such a W is kept as it was, too.
+        frozen: names of the parameters that a change froze, or added without training them.
     """
 
     requires_grad: dict[str, bool]
@@ -76,6 +77,7 @@ class Note:
     alpha: float | None = None
     frozen_dtype: str | None = None
     keep_original: bool = False
+    frozen: set[str] = field(default_factory=set)
 
     def entry(self) -> dict[str, Any]:
         """Return the note's part of a checkpoint, as plain types."""
@@ -99,10 +101,10 @@ def note_plain(module: pl.LightningModule) -> Note:
     note = note_of(module)
     if note is not None:
         return note
-    named = list(module.named_parameters(remove_duplicate=False))
+    named = list(nn.Module.named_parameters(module, remove_duplicate=False))
     owned = [id(p) for _, p in named]
     module.__dict__[_NOTE] = note = Note(
-        requires_grad={name: p.requires_grad for name, p in module.named_parameters()},
+        requires_grad={name: p.requires_grad for name, p in nn.Module.named_parameters(module)},
         tied=[name for name, p in named if owned.count(id(p)) > 1],
         before=set(own_tensors(module)),
     )
@@ -139,7 +141,7 @@ def restore_flags(module: nn.Module) -> None:
     """Restore the parameters' ``requires_grad`` from before the first change, and the module's own writers."""
     note = note_of(module)
     flags = {} if note is None else note.requires_grad
-    for name, p in module.named_parameters():
+    for name, p in nn.Module.named_parameters(module):
         if name in flags:
             p.requires_grad_(flags[name])
     for key in _WRITERS:
@@ -219,7 +221,7 @@ def apply(
     hooks = comm_hooks(strategy.model) if wrapped else []
     if wrapped:
         strategy.model = strategy.lightning_module  # no reference to the old wrapper is kept: its reducer goes with it
-    for p in module.parameters():
+    for _, p in nn.Module.named_parameters(module):
         p.grad = None  # gradients may be views of the old reducer's buckets
 
     # change the module
@@ -227,8 +229,11 @@ def apply(
     if by_strategy and not replay:
         strategy.before_transition()
         agreed = agreed_hash(strategy, module, f"before a change of the model behind step {trainer.global_step}")
-    before = {id(p): p.requires_grad for p in module.parameters()}
+    before = {id(p): p.requires_grad for _, p in nn.Module.named_parameters(module)}
     inherited = list(change() or ())
+    if (note := note_of(module)) is not None:
+        named = nn.Module.named_parameters(module)
+        note.frozen |= {name for name, p in named if not p.requires_grad and before.get(id(p), True)}
 
     # refit the optimizers
     for optimizer in trainer.optimizers:
@@ -238,6 +243,7 @@ def apply(
     if optimizer_state == "reset":
         for optimizer in trainer.optimizers:
             optimizer.state.clear()
+            optimizer_starts.begin_again(optimizer)
     _give_memory_back()
     if isinstance(strategy, Adopter):
         strategy.after_transition()
@@ -328,8 +334,9 @@ def _part_of(value: Any, heir: Inherit) -> Any:
 def _join(optimizers: list[Optimizer], module: nn.Module, before: dict[int, bool], inherited: Iterable[Inherit]) -> None:
     """Put new parameters into the group that owns their base weight; ``before``: who trained, by id."""
     groups = {id(p): group for opt in optimizers for group in opt.param_groups for p in group["params"]}
+    owned = {id(p): p for opt in optimizers for group in opt.param_groups for p in group["params"]}
     origins = {id(new): id(old) for new, old, *_ in inherited}
-    named = dict(module.named_parameters())
+    named = dict(nn.Module.named_parameters(module))
     for name, p in named.items():
         if id(p) in before or not p.requires_grad or id(p) in groups:
             continue
@@ -345,20 +352,9 @@ def _join(optimizers: list[Optimizer], module: nn.Module, before: dict[int, bool
         group["params"].append(p)
         if "param_names" in group:
             group["param_names"].append(name)
-        _start_momentum(optimizers, group, p)
-
-
-def _start_momentum(optimizers: list[Optimizer], group: dict[str, Any], p: nn.Parameter) -> None:
-    """Let torch's fused SGD take a new parameter: it wants momentum for all parameters of a group, or for none."""
-    optimizer = next(optimizer for optimizer in optimizers if any(group is one for one in optimizer.param_groups))
-    if not isinstance(optimizer, SGD) or not group.get("fused") or p in optimizer.state:
-        return
-    if all(optimizer.state[old].get("momentum_buffer") is None for old in group["params"] if old in optimizer.state):
-        return
-    if group["dampening"]:  # a first step from zero would be damped, which SGD does not do
-        group["fused"] = False
-    else:
-        optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        optimizer = next(optimizer for optimizer in optimizers if any(group is one for one in optimizer.param_groups))
+        optimizer_starts.begin(optimizer, group, p, owned.get(owner))
+        owned[id(p)] = p
 
 
 def _base_weight(name: str, named: dict[str, nn.Parameter], groups: dict[int, Any], origins: dict[int, int]) -> int | None:
@@ -378,7 +374,7 @@ def _base_weight(name: str, named: dict[str, nn.Parameter], groups: dict[int, An
 
 def _leave(optimizers: list[Optimizer], module: nn.Module, before: dict[int, bool]) -> None:
     """Remove parameters that the change froze or removed from their group, with their state."""
-    after = {id(p): p.requires_grad for p in module.parameters()}
+    after = {id(p): p.requires_grad for _, p in nn.Module.named_parameters(module)}
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             stays = [not (id(p) in before and before[id(p)] and not after.get(id(p), False)) for p in group["params"]]
@@ -413,7 +409,7 @@ def follow(callbacks: Iterable[pl.Callback], module: pl.LightningModule) -> None
         old = own_tensors(averaged)
         if list(old) == list(own_tensors(module)):
             continue
-        storages = [p.untyped_storage().data_ptr() for p in module.parameters()]
+        storages = [p.untyped_storage().data_ptr() for _, p in nn.Module.named_parameters(module)]
         if len(set(storages)) < len(storages):
             refuse_views(callback)
         set_averaged_model(callback, copy.deepcopy(module).to(next(averaged.parameters()).device))
@@ -439,10 +435,3 @@ def refuse_views(callback: pl.Callback) -> None:
         "would average the rows of a fused layer twice of which only some are targets: name all its parts as targets, or set "
         "freeze_rest=True, or remove the averaging",
     )  # fmt: skip
-
-
-def log_hash(who: str, trainer: pl.Trainer, agreed: int) -> None:
-    """Log the hash of the weights that all ranks agree on after a change of the model."""
-    log_row(trainer, {"lowrank/hash": float(agreed)})
-    where = f", the same on all {trainer.world_size} processes" if trainer.world_size > 1 else ""
-    rank_zero_info(f"{who}: hash of the weights {agreed:08x}{where}")

@@ -243,7 +243,7 @@ class HeadSet(LocalTargets):
         """Return the names of heads and of what W holds of them, as the module gives them (``torch.compile`` adds to them)."""
         factors = {id(p) for p in self.parameters().values()}
         converted = {id(layer): layer for layer in self.layers.values()}
-        names = {name for name, p in module.named_parameters() if id(p) in factors}
+        names = {name for name, p in nn.Module.named_parameters(module) if id(p) in factors}
         # by name and not by tensor: before the first merge W holds nothing of them, and DDP would broadcast what comes later
         for prefix, layer in module.named_modules(remove_duplicate=False):
             if id(layer) in converted:
