@@ -315,7 +315,7 @@ class FlagWatch:
         self._frozen = {
             name: p
             for name, p in nn.Module.named_parameters(module)
-            if not p.requires_grad and (name in frozen or id(p) in own)
+            if name in frozen or (id(p) in own and not p.requires_grad)
         }
         self._said = False
 

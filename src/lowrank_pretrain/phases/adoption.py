@@ -16,7 +16,7 @@ from lowrank_pretrain.core.lightning_private import pruned_layers
 from lowrank_pretrain.core.plan import Plan
 from lowrank_pretrain.core.protocols import ADAPTER_DEFAULTS, PHASES, Adopter, Inherit, adopters, overruled
 from lowrank_pretrain.core.targets import Target, all_targets, plain_name
-from lowrank_pretrain.core.trainer import callbacks_of, log_row
+from lowrank_pretrain.core.trainer import callbacks_of
 from lowrank_pretrain.factorize.model import Factors, obstacle_to_factors
 from lowrank_pretrain.lora import model as lora
 from lowrank_pretrain.lora.frozen import AUTO
@@ -170,20 +170,10 @@ def freeze_rest(pl_module: pl.LightningModule, plan: Plan) -> None:
 
 
 def release(phases: PhaseCallback, pl_module: pl.LightningModule) -> list[Inherit] | None:
-    """Release the plan at the freeze; freeze the rest where the adopter does not do it itself."""
+    """Release the plan at the freeze, and freeze the rest, for an adopter that does not do it itself."""
     inherited = phases._adopter.release()
-    if phases.freeze_rest and not isinstance(phases._adopter, (lora.Adapters, Factors)):
-        freeze_rest(pl_module, phases.plan or Plan({}))
+    freeze_rest(pl_module, phases.plan or Plan({}))
     return inherited
-
-
-def say_hash(phases: PhaseCallback, trainer: pl.Trainer, agreed: int, replay: bool) -> None:
-    """Log the hash of the weights that the ranks agreed on, and say it; nothing at a replay."""
-    if replay:
-        return
-    log_row(trainer, {"lowrank/hash": float(agreed)})
-    where = f", the same on all {trainer.world_size} processes" if trainer.world_size > 1 else ""
-    rank_zero_info(f"{type(phases).__name__}: hash of the weights {agreed:08x}{where}")
 
 
 def explain(phases: PhaseCallback, exception: BaseException) -> None:

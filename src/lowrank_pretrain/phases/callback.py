@@ -33,7 +33,7 @@ from lowrank_pretrain.factorize.model import Factors
 from lowrank_pretrain.lora import model as lora
 from lowrank_pretrain.observe.monitor import count_parameters
 from lowrank_pretrain.phases import adapter_groups, adoption, group_order, layers, plain_checkpoint, refusals, transition
-from lowrank_pretrain.phases.adapter_watch import AdapterWatch, FlagWatch, GradientWatch, check_books, check_optimizers
+from lowrank_pretrain.phases.adapter_watch import AdapterWatch, FlagWatch, GradientWatch, check_optimizers
 from lowrank_pretrain.phases.first_step import FirstStep, look_at_validation
 from lowrank_pretrain.phases.plain_checkpoint import Brought, Ended, Held
 
@@ -140,7 +140,6 @@ class PhaseCallback(HasPhase, Callback):
 
     def switch(self, trainer: pl.Trainer, pl_module: pl.LightningModule, plan: Plan) -> None:
         """Hand the plan to its adopter, the first of strategy, optimizer and adapters: full -> joint."""
-        check_books(trainer.optimizers)
         self._switch(trainer, pl_module, plan, replay=False)
         self.switch_step = trainer.global_step
         rank_zero_info(f"{type(self).__name__}: switch after step {self.switch_step}; targets by rank: {plan.summary()}")
@@ -166,29 +165,30 @@ class PhaseCallback(HasPhase, Callback):
             adapter_groups.separate(trainer, pl_module, self.adapter_lr, self.adapter_weight_decay)
         self._unmoved, self._moving = True, None
         self.phase, self.plan = "joint", plan
-        self._look_at_gradients(not replay, pl_module)
+        self._look_at_gradients(not replay, changed=True)
         note.phase, note.plan, note.alpha = self.phase, dict(plan), self.alpha
-        adoption.say_hash(self, trainer, agreed, replay)
+        transition.log_hash(type(self).__name__, trainer, agreed, replay)
 
     def _freeze(self, trainer: pl.Trainer, pl_module: pl.LightningModule, replay: bool) -> None:
-        agreed = transition.apply(trainer, pl_module, lambda: adoption.release(self, pl_module), self.optimizer_state, replay)
+        freezes_rest = self.freeze_rest and not isinstance(self._adopter, (lora.Adapters, Factors))  # these do it themselves
+        release = (lambda: adoption.release(self, pl_module)) if freezes_rest else self._adopter.release
+        agreed = transition.apply(trainer, pl_module, release, self.optimizer_state, replay)
         self.phase = "lowrank"
         if isinstance(self._adopter, Factors):
             self.plan = adoption.settle_factors(self, self._adopter, trainer, pl_module, replay)
-        self._look_at_gradients(not replay, pl_module)  # freezing may have cut a gradient's path
+        self._look_at_gradients(not replay, changed=True)  # freezing may have cut a gradient's path
         note = transition.note_plain(pl_module)
         note.phase, note.keep_original = self.phase, self.keep_original
         note.frozen_dtype = self.frozen_dtype if isinstance(self._adopter, lora.Adapters) else None  # heads keep W as it is
-        adoption.say_hash(self, trainer, agreed, replay)
+        transition.log_hash(type(self).__name__, trainer, agreed, replay)
         if self.rewarm:  # from here on, so that its hook always comes after that of the adapters' own groups
             self._rewarm = Rewarm(trainer, self, self.rewarm)
 
-    def _look_at_gradients(self, on: bool, changed: pl.LightningModule | None = None) -> None:
+    def _look_at_gradients(self, on: bool, changed: bool = False) -> None:
         if self._watch is not None:
             self._watch.stop()
         self._unchecked, self._watch = on, None
-        if changed is not None and isinstance(self._adopter, (lora.Adapters, Factors)):
-            self._flags = FlagWatch(changed, transition.note_plain(changed).frozen)
+        self._flags = None if changed else self._flags
 
     # -- Lightning's hooks ------------------------------------------------------------------------------------------
 
@@ -230,8 +230,9 @@ class PhaseCallback(HasPhase, Callback):
         if self.phase != "full":
             self._replay(trainer, pl_module, brought)
         if brought.groups is not None and brought.groups != group_order.group_names(trainer.optimizers, pl_module):
-            held = "its optimizer groups hold other parameters, or another order"
-            raise ConfigError("ckpt_path", str(trainer.ckpt_path), held)
+            raise ConfigError(
+                "ckpt_path", str(trainer.ckpt_path), "its optimizer groups hold other parameters, or another order"
+            )
         settle_buckets(trainer.strategy.model)
 
     def _replay(self, trainer: pl.Trainer, pl_module: pl.LightningModule, brought: Brought) -> None:
@@ -256,7 +257,8 @@ class PhaseCallback(HasPhase, Callback):
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         """Begin to watch the adapters after a transition; freeze again what was turned on."""
-        if self._flags is not None:
+        if self.phase != "full" and isinstance(self._adopter, (lora.Adapters, Factors)):
+            self._flags = self._flags or FlagWatch(pl_module, transition.note_plain(pl_module).frozen)
             self._flags.freeze_again(type(self).__name__)
         if self._unchecked and self._watch is None:
             self._watch = GradientWatch(pl_module)

@@ -17,7 +17,6 @@ from lowrank_pretrain.core.trainer import callbacks_of
 from lowrank_pretrain.factorize.model import Factors
 from lowrank_pretrain.factorize.preview import Preview
 from lowrank_pretrain.lora.frozen import OPERANDS
-from lowrank_pretrain.phases import layers
 from lowrank_pretrain.phases.adapter_watch import check_books
 from lowrank_pretrain.phases.gradient_hooks import CHANGES, UNSEEN, HookWatch, has_users_hook
 from lowrank_pretrain.phases.holders import LateHolders, name_holders
@@ -152,7 +151,7 @@ class FirstStep(FirstStepWatch):
             rank_zero_warn(f"{teacher} looks like a frozen copy of {student}, whose layers become low-rank: {CURE}")
         name_holders(trainer, pl_module, targets)  # refused now, and not after the switch
         LateHolders(trainer, pl_module, targets)
-        self.looking = False
+        self.looking = self._again = False
         self._all_seen = False  # whether every layer was called in the first step, by any process
         self._noted: Tensor | None = None  # of the targets' weights as a step left them
         self._notes_next = self._all_written = False
@@ -182,6 +181,7 @@ class FirstStep(FirstStepWatch):
         if not self.looking:
             self._remove(self._step)
             self._step = Wrapped(self._module, "training_step", self._rehearsal.forward, once=True)
+        self._again = True
 
     def look_at_validation(self) -> None:
         """Watch the batch of validation that begins now."""
@@ -193,8 +193,9 @@ class FirstStep(FirstStepWatch):
         All processes must call it, and get the same.
         """
         self.steps += 1
-        if self.steps > 1 and not layers.has_changed(self._module):
-            check_books(self._trainer.optimizers)  # which the first step may have made
+        if self.steps == 2 or self._again:
+            self._again = False
+            check_books(self._trainer.optimizers)  # which a step may have made
         if not self.looking:
             self._unpair()
             self._gaps += 1

@@ -152,7 +152,7 @@ class LoRA(PhaseCallback):
         self.plan = plan
         if isinstance(self._adopter, lora.Adapters):
             self._adopter.plan = plan
-        self._look_at_gradients(True, pl_module)
+        self._look_at_gradients(True, changed=True)
         transition.note_plain(pl_module).plan = dict(plan)
 
     def _only_of(self, layer: str, names: list[str]) -> bool:

@@ -43,7 +43,7 @@ class _Start:
     attributes: dict[int, dict[str, Any]] = field(default_factory=dict)
 
 
-_STARTS: MutableMapping[Optimizer, _Start] = WeakKeyDictionary()
+STARTS: MutableMapping[Optimizer, _Start] = WeakKeyDictionary()
 
 
 def note_start(optimizer: Optimizer) -> None:
@@ -54,8 +54,8 @@ def note_start(optimizer: Optimizer) -> None:
             reads an attribute that is a tensor.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"] if isinstance(p, Tensor) and not is_lazy(p)]
-    known = _STARTS.get(optimizer)
-    start = _STARTS[optimizer] = _Start() if known is None else known
+    known = STARTS.get(optimizer)
+    start = STARTS[optimizer] = _Start() if known is None else known
     start.attributes |= {id(p): found for p in parameters if (found := _attributes(p))}
     tensors = {
         name for p in parameters for name, value in vars(p).items() if isinstance(value, Tensor) and not _is_plain(value)
@@ -118,7 +118,7 @@ def begin(optimizer: Optimizer, group: dict[str, Any], new: nn.Parameter, base: 
         new: the parameter.
         base: the weight whose attributes it takes.
     """
-    start = _STARTS.get(optimizer)
+    start = STARTS.get(optimizer)
     if start is not None and base is not None:
         then = start.attributes.get(id(base), {})
         for name, value in {**then, **_attributes(base)}.items():
@@ -138,7 +138,7 @@ def begin_again(optimizer: Optimizer) -> None:
 
 @torch.no_grad()
 def _begin_state(optimizer: Optimizer, p: Tensor) -> None:
-    start = _STARTS.get(optimizer)
+    start = STARTS.get(optimizer)
     if start is None or not start.state or optimizer.state.get(p):
         return
     state = optimizer.state[p]

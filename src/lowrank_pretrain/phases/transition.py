@@ -26,6 +26,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -40,7 +41,7 @@ from lowrank_pretrain.core.lightning_private import (
     state_dict_hooks,
 )
 from lowrank_pretrain.core.protocols import Adopter, Inherit
-from lowrank_pretrain.core.trainer import accumulates, callbacks_of
+from lowrank_pretrain.core.trainer import accumulates, callbacks_of, log_row
 from lowrank_pretrain.factorize.layer import follow_weight
 from lowrank_pretrain.factorize.model import factored_layers, shown_whole
 from lowrank_pretrain.lora.model import own_tensors, shown_plain
@@ -353,7 +354,9 @@ def _join(optimizers: list[Optimizer], module: nn.Module, before: dict[int, bool
         if "param_names" in group:
             group["param_names"].append(name)
         optimizer = next(optimizer for optimizer in optimizers if any(group is one for one in optimizer.param_groups))
-        optimizer_starts.begin(optimizer, group, p, owned.get(owner))
+        base, start = owned.get(owner), optimizer_starts.STARTS.get(optimizer)
+        if group.get("fused") or (start is not None and start.state) or (base is not None and vars(base)):
+            optimizer_starts.begin(optimizer, group, p, base)  # else it wants nothing of a new parameter
         owned[id(p)] = p
 
 
@@ -435,3 +438,11 @@ def refuse_views(callback: pl.Callback) -> None:
         "would average the rows of a fused layer twice of which only some are targets: name all its parts as targets, or set "
         "freeze_rest=True, or remove the averaging",
     )  # fmt: skip
+
+
+def log_hash(who: str, trainer: pl.Trainer, agreed: int, replay: bool) -> None:
+    """Log the hash of the weights that all ranks agree on, and say it; nothing at a replay."""
+    if not replay:
+        log_row(trainer, {"lowrank/hash": float(agreed)})
+        where = f", the same on all {trainer.world_size} processes" if trainer.world_size > 1 else ""
+        rank_zero_info(f"{who}: hash of the weights {agreed:08x}{where}")
