@@ -229,10 +229,7 @@ class PhaseCallback(HasPhase, Callback):
         refusals.check_settings(self, brought.settings, pl_module)
         if self.phase != "full":
             self._replay(trainer, pl_module, brought)
-        if brought.groups is not None and brought.groups != group_order.group_names(trainer.optimizers, pl_module):
-            raise ConfigError(
-                "ckpt_path", str(trainer.ckpt_path), "its optimizer groups hold other parameters, or another order"
-            )
+        group_order.check_same(brought.groups, trainer, pl_module)
         settle_buckets(trainer.strategy.model)
 
     def _replay(self, trainer: pl.Trainer, pl_module: pl.LightningModule, brought: Brought) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+import lightning.pytorch as pl
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -12,6 +13,16 @@ def group_names(optimizers: Iterable[Optimizer], module: nn.Module) -> list[list
     """Return parameter names by optimizer and group, in order: state is restored by position, so a resume compares them."""
     names = {id(p): name for name, p in nn.Module.named_parameters(module)}
     return [[[names.get(id(p), "?") for p in group["params"]] for group in opt.param_groups] for opt in optimizers]
+
+
+def check_same(groups: list[list[list[str]]] | None, trainer: pl.Trainer, module: nn.Module) -> None:
+    """Refuse a file whose optimizers had other groups; ``None``: it does not say.
+
+    Raises:
+        ConfigError: keyed ``ckpt_path``.
+    """
+    if groups is not None and groups != group_names(trainer.optimizers, module):
+        raise ConfigError("ckpt_path", str(trainer.ckpt_path), "its optimizer groups hold other parameters, or another order")
 
 
 def check_restored(optimizers: Iterable[Optimizer], module: nn.Module) -> None:
