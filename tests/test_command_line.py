@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -18,7 +19,9 @@ def value(argument: str) -> object:
 
 @pytest.mark.parametrize("path", [
     "a=b", "/x/method=full,seed=0/checkpoints/last.ckpt", "/a~b", "/x/~old/y", "runs/lr=1e-3", "C:\\data=x", "/a(1)/b=c",
-    "ü=日", "a = b", "s3://bucket/key=1",
+    "ü=日", "a = b", "s3://bucket/key=1", "/home/müller/pics", "/data/日本", "größe", "/data/pets (copy)", "/a&b", "/a#b",
+    "/a!b", "/a;b", "/a>b", "/a`b", "/a^b", "/data/it's", "/it's/a=b", "/data/“q”", "/data/€", "/müller\\", "/müller/it's\\",
+    "runs/ü-${seed}",
 ])  # fmt: skip
 @pytest.mark.parametrize("key", ["ckpt_path", "hydra.run.dir", "data.root", "+data.extra"])
 def test_a_path_that_hydra_wants_in_quotes_gets_them(key, path):
@@ -27,7 +30,7 @@ def test_a_path_that_hydra_wants_in_quotes_gets_them(key, path):
     assert prepare([found]) == [found], "processes that Lightning starts prepare it once more"
 
 
-@pytest.mark.parametrize(("written", "meant"), [("~/x", "x"), ("~", ""), ("~/a=b", "a=b"), ("~/a~b", "a~b")])
+@pytest.mark.parametrize(("written", "meant"), [("~/x", "x"), ("~", ""), ("~/a=b", "a=b"), ("~/a~b", "a~b"), ("~/ü", "ü")])
 def test_a_home_directory_is_one(monkeypatch, written, meant):
     monkeypatch.setenv("HOME", "/home/me")
     (found,) = prepare([f"data.root={written}"])
@@ -39,7 +42,8 @@ def test_a_home_directory_is_one(monkeypatch, written, meant):
     "~logger",
     "~method.rank=4", "+trainer.callbacks=[{_target_: a.b, step: 2}]", "--cfg", "job", "-m", "--config-dir=a=b", "data.root=",
     "hydra.run.dir=a b", "seed=range(0,4)", "optim.lr=tag(log, interval(1e-4, 1e-2))", "seed=choice(0,1)", "logger=[csv,wandb]",
-    "trainer.max_epochs=[1", "model.name=${x}", "method=null",
+    "trainer.max_epochs=[1", "model.name=${x}", "method=null", "seed=choice(0,1", "data.root=choice(/a,/ü", "logger=[csv,/ü",
+    "x={a: /ü", "seed=1 (copy)", "data.rööt=/ü",
 ])  # fmt: skip
 def test_everything_else_stays_as_it_is(argument):
     assert prepare([argument]) == [argument]
@@ -56,25 +60,47 @@ def test_a_logger_that_is_nothing_is_the_group_for_nothing(nothing):
 
 @pytest.mark.parametrize(
     "arguments",
-    [["-m", "data.root=a=b,c=d"], ["data.root=[a=b"], ["x='a=b"], ["--multirun", "ckpt_path=x/method=full,seed=0/l"]],
+    [
+        ["-m", "data.root=a=b,c=d"],
+        ["data.root=[a=b"],
+        ["x='a=b"],
+        ["--multirun", "ckpt_path=x/method=full,seed=0/l"],
+        ["data.root=/data/a[1]"],
+        ["data.root=/data/{x}"],
+        ['data.root=/ü/a"b'],
+        ["data.root=/it's/a[1]"],
+        ["-m", "data.root=/ü,/日"],
+        ["x=/a'b/\"c"],
+    ],
 )
 def test_what_could_mean_several_things_is_one_line_with_the_quotes_to_write(arguments):
     with pytest.raises(ConfigError, match="wants in quotes") as error:
         prepare(arguments)
-    assert "\n" not in str(error.value) and f'="{error.value.value}"\'' in str(error.value)
+    assert "\n" not in str(error.value)
+    written, _, several = str(error.value).partition(" in the shell ")[2].partition(", or as several values ")
+    (argument,) = shlex.split(written)
+    assert value(argument) == error.value.value and prepare([argument]) == [argument]
+    assert bool(several) == ("-m" in arguments or "--multirun" in arguments)
+    if several:
+        (argument,) = shlex.split(several)
+        assert [
+            word.text for word in OverridesParser.create().parse_override(argument).value().list
+        ] == error.value.value.split(",")
 
 
-def test_a_run_writes_to_and_goes_on_from_a_directory_with_an_equals_sign(cli, tmp_path):  # noqa: F811
-    code, _, err = cli(*ONE_STEP, "hydra.run.dir=runs/lr=1")
-    assert code == 0 and (tmp_path / "runs" / "lr=1" / "summary.json").is_file(), err
-    code, out, err = cli(*ONE_STEP, "hydra.run.dir=again", "ckpt_path=runs/lr=1/checkpoints/last.ckpt")
-    assert code == 0 and "going on from runs/lr=1/checkpoints/last.ckpt" in out, err
+def test_a_run_writes_to_and_goes_on_from_a_directory_with_letters_that_hydra_wants_in_quotes(cli, tmp_path):  # noqa: F811
+    name = "lr=1 (müller's)"
+    code, _, err = cli(*ONE_STEP, f"hydra.run.dir=runs/{name}")
+    assert code == 0 and (tmp_path / "runs" / name / "summary.json").is_file(), err
+    code, out, err = cli(*ONE_STEP, "hydra.run.dir=again", f"ckpt_path=runs/{name}/checkpoints/last.ckpt")
+    assert code == 0 and f"going on from runs/{name}/checkpoints/last.ckpt" in out, err
     code, _, err = cli(*ONE_STEP, "data.root=[a=b")
     assert code == 2 and err.startswith("error: data.root='[a=b': ") and err.count("\n") == 1
 
 
 @pytest.mark.parametrize(("argument", "line"), [
     ("method=preloar", r"method='preloar': Could not find '.*'; did you mean prelora\? There are adamw8bit, .*relora, .*"),
+    ("method='prelörä'", r"method='prelörä': Could not find '.*'; did you mean prelora\? There are adamw8bit, .*"),
     ("experiment=prelora_poket", r".* did you mean prelora_pocket\? There are .*prelora_vitl"),
     ("methd=full", r"methd='full': Could not override 'methd', .*; did you mean method\? There are .*data.*"),
     ("trainer.max_epoch=3", r".* did you mean trainer.max_epochs\? .*; \+trainer.max_epoch=VALUE adds one"),

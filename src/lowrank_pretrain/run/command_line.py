@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import sys
 from difflib import get_close_matches
 
@@ -16,13 +17,17 @@ from lowrank_pretrain.core.errors import ConfigError
 NOTHING = ("null", "None", "none", "false", "False", "''", '""')
 KEY = re.compile(r"[+~]{0,2}[A-Za-z_][\w./@:-]*$")
 MULTIRUN = ("-m", "--multirun")
+# a value with `=` or `~`; or one with a slash or a letter beyond ASCII that is no list, mapping or function such as choice(...)
+MEANT_AS_ONE_WORD = re.compile(r".*[=~]|(?!\s*([\[{\"']|[A-Za-z_]+\()).*[/\u0080-\U0010ffff]", re.DOTALL)
+INTERPOLATION = re.compile(r"\$\{[\w.:@/-]+\}")  # quotes do not change what it means
 
 
 def prepare(arguments: list[str]) -> list[str]:
     """Return `arguments` as Hydra can read them.
 
-    ``logger=null`` is ``logger=none``. A value with ``=`` or ``~`` in it, which Hydra wants in quotes, gets them; a
-    leading ``~/`` is the home directory, which a shell leaves alone after ``data.root=``. ``-m`` may stand anywhere.
+    ``logger=null`` is ``logger=none``. A path, or a value with ``=``, ``~`` or a letter beyond ASCII in it, gets the
+    quotes that Hydra wants around such characters; a leading ``~/`` is the home directory, which a shell leaves alone
+    after ``data.root=``. ``-m`` may stand anywhere.
 
     Raises:
         ConfigError: a value that Hydra's grammar refuses, and that cannot be meant as one word.
@@ -41,17 +46,37 @@ def _prepared(argument: str, sweep: bool) -> str:
     if re.match(r"~[\w.-]*(/|$)", value):
         value = os.path.expanduser(value)
         argument = f"{key}={value}"
+    if _parses(argument) or not MEANT_AS_ONE_WORD.match(value):
+        return argument  # as it is, or to be refused in Hydra's own words
+    # a comma could part the values of a sweep, and brackets or a quote begin something that was not ended
+    several = sweep and "," in value
+    if several or re.search(r"""["\[\]{}$]|^'""", INTERPOLATION.sub("", value)):
+        words = value.split(",") if several else [value]
+        quoted = [f"{key}={_quoted(value)}", *([f"{key}={','.join(map(_quoted, words))}"] if several else [])]
+        written = ", or as several values ".join(map(_for_shell, quoted))
+        raise ConfigError(key, value, f"has a character that Hydra wants in quotes, in the shell {written}")
+    quoted_once = f"{key}={_quoted(value)}"
+    return quoted_once if _parses(quoted_once) else argument
+
+
+def _parses(argument: str) -> bool:
+    """Return whether Hydra's grammar takes an override."""
     try:
         OverridesParser.create().parse_override(argument)
-        return argument
-    except HydraException as error:
-        if not re.search("[=~]", value):
-            return argument  # Hydra's own words
-        # a comma could part the values of a sweep, and brackets begin something that was not ended
-        if re.search(r"""["'\[\]{}$]""", value) or (sweep and "," in value):
-            quoted = f"""'{key}="{value}"'"""
-            raise ConfigError(key, value, f"has a character that Hydra wants in quotes, in the shell {quoted}") from error
-        return f"{key}='{value}'"
+    except HydraException:
+        return False
+    return True
+
+
+def _quoted(value: str) -> str:
+    """Return a value in the quotes of Hydra's grammar: single ones, or double ones around an apostrophe."""
+    mark = '"' if "'" in value else "'"
+    return mark + re.sub(rf"(\\*)({mark}|\Z)", lambda found: found[1] * 2 + (found[2] and "\\" + found[2]), value) + mark
+
+
+def _for_shell(argument: str) -> str:
+    """Return a quoted argument as one writes it in a shell, in the readable form if the value has no quotes of its own."""
+    return shlex.quote(argument if '"' in argument else argument.replace("'", '"'))
 
 
 def refuse_unknown(arguments: list[str]) -> None:
@@ -75,7 +100,7 @@ def refuse_unknown(arguments: list[str]) -> None:
         _configuration(words)
     except MissingConfigException as error:
         group, _, name = (error.missing_cfg_file or "").partition("/")
-        if f"{group}={name}" in given_words:
+        if {f"{group}={name}", f"{group}={_quoted(name)}"} & {*given_words}:
             allowed = f"Could not find '{group}/{name}'; {_near(name, list(error.options or []))}"
             raise ConfigError(group, name, allowed) from error
     except HydraException as error:
