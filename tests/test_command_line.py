@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import warnings
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -10,6 +11,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.run.command_line import prepare, refuse_unknown
 from tests.test_cli import ONE_STEP, cli  # noqa: F401  a fixture
+
+BEFORE = warnings.formatwarning
 
 
 def value(argument: str) -> object:
@@ -138,3 +141,67 @@ def test_a_sweep_with_an_unknown_key_starts_no_job(cli, tmp_path):  # noqa: F811
 ])  # fmt: skip
 def test_what_hydra_takes_or_tells_itself_is_left_to_it(arguments):
     refuse_unknown(arguments)
+
+
+# -- the environment and the run directory ----------------------------------------------------------------------------------
+
+
+def test_the_closing_table_is_shown_where_the_terminal_says_that_it_has_no_columns(monkeypatch, capsys, tmp_path):
+    from lowrank_pretrain.report import closing, find_runs
+    from lowrank_pretrain.run import summary
+    from tests.test_report import make
+
+    monkeypatch.setenv("COLUMNS", "0")
+    summary.show([], {"val/loss": 1.5}, {"checkpoints": tmp_path})
+    assert "val/loss 1.5" in (out := capsys.readouterr().out) and "checkpoints: " in out
+    make(tmp_path / "seed=0")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    closing.show(find_runs([tmp_path]), tmp_path)
+    assert "finished" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "ü" * 200])
+@pytest.mark.parametrize("arguments", [["hydra.run.dir=runs/{}/a"], ["hydra.run.dir={}", "ckpt_path=last"],
+                                       ["-m", "seed=0,1", "hydra.sweep.dir=runs/{}"]])  # fmt: skip
+def test_a_directory_with_a_name_that_is_too_long_is_one_line(cli, tmp_path, name, arguments):  # noqa: F811
+    code, _, err = cli(*ONE_STEP, *(argument.format(name) for argument in arguments))
+    assert code == 2 and err.startswith("error: hydra.run.dir='") and "up to 255 bytes" in err or "too long" in err, err
+    assert err.count("\n") == 1 and not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("method", ["full", "lte"])
+@pytest.mark.parametrize("variable", ["RANK", "LOCAL_RANK"])
+def test_a_rank_left_over_in_the_environment_is_one_line(cli, tmp_path, monkeypatch, variable, method):  # noqa: F811
+    monkeypatch.setenv(variable, "1")
+    code, _, err = cli(*ONE_STEP, "hydra.run.dir=run", f"method={method}")
+    assert code == 2 and err.count("\n") == 1, err
+    assert err.startswith(f"error: {variable}='1': ") and f"unset {variable}" in err
+    assert not (tmp_path / "run" / "failure.txt").exists(), "the directory may be another run's"
+
+
+def test_a_directory_with_a_quote_in_its_name_is_refused_for_several_processes(cli, tmp_path):  # noqa: F811
+    code, _, err = cli(
+        *ONE_STEP, """hydra.run.dir='a"b'""", "trainer.devices=2", "trainer.strategy=ddp", "trainer.accelerator=cpu"
+    )
+    assert code == 2 and err.splitlines()[-1].startswith("error: hydra.run.dir='a\"b': must have no \""), err
+
+
+def test_what_is_said_of_a_damaged_checkpoint_is_one_line(cli, tmp_path, monkeypatch):  # noqa: F811
+    from lowrank_pretrain.run import train
+
+    inner, said = train.start_from, []
+
+    def start_from(*arguments: object) -> object:
+        with warnings.catch_warnings(record=True) as caught:
+            found = inner(*arguments)
+        said.extend(warnings.formatwarning(w.message, w.category, w.filename, w.lineno) for w in caught)
+        return found
+
+    cli(*ONE_STEP, "hydra.run.dir=run")
+    for path in (tmp_path / "run" / "checkpoints").glob("*.ckpt"):
+        path.write_bytes(path.read_bytes()[:100])
+    monkeypatch.setattr("lowrank_pretrain.run.train.start_from", start_from)
+    monkeypatch.setattr("warnings.formatwarning", BEFORE)
+    code, _, err = cli(*ONE_STEP, "hydra.run.dir=run", "ckpt_path=last")
+    assert code == 0 and said, err
+    assert all(line.startswith("warning: skipped ") and line.count("\n") == 1 for line in said), said

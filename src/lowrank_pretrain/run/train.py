@@ -25,6 +25,7 @@ from lowrank_pretrain.run import failures, summary
 from lowrank_pretrain.run.attempt import attempt
 from lowrank_pretrain.run.build import plain
 from lowrank_pretrain.run.command_line import prepare_process
+from lowrank_pretrain.run.progress import quiet_lightning
 from lowrank_pretrain.run.run_dir import start_from
 from lowrank_pretrain.run.sweeps import named_lines, show_end
 
@@ -52,6 +53,7 @@ def train(cfg: DictConfig, run_dir: Path, multirun: bool = False) -> dict[str, A
         Stalled: a loader has handed out nothing for ``stall_timeout`` seconds.
         Disagreement: the ranks' weights are no longer the same.
     """
+    quiet_lightning()
     for key in GROUPS:  # before other groups' interpolations refer to it
         if key == "logger" and cfg.get(key) is None:  # logger=null, ~logger: metrics.csv alone
             continue
