@@ -193,11 +193,13 @@ def test_what_is_said_of_a_damaged_checkpoint_is_one_line(cli, tmp_path, monkeyp
 
     def start_from(*arguments: object) -> object:
         with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
             found = inner(*arguments)
         said.extend(warnings.formatwarning(w.message, w.category, w.filename, w.lineno) for w in caught)
         return found
 
-    cli(*ONE_STEP, "hydra.run.dir=run")
+    code, _, err = cli(*ONE_STEP, "hydra.run.dir=run")
+    assert code == 0 and [*(tmp_path / "run" / "checkpoints").iterdir()], err
     for path in (tmp_path / "run" / "checkpoints").glob("*.ckpt"):
         path.write_bytes(path.read_bytes()[:100])
     monkeypatch.setattr("lowrank_pretrain.run.train.start_from", start_from)

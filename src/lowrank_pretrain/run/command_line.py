@@ -13,6 +13,7 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.versions import version_line
 
 NOTHING = ("null", "None", "none", "false", "False", "''", '""')
 KEY = re.compile(r"[+~]{0,2}[A-Za-z_][\w./@:-]*$")
@@ -159,8 +160,11 @@ def prepare_process() -> None:
     """Prepare this process's arguments, which Hydra reads and Lightning reuses to start further processes.
 
     Raises:
-        SystemExit: 2, after one line, if they cannot be read.
+        SystemExit: 2, after one line, if they cannot be read; 0 after the answer to ``--version``.
     """
+    if "--version" in sys.argv[1:]:  # Hydra would print its own
+        print(version_line())
+        sys.exit()
     try:
         sys.argv[1:] = prepare(sys.argv[1:])
         refuse_unknown(sys.argv[1:])

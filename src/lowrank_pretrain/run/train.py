@@ -19,7 +19,6 @@ from omegaconf import DictConfig
 from lowrank_pretrain.core.checks import is_integer
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.ownership import owned
-from lowrank_pretrain.core.versions import version_line
 from lowrank_pretrain.guards.divergence import DIVERGENCES, DivergenceGuard
 from lowrank_pretrain.run import failures, summary
 from lowrank_pretrain.run.attempt import attempt
@@ -132,9 +131,6 @@ def _run(cfg: DictConfig, run_dir: Path, multirun: bool) -> float | None:
 def main() -> None:
     """Run the console command. Exit codes: 0, 1 failed, 2 wrong configuration, 130 SIGINT, 143 SIGTERM."""
     global _composed
-    if "--version" in sys.argv[1:]:  # Hydra would print its own
-        print(version_line())
-        return
     _composed = False
     _exit_codes.clear()
     prepare_process()
