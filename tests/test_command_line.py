@@ -207,3 +207,32 @@ def test_what_is_said_of_a_damaged_checkpoint_is_one_line(cli, tmp_path, monkeyp
     code, _, err = cli(*ONE_STEP, "hydra.run.dir=run", "ckpt_path=last")
     assert code == 0 and said, err
     assert all(line.startswith("warning: skipped ") and line.count("\n") == 1 for line in said), said
+
+
+# -- files of one's own -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("content", "line"), [
+    (b"defaults: [full, _self_]\nname: mine\nrank: : 2\n", r"line 3: mapping values are not allowed here"),
+    (b"rank: 1\nrank: 2\n", r"line 2: found duplicate key rank"),
+    (b"a: 1\nname: k\xe4se\n", r"line 2: is not UTF-8"),
+])  # fmt: skip
+@pytest.mark.parametrize("sweep", [[], ["-m", "seed=0,1"]])
+def test_a_broken_file_of_ones_own_is_one_line_with_its_place(cli, tmp_path, content, line, sweep):  # noqa: F811
+    (folder := tmp_path / "my ü=1" / "method").mkdir(parents=True)
+    (folder / "mine.yaml").write_bytes(content)
+    code, _, err = cli(*ONE_STEP, "method=mine", *sweep, "--config-dir", "my ü=1")
+    assert code == 2 and err.count("\n") == 1, err
+    assert re.match(rf"error: --config-dir='my ü=1': .*method/mine.yaml, {line}", err), err
+
+
+def test_names_in_a_directory_of_ones_own_are_known(tmp_path):
+    (folder := tmp_path / "it's" / "method").mkdir(parents=True)
+    (folder / "mine.yaml").write_text("defaults: [lora, _self_]\nname: mine\n")
+    flag = f"--config-dir={folder.parent}"
+    assert prepare(["method=mine", flag, "seed=1"]) == [flag, "method=mine", "seed=1"]
+    refuse_unknown(["method=mine", flag])
+    with pytest.raises(ConfigError, match="did you mean mine"):
+        refuse_unknown(["--config-dir", str(folder.parent), "method=mien"])
+    with pytest.raises(ConfigError, match=r"did you mean method\.rank\?"):
+        refuse_unknown(["method=mine", "method.rnk=3", flag])
