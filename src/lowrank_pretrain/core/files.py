@@ -3,7 +3,6 @@
 import contextlib
 import csv
 import errno
-import io
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -101,7 +100,8 @@ def replace_durably(new: Path, old: Path) -> None:
 def read_table(path: str | os.PathLike, errors: str = "strict") -> tuple[list[str], list[dict[str, str]]]:
     r"""Read a CSV file whose first row names the columns, such as ``metrics.csv``.
 
-    A last row without a line end is left out: the process was killed while writing, and half a number is a wrong number.
+    A last row without a line end is left out: the process was killed while writing, and half a number is a wrong number. Each
+    line is a row, so that a quote without its end damages its own row only.
 
     Args:
         path: the file.
@@ -121,10 +121,33 @@ def read_table(path: str | os.PathLike, errors: str = "strict") -> tuple[list[st
         >>> read_table(path)
         (['step', 'train/loss'], [{'step': '0', 'train/loss': '2.5'}])
     """
-    text = Path(path).read_bytes().decode("utf-8", errors)
-    reader = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1], newline=""), restval="")
-    rows = [{key: cell for key, cell in row.items() if key is not None} for row in reader]
-    return list(reader.fieldnames or []), rows
+    lines = Path(path).read_bytes().decode("utf-8-sig", errors).split("\n")[:-1]  # after the last line end: a torn row
+    cells = [_cells(line) for line in lines if line.strip("\r")]
+    if not cells:
+        return [], []
+    columns, *rows = cells
+    return columns, [dict(zip(columns, [*row, *[""] * (len(columns) - len(row))], strict=False)) for row in rows]
+
+
+def _cells(line: str) -> list[str]:
+    try:
+        return next(csv.reader([line.removesuffix("\r")]))
+    except csv.Error:  # a cell of more than 128 KiB
+        return []
+
+
+def whole_step(text: str) -> int | None:
+    """Return a cell of the column ``step`` as a number; None if it is no whole number from 0.
+
+    Example:
+        >>> [whole_step(text) for text in ("3", "3.0", "3.5", "-1", "x", "")]
+        [3, 3, None, None, None, None]
+    """
+    try:
+        step = float(text)
+    except ValueError:
+        return None
+    return int(step) if step >= 0 and step.is_integer() else None
 
 
 def write_table(path: str | os.PathLike, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:

@@ -2,6 +2,12 @@
 
 import difflib
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # rich is an extra
+    from rich.console import Console
+
+NARROWEST = 40  # columns of a terminal; COLUMNS=0 in the environment would hide everything
 
 
 def format_number(value: float) -> str:
@@ -31,6 +37,12 @@ def one_line(message: object, limit: int | None = 240) -> str:
     """
     text = " ".join(str(message).split()) or type(message).__name__
     return text if limit is None or len(text) <= limit else text[: limit - 1] + "…"
+
+
+def wide_enough(console: "Console") -> "Console":
+    """Return a console on which a table can be read, even if the environment says that it has no columns."""
+    console.width = max(console.width, NARROWEST)
+    return console
 
 
 def first_line(error: BaseException | None) -> str:

@@ -129,6 +129,9 @@ def is_trial(trainer: pl.Trainer) -> bool:
     return bool(untyped.fast_dev_run)
 
 
+RANKS = ("RANK", "LOCAL_RANK")  # environment variables from which Lightning takes `process_rank` when it is imported
+
+
 def process_rank() -> int:
     """Return ``rank_zero_only.rank``: this process's number in the run."""
     return getattr(rank_zero_only, "rank", 0)

@@ -81,7 +81,7 @@ def fit_saved_state(
     groups = [dict(group) for group in copy.deepcopy(saved["param_groups"])]
     ours = any(key in group for group in groups for key in _OURS) or all(len(group) == 1 for group in groups)
     if not ours and any(group.get("rank") for group in (*groups, *groups_here)):  # plain groups continue from AdamW's
-        raise ConfigError("ckpt_path", "optimizer state", "was written by another optimizer (galore_torch?): start afresh")
+        raise ConfigError("ckpt_path", "optimizer state", "was written by another optimizer than GaLore's here: start afresh")
     for group in groups:
         for key in KEYS:  # a version that did not have this key yet
             if key in defaults:

@@ -12,11 +12,11 @@ from lightning.pytorch.utilities import rank_zero_only
 from typing_extensions import override
 
 from lowrank_pretrain.core.checks import number
-from lowrank_pretrain.core.files import read_table
 from lowrank_pretrain.core.interrupts import Interrupted
 from lowrank_pretrain.core.metrics import METRICS, STEP, TIME
 from lowrank_pretrain.core.protocols import LogsPhases
 from lowrank_pretrain.core.text import one_line
+from lowrank_pretrain.loggers.csv import is_float, read_rows
 
 RANK = "lowrank/rank/"
 Panel = tuple[str, str | list[str], str, str]  # title, metrics or a regular expression of them, axis, unit
@@ -170,8 +170,8 @@ class RunWandbLogger(LogsPhases, WandbLogger):
     def _repeat(self, path: Path) -> None:
         if not path.is_file():
             return
-        for row in read_table(path)[1]:
-            metrics = {key: float(text) for key, text in row.items() if text and key not in ("step", "epoch")}
+        for row in read_rows(path)[1]:
+            metrics = {key: float(text) for key, text in row.items() if is_float(text) and key not in ("step", "epoch")}
             self.log_metrics(metrics, int(row["step"]))
 
 

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from lowrank_pretrain.core.text import format_number
+from lowrank_pretrain.core.text import format_number, wide_enough
 from lowrank_pretrain.report.collection import JUDGED_BY, best, by_seed
 from lowrank_pretrain.report.runs import STATES, Run
 
@@ -24,7 +24,7 @@ def show(runs: list[Run], directory: Path, console: Console | None = None) -> No
         directory: the sweep's.
         console: where to print; stdout by default.
     """
-    console = console or Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
+    console = console or wide_enough(Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH))
     shown = [run for run in runs if run.state != "failed" or run.series]
     measured = [metric for metric in JUDGED_BY if any(run.last(metric) is not None for run in runs)][:5]
     if shown:

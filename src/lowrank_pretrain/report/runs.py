@@ -13,7 +13,7 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from lowrank_pretrain.core.checks import is_integer, is_number
-from lowrank_pretrain.core.files import read_table
+from lowrank_pretrain.core.files import read_table, whole_step
 from lowrank_pretrain.core.ownership import is_owned
 from lowrank_pretrain.core.protocols import PHASES
 from lowrank_pretrain.core.text import one_line
@@ -240,9 +240,10 @@ def read_series(path: Path) -> dict[str, Series]:
     """Read a ``metrics.csv``: {column: [(optimizer steps taken, value), …]}, sorted by step."""
     series: dict[str, dict[float, float]] = {}
     for row in read_table(path, errors="replace")[1]:
-        if not row.get("step", "").isdigit():
+        number = whole_step(row.get("step", ""))
+        if number is None:
             continue
-        step = int(row["step"]) + 1.0  # rows count from 0, steps taken from 1
+        step = number + 1.0  # rows count from 0, steps taken from 1
         for key, text in row.items():
             value = _number(text) if text and key != "step" else None
             if value is not None:

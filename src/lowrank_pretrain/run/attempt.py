@@ -18,8 +18,13 @@ from lowrank_pretrain.run.callbacks import RunCallbacks
 from lowrank_pretrain.run.finish import finish_run
 from lowrank_pretrain.run.loggers import finish, more_loggers, publish
 from lowrank_pretrain.run.parts import build_parts
-from lowrank_pretrain.run.progress import quiet_lightning
-from lowrank_pretrain.run.trainer import build_trainer, check_values, refuse_popen_sweep, with_chosen_precision
+from lowrank_pretrain.run.trainer import (
+    build_trainer,
+    check_values,
+    refuse_popen_directory,
+    refuse_popen_sweep,
+    with_chosen_precision,
+)
 
 
 def attempt(config: dict[str, Any], run_dir: Path, ckpt: Path | None, guard: DivergenceGuard, multirun: bool) -> dict[str, Any]:
@@ -35,7 +40,6 @@ def attempt(config: dict[str, Any], run_dir: Path, ckpt: Path | None, guard: Div
     Returns:
         The contents of summary.json.
     """
-    quiet_lightning()
     pl.seed_everything(config["seed"], workers=True, verbose=False)
     config, precision = with_chosen_precision(config)
     check_values(config["trainer"])  # what is cheap to check comes first
@@ -47,6 +51,7 @@ def attempt(config: dict[str, Any], run_dir: Path, ckpt: Path | None, guard: Div
         callbacks = watched.in_order(parts, interrupts)
         trainer = build_trainer(config["trainer"], run_dir, callbacks, loggers, parts.method.strategy)
         refuse_popen_sweep(trainer, multirun)
+        refuse_popen_directory(trainer)
 
         step = 0 if ckpt is None else check_fits(ckpt, parts.module)
         if trainer.is_global_zero:

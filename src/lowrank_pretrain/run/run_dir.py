@@ -92,7 +92,13 @@ def refuse_unwritable(directory: Path) -> None:
     Raises:
         ConfigError: it cannot; keyed ``hydra.run.dir``.
     """
-    existing = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
+    try:
+        existing = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
+        longest = os.pathconf(existing, "PC_NAME_MAX") if hasattr(os, "pathconf") else 255
+    except OSError as error:  # the same of a name in a directory that exists, or of the whole path
+        raise ConfigError("hydra.run.dir", str(directory), f"cannot be made: {error.strerror}") from error
+    if any(len(os.fsencode(name)) > longest for name in directory.parts):
+        raise ConfigError("hydra.run.dir", str(directory), f"cannot be made: a name may have up to {longest} bytes")
     if not existing.is_dir():
         raise ConfigError("hydra.run.dir", str(directory), f"cannot be made: {existing} is no directory")
     if not os.access(existing, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
@@ -115,8 +121,8 @@ class RefuseOldRun(Callback):
         if process_rank() != 0:  # a data-parallel run's other processes find process 0's files
             return
         try:
-            first()
             refuse_unwritable(directory)
+            first()
             if (directory / LOCK).is_file():
                 with owned(directory):
                     pass

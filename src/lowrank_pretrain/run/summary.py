@@ -14,8 +14,8 @@ from rich.table import Table
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.files import write_whole
 from lowrank_pretrain.core.protocols import HasPhase, Reports, phase_callback
-from lowrank_pretrain.core.text import format_number
-from lowrank_pretrain.core.trainer import process_rank
+from lowrank_pretrain.core.text import format_number, wide_enough
+from lowrank_pretrain.core.trainer import RANKS, process_rank
 from lowrank_pretrain.core.versions import versions
 from lowrank_pretrain.observe.monitor import Monitor
 from lowrank_pretrain.observe.phase_record import PhaseRecord
@@ -76,10 +76,11 @@ def note_failure(run_dir: Path, error: BaseException, line: str | None) -> None:
 
     Args:
         run_dir: the run directory.
-        error: what ended it; a run refused because of another one's files leaves that one alone.
+        error: what ended it; a run refused because of another one's files, or before it could look at them, leaves that one
+            alone.
         line: the message; None: the error's own.
     """
-    if isinstance(error, ConfigError) and error.key in ("hydra.run.dir", "hydra.sweep.dir"):
+    if isinstance(error, ConfigError) and error.key in ("hydra.run.dir", "hydra.sweep.dir", *RANKS):
         return
     line = line or f"{type(error).__name__}: {error}".strip().splitlines()[0]
     with suppress(OSError):  # a full disk, perhaps: then it is that which must be told, not this
@@ -107,7 +108,7 @@ def show(records: list[PhaseRecord], final: dict[str, float], where: dict[str, P
         where: paths of the outputs, by label.
         console: where to print; stdout by default.
     """
-    console = console or Console(highlight=False)
+    console = console or wide_enough(Console(highlight=False))
     if records:
         console.print(phase_table(records))
     if final:

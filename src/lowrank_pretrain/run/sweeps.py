@@ -40,10 +40,9 @@ class Sweep(Callback):
             keys |= {f"optim.{name}" for name in ("lr", "rest_lr", "betas", "weight_decay", "warmup")}
         given = [override.key_or_group for override in _parsed([*config.hydra.overrides.task])]
         excluded = {*config.hydra.job.config.override_dirname.exclude_keys, *(key for key in given if key not in keys)}
-        if keys:  # jobs' configurations are composed anew, from these words
-            with read_write(config), open_dict(config):
-                quoted = ",".join(f"'{key}'" for key in sorted(excluded - keys))
-                config.hydra.overrides.hydra.append(f"hydra.job.config.override_dirname.exclude_keys=[{quoted}]")
+        with read_write(config), open_dict(config):  # jobs' configurations are composed anew, from these words
+            quoted = ",".join(f"'{key}'" for key in sorted(excluded - keys))
+            config.hydra.overrides.hydra.append(f"hydra.job.config.override_dirname.exclude_keys=[{quoted}]")
         _started.append(Path(config.hydra.sweep.dir).absolute())
 
 

@@ -19,12 +19,12 @@ from omegaconf import DictConfig
 from lowrank_pretrain.core.checks import is_integer
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.ownership import owned
-from lowrank_pretrain.core.versions import version_line
 from lowrank_pretrain.guards.divergence import DIVERGENCES, DivergenceGuard
 from lowrank_pretrain.run import failures, summary
 from lowrank_pretrain.run.attempt import attempt
 from lowrank_pretrain.run.build import plain
 from lowrank_pretrain.run.command_line import prepare_process
+from lowrank_pretrain.run.progress import quiet_lightning
 from lowrank_pretrain.run.run_dir import start_from
 from lowrank_pretrain.run.sweeps import named_lines, show_end
 
@@ -52,6 +52,7 @@ def train(cfg: DictConfig, run_dir: Path, multirun: bool = False) -> dict[str, A
         Stalled: a loader has handed out nothing for ``stall_timeout`` seconds.
         Disagreement: the ranks' weights are no longer the same.
     """
+    quiet_lightning()
     for key in GROUPS:  # before other groups' interpolations refer to it
         if key == "logger" and cfg.get(key) is None:  # logger=null, ~logger: metrics.csv alone
             continue
@@ -130,9 +131,6 @@ def _run(cfg: DictConfig, run_dir: Path, multirun: bool) -> float | None:
 def main() -> None:
     """Run the console command. Exit codes: 0, 1 failed, 2 wrong configuration, 130 SIGINT, 143 SIGTERM."""
     global _composed
-    if "--version" in sys.argv[1:]:  # Hydra would print its own
-        print(version_line())
-        return
     _composed = False
     _exit_codes.clear()
     prepare_process()

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.accelerators import CPUAccelerator, CUDAAccelerator
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import Logger
@@ -16,6 +17,7 @@ from lowrank_pretrain.checkpoints.files import WholeCheckpointIO
 from lowrank_pretrain.core.checks import flag, is_number
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.lightning_private import reruns_command
+from lowrank_pretrain.core.trainer import RANKS
 from lowrank_pretrain.run.build import build, build_nested, check_arguments
 
 MOST_DEVICES = 8192  # Lightning makes a list of so many
@@ -87,8 +89,26 @@ def build_trainer(
         raise
     except (MisconfigurationException, ValueError, TypeError) as error:
         raise MisconfigurationException(str(error)) from error  # Lightning raises any of the three
+    refuse_leftover_rank(trainer)
     warn_of_a_crowd(trainer)
     return trainer
+
+
+def refuse_leftover_rank(trainer: pl.Trainer) -> None:
+    """Refuse a rank in the environment that is not this process's: its files would be protected from nobody.
+
+    Process 0 alone refuses an old run's directory and owns its own. torchrun's variables are Lightning's to check.
+
+    Raises:
+        ConfigError: the variable was left over from another program, and is keyed by its name.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ or 0 < trainer.global_rank < trainer.world_size:
+        return
+    for variable in RANKS:
+        value = os.environ.get(variable, "0")
+        if value.strip() != "0":
+            allowed = f"is set in the environment, but the run has {trainer.world_size} process(es), and this is the first"
+            raise ConfigError(variable, value, f"{allowed}: unset {variable}")
 
 
 def warn_of_a_crowd(trainer: pl.Trainer) -> None:
@@ -126,6 +146,18 @@ def check_values(values: dict[str, Any]) -> None:
         raise ConfigError("trainer.val_check_interval", interval, allowed)
     if values.get("limit_train_batches") == 0 and not isinstance(values["limit_train_batches"], bool):
         raise ConfigError("trainer.limit_train_batches", 0, "must be above 0, or null: nothing would be trained")
+
+
+def refuse_popen_directory(trainer: pl.Trainer) -> None:
+    """Refuse a directory that Lightning cannot hand to the processes it starts: it writes the name between double quotes.
+
+    Raises:
+        ConfigError: the name has such a quote, or ends in a backslash.
+    """
+    name = str(HydraConfig.get().run.dir) if HydraConfig.initialized() else ""
+    if reruns_command(trainer) and trainer.world_size > 1 and ('"' in name or name.endswith("\\")):
+        allowed = 'must have no " in it and no \\ at its end: several processes are started, with this name between quotes'
+        raise ConfigError("hydra.run.dir", name, allowed)
 
 
 def refuse_popen_sweep(trainer: pl.Trainer, multirun: bool) -> None:
