@@ -233,8 +233,9 @@ def apply(
     before = {id(p): p.requires_grad for _, p in nn.Module.named_parameters(module)}
     inherited = list(change() or ())
     if (note := note_of(module)) is not None:
-        named = nn.Module.named_parameters(module)
+        named = [*nn.Module.named_parameters(module)]
         note.frozen |= {name for name, p in named if not p.requires_grad and before.get(id(p), True)}
+        note.frozen -= {name for name, p in named if p.requires_grad and not before.get(id(p), True)}  # it trains again
 
     # refit the optimizers
     for optimizer in trainer.optimizers:
