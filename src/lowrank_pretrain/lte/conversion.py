@@ -105,7 +105,8 @@ class ConvertedModule:
         owned = {id(p) for p in self.local.parameters().values()}
         held = [any(id(p) in owned for group in o.param_groups for p in group["params"]) for o in optimizers]
         if sum(held) > 1:
-            raise ConfigError("configure_optimizers", f"{sum(held)} optimizers", "LTE's targets must all be in one of them")
+            first = next(o for o, holds in zip(optimizers, held, strict=True) if holds)
+            raise ConfigError("configure_optimizers", f"{sum(held)} optimizers", self._in_one_of_them(first))
         for optimizer, holds in zip(optimizers, held, strict=True):
             if holds:
                 self.local.check_optimizer(optimizer)
@@ -113,6 +114,18 @@ class ConvertedModule:
         self._collect_rest()
         self.local.warn_at_start()
         self._warn_of_heavy_rest()
+
+    def _in_one_of_them(self, optimizer: Optimizer) -> str:
+        """Return what is wrong with targets in several optimizers, and how to choose those of this one alone."""
+        allowed = "LTE's targets must all be in one of them"
+        if any(group.get("rank") for group in optimizer.param_groups):
+            return f"{allowed}: project groups of one only"
+        mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        here = {name: id(p) in mine for name, p in self.local.parameters().items()}
+        words = next(name for name, holds in here.items() if holds).split(".")
+        prefixes = (".".join([*words[:depth], ""]) for depth in range(1, len(words)))
+        apart = (prefix for prefix in prefixes if all(holds for name, holds in here.items() if name.startswith(prefix)))
+        return f'{allowed}: choose them by targets, as targets=["{next(apart, "")}*"]'
 
     def _collect_rest(self) -> None:
         owned = {id(p) for p in self.local.parameters().values()}

@@ -252,6 +252,8 @@ class LTEStrategy(FollowsPhases, Reports, Merges):
         with self.local.first_step.forward():
             output = super().training_step(*args, **kwargs)
         self.converted.check_step(output, watching)
+        if output is None or not self._module.automatic_optimization:  # nothing is left of the step
+            shared.batch = None
         return output
 
     def post_backward(self, closure_loss: Tensor) -> None:
@@ -259,7 +261,7 @@ class LTEStrategy(FollowsPhases, Reports, Merges):
         super().post_backward(closure_loss)
         if self.local.first_step.waits:
             self._finish_first_step()
-        if self._module.automatic_optimization:
+        if self._module.automatic_optimization:  # otherwise the step goes on
             self.local.shared.batch = None
 
     def optimizer_step(self, optimizer: Optimizer, closure: Any, model: Any = None, **kwargs: Any) -> Any:

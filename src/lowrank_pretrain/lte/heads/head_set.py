@@ -207,14 +207,14 @@ class HeadSet(LocalTargets):
         for name in list(self.layers):
             layer = self._live_layer(name)
             held = self.layers[name] = take_heads(layer)
-            weight_of(layer).requires_grad_(self._was_trained[name])
+            # who has frozen the layer meanwhile has frozen its heads
+            weight_of(layer).requires_grad_(self._was_trained[name] and held.lora_A.requires_grad)
             for piece in self.pieces:
                 if piece.layer is layer:
                     piece.layer = held
         self.view.keep()
 
     def _live_layer(self, name: str) -> MultiheadLoRALinear:
-        """Return a layer, which must still have its heads."""
         return cast(MultiheadLoRALinear, self.layers[name])
 
     def live_layers(self) -> dict[str, MultiheadLoRALinear]:
