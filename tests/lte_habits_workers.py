@@ -378,3 +378,37 @@ def averaged(world, galore=False, average=None, **kwargs):
 
 def averaged_and_not(world, **kwargs):
     return [averaged(world, average=average, **kwargs)[0] for average in (None, {}, {"of": "state_dict"})]
+
+
+class Wraps(torch.optim.Optimizer):
+    """An optimizer whose steps another one takes, which holds the state too."""
+
+    def __init__(self, params, inner=torch.optim.AdamW):
+        super().__init__(params, {"lr": 1e-2})
+        self.inner = inner(self.param_groups) if inner is Wraps else inner(self.param_groups, lr=1e-2)
+        self.param_groups = self.inner.param_groups
+
+    def step(self, closure=None):
+        return self.inner.step(closure)
+
+    def state_dict(self):
+        return self.inner.state_dict()
+
+    def load_state_dict(self, state):
+        self.inner.load_state_dict(state)
+        self.param_groups = self.inner.param_groups
+
+
+class Wrapped(Net):
+    """The toy, with such an optimizer."""
+
+    def configure_optimizers(self):
+        return Wraps(self.parameters())
+
+
+def resumed_with_a_wrapper(world, folder, **kwargs):
+    """The run that goes on, and the one that resumes in the middle of a window."""
+    options = {"steps": 9, "exact": True, **kwargs}
+    on, _, _ = fit(world, module=Wrapped(), folder=folder, save_at=(6,), **options)
+    resumed, _, _ = fit(world, module=Wrapped(), ckpt=Path(folder) / "step=6.ckpt", **options)
+    return weights(on), weights(resumed)

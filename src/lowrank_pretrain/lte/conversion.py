@@ -24,11 +24,12 @@ from lowrank_pretrain.core.trainer import log_interval, log_row
 from lowrank_pretrain.lora import model as lora
 from lowrank_pretrain.lora.layer import has_own_forward
 from lowrank_pretrain.lora.storing import check_frozen
-from lowrank_pretrain.lte.bare_groups import BareGroups, check_stacked
+from lowrank_pretrain.lte.bare_groups import BareGroups, check_stacked, check_wrapped
 from lowrank_pretrain.lte.first_step import FirstStep
 from lowrank_pretrain.lte.local_targets import Fit, LocalTargets, NoTargets
 from lowrank_pretrain.lte.rest import SharedParameters, not_wrapped
 from lowrank_pretrain.lte.workers import Workers, clip_norms
+from lowrank_pretrain.phases import adapter_watch
 
 if TYPE_CHECKING:
     from lowrank_pretrain.lte.heads.head_set import HeadSet
@@ -108,6 +109,7 @@ class ConvertedModule:
             first = next(o for o, holds in zip(optimizers, held, strict=True) if holds)
             raise ConfigError("configure_optimizers", f"{sum(held)} optimizers", self._in_one_of_them(first))
         for optimizer, holds in zip(optimizers, held, strict=True):
+            check_wrapped(optimizer)
             if holds:
                 self.local.check_optimizer(optimizer)
         self.local.optimizers = [o for _, o in sorted(zip(held, optimizers, strict=True), key=lambda pair: not pair[0])]
@@ -360,6 +362,9 @@ def begin_heads(heads: "HeadSet", fit: Fit) -> list[Inherit]:
         if line is not None:
             rank_zero_warn(f"LTE: {line}")
     check_frozen_dtype(heads, module, ranks)
+    weights = {id(target.layer.weight) for target in targets.values()}
+    held = [o for o in fit.optimizers if any(id(p) in weights for group in o.param_groups for p in group["params"])]
+    adapter_watch.check_optimizers(held)
     # convert
     heads.untied = lora.untie(module, {t.layer_name for t in targets.values()})
     targets = {name: target for name, target in all_targets(module).items() if name in targets}

@@ -7,7 +7,6 @@ and a learning rate, and does not move while other parameters do.
 """
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -17,6 +16,7 @@ from torch.optim import Optimizer
 
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.targets import families
+from lowrank_pretrain.core.wrapped import optimizers_inside
 from lowrank_pretrain.factorize.model import factored_layers
 from lowrank_pretrain.lora import model as lora
 from lowrank_pretrain.phases.layers import added_parameters, layer_of
@@ -48,13 +48,13 @@ def check_optimizers(optimizers: Iterable[Optimizer]) -> None:
         for kind in type(optimizer).__mro__:
             if kind.__name__ in KNOWN:
                 raise ConfigError("optimizer", name, KNOWN[kind.__name__])
-        books = next((found for each in (optimizer, *_inside(optimizer)) if (found := _books(each))), None)
+        books = next((found for each in (optimizer, *optimizers_inside(optimizer)) if (found := _books(each))), None)
         if books is not None:
             raise ConfigError(
                 "optimizer", name, f"keeps copies of its parameters by position ({books}), which parameters that join and "
                 "leave would put out of step: use one that keeps them in its state, by parameter"
             )  # fmt: skip
-        for inner in _inside(optimizer):
+        for inner in optimizers_inside(optimizer):
             outside = {id(group) for group in optimizer.param_groups}
             if any(id(group) not in outside for group in inner.param_groups):
                 raise ConfigError(
@@ -83,20 +83,6 @@ def _books(optimizer: Optimizer) -> str | None:
             if [item.shape for item in items] in shapes and not any(id(item) in owned for item in items):
                 return name
     return None
-
-
-def _inside(optimizer: Optimizer) -> list[Optimizer]:
-    """Return the optimizers that an optimizer holds as attributes, nested ones included."""
-    found: list[Optimizer] = []
-    stack: list[Any] = list(vars(optimizer).values())
-    while stack:
-        value = stack.pop()
-        if isinstance(value, Optimizer) and value is not optimizer and not any(value is other for other in found):
-            found.append(value)
-            stack += list(vars(value).values())
-        elif isinstance(value, (list, tuple)) and len(value) < 16:
-            stack += [item for item in value if isinstance(item, Optimizer)]
-    return found
 
 
 class AdapterWatch:

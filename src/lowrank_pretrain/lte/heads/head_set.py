@@ -23,6 +23,7 @@ from lowrank_pretrain.core.dtypes import at_least_32
 from lowrank_pretrain.core.plan import Plan
 from lowrank_pretrain.core.protocols import HEAD_SETTINGS, Inherit
 from lowrank_pretrain.core.targets import Target, families, parts
+from lowrank_pretrain.core.wrapped import state_of
 from lowrank_pretrain.lora import model as lora
 from lowrank_pretrain.lora.products import RestPart
 from lowrank_pretrain.lte import conversion
@@ -395,8 +396,7 @@ class HeadSet(LocalTargets):
             layer.set_prev(None, None)
 
     def _held_by(self, optimizer: Optimizer) -> list[nn.Parameter]:
-        """Return the live heads' parameters that the optimizer has state of."""
-        return [p for p in self.parameters().values() if p in optimizer.state]
+        return [p for p in self.parameters().values() if state_of(optimizer, p)]
 
     def _next_turn(self) -> None:
         """Park the head whose window is over, and attach the next one (``sequential``)."""
