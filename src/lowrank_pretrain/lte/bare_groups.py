@@ -233,7 +233,7 @@ def _trial(
     states: dict[int, Any] = {id(each.state): defaultdict(dict) for each in steppers}
     now = [states[id(each.state)] for each in steppers]
 
-    def again() -> Tensor:
+    def again() -> Any:
         p.grad = value.flip(-1).to(like)
         return p.new_zeros(())
 

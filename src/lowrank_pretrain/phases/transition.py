@@ -41,7 +41,6 @@ from lowrank_pretrain.core.lightning_private import (
 )
 from lowrank_pretrain.core.protocols import Adopter, Inherit
 from lowrank_pretrain.core.trainer import accumulates, callbacks_of
-from lowrank_pretrain.core.wrapped import forget, with_wrapped
 from lowrank_pretrain.factorize.layer import follow_weight
 from lowrank_pretrain.factorize.model import factored_layers, shown_whole
 from lowrank_pretrain.lora.model import own_tensors, shown_plain
@@ -237,8 +236,7 @@ def apply(
     _leave(trainer.optimizers, module, before)
     if optimizer_state == "reset":
         for optimizer in trainer.optimizers:
-            for each in with_wrapped(optimizer):
-                each.state.clear()
+            optimizer.state.clear()
     _give_memory_back()
     if isinstance(strategy, Adopter):
         strategy.after_transition()
@@ -306,10 +304,10 @@ def _keep_hooks(wrapper: Any, hooks: Iterable[tuple[Callable, Any]]) -> None:
 
 def _inherit_state(optimizer: Optimizer, inherited: Iterable[Inherit]) -> None:
     for heir in inherited:
-        for each in with_wrapped(optimizer) if heir.rows else ():
-            if state := each.state.get(heir.old):
-                with suppress(LookupError):  # it starts afresh
-                    each.state[heir.new] = {key: _part_of(value, heir) for key, value in state.items()}
+        state = optimizer.state.get(heir.old) if heir.rows else None
+        if state:
+            with suppress(LookupError):  # it starts afresh
+                optimizer.state[heir.new] = {key: _part_of(value, heir) for key, value in state.items()}
 
 
 def _part_of(value: Any, heir: Inherit) -> Any:
@@ -385,7 +383,7 @@ def _leave(optimizers: list[Optimizer], module: nn.Module, before: dict[int, boo
             stays = [not (id(p) in before and before[id(p)] and not after.get(id(p), False)) for p in group["params"]]
             for p, stay in zip(group["params"], stays, strict=True):
                 if not stay:
-                    forget(optimizer, p)
+                    optimizer.state.pop(p, None)
                     p.grad = None
             for key in ("params", "param_names"):
                 if key in group:
