@@ -165,6 +165,8 @@ LOADERS = {
     "same stream": lambda: DataLoader(Stream(range(N)), BATCH),
     "same stream, own class": lambda: DataLoader(Stream(range(N)), BATCH, collate_fn=bagged),
     "nothing for one": lambda: DataLoader(Sized(list(mine())[: 16 - 16 * rank()], 16 - 16 * rank()), BATCH),
+    "no stream for one": lambda: DataLoader(Stream(list(mine())[: 16 * rank()]), BATCH),
+    "an empty one that says otherwise": lambda: DataLoader(Sized(list(mine())[: 16 * rank()], 16), BATCH),
 }
 
 

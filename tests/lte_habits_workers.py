@@ -333,3 +333,82 @@ def thawed(world, **lte):
     file = next(iter(Path(folder).glob("**/*.ckpt")), None)  # one worker writes
     groups = [] if file is None else torch.load(file, weights_only=False)["optimizer_states"][0]["param_groups"]
     return module.pre.weight.detach().clone(), not torch.equal(before, module.pre.weight), [len(g["params"]) for g in groups]
+
+
+class Average(pl.Callback):
+    """Keeps an average of the weights, and puts it in their place while the model is looked at, as many do."""
+
+    def __init__(self, start="on_validation_start", end="on_validation_end", of="parameters"):
+        self.of, self.kept, self.mean, self.seen = of, {}, None, []
+        setattr(self, start, self._put_in)
+        setattr(self, end, lambda trainer, module: self._put(module, self.kept))
+
+    def _weights(self, module):
+        named = module.state_dict() if self.of == "state_dict" else {n: p.data for n, p in module.named_parameters()}
+        return {name: value.clone() for name, value in named.items()}
+
+    @torch.no_grad()
+    def _put(self, module, values):
+        if self.of == "state_dict":
+            module.load_state_dict(values)
+            return
+        for name, p in module.named_parameters():
+            p.data.copy_(values[name])
+
+    def _put_in(self, trainer, module):
+        self.kept = self._weights(module)
+        self._put(module, self.mean)
+
+    def on_validation_batch_end(self, trainer, module, *_):
+        self.seen.append(module.net[0].weight.detach().clone())
+
+    @torch.no_grad()
+    def on_train_batch_end(self, trainer, module, *_):
+        now = self._weights(module)
+        self.mean = now if self.mean is None else {n: mean.lerp(now[n], 0.1) for n, mean in self.mean.items()}
+
+
+def averaged(world, galore=False, average=None, **kwargs):
+    """A fit that is looked at in the middle of windows, with another model or without: its weights, and what was seen."""
+    callbacks = [] if average is None else [Average(**average)]
+    options = {"steps": 9, "val": 1, "trainer": {"val_check_interval": 2, "callbacks": callbacks}, **kwargs}
+    module, trainer, _ = (lte_galore_workers.fit if galore else fit)(world, **options)
+    return weights(module), callbacks[0].seen if callbacks else [], [type(c).__name__ for c in trainer.callbacks]
+
+
+def averaged_and_not(world, **kwargs):
+    return [averaged(world, average=average, **kwargs)[0] for average in (None, {}, {"of": "state_dict"})]
+
+
+class Wraps(torch.optim.Optimizer):
+    """An optimizer whose steps another one takes, which holds the state too."""
+
+    def __init__(self, params, inner=torch.optim.AdamW):
+        super().__init__(params, {"lr": 1e-2})
+        self.inner = inner(self.param_groups) if inner is Wraps else inner(self.param_groups, lr=1e-2)
+        self.param_groups = self.inner.param_groups
+
+    def step(self, closure=None):
+        return self.inner.step(closure)
+
+    def state_dict(self):
+        return self.inner.state_dict()
+
+    def load_state_dict(self, state):
+        self.inner.load_state_dict(state)
+        self.param_groups = self.inner.param_groups
+
+
+class Wrapped(Net):
+    """The toy, with such an optimizer."""
+
+    def configure_optimizers(self):
+        return Wraps(self.parameters())
+
+
+def resumed_with_a_wrapper(world, folder, **kwargs):
+    """The run that goes on, and the one that resumes in the middle of a window."""
+    options = {"steps": 9, "exact": True, **kwargs}
+    on, _, _ = fit(world, module=Wrapped(), folder=folder, save_at=(6,), **options)
+    resumed, _, _ = fit(world, module=Wrapped(), ckpt=Path(folder) / "step=6.ckpt", **options)
+    return weights(on), weights(resumed)

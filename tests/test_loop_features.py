@@ -529,6 +529,8 @@ def test_lte_with_two_optimizers_merges_behind_the_step_of_that_which_holds_the_
 
 def test_lte_refuses_targets_in_two_optimizers(tmp_path):
     module = Two(True)
-    with pytest.raises(ConfigError, match="configure_optimizers='2 optimizers': LTE's targets must all be in one of them"):
+    cure = r"choose them by targets, as targets=\[\"[a-z]+\.\*\"\]"
+    line = f"configure_optimizers='2 optimizers': LTE's targets must all be in one of them: {cure}"
+    with pytest.raises(ConfigError, match=line):
         fit(tmp_path, "lte", module=module)
     assert not module.losses

@@ -33,6 +33,8 @@ REFUSED = {
     "same stream": "ConfigError: train_dataloader='the same first batch'",
     "same stream, own class": "ConfigError: train_dataloader='the same first batch'",
     "nothing for one": "ConfigError: train_dataloader='0 batches': is what worker 1 has",
+    "no stream for one": "ConfigError: train_dataloader='0 batches': is what worker 0 has",
+    "an empty one that says otherwise": "ConfigError: train_dataloader='0 batches': is what worker 0 has",
 }
 
 

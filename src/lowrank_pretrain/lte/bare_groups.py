@@ -5,7 +5,7 @@ their order, W among them without moments. The heads' moments are saved by name,
 """
 
 import copy
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.protocols import Inherit
+from lowrank_pretrain.core.wrapped import several_hold_state, state_holder, with_wrapped
 from lowrank_pretrain.galore import GaLoreAdamW
 
 
@@ -71,8 +72,9 @@ class BareGroups:
         for key, p in weights.items():  # an untied output head was in no group: it joins the group of its heads
             if key not in placed and spare is not None:
                 spare["params"].append(p)
-        for p in [p for p in self.optimizer.state if id(p) in gone]:
-            del self.optimizer.state[p]
+        for each in with_wrapped(self.optimizer):
+            for p in [p for p in each.state if id(p) in gone]:
+                del each.state[p]
         self.inherited = [i for i in self.inherited if id(i.new) not in gone]
 
     def state_dict(self) -> dict[str, Any]:
@@ -136,6 +138,7 @@ class BareGroups:
         self.optimizer.load_state_dict({**saved, "state": kept, "param_groups": groups})
 
 
+_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 _PLAIN = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)  # known to be elementwise
 
 
@@ -151,13 +154,32 @@ def check_stacked(optimizer: Optimizer, held: Iterable[Tensor]) -> None:
     Raises:
         ConfigError: it takes matrices only, or keeps state in which heads cannot be distinguished.
     """
-    if type(optimizer) in (*_PLAIN, GaLoreAdamW) or hasattr(optimizer, "optim"):
+    if type(optimizer) in (*_PLAIN, GaLoreAdamW):
         return
     mine = {id(p) for p in held}
     for group in optimizer.param_groups:
         likes = [p for p in group["params"] if id(p) in mine]
         if likes:
             _check_group(optimizer, group, max(likes, key=Tensor.numel))
+
+
+def check_wrapped(optimizer: Optimizer) -> None:
+    """Check, by steps on a toy parameter, that an optimizer which wraps others keeps its state in one of them.
+
+    Afterwards it has its own parameters and states again.
+
+    Raises:
+        ConfigError: it keeps state in several; or one inside it steps only some of its parameters.
+    """
+    holder = state_holder(optimizer)
+    if holder is optimizer:
+        return
+    for group in optimizer.param_groups:
+        if group["params"]:
+            like, toy = group["params"][0], torch.eye(8)
+            for closure in (False, True):  # some step by a closure only
+                if not isinstance(_trial(optimizer, group, toy, like, closure), Exception):
+                    break
 
 
 def _check_group(optimizer: Optimizer, group: Mapping[str, Any], like: Tensor) -> None:
@@ -195,25 +217,46 @@ def check_moment(kind: str, key: str, value: Any, p: Tensor) -> None:
 
 
 def _trial(
-    optimizer: Optimizer, settings: Mapping[str, Any], value: Tensor, like: Tensor
+    optimizer: Optimizer, settings: Mapping[str, Any], value: Tensor, like: Tensor, closure: bool = False
 ) -> tuple[Tensor, dict[str, Any]] | Exception:
-    """Return one parameter after the optimizer's step, and the optimizer state that it leaves."""
+    """Return one parameter after the optimizer's step, and the optimizer state that it leaves.
+
+    The optimizers that it wraps step the same parameter, and get their own back too.
+
+    Raises:
+        ConfigError: several of them keep state.
+    """
     p = nn.Parameter(value.to(like).clone())
     p.grad = value.flip(-1).to(like)
-    kept = dict(optimizer.__dict__)
+    steppers = with_wrapped(optimizer)
+    kept = [dict(each.__dict__) for each in steppers]
+    states: dict[int, Any] = {id(each.state): defaultdict(dict) for each in steppers}
+    now = [states[id(each.state)] for each in steppers]
+
+    def again() -> Any:
+        p.grad = value.flip(-1).to(like)
+        return p.new_zeros(())
+
     group = {key: copy.copy(held) for key, held in settings.items() if key != "param_names"}
     devices = [p.device] if p.device.type == "cuda" else []
     step = type(optimizer).step
     try:
-        optimizer.__dict__ |= {"param_groups": [{**group, "params": [p]}], "state": defaultdict(dict)}
+        groups = [{**group, "params": [p]}]
+        for each, state in zip(steppers, now, strict=True):
+            each.__dict__ |= {"param_groups": groups, "state": state, **{key: OrderedDict() for key in _HOOKS}}
         with torch.random.fork_rng(devices=devices):
-            getattr(step, "__wrapped__", step)(optimizer)  # without hooks: no step was taken
-        return p.detach().clone(), dict(optimizer.state[p])
+            # without hooks: no step was taken
+            getattr(step, "__wrapped__", step)(optimizer, *([again] if closure else []))
+        found = [dict(state[p]) for state in states.values() if state.get(p)]
     except Exception as error:
         return error
     finally:
-        optimizer.__dict__.clear()
-        optimizer.__dict__ |= kept
+        for each, was in zip(steppers, kept, strict=True):
+            each.__dict__.clear()
+            each.__dict__ |= was
+    if len(found) > 1:
+        raise several_hold_state([e for e, state in zip(steppers, now, strict=True) if state.get(p)])
+    return p.detach().clone(), found[0] if found else {}
 
 
 def _of_no_parameter(saved: Mapping[str, Any]) -> dict[Any, Any]:

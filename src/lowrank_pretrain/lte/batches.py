@@ -88,7 +88,7 @@ def shared_out(loader: Any, workers: int) -> Any:
     lengths = [facts.length for facts in everyone if facts.length is not None]
     known = min(lengths) if len(lengths) == workers else None
     if known == 0 and max(lengths) > 0:
-        raise ConfigError("train_dataloader", "0 batches", f"is what worker {lengths.index(0)} has; each needs at least one")
+        raise _no_batch(lengths.index(0))
     shares = all(facts.trusted for facts in everyone)
     exact = known is not None and all(facts.exact for facts in everyone)
     if exact and shares and max(lengths) == known:
@@ -221,7 +221,7 @@ class _Shared:
     def __init__(self, loader: Any, workers: int, length: int | None, compared: bool, asks: bool) -> None:
         self._loader, self._workers, self._length = loader, workers, length
         self._compared, self._asks = compared, asks
-        self._warned = False
+        self._warned = self._begun = False
 
     def __getattr__(self, name: str) -> Any:
         if name == "_loader":
@@ -239,11 +239,14 @@ class _Shared:
             if self._asks:
                 ended = _who_ended(batch is _END, self._workers)
                 if ended:
+                    if not self._begun and len(ended) < self._workers:
+                        raise _no_batch(ended[0])
                     if batch is not _END:
                         self._say(f"worker {ended[0]} has no more batches: this one stops too")
                     return
             if batch is _END:
                 return
+            self._begun = True
             yield batch
 
     def _next(self, batches: Iterator[Any]) -> Any:
@@ -301,13 +304,15 @@ class _State:
     """Add a checkpoint state; Lightning tests for it by type."""
 
     _loader: Any
+    _begun: bool
 
     def state_dict(self) -> dict[str, Any]:
         """Return the loader's state."""
         return self._loader.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Pass the state to the loader."""
+        """Pass the state to the loader, which may be at its end."""
+        self._begun = True
         self._loader.load_state_dict(state)
 
 
@@ -321,6 +326,11 @@ class _StatefulSized(_State, _Sized):
 
 # by whether it has a length, and whether it has a state
 _KINDS = {(False, False): _Shared, (True, False): _Sized, (False, True): _StatefulShared, (True, True): _StatefulSized}
+
+
+def _no_batch(worker: int) -> ConfigError:
+    """Return the error of a worker that would end the others' fit before its first step."""
+    return ConfigError("train_dataloader", "0 batches", f"is what worker {worker} has; each needs at least one")
 
 
 def _who_ended(mine: bool, workers: int) -> list[int]:

@@ -24,11 +24,12 @@ from lowrank_pretrain.core.trainer import log_interval, log_row
 from lowrank_pretrain.lora import model as lora
 from lowrank_pretrain.lora.layer import has_own_forward
 from lowrank_pretrain.lora.storing import check_frozen
-from lowrank_pretrain.lte.bare_groups import BareGroups, check_stacked
+from lowrank_pretrain.lte.bare_groups import BareGroups, check_stacked, check_wrapped
 from lowrank_pretrain.lte.first_step import FirstStep
 from lowrank_pretrain.lte.local_targets import Fit, LocalTargets, NoTargets
 from lowrank_pretrain.lte.rest import SharedParameters, not_wrapped
 from lowrank_pretrain.lte.workers import Workers, clip_norms
+from lowrank_pretrain.phases import adapter_watch
 from lowrank_pretrain.phases.gradient_hooks import UNSEEN, has_users_hook
 
 if TYPE_CHECKING:
@@ -106,14 +107,28 @@ class ConvertedModule:
         owned = {id(p) for p in self.local.parameters().values()}
         held = [any(id(p) in owned for group in o.param_groups for p in group["params"]) for o in optimizers]
         if sum(held) > 1:
-            raise ConfigError("configure_optimizers", f"{sum(held)} optimizers", "LTE's targets must all be in one of them")
+            first = next(o for o, holds in zip(optimizers, held, strict=True) if holds)
+            raise ConfigError("configure_optimizers", f"{sum(held)} optimizers", self._in_one_of_them(first))
         for optimizer, holds in zip(optimizers, held, strict=True):
+            check_wrapped(optimizer)
             if holds:
                 self.local.check_optimizer(optimizer)
         self.local.optimizers = [o for _, o in sorted(zip(held, optimizers, strict=True), key=lambda pair: not pair[0])]
         self._collect_rest()
         self.local.warn_at_start()
         self._warn_of_heavy_rest()
+
+    def _in_one_of_them(self, optimizer: Optimizer) -> str:
+        """Return what is wrong with targets in several optimizers, and how to choose those of this one alone."""
+        allowed = "LTE's targets must all be in one of them"
+        if any(group.get("rank") for group in optimizer.param_groups):
+            return f"{allowed}: project groups of one only"
+        mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        here = {name: id(p) in mine for name, p in self.local.parameters().items()}
+        words = next(name for name, holds in here.items() if holds).split(".")
+        prefixes = (".".join([*words[:depth], ""]) for depth in range(1, len(words)))
+        apart = (prefix for prefix in prefixes if all(holds for name, holds in here.items() if name.startswith(prefix)))
+        return f'{allowed}: choose them by targets, as targets=["{next(apart, "")}*"]'
 
     def _collect_rest(self) -> None:
         owned = {id(p) for p in self.local.parameters().values()}
@@ -348,6 +363,9 @@ def begin_heads(heads: "HeadSet", fit: Fit) -> list[Inherit]:
         if line is not None:
             rank_zero_warn(f"LTE: {line}")
     check_frozen_dtype(heads, module, ranks)
+    weights = {id(target.layer.weight) for target in targets.values()}
+    held = [o for o in fit.optimizers if any(id(p) in weights for group in o.param_groups for p in group["params"])]
+    adapter_watch.check_optimizers(held)
     # convert
     heads.untied = lora.untie(module, {t.layer_name for t in targets.values()})
     targets = {name: target for name, target in all_targets(module).items() if name in targets}

@@ -24,6 +24,7 @@ from torch import Tensor
 from lowrank_pretrain.checkpoints.format import FORMAT
 from lowrank_pretrain.core.dtypes import at_least_32
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.wrapped import state_of
 from lowrank_pretrain.lte.checkpoint import check_saved, how_merged
 from lowrank_pretrain.lte.increments import add_pending, saved_by_all
 from lowrank_pretrain.lte.underway import Pending
@@ -49,7 +50,7 @@ def saved_targets(targets: "FullSet") -> dict[str, Any] | None:
     if workers.size > 1:
         for piece in targets.pieces:
             for optimizer in targets.optimizers:
-                for key, value in optimizer.state.get(piece.p, {}).items():
+                for key, value in state_of(optimizer, piece.p).items():
                     if isinstance(value, Tensor):
                         mine[f"{piece.name}|state.{key}"] = value
                     else:

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import lightning.pytorch as pl
-from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 
 from lowrank_pretrain.checkpoints.format import SIDE
@@ -19,24 +18,22 @@ from lowrank_pretrain.core.plan import Plan
 from lowrank_pretrain.core.protocols import Adopter, HasPhase, Inherit, phase_of
 from lowrank_pretrain.lte import checkpoint as files
 from lowrank_pretrain.lte.before import MergedUntilFreeze
-from lowrank_pretrain.lte.conversion import ConvertedModule
 from lowrank_pretrain.lte.local_targets import Fit, LocalTargets
+from lowrank_pretrain.lte.looking import ShowsMerged
 from lowrank_pretrain.lte.sent import REST, BytesSent
 from lowrank_pretrain.lte.settings import Settings
 from lowrank_pretrain.phases import plain_checkpoint
 
 
-class FollowsPhases(DDPStrategy, Adopter, HasPhase):
+class FollowsPhases(ShowsMerged, Adopter, HasPhase):
     """Hold a converted module that changes with a callback's phases: the part of ``LTEStrategy`` that speaks with the callback.
 
     Attributes:
-        converted: the module's parts.
         workers_differ: whether workers hold different weights between merges, heads aside.
         sent: the bytes of the run so far.
     """
 
     compares_ranks = True
-    converted: ConvertedModule
     workers_differ: bool
     sent: BytesSent
     settings: Settings

@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from lowrank_pretrain.core.bits import stamp
 from lowrank_pretrain.core.dtypes import at_least_32
 from lowrank_pretrain.core.lightning_private import tensor_norms, unsaved_buffers
+from lowrank_pretrain.core.wrapped import forget, state_of
 from lowrank_pretrain.lte.bare_groups import BareGroups
 from lowrank_pretrain.lte.increments import Increments, add_pending
 from lowrank_pretrain.lte.outer import OuterStep
@@ -248,7 +249,7 @@ class SharedParameters:
             (name, key, value)
             for name, p in self.parameters.items()
             for groups in bare
-            for key, value in groups.optimizer.state.get(p, {}).items()
+            for key, value in state_of(groups.optimizer, p).items()
             if isinstance(value, Tensor)
         ]
 
@@ -291,14 +292,14 @@ class SharedParameters:
         """
         if self.apart or self.workers.size == 1:
             return
-        found = [(n, o.state[p]) for n, p in self.parameters.items() for o in optimizers if p in o.state]
+        found = [(n, state_of(o, p)) for n, p in self.parameters.items() for o in optimizers]
         mine = {(n, k): v for n, state in found for k, v in state.items() if isinstance(v, Tensor) and v.is_floating_point()}
         kinds: list[Any] = [None] * self.workers.size
         dist.all_gather_object(kinds, {key: (tuple(v.shape), v.dtype) for key, v in mine.items()}, group=self.workers.group)
         unlike = {key[0] for key in set().union(*kinds) if any(kind.get(key) != kinds[0].get(key) for kind in kinds)}
         for optimizer in optimizers:
             for name in unlike:
-                optimizer.state.pop(self.parameters[name], None)
+                forget(optimizer, self.parameters[name])
         self.workers.average([v for key, v in sorted(mine.items()) if key[0] not in unlike])
 
     @torch.no_grad()
@@ -327,13 +328,11 @@ class SharedParameters:
         for name, p in self.parameters.items():
             kept = entry["moments"].get(name, {})
             for groups in bare:
-                state = groups.optimizer.state.get(p)
-                if state is None:
-                    continue
+                state = state_of(groups.optimizer, p)
                 for key in [key for key, values in kept.items() if key in state]:
                     value = kept[key][self.workers.rank]
                     if value is None:  # this worker never trained it
-                        groups.optimizer.state.pop(p, None)
+                        forget(groups.optimizer, p)
                         break
                     state[key].copy_(value)
 

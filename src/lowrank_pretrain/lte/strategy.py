@@ -183,6 +183,7 @@ class LTEStrategy(FollowsPhases, Reports, Merges):
 
     def _begin_fit(self, trainer: pl.Trainer) -> None:
         check_callbacks(callbacks_of(trainer))
+        self._swap_in_first(trainer)
         self._check_phases(phase_callback(trainer))
         self._forget()
         self.sent, self._resume.sent = BytesSent(self._resume.sent), {}
@@ -251,6 +252,8 @@ class LTEStrategy(FollowsPhases, Reports, Merges):
         with self.local.first_step.forward():
             output = super().training_step(*args, **kwargs)
         self.converted.check_step(output, watching)
+        if output is None or not self._module.automatic_optimization:  # nothing is left of the step
+            shared.batch = None
         return output
 
     def post_backward(self, closure_loss: Tensor) -> None:
@@ -258,7 +261,7 @@ class LTEStrategy(FollowsPhases, Reports, Merges):
         super().post_backward(closure_loss)
         if self.local.first_step.waits:
             self._finish_first_step()
-        if self._module.automatic_optimization:
+        if self._module.automatic_optimization:  # otherwise the step goes on
             self.local.shared.batch = None
 
     def optimizer_step(self, optimizer: Optimizer, closure: Any, model: Any = None, **kwargs: Any) -> Any:
@@ -320,37 +323,13 @@ class LTEStrategy(FollowsPhases, Reports, Merges):
         """Return the cost of merges; see ``ConvertedModule.metrics``."""
         return self.converted.metrics()
 
-    # -- evaluation, and the end of a fit, see the merged model -----------------------------------------------------
+    # -- the end of a fit sees the merged model, as evaluation does (``looking``) ------------------------------------
 
     def on_train_start(self) -> None:
         """Restore a resumed run's random states, after everything that draws; swap out (``lr_find`` leaves the view in)."""
         self._trains = True
         self.converted.swap_out()
         self._resume.give_random(self.converted.workers)
-
-    def on_validation_start(self) -> None:
-        """Swap the merged model in."""
-        self.converted.swap_in()
-
-    def on_validation_end(self) -> None:
-        """Swap the heads' state back in."""
-        self.converted.swap_out_keeping_writes()
-
-    def on_test_start(self) -> None:
-        """Swap the merged model in."""
-        self.converted.swap_in()
-
-    def on_test_end(self) -> None:
-        """Swap the heads' state back in."""
-        self.converted.swap_out_keeping_writes()
-
-    def on_predict_start(self) -> None:
-        """Swap the merged model in."""
-        self.converted.swap_in()
-
-    def on_predict_end(self) -> None:
-        """Swap the heads' state back in."""
-        self.converted.swap_out_keeping_writes()
 
     def on_train_end(self) -> None:
         """Leave the merged model in place from here on."""
@@ -364,6 +343,8 @@ class LTEStrategy(FollowsPhases, Reports, Merges):
         if self._use_sampler is not None:
             set_sampler_injection(self._module.trainer, self._use_sampler)
             self._use_sampler = None
+        if self.lightning_module is not None:
+            self._swap_in_no_more(self._module.trainer)
         with suppress(AttributeError):
             del self.precision_plugin.clip_grad_by_norm
         if self.local.attached:

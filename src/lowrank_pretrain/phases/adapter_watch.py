@@ -7,7 +7,6 @@ and a learning rate, and does not move while other parameters do.
 """
 
 from collections.abc import Container, Iterable, Sequence
-from typing import Any
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -18,6 +17,7 @@ from torch.optim import Optimizer
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.protocols import Adopter
 from lowrank_pretrain.core.targets import families
+from lowrank_pretrain.core.wrapped import optimizers_inside
 from lowrank_pretrain.factorize.model import factored_layers
 from lowrank_pretrain.lora import model as lora
 from lowrank_pretrain.phases import optimizer_starts
@@ -61,14 +61,14 @@ def check_optimizers(optimizers: Sequence[Optimizer], adapter_lr: float = 1.0, r
                     raise ConfigError(
                         key, value, f"{name} has lr=None and chooses its own rate: leave {key} out, or give it an lr"
                     )
-        for inner in _inside(optimizer):
+        for inner in optimizers_inside(optimizer):
             outside = {id(group) for group in optimizer.param_groups}
             if any(id(group) not in outside for group in inner.param_groups):
                 raise ConfigError(
                     "optimizer", name, f"steps a {type(inner).__name__} with parameter groups of its own, which adapters would "
                     f"never join: use {type(inner).__name__} itself, or share its param_groups"
                 )  # fmt: skip
-        for each in () if isinstance(optimizer, Adopter) else (optimizer, *_inside(optimizer)):
+        for each in () if isinstance(optimizer, Adopter) else (optimizer, *optimizers_inside(optimizer)):
             optimizer_starts.note_start(each)
     check_books(optimizers)
 
@@ -82,7 +82,7 @@ def check_books(optimizers: Iterable[Optimizer]) -> None:
     for optimizer in optimizers:
         if isinstance(optimizer, Adopter):  # nothing joins it
             continue
-        books = next((found for each in (optimizer, *_inside(optimizer)) if (found := _books(each))), None)
+        books = next((found for each in (optimizer, *optimizers_inside(optimizer)) if (found := _books(each))), None)
         if books is not None:
             raise ConfigError(
                 "optimizer", type(optimizer).__name__, f"keeps copies of its parameters by position ({books}), which what "
@@ -110,20 +110,6 @@ def _books(optimizer: Optimizer) -> str | None:
             if [item.shape for item in items] in shapes and not any(id(item) in owned for item in items):
                 return name
     return None
-
-
-def _inside(optimizer: Optimizer) -> list[Optimizer]:
-    """Return the optimizers that an optimizer holds as attributes, nested ones included."""
-    found: list[Optimizer] = []
-    stack: list[Any] = list(vars(optimizer).values())
-    while stack:
-        value = stack.pop()
-        if isinstance(value, Optimizer) and value is not optimizer and not any(value is other for other in found):
-            found.append(value)
-            stack += list(vars(value).values())
-        elif isinstance(value, (list, tuple)) and len(value) < 16:
-            stack += [item for item in value if isinstance(item, Optimizer)]
-    return found
 
 
 class AdapterWatch:

@@ -23,6 +23,7 @@ from lowrank_pretrain.core.dtypes import at_least_32
 from lowrank_pretrain.core.plan import Plan
 from lowrank_pretrain.core.protocols import HEAD_SETTINGS, Inherit
 from lowrank_pretrain.core.targets import Target, families, parts
+from lowrank_pretrain.core.wrapped import state_of
 from lowrank_pretrain.lora import model as lora
 from lowrank_pretrain.lora.products import RestPart
 from lowrank_pretrain.lte import conversion
@@ -207,14 +208,14 @@ class HeadSet(LocalTargets):
         for name in list(self.layers):
             layer = self._live_layer(name)
             held = self.layers[name] = take_heads(layer)
-            weight_of(layer).requires_grad_(self._was_trained[name])
+            # who has frozen the layer meanwhile has frozen its heads
+            weight_of(layer).requires_grad_(self._was_trained[name] and held.lora_A.requires_grad)
             for piece in self.pieces:
                 if piece.layer is layer:
                     piece.layer = held
         self.view.keep()
 
     def _live_layer(self, name: str) -> MultiheadLoRALinear:
-        """Return a layer, which must still have its heads."""
         return cast(MultiheadLoRALinear, self.layers[name])
 
     def live_layers(self) -> dict[str, MultiheadLoRALinear]:
@@ -395,8 +396,7 @@ class HeadSet(LocalTargets):
             layer.set_prev(None, None)
 
     def _held_by(self, optimizer: Optimizer) -> list[nn.Parameter]:
-        """Return the live heads' parameters that the optimizer has state of."""
-        return [p for p in self.parameters().values() if p in optimizer.state]
+        return [p for p in self.parameters().values() if state_of(optimizer, p)]
 
     def _next_turn(self) -> None:
         """Park the head whose window is over, and attach the next one (``sequential``)."""

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from lowrank_pretrain.core import checks
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.wrapped import state_holder
 
 MOMENTUM = "exp_avg"  # where Adam and its kin keep it
 
@@ -65,7 +66,7 @@ def reset_moments(optimizer: Optimizer, parameters: Iterable[Tensor]) -> int:
     Raises:
         ValueError: a parameter that the optimizer does not hold.
     """
-    holder = _holder(optimizer)
+    holder = state_holder(optimizer)
     found = [parameter for parameter, _ in _states(optimizer, parameters)]
     for parameter in found:
         del holder.state[parameter]
@@ -74,7 +75,7 @@ def reset_moments(optimizer: Optimizer, parameters: Iterable[Tensor]) -> int:
 
 def _states(optimizer: Optimizer, parameters: Iterable[Tensor]) -> list[tuple[Tensor, dict]]:
     """Return (parameter, its state) of those that have one."""
-    holder = _holder(optimizer)
+    holder = state_holder(optimizer)
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     found = []
     for parameter in parameters:
@@ -84,11 +85,6 @@ def _states(optimizer: Optimizer, parameters: Iterable[Tensor]) -> list[tuple[Te
         if state:
             found.append((parameter, state))
     return found
-
-
-def _holder(optimizer: Optimizer) -> Optimizer:
-    """Return the optimizer that holds the state: ``ZeroRedundancyOptimizer`` keeps it in an inner one."""
-    return getattr(optimizer, "optim", optimizer)
 
 
 def _smallest(moment: Tensor, fraction: float) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lowrank_pretrain.core.errors import ConfigError
+from lowrank_pretrain.core.wrapped import state_holder, state_of
 from lowrank_pretrain.lte.bare_groups import check_moment
 from lowrank_pretrain.lte.heads.layer import HeadLayer, MultiheadLoRALinear, factor_name, factor_parameters, factors_of
 
@@ -131,7 +132,7 @@ def _layer_heads(layer: HeadLayer, optimizers: list[Optimizer]) -> LayerHeads:
     )  # fmt: skip
     for factor, p in factors_of(layer).items():
         for optimizer in optimizers:
-            for key, value in optimizer.state.get(p, {}).items():
+            for key, value in state_of(optimizer, p).items():
                 held = found.moments.setdefault(factor, {})
                 if isinstance(value, Tensor) and value.shape == p.shape:
                     held[key] = value
@@ -172,7 +173,7 @@ def put_moments(record: Record, layers: Mapping[str, HeadLayer], optimizers: Ite
         if states.get(name):
             optimizer, group = owner[id(p)]
             counts_there = group.get("fused") or group.get("capturable")  # else torch keeps the number of steps on the CPU
-            optimizer.state[p] = {  # a record from a checkpoint lies on the CPU
+            state_holder(optimizer).state[p] = {  # a record from a checkpoint lies on the CPU
                 key: value.to(p.device) if isinstance(value, Tensor) and (value.ndim or counts_there) else value
                 for key, value in states[name].items()
             }
