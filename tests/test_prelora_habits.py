@@ -86,3 +86,45 @@ def test_a_run_whose_targets_have_all_gone_stays_full(tmp_path, resumed):
         again = quick(window_unit="epoch", latest=3, windows=3)
         trainer(tmp_path, again, max_epochs=6).fit(Frozen(), loader(), ckpt_path=tmp_path / "step=20.ckpt", weights_only=False)
         assert again.phase == "full"
+
+
+class Wrapping(torch.optim.Optimizer):
+    """Steps another optimizer of the same groups, which holds the state."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        self.inner = inner
+        super().__init__(inner.param_groups, inner.defaults)
+        self.param_groups = inner.param_groups
+
+    def step(self, closure=None):
+        return self.inner.step(closure)
+
+    def state_dict(self):
+        return self.inner.state_dict()
+
+    def load_state_dict(self, state_dict):
+        self.inner.load_state_dict(state_dict)
+        self.param_groups = self.inner.param_groups
+
+
+@pytest.mark.parametrize("then", ["lora", "factorize"])
+@pytest.mark.parametrize("reset", ["keep", "reset"])
+def test_an_optimizer_that_another_one_wraps_loses_what_freezes_and_resumes(tmp_path, then, reset):
+    class Net(Toy):
+        def configure_optimizers(self):
+            return Wrapping(torch.optim.AdamW(self.parameters(), lr=1e-2))
+
+    settings = {"then": then, "optimizer_state": reset} | ({"ranks": (0.25,), "warmup": 8} if then == "factorize" else {})
+    whole, when = Net(), quick(**settings)
+    torch.manual_seed(0)
+    start = {name: value.clone() for name, value in whole.state_dict().items()}
+    trainer(tmp_path, when, every=6, max_epochs=3).fit(whole, loader())
+    assert when.phase == "lowrank"
+    for step in (6, 12):
+        resumed, again = Net(), quick(**settings)
+        resumed.load_state_dict(start)
+        trainer(tmp_path, again, max_epochs=3).fit(
+            resumed, loader(), ckpt_path=tmp_path / f"step={step}.ckpt", weights_only=False
+        )
+        for name, value in whole.state_dict().items():
+            assert torch.equal(value, resumed.state_dict()[name]), (step, name)

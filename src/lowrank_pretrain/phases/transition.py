@@ -27,7 +27,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from lowrank_pretrain.core.agreement import agreed_hash
@@ -42,10 +42,12 @@ from lowrank_pretrain.core.lightning_private import (
 )
 from lowrank_pretrain.core.protocols import Adopter, Inherit
 from lowrank_pretrain.core.trainer import accumulates, callbacks_of, log_row
+from lowrank_pretrain.core.wrapped import with_wrapped
 from lowrank_pretrain.factorize.layer import follow_weight
 from lowrank_pretrain.factorize.model import factored_layers, shown_whole
 from lowrank_pretrain.lora.model import own_tensors, shown_plain
 from lowrank_pretrain.phases import optimizer_starts
+from lowrank_pretrain.phases.inherited_state import inherit_state
 
 Change = Callable[[], Iterable[Inherit] | None]
 
@@ -238,12 +240,15 @@ def apply(
         note.frozen -= {name for name, p in named if p.requires_grad and not before.get(id(p), True)}  # it trains again
 
     # refit the optimizers
-    for optimizer in trainer.optimizers:
-        _inherit_state(optimizer, inherited)
+    holders: list[Optimizer] = list(trainer.optimizers)
+    if any(isinstance(value, Optimizer) for optimizer in holders for value in vars(optimizer).values()):
+        holders = [each for optimizer in holders for each in with_wrapped(optimizer)]  # the state is one's that another wraps
+    for optimizer in holders if inherited else ():
+        inherit_state(optimizer, inherited)
     _join(trainer.optimizers, module, before, inherited)
-    _leave(trainer.optimizers, module, before)
+    _leave(trainer.optimizers, holders, module, before)
     if optimizer_state == "reset":
-        for optimizer in trainer.optimizers:
+        for optimizer in holders:
             optimizer.state.clear()
             optimizer_starts.begin_again(optimizer)
     _give_memory_back()
@@ -311,28 +316,6 @@ def _keep_hooks(wrapper: Any, hooks: Iterable[tuple[Callable, Any]]) -> None:
 # -- optimizers -------------------------------------------------------------------------------------------------------
 
 
-def _inherit_state(optimizer: Optimizer, inherited: Iterable[Inherit]) -> None:
-    for heir in inherited:
-        state = optimizer.state.get(heir.old) if heir.rows else None
-        if state:
-            with suppress(LookupError):  # it starts afresh
-                optimizer.state[heir.new] = {key: _part_of(value, heir) for key, value in state.items()}
-
-
-def _part_of(value: Any, heir: Inherit) -> Any:
-    """Return what a new parameter takes over of one value of its origin's state; LookupError if that has an unknown form."""
-    new, old, dim, start, rows = heir
-    if isinstance(value, Tensor) and value.shape == old.shape:
-        # one parameter more than one of the old one's shape: heads that all start from the same adapter
-        return value.expand(new.shape).clone() if new.ndim > old.ndim else value.narrow(dim, start, rows).clone()
-    whole = isinstance(value, Tensor) and value.ndim == old.ndim == new.ndim
-    if whole and all(size in (1, full) for size, full in zip(value.shape, old.shape, strict=True)):  # Adafactor's means
-        return (value if value.shape[dim] == 1 else value.narrow(dim, start, rows)).clone()
-    if isinstance(value, (list, tuple, dict)) or (isinstance(value, Tensor) and value.numel() > 1):
-        raise LookupError(type(value).__name__)
-    return value.clone() if isinstance(value, Tensor) else value
-
-
 def _join(optimizers: list[Optimizer], module: nn.Module, before: dict[int, bool], inherited: Iterable[Inherit]) -> None:
     """Put new parameters into the group that owns their base weight; ``before``: who trained, by id."""
     groups = {id(p): group for opt in optimizers for group in opt.param_groups for p in group["params"]}
@@ -376,16 +359,17 @@ def _base_weight(name: str, named: dict[str, nn.Parameter], groups: dict[int, An
     return None
 
 
-def _leave(optimizers: list[Optimizer], module: nn.Module, before: dict[int, bool]) -> None:
-    """Remove parameters that the change froze or removed from their group, with their state."""
+def _leave(optimizers: list[Optimizer], holders: list[Optimizer], module: nn.Module, before: dict[int, bool]) -> None:
+    """Remove parameters that the change froze or removed from their group, with the state that ``holders`` have of them."""
     after = {id(p): p.requires_grad for _, p in nn.Module.named_parameters(module)}
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             stays = [not (id(p) in before and before[id(p)] and not after.get(id(p), False)) for p in group["params"]]
             for p, stay in zip(group["params"], stays, strict=True):
                 if not stay:
-                    optimizer.state.pop(p, None)
                     p.grad = None
+                    for holder in holders:
+                        holder.state.pop(p, None)
             for key in ("params", "param_names"):
                 if key in group:
                     group[key][:] = [item for item, stay in zip(group[key], stays, strict=True) if stay]
