@@ -44,7 +44,7 @@ def state_holder(optimizer: Optimizer) -> Optimizer:
         >>> state_holder(plain) is plain
         True
     """
-    inside = optimizers_inside(optimizer)
+    inside = [inner for inner in optimizers_inside(optimizer) if inner.state is not optimizer.state]  # one lent it has no own
     if not inside:
         return optimizer
     mine, found = _ids(optimizer), with_wrapped(optimizer)
