@@ -236,3 +236,9 @@ def test_names_in_a_directory_of_ones_own_are_known(tmp_path):
         refuse_unknown(["--config-dir", str(folder.parent), "method=mien"])
     with pytest.raises(ConfigError, match=r"did you mean method\.rank\?"):
         refuse_unknown(["method=mine", "method.rnk=3", flag])
+
+
+@pytest.mark.parametrize("arguments", [["-m"], ["sweep=seeds", "seed=5"]])
+def test_a_sweep_over_no_key_names_its_one_job_plainly(cli, tmp_path, arguments):  # noqa: F811
+    code, _, err = cli(*ONE_STEP, *arguments, "hydra.sweep.dir=all")
+    assert code == 0 and [path.name for path in (tmp_path / "all").iterdir() if path.is_dir()] == ["job"], err

@@ -154,8 +154,10 @@ def refuse_popen_directory(trainer: pl.Trainer) -> None:
     Raises:
         ConfigError: the name has such a quote, or ends in a backslash.
     """
-    name = str(HydraConfig.get().run.dir) if HydraConfig.initialized() else ""
-    if reruns_command(trainer) and trainer.world_size > 1 and ('"' in name or name.endswith("\\")):
+    if not (reruns_command(trainer) and trainer.world_size > 1 and HydraConfig.initialized()):
+        return
+    name = str(HydraConfig.get().run.dir)
+    if '"' in name or name.endswith("\\"):
         allowed = 'must have no " in it and no \\ at its end: several processes are started, with this name between quotes'
         raise ConfigError("hydra.run.dir", name, allowed)
 
