@@ -311,7 +311,7 @@ def check_rates(group: Mapping[str, Any]) -> None:
     if not math.isfinite(lr):
         raise ConfigError("lr", lr, "must be finite: look at the learning rate schedule")
     decay = group["weight_decay"]
-    if decay is None or not 0 <= decay < math.inf:
+    if decay is None or not -1e-9 < float(decay) < math.inf:  # a schedule may end at a rounding error below 0
         raise ConfigError("weight_decay", decay, "must be a number, 0 or more: look at its schedule")
     betas = group["betas"]
     if not (0 <= betas[0] < 1 and 0 <= betas[1] < 1):

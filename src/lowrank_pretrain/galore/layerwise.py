@@ -94,6 +94,9 @@ class Layerwise:
     def unfold(self, projected: Callable[[Tensor], "Projected | None"]) -> None:
         """Turn what was accumulated into gradients P R: the bases that it belongs to are about to be replaced."""
         for p in list(self.low):
+            if not self.waits(p):  # left out by zero_grad(), or applied
+                self.low.pop(p)
+                continue
             slot, whole = projected(p), p.grad
             low = self.take_low(p)
             if slot is None or low is None or slot.distributed:

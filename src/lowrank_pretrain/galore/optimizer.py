@@ -412,7 +412,7 @@ class GaLoreAdamW(Adopter, Reports, Optimizer):
             saved = saved if changed is None else changed
         requested = self._requested.of(self.param_groups)
         loaded = state.fit_saved_state(saved, self.param_groups, self.defaults, requested)
-        self._layerwise.unfold(self.projected)
+        self._layerwise.unfold(lambda p: self.projected(p) if p in self.lookup() else None)
         states = type(self.state)(dict)  # a defaultdict, as torch's
         states.update(loaded.states)
         self._ranks = loaded.ranks

@@ -42,15 +42,14 @@ class RequestedSettings:
         self._known[id(group)] = group, requested_settings(group) if settings is None else settings
 
     def of(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Return the settings of each group, and forget those of groups that are gone.
+        """Return the settings of each group. Those of groups that are gone stay known: they may come back.
 
         A group that was put into ``param_groups`` by hand is noted as it is, at the rate that its schedule began with.
         """
         for group in groups:
             if id(group) not in self._known:
                 self.note(group, requested_settings({**group, "lr": group.get("initial_lr", group["lr"])}))
-        self._known = {id(group): self._known[id(group)] for group in groups}
-        return [settings for _, settings in self._known.values()]
+        return [self._known[id(group)][1] for group in groups]
 
 
 def check_form(

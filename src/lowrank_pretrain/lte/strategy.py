@@ -6,7 +6,7 @@ synchronised at every step. This file knows hooks and no maths: ``conversion`` h
 declares what a worker trains on its own, ``checkpoint`` keeps what a resumed fit needs.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any
@@ -407,6 +407,24 @@ class LTEStrategy(FollowsPhases, Reports, Merges):
             self._resume.load_optimizers(checkpoint, self.converted)
         else:
             super().load_optimizer_state_dict(checkpoint)
+
+    # -- what callbacks ask of all workers ----------------------------------------------------------------------------
+
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        """Reduce as DDP does; a worker that died is named as at a merge."""
+        return self._together(super().reduce, tensor, group, reduce_op)
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        """Broadcast, likewise."""
+        return self._together(super().broadcast, obj, src)
+
+    def all_gather(self, tensor: Any, group: Any = None, sync_grads: bool = False) -> Any:
+        """Gather, likewise."""
+        return self._together(super().all_gather, tensor, group, sync_grads)
+
+    def _together(self, call: Callable[..., Any], *args: Any) -> Any:
+        with self.converted.workers.uncounted():
+            return self.converted.workers.together(lambda: call(*args))
 
     # -- DDP --------------------------------------------------------------------------------------------------------
 
