@@ -92,7 +92,7 @@ def losses(study: Study, cell: Cell, found: Found) -> str:
     """Return the table of a cell: loss, paired difference, verdict, state, seconds."""
     sides = [side for side in study.sides if (side, study.seeds[0]) in found]
     rivals = [name for name in (ANCHOR, "muon") if name in sides]
-    timed = at_equal_seconds(study, cell) if study.timed else {}
+    timed = at_equal_seconds(replace(study, sides=tuple(sides)), cell) if study.timed else {}
     state = {side: found[side, study.seeds[0]]["optimizer_mib"] for side in sides}
     middle = {side: mean(tests(found, side, study.seeds)) for side in sides}
     lines = []
