@@ -128,3 +128,54 @@ def test_an_optimizer_that_another_one_wraps_loses_what_freezes_and_resumes(tmp_
         )
         for name, value in whole.state_dict().items():
             assert torch.equal(value, resumed.state_dict()[name]), (step, name)
+
+
+class Both(torch.optim.Optimizer):
+    """Steps two optimizers, and shows their groups as its own."""
+
+    def __init__(self, *inner: torch.optim.Optimizer) -> None:
+        self.inner = list(inner)
+        super().__init__([p for each in inner for group in each.param_groups for p in group["params"]], {})
+        self.param_groups = [group for each in inner for group in each.param_groups]
+
+    def step(self, closure=None):
+        losses = [each.step(closure if i == 0 else None) for i, each in enumerate(self.inner)]
+        return losses[0]
+
+    def state_dict(self):
+        return {"state": {}, "param_groups": [], "inner": [each.state_dict() for each in self.inner]}
+
+
+class Built(torch.optim.SGD):
+    """Makes the state of each parameter when it is built."""
+
+    def __init__(self, params, **settings) -> None:
+        super().__init__(params, **settings)
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["m"] = torch.zeros_like(p)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.sub_(self.state[p]["m"].mul_(0.9).add_(p.grad), alpha=group["lr"])
+        return loss
+
+
+@pytest.mark.parametrize("kind", ["container", "wrapped state that is made when built"])
+def test_optimizers_inside_another_follow_a_change_of_the_model(tmp_path, kind):
+    class Net(Toy):
+        def configure_optimizers(self):
+            if kind != "container":
+                return Wrapping(Built(self.parameters(), lr=1e-2))
+            blocks = [p for name, p in self.named_parameters() if name.startswith("blocks")]
+            rest = [p for name, p in self.named_parameters() if not name.startswith("blocks")]
+            return Both(torch.optim.AdamW(blocks, lr=1e-2), torch.optim.SGD(rest, lr=1e-2, momentum=0.9))
+
+    when = quick()
+    trainer(tmp_path, when, every=1, max_epochs=1).fit(Net(), loader())  # a file after every step
+    assert when.phase == "lowrank"

@@ -11,6 +11,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from torch.optim import Optimizer
 
 from lowrank_pretrain.core.lightning_private import SHOULD_ACCUMULATE
 
@@ -104,6 +105,20 @@ def datamodule_of(trainer: pl.Trainer) -> pl.LightningDataModule | None:
     """Return ``trainer.datamodule``."""
     untyped: Any = trainer
     return untyped.datamodule
+
+
+def optimizers_inside(optimizer: Optimizer) -> list[Optimizer]:
+    """Return the optimizers that an optimizer holds as attributes, nested ones included."""
+    found: list[Optimizer] = []
+    stack: list[Any] = list(vars(optimizer).values())
+    while stack:
+        value = stack.pop()
+        if isinstance(value, Optimizer) and value is not optimizer and not any(value is other for other in found):
+            found.append(value)
+            stack += list(vars(value).values())
+        elif isinstance(value, (list, tuple)) and len(value) < 16:
+            stack += [item for item in value if isinstance(item, Optimizer)]
+    return found
 
 
 def profiler_of(trainer: pl.Trainer) -> Any:

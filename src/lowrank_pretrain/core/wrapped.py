@@ -10,20 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lowrank_pretrain.core.errors import ConfigError
-
-
-def optimizers_inside(optimizer: Optimizer) -> list[Optimizer]:
-    """Return the optimizers that an optimizer holds as attributes, nested ones included."""
-    found: list[Optimizer] = []
-    stack: list[Any] = list(vars(optimizer).values())
-    while stack:
-        value = stack.pop()
-        if isinstance(value, Optimizer) and value is not optimizer and not any(value is other for other in found):
-            found.append(value)
-            stack += list(vars(value).values())
-        elif isinstance(value, (list, tuple)) and len(value) < 16:
-            stack += [item for item in value if isinstance(item, Optimizer)]
-    return found
+from lowrank_pretrain.core.trainer import optimizers_inside
 
 
 def with_wrapped(optimizer: Optimizer) -> list[Optimizer]:

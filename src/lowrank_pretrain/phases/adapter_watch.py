@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from lowrank_pretrain.core.errors import ConfigError
 from lowrank_pretrain.core.protocols import Adopter
 from lowrank_pretrain.core.targets import families
-from lowrank_pretrain.core.wrapped import optimizers_inside
+from lowrank_pretrain.core.trainer import optimizers_inside
 from lowrank_pretrain.factorize.model import factored_layers
 from lowrank_pretrain.lora import model as lora
 from lowrank_pretrain.phases import optimizer_starts

@@ -41,8 +41,7 @@ from lowrank_pretrain.core.lightning_private import (
     state_dict_hooks,
 )
 from lowrank_pretrain.core.protocols import Adopter, Inherit
-from lowrank_pretrain.core.trainer import accumulates, callbacks_of, log_row
-from lowrank_pretrain.core.wrapped import with_wrapped
+from lowrank_pretrain.core.trainer import accumulates, callbacks_of, log_row, optimizers_inside
 from lowrank_pretrain.factorize.layer import follow_weight
 from lowrank_pretrain.factorize.model import factored_layers, shown_whole
 from lowrank_pretrain.lora.model import own_tensors, shown_plain
@@ -240,12 +239,11 @@ def apply(
         note.frozen -= {name for name, p in named if p.requires_grad and not before.get(id(p), True)}  # it trains again
 
     # refit the optimizers
-    holders: list[Optimizer] = list(trainer.optimizers)
-    if any(isinstance(value, Optimizer) for optimizer in holders for value in vars(optimizer).values()):
-        holders = [each for optimizer in holders for each in with_wrapped(optimizer)]  # the state is one's that another wraps
+    # the state of a parameter may be kept by an optimizer that another one wraps, or holds with others
+    holders = [each for optimizer in trainer.optimizers for each in (optimizer, *optimizers_inside(optimizer))]
     for optimizer in holders if inherited else ():
         inherit_state(optimizer, inherited)
-    _join(trainer.optimizers, module, before, inherited)
+    _join(trainer.optimizers, holders, module, before, inherited)
     _leave(trainer.optimizers, holders, module, before)
     if optimizer_state == "reset":
         for optimizer in holders:
@@ -316,8 +314,17 @@ def _keep_hooks(wrapper: Any, hooks: Iterable[tuple[Callable, Any]]) -> None:
 # -- optimizers -------------------------------------------------------------------------------------------------------
 
 
-def _join(optimizers: list[Optimizer], module: nn.Module, before: dict[int, bool], inherited: Iterable[Inherit]) -> None:
-    """Put new parameters into the group that owns their base weight; ``before``: who trained, by id."""
+def _join(
+    optimizers: list[Optimizer],
+    holders: list[Optimizer],
+    module: nn.Module,
+    before: dict[int, bool],
+    inherited: Iterable[Inherit],
+) -> None:
+    """Put new parameters into the group that owns their base weight, with what ``holders`` of state want of each.
+
+    ``before``: who trained, by id.
+    """
     groups = {id(p): group for opt in optimizers for group in opt.param_groups for p in group["params"]}
     owned = {id(p): p for opt in optimizers for group in opt.param_groups for p in group["params"]}
     origins = {id(new): id(old) for new, old, *_ in inherited}
@@ -337,10 +344,11 @@ def _join(optimizers: list[Optimizer], module: nn.Module, before: dict[int, bool
         group["params"].append(p)
         if "param_names" in group:
             group["param_names"].append(name)
-        optimizer = next(optimizer for optimizer in optimizers if any(group is one for one in optimizer.param_groups))
-        base, start = owned.get(owner), optimizer_starts.STARTS.get(optimizer)
-        if group.get("fused") or (start is not None and start.state) or (base is not None and vars(base)):
-            optimizer_starts.begin(optimizer, group, p, base)  # else it wants nothing of a new parameter
+        base = owned.get(owner)
+        for optimizer in (each for each in holders if any(group is one for one in each.param_groups)):
+            start = optimizer_starts.STARTS.get(optimizer)
+            if group.get("fused") or (start is not None and start.state) or (base is not None and vars(base)):
+                optimizer_starts.begin(optimizer, group, p, base)  # else it wants nothing of a new parameter
         owned[id(p)] = p
 
 
